@@ -1,0 +1,182 @@
+"""The vocabulary that every other file speaks.
+
+Shape letters, used in every annotation of the package:
+
+    B  items in a chunk          Q  queries                 H  hidden size of the backbone
+    N  items in a batch          P  documents               D  embedding dimension
+    L  tokens of an item         C  candidates of a query   K  layers a pooling reads
+
+An *item* is one thing to encode (a query or a document). An *example* is one training row. A *batch* holds each
+distinct item of its examples once, cut into *chunks*; a chunk is what goes through the model in one forward pass.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from jaxtyping import Int, Int8
+from PIL.Image import Image
+from torch import Tensor
+
+Role = Literal["query", "document"]
+
+#: What one forward pass takes: ``input_ids`` and ``attention_mask`` of shape (B, L), and whatever else the backbone
+#: reads (``pixel_values``, ``image_grid_thw``, …).
+Inputs = dict[str, Tensor]
+
+Frame = Image | Path
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of an item: a text, one image, or one video (a file, or its frames in order)."""
+
+    kind: Literal["text", "image", "video"]
+    value: str | Frame | tuple[Frame, ...]
+
+    def digest(self) -> bytes:
+        """Identify the content: equal parts have equal digests. A file counts as its path, an open image as its pixels."""
+        hashed = hashlib.blake2b(self.kind.encode(), digest_size=16)
+        values = self.value if isinstance(self.value, tuple) else (self.value,)
+        for value in values:
+            if isinstance(value, Image):
+                hashed.update(f"\0pixels {value.mode} {value.size}".encode())
+                hashed.update(value.tobytes())
+            else:
+                hashed.update(f"\0{type(value).__name__} {value}".encode())
+        return hashed.digest()
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing to encode: any number of texts, images and videos, in order.
+
+    Args:
+        role: Whether the item asks or answers; decides the instruction it is encoded with.
+        parts: The content, in the order in which the model reads it.
+        origin: Where the item came from, for error messages: ``train.jsonl, row 17, column 'positive'``.
+    """
+
+    role: Role
+    parts: tuple[Part, ...]
+    origin: str = field(default="", compare=False)
+
+    @cached_property
+    def id(self) -> int:
+        """A 63-bit number that is the same for equal content in equal roles, in every process."""
+        hashed = hashlib.blake2b(self.role.encode(), digest_size=8)
+        for part in self.parts:
+            hashed.update(part.digest())
+        return int.from_bytes(hashed.digest(), "big") >> 1
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training row.
+
+    Args:
+        query: What is asked.
+        positives: The right answers, at least one.
+        negatives: Wrong answers chosen on purpose (hard negatives).
+        scores: Teacher scores for distillation, one per positive and then per negative.
+    """
+
+    query: Item
+    positives: tuple[Item, ...]
+    negatives: tuple[Item, ...] = ()
+    scores: tuple[float, ...] | None = None
+
+
+@dataclass
+class Batch:
+    """The distinct items of some examples, ready to encode, and who belongs to whom.
+
+    A document that several examples share is encoded once and is one column of the score matrix, so it can never be
+    a negative of a query that it answers.
+
+    Args:
+        chunks: The items, N in all. Encoding the chunks in order and concatenating gives embeddings (N, D).
+        queries: (Q,) row of each query in those embeddings.
+        documents: (P,) row of each document in those embeddings.
+        query_ids: (Q,) ``Item.id`` of each query, so that processes can compare theirs.
+        document_ids: (P,) ``Item.id`` of each document.
+        pairs: (M, 2) judged pairs, as ``(query id, document id)``.
+        labels: (M,) 1 where the pair's document is a right answer, -1 where it is a hard negative.
+    """
+
+    chunks: list[Inputs]
+    queries: Int[Tensor, " Q"]
+    documents: Int[Tensor, " P"]
+    query_ids: Int[Tensor, " Q"]
+    document_ids: Int[Tensor, " P"]
+    pairs: Int[Tensor, "M 2"]
+    labels: Int8[Tensor, " M"]
+
+    def pin_memory(self) -> Batch:
+        """Lock the chunks in host memory, so that each is copied to the device while the one before it computes."""
+        self.chunks = [{name: tensor.pin_memory() for name, tensor in chunk.items()} for chunk in self.chunks]
+        return self
+
+
+@dataclass
+class ItemBatch:
+    """Items to encode for measuring or prediction.
+
+    Args:
+        inputs: The items, as one chunk.
+        rows: (B,) their row numbers in the evaluation set: its queries first, then its corpus.
+    """
+
+    inputs: Inputs
+    rows: Int[Tensor, " B"]
+
+    def pin_memory(self) -> ItemBatch:
+        """See ``Batch.pin_memory``."""
+        self.inputs = {name: tensor.pin_memory() for name, tensor in self.inputs.items()}
+        return self
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Queries, a corpus, and which of its documents answer which query.
+
+    Args:
+        name: Used in metric names where a run has several sets.
+        queries: The queries to measure.
+        corpus: Every document that a query is ranked against.
+        query_names: The data set's own query ids, in the order of ``queries``.
+        document_names: The data set's own document ids, in the order of ``corpus``; equal scores are ranked by them.
+        qrels: query name → document name → grade; above 0 is relevant.
+    """
+
+    name: str
+    queries: Sequence[Item]
+    corpus: Sequence[Item]
+    query_names: Sequence[str]
+    document_names: Sequence[str]
+    qrels: dict[str, dict[str, int]]
+
+
+class Preprocessor(ABC):
+    """Turns items into model inputs. Runs in data loader workers: it is pickled, and never holds weights."""
+
+    @abstractmethod
+    def __call__(self, items: Sequence[Item]) -> Inputs:
+        """Preprocess items into one padded chunk.
+
+        Args:
+            items: B items, roles mixed as they come.
+
+        Raises:
+            ValueError: If an item cannot be read or would be cut in a harmful way; the message names its origin.
+        """
+
+    @abstractmethod
+    def cost(self, item: Item) -> int:
+        """Estimate the tokens an item will take, cheaply: items of similar cost share a chunk."""
