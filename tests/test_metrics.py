@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import pickle
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytrec_eval
+import torch
+import torch.distributed
+from beartype import beartype
+from jaxtyping import jaxtyped
+from torch import Tensor
+
+from vlmembed import metrics
+from vlmembed.metrics import METRICS, RetrievalMetrics, ndcg_at_k, order_keys, ranks
+from vlmembed.types import EvaluationSet, Item, Part
+
+#: The first ten documents decide; pytrec_eval's recip_rank has no cut of its own, so it gets a run cut at 10.
+MEASURES = {"ndcg@10": "ndcg_cut_10", "recall@1": "recall_1", "recall@10": "recall_10", "map": "map"}
+
+
+def items(count: int, role: str) -> list[Item]:
+    return [Item(role, (Part("text", f"{role} {number}"),)) for number in range(count)]
+
+
+def evaluation_set(queries: int = 30, documents: int = 60, seed: int = 0) -> EvaluationSet:
+    """Grades from -2 to 3, document ids that sort differently as strings, judged documents that the corpus lacks."""
+    generator = random.Random(seed)
+    documents_named = [str(number) for number in generator.sample(range(1000), documents)]
+    queries_named = [f"q{number}" for number in range(queries)]
+    qrels = {
+        name: {
+            document: generator.choice([-2, -1, 0, 1, 1, 2, 3])
+            for document in generator.sample([*documents_named, "absent", "9 missing"], generator.randint(1, 25))
+        }
+        for name in queries_named
+    }
+    for judged in qrels.values():
+        judged[documents_named[7]] = max(0, judged.get(documents_named[7], 0))  # pytrec_eval crashes on -1 alone.
+    qrels["q3"] = {documents_named[0]: 0, documents_named[1]: -1}
+    return EvaluationSet(
+        "graded", items(queries, "query"), items(documents, "document"), queries_named, documents_named, qrels
+    )
+
+
+def reference(evaluation: EvaluationSet, scores: Tensor) -> dict[str, list[float]]:
+    """What pytrec_eval says, per query in the set's order."""
+    run = {
+        query: dict(zip(evaluation.document_names, map(float, row), strict=True))
+        for query, row in zip(evaluation.query_names, scores, strict=True)
+    }
+    best = {
+        query: dict(sorted(found.items(), key=lambda pair: (pair[1], pair[0]))[-10:]) for query, found in run.items()
+    }
+    measured = pytrec_eval.RelevanceEvaluator(evaluation.qrels, set(MEASURES.values())).evaluate(run)
+    cut = pytrec_eval.RelevanceEvaluator(evaluation.qrels, {"recip_rank"}).evaluate(best)
+    values = {ours: [measured[query][theirs] for query in evaluation.query_names] for ours, theirs in MEASURES.items()}
+    return values | {"mrr@10": [cut[query]["recip_rank"] for query in evaluation.query_names]}
+
+
+def random_scores(evaluation: EvaluationSet, decimals: int) -> Tensor:
+    """Scores around zero; the fewer decimals, the more ties."""
+    generator = torch.Generator().manual_seed(decimals)
+    shape = len(evaluation.queries), len(evaluation.corpus)
+    return torch.randn(shape, generator=generator).round(decimals=decimals)
+
+
+@pytest.mark.parametrize("decimals", [0, 1, 6])
+@pytest.mark.parametrize("seed", range(3))
+def test_functions_equal_pytrec_eval(seed, decimals):
+    evaluation = evaluation_set(seed=seed)
+    scores = random_scores(evaluation, decimals)
+    relevant, grades, name_order = metrics.judgements(evaluation)
+    found = ranks(scores, relevant, name_order)
+    expected = reference(evaluation, scores)
+    assert expected.keys() == METRICS.keys()
+    for name, metric in METRICS.items():
+        np.testing.assert_allclose(metric(found, grades).numpy(), expected[name], atol=1e-6, err_msg=name)
+
+
+def test_ndcg_by_hand():
+    """Grades 3 and 1 at ranks 2 and 5, a grade 2 that is never found, and one that is judged wrong."""
+    found = torch.tensor([[2.0, torch.inf, 5.0, 1.0]], dtype=torch.float64)
+    grades = torch.tensor([[3, 2, 1, -1]])
+    ideal = 3 / np.log2(2) + 2 / np.log2(3) + 1 / np.log2(4)
+    expected = (3 / np.log2(3) + 1 / np.log2(6)) / ideal
+    assert ndcg_at_k(found, grades, 10).item() == pytest.approx(expected)
+    assert ndcg_at_k(found, grades, 4).item() == pytest.approx(3 / np.log2(3) / ideal)
+
+
+def test_order_keys_sort_as_score_and_name_do():
+    scores = torch.tensor([[0.0, -0.0, -1e-40, 1e-40, -3.5, 2.0, -torch.inf, 2.0, torch.inf, -3.5]])
+    name_order = torch.tensor([4, 9, 1, 0, 6, 3, 2, 8, 5, 7])
+    pairs = list(zip(scores[0].tolist(), name_order.tolist(), strict=True))
+    expected = sorted(range(len(pairs)), key=lambda column: pairs[column])
+    assert order_keys(scores, name_order)[0].argsort().tolist() == expected
+
+
+def embeddings_of(evaluation: EvaluationSet, size: int = 8) -> Tensor:
+    generator = torch.Generator().manual_seed(5)
+    return 3 * torch.randn(len(evaluation.queries) + len(evaluation.corpus), size, generator=generator)
+
+
+def cosines(evaluation: EvaluationSet, embeddings: Tensor) -> Tensor:
+    unit = embeddings / embeddings.norm(dim=1, keepdim=True)
+    return unit[: len(evaluation.queries)] @ unit[len(evaluation.queries) :].T
+
+
+def updated(evaluation: EvaluationSet, embeddings: Tensor, **options) -> RetrievalMetrics:
+    """Updated with batches of 7, in no order."""
+    measured = RetrievalMetrics(evaluation, **options)
+    for rows in torch.randperm(len(embeddings), generator=torch.Generator().manual_seed(2)).split(7):
+        measured.update(rows, embeddings[rows])
+    return measured
+
+
+@pytest.mark.parametrize("block", [1, 7 * 60, 2**24])
+def test_metric_equals_pytrec_eval_at_every_dimension(block, monkeypatch):
+    monkeypatch.setattr(metrics, "SCORES_PER_BLOCK", block)
+    evaluation = evaluation_set()
+    embeddings = embeddings_of(evaluation)
+    measured = updated(evaluation, embeddings, dimensions=(8, 3))
+    values, per_query = measured.compute(), measured.per_query()
+    assert values.keys() == per_query.keys() == {f"{name}{suffix}" for name in METRICS for suffix in ("", "/8", "/3")}
+    for suffix, size in (("", 8), ("/8", 8), ("/3", 3)):
+        for name, expected in reference(evaluation, cosines(evaluation, embeddings[:, :size])).items():
+            np.testing.assert_allclose(per_query[name + suffix].numpy(), expected, atol=1e-6)
+            assert values[name + suffix].item() == pytest.approx(np.mean(expected), abs=1e-6)
+
+
+def test_ties_between_equal_embeddings_go_to_the_later_name():
+    evaluation = evaluation_set()
+    embeddings = embeddings_of(evaluation)
+    embeddings[30:] = embeddings[30:33].repeat(20, 1)  # 60 documents, 3 distinct embeddings
+    per_query = updated(evaluation, embeddings).per_query()
+    distinct = cosines(evaluation, embeddings)[:, :3]
+    for name, expected in reference(evaluation, distinct.repeat(1, 20)).items():
+        np.testing.assert_allclose(per_query[name].numpy(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 10, 1000])
+def test_top_k_is_in_the_same_order(k):
+    evaluation = evaluation_set()
+    embeddings = embeddings_of(evaluation)
+    embeddings[40:60] = embeddings[60:80]
+    scores, columns = updated(evaluation, embeddings).top_k(k)
+    assert scores.shape == columns.shape == (30, min(k, 60))
+    full = cosines(evaluation, embeddings)
+    torch.testing.assert_close(scores, full.gather(1, columns))
+    for query, row in enumerate(full.round(decimals=5)):  # Equal embeddings may differ in the last bit of a product.
+        named = sorted(zip(row.tolist(), evaluation.document_names, strict=True), reverse=True)
+        assert [evaluation.document_names[column] for column in columns[query]] == [name for _, name in named[:k]]
+
+
+def test_half_precision_is_scored_in_float32_even_under_autocast():
+    evaluation = evaluation_set()
+    embeddings = embeddings_of(evaluation).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        measured = updated(evaluation, embeddings)
+        scores, columns = measured.top_k(60)
+    assert measured.embeddings[0].dtype == scores.dtype == torch.float32
+    # Rounding of float32 products of 8 terms; bfloat16 would be off by 1e-3.
+    torch.testing.assert_close(scores, cosines(evaluation, embeddings.float()).gather(1, columns), atol=1e-6, rtol=0)
+
+
+def test_missing_rows_are_counted():
+    evaluation = evaluation_set()
+    measured = RetrievalMetrics(evaluation)
+    measured.update(torch.arange(50), embeddings_of(evaluation)[:50])
+    with pytest.raises(RuntimeError, match=r"40 of the 90 items of evaluation set 'graded'"):
+        measured.compute()
+    with pytest.raises(RuntimeError, match="90 of the 90"), pytest.warns(UserWarning, match="before"):
+        RetrievalMetrics(evaluation).compute()
+
+
+def test_update_refuses_rows_and_values():
+    measured = RetrievalMetrics(evaluation_set())
+    with pytest.raises(ValueError, match=r"no rows \[-1, 90\]"):
+        measured.update(torch.tensor([3, -1, 90]), torch.ones(3, 4))
+    embeddings = torch.ones(3, 4)
+    embeddings[1, 2] = torch.nan
+    with pytest.raises(ValueError, match=r"rows \[7\]"):
+        measured.update(torch.tensor([3, 7, 2]), embeddings)
+
+
+@pytest.mark.parametrize("dimensions", [(0,), (4, 4)])
+def test_constructor_refuses_dimensions(dimensions):
+    with pytest.raises(ValueError, match=str(dimensions[0])):
+        RetrievalMetrics(evaluation_set(), dimensions)
+
+
+def test_dimension_above_the_embeddings_is_refused():
+    evaluation = evaluation_set()
+    with pytest.raises(ValueError, match=r"16.*8"):
+        updated(evaluation, embeddings_of(evaluation), dimensions=(4, 16)).compute()
+
+
+def test_sets_that_cannot_be_measured_are_refused():
+    sets = items(1, "query"), items(2, "document")
+    with pytest.raises(ValueError, match="share a name"):
+        RetrievalMetrics(EvaluationSet("twice", *sets, ["q"], ["d", "d"], {"q": {"d": 1}}))
+    with pytest.raises(ValueError, match="'empty' has no query"):
+        RetrievalMetrics(EvaluationSet("empty", *sets, ["q"], ["d", "e"], {"q": {"d": 0}}))
+
+
+def test_state_empties_on_reset_and_survives_copies():
+    evaluation = evaluation_set()
+    embeddings = embeddings_of(evaluation)
+    measured = updated(evaluation, embeddings)
+    value = measured.compute()["map"]
+    assert pickle.loads(pickle.dumps(measured)).compute()["map"] == value
+    copy = measured.clone()
+    measured.reset()
+    measured.update(torch.arange(90), -embeddings)
+    assert copy.compute()["map"] == value
+    assert measured.compute()["map"] == value  # Cosines do not see a common sign.
+    assert len(measured.rows) == 1
+
+
+def measure_share(rank: int, folder: str, shares: list[list[Tensor]]) -> None:
+    """One of two processes: update with a share, write down what comes out."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    metrics.ROWS_PER_GATHER = 16  # So that a share takes several pieces.
+    evaluation = evaluation_set()
+    embeddings = embeddings_of(evaluation)
+    measured = RetrievalMetrics(evaluation, dimensions=(3,))
+    for rows in shares[rank]:
+        measured.update(rows, embeddings[rows])
+    result = measured.compute() | {f"each {name}": values for name, values in measured.per_query().items()}
+    result["scores"], result["columns"] = measured.top_k(5)
+    torch.save(result, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("share", ["uneven", "none"])
+def test_two_processes_equal_one(share, tmp_path: Path):
+    order = torch.randperm(90, generator=torch.Generator().manual_seed(4))
+    # Rows 0 to 4 of the order are on both processes, two of them twice on the second.
+    shares = {
+        "uneven": [list(order[:61].split(9)), [order[61:], order[:5], order[:2]]],
+        "none": [[order], []],
+    }[share]
+    torch.multiprocessing.spawn(measure_share, (str(tmp_path), shares), nprocs=2)
+    evaluation = evaluation_set()
+    alone = updated(evaluation, embeddings_of(evaluation), dimensions=(3,))
+    scores, columns = alone.top_k(5)
+    expected = alone.compute() | {f"each {name}": values for name, values in alone.per_query().items()}
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        torch.testing.assert_close(found, expected | {"scores": scores, "columns": columns})
+
+
+def test_shapes_are_as_annotated():
+    evaluation = evaluation_set()
+    relevant, grades, name_order = metrics.judgements(evaluation)
+    checked = jaxtyped(typechecker=beartype)
+    found = checked(ranks)(random_scores(evaluation, 2), relevant, name_order)
+    assert found.shape == grades.shape
+    assert checked(ndcg_at_k)(found, grades, 10).shape == (30,)
+    assert checked(metrics.recall_at_k)(found, grades, 10).shape == (30,)
+    assert checked(metrics.reciprocal_rank_at_k)(found, grades, 10).shape == (30,)
+    assert checked(metrics.average_precision)(found, grades).shape == (30,)

@@ -1,0 +1,178 @@
+"""A vision-language model as a backbone: loaded without its language-model head, read as hidden states."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoProcessor, PretrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers.utils import is_flash_attn_2_available
+
+from vlmembed.backbones.preprocessing import ChatPreprocessor
+from vlmembed.types import Inputs
+
+#: The default instruction of Qwen3-VL-Embedding (arXiv:2601.04720).
+DEFAULT_INSTRUCTION = "Represent the user's input."
+
+
+class VisionLanguageModel(nn.Module):
+    """Any Hugging Face vision-language model that ``AutoModel`` and ``AutoProcessor`` open and that has a chat template.
+
+    The defaults are the Qwen3-VL-Embedding layout: a default instruction as the system message and the generation
+    prompt at the end, to be pooled at the last token. The weights are read in `configure`, not before.
+
+    Args:
+        checkpoint: A checkpoint folder or a Hub id.
+        revision: The Hub revision: a branch, tag or commit.
+        dtype: The type of the weights; ``auto`` keeps the checkpoint's. Train in float32 with the trainer's
+            ``precision: bf16-mixed``, or in bfloat16 with ``precision: bf16-true``.
+        attn_implementation: ``auto`` takes flash_attention_2 where CUDA and flash-attn are there and the weights are
+            in half precision, else sdpa.
+        bidirectional: Whether every token attends to every other, instead of to those before it only.
+        query_instruction: The system message for queries; null for none.
+        document_instruction: The system message for documents; null for none.
+        generation_prompt: Whether the input ends with the chat template's opening of an answer.
+        max_length: The most tokens an item may have; a longer text is cut, a longer item with images is refused.
+        gradient_checkpointing: Whether to keep one activation per layer and recompute the rest, trading time for memory.
+        load_in_4bit: Whether to load the weights as 4-bit NF4, for QLoRA (arXiv:2305.14314); needs CUDA and bitsandbytes.
+        trust_remote_code: Whether to run code that comes with the checkpoint.
+    """
+
+    #: Parts of the model by name, as patterns of parameter names tried in this order: the first match decides.
+    groups: dict[str, str] = {
+        "merger": r"(^|\.)(merger|deepstack_merger_list|multi_modal_projector|connector)\.",
+        "vision": r"(^|\.)(visual|vision_tower|vision_model)\.",
+        "language": r"",
+    }
+
+    def __init__(
+        self,
+        checkpoint: str | os.PathLike[str],
+        revision: str | None = None,
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        attn_implementation: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto",
+        bidirectional: bool = False,
+        query_instruction: str | None = DEFAULT_INSTRUCTION,
+        document_instruction: str | None = DEFAULT_INSTRUCTION,
+        generation_prompt: bool = True,
+        max_length: int | None = None,
+        gradient_checkpointing: bool = False,
+        load_in_4bit: bool = False,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        self.checkpoint = str(checkpoint)
+        self.dtype = dtype
+        self.attn_implementation = attn_implementation
+        self.bidirectional = bidirectional
+        self.instructions = {"query": query_instruction, "document": document_instruction}
+        self.generation_prompt = generation_prompt
+        self.max_length = max_length
+        self.gradient_checkpointing = gradient_checkpointing
+        self.load_in_4bit = load_in_4bit
+        self._source = {"revision": revision, "trust_remote_code": trust_remote_code}
+
+    def configure(self) -> None:
+        """Load the weights.
+
+        Raises:
+            ValueError: If the checkpoint cannot be opened, is not a vision-language model, or 4-bit weights are asked
+                for where they cannot be had.
+        """
+        config = self.load_config()
+        if self.bidirectional:
+            # transformers reads the flag from the decoder's own config; at the top level it does nothing.
+            config.get_text_config().is_causal = False
+        self.model: PreTrainedModel = AutoModel.from_pretrained(
+            self.checkpoint,
+            config=config,
+            dtype=self.dtype,
+            attn_implementation=self._attention(config),
+            quantization_config=_quantization() if self.load_in_4bit else None,
+            **self._source,
+        )
+        if self.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def load_config(self) -> PretrainedConfig:
+        """Read the checkpoint's configuration.
+
+        Raises:
+            ValueError: If there is none, or it is not a vision-language model's.
+        """
+        try:
+            config = AutoConfig.from_pretrained(self.checkpoint, **self._source)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"Cannot open the checkpoint {self.checkpoint!r}: {error}") from error
+        if not hasattr(config, "vision_config"):
+            raise ValueError(
+                f"The checkpoint {self.checkpoint!r} is a {config.model_type!r}, not a vision-language model "
+                "(its configuration has no vision_config). Name a model such as Qwen/Qwen3-VL-2B-Instruct."
+            )
+        return config
+
+    def load_processor(self) -> ProcessorMixin:
+        """Open the checkpoint's processor.
+
+        Raises:
+            ValueError: If it has no image processor or no chat template.
+        """
+        processor = AutoProcessor.from_pretrained(self.checkpoint, **self._source)
+        for part in ("image_processor", "chat_template"):
+            if getattr(processor, part, None) is None:
+                raise ValueError(f"The checkpoint {self.checkpoint!r} has no {part.replace('_', ' ')}.")
+        return processor
+
+    @cached_property
+    def preprocessor(self) -> ChatPreprocessor:
+        """The preprocessor of this backbone's inputs; it holds no weights and can be sent to loader workers."""
+        return ChatPreprocessor(self.load_processor(), self.instructions, self.generation_prompt, self.max_length)
+
+    @property
+    def hidden_size(self) -> int:
+        """H, the size of the hidden states."""
+        return int(self.model.config.get_text_config().hidden_size)
+
+    def forward(self, inputs: Inputs, layers: Sequence[int] = (-1,)) -> Float[Tensor, "*K B L H"]:
+        """Return hidden states.
+
+        Args:
+            inputs: One chunk, from the `preprocessor`.
+            layers: Which hidden states: -1 is the last one, after the final norm; 0 the token embeddings.
+
+        Returns:
+            (B, L, H), or (K, B, L, H) for K layers.
+        """
+        output = self.model(**inputs, use_cache=False, output_hidden_states=tuple(layers) != (-1,))
+        states = [output.last_hidden_state if layer == -1 else output.hidden_states[layer] for layer in layers]
+        return states[0] if len(states) == 1 else torch.stack(states)
+
+    def _attention(self, config: PretrainedConfig) -> str:
+        if self.attn_implementation != "auto":
+            return self.attn_implementation
+        dtype = config.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
+        half = dtype in (torch.float16, torch.bfloat16)
+        return "flash_attention_2" if half and torch.cuda.is_available() and is_flash_attn_2_available() else "sdpa"
+
+
+def _quantization() -> object:
+    from transformers import BitsAndBytesConfig
+    from transformers.utils import is_bitsandbytes_available
+
+    if not (torch.cuda.is_available() and is_bitsandbytes_available()):
+        raise ValueError(
+            "load_in_4bit needs a CUDA device and the bitsandbytes package "
+            f"(CUDA: {torch.cuda.is_available()}, bitsandbytes: {is_bitsandbytes_available()}). "
+            "Install vlmembed[quantization] on a machine with a GPU, or set load_in_4bit: false."
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )

@@ -1,0 +1,136 @@
+"""From items to model inputs, through a checkpoint's own processor and chat template.
+
+The calls are the ones that Sentence Transformers makes on an exported folder: one chat message per item, with the
+instruction as the system message. So what was trained is what is served.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+from typing import Any
+
+import torch
+from transformers import ProcessorMixin
+
+from vlmembed.backbones.media import image_size, load_image
+from vlmembed.types import Frame, Inputs, Item, Part, Preprocessor, Role
+
+Message = dict[str, Any]
+
+# What an item costs only decides which items share a chunk, so rough numbers do.
+CHARACTERS_PER_TOKEN = 4
+PIXELS_PER_TOKEN = 32 * 32
+TOKENS_PER_VIDEO_FILE = 10_000
+
+
+class ChatPreprocessor(Preprocessor):
+    """Renders items through a chat template, tokenizes them, and resizes their images.
+
+    Args:
+        processor: The checkpoint's processor: tokenizer, image processor and chat template. Made to pad on the right.
+        instructions: The system message for each role; None or empty for none.
+        generation_prompt: Whether to end with the template's opening of an answer.
+        max_length: The most tokens an item may have. A longer text loses its end, but keeps what the template puts
+            behind it. None for no limit.
+    """
+
+    def __init__(
+        self,
+        processor: ProcessorMixin,
+        instructions: Mapping[Role, str | None],
+        generation_prompt: bool = True,
+        max_length: int | None = None,
+    ) -> None:
+        processor.tokenizer.padding_side = "right"
+        self.processor = processor
+        self.instructions = instructions
+        self.generation_prompt = generation_prompt
+        self.max_length = max_length
+
+    def __call__(self, items: Sequence[Item]) -> Inputs:
+        """Preprocess items into one chunk.
+
+        Args:
+            items: B items.
+
+        Returns:
+            ``input_ids`` and ``attention_mask`` of shape (B, L), padded on the right, and what the vision tower reads.
+
+        Raises:
+            ValueError: If an image cannot be read, or an item with images has more than ``max_length`` tokens.
+        """
+        inputs = self._apply_template([self._conversation(item) for item in items])
+        if self.max_length is None or inputs["input_ids"].shape[1] <= self.max_length:
+            return inputs
+        return self._truncate(inputs, items, self.max_length)
+
+    def cost(self, item: Item) -> int:
+        """Estimate an item's tokens from the lengths of its texts and the sizes of its images."""
+        return sum(_part_cost(part, item.origin) for part in item.parts)
+
+    def _conversation(self, item: Item) -> list[Message]:
+        content = [{"type": part.kind, part.kind: _load(part, item.origin)} for part in item.parts]
+        return self._chat(item.role, content)
+
+    def _chat(self, role: Role, content: list[dict[str, Any]]) -> list[Message]:
+        user = {"role": "user", "content": content}
+        instruction = self.instructions[role]
+        if not instruction:
+            return [user]
+        return [{"role": "system", "content": [{"type": "text", "text": instruction}]}, user]
+
+    def _apply_template(self, conversations: list[list[Message]]) -> Inputs:
+        return dict(
+            self.processor.apply_chat_template(
+                conversations,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                add_generation_prompt=self.generation_prompt,
+                processor_kwargs={"text_kwargs": {"padding": True}, "common_kwargs": {"return_tensors": "pt"}},
+            )
+        )
+
+    def _truncate(self, inputs: Inputs, items: Sequence[Item], limit: int) -> Inputs:
+        rows, width = inputs["input_ids"].shape
+        for row, length in enumerate(inputs["attention_mask"].sum(dim=1).tolist()):
+            if length <= limit:
+                continue
+            if any(part.kind != "text" for part in items[row].parts):
+                raise ValueError(
+                    f"{items[row].origin or 'An item'} has {length} tokens, more than max_length={limit}, and cutting "
+                    "it could cut through an image. Raise max_length, or lower max_pixels so that images take fewer."
+                )
+            tail = self._template_tail(items[row].role)
+            inputs["input_ids"][row, limit - len(tail) : limit] = torch.tensor(tail)
+        return {name: value[:, :limit] if value.shape[:2] == (rows, width) else value for name, value in inputs.items()}
+
+    def _template_tail(self, role: Role) -> list[int]:
+        """Return the tokens that the template puts behind a text: what two different texts have in common at the end."""
+        chats = [self._chat(role, [{"type": "text", "text": text}]) for text in ("0", "1 2 3 4")]
+        one, other = (self._apply_template([chat])["input_ids"][0].tolist()[::-1] for chat in chats)
+        common = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+        return [token for token, _ in common][::-1]
+
+
+def _load(part: Part, origin: str) -> Any:
+    """Return what the chat template's content part holds: a text, an image, a video file's path, or frames."""
+    if part.kind == "text":
+        return part.value
+    if isinstance(part.value, tuple):
+        return [load_image(frame, origin) for frame in part.value]
+    return load_image(part.value, origin) if part.kind == "image" else str(part.value)
+
+
+def _part_cost(part: Part, origin: str) -> int:
+    if part.kind == "text":
+        return len(str(part.value)) // CHARACTERS_PER_TOKEN
+    if isinstance(part.value, tuple):
+        return sum(_frame_cost(frame, origin) for frame in part.value)
+    return _frame_cost(part.value, origin) if part.kind == "image" else TOKENS_PER_VIDEO_FILE
+
+
+def _frame_cost(frame: Frame, origin: str) -> int:
+    width, height = image_size(frame, origin)
+    return width * height // PIXELS_PER_TOKEN

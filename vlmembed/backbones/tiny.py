@@ -1,0 +1,190 @@
+"""A tiny fresh Qwen3-VL: the real architecture and files with random weights, for the quick start and the tests.
+
+Nothing is downloaded. The folder is an ordinary checkpoint: ``from_pretrained`` opens it like any other, and like any
+fresh checkpoint it knows nothing until it is trained.
+
+    python -m vlmembed.backbones.tiny checkpoints/tiny
+"""
+
+from __future__ import annotations
+
+import argparse
+import filecmp
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from transformers import (
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+)
+
+#: The special tokens of Qwen3-VL that its processor and template use.
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+
+#: Every message, also an empty one, is one turn. A video stands without vision markers: the processor writes its own
+#: pair around every frame.
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+    {{- '<|im_start|>' + message.role + '\\n' -}}
+    {%- if message.content is string -%}
+        {{- message.content -}}
+    {%- else -%}
+        {%- for part in message.content -%}
+            {%- if part.type == 'text' -%}
+                {{- part.text -}}
+            {%- elif part.type == 'image' -%}
+                {{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
+            {%- elif part.type == 'video' -%}
+                {{- '<|video_pad|>' -}}
+            {%- else -%}
+                {{- raise_exception('A content part is a text, an image or a video, not ' + part.type) -}}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- endif -%}
+    {{- '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}
+"""
+
+NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+#: Whatever is not in here still has tokens: its bytes.
+VOCABULARY_TEXT = [
+    *(" ".join(pair) for pair in product(NUMBER_WORDS, repeat=2)),
+    *["system\n", "user\n", "assistant\n", "query\n", "document\n", "yes", "no", " yes", " no"] * 20,
+    *["Represent the user's input. Judge whether the document answers the query. <0.5 seconds>"] * 20,
+]
+
+PATCH, MERGE, FRAMES = 16, 2, 2
+TOKEN_PIXELS = (PATCH * MERGE) ** 2
+MIN_TOKENS, MAX_TOKENS = 1, 256
+
+
+def create(
+    folder: Path,
+    *,
+    hidden_size: int = 128,
+    layers: int = 4,
+    heads: int = 4,
+    vision_hidden_size: int = 96,
+    vision_layers: int = 2,
+    tie_word_embeddings: bool = True,
+    seed: int = 0,
+) -> bool:
+    """Write a fresh Qwen3-VL checkpoint.
+
+    Args:
+        folder: Where; made if it is not there.
+        hidden_size: Width of the language model, a multiple of ``2 * heads``; its MLPs are four times as wide.
+        layers: Layers of the language model.
+        heads: Attention heads, in the language model and in the vision tower; two share a key-value head.
+        vision_hidden_size: Width of the vision tower, a multiple of ``4 * heads``.
+        vision_layers: Layers of the vision tower. All but its last also feed the language model directly (DeepStack).
+        tie_word_embeddings: Whether the output layer shares the input embedding's weights, as in Qwen3-VL-2B.
+        seed: Of the random weights.
+
+    Returns:
+        Whether it wrote; False where ``folder`` held the same checkpoint already.
+
+    Raises:
+        FileExistsError: If ``folder`` holds anything else.
+    """
+    processor = fresh_processor()
+    config = fresh_config(
+        processor, hidden_size, layers, heads, vision_hidden_size, vision_layers, tie_word_embeddings
+    )
+    with torch.random.fork_rng(devices=[]), TemporaryDirectory() as scratch:
+        torch.random.default_generator.manual_seed(seed)
+        Qwen3VLForConditionalGeneration(config).save_pretrained(scratch)
+        processor.save_pretrained(scratch)
+        return _install(Path(scratch), folder)
+
+
+def fresh_processor() -> Qwen3VLProcessor:
+    """Return a processor with a small byte-level BPE, our chat template and limits that suit little pictures."""
+    vision = {"patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": FRAMES}
+    vision |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    size = {"shortest_edge": MIN_TOKENS * TOKEN_PIXELS, "longest_edge": MAX_TOKENS * TOKEN_PIXELS}
+    frames_size = {name: FRAMES * pixels for name, pixels in size.items()}
+    return Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(size=size, **vision),
+        video_processor=Qwen3VLVideoProcessor(size=frames_size, cap_pixels_per_frame=False, **vision),
+        tokenizer=fresh_tokenizer(),
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def fresh_tokenizer() -> Qwen2Tokenizer:
+    """Return a byte-level BPE for ``VOCABULARY_TEXT``; "yes" and "no" are one token each, as a reranker needs."""
+    blank = Qwen2Tokenizer(eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=list(SPECIAL_TOKENS))
+    return blank.train_new_from_iterator(VOCABULARY_TEXT, vocab_size=512, show_progress=False)
+
+
+def fresh_config(
+    processor: Qwen3VLProcessor,
+    hidden_size: int,
+    layers: int,
+    heads: int,
+    vision_hidden_size: int,
+    vision_layers: int,
+    tie_word_embeddings: bool,
+) -> Qwen3VLConfig:
+    """Return the configuration of a model of these sizes that reads what ``processor`` writes; see ``create``."""
+    head_dim = hidden_size // heads
+    third = head_dim // 6  # A rotary table has head_dim / 2 frequencies, shared by time, height and width.
+    text = {
+        "vocab_size": len(processor.tokenizer),
+        "hidden_size": hidden_size,
+        "intermediate_size": 4 * hidden_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // 2,
+        "head_dim": head_dim,
+        "max_position_embeddings": 4096,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_interleaved": True,
+            "mrope_section": [head_dim // 2 - 2 * third, third, third],
+        },
+        "eos_token_id": processor.tokenizer.eos_token_id,
+        "tie_word_embeddings": tie_word_embeddings,
+    }
+    vision = {
+        "hidden_size": vision_hidden_size,
+        "intermediate_size": 4 * vision_hidden_size,
+        "depth": vision_layers,
+        "num_heads": heads,
+        "out_hidden_size": hidden_size,
+        "patch_size": PATCH,
+        "spatial_merge_size": MERGE,
+        "temporal_patch_size": FRAMES,
+        "num_position_embeddings": 256,
+        "deepstack_visual_indexes": list(range(vision_layers - 1)),
+    }
+    return Qwen3VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=processor.image_token_id,
+        video_token_id=processor.video_token_id,
+        vision_start_token_id=processor.vision_start_token_id,
+        vision_end_token_id=processor.vision_end_token_id,
+        tie_word_embeddings=tie_word_embeddings,
+    )

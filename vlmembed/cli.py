@@ -1,0 +1,90 @@
+"""The command line: a YAML file becomes objects, and one of the trainer's methods runs them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning import LightningDataModule, LightningModule
+from lightning.pytorch.cli import ArgsType, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger
+
+from vlmembed.trainer import Trainer
+
+
+class CLI(LightningCLI):
+    """Lightning's command line with ``export``, and with measuring before and exporting after ``fit``."""
+
+    trainer: Trainer
+
+    def __init__(self, args: ArgsType = None) -> None:
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            trainer_class=Trainer,
+            trainer_defaults={
+                "exporter": {"class_path": "vlmembed.export.SentenceTransformers"},
+                # The data module shards by itself, in whole batches.
+                "use_distributed_sampler": False,
+                "num_sanity_val_steps": 0,
+            },
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            # The modules build their own, after the weights are loaded and the adapters are in.
+            auto_configure_optimizers=False,
+            args=args,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return the subcommands, each a method of the trainer, and which of their arguments are not options."""
+        return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
+
+    def before_fit(self) -> None:
+        """Measure the fresh model, unless the run goes on from a checkpoint."""
+        self._before = {} if self._get(self.config_init, "ckpt_path") else self._measure()
+
+    def after_fit(self) -> None:
+        """Measure and export the best checkpoint, or the last weights where no metric decides."""
+        best = self.trainer.best_checkpoint()
+        for name, value in self._measure(best).items():
+            before = f"{self._before[name]:.3f} before training, " if name in self._before else ""
+            if name.endswith("ndcg@10"):
+                print(f"{name}: {before}{value:.3f} after")
+        if self.trainer.exporter is not None and not self.trainer.fast_dev_run:
+            self.trainer.export(self.model, self.datamodule, best)
+
+    def _measure(self, ckpt_path: str | None = None) -> dict[str, float]:
+        """Run every evaluation set that the data module has."""
+        results: dict[str, float] = {}
+        if self.trainer.fast_dev_run:
+            return results
+        for stage, run in (("val", self.trainer.validate), ("test", self.trainer.test)):
+            if getattr(self.datamodule, stage, None):
+                for metrics in run(self.model, self.datamodule, ckpt_path=ckpt_path, verbose=False):
+                    results |= metrics
+        return results
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
+        config["logger"] = _with_csv(config.get("logger"))
+        trainer: Trainer = super()._instantiate_trainer(config, callbacks)
+        trainer.run_config = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
+        return trainer
+
+
+def _with_csv(logger: Logger | list[Logger] | bool | None) -> list[Logger] | bool:
+    """Put a CSV logger first where there is none: ``metrics.csv`` is always written, and its folder is the run's."""
+    if logger is False:
+        return False
+    loggers = logger if isinstance(logger, list) else [] if logger in (None, True) else [logger]
+    if any(isinstance(entry, CSVLogger) for entry in loggers):
+        return sorted(loggers, key=lambda entry: not isinstance(entry, CSVLogger))
+    return [CSVLogger("runs", name="run"), *loggers]
+
+
+def main(args: ArgsType = None) -> None:
+    """Run one command.
+
+    Args:
+        args: The command line, without the program's name; None for the process's own.
+    """
+    CLI(args)

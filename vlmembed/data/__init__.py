@@ -1,0 +1,24 @@
+"""Where rows come from, how they are mixed, and how they become batches."""
+
+from vlmembed.data.batches import Batches
+from vlmembed.data.cells import to_item
+from vlmembed.data.collate import Collator, ItemCollator
+from vlmembed.data.datamodule import RetrievalDataModule
+from vlmembed.data.evaluation import EvaluationFolder, EvaluationRows, EvaluationSource, load_evaluation
+from vlmembed.data.mixture import Mixture
+from vlmembed.data.sources import Rows, Source
+
+__all__ = [
+    "Batches",
+    "Collator",
+    "EvaluationFolder",
+    "EvaluationRows",
+    "EvaluationSource",
+    "ItemCollator",
+    "Mixture",
+    "RetrievalDataModule",
+    "Rows",
+    "Source",
+    "load_evaluation",
+    "to_item",
+]

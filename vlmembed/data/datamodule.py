@@ -1,0 +1,182 @@
+"""From paths in the YAML to batches in the model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader
+
+from vlmembed.data.batches import Batches
+from vlmembed.data.collate import Collator, ItemCollator
+from vlmembed.data.evaluation import EvaluationRows, EvaluationSource, load_evaluation
+from vlmembed.data.loader import ExampleLists, ItemLists, ResumableLoader, shard
+from vlmembed.data.mixture import Mixture
+from vlmembed.data.sources import Rows, Source
+from vlmembed.types import EvaluationSet, Preprocessor
+
+Training = str | Source | list[str | Source]
+Evaluations = str | Source | EvaluationSource | list[str | Source | EvaluationSource]
+
+#: The split that a bare path means in ``val`` and ``test``.
+SPLITS = {"val": "validation", "test": "test"}
+
+
+class RetrievalDataModule(LightningDataModule):
+    """Training rows and evaluation sets, as batches for a model.
+
+    Where a path is a data set with several splits, ``train``, ``val`` and ``test`` mean its ``train``, ``validation``
+    and ``test``; write a ``vlmembed.data.Rows`` for another. Use ``Trainer(use_distributed_sampler=False)``: batches
+    are cut for the processes here.
+
+    Args:
+        train: Training rows: a JSONL, CSV or Parquet file, a saved data set, a Hub id, a ``vlmembed.data.Source`` (a
+            ``Mixture`` decides how sources are mixed), or a list of these, mixed by size.
+        val: What to measure on while training: a folder with ``corpus.jsonl``, ``queries.jsonl`` and ``qrels.tsv``;
+            training rows; a ``vlmembed.data.EvaluationSource``; or a list of these.
+        test: What to measure on with ``test``, and to embed with ``predict`` (which takes ``val`` if there is no
+            ``test``). As ``val``.
+        batch_size: Training rows per process and step; every other row's documents are negatives.
+        chunk_size: Items that go through the model at once in training. Changes memory and speed, never the gradient.
+            Null for the whole batch.
+        eval_batch_size: Items that go through the model at once when measuring.
+        num_workers: Processes per loader that read and preprocess; 0 to do it in the training process.
+        seed: Draws the order of the training rows.
+    """
+
+    def __init__(
+        self,
+        train: Training | None = None,
+        val: Evaluations | None = None,
+        test: Evaluations | None = None,
+        batch_size: int = 64,
+        chunk_size: int | None = None,
+        eval_batch_size: int = 32,
+        num_workers: int = 2,
+        seed: int = 0,
+    ):
+        super().__init__()
+        if eval_batch_size < 1:
+            raise ValueError(f"eval_batch_size is 1 or more, got {eval_batch_size}.")
+        self.train = train
+        self.val = val
+        self.test = test
+        self.batch_size = batch_size
+        self.chunk_size = chunk_size
+        self.eval_batch_size = eval_batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        #: Of each stage (``val``, ``test``, ``predict``), its evaluation sets, one per loader.
+        self.evaluations: dict[str, list[EvaluationSet]] = {}
+
+    def setup(self, stage: str) -> None:
+        """Open what the stage needs.
+
+        Raises:
+            ValueError: If something is missing, cannot be read, or two evaluation sets of a stage have one name.
+        """
+        self._preprocessor: Preprocessor = self._trainer.lightning_module.preprocessor
+        if stage == "fit":
+            self._mixture = as_mixture(self.train)
+        if stage == "validate" or (stage == "fit" and self.val is not None):
+            self.evaluations.setdefault("val", load_evaluations(self.val, SPLITS["val"]))
+        if stage == "test":
+            self.evaluations.setdefault("test", load_evaluations(self.test, SPLITS["test"]))
+        if stage == "predict":
+            asked, split = (self.val, "val") if self.test is None else (self.test, "test")
+            self.evaluations.setdefault("predict", load_evaluations(asked, SPLITS[split]))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Training batches per epoch and process, known without reading the rows."""
+        return len(self._batches())
+
+    def train_dataloader(self) -> DataLoader:
+        """Return the loader of training batches."""
+        if self._trainer.overfit_batches:
+            # Lightning would replace the sampler by one that knows no batches.
+            raise ValueError("trainer.overfit_batches is not supported; train on a small file instead.")
+        return ResumableLoader(
+            ExampleLists(self._mixture),
+            sampler=self._batches(),
+            collate_fn=Collator(self._preprocessor, self.chunk_size),
+            persistent_workers=self.num_workers > 0,
+            **self._loader_options,
+        )
+
+    def val_dataloader(self) -> list[DataLoader]:
+        """Return a loader for each validation set: its queries and corpus, sorted by cost."""
+        return self._evaluation_loaders("val")
+
+    def test_dataloader(self) -> list[DataLoader]:
+        """Return a loader for each test set."""
+        return self._evaluation_loaders("test")
+
+    def predict_dataloader(self) -> list[DataLoader]:
+        """Return a loader for each set to embed."""
+        return self._evaluation_loaders("predict")
+
+    def _batches(self) -> Batches:
+        trainer = self._trainer
+        return Batches(self._mixture, self.batch_size, self.seed, trainer.global_rank, trainer.world_size)
+
+    def _evaluation_loaders(self, stage: str) -> list[DataLoader]:
+        return [self._evaluation_loader(ItemLists(evaluation)) for evaluation in self.evaluations.get(stage, [])]
+
+    def _evaluation_loader(self, items: ItemLists) -> DataLoader:
+        costs = [self._preprocessor.cost(items.item(row)) for row in range(len(items))]
+        batches = shard(costs, self.eval_batch_size, self._trainer.global_rank, self._trainer.world_size)
+        return DataLoader(items, sampler=batches, collate_fn=ItemCollator(self._preprocessor), **self._loader_options)
+
+    @property
+    def _loader_options(self) -> dict[str, Any]:
+        on_gpu = self._trainer.strategy.root_device.type == "cuda"
+        return {"batch_size": None, "num_workers": self.num_workers, "pin_memory": on_gpu}
+
+    @property
+    def _trainer(self) -> Any:
+        if self.trainer is None:
+            raise ValueError("The data module needs a Trainer: it asks it for rank, device and preprocessor.")
+        return self.trainer
+
+
+def as_mixture(train: Training | None) -> Mixture:
+    """Turn what the YAML says about training data into one mixture.
+
+    Raises:
+        ValueError: If there is nothing.
+    """
+    given = train if isinstance(train, list) else [train]
+    sources = [Rows(one) if isinstance(one, str) else one for one in given if one is not None]
+    if not sources:
+        raise ValueError("data.train is not given: fit needs training rows.")
+    return sources[0] if len(sources) == 1 and isinstance(sources[0], Mixture) else Mixture(sources)
+
+
+def load_evaluations(given: Evaluations | None, split: str) -> list[EvaluationSet]:
+    """Load the evaluation sets of a stage.
+
+    Args:
+        given: What the YAML says.
+        split: What to take of a data set that is given by its path and has several splits.
+
+    Raises:
+        ValueError: If there is nothing, or two sets have one name and would share their metrics.
+    """
+    if given is None or given == []:
+        raise ValueError(
+            "There is nothing to measure on: give data.val to validate, data.test to test, either to predict."
+        )
+    sets = [load_one(one, split) for one in (given if isinstance(given, list) else [given])]
+    name, count = Counter(one.name for one in sets).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"{count} evaluation sets are called {name!r}; give their EvaluationFolder or -Rows a name.")
+    return sets
+
+
+def load_one(given: str | Source | EvaluationSource, split: str) -> EvaluationSet:
+    """Load one evaluation set from a path, training rows, or a source of its own."""
+    if isinstance(given, str):
+        return load_evaluation(given, split=split)
+    return (EvaluationRows(given) if isinstance(given, Source) else given).load()

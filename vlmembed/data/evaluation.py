@@ -1,0 +1,191 @@
+"""Queries, a corpus and judgements, from a folder or from training rows."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlmembed.data.cells import to_item
+from vlmembed.data.sources import Rows, Source
+from vlmembed.data.tables import JSONLines
+from vlmembed.types import EvaluationSet, Example, Item, Role
+
+Qrels = dict[str, dict[str, int]]
+
+
+class EvaluationSource(ABC):
+    """Something that a retrieval measurement can be made on. Subclass it to measure on anything."""
+
+    @abstractmethod
+    def load(self) -> EvaluationSet:
+        """Read the queries, the corpus and the judgements."""
+
+
+class EvaluationFolder(EvaluationSource):
+    """A folder in the manner of BEIR and MTEB: ``corpus.jsonl``, ``queries.jsonl`` and ``qrels.tsv``.
+
+    A row of the two JSONL files has ``id`` (or ``_id``) and any of ``text``, ``image``, ``video``; images and videos
+    are paths relative to the folder. BEIR's ``title`` is put before the text, as MTEB does, and its ``metadata`` is
+    not read. ``qrels.tsv`` has query id, corpus id and an integer grade, separated by tabs, and may have a header.
+    Queries without judgements are left out.
+
+    Args:
+        path: The folder.
+        name: What metrics call it; the folder's name if null.
+    """
+
+    def __init__(self, path: str, name: str | None = None):
+        self.path = path
+        self.name = name or Path(path).resolve().name
+
+    def load(self) -> EvaluationSet:
+        """See ``EvaluationSource.load``.
+
+        Raises:
+            ValueError: Naming file, row and value: a row that cannot be read, an id given twice, a judged query that
+                does not exist.
+        """
+        folder = Path(self.path)
+        qrels = _read_qrels(folder / "qrels.tsv")
+        queries = _read_items(folder / "queries.jsonl", "query")
+        for query in qrels.keys() - queries.keys():
+            raise ValueError(f"{folder / 'qrels.tsv'}: query {query!r} is not in {folder / 'queries.jsonl'}.")
+        queries = {name: item for name, item in queries.items() if name in qrels}
+        corpus = _read_items(folder / "corpus.jsonl", "document")
+        missing = {document for judged in qrels.values() for document in judged} - corpus.keys()
+        if missing:
+            warnings.warn(
+                f"{folder}: {len(missing)} documents of qrels.tsv are not in corpus.jsonl (such as {min(missing)!r}); "
+                "they count as answers that nothing can find.",
+                stacklevel=2,
+            )
+        return EvaluationSet(self.name, [*queries.values()], [*corpus.values()], [*queries], [*corpus], qrels)
+
+
+class EvaluationRows(EvaluationSource):
+    """Training rows as a retrieval measurement.
+
+    The corpus is all their positives and negatives, the queries are those with a positive, each distinct one once;
+    a query's right answers are those of all its rows.
+
+    Args:
+        rows: The training rows.
+        name: What metrics call it; the name of the file if null.
+    """
+
+    def __init__(self, rows: Source, name: str | None = None):
+        self.rows = rows
+        self.name = name or rows.name
+
+    def load(self) -> EvaluationSet:
+        """See ``EvaluationSource.load``."""
+        queries: dict[str, tuple[int, int]] = {}
+        corpus: dict[str, tuple[int, int]] = {}
+        qrels: Qrels = {}
+        for row in range(len(self.rows)):
+            example = self.rows[row]
+            query, *documents = (f"{item.id:016x}" for item in _items(example))
+            for place, document in enumerate(documents, start=1):
+                corpus.setdefault(document, (row, place))
+            if example.positives:
+                queries.setdefault(query, (row, 0))
+                qrels.setdefault(query, {}).update(dict.fromkeys(documents[: len(example.positives)], 1))
+        items = RowItems(self.rows, [*queries.values()]), RowItems(self.rows, [*corpus.values()])
+        return EvaluationSet(self.name, *items, [*queries], [*corpus], qrels)
+
+
+class RowItems(Sequence[Item]):
+    """Items of training rows, read when asked for, so that open images are not all held in memory.
+
+    Args:
+        rows: Where they are.
+        places: Of each item, its row and its place in the row: query, positives, negatives.
+    """
+
+    def __init__(self, rows: Source, places: Sequence[tuple[int, int]]):
+        self.rows = rows
+        self.places = places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[k] for k in range(*index.indices(len(self)))]
+        row, place = self.places[index]
+        return _items(self.rows[row])[place]
+
+
+def load_evaluation(path: str, name: str | None = None, split: str = "test") -> EvaluationSet:
+    """Read an evaluation folder or, where the path is none, training rows.
+
+    Args:
+        path: A folder with ``corpus.jsonl``, or what ``Rows`` takes.
+        name: What metrics call it; the name of the file or folder if None.
+        split: Which split of a data set that has several.
+
+    Raises:
+        ValueError: If something in it cannot be read, with file and row.
+    """
+    if (Path(path) / "corpus.jsonl").exists() or (Path(path) / "queries.jsonl").exists():
+        return EvaluationFolder(path, name).load()
+    return EvaluationRows(Rows(path, split), name).load()
+
+
+def _items(example: Example) -> tuple[Item, ...]:
+    return (example.query, *example.positives, *example.negatives)
+
+
+def _read_items(path: Path, role: Role) -> dict[str, Item]:
+    rows = JSONLines(path)
+    items: dict[str, Item] = {}
+    for index in range(len(rows)):
+        row, origin = rows[index], f"{path}, row {index + 1}"
+        given = [row.pop(key) for key in ("id", "_id") if key in row]
+        if len(given) != 1 or not isinstance(given[0], str | int):
+            raise ValueError(f"{origin}: expected one 'id' (or '_id'), a string, got {given!r}.")
+        name = str(given[0])
+        if name in items:
+            raise ValueError(f"{origin}: id {name!r} is given twice; first at {items[name].origin}.")
+        items[name] = to_item(_with_title(row), role, path.parent, f"{origin} (id {name!r})")
+    return items
+
+
+def _with_title(row: dict[str, Any]) -> dict[str, Any]:
+    row.pop("metadata", None)
+    title = row.pop("title", None)
+    if title:
+        row["text"] = f"{title} {row.get('text') or ''}".strip()
+    return row
+
+
+def _read_qrels(path: Path) -> Qrels:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; it holds query-id, corpus-id and grade, separated by tabs.")
+    qrels: Qrels = {}
+    for number, line in _lines(path):
+        cells = [cell.strip() for cell in line.split("\t")]
+        if number == 1 and not _is_integer(cells[-1]):
+            continue
+        if len(cells) != 3 or not _is_integer(cells[2]):
+            raise ValueError(f"{path}, row {number}: expected query-id, corpus-id, integer grade; got {line!r}.")
+        query, document, grade = cells[0], cells[1], int(cells[2])
+        if qrels.setdefault(query, {}).setdefault(document, grade) != grade:
+            raise ValueError(f"{path}, row {number}: {query!r} and {document!r} had another grade before: {line!r}.")
+    if not qrels:
+        raise ValueError(f"{path}: the file has no rows.")
+    return qrels
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, line.rstrip("\r\n")
+
+
+def _is_integer(cell: str) -> bool:
+    return cell.removeprefix("-").isdecimal()

@@ -1,0 +1,142 @@
+"""Where training rows come from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+from vlmembed.data.cells import to_item
+from vlmembed.data.columns import check_columns, to_example
+from vlmembed.data.tables import Table, open_table
+from vlmembed.types import Example
+
+
+class Source(ABC):
+    """Training rows by number. Goes to loader workers: it must pickle. Subclass it to train on anything."""
+
+    @property
+    def name(self) -> str:
+        """What messages and metrics call it."""
+        return type(self).__name__.lower()
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Example: ...
+
+    def query_id(self, index: int) -> int:
+        """Return ``Item.id`` of the row's query: no batch asks one query twice. Override it where that is cheaper."""
+        return self[index].query.id
+
+
+class Rows(Source):
+    """Training rows from a file, a folder or the Hub.
+
+    Columns are ``query``, ``positive`` (a list is several right answers) and optionally ``negative``, ``negative_1``
+    … ``negative_n``, or a list ``negatives``; ``scores`` of a teacher, for the positives and then the negatives; or,
+    for a reranker, ``query``, ``document`` and ``label`` (0 or 1). A cell is a string, an image, a mapping with any
+    of ``text``, ``image``, ``video``, or a list of chat content parts. In a file, an image or video is a path
+    relative to it.
+
+    Args:
+        path: A JSONL, CSV or Parquet file, a folder written by ``save_to_disk``, or a folder or Hub id that
+            ``datasets.load_dataset`` opens.
+        split: Which split of a data set that has several; a file, or one saved data set, is read whole.
+        subset: Which configuration of a data set that has several.
+        columns: New names for columns, ``{question: query}``; null drops a column.
+    """
+
+    def __init__(
+        self, path: str, split: str = "train", subset: str | None = None, columns: dict[str, str | None] | None = None
+    ):
+        self.path = path
+        self.split = split
+        self.subset = subset
+        self.columns = columns or {}
+
+    @property
+    def name(self) -> str:
+        """The file or folder name, without ending."""
+        return Path(self.path).stem
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: int) -> Example:
+        row = self._read(self._table, index)
+        missing = [column for column in self._names if column not in row]
+        extra = [column for column in row if column not in self._names and column not in self.columns]
+        if missing or extra:
+            which = (
+                f"lacks column {missing[0]!r} of row 1" if missing else f"has a column {extra[0]!r} that row 1 lacks"
+            )
+            raise ValueError(f"{self._origin(index)} {which}; every row needs the same columns.")
+        renamed = {new: row[old] for old, new in self._names.items()}
+        return to_example(renamed, self._folder, self._origin(index))
+
+    def query_id(self, index: int) -> int:
+        """See ``Source.query_id``; read once, and without the other columns where the file allows it."""
+        if self._query_ids[index] < 0:
+            row = self._read(self._queries, index)
+            origin = f"{self._origin(index)}, column 'query'"
+            self._query_ids[index] = to_item(row.get(self._query_column), "query", self._folder, origin).id
+        return int(self._query_ids[index])
+
+    def _origin(self, index: int) -> str:
+        return f"{self.path}, row {index + 1}"
+
+    def _read(self, table: Table, index: int) -> Mapping[str, Any]:
+        try:
+            return table[index]
+        except OSError as error:  # An embedded image that does not decode.
+            raise ValueError(f"{self._origin(index)}: cannot be read: {error}") from error
+
+    @property
+    def _folder(self) -> Path:
+        path = Path(self.path)
+        return path.parent if path.is_file() else path
+
+    @cached_property
+    def _table(self) -> Table:
+        table = open_table(self.path, self.split, self.subset)
+        names = table.column_names
+        absent = [column for column in self.columns if column not in names]
+        if absent:
+            raise ValueError(f"{self.path}: no column {absent[0]!r} to rename or drop; it has {', '.join(names)}.")
+        kept = [column for column in names if self.columns.get(column, column) is not None]
+        renamed = [self.columns.get(column, column) or "" for column in kept]
+        for name in renamed:
+            if renamed.count(name) > 1:
+                raise ValueError(f"{self.path}: two columns would be called {name!r}; columns is {self.columns}.")
+        check_columns(renamed, self.path)
+        return _select(table, kept)
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        """The file's name → the name in ``Example``, of the columns that are not dropped."""
+        names = {column: self.columns.get(column, column) for column in self._table.column_names}
+        return {old: new for old, new in names.items() if new is not None}
+
+    @cached_property
+    def _query_column(self) -> str:
+        return next(old for old, new in self._names.items() if new == "query")
+
+    @cached_property
+    def _queries(self) -> Table:
+        return _select(self._table, [self._query_column])
+
+    @cached_property
+    def _query_ids(self) -> np.ndarray:
+        return np.full(len(self), -1)  # Ids have 63 bits, so -1 is none of them.
+
+
+def _select(table: Table, columns: list[str]) -> Table:
+    """Leave the other columns of an Arrow table undecoded; a JSON line is read whole in any case."""
+    return table.select_columns(columns) if isinstance(table, datasets.Dataset) else table

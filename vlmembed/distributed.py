@@ -1,0 +1,117 @@
+"""Everything that talks to other processes, and the only user of ``torch.distributed``.
+
+The scheme: every process embeds its own items, gathers everybody's embeddings, and computes the same loss of the joined
+batch. The gradients that reach a process's own embeddings, times the number of processes, then make the *mean* that
+data-parallel training takes over processes the gradient of the joined batch, for the encoder and for the loss's own
+parameters alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+BUCKET_BYTES = 64 * 2**20
+
+
+def world_size() -> int:
+    """Return the number of processes, 1 where there is no process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """Concatenate every process's rows, in the order of ranks; rows may differ in number.
+
+    Args:
+        tensor: (n, …) rows of this process; the other dimensions and the dtype are the same everywhere.
+
+    Returns:
+        (sum of n, …) the same tensor on every process. Its gradient flows back to this process's own rows only,
+        multiplied by the number of processes (see the head of this file).
+    """
+    if world_size() == 1:
+        return tensor
+    gathered: Tensor = _Gather.apply(tensor)
+    return gathered
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        counts = [torch.zeros(1, dtype=torch.long, device=tensor.device) for _ in range(world_size())]
+        dist.all_gather(counts, torch.tensor([len(tensor)], device=tensor.device))
+        sizes = [int(count) for count in counts]
+        # Collectives want equal shapes, so short ranks pad.
+        padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        ctx.start, ctx.stop = sum(sizes[: dist.get_rank()]), sum(sizes[: dist.get_rank() + 1])
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0][ctx.start : ctx.stop] * world_size()
+
+
+def defer_gradient_reduction(model: nn.Module) -> bool:
+    """Stop a ``DistributedDataParallel`` wrapper from reducing gradients during backward.
+
+    A step runs one backward per chunk, and the wrapper would reduce (and, meeting a parameter twice, fail) in each.
+    The caller reduces once instead, with `mean_gradients`.
+
+    Args:
+        model: What Lightning's strategy trains.
+
+    Returns:
+        Whether there is a reduction to make up for.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        return False
+    model.require_backward_grad_sync = False
+    return True
+
+
+def mean_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace every gradient by its mean over processes, in a few large messages.
+
+    A parameter without gradient counts as zero where another process has one (its batch had images, ours had none),
+    and is left alone where none has, as in a single process.
+
+    Args:
+        parameters: The parameters, in the same order on every process.
+    """
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    if not trained:
+        return
+    seen = torch.tensor([parameter.grad is not None for parameter in trained], device=trained[0].device).int()
+    dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+    gradients = []
+    for parameter, used in zip(trained, seen.tolist(), strict=True):
+        if used:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            gradients.append(parameter.grad)
+    for bucket in _buckets(gradients):
+        flat = torch.cat([gradient.flatten() for gradient in bucket])
+        dist.all_reduce(flat)
+        flat /= world_size()
+        for gradient, mean in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+
+def _buckets(gradients: list[Tensor]) -> Iterable[list[Tensor]]:
+    """Group tensors of one dtype up to `BUCKET_BYTES`."""
+    bucket: list[Tensor] = []
+    for gradient in sorted(gradients, key=lambda gradient: str(gradient.dtype)):
+        size = sum(member.nbytes for member in bucket)
+        if bucket and (bucket[0].dtype != gradient.dtype or size + gradient.nbytes > BUCKET_BYTES):
+            yield bucket
+            bucket = []
+        bucket.append(gradient)
+    if bucket:
+        yield bucket

@@ -1,0 +1,69 @@
+"""The items that an export is verified with: one of each kind that users will encode."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vlmembed.types import Item, Part, Role
+
+LONG_TEXT_WORDS = 400
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One input, in our terms and in those of Sentence Transformers."""
+
+    name: str
+    parts: tuple[Part, ...]
+
+    def item(self, role: Role) -> Item:
+        """Return the input as an item."""
+        return Item(role, self.parts, origin=f"export probe {self.name!r}")
+
+    def description(self) -> str | dict[str, list[str]]:
+        """Return the input as JSON, images as paths; Sentence Transformers takes it once those are opened."""
+        if [part.kind for part in self.parts] == ["text"]:
+            return str(self.parts[0].value)
+        content: dict[str, list[str]] = {}
+        for part in self.parts:
+            content.setdefault(part.kind, []).append(str(part.value))
+        return content
+
+
+def make_probes(folder: Path) -> list[Probe]:
+    """Draw the probes' images into a folder.
+
+    Args:
+        folder: An existing folder.
+
+    Returns:
+        A short text, an image, an image with a text, two images with a text, a long text, and a tiny image.
+    """
+    random = np.random.default_rng(0)
+    wide, tall, tiny = (_draw(folder, name, size, random) for name, size in IMAGES.items())
+    words = " ".join(random.choice(WORDS) for _ in range(LONG_TEXT_WORDS))
+    question = Part("text", "What does the picture show?")
+    return [
+        Probe("text", (Part("text", "four zero seven"),)),
+        Probe("image", (wide,)),
+        Probe("image and text", (tall, question)),
+        Probe("two images and text", (wide, tall, question)),
+        Probe("long text", (Part("text", words),)),
+        Probe("tiny image", (tiny,)),
+    ]
+
+
+IMAGES = {"wide": (160, 96), "tall": (64, 192), "tiny": (3, 2)}
+WORDS = ("retrieval", "of", "pages", "und", "Bilder", "числа", "数字", "42", "naïve", "—", "\n")
+
+
+def _draw(folder: Path, name: str, size: tuple[int, int], random: np.random.Generator) -> Part:
+    """Draw smooth coloured noise, so that resizing matters as it does for photographs."""
+    coarse = Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+    path = folder / f"{name}.png"
+    coarse.resize(size, Image.Resampling.BICUBIC).save(path)
+    return Part("image", path)

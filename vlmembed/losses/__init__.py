@@ -1,0 +1,7 @@
+"""Contrastive losses: functions of embeddings and judgements, and of nothing else."""
+
+from vlmembed.losses.infonce import InfoNCE
+from vlmembed.losses.loss import Loss
+from vlmembed.losses.matryoshka import Matryoshka
+
+__all__ = ["InfoNCE", "Loss", "Matryoshka"]

@@ -1,0 +1,6 @@
+"""Lightning modules: training and measuring."""
+
+from vlmembed.modules.embedding import EmbeddingModule
+from vlmembed.modules.schedules import Constant, CosineDecay, LinearDecay
+
+__all__ = ["Constant", "CosineDecay", "EmbeddingModule", "LinearDecay"]

@@ -1,0 +1,198 @@
+"""Training and measuring an embedder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from vlmembed import distributed, gradcache
+from vlmembed.adapters import Adapter
+from vlmembed.backbones import VisionLanguageModel
+from vlmembed.encoder import Encoder
+from vlmembed.losses import Loss
+from vlmembed.metrics import RetrievalMetrics
+from vlmembed.modules.optimization import parameter_groups, refuse_untouched_parameters, total_steps
+from vlmembed.pooling import Pooling
+from vlmembed.types import Batch, ItemBatch, Preprocessor
+
+SchedulerCallable = Callable[[Optimizer, int], LRScheduler]
+
+
+class EmbeddingModule(LightningModule):
+    """Turns a vision-language model into an embedder.
+
+    Args:
+        backbone: The vision-language model.
+        pooling: From its hidden states to an embedding.
+        loss: What to train with, such as InfoNCE, or Matryoshka around it.
+        adapters: What of the backbone is trained, and through what: LoRA, Freeze; applied in this order. Empty for all.
+        optimizer: Any torch optimizer.
+        lr_scheduler: A schedule called with the optimizer and the number of steps; null for a constant rate.
+        learning_rates: Learning rates other than the optimizer's: for ``vision``, ``merger`` or ``language``, or for
+            parameters whose name contains a match of a regular expression. The first that matches decides.
+    """
+
+    def __init__(
+        self,
+        backbone: VisionLanguageModel,
+        pooling: Pooling,
+        loss: Loss,
+        adapters: Sequence[Adapter] = (),
+        optimizer: OptimizerCallable = AdamW,
+        lr_scheduler: SchedulerCallable | None = None,
+        learning_rates: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.encoder = Encoder(backbone, pooling)
+        self.loss = loss
+        self.adapters = adapters
+        self._optimizer = optimizer
+        self._lr_scheduler = lr_scheduler
+        self._learning_rates = learning_rates or {}
+        self._configured = False
+        self._gradients_checked = False
+        self._metrics: list[RetrievalMetrics] = []
+
+    @property
+    def preprocessor(self) -> Preprocessor:
+        """The preprocessor of this model's inputs."""
+        return self.encoder.backbone.preprocessor
+
+    def configure_model(self) -> None:
+        """Load the weights and apply the adapters. Does nothing the second time."""
+        if self._configured:
+            return
+        self.encoder.configure()
+        for adapter in self.adapters:
+            adapter.apply(self.encoder.backbone)
+        too_large = [dimension for dimension in self.loss.dimensions if dimension > self.encoder.dimension]
+        if too_large:
+            raise ValueError(
+                f"The loss truncates to {too_large} dimensions, but the embedding has {self.encoder.dimension}. "
+                "Remove the larger ones from the Matryoshka loss's dimensions."
+            )
+        self._configured = True
+
+    def configure_optimizers(self) -> Any:
+        """Build the optimizer over what is trainable, and the schedule."""
+        optimizer = self._optimizer(parameter_groups(self, self.encoder.backbone, self._learning_rates))
+        if self._lr_scheduler is None:
+            return optimizer
+        schedule = self._lr_scheduler(optimizer, total_steps(self.trainer))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # Training
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Leave the batch on the host: the encoder takes its chunks over one at a time."""
+        return batch
+
+    def on_fit_start(self) -> None:
+        """Take over the gradient reduction from data-parallel training."""
+        self._reduce_gradients = distributed.defer_gradient_reduction(self.trainer.strategy.model)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Embed the batch's items and compute the loss on the embeddings of all processes."""
+        self._step = gradcache.embed(self.encoder, batch.chunks)
+        loss = self.loss(*joined_batch(self._step.embeddings, batch))
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch.queries))
+        return loss
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Send the loss's gradient to the embeddings, and from there through the encoder."""
+        super().backward(loss, *args, **kwargs)
+        self._step.replay()
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """Step, after reducing the gradients once over processes."""
+
+        def closure() -> Any:
+            loss = optimizer_closure()
+            if self._reduce_gradients:
+                distributed.mean_gradients(self.parameters())
+            return loss
+
+        super().optimizer_step(epoch, batch_idx, optimizer, closure)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """After the first step, refuse to train on if something trainable got no gradient."""
+        if not self._gradients_checked:
+            saw_images = any("pixel_values" in name for chunk in batch.chunks for name in chunk)
+            self._gradients_checked = refuse_untouched_parameters(self, self.encoder.backbone, saw_images)
+
+    # Measuring
+
+    def on_validation_epoch_start(self) -> None:
+        """Start measuring every validation set."""
+        self._start_metrics("val")
+
+    def validation_step(self, batch: ItemBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Embed queries or documents of a validation set."""
+        self._metrics[dataloader_idx].update(batch.rows, self.encoder(batch.inputs))
+
+    def on_validation_epoch_end(self) -> None:
+        """Rank and log."""
+        self._log_metrics("val")
+
+    def on_test_epoch_start(self) -> None:
+        """Start measuring every test set."""
+        self._start_metrics("test")
+
+    def test_step(self, batch: ItemBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Embed queries or documents of a test set."""
+        self.validation_step(batch, batch_idx, dataloader_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Rank and log."""
+        self._log_metrics("test")
+
+    def _start_metrics(self, stage: str) -> None:
+        sets = self.trainer.datamodule.evaluations[stage]
+        self._metrics = [RetrievalMetrics(evaluation, self.loss.dimensions) for evaluation in sets]
+
+    def _log_metrics(self, stage: str) -> None:
+        for metrics in self._metrics:
+            prefix = f"{stage}/{metrics.evaluation.name}/" if len(self._metrics) > 1 else f"{stage}/"
+            self.log_dict({prefix + name: value for name, value in metrics.compute().items()}, rank_zero_only=False)
+
+
+def joined_batch(embeddings: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Join all processes' batches into what a loss takes.
+
+    A document, or a query, that several processes hold is kept once, so that the loss is that of one process with
+    all their examples.
+
+    Args:
+        embeddings: (N, D) of this process's items, in the order of its chunks.
+        batch: This process's batch.
+
+    Returns:
+        Queries (Q, D), documents (P, D) and relevance (Q, P), the same on every process.
+    """
+    queries, query_ids = _distinct(embeddings[batch.queries], batch.query_ids)
+    documents, document_ids = _distinct(embeddings[batch.documents], batch.document_ids)
+    pairs = distributed.gather(batch.pairs.to(embeddings.device))
+    labels = distributed.gather(batch.labels.to(embeddings.device))
+    relevance = torch.zeros(len(queries), len(documents), dtype=torch.int8, device=embeddings.device)
+    rows = torch.searchsorted(query_ids, pairs[:, 0].contiguous())
+    columns = torch.searchsorted(document_ids, pairs[:, 1].contiguous())
+    # Right answers last: where examples disagree about a pair, it is one.
+    for label in (-1, 1):
+        relevance[rows[labels == label], columns[labels == label]] = label
+    return queries, documents, relevance
+
+
+def _distinct(embeddings: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Gather, and keep the first row of each id; rows come back in the order of ids."""
+    embeddings, ids = distributed.gather(embeddings), distributed.gather(ids.to(embeddings.device))
+    distinct, inverse = ids.unique(return_inverse=True)
+    rows = torch.arange(len(ids), device=ids.device)
+    first = torch.full_like(distinct, len(ids)).scatter_reduce(0, inverse, rows, "amin")
+    return embeddings[first], distinct

@@ -1,0 +1,89 @@
+"""What the modules share about optimizers: which parameters, at which rate, for how long, and whether all are reached."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from lightning import LightningModule, Trainer
+
+from vlmembed.adapters import group_of, matching_parameters
+from vlmembed.backbones import VisionLanguageModel
+
+
+def parameter_groups(
+    module: LightningModule, backbone: VisionLanguageModel, learning_rates: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Split a module's trainable parameters by learning rate.
+
+    Args:
+        module: The module.
+        backbone: Its backbone, whose groups may be named.
+        learning_rates: group name or regular expression → learning rate, the first match deciding.
+
+    Returns:
+        Optimizer parameter groups; the one without ``lr`` takes the optimizer's own.
+
+    Raises:
+        ValueError: If nothing is trainable, or an entry of ``learning_rates`` matches nothing trainable.
+    """
+    remaining = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    if not remaining:
+        raise ValueError("Nothing is trainable: the adapters freeze every parameter.")
+    groups = []
+    for pattern, rate in learning_rates.items():
+        if pattern in backbone.groups:
+            members = {id(parameter) for _, parameter in matching_parameters(backbone, pattern)}
+            chosen = [name for name, parameter in remaining.items() if id(parameter) in members]
+        else:
+            chosen = [name for name in remaining if re.search(pattern, name)]
+        if not chosen:
+            raise ValueError(f"The learning rate {rate} for {pattern!r} applies to no trainable parameter.")
+        groups.append({"params": [remaining.pop(name) for name in chosen], "lr": rate})
+    return [{"params": list(remaining.values())}, *groups] if remaining else groups
+
+
+def total_steps(trainer: Trainer) -> int:
+    """Return the run's optimizer steps.
+
+    ``trainer.estimated_stepping_batches`` says the same, but a module that reads it while its optimizers are built makes
+    Lightning 2.6 forget a stateful loader's place in the epoch on resume.
+
+    Raises:
+        ValueError: If the run has no end.
+    """
+    if trainer.max_epochs is None or trainer.max_epochs < 0:
+        if trainer.max_steps < 0:
+            raise ValueError("A learning-rate schedule needs the run's length: set trainer.max_epochs or max_steps.")
+        return trainer.max_steps
+    batches: int = trainer.datamodule.steps_per_epoch  # type: ignore[attr-defined]
+    limit = trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    steps = -(-batches // trainer.accumulate_grad_batches) * trainer.max_epochs
+    return min(steps, trainer.max_steps) if trainer.max_steps > 0 else steps
+
+
+def refuse_untouched_parameters(module: LightningModule, backbone: VisionLanguageModel, saw_images: bool) -> bool:
+    """Check that a backward reached every trainable parameter.
+
+    Args:
+        module: The module, after its first backward.
+        backbone: Its backbone.
+        saw_images: Whether the batch had images; one without says nothing about the vision tower.
+
+    Returns:
+        Whether everything was reached; False asks to check again after the next batch.
+
+    Raises:
+        RuntimeError: If a trainable parameter cannot be reached, with the names.
+    """
+    untouched = [name for name, parameter in module.named_parameters() if parameter.requires_grad and parameter.grad is None]
+    if not saw_images and all(group_of(backbone, name) != "language" for name in untouched):
+        return not untouched
+    if untouched:
+        raise RuntimeError(
+            f"{len(untouched)} trainable parameters got no gradient in the first step, such as {untouched[0]} and "
+            f"{untouched[-1]}: the loss does not depend on them. Freeze them with vlmembed.adapters.Freeze."
+        )
+    return True

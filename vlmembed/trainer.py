@@ -1,0 +1,79 @@
+"""Lightning's trainer, with a method that exports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
+
+from vlmembed.export import Exporter, push, refuse_used
+from vlmembed.modules import EmbeddingModule
+
+
+class Trainer(lightning.Trainer):
+    """Lightning's trainer, which can also export.
+
+    Args:
+        *args: As for Lightning's trainer.
+        exporter: Writes the trained model for others to open, for ``export`` and at the end of ``fit``; null for not at
+            all.
+        **kwargs: As for Lightning's trainer.
+    """
+
+    #: The run's whole configuration, in YAML.
+    run_config = ""
+
+    def __init__(self, *args: Any, exporter: Exporter | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.exporter = exporter
+
+    def best_checkpoint(self) -> str | None:
+        """Return the best checkpoint of the run, or None where no metric decides which one is."""
+        callback = self.checkpoint_callback
+        if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
+            return str(callback.best_model_path)
+        return None
+
+    @rank_zero_only
+    def export(
+        self,
+        model: EmbeddingModule,
+        datamodule: lightning.LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        output_dir: str | None = None,
+        push_to_hub: str | None = None,
+        private: bool = False,
+        revision: str | None = None,
+    ) -> None:
+        """Write a trained model as a folder that others open, verify it, and perhaps upload it.
+
+        Args:
+            model: The module. Its adapters are merged, for good.
+            datamodule: Not used.
+            ckpt_path: A checkpoint; null exports the weights as they are.
+            output_dir: A folder that is empty or not there yet; null for ``export`` in the run's folder.
+            push_to_hub: Upload to this Hub repository, ``ORG/NAME``.
+            private: Whether to make that repository private.
+            revision: The branch to upload to; null for main.
+
+        Raises:
+            ValueError: If there is no exporter.
+            FileExistsError: If the folder is not empty.
+            ExportError: If what the folder serves is not what was trained.
+        """
+        if self.exporter is None:
+            raise ValueError("There is nothing to export with: set trainer.exporter.")
+        folder = Path(output_dir or Path(self.log_dir or self.default_root_dir) / "export")
+        refuse_used(folder)
+        model.configure_model()
+        if ckpt_path is not None:
+            model.load_state_dict(torch.load(ckpt_path, map_location="cpu", weights_only=True)["state_dict"])
+        model.to(self.strategy.root_device)
+        metrics = {name: float(value) for name, value in self.callback_metrics.items()}
+        self.exporter.export(model.encoder, folder, model.loss.dimensions, metrics, self.run_config)
+        if push_to_hub is not None:
+            print(push(folder, push_to_hub, private, revision))
