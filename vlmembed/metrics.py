@@ -2,9 +2,7 @@
 
 A query's documents are ranked by score, equal scores by document name, both descending. Nothing but the ranks of the
 relevant documents enters a metric, and a rank is one more than the number of documents ahead: no sort of the corpus.
-
-Shape letters beside those of ``vlmembed.types``: R relevant documents of a query. Queries with fewer are filled up
-with grade 0, which counts nothing.
+In shapes, R is the most relevant documents that a query has; fewer are filled up with grade 0, which counts nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from vlmembed.types import EvaluationSet
 #: Bounds the memory of scoring: this many query-document scores are looked at together (some 500 MiB with all copies).
 SCORES_PER_BLOCK = 2**24
 
-#: Bounds the device memory of gathering: this many rows of each process are sent together.
+#: Bounds the device memory of gathering, where a whole corpus may not fit: rows of each process sent together.
 ROWS_PER_GATHER = 2**15
 
 
@@ -65,7 +63,7 @@ def ranks(
 def ndcg_at_k(ranks: Float64[Tensor, "Q R"], grades: Int[Tensor, "Q R"], k: int) -> Float64[Tensor, " Q"]:
     """Normalised discounted cumulative gain: grade over log2(rank + 1), relative to the best possible order.
 
-    A query without relevant documents counts 0, here and in all metrics below.
+    A query without relevant documents counts 0, in all of these metrics.
     """
     gains = grades.clamp(min=0).double()
     gained = torch.where(ranks <= k, gains / torch.log2(ranks + 1), 0.0).sum(1)
@@ -159,11 +157,11 @@ class RetrievalMetrics(Metric):
         self.add_state("embeddings", default=[], dist_reduce_fx="cat")
 
     def update(self, rows: Int[Tensor, " B"], embeddings: Float[Tensor, "B D"]) -> None:
-        """Take the embeddings of some items.
+        """Take the embeddings of some items: any float type, not normalised.
 
         Args:
             rows: Their numbers in the evaluation set: its queries first, then its corpus.
-            embeddings: Any float type, not normalised.
+            embeddings: One for each row.
 
         Raises:
             ValueError: If a row is not in the set, or an embedding is not finite (it would rank first).
@@ -179,21 +177,21 @@ class RetrievalMetrics(Metric):
         self.embeddings.append(embeddings)
 
     def compute(self) -> dict[str, Float[Tensor, ""]]:
-        """Mean of every metric over queries.
+        """Mean of every metric over queries; raises as ``per_query`` does."""
+        return {name: values.mean().float() for name, values in self._per_query().items()}
+
+    def per_query(self) -> dict[str, Float64[Tensor, " Q"]]:
+        """Every metric of every query, in the order of the evaluation set.
 
         Raises:
             RuntimeError: If items of the evaluation set are missing.
             ValueError: If a dimension is above the embedding's.
         """
-        return {name: values.mean().float() for name, values in self._per_query().items()}
-
-    def per_query(self) -> dict[str, Float64[Tensor, " Q"]]:
-        """Every metric of every query, in the order of the evaluation set; raises as ``compute`` does."""
         with self.sync_context(dist_sync_fn=self._gather):
             return self._per_query()
 
     def top_k(self, k: int) -> tuple[Float[Tensor, "Q K"], Int64[Tensor, "Q K"]]:
-        """Scores and corpus columns of each query's first K = min(k, P) documents; raises as ``compute`` does."""
+        """Scores and corpus columns of each query's first K = min(k, P) documents; raises as ``per_query`` does."""
         with self.sync_context(dist_sync_fn=self._gather):
             found = []
             for _, scores in self._score_blocks(self._matrix()):
@@ -214,7 +212,7 @@ class RetrievalMetrics(Metric):
         values: dict[str, Tensor] = {}
         for suffix, dimension in [("", available), *((f"/{d}", d) for d in self.dimensions)]:
             blocks = self._score_blocks(matrix[:, :dimension])
-            found = torch.cat([ranks(scores, self.relevant[block], self.name_order) for block, scores in blocks])
+            found = torch.cat([ranks(scores, self.relevant[rows], self.name_order) for rows, scores in blocks])
             values |= {name + suffix: metric(found, self.grades) for name, metric in METRICS.items()}
         return values
 
@@ -237,15 +235,12 @@ class RetrievalMetrics(Metric):
         )
         height = max(1, SCORES_PER_BLOCK // len(corpus))
         for start in range(0, len(queries), height):
-            block = slice(start, start + height)
+            rows = slice(start, start + height)
             # NumPy's product stays float32, whatever autocast and torch.set_float32_matmul_precision say.
-            yield block, torch.from_numpy(queries[block].numpy() @ corpus.numpy().T)
+            yield rows, torch.from_numpy(queries[rows].numpy() @ corpus.numpy().T)
 
     def _gather(self, state: Tensor, group: Any = None) -> list[Tensor]:
-        """Collect a state from all processes.
-
-        On the metric's device, as NCCL takes no CPU tensors, and in pieces, as all of a corpus may not fit there.
-        """
+        """Collect a state from all processes, through the metric's device as NCCL takes no CPU tensors, in pieces."""
         own = torch.tensor([len(state), state.shape[-1], state.dtype == torch.long], device=self.device)
         height, width, whole = torch.stack(gather_all_tensors(own, group)).amax(0).tolist()
         if not len(state):  # A process without items does not know what the others hold.

@@ -96,6 +96,8 @@ class VisionLanguageModel(nn.Module):
             quantization_config=_quantization() if self.load_in_4bit else None,
             **self._source,
         )
+        # Opened for inference, with dropout off; whoever measures turns it off again.
+        self.model.train()
         if self.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
@@ -120,8 +122,9 @@ class VisionLanguageModel(nn.Module):
         """Open the checkpoint's processor.
 
         Raises:
-            ValueError: If it has no image processor or no chat template.
+            ValueError: If it is not a vision-language model's, or has no image processor or no chat template.
         """
+        self.load_config()  # Says more clearly than the next line what is wrong with a checkpoint.
         processor = AutoProcessor.from_pretrained(self.checkpoint, **self._source)
         for part in ("image_processor", "chat_template"):
             if getattr(processor, part, None) is None:

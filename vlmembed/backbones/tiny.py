@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import filecmp
+import shutil
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -81,10 +82,10 @@ def create(
     folder: Path,
     *,
     hidden_size: int = 128,
-    layers: int = 4,
+    layers: int = 3,
     heads: int = 4,
-    vision_hidden_size: int = 96,
-    vision_layers: int = 2,
+    vision_hidden_size: int = 128,
+    vision_layers: int = 3,
     tie_word_embeddings: bool = True,
     seed: int = 0,
 ) -> bool:
@@ -92,7 +93,7 @@ def create(
 
     Args:
         folder: Where; made if it is not there.
-        hidden_size: Width of the language model, a multiple of ``2 * heads``; its MLPs are four times as wide.
+        hidden_size: Width of the language model, a multiple of ``2 * heads``; its MLPs are twice as wide.
         layers: Layers of the language model.
         heads: Attention heads, in the language model and in the vision tower; two share a key-value head.
         vision_hidden_size: Width of the vision tower, a multiple of ``4 * heads``.
@@ -152,7 +153,7 @@ def fresh_config(
     text = {
         "vocab_size": len(processor.tokenizer),
         "hidden_size": hidden_size,
-        "intermediate_size": 4 * hidden_size,
+        "intermediate_size": 2 * hidden_size,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": heads // 2,
@@ -169,7 +170,7 @@ def fresh_config(
     }
     vision = {
         "hidden_size": vision_hidden_size,
-        "intermediate_size": 4 * vision_hidden_size,
+        "intermediate_size": 2 * vision_hidden_size,
         "depth": vision_layers,
         "num_heads": heads,
         "out_hidden_size": hidden_size,
@@ -188,3 +189,39 @@ def fresh_config(
         vision_end_token_id=processor.vision_end_token_id,
         tie_word_embeddings=tie_word_embeddings,
     )
+
+
+def _install(written: Path, folder: Path) -> bool:
+    """Copy a checkpoint to where it belongs, unless it is there; see ``create`` for what is returned and raised."""
+    names = sorted(path.name for path in written.iterdir())
+    if folder.is_dir() and any(folder.iterdir()):
+        _, differing, missing = filecmp.cmpfiles(written, folder, names, shallow=False)
+        if differing or missing:
+            raise FileExistsError(
+                f"{folder} is not empty and does not hold this checkpoint ({', '.join(differing + missing)} would "
+                "change): name another folder, or delete this one"
+            )
+        return False
+    shutil.copytree(written, folder, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    return True
+
+
+def main() -> None:
+    """Write the default checkpoint where the command line says."""
+    parser = argparse.ArgumentParser(prog="python -m vlmembed.backbones.tiny", description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, help="where to write it; made if it is not there")
+    parser.add_argument("--seed", type=int, default=0, help="of the random weights (default: 0)")
+    arguments = parser.parse_args()
+    try:
+        wrote = create(arguments.folder, seed=arguments.seed)
+    except FileExistsError as error:
+        parser.exit(1, f"{error}\n")
+    if not wrote:
+        parser.exit(0, f"{arguments.folder} holds this checkpoint already\n")
+    print(f"Wrote a fresh Qwen3-VL to {arguments.folder}:")
+    for path in sorted(arguments.folder.iterdir()):
+        print(f"  {path.name:24}{path.stat().st_size:>12,} bytes")
+
+
+if __name__ == "__main__":
+    main()

@@ -144,6 +144,6 @@ def _check_queries(source: Source, rows: range, size: int) -> None:
     distinct = len({source.query_id(row) for row in rows})
     if distinct < size:
         raise ValueError(
-            f"Rows {rows.start + 1} to {rows.stop} of {source.name} ask {distinct} distinct queries, fewer than the {size} "
-            "rows of a batch over all processes, where each query may come once. Lower batch_size."
+            f"Rows {rows.start + 1} to {rows.stop} of {source.name} ask {distinct} distinct queries, fewer than the "
+            f"{size} rows of a batch over all processes, where each query may come once. Lower batch_size."
         )

@@ -63,7 +63,8 @@ class Verification:
         return (
             f"{self.comparisons} embeddings compared ({', '.join(self.probes)}; dimensions "
             f"{', '.join(map(str, self.dimensions))}) in {self.dtype}: largest difference {self.difference:.1e}, "
-            f"least cosine {self.cosine:.6f}, worst {self.worst}"
+            f"least cosine {self.cosine:.6f}, worst {self.worst}; tolerated: "
+            + (f"difference {TOLERANCE:.0e}" if self.dtype == "float32" else f"cosine {MINIMAL_COSINE}")
         )
 
 

@@ -9,6 +9,7 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
+from torch.nn import ModuleList
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -58,7 +59,7 @@ class EmbeddingModule(LightningModule):
         self._learning_rates = learning_rates or {}
         self._configured = False
         self._gradients_checked = False
-        self._metrics: list[RetrievalMetrics] = []
+        self._metrics = ModuleList()
 
     @property
     def preprocessor(self) -> Preprocessor:
@@ -155,7 +156,8 @@ class EmbeddingModule(LightningModule):
 
     def _start_metrics(self, stage: str) -> None:
         sets = self.trainer.datamodule.evaluations[stage]
-        self._metrics = [RetrievalMetrics(evaluation, self.loss.dimensions) for evaluation in sets]
+        metrics = [RetrievalMetrics(evaluation, self.loss.dimensions) for evaluation in sets]
+        self._metrics = ModuleList(metrics).to(self.device)
 
     def _log_metrics(self, stage: str) -> None:
         for metrics in self._metrics:

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import pickle
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from vlmembed.data import Collator, ItemCollator
+from vlmembed.types import Batch, Example, Inputs, Item, Part, Preprocessor, Role
+
+
+class Letters(Preprocessor):
+    """One token per character; padded on the right."""
+
+    def __call__(self, items: Sequence[Item]) -> Inputs:
+        rows = [torch.tensor([ord(letter) for letter in text(item)]) for item in items]
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return {"input_ids": padded, "attention_mask": (padded > 0).long()}
+
+    def cost(self, item: Item) -> int:
+        return len(text(item))
+
+
+def text(item: Item) -> str:
+    return " ".join(str(part.value) for part in item.parts)
+
+
+def item(role: Role, value: str) -> Item:
+    return Item(role, (Part("text", value),), origin="t.jsonl, row 1")
+
+
+def example(query: str, positives: Sequence[str], negatives: Sequence[str] = ()) -> Example:
+    documents = [tuple(item("document", value) for value in values) for values in (positives, negatives)]
+    return Example(item("query", query), *documents)
+
+
+def strings(batch: Batch) -> list[str]:
+    """The texts of the items, in the order of the concatenated chunks."""
+    return ["".join(map(chr, row[row > 0])) for chunk in batch.chunks for row in chunk["input_ids"]]
+
+
+def embed(batch: Batch) -> torch.Tensor:
+    """A made-up embedding that depends on the content alone: (count, sum, sum of squares) of the character codes."""
+    rows = [chunk["input_ids"].double() for chunk in batch.chunks]
+    return torch.cat([torch.stack([(ids > 0).sum(1), ids.sum(1), ids.square().sum(1)], dim=1) for ids in rows])
+
+
+EXAMPLES = [
+    example("long question here", ["a"], ["bb", "ccc"]),
+    example("q", ["dddd"], ["a"]),
+    example("other", ["eeeee", "bb"]),
+    example("q", ["ffffff"], ["a", "dddd"]),
+    example("bb", ["zzzzzzzzzz"]),
+]
+
+
+def judgements(batch: Batch) -> dict[tuple[str, str], int]:
+    names = strings(batch)
+    queries = {int(key): names[row] for key, row in zip(batch.query_ids, batch.queries, strict=True)}
+    documents = {int(key): names[row] for key, row in zip(batch.document_ids, batch.documents, strict=True)}
+    pairs = [(queries[q], documents[d]) for q, d in batch.pairs.tolist()]
+    return dict(zip(pairs, batch.labels.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 3, 100])
+def test_a_batch_holds_each_item_once_and_every_judgement(chunk_size: int | None) -> None:
+    batch = Collator(Letters(), chunk_size)(EXAMPLES)
+    names = strings(batch)
+    assert sorted(names) == sorted(
+        ["long question here", "q", "other", "bb", "a", "bb", "ccc", "dddd", "eeeee", "ffffff", "zzzzzzzzzz"]
+    )
+    assert sorted([*batch.queries.tolist(), *batch.documents.tolist()]) == list(range(len(names)))
+    assert judgements(batch) == {
+        ("long question here", "a"): 1,
+        ("long question here", "bb"): -1,
+        ("long question here", "ccc"): -1,
+        ("q", "dddd"): 1,  # A hard negative of the fourth example, but the answer of the second.
+        ("q", "a"): -1,
+        ("q", "ffffff"): 1,
+        ("other", "eeeee"): 1,
+        ("other", "bb"): 1,
+        ("bb", "zzzzzzzzzz"): 1,
+    }
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 4, 100])
+def test_chunks_are_sorted_by_cost_and_no_larger_than_asked(chunk_size: int) -> None:
+    batch = Collator(Letters(), chunk_size)(EXAMPLES)
+    lengths = [len(name) for name in strings(batch)]
+    assert lengths == sorted(lengths, reverse=True)
+    assert [len(chunk["input_ids"]) for chunk in batch.chunks[:-1]] == [chunk_size] * (len(batch.chunks) - 1)
+    assert sum(len(chunk["input_ids"]) for chunk in batch.chunks) == 11
+    for chunk in batch.chunks:
+        assert chunk["attention_mask"].sum(1).max() == chunk["attention_mask"].shape[1]
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 5, 7])
+def test_chunks_give_the_embeddings_of_the_whole_in_any_order_of_examples(chunk_size: int) -> None:
+    shuffled = random.Random(0).sample(EXAMPLES, len(EXAMPLES))
+    whole, chunked = Collator(Letters())(EXAMPLES), Collator(Letters(), chunk_size)(shuffled)
+    found = {}
+    for name, batch in {"whole": whole, "chunked": chunked}.items():
+        rows = torch.cat([batch.queries, batch.documents])
+        ids = torch.cat([batch.query_ids, batch.document_ids])
+        found[name] = dict(zip(ids.tolist(), embed(batch)[rows].tolist(), strict=True))
+    assert found["whole"] == found["chunked"]  # Exact: sums of integers.
+    assert judgements(whole) == judgements(chunked)
+
+
+def test_equal_content_in_two_roles_is_two_items() -> None:
+    batch = Collator(Letters())([example("same", ["same"])])
+    assert strings(batch) == ["same", "same"]
+    assert batch.queries.tolist() != batch.documents.tolist()
+    assert batch.query_ids.tolist() != batch.document_ids.tolist()
+
+
+def test_an_example_may_have_only_negatives() -> None:
+    batch = Collator(Letters())([example("q", [], ["n"])])
+    assert judgements(batch) == {("q", "n"): -1}
+
+
+def test_types_and_pickling() -> None:
+    collator = pickle.loads(pickle.dumps(Collator(Letters(), 2)))
+    batch = collator(EXAMPLES)
+    assert batch.labels.dtype == torch.int8
+    for tensor in (batch.queries, batch.documents, batch.query_ids, batch.document_ids, batch.pairs):
+        assert tensor.dtype == torch.int64
+    assert batch.pairs.shape == (9, 2)
+
+
+def test_scores_that_nothing_reads_are_refused() -> None:
+    scored = Example(item("query", "q"), (item("document", "d"),), scores=(0.5,))
+    with pytest.raises(ValueError, match="row 1: scores given but unused"):
+        Collator(Letters())([scored])
+
+
+@pytest.mark.parametrize("chunk_size", [0, -1])
+def test_bad_chunk_sizes_are_refused(chunk_size: int) -> None:
+    with pytest.raises(ValueError, match=f"chunk_size is 1 or more.*got {chunk_size}"):
+        Collator(Letters(), chunk_size)
+
+
+def test_items_keep_their_rows() -> None:
+    batch = pickle.loads(pickle.dumps(ItemCollator(Letters())))(
+        [(7, item("query", "abc")), (2, item("document", "de"))]
+    )
+    assert batch.rows.tolist() == [7, 2]
+    assert batch.inputs["input_ids"].tolist() == [[97, 98, 99], [100, 101, 0]]

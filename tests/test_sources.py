@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+import csv
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from PIL import Image
+
+from vlmembed.data import Rows
+from vlmembed.types import Example, Item
+
+
+def write(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def texts(items: tuple[Item, ...]) -> list[Any]:
+    return [part.value for item in items for part in item.parts]
+
+
+def content(example: Example) -> tuple[list[Any], list[Any], list[Any]]:
+    return texts((example.query,)), texts(example.positives), texts(example.negatives)
+
+
+ROWS = [
+    {"query": "q1", "positive": "p1", "negative_1": "n1", "negative_2": "m1"},
+    {"query": "q2", "positive": "p2", "negative_1": "n2", "negative_2": "m2"},
+    {"query": "qué", "positive": "1984", "negative_1": "None", "negative_2": "NA"},
+]
+EXPECTED = [
+    (["q1"], ["p1"], ["n1", "m1"]),
+    (["q2"], ["p2"], ["n2", "m2"]),
+    (["qué"], ["1984"], ["None", "NA"]),
+]
+
+
+def as_csv(folder: Path) -> Rows:
+    with (folder / "t.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*ROWS[0]])
+        writer.writeheader()
+        writer.writerows(ROWS)
+    return Rows(str(folder / "t.csv"))
+
+
+def as_parquet(folder: Path) -> Rows:
+    datasets.Dataset.from_list(ROWS).to_parquet(folder / "t.parquet")
+    return Rows(str(folder / "t.parquet"))
+
+
+def as_saved(folder: Path) -> Rows:
+    datasets.Dataset.from_list(ROWS).save_to_disk(folder / "saved")
+    return Rows(str(folder / "saved"))
+
+
+def as_saved_splits(folder: Path) -> Rows:
+    splits = {"train": datasets.Dataset.from_list(ROWS[:1]), "dev": datasets.Dataset.from_list(ROWS)}
+    datasets.DatasetDict(splits).save_to_disk(folder / "saved")
+    return Rows(str(folder / "saved"), split="dev")
+
+
+def as_folder(folder: Path) -> Rows:
+    (folder / "data").mkdir()
+    write(folder / "data" / "train.jsonl", ROWS[:1])
+    write(folder / "data" / "test.jsonl", ROWS)
+    return Rows(str(folder / "data"), split="test")
+
+
+def as_jsonl(folder: Path) -> Rows:
+    return Rows(write(folder / "t.jsonl", ROWS))
+
+
+@pytest.mark.parametrize("make", [as_csv, as_parquet, as_saved, as_saved_splits, as_folder, as_jsonl])
+def test_every_format_gives_the_same_examples(make: Any, tmp_path: Path) -> None:
+    rows = make(tmp_path)
+    assert [content(rows[k]) for k in range(len(rows))] == EXPECTED
+    again = pickle.loads(pickle.dumps(rows))
+    assert [again.query_id(k) for k in (2, 0, 1)] == [rows[k].query.id for k in (2, 0, 1)]
+
+
+def test_a_column_may_mix_strings_mappings_and_lists(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    parts = [{"type": "text", "text": "x"}, {"type": "image", "image": "a.png"}]
+    cells = ["p", {"image": "a.png"}, parts, ["p", {"text": "r"}], [parts, "s"]]
+    rows = Rows(write(tmp_path / "t.jsonl", [{"query": "q", "positive": cell} for cell in cells]))
+    page = tmp_path / "a.png"
+    found = [[texts((item,)) for item in rows[k].positives] for k in range(len(cells))]
+    assert found == [[["p"]], [[page]], [["x", page]], [["p"], ["r"]], [["x", page], ["s"]]]
+
+
+def test_embedded_images(tmp_path: Path) -> None:
+    image = Image.new("RGB", (5, 7), "red")
+    features = datasets.Features({"query": datasets.Value("string"), "positive": datasets.Image()})
+    table = datasets.Dataset.from_dict({"query": ["q"], "positive": [image]}, features=features)
+    table.to_parquet(tmp_path / "t.parquet")
+    (found,) = texts(Rows(str(tmp_path / "t.parquet"))[0].positives)
+    assert (found.size, found.tobytes()) == (image.size, image.tobytes())
+
+
+def test_an_embedded_image_that_does_not_decode_names_its_row(tmp_path: Path) -> None:
+    features = datasets.Features({"query": datasets.Value("string"), "positive": datasets.Image()})
+    cells = [{"bytes": b"noise", "path": None}]
+    datasets.Dataset.from_dict({"query": ["q"], "positive": cells}, features=features).save_to_disk(tmp_path / "t")
+    with pytest.raises(ValueError, match="row 1: cannot be read"):
+        Rows(str(tmp_path / "t"))[0]
+
+
+def test_negatives_are_ordered_by_number_and_may_be_a_list(tmp_path: Path) -> None:
+    numbered = {f"negative_{k}": f"n{k}" for k in (10, 9, 8, 7, 6, 5, 4, 3, 2, 1)}
+    row = {"query": "q", "positive": "p", **numbered, "negative": "n0"}
+    assert texts(Rows(write(tmp_path / "a.jsonl", [row]))[0].negatives) == [f"n{k}" for k in range(11)]
+    rows = [{"query": "q", "positive": "p", "negatives": negatives} for negatives in (["x", "y"], [])]
+    listed = Rows(write(tmp_path / "b.jsonl", rows))
+    assert [texts(listed[k].negatives) for k in (0, 1)] == [["x", "y"], []]
+
+
+def test_scores_follow_positives_then_negatives(tmp_path: Path) -> None:
+    row = {"query": "q", "positive": ["p", "r"], "negatives": ["n"], "scores": [0.9, 1, 0.1]}
+    assert Rows(write(tmp_path / "t.jsonl", [row]))[0].scores == (0.9, 1.0, 0.1)
+
+
+def test_labelled_documents(tmp_path: Path) -> None:
+    rows = [{"query": "q", "document": "d", "label": label} for label in (1, 0, 1.0, True)]
+    labelled = Rows(write(tmp_path / "t.jsonl", rows))
+    assert [content(labelled[k])[1:] for k in range(4)] == [(["d"], []), ([], ["d"]), (["d"], []), (["d"], [])]
+
+
+def test_columns_are_renamed_and_dropped(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.jsonl", [{"question": "q", "positive": "p", "url": "u"}])
+    rows = Rows(path, columns={"question": "query", "url": None})
+    assert content(rows[0]) == (["q"], ["p"], [])
+    assert rows.query_id(0) == rows[0].query.id
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"query": "q"}, "column 'positive' is missing .there are query"),
+        ({"positive": "p"}, "column 'query' is missing"),
+        ({"query": "q", "document": "d"}, "column 'label' is missing"),
+        ({"query": "q", "document": "d", "label": 1, "negative": "n"}, "column 'negative' is not used"),
+        ({"query": "q", "positive": "p", "url": "u"}, r"'url' is unknown, nothing reads it.*columns: \{url: null\}"),
+        ({"query": "q", "positive": "p", "negativ": "n"}, "'negativ' is unknown, negatives given but unused"),
+        ({"query": "q", "positive": "p", "hard_neg": "n"}, "'hard_neg' is unknown, negatives given but unused"),
+        ({"query": "q", "positive": "p", "negative_0": "n"}, "'negative_0' is unknown, negatives given but unused"),
+        ({"query": "q", "positive": "p", "negative_1": "n", "negative_3": "m"}, "'negative_2' is missing"),
+        ({"query": "q", "positive": "p", "negatives": ["n"], "negative_1": "m"}, "keep one"),
+    ],
+)
+def test_bad_columns_are_refused(row: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        len(Rows(write(tmp_path / "t.jsonl", [row])))
+    assert "t.jsonl" in str(error.value)
+
+
+GOOD = {"query": "q", "positive": "p"}
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "message"),
+    [
+        (GOOD, {"query": "", "positive": "p"}, "row 2, column 'query': the cell is empty .''."),
+        (GOOD, {"query": " ", "positive": "p"}, "row 2, column 'query': the text is empty .' '."),
+        (GOOD, {"query": "q", "positive": None}, "row 2, column 'positive': the cell is empty .None."),
+        (GOOD, {"query": "q", "positive": []}, "row 2, column 'positive': the list is empty"),
+        (GOOD, {"query": "q", "positive": ["p", ""]}, r"row 2, column 'positive'\[1\]: the text is empty"),
+        (GOOD, {"query": ["q", "r"], "positive": "p"}, "row 2, column 'query': expected a string.* got list"),
+        (GOOD, {"query": "q"}, "row 2 lacks column 'positive' of row 1"),
+        (GOOD, {**GOOD, "negative": "n"}, "row 2 has a column 'negative' that row 1 lacks"),
+        (
+            {**GOOD, "negative_1": "n"},
+            {**GOOD, "negative_1": None},
+            "'negative_1': the cell is empty .None.*'negatives'",
+        ),
+        ({**GOOD, "negative_1": "n"}, GOOD, "row 2 lacks column 'negative_1'"),
+        ({**GOOD, "negative": "n"}, {**GOOD, "negative": ["n", "m"]}, "row 2, column 'negative': .*got list"),
+        ({**GOOD, "negatives": ["n"]}, {**GOOD, "negatives": "n"}, "row 2, column 'negatives': expected a list"),
+        ({**GOOD, "scores": [1.0]}, {**GOOD, "scores": [1.0, 0.5]}, "row 2, column 'scores': expected 1 numbers"),
+        ({**GOOD, "scores": [1.0]}, {**GOOD, "scores": [float("nan")]}, "nan is not a finite number"),
+        ({**GOOD, "scores": [1.0]}, {**GOOD, "scores": ["1"]}, "'1' is not a finite number"),
+        (
+            GOOD,
+            {"query": "q", "positive": {"image": "gone.png"}},
+            "row 2, column 'positive': .*gone.png does not exist",
+        ),
+        (GOOD, {"query": "q", "positive": {"img": "a.png"}}, "row 2, column 'positive': unknown key 'img'"),
+        (GOOD, ["q", "p"], "row 2: expected a JSON object"),
+    ],
+)
+def test_bad_rows_are_refused(good: Any, bad: Any, message: str, tmp_path: Path) -> None:
+    rows = Rows(write(tmp_path / "t.jsonl", [good, bad]))
+    assert content(rows[0])[0] == ["q"]
+    with pytest.raises(ValueError, match=message) as error:
+        rows[1]
+    assert "t.jsonl" in str(error.value)
+
+
+@pytest.mark.parametrize("label", [0.5, 2, None, "yes"])
+def test_labels_other_than_0_and_1_are_refused(label: Any, tmp_path: Path) -> None:
+    rows = Rows(write(tmp_path / "t.jsonl", [{"query": "q", "document": "d", "label": label}]))
+    with pytest.raises(ValueError, match="row 1, column 'label': expected 0 or 1"):
+        rows[0]
+
+
+def test_the_query_id_of_a_bad_row_is_refused_too(tmp_path: Path) -> None:
+    rows = Rows(write(tmp_path / "t.jsonl", [GOOD, {"positive": "p"}]))
+    with pytest.raises(ValueError, match="row 2, column 'query': the cell is empty"):
+        rows.query_id(1)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"query": "q", "positive": "p"}\n{"query": "q", \n', "row 2: not JSON"),
+        ('{"query": "q", "positive": "p"}\n\n{"query": "q", "positive": "p"}\n', "row 2: a blank line"),
+        ("", "the file has no rows"),
+    ],
+)
+def test_bad_files_are_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text(text)
+    rows = Rows(str(tmp_path / "t.jsonl"))
+    with pytest.raises(ValueError, match=message):
+        [rows[k] for k in range(len(rows))]
+
+
+def test_blank_lines_at_the_end_and_a_missing_last_newline_are_fine(tmp_path: Path) -> None:
+    line = json.dumps(GOOD)
+    for name, text in {"a": f"{line}\n{line}\n\n \n", "b": f"{line}\n{line}", "c": f"\ufeff{line}\r\n{line}"}.items():
+        (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        rows = Rows(str(tmp_path / f"{name}.jsonl"))
+        assert [content(rows[k])[0] for k in range(len(rows))] == [["q"], ["q"]]
+
+
+@pytest.mark.parametrize("name", ["gone.jsonl", "gone.csv", "gone.parquet"])
+def test_a_missing_file_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{name}: no such file"):
+        len(Rows(str(tmp_path / name)))
+
+
+def test_a_csv_row_with_another_number_of_cells_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("query,positive\nq,p\nq,p,n\n")
+    with pytest.raises(ValueError, match="row 2: 3 cells under 2 columns"):
+        len(Rows(str(tmp_path / "t.csv")))
+
+
+def test_an_unknown_split_is_refused(tmp_path: Path) -> None:
+    datasets.DatasetDict({"dev": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match="no split 'train'; it has dev"):
+        len(Rows(str(tmp_path / "saved")))
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [({"question": "query"}, "no column 'question' to rename"), ({"positive": "query"}, "two columns would be called")],
+)
+def test_bad_renaming_is_refused(columns: dict[str, str | None], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        len(Rows(write(tmp_path / "t.jsonl", [GOOD]), columns=columns))
