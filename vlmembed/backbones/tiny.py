@@ -14,6 +14,7 @@ import shutil
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from transformers import (
@@ -108,8 +109,16 @@ def create(
         FileExistsError: If ``folder`` holds anything else.
     """
     processor = fresh_processor()
-    config = fresh_config(
-        processor, hidden_size, layers, heads, vision_hidden_size, vision_layers, tie_word_embeddings
+    config = Qwen3VLConfig(
+        text_config=_language_sizes(hidden_size, layers, heads)
+        | {"vocab_size": len(processor.tokenizer), "eos_token_id": processor.tokenizer.eos_token_id}
+        | {"tie_word_embeddings": tie_word_embeddings},
+        vision_config=_vision_sizes(vision_hidden_size, vision_layers, heads) | {"out_hidden_size": hidden_size},
+        image_token_id=processor.image_token_id,
+        video_token_id=processor.video_token_id,
+        vision_start_token_id=processor.vision_start_token_id,
+        vision_end_token_id=processor.vision_end_token_id,
+        tie_word_embeddings=tie_word_embeddings,
     )
     with torch.random.fork_rng(devices=[]), TemporaryDirectory() as scratch:
         torch.random.default_generator.manual_seed(seed)
@@ -138,20 +147,10 @@ def fresh_tokenizer() -> Qwen2Tokenizer:
     return blank.train_new_from_iterator(VOCABULARY_TEXT, vocab_size=512, show_progress=False)
 
 
-def fresh_config(
-    processor: Qwen3VLProcessor,
-    hidden_size: int,
-    layers: int,
-    heads: int,
-    vision_hidden_size: int,
-    vision_layers: int,
-    tie_word_embeddings: bool,
-) -> Qwen3VLConfig:
-    """Return the configuration of a model of these sizes that reads what ``processor`` writes; see ``create``."""
+def _language_sizes(hidden_size: int, layers: int, heads: int) -> dict[str, Any]:
     head_dim = hidden_size // heads
     third = head_dim // 6  # A rotary table has head_dim / 2 frequencies, shared by time, height and width.
-    text = {
-        "vocab_size": len(processor.tokenizer),
+    return {
         "hidden_size": hidden_size,
         "intermediate_size": 2 * hidden_size,
         "num_hidden_layers": layers,
@@ -165,30 +164,21 @@ def fresh_config(
             "mrope_interleaved": True,
             "mrope_section": [head_dim // 2 - 2 * third, third, third],
         },
-        "eos_token_id": processor.tokenizer.eos_token_id,
-        "tie_word_embeddings": tie_word_embeddings,
     }
-    vision = {
-        "hidden_size": vision_hidden_size,
-        "intermediate_size": 2 * vision_hidden_size,
-        "depth": vision_layers,
+
+
+def _vision_sizes(hidden_size: int, layers: int, heads: int) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden_size,
+        "intermediate_size": 2 * hidden_size,
+        "depth": layers,
         "num_heads": heads,
-        "out_hidden_size": hidden_size,
         "patch_size": PATCH,
         "spatial_merge_size": MERGE,
         "temporal_patch_size": FRAMES,
         "num_position_embeddings": 256,
-        "deepstack_visual_indexes": list(range(vision_layers - 1)),
+        "deepstack_visual_indexes": list(range(layers - 1)),
     }
-    return Qwen3VLConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_id=processor.image_token_id,
-        video_token_id=processor.video_token_id,
-        vision_start_token_id=processor.vision_start_token_id,
-        vision_end_token_id=processor.vision_end_token_id,
-        tie_word_embeddings=tie_word_embeddings,
-    )
 
 
 def _install(written: Path, folder: Path) -> bool:

@@ -145,8 +145,9 @@ class HandwrittenNumbersEvaluation(EvaluationSource):
         """Draw the pictures and say which number each one shows."""
         asked = numbers(self.split)
         generator = np.random.default_rng([self.seed, 10**DIGITS])
-        others = generator.choice(np.setdiff1d(np.arange(10**DIGITS), asked), self.distractors)
-        shown = [*np.repeat(asked, self.pictures), *others]
+        # Validation shows no number of the test, not even as a wrong answer.
+        others = np.setdiff1d(np.arange(10**DIGITS), asked + numbers("test"))
+        shown = [*np.repeat(asked, self.pictures), *generator.choice(others, self.distractors)]
         names = [f"{number:0{DIGITS}}-{row}" for row, number in enumerate(shown)]
         origin = f"HandwrittenNumbersEvaluation(split={self.split}, seed={self.seed})"
         corpus = [
