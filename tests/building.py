@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import lightning
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import Callback
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from vlmembed.backbones import Qwen3VL
 from vlmembed.data import Collator
@@ -80,3 +83,62 @@ def relative_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
     difference = sum(((one[name] - other[name]).double() ** 2).sum() for name in one)
     size = sum((other[name].double() ** 2).sum() for name in one)
     return float((difference / size).sqrt())
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: one[name].double() - other[name].double() for name in one}
+
+
+def texts(count: int) -> list[Example]:
+    """Examples without pictures, none of them in `examples`."""
+    return [
+        Example(item(f"text query {index} " * (index + 1), role="query"), (item(f"text answer {index}"),))
+        for index in range(count)
+    ]
+
+
+class Recorder(Callback):
+    """Keeps the loss and the weights of every step, and the gradient before it is clipped."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.gradients: list[dict[str, torch.Tensor]] = []
+        self.weights: list[dict[str, torch.Tensor]] = []
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self.weights.append(weights(pl_module))
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: lightning.LightningModule, optimizer: Any) -> None:
+        self.gradients.append(gradients(pl_module))
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: Any, *_: Any) -> None:
+        self.losses.append(float(trainer.logged_metrics["train/loss"]))
+        if len(self.gradients) == len(self.weights):
+            self.weights.append(weights(pl_module))
+
+    def update(self, step: int) -> dict[str, torch.Tensor]:
+        """What the first steps changed, in float64."""
+        return difference(self.weights[step], self.weights[0])
+
+
+def trainer(**options: Any) -> lightning.Trainer:
+    """Lightning's trainer on the CPU, writing nothing unless told to."""
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    fixed = {"accelerator": "cpu", "use_distributed_sampler": False, "num_sanity_val_steps": 0}
+    return lightning.Trainer(**{**quiet, **fixed, "max_epochs": 1, **options})
+
+
+def fit(model: EmbeddingModule, batches: list[Batch], **options: Any) -> Recorder:
+    """Train on each batch once."""
+    recorder = Recorder()
+    trainer(callbacks=[recorder], log_every_n_steps=1, **options).fit(model, DataLoader(batches, batch_size=None))
+    return recorder

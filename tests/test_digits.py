@@ -82,7 +82,9 @@ def test_pictures_show_the_number(pasted):
         assert name[:3] == "".join(str(target[scan]) for scan in chosen)
 
 
-@pytest.mark.parametrize(("number", "words"), [(407, "four zero seven"), (47, "zero four seven"), (0, "zero zero zero")])
+@pytest.mark.parametrize(
+    ("number", "words"), [(407, "four zero seven"), (47, "zero four seven"), (0, "zero zero zero")]
+)
 def test_numbers_in_words(number, words):
     assert digits.in_words(number) == words
 

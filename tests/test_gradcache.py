@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,9 @@ def toy_chunks(size: int) -> list[dict[str, torch.Tensor]]:
 
 def toy_loss(embeddings: torch.Tensor) -> torch.Tensor:
     relevance = torch.eye(5, dtype=torch.int8)[torch.tensor([3, 0, 4, 1, 2])]
-    return InfoNCE(0.1, directions=["query_to_document", "document_to_query"])(embeddings[:5], embeddings[5:], relevance)
+    return InfoNCE(0.1, directions=["query_to_document", "document_to_query"])(
+        embeddings[:5], embeddings[5:], relevance
+    )
 
 
 def step(encoder: nn.Module, chunks: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -135,13 +138,15 @@ LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "qkv"], 
         pytest.param({"adapters": [LoRA(LoraConfig(**LORA, lora_dropout=0.3))]}, id="LoRA with dropout"),
         pytest.param({"adapters": [Freeze(["vision", "merger"])]}, id="frozen vision"),
         pytest.param({"backbone": {"gradient_checkpointing": True}}, id="activation checkpointing"),
-        pytest.param({"loss": Matryoshka(InfoNCE(0.05, learnable_temperature=True), [64, 16])}, id="temperature"),
+        pytest.param({"temperature": True}, id="learnable temperature"),
     ],
 )
-def test_whole_model(checkpoint: Path, options: dict, size: int | None) -> None:
+def test_whole_model(checkpoint: Path, options: dict[str, Any], size: int | None) -> None:
     """Texts, pictures, several positives, shared documents: the module's step against autograd through every chunk."""
     torch.manual_seed(0)
-    model = module(checkpoint, **options)
+    options = dict(options)
+    loss = Matryoshka(InfoNCE(0.05, learnable_temperature=options.pop("temperature", False)), [64, 16])
+    model = module(checkpoint, loss, **options)
     data = batch(model, examples(), size)
 
     def loss_of(embeddings: torch.Tensor, data: Batch) -> torch.Tensor:

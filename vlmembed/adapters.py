@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -42,13 +42,24 @@ class LoRA(Adapter):
     def apply(self, backbone: VisionLanguageModel) -> None:
         """Wrap the backbone's model; see `Adapter.apply`."""
         try:
+            _check_targets(backbone.model, self.config.target_modules)
             backbone.model = get_peft_model(backbone.model, self.config)
         except ValueError as error:
-            linear = {name.split(".")[-1] for name, module in backbone.model.named_modules() if isinstance(module, nn.Linear)}
+            linear = {
+                name.split(".")[-1] for name, module in backbone.model.named_modules() if isinstance(module, nn.Linear)
+            }
             raise ValueError(
                 f"LoRA with target_modules={self.config.target_modules!r} does not fit {backbone.checkpoint!r}: {error} "
                 f"Its linear layers are called {', '.join(sorted(linear))}."
             ) from error
+
+
+def _check_targets(model: nn.Module, targets: Collection[str] | str | None) -> None:
+    """Check each name of a list: peft is content if one of them matches, so a misspelt one would go unnoticed."""
+    names = [f".{name}" for name, _ in model.named_modules()]
+    for target in () if isinstance(targets, str) else targets or ():
+        if not any(name.endswith(f".{target}") for name in names):
+            raise ValueError(f"No module is called {target!r}.")
 
 
 class Freeze(Adapter):
@@ -57,9 +68,14 @@ class Freeze(Adapter):
     Args:
         modules: What to freeze: ``vision``, ``merger`` or ``language``, or regular expressions that are searched for in
             parameter names, such as ``visual\\.blocks\\.[0-5]\\.``.
+
+    Raises:
+        ValueError: If ``modules`` is one string, whose letters would each be a pattern, or empty.
     """
 
     def __init__(self, modules: Sequence[str]) -> None:
+        if isinstance(modules, str) or not modules:
+            raise ValueError(f"Freeze takes a list of at least one group or pattern, got {modules!r}.")
         self.modules = modules
 
     def apply(self, backbone: VisionLanguageModel) -> None:
@@ -97,5 +113,3 @@ def merge(backbone: VisionLanguageModel) -> None:
     """Fold every LoRA adapter into the weights that it adapts, so that the model is an ordinary one again."""
     while isinstance(backbone.model, PeftModel):
         backbone.model = backbone.model.merge_and_unload(safe_merge=True)
-
-

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningCLI
@@ -66,7 +66,7 @@ class CLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
         config["logger"] = _with_csv(config.get("logger"))
-        trainer: Trainer = super()._instantiate_trainer(config, callbacks)
+        trainer = cast(Trainer, super()._instantiate_trainer(config, callbacks))
         trainer.run_config = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
         return trainer
 
@@ -75,7 +75,7 @@ def _with_csv(logger: Logger | list[Logger] | bool | None) -> list[Logger] | boo
     """Put a CSV logger first where there is none: ``metrics.csv`` is always written, and its folder is the run's."""
     if logger is False:
         return False
-    loggers = logger if isinstance(logger, list) else [] if logger in (None, True) else [logger]
+    loggers = logger if isinstance(logger, list) else [logger] if isinstance(logger, Logger) else []
     if any(isinstance(entry, CSVLogger) for entry in loggers):
         return sorted(loggers, key=lambda entry: not isinstance(entry, CSVLogger))
     return [CSVLogger("runs", name="run"), *loggers]

@@ -59,7 +59,7 @@ class _Gather(torch.autograd.Function):
         return gradients[0][ctx.start : ctx.stop] * world_size()
 
 
-def defer_gradient_reduction(model: nn.Module) -> bool:
+def defer_gradient_reduction(model: nn.Module | None) -> bool:
     """Stop a ``DistributedDataParallel`` wrapper from reducing gradients during backward.
 
     A step runs one backward per chunk, and the wrapper would reduce (and, meeting a parameter twice, fail) in each.

@@ -43,7 +43,9 @@ def embed(encode: Encode, chunks: Sequence[Inputs]) -> CachedStep:
         with torch.set_grad_enabled(torch.is_grad_enabled() and chunk is chunks[-1]):
             pending.append(_Pending(chunk, state, encode(chunk)))
     embeddings = torch.cat([part.output.detach() for part in pending])
-    return CachedStep(embeddings.requires_grad_(torch.is_grad_enabled()), pending, encode, _current_autocast(embeddings))
+    return CachedStep(
+        embeddings.requires_grad_(torch.is_grad_enabled()), pending, encode, _current_autocast(embeddings)
+    )
 
 
 @dataclass

@@ -190,6 +190,11 @@ class RetrievalMetrics(Metric):
         with self.sync_context(dist_sync_fn=self._gather):
             return self._per_query()
 
+    def joined(self) -> Float[Tensor, "N D"]:
+        """The embeddings of all items, queries first, not normalised; raises as ``per_query`` does."""
+        with self.sync_context(dist_sync_fn=self._gather):
+            return self._matrix()
+
     def top_k(self, k: int) -> tuple[Float[Tensor, "Q K"], Int64[Tensor, "Q K"]]:
         """Scores and corpus columns of each query's first K = min(k, P) documents; raises as ``per_query`` does."""
         with self.sync_context(dist_sync_fn=self._gather):

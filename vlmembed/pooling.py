@@ -26,7 +26,7 @@ class Pooling(nn.Module, ABC):
 
     layers: tuple[int, ...] = (-1,)
 
-    def configure(self, hidden_size: int) -> None:  # noqa: B027 - most poolings have nothing to create
+    def configure(self, hidden_size: int) -> None:
         """Create weights, once the backbone's hidden size is known.
 
         Args:
@@ -147,8 +147,13 @@ class Concatenation(Pooling):
             raise ValueError(
                 f"Concatenated poolings must read the same layers, got {[pooling.layers for pooling in poolings]}."
             )
-        self.poolings = nn.ModuleList(poolings)
+        self.members = nn.ModuleList(poolings)
         self.layers = poolings[0].layers
+
+    @property
+    def poolings(self) -> list[Pooling]:
+        """The poolings, in order."""
+        return [pooling for pooling in self.members if isinstance(pooling, Pooling)]
 
     def configure(self, hidden_size: int) -> None:
         """Configure each pooling."""

@@ -7,10 +7,11 @@ from typing import Any
 
 import lightning
 import torch
+import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 
-from vlmembed.export import Exporter, push, refuse_used
+from vlmembed.export import Exporter, Run, push, refuse_used
 from vlmembed.modules import EmbeddingModule
 
 
@@ -23,6 +24,8 @@ class Trainer(lightning.Trainer):
             all.
         **kwargs: As for Lightning's trainer.
     """
+
+    fast_dev_run: bool | int
 
     #: The run's whole configuration, in YAML.
     run_config = ""
@@ -73,7 +76,18 @@ class Trainer(lightning.Trainer):
         if ckpt_path is not None:
             model.load_state_dict(torch.load(ckpt_path, map_location="cpu", weights_only=True)["state_dict"])
         model.to(self.strategy.root_device)
-        metrics = {name: float(value) for name, value in self.callback_metrics.items()}
-        self.exporter.export(model.encoder, folder, model.loss.dimensions, metrics, self.run_config)
+        self.exporter.export(
+            model.encoder,
+            folder,
+            Run(
+                name=push_to_hub.split("/")[-1] if push_to_hub else folder.absolute().name,
+                address=push_to_hub,
+                dimensions=model.loss.dimensions,
+                metrics={
+                    name: float(value) for name, value in self.callback_metrics.items() if name[:4] in ("val/", "test")
+                },
+                config=yaml.safe_load(self.run_config) or {},
+            ),
+        )
         if push_to_hub is not None:
-            print(push(folder, push_to_hub, private, revision))
+            print(f"Uploaded: {push(folder, push_to_hub, private, revision)}")

@@ -40,8 +40,15 @@ class Part:
     kind: Literal["text", "image", "video"]
     value: str | Frame | tuple[Frame, ...]
 
+    @property
+    def frames(self) -> tuple[Frame, ...]:
+        """The image, or the video's frames; nothing for a text or a video file."""
+        if isinstance(self.value, tuple):
+            return self.value
+        return () if isinstance(self.value, str) or self.kind == "video" else (self.value,)
+
     def digest(self) -> bytes:
-        """Identify the content: equal parts have equal digests. A file counts as its path, an open image as its pixels."""
+        """Identify the content: equal parts have equal digests. A file counts as its path, an image as its pixels."""
         hashed = hashlib.blake2b(self.kind.encode(), digest_size=16)
         values = self.value if isinstance(self.value, tuple) else (self.value,)
         for value in values:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, PretrainedConfig,
 from transformers.utils import is_flash_attn_2_available
 
 from vlmembed.backbones.preprocessing import ChatPreprocessor
-from vlmembed.types import Inputs
+from vlmembed.types import Inputs, Role
 
 #: The default instruction of Qwen3-VL-Embedding (arXiv:2601.04720).
 DEFAULT_INSTRUCTION = "Represent the user's input."
@@ -70,7 +70,7 @@ class VisionLanguageModel(nn.Module):
         self.dtype = dtype
         self.attn_implementation = attn_implementation
         self.bidirectional = bidirectional
-        self.instructions = {"query": query_instruction, "document": document_instruction}
+        self.instructions: dict[Role, str | None] = {"query": query_instruction, "document": document_instruction}
         self.generation_prompt = generation_prompt
         self.max_length = max_length
         self.gradient_checkpointing = gradient_checkpointing

@@ -1,10 +1,14 @@
-"""Opening images, with errors that say which row of which file was at fault."""
+"""Opening images and videos, with errors that say which row of which file was at fault."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from transformers import BaseVideoProcessor
+from transformers.video_utils import VideoMetadata, default_sample_indices_fn
+from transformers.video_utils import load_video as decode_video
 
 from vlmembed.types import Frame
 
@@ -22,9 +26,12 @@ def load_image(frame: Frame, origin: str = "") -> Image.Image:
     try:
         image = Image.open(frame) if isinstance(frame, Path) else frame
         upright: Image.Image = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I;16"):
+            # Pillow's own conversion clips: every pixel that is not almost black would turn white.
+            upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
         return upright.convert("RGB")
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
-        raise _unreadable(frame, origin, error) from error
+        raise _unreadable("image", frame, origin, error) from error
 
 
 def image_size(frame: Frame, origin: str = "") -> tuple[int, int]:
@@ -43,11 +50,49 @@ def image_size(frame: Frame, origin: str = "") -> tuple[int, int]:
         with Image.open(frame) as image:
             return image.size
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
-        raise _unreadable(frame, origin, error) from error
+        raise _unreadable("image", frame, origin, error) from error
 
 
-def _unreadable(frame: Frame, origin: str, error: Exception) -> ValueError:
+def load_video(
+    video: Path | tuple[Frame, ...], processor: BaseVideoProcessor, origin: str = ""
+) -> tuple[np.ndarray, VideoMetadata]:
+    """Open the frames of a video that a checkpoint's video processor samples, and no others.
+
+    Args:
+        video: A video file, decoded with PyAV, or all the frames.
+        processor: Decides which frames.
+        origin: Where it came from, for the error message.
+
+    Returns:
+        The frames (F, height, width, 3), and which ones of the video they are.
+
+    Raises:
+        ValueError: If a file is missing or cannot be decoded, or frames differ in size.
+        ImportError: If PyAV is not installed.
+    """
+    sample = processor.sample_frames if processor.do_sample_frames else default_sample_indices_fn
+    if isinstance(video, tuple):
+        metadata = VideoMetadata(total_num_frames=len(video))
+        metadata.frames_indices = sample(metadata=metadata)
+        return _stack([load_image(video[index], origin) for index in metadata.frames_indices], origin), metadata
+    try:
+        return decode_video(str(video), backend="pyav", sample_indices_fn=sample)
+    except (OSError, ValueError, TypeError, IndexError) as error:
+        raise _unreadable("video", video, origin, error) from error
+
+
+def _stack(frames: list[Image.Image], origin: str) -> np.ndarray:
+    sizes = sorted({frame.size for frame in frames})
+    if len(sizes) > 1:
+        raise ValueError(
+            f"{origin or 'An item'} has a video with frames of different sizes: {sizes[0]} and {sizes[-1]}. "
+            "Resize them to one size, or give them as images."
+        )
+    return np.stack([np.asarray(frame) for frame in frames])
+
+
+def _unreadable(kind: str, file: Frame, origin: str, error: Exception) -> ValueError:
     where = f"{origin}: " if origin else ""
     return ValueError(
-        f"{where}cannot read the image {frame} ({type(error).__name__}: {error}). Replace the file or remove the row."
+        f"{where}cannot read the {kind} {file} ({type(error).__name__}: {error}). Replace the file or remove the row."
     )

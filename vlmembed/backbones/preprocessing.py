@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import ProcessorMixin
 
-from vlmembed.backbones.media import image_size, load_image
+from vlmembed.backbones.media import image_size, load_image, load_video
 from vlmembed.types import Frame, Inputs, Item, Part, Preprocessor, Role
 
 Message = dict[str, Any]
@@ -70,8 +70,20 @@ class ChatPreprocessor(Preprocessor):
         return sum(_part_cost(part, item.origin) for part in item.parts)
 
     def _conversation(self, item: Item) -> list[Message]:
-        content = [{"type": part.kind, part.kind: _load(part, item.origin)} for part in item.parts]
-        return self._chat(item.role, content)
+        return self._chat(item.role, [self._content(part, item.origin) for part in item.parts])
+
+    def _content(self, part: Part, origin: str) -> dict[str, Any]:
+        """Return one content part of a chat message."""
+        value: Any = part.value
+        if part.kind == "image":
+            value = load_image(value, origin)
+        if part.kind != "video":
+            return {"type": part.kind, part.kind: value}
+        processor = getattr(self.processor, "video_processor", None)
+        if processor is None:
+            raise ValueError(f"{origin or 'An item'} has a video, and this checkpoint's processor takes none.")
+        frames, metadata = load_video(value, processor, origin)
+        return {"type": "video", "video": frames, "metadata": metadata}
 
     def _chat(self, role: Role, content: list[dict[str, Any]]) -> list[Message]:
         user = {"role": "user", "content": content}
@@ -81,6 +93,8 @@ class ChatPreprocessor(Preprocessor):
         return [{"role": "system", "content": [{"type": "text", "text": instruction}]}, user]
 
     def _apply_template(self, conversations: list[list[Message]]) -> Inputs:
+        parts = (part for chat in conversations for message in chat for part in message["content"])
+        metadata = [part["metadata"] for part in parts if part["type"] == "video"]
         return dict(
             self.processor.apply_chat_template(
                 conversations,
@@ -88,7 +102,12 @@ class ChatPreprocessor(Preprocessor):
                 return_dict=True,
                 return_tensors="pt",
                 add_generation_prompt=self.generation_prompt,
-                processor_kwargs={"text_kwargs": {"padding": True}, "common_kwargs": {"return_tensors": "pt"}},
+                processor_kwargs={
+                    "text_kwargs": {"padding": True},
+                    # The processor itself samples only where all of a batch's videos are files, or all are frames.
+                    "videos_kwargs": {"do_sample_frames": False, "video_metadata": metadata} if metadata else {},
+                    "common_kwargs": {"return_tensors": "pt"},
+                },
             )
         )
 
@@ -103,32 +122,26 @@ class ChatPreprocessor(Preprocessor):
                     "it could cut through an image. Raise max_length, or lower max_pixels so that images take fewer."
                 )
             tail = self._template_tail(items[row].role)
+            if limit <= len(tail):
+                raise ValueError(
+                    f"max_length={limit} has no room for a text: the chat template alone ends with {len(tail)} tokens. "
+                    "Raise max_length."
+                )
             inputs["input_ids"][row, limit - len(tail) : limit] = torch.tensor(tail)
         return {name: value[:, :limit] if value.shape[:2] == (rows, width) else value for name, value in inputs.items()}
 
     def _template_tail(self, role: Role) -> list[int]:
-        """Return the tokens that the template puts behind a text: what two different texts have in common at the end."""
+        """Return the tokens that the template puts behind a text: what two texts have in common at their ends."""
         chats = [self._chat(role, [{"type": "text", "text": text}]) for text in ("0", "1 2 3 4")]
         one, other = (self._apply_template([chat])["input_ids"][0].tolist()[::-1] for chat in chats)
         common = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
         return [token for token, _ in common][::-1]
 
 
-def _load(part: Part, origin: str) -> Any:
-    """Return what the chat template's content part holds: a text, an image, a video file's path, or frames."""
-    if part.kind == "text":
-        return part.value
-    if isinstance(part.value, tuple):
-        return [load_image(frame, origin) for frame in part.value]
-    return load_image(part.value, origin) if part.kind == "image" else str(part.value)
-
-
 def _part_cost(part: Part, origin: str) -> int:
     if part.kind == "text":
         return len(str(part.value)) // CHARACTERS_PER_TOKEN
-    if isinstance(part.value, tuple):
-        return sum(_frame_cost(frame, origin) for frame in part.value)
-    return _frame_cost(part.value, origin) if part.kind == "image" else TOKENS_PER_VIDEO_FILE
+    return sum(_frame_cost(frame, origin) for frame in part.frames) or TOKENS_PER_VIDEO_FILE
 
 
 def _frame_cost(frame: Frame, origin: str) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import filecmp
 import shutil
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -83,7 +84,7 @@ def create(
     folder: Path,
     *,
     hidden_size: int = 128,
-    layers: int = 3,
+    layers: int = 2,
     heads: int = 4,
     vision_hidden_size: int = 128,
     vision_layers: int = 3,
@@ -129,7 +130,7 @@ def create(
 
 def fresh_processor() -> Qwen3VLProcessor:
     """Return a processor with a small byte-level BPE, our chat template and limits that suit little pictures."""
-    vision = {"patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": FRAMES}
+    vision: dict[str, Any] = {"patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": FRAMES}
     vision |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     size = {"shortest_edge": MIN_TOKENS * TOKEN_PIXELS, "longest_edge": MAX_TOKENS * TOKEN_PIXELS}
     frames_size = {name: FRAMES * pixels for name, pixels in size.items()}
@@ -196,20 +197,18 @@ def _install(written: Path, folder: Path) -> bool:
     return True
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Write the default checkpoint where the command line says."""
     parser = argparse.ArgumentParser(prog="python -m vlmembed.backbones.tiny", description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="where to write it; made if it is not there")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights (default: 0)")
-    arguments = parser.parse_args()
+    given = parser.parse_args(arguments)
     try:
-        wrote = create(arguments.folder, seed=arguments.seed)
+        wrote = create(given.folder, seed=given.seed)
     except FileExistsError as error:
         parser.exit(1, f"{error}\n")
-    if not wrote:
-        parser.exit(0, f"{arguments.folder} holds this checkpoint already\n")
-    print(f"Wrote a fresh Qwen3-VL to {arguments.folder}:")
-    for path in sorted(arguments.folder.iterdir()):
+    print(f"Wrote a fresh Qwen3-VL to {given.folder}:" if wrote else f"{given.folder} holds this checkpoint already:")
+    for path in sorted(given.folder.iterdir()):
         print(f"  {path.name:24}{path.stat().st_size:>12,} bytes")
 
 

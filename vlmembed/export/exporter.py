@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-
-import yaml
+from typing import Any
 
 from vlmembed.encoder import Encoder
 from vlmembed.export.card import CardFacts, write_card
@@ -19,26 +19,36 @@ from vlmembed.export.verify import ExportError, Verification, encode_probes, ver
 LIBRARIES = ("vlmembed", "sentence-transformers", "transformers", "torch")
 
 
+@dataclass(frozen=True)
+class Run:
+    """What a run tells about the model that it made.
+
+    Args:
+        name: The model's name, for its card.
+        address: What users will open: a Hub repository, or None for the folder.
+        dimensions: The dimensions that embeddings were trained to be truncated to.
+        metrics: What was measured, under its logged names.
+        config: The run's whole configuration.
+    """
+
+    name: str = "model"
+    address: str | None = None
+    dimensions: Sequence[int] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
 class Exporter(ABC):
     """Writes a trained encoder as a folder that others open."""
 
     @abstractmethod
-    def export(
-        self,
-        encoder: Encoder,
-        folder: Path,
-        dimensions: Sequence[int] = (),
-        metrics: Mapping[str, float] | None = None,
-        config: str = "",
-    ) -> Verification:
+    def export(self, encoder: Encoder, folder: Path, run: Run) -> Verification:
         """Write and verify the folder.
 
         Args:
             encoder: A configured encoder. Its adapters are merged, for good.
             folder: Where; empty, or not there yet.
-            dimensions: The dimensions it was trained to be truncated to.
-            metrics: What was measured, for the model card.
-            config: The run's configuration in YAML, for the model card.
+            run: Where the encoder comes from.
 
         Raises:
             FileExistsError: If the folder is not empty.
@@ -50,64 +60,77 @@ class SentenceTransformers(Exporter):
     """Writes a folder that stock Sentence Transformers opens.
 
     It is written beside its final place, opened in a process that cannot import vlmembed, compared with the trained
-    model, and moved there if they agree.
+    model, and moved there if the two agree.
 
     Args:
         truncate_dim: Export this many leading dimensions only, normalised anew; null for all.
         license: The model's license for its card, as the Hub names it, such as apache-2.0.
+        pipeline_tag: The task under which the Hub lists the model; visual-document-retrieval for pictures of pages.
     """
 
-    def __init__(self, truncate_dim: int | None = None, license: str | None = None) -> None:
+    def __init__(
+        self, truncate_dim: int | None = None, license: str | None = None, pipeline_tag: str = "feature-extraction"
+    ) -> None:
         self.truncate_dim = truncate_dim
         self.license = license
+        self.pipeline_tag = pipeline_tag
 
-    def export(
-        self,
-        encoder: Encoder,
-        folder: Path,
-        dimensions: Sequence[int] = (),
-        metrics: Mapping[str, float] | None = None,
-        config: str = "",
-    ) -> Verification:
+    def export(self, encoder: Encoder, folder: Path, run: Run) -> Verification:
         """Write and verify the folder; see `Exporter.export`."""
-        refuse_used(folder)
         draft = folder.with_name(folder.name + ".unverified")
-        refuse_used(draft)
+        for place in (folder, draft):
+            refuse_used(place)
         draft.mkdir(parents=True, exist_ok=True)
-        full = self.truncate_dim or encoder.dimension
-        cuts = [full, *(dimension for dimension in dimensions if dimension < full)]
-        with TemporaryDirectory() as scratch:
-            probes = make_probes(Path(scratch))
-            # Before merging: the adapters as they were trained are what the folder is held against.
-            expected = encode_probes(encoder, probes)
-            print(f"Writing {folder}", flush=True)
-            write_folder(encoder, draft, self.truncate_dim)
-            verification = verify(draft, probes, expected, cuts, str(encoder.device), encoder.dtype, Path(scratch))
+        print(f"Writing {folder}", flush=True)
+        verification = self._write(encoder, draft, run.dimensions)
         if not verification.passed:
             raise ExportError(f"The export does not serve what was trained. {verification}. It is left in {draft}.")
-        write_card(draft, self._facts(encoder, folder, verification, metrics or {}, config))
+        write_card(draft, self._facts(encoder, run, run.address or str(folder), verification))
         if folder.exists():
             folder.rmdir()
         draft.rename(folder)
         print(f"Verified: {verification}\n\n{snippet(folder)}")
         return verification
 
-    def _facts(
-        self, encoder: Encoder, folder: Path, verification: Verification, metrics: Mapping[str, float], config: str
-    ) -> CardFacts:
-        run = yaml.safe_load(config) or {}
+    def _write(self, encoder: Encoder, folder: Path, dimensions: Sequence[int]) -> Verification:
+        full = self.truncate_dim or encoder.dimension
+        cuts = [full, *(dimension for dimension in dimensions if dimension < full)]
+        with TemporaryDirectory() as scratch:
+            probes = make_probes(Path(scratch))
+            # Before adapters are merged: what they did in training is what the folder is held against.
+            expected = encode_probes(encoder, probes)
+            write_folder(encoder, folder, self.truncate_dim)
+            return verify(folder, probes, expected, cuts, str(encoder.device), encoder.dtype, Path(scratch))
+
+    def _facts(self, encoder: Encoder, run: Run, address: str, verification: Verification) -> CardFacts:
+        model = run.config.get("model", {}).get("init_args", {})
+        data = run.config.get("data", {}).get("init_args", {})
+        told = {"Pooling": model.get("pooling"), "Loss": model.get("loss"), "Adapters": model.get("adapters")}
         return CardFacts(
-            title=folder.absolute().parent.name if folder.name == "export" else folder.name,
-            source=str(folder),
+            title=run.name,
+            source=address,
             base_model=encoder.backbone.checkpoint,
-            training={"Pooling": type(encoder.pooling).__name__, "Bidirectional": str(encoder.backbone.bidirectional)},
-            datasets=[],
-            metrics=metrics,
-            config=run,
+            training={label: describe(value) for label, value in told.items() if value},
+            datasets=[name for name in _as_list(data.get("train")) if isinstance(name, str)],
+            metrics=run.metrics,
+            config=run.config,
             verification=str(verification),
             versions={library: version(library) for library in LIBRARIES},
             license=self.license,
+            pipeline_tag=self.pipeline_tag,
         )
+
+
+def describe(value: Any) -> str:
+    """Say in one line what a part of a configuration builds: ``InfoNCE(temperature=0.05)``."""
+    if isinstance(value, Mapping) and "class_path" in value:
+        arguments = (f"{name}={describe(each)}" for name, each in value.get("init_args", {}).items())
+        return f"{value['class_path'].rsplit('.', 1)[-1]}({', '.join(arguments)})"
+    return f"[{', '.join(map(describe, value))}]" if isinstance(value, list) else str(value)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def refuse_used(folder: Path) -> None:

@@ -7,6 +7,7 @@ Run by file name in a process of its own, in which vlmembed cannot be imported: 
 
 import json
 import sys
+from itertools import product
 from typing import Any
 
 
@@ -20,27 +21,28 @@ class _Refuse:
 
 def main(folder: str, probes: str, output: str) -> None:
     """Encode every probe in every way, and save the embeddings by name."""
-    sys.meta_path.insert(0, _Refuse())  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _Refuse())
     import numpy
     import torch
     from sentence_transformers import SentenceTransformer
+    from tqdm import tqdm
 
     with open(probes, encoding="utf-8") as file:
         plan = json.load(file)
     inputs = [_open(probe) for probe in plan["inputs"]]
     model = SentenceTransformer(folder, device=plan["device"])
     results = {}
+    ways = list(product(("query", "document"), plan["dimensions"], ("left", "right"), (1, len(inputs))))
     with torch.inference_mode():
-        for role, encode in (("query", model.encode_query), ("document", model.encode_document)):
-            for dimension in plan["dimensions"]:
-                options = {"truncate_dim": dimension, "show_progress_bar": False, "convert_to_tensor": True}
-                for side in ("left", "right"):
-                    model.tokenizer.padding_side = side
-                    for size in (1, len(inputs)):
-                        embeddings = encode(inputs, batch_size=size, **options).float()
-                        embeddings = torch.nn.functional.normalize(embeddings, dim=-1)
-                        results[f"{role}/{dimension}/batch of {size}, padded {side}"] = embeddings.cpu().numpy()
-    numpy.savez(output, **results)
+        for role, dimension, side, size in tqdm(ways, desc="Verifying the export", file=sys.stdout):
+            model.tokenizer.padding_side = side
+            encode = model.encode_query if role == "query" else model.encode_document
+            embeddings = encode(
+                inputs, batch_size=size, truncate_dim=dimension, show_progress_bar=False, convert_to_tensor=True
+            )
+            embeddings = torch.nn.functional.normalize(embeddings.float(), dim=-1)
+            results[f"{role}/{dimension}/batch of {size}, padded {side}"] = embeddings.cpu().numpy()
+    numpy.savez(output, **results)  # type: ignore[arg-type]
 
 
 def _open(probe: Any) -> Any:
@@ -48,7 +50,9 @@ def _open(probe: Any) -> Any:
 
     if not isinstance(probe, dict):
         return probe
-    return {kind: [Image.open(value) if kind == "image" else value for value in values] for kind, values in probe.items()}
+    return {
+        kind: [Image.open(value) if kind == "image" else value for value in values] for kind, values in probe.items()
+    }
 
 
 if __name__ == "__main__":

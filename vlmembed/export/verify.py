@@ -126,7 +126,7 @@ def _serve(folder: Path, probes: Sequence[Probe], dimensions: Sequence[int], dev
     output = scratch / "embeddings.npz"
     # -P keeps the script's folder, and with it our modules, off the path.
     command = [sys.executable, "-P", serve.__file__, folder, scratch / "plan.json", output]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    result = subprocess.run(list(map(str, command)), stderr=subprocess.PIPE, text=True, check=False)
     if result.returncode:
         raise ExportError(f"Sentence Transformers cannot use the exported folder {folder}:\n{result.stderr[-3000:]}")
     with np.load(output) as arrays:

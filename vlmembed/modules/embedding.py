@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from vlmembed.encoder import Encoder
 from vlmembed.losses import Loss
 from vlmembed.metrics import RetrievalMetrics
 from vlmembed.modules.optimization import parameter_groups, refuse_untouched_parameters, total_steps
+from vlmembed.modules.prediction import write_predictions
 from vlmembed.pooling import Pooling
 from vlmembed.types import Batch, ItemBatch, Preprocessor
 
@@ -62,6 +64,11 @@ class EmbeddingModule(LightningModule):
         self._metrics = ModuleList()
 
     @property
+    def metrics(self) -> list[RetrievalMetrics]:
+        """What is being measured: one for each evaluation set of the running stage."""
+        return [metrics for metrics in self._metrics if isinstance(metrics, RetrievalMetrics)]
+
+    @property
     def preprocessor(self) -> Preprocessor:
         """The preprocessor of this model's inputs."""
         return self.encoder.backbone.preprocessor
@@ -83,6 +90,8 @@ class EmbeddingModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer over what is trainable, and the schedule."""
+        # With precision bf16-true everything was just made bfloat16, where a temperature's own steps round to nothing.
+        self.loss.float()
         optimizer = self._optimizer(parameter_groups(self, self.encoder.backbone, self._learning_rates))
         if self._lr_scheduler is None:
             return optimizer
@@ -136,7 +145,7 @@ class EmbeddingModule(LightningModule):
 
     def validation_step(self, batch: ItemBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Embed queries or documents of a validation set."""
-        self._metrics[dataloader_idx].update(batch.rows, self.encoder(batch.inputs))
+        self.metrics[dataloader_idx].update(batch.rows, self.encoder(batch.inputs))
 
     def on_validation_epoch_end(self) -> None:
         """Rank and log."""
@@ -154,13 +163,26 @@ class EmbeddingModule(LightningModule):
         """Rank and log."""
         self._log_metrics("test")
 
+    def on_predict_epoch_start(self) -> None:
+        """Start collecting what to predict."""
+        self._start_metrics("predict")
+
+    def predict_step(self, batch: ItemBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Embed queries or documents to predict."""
+        self.validation_step(batch, batch_idx, dataloader_idx)
+
+    def on_predict_epoch_end(self) -> None:
+        """Write rankings and embeddings into the run's folder."""
+        for metrics in self.metrics:
+            write_predictions(metrics, Path(self.trainer.log_dir or ".") / "predictions", self.trainer.is_global_zero)
+
     def _start_metrics(self, stage: str) -> None:
-        sets = self.trainer.datamodule.evaluations[stage]
+        sets = self.trainer.datamodule.evaluations[stage]  # type: ignore[attr-defined]
         metrics = [RetrievalMetrics(evaluation, self.loss.dimensions) for evaluation in sets]
         self._metrics = ModuleList(metrics).to(self.device)
 
     def _log_metrics(self, stage: str) -> None:
-        for metrics in self._metrics:
+        for metrics in self.metrics:
             prefix = f"{stage}/{metrics.evaluation.name}/" if len(self._metrics) > 1 else f"{stage}/"
             self.log_dict({prefix + name: value for name, value in metrics.compute().items()}, rank_zero_only=False)
 

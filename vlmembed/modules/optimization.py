@@ -78,7 +78,9 @@ def refuse_untouched_parameters(module: LightningModule, backbone: VisionLanguag
     Raises:
         RuntimeError: If a trainable parameter cannot be reached, with the names.
     """
-    untouched = [name for name, parameter in module.named_parameters() if parameter.requires_grad and parameter.grad is None]
+    untouched = [
+        name for name, parameter in module.named_parameters() if parameter.requires_grad and parameter.grad is None
+    ]
     if not saw_images and all(group_of(backbone, name) != "language" for name in untouched):
         return not untouched
     if untouched:

@@ -19,7 +19,9 @@ class LinearDecay(LambdaLR):
 
     def __init__(self, optimizer: Optimizer, total_steps: int, warmup: float = 0.1) -> None:
         _check(warmup)
-        super().__init__(optimizer, lambda step: _warmup(step, total_steps, warmup) * (1 - _decayed(step, total_steps, warmup)))
+        super().__init__(
+            optimizer, lambda step: _warmup(step, total_steps, warmup) * (1 - _decayed(step, total_steps, warmup))
+        )
 
 
 class CosineDecay(LambdaLR):

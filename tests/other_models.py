@@ -1,0 +1,137 @@
+"""Tiny fresh checkpoints of other vision-language models: real architectures and files, random weights, no download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3ImageProcessor,
+    Idefics3Processor,
+    PretrainedConfig,
+    ProcessorMixin,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
+)
+
+from vlmembed.backbones import tiny
+
+HIDDEN_SIZE = 64
+HEAD_DIM = 32
+
+LANGUAGE: dict[str, Any] = {
+    "hidden_size": HIDDEN_SIZE,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": HIDDEN_SIZE // HEAD_DIM,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 4096,
+    # Fresh weights this large make the attention uneven, so that a wrong mask or position shows in the numbers.
+    "initializer_range": 0.1,
+}
+#: Time, height and width share the frequencies of a rotary table, HEAD_DIM / 2 in all.
+ROTARY = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5]}
+
+
+def qwen2_5_vl(folder: Path) -> Path:
+    """Write a Qwen2.5-VL: patches of 14 pixels, attention in windows, no DeepStack."""
+    vision = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
+    size = {"shortest_edge": 28 * 28, "longest_edge": 64 * 28 * 28}
+    processor = Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(size=size, **vision),
+        video_processor=Qwen2VLVideoProcessor(size=size, **vision),
+        tokenizer=tiny.fresh_tokenizer(),
+        # Here the template, not the processor, sets a video between vision markers.
+        chat_template=tiny.CHAT_TEMPLATE.replace("<|video_pad|>", "<|vision_start|><|video_pad|><|vision_end|>"),
+    )
+    config = Qwen2_5_VLConfig(
+        text_config=LANGUAGE | _tokens(processor) | {"rope_parameters": ROTARY},
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "depth": 2,
+            "num_heads": 2,
+            "window_size": 56,
+            "fullatt_block_indexes": [1],
+            "out_hidden_size": HIDDEN_SIZE,
+        },
+        **_vision_tokens(processor),
+    )
+    return _save(Qwen2_5_VLForConditionalGeneration, config, processor, folder)
+
+
+def qwen3_vl_moe(folder: Path) -> Path:
+    """Write a Qwen3-VL-MoE: four experts in every layer, two of them for each token."""
+    processor = tiny.fresh_processor()
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": HEAD_DIM}
+    config = Qwen3VLMoeConfig(
+        text_config=LANGUAGE | experts | _tokens(processor) | {"rope_parameters": ROTARY | {"mrope_interleaved": True}},
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "depth": 2,
+            "num_heads": 2,
+            "num_position_embeddings": 256,
+            "deepstack_visual_indexes": [0],
+            "out_hidden_size": HIDDEN_SIZE,
+        },
+        **_vision_tokens(processor),
+    )
+    return _save(Qwen3VLMoeForConditionalGeneration, config, processor, folder)
+
+
+def idefics3(folder: Path) -> Path:
+    """Write an Idefics3, the family of SmolVLM: a SigLIP tower, a connector, a Llama; large images in tiles."""
+    tokenizer = tiny.fresh_tokenizer()
+    processor = Idefics3Processor(
+        image_processor=Idefics3ImageProcessor(size={"longest_edge": 64}, max_image_size={"longest_edge": 32}),
+        tokenizer=tokenizer,
+        image_seq_len=4,
+        chat_template=tiny.CHAT_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "<image>"),
+    )
+    config = Idefics3Config(
+        text_config=LANGUAGE | _tokens(processor) | {"model_type": "llama", "head_dim": HEAD_DIM},
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 32,
+            "patch_size": 8,
+        },
+        scale_factor=2,
+        image_token_id=processor.image_token_id,
+    )
+    return _save(Idefics3ForConditionalGeneration, config, processor, folder)
+
+
+def _tokens(processor: ProcessorMixin) -> dict[str, int]:
+    tokenizer = processor.tokenizer
+    return {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.eos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+
+
+def _vision_tokens(processor: ProcessorMixin) -> dict[str, int]:
+    tokens = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
+    tokens |= {"vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>"}
+    return {f"{name}_token_id": processor.tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()}
+
+
+def _save(architecture: type, config: PretrainedConfig, processor: ProcessorMixin, folder: Path) -> Path:
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(0)
+        architecture(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
