@@ -12,7 +12,7 @@ import ddp
 import pytest
 import torch
 import torch.distributed as dist
-from building import Recorder, batch, examples, fit, item, module, relative_difference, texts
+from building import Recorder, batch, examples, fit, item, module, picture, relative_difference, texts
 from lightning.pytorch.strategies import DDPStrategy
 from peft import LoraConfig
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch.nn.functional import normalize
 
 from vlmembed import distributed
 from vlmembed.adapters import Adapter, Freeze, LoRA
-from vlmembed.data import Collator
+from vlmembed.data import Collator, RetrievalDataModule, load_evaluation
 from vlmembed.losses import InfoNCE, Loss, Matryoshka
 from vlmembed.modules.embedding import joined_batch
 from vlmembed.types import Example, Inputs, Item, Preprocessor
@@ -142,7 +142,7 @@ def embedding_of(item: Item) -> Tensor:
 
 
 def shares() -> list[list[Example]]:
-    """What each process holds; together: a query and documents of both, and a wrong answer that the other says is right."""
+    """What each process holds: both a certain query, and a wrong answer of the one is a right one of the other."""
     rows = examples(5)
     contested = rows[2].negatives[0]
     return [rows[:3], [*rows[3:], Example(rows[2].query, (contested,), (item("one more wrong answer"),)), *texts(2)]]
@@ -258,7 +258,8 @@ def alone(checkpoint: Path) -> dict[str, Recorder]:
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_two_processes_train_as_one(checkpoint: Path, alone: dict[str, Recorder], name: str) -> None:
     expected = alone[name]
-    for first, second in zip(*ddp.run(train, name, checkpoint, [1, 4, None]), strict=True):
+    chunk_sizes = [1, 4, None] if name in ("plain", "everything") else [4]
+    for first, second in zip(*ddp.run(train, name, checkpoint, chunk_sizes), strict=True):
         assert first.losses == second.losses
         assert all(torch.equal(tensor, second.weights[-1][name]) for name, tensor in first.weights[-1].items())
         assert first.losses == pytest.approx(expected.losses, rel=EXACT)
@@ -327,7 +328,10 @@ def pytrec_eval_of(checkpoint: Path, rows: Path) -> dict[str, float]:
         }
         measured = pytrec_eval.RelevanceEvaluator(evaluation.qrels, {*names, "recip_rank"}).evaluate(run)
         for theirs, ours in {**names, "recip_rank": "val/mrr@10"}.items():
-            expected[ours + suffix] = sum(query[theirs] for query in measured.values()) / len(measured)
+            values = [query[theirs] for query in measured.values()]
+            # recip_rank has no cut of its own.
+            cut = [value if theirs != "recip_rank" or value >= 1 / 10 else 0.0 for value in values]
+            expected[ours + suffix] = sum(cut) / len(cut)
     return expected
 
 

@@ -47,6 +47,7 @@ class Trainer(lightning.Trainer):
         model: EmbeddingModule,
         datamodule: lightning.LightningDataModule | None = None,
         ckpt_path: str | None = None,
+        weights_only: bool | None = None,
         output_dir: str | None = None,
         push_to_hub: str | None = None,
         private: bool = False,
@@ -58,6 +59,7 @@ class Trainer(lightning.Trainer):
             model: The module. Its adapters are merged, for good.
             datamodule: Not used.
             ckpt_path: A checkpoint; null exports the weights as they are.
+            weights_only: Whether to refuse a checkpoint that holds more than tensors and plain values; null for yes.
             output_dir: A folder that is empty or not there yet; null for ``export`` in the run's folder.
             push_to_hub: Upload to this Hub repository, ``ORG/NAME``.
             private: Whether to make that repository private.
@@ -74,7 +76,7 @@ class Trainer(lightning.Trainer):
         refuse_used(folder)
         model.configure_model()
         if ckpt_path is not None:
-            model.load_state_dict(torch.load(ckpt_path, map_location="cpu", weights_only=True)["state_dict"])
+            model.load_state_dict(torch.load(ckpt_path, map_location="cpu", weights_only=weights_only is not False)["state_dict"])
         model.to(self.strategy.root_device)
         self.exporter.export(
             model.encoder,

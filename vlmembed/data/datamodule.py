@@ -117,6 +117,10 @@ class RetrievalDataModule(LightningDataModule):
         """Return a loader for each set to embed."""
         return self._evaluation_loaders("predict")
 
+    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
+        """Leave the batch on the host: the encoder takes its chunks over one at a time."""
+        return batch
+
     def _batches(self) -> Batches:
         trainer = self._trainer
         return Batches(self._mixture, self.batch_size, self.seed, trainer.global_rank, trainer.world_size)

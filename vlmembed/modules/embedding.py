@@ -100,10 +100,6 @@ class EmbeddingModule(LightningModule):
 
     # Training
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Leave the batch on the host: the encoder takes its chunks over one at a time."""
-        return batch
-
     def on_fit_start(self) -> None:
         """Take over the gradient reduction from data-parallel training."""
         self._reduce_gradients = distributed.defer_gradient_reduction(self.trainer.strategy.model)

@@ -1,0 +1,191 @@
+"""The commands, run in this process on a checkpoint and data that are as small as they can be."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from building import picture
+from safetensors.torch import load_file
+
+from vlmembed.cli import main
+
+ROWS = 12
+
+
+@pytest.fixture
+def run(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A configuration as a user would write it, with its data, in an empty folder that is the current one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["vlmembed"])
+    _write_data(tmp_path / "data")
+    loss = {"class_path": "vlmembed.losses.InfoNCE", "init_args": {"temperature": 0.05}}
+    return {
+        "seed_everything": 0,
+        "model": {
+            "class_path": "vlmembed.modules.EmbeddingModule",
+            "init_args": {
+                "backbone": {
+                    "class_path": "vlmembed.backbones.Qwen3VL",
+                    "init_args": {"checkpoint": str(checkpoint)},
+                },
+                "pooling": {"class_path": "vlmembed.pooling.LastToken"},
+                "loss": {
+                    "class_path": "vlmembed.losses.Matryoshka",
+                    "init_args": {"loss": loss, "dimensions": [64, 16]},
+                },
+                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}},
+            },
+        },
+        "data": {
+            "class_path": "vlmembed.data.RetrievalDataModule",
+            "init_args": {
+                "train": "data/train.jsonl",
+                "val": "data/evaluation",
+                "test": "data/train.jsonl",
+                "batch_size": 4,
+                "num_workers": 0,
+            },
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": 3,
+            "log_every_n_steps": 1,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "logger": {
+                "class_path": "lightning.pytorch.loggers.CSVLogger",
+                "init_args": {"save_dir": "runs", "name": "small", "version": ""},
+            },
+        },
+    }
+
+
+def _write_data(folder: Path) -> None:
+    evaluation = folder / "evaluation"
+    evaluation.mkdir(parents=True)
+    rows, corpus, queries = [], [], []
+    for index in range(ROWS):
+        picture(64, 32, index).save(folder / f"{index}.png")
+        rows.append({"query": f"number {index}", "positive": {"image": f"{index}.png"}})
+        corpus.append({"id": f"d{index}", "image": f"../{index}.png"})
+        queries.append({"id": f"q{index}", "text": f"number {index}"})
+    for name, entries in (("train", rows), ("evaluation/corpus", corpus), ("evaluation/queries", queries)):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    (evaluation / "qrels.tsv").write_text("".join(f"q{index}\td{index}\t1\n" for index in range(ROWS)))
+
+
+def call(command: str, config: dict[str, Any], *options: str) -> None:
+    Path("run.yaml").write_text(yaml.safe_dump(config))
+    main([command, "--config", "run.yaml", *options])
+
+
+def test_fit_then_everything_else(run: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:
+    call("fit", run)
+    folder = Path("runs/small")
+    printed = capfd.readouterr().out
+    assert "test/ndcg@10: " in printed
+    assert "before training" in printed
+    assert "Verified: " in printed
+    with (folder / "metrics.csv").open() as file:
+        logged = {name for row in csv.DictReader(file) for name, value in row.items() if value}
+    assert {"train/loss", "val/ndcg@10", "val/recall@1", "val/recall@10", "val/mrr@10", "val/ndcg@10/16"} <= logged
+    assert (folder / "export" / "modules.json").exists()
+    checkpoint = next((folder / "checkpoints").glob("*.ckpt"))
+
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    saved["trainer"]["logger"]["init_args"]["name"] = "again"
+    call("validate", saved, "--ckpt_path", str(checkpoint))
+    call("test", saved, "--ckpt_path", str(checkpoint), "--trainer.logger.init_args.name=tested")
+    call("predict", saved, "--ckpt_path", str(checkpoint), "--trainer.logger.init_args.name=predicted")
+    call("export", saved, "--ckpt_path", str(checkpoint), "--output_dir", "elsewhere")
+    _check_predictions(Path("runs/predicted/predictions"))
+    # What `export` reads from the checkpoint is what `fit` exported from memory.
+    exported, again = (load_file(place / "model.safetensors") for place in (folder / "export", Path("elsewhere")))
+    assert all(torch.equal(exported[name], again[name]) for name in exported)
+
+
+def _check_predictions(folder: Path) -> None:
+    embeddings = load_file(folder / "train.safetensors")
+    lines = [line.split() for line in (folder / "train.trec").read_text().splitlines()]
+    assert len(lines) == ROWS * ROWS
+    scores = torch.nn.functional.cosine_similarity(embeddings["queries"][:1], embeddings["documents"])
+    assert float(lines[0][4]) == pytest.approx(scores.max().item(), abs=1e-6)
+    assert [int(line[3]) for line in lines[:ROWS]] == list(range(1, ROWS + 1))
+
+
+def test_every_argument_can_be_overridden(run: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model.init_args.loss.init_args.loss.init_args.temperature=0.07", "--data.init_args.batch_size=2"]
+    with pytest.raises(SystemExit) as stopped:
+        call("fit", run, *options, "--print_config")
+    assert stopped.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["init_args"]["loss"]["init_args"]["loss"]["init_args"]["temperature"] == 0.07
+    assert printed["data"]["init_args"]["batch_size"] == 2
+
+
+@pytest.mark.parametrize("place", ["model", "data", "trainer"])
+def test_an_unknown_key_is_refused(run: dict[str, Any], place: str, capsys: pytest.CaptureFixture[str]) -> None:
+    target = run[place].get("init_args", run[place])
+    target["temprature"] = 1
+    with pytest.raises(SystemExit) as stopped:
+        call("fit", run)
+    assert stopped.value.code != 0
+    assert "temprature" in capsys.readouterr().err
+
+
+def test_a_used_output_folder_is_refused_before_anything_is_done(run: dict[str, Any]) -> None:
+    Path("thesis").mkdir()
+    Path("thesis/chapter.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="thesis is not empty"):
+        call("export", run, "--output_dir", "thesis")
+    assert [path.name for path in Path("thesis").iterdir()] == ["chapter.txt"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda lines: lines[:2] + ['{"query": "x", "positive": {"image": "gone.png"}}'], r"train\.jsonl.*row 3.*gone\.png"),
+        (lambda lines: lines[:2] + ['{"query": "", "positive": "y"}'], r"train\.jsonl.*row 3.*query"),
+        (lambda lines: ['{"query": "x"}'], "positive"),
+    ],
+    ids=["missing image", "empty query", "missing column"],
+)
+def test_a_bad_row_is_named(run: dict[str, Any], damage: Any, message: str) -> None:
+    path = Path("data/train.jsonl")
+    path.write_text("\n".join(damage(path.read_text().splitlines())))
+    run["data"]["init_args"] |= {"batch_size": 1, "test": None}
+    with pytest.raises(ValueError, match=message):
+        call("fit", run)
+
+
+def test_a_matryoshka_dimension_that_is_too_large_is_named(run: dict[str, Any]) -> None:
+    run["model"]["init_args"]["loss"]["init_args"]["dimensions"] = [128, 64]
+    with pytest.raises(ValueError, match=r"\[128\] dimensions, but the embedding has 64"):
+        call("fit", run)
+
+
+def test_the_csv_log_is_written_beside_others(run: dict[str, Any]) -> None:
+    run["trainer"]["logger"] = {
+        "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+        "init_args": {"save_dir": "boards"},
+    }
+    run["trainer"]["exporter"] = None
+    run["trainer"]["max_steps"] = 1
+    call("fit", run)
+    assert list(Path("runs").rglob("metrics.csv"))
+    assert list(Path("boards").rglob("events.out.tfevents*"))
+    assert not list(Path().rglob("modules.json"))
+
+
+def test_help_explains_every_argument_of_the_module(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--model.help", "vlmembed.modules.EmbeddingModule"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "From its hidden states to an embedding" in printed or "From its hidden states to an embedding".lower() in printed.lower()
+    assert "Learning rates other than the optimizer's" in printed
