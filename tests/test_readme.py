@@ -1,0 +1,107 @@
+"""What the README says, done."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from building import picture
+
+from vlmembed.backbones import tiny
+from vlmembed.data import Rows
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+#: Just as much as shows that a command works.
+SHORT = [
+    "--trainer.max_steps=2",
+    "--trainer.enable_progress_bar=false",
+    "--data.init_args.val=numbers.jsonl",
+    "--data.init_args.test=numbers.jsonl",
+    "--data.init_args.num_workers=0",
+]
+
+
+def block(marker: str) -> str:
+    found = re.search(rf"<!-- {re.escape(marker)} -->\n```\w+\n(.*?)```", README, re.DOTALL)
+    assert found
+    return found[1]
+
+
+def commands() -> list[str]:
+    return [line for line in README.splitlines() if line.startswith("python -m vlmembed ")]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where a user would be: the checkpoint, the configs, and a small file to measure on."""
+    tiny.create(tmp_path / "checkpoints" / "tiny")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    for name in ("my_parts.py", "my_run.yaml"):
+        (tmp_path / name).write_text(block(name))
+    rows = [f'{{"query": "number {index}", "positive": "{index}"}}' for index in range(8)]
+    (tmp_path / "numbers.jsonl").write_text("\n".join(rows))
+    return tmp_path
+
+
+def test_every_command_runs(folder: Path) -> None:
+    quick_start = block("quick start").split(" && ")[-1]
+    assert quick_start.startswith("python -m vlmembed fit")
+    for command in [quick_start, *commands()]:
+        words = command.split()
+        run = [sys.executable, *words[1:], *(SHORT if words[3] == "fit" else SHORT[2:])]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        result = subprocess.run(run, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, f"{run}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
+    assert (folder / "my-model" / "modules.json").exists()
+    assert list(folder.rglob("predictions/numbers.trec"))
+
+
+def test_every_kind_of_cell_is_read(tmp_path: Path) -> None:
+    for name in ("invoice", "receipt", "frame1", "frame2", "frame3", "frame4"):
+        picture(64, 64).save(tmp_path / f"{name}.png")
+    (tmp_path / "crane.mp4").touch()
+    (tmp_path / "train.jsonl").write_text(block("cells"))
+    rows = Rows(str(tmp_path / "train.jsonl"))
+    kinds = [[part.kind for part in rows[index].positives[0].parts] for index in range(len(rows))]
+    assert kinds == [
+        ["text"],
+        ["image"],
+        ["image", "text"],
+        ["image", "image"],
+        ["image"],
+        ["video"],
+        ["video"],
+        ["text", "image", "text", "image"],
+    ]
+    assert all(len(rows[index].positives) == 1 for index in range(len(rows)))
+
+
+@pytest.mark.parametrize("path", [*(ROOT / "configs").rglob("*.yaml")], ids=lambda path: path.stem)
+def test_every_config_builds_its_objects(path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a tiny checkpoint in place of the released one; no weights are read, so no memory is needed."""
+    from lightning.pytorch.cli import LightningCLI
+
+    from vlmembed.cli import CLI
+
+    monkeypatch.setattr("sys.argv", ["vlmembed"])
+    monkeypatch.setattr(LightningCLI, "_run_subcommand", lambda *_: None)
+    options = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.precision=32-true"]
+    place = f"--model.init_args.backbone.init_args.checkpoint={checkpoint}"
+    cli = CLI(["fit", "--config", str(path), place, *options])
+    written = yaml.safe_load(path.read_text())["model"]["init_args"]
+    assert cli.model.loss.dimensions == tuple(written["loss"]["init_args"]["dimensions"])
+    cli.model.encoder.configure()
+    for adapter in cli.model.adapters:
+        adapter.apply(cli.model.encoder.backbone)
+    assert any(parameter.requires_grad for parameter in cli.model.encoder.parameters())
+
+
+def test_the_set_up_commands_are_one_line_each() -> None:
+    for marker in ("quick start", "tests"):
+        assert len(block(marker).strip().splitlines()) == 1
