@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,19 @@ def relative_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
     difference = sum(((one[name] - other[name]).double() ** 2).sum() for name in one)
     size = sum((other[name].double() ** 2).sum() for name in one)
     return float((difference / size).sqrt())
+
+
+def write_rows(path: Path, count: int = 9) -> Path:
+    """Training rows of pictures and texts, with several right answers, some of them shared."""
+    rows = []
+    for index in range(count):
+        picture(32 + 32 * (index % 4), 64, index).save(path.parent / f"{index}.png")
+        positive = {"image": f"{index}.png"} if index % 3 else f"an answer {index}"
+        also = {"image": f"{(index + 1) % count}.png"} if index % 3 == 1 else "what answers many"
+        query = f"question {index} " * (1 + index % 2)
+        rows.append({"query": query, "positive": [positive, also], "negative": f"wrong {index}"})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-import types
 from pathlib import Path
 from typing import Any
 
-import av
-import other_models
 import pytest
 import torch
 from building import gradients, item, mixed_items, picture, relative_difference
 from torch import Tensor
-from transformers import AutoModel, AutoProcessor, BertConfig, Qwen3Config
+from transformers import AutoModel, AutoProcessor
+from videos import film
 
 from vlmembed.backbones import Qwen3VL, VisionLanguageModel, base
 from vlmembed.types import Inputs, Item, Part
@@ -46,20 +44,8 @@ def backbone(checkpoint: Path) -> Qwen3VL:
 
 
 @pytest.fixture(scope="module")
-def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two seconds at eight frames a second, of which Qwen3-VL samples two a second."""
-    path = tmp_path_factory.mktemp("videos") / "tiny.mp4"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=8)
-        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
-        for seed in range(16):
-            container.mux(stream.encode(av.VideoFrame.from_image(picture(64, 32, seed))))
-        container.mux(stream.encode())
-    return path
-
-
-@pytest.fixture(scope="module")
-def items(video: Path) -> list[Item]:
+def items(tmp_path_factory: pytest.TempPathFactory) -> list[Item]:
+    video = film(tmp_path_factory.mktemp("films") / "film.mp4")
     return [*mixed_items(), Item("document", (Part("video", video),))]
 
 
@@ -163,7 +149,7 @@ def test_what_padding_holds_never_matters(checkpoint: Path, items: list[Item], b
     backbone = load(checkpoint, bidirectional=bidirectional)
     inputs = backbone.preprocessor(items)
     kept = inputs["attention_mask"] == 1
-    noise = torch.randint(0, 250, kept.shape, generator=torch.Generator().manual_seed(0))
+    noise = torch.randint(50, 250, kept.shape, generator=torch.Generator().manual_seed(0))
     noisy = backbone({**inputs, "input_ids": inputs["input_ids"].where(kept, noise)})
     torch.testing.assert_close(noisy[kept], backbone(inputs)[kept], rtol=0, atol=ROUNDING)
 
@@ -205,7 +191,10 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient(checkpoint: P
         backbone = Qwen3VL(str(checkpoint), gradient_checkpointing=checkpointing)
         backbone.configure()
         counted: list[int] = []
-        backbone.model.language_model.layers[0].mlp.register_forward_hook(lambda *_, counted=counted: counted.append(1))
+        # The first module of the layer: recomputing stops as soon as nothing is missing, inside the last one.
+        backbone.model.language_model.layers[0].input_layernorm.register_forward_hook(
+            lambda *_, counted=counted: counted.append(1)
+        )
         uneven_loss(backbone, inputs).backward()
         found[checkpointing], calls[checkpointing] = gradients(backbone), len(counted)
     assert calls == {False: 1, True: 2}
@@ -225,144 +214,3 @@ def test_dropout_is_on_until_somebody_measures(checkpoint: Path, tmp_path: Path)
     assert not torch.allclose(backbone(inputs), backbone(inputs), atol=1e-3)
     backbone.eval()
     assert torch.equal(backbone(inputs), backbone(inputs))
-
-
-@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
-def test_dtype_is_the_checkpoints_unless_named(checkpoint: Path, tmp_path: Path, dtype: str) -> None:
-    half = tmp_path / "half"
-    AutoModel.from_pretrained(checkpoint, dtype=torch.bfloat16).save_pretrained(half)
-    expected = {"auto": torch.bfloat16, "float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
-    assert {parameter.dtype for parameter in load(half, dtype=dtype).parameters()} == {expected}
-    if dtype == "auto":
-        assert {parameter.dtype for parameter in load(checkpoint).parameters()} == {torch.float32}
-
-
-def test_attention_is_sdpa_here_unless_named(checkpoint: Path, backbone: Qwen3VL) -> None:
-    if not torch.cuda.is_available():
-        assert backbone.model.config._attn_implementation == "sdpa"
-    assert load(checkpoint, attn_implementation="eager").model.config._attn_implementation == "eager"
-
-
-@pytest.mark.parametrize(
-    ("dtype", "expected"), [("bfloat16", "flash_attention_2"), ("auto", "sdpa"), ("float32", "sdpa")]
-)
-def test_flash_attention_is_for_half_precision_on_cuda(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, expected: str
-) -> None:
-    """As on a machine that has both; the checkpoint's own dtype is float32."""
-    asked = {}
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(base, "is_flash_attn_2_available", lambda: True)
-    model = types.SimpleNamespace(train=lambda: None)
-    monkeypatch.setattr(AutoModel, "from_pretrained", lambda _, **options: asked.update(options) or model)
-    Qwen3VL(str(checkpoint), dtype=dtype).configure()
-    assert asked["attn_implementation"] == expected
-
-
-@pytest.mark.gpu
-@torch.no_grad()
-def test_flash_attention_is_chosen_and_agrees_with_sdpa(checkpoint: Path) -> None:
-    pytest.importorskip("flash_attn")
-    backbone = load(checkpoint, dtype="bfloat16").cuda()
-    assert backbone.model.config._attn_implementation == "flash_attention_2"
-    inputs = {name: value.cuda() for name, value in backbone.preprocessor(mixed_items()).items()}
-    expected = load(checkpoint, dtype="bfloat16", attn_implementation="sdpa").cuda()(inputs)
-    kept = inputs["attention_mask"] == 1
-    # bfloat16 has eight bits, and the two kernels round in different places.
-    torch.testing.assert_close(backbone(inputs)[kept], expected[kept], rtol=0, atol=0.1)
-
-
-FAMILIES = {
-    "Qwen2.5-VL": (other_models.qwen2_5_vl, VisionLanguageModel),
-    "Qwen3-VL-MoE": (other_models.qwen3_vl_moe, Qwen3VL),
-    "Idefics3": (other_models.idefics3, VisionLanguageModel),
-}
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def relative(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> VisionLanguageModel:
-    """A backbone of another family."""
-    write, backbone_class = FAMILIES[request.param]
-    backbone = backbone_class(str(write(tmp_path_factory.mktemp("families") / "tiny")))
-    backbone.configure()
-    return backbone.eval()
-
-
-@torch.no_grad()
-def test_other_families_encode_an_item_alone_as_in_a_mixed_batch(relative: VisionLanguageModel) -> None:
-    items = [kind for kind in mixed_items() if all(part.kind != "video" for part in kind.parts)]
-    inputs = relative.preprocessor(items)
-    hidden = relative(inputs)
-    for row, one in enumerate(items):
-        alone = relative.preprocessor([one])
-        length = alone["input_ids"].shape[1]
-        assert alone["input_ids"][0].equal(inputs["input_ids"][row, :length])
-        torch.testing.assert_close(hidden[row, :length], relative(alone)[0], rtol=0, atol=ROUNDING)
-
-
-@torch.no_grad()
-def test_other_families_see_their_images(relative: VisionLanguageModel) -> None:
-    """Two pictures of one size differ in no token, so their difference comes through the vision tower."""
-    one, other = (relative.preprocessor([item(picture(64, 64, seed), "a caption")]) for seed in (0, 1))
-    assert torch.equal(one["input_ids"], other["input_ids"])
-    assert (relative(one) - relative(other))[0, -1].abs().max() > 100 * ROUNDING
-
-
-@torch.no_grad()
-def test_other_families_can_be_bidirectional(relative: VisionLanguageModel) -> None:
-    backbone = type(relative)(relative.checkpoint, bidirectional=True)
-    backbone.configure()
-    one = relative.preprocessor([item("some words")])
-    other = {**one, "input_ids": one["input_ids"].clone()}
-    other["input_ids"][0, -1] = 7
-    assert (relative(one) - relative(other))[0, 0].abs().max() == 0
-    backbone.eval()
-    assert (backbone(one) - backbone(other))[0, 0].abs().max() > 100 * ROUNDING
-
-
-def test_gradients_reach_every_part_of_other_families(relative: VisionLanguageModel) -> None:
-    inputs = relative.preprocessor([item("words"), item(picture(64, 32), "more")])
-    uneven_loss(relative, inputs).backward()
-    reached = {name for name, gradient in gradients(relative).items() if gradient.any()}
-    relative.zero_grad()
-    layers = {
-        name.split(".layers.")[1][0]
-        for name in reached
-        if "language_model.layers." in name or "text_model.layers." in name
-    }
-    assert layers == {"0", "1"}
-    assert any("visual" in name or "vision_model" in name for name in reached)
-
-
-@pytest.mark.parametrize("config", [Qwen3Config(), BertConfig()], ids=["qwen3", "bert"])
-def test_a_text_model_is_refused(tmp_path: Path, config: Any) -> None:
-    config.save_pretrained(tmp_path)
-    message = f"'{tmp_path}' is a '{config.model_type}', not a vision-language model"
-    with pytest.raises(ValueError, match=message):
-        VisionLanguageModel(tmp_path).configure()
-    with pytest.raises(ValueError, match=message):
-        _ = VisionLanguageModel(tmp_path).preprocessor
-
-
-def test_qwen3_vl_refuses_another_family(tmp_path: Path) -> None:
-    folder = other_models.idefics3(tmp_path / "tiny")
-    with pytest.raises(ValueError, match=r"is a 'idefics3', not a Qwen3-VL.*vlmembed\.backbones\.VisionLanguageModel"):
-        Qwen3VL(str(folder)).configure()
-
-
-def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"Cannot open the checkpoint '{tmp_path}/nothing'"):
-        Qwen3VL(str(tmp_path / "nothing")).configure()
-
-
-def test_a_checkpoint_without_chat_template_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    shutil.copytree(checkpoint, tmp_path / "plain")
-    (tmp_path / "plain" / "chat_template.jinja").unlink()
-    with pytest.raises(ValueError, match="plain' has no chat template"):
-        _ = VisionLanguageModel(tmp_path / "plain").preprocessor
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="refused only where there is no CUDA")
-def test_4_bit_weights_are_refused_without_cuda(checkpoint: Path) -> None:
-    with pytest.raises(ValueError, match=r"load_in_4bit needs a CUDA device.*CUDA: False.*load_in_4bit: false"):
-        Qwen3VL(str(checkpoint), load_in_4bit=True).configure()

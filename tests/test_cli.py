@@ -150,7 +150,10 @@ def test_a_used_output_folder_is_refused_before_anything_is_done(run: dict[str, 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda lines: lines[:2] + ['{"query": "x", "positive": {"image": "gone.png"}}'], r"train\.jsonl.*row 3.*gone\.png"),
+        (
+            lambda lines: lines[:2] + ['{"query": "x", "positive": {"image": "gone.png"}}'],
+            r"train\.jsonl.*row 3.*gone\.png",
+        ),
         (lambda lines: lines[:2] + ['{"query": "", "positive": "y"}'], r"train\.jsonl.*row 3.*query"),
         (lambda lines: ['{"query": "x"}'], "positive"),
     ],
@@ -187,5 +190,8 @@ def test_help_explains_every_argument_of_the_module(capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit):
         main(["fit", "--model.help", "vlmembed.modules.EmbeddingModule"])
     printed = " ".join(capsys.readouterr().out.split())
-    assert "From its hidden states to an embedding" in printed or "From its hidden states to an embedding".lower() in printed.lower()
+    assert (
+        "From its hidden states to an embedding" in printed
+        or "From its hidden states to an embedding".lower() in printed.lower()
+    )
     assert "Learning rates other than the optimizer's" in printed

@@ -41,16 +41,21 @@ class LoRA(Adapter):
 
     def apply(self, backbone: VisionLanguageModel) -> None:
         """Wrap the backbone's model; see `Adapter.apply`."""
+        if isinstance(backbone.model, PeftModel):
+            raise ValueError(
+                "There is a LoRA already, and a second one would freeze it. Give one LoRA all target_modules, and "
+                "rank_pattern and alpha_pattern where they differ."
+            )
         try:
             _check_targets(backbone.model, self.config.target_modules)
-            backbone.model = get_peft_model(backbone.model, self.config)
+            backbone.model = get_peft_model(backbone.model, self.config)  # type: ignore[assignment]
         except ValueError as error:
             linear = {
                 name.split(".")[-1] for name, module in backbone.model.named_modules() if isinstance(module, nn.Linear)
             }
             raise ValueError(
-                f"LoRA with target_modules={self.config.target_modules!r} does not fit {backbone.checkpoint!r}: {error} "
-                f"Its linear layers are called {', '.join(sorted(linear))}."
+                f"LoRA with target_modules={self.config.target_modules!r} does not fit {backbone.checkpoint!r}: "
+                f"{error} Its linear layers are called {', '.join(sorted(linear))}."
             ) from error
 
 
@@ -63,11 +68,11 @@ def _check_targets(model: nn.Module, targets: Collection[str] | str | None) -> N
 
 
 class Freeze(Adapter):
-    """Keeps parts of the backbone as they are.
+    r"""Keeps parts of the backbone as they are.
 
     Args:
         modules: What to freeze: ``vision``, ``merger`` or ``language``, or regular expressions that are searched for in
-            parameter names, such as ``visual\\.blocks\\.[0-5]\\.``.
+            parameter names, such as ``visual\.blocks\.[0-5]\.``.
 
     Raises:
         ValueError: If ``modules`` is one string, whose letters would each be a pattern, or empty.
@@ -110,6 +115,6 @@ def group_of(backbone: VisionLanguageModel, name: str) -> str:
 
 
 def merge(backbone: VisionLanguageModel) -> None:
-    """Fold every LoRA adapter into the weights that it adapts, so that the model is an ordinary one again."""
-    while isinstance(backbone.model, PeftModel):
+    """Fold a LoRA into the weights that it adapts, so that the model is an ordinary one again."""
+    if isinstance(backbone.model, PeftModel):
         backbone.model = backbone.model.merge_and_unload(safe_merge=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -21,7 +21,7 @@ DEFAULT_INSTRUCTION = "Represent the user's input."
 
 
 class VisionLanguageModel(nn.Module):
-    """Any Hugging Face vision-language model that ``AutoModel`` and ``AutoProcessor`` open and that has a chat template.
+    """Any vision-language model with a chat template that transformers' ``AutoModel`` and ``AutoProcessor`` open.
 
     The defaults are the Qwen3-VL-Embedding layout: a default instruction as the system message and the generation
     prompt at the end, to be pooled at the last token. The weights are read in `configure`, not before.
@@ -38,13 +38,14 @@ class VisionLanguageModel(nn.Module):
         document_instruction: The system message for documents; null for none.
         generation_prompt: Whether the input ends with the chat template's opening of an answer.
         max_length: The most tokens an item may have; a longer text is cut, a longer item with images is refused.
-        gradient_checkpointing: Whether to keep one activation per layer and recompute the rest, trading time for memory.
-        load_in_4bit: Whether to load the weights as 4-bit NF4, for QLoRA (arXiv:2305.14314); needs CUDA and bitsandbytes.
+        gradient_checkpointing: Whether to keep one activation per layer and recompute the rest: less memory, more time.
+        load_in_4bit: Whether to load the weights as 4-bit NF4, for QLoRA (arXiv:2305.14314); needs bitsandbytes
+            and CUDA.
         trust_remote_code: Whether to run code that comes with the checkpoint.
     """
 
     #: Parts of the model by name, as patterns of parameter names tried in this order: the first match decides.
-    groups: dict[str, str] = {
+    groups: ClassVar[dict[str, str]] = {
         "merger": r"(^|\.)(merger|deepstack_merger_list|multi_modal_projector|connector)\.",
         "vision": r"(^|\.)(visual|vision_tower|vision_model)\.",
         "language": r"",

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import BaseVideoProcessor
-from transformers.video_utils import VideoMetadata, default_sample_indices_fn
-from transformers.video_utils import load_video as decode_video
+from transformers.video_utils import VideoMetadata, default_sample_indices_fn, read_video_pyav
 
 from vlmembed.types import Frame
 
@@ -70,13 +69,14 @@ def load_video(
         ValueError: If a file is missing or cannot be decoded, or frames differ in size.
         ImportError: If PyAV is not installed.
     """
-    sample = processor.sample_frames if processor.do_sample_frames else default_sample_indices_fn
+    samples = getattr(processor, "do_sample_frames", False)
+    sample = processor.sample_frames if samples else default_sample_indices_fn
     if isinstance(video, tuple):
         metadata = VideoMetadata(total_num_frames=len(video))
-        metadata.frames_indices = sample(metadata=metadata)
+        metadata.frames_indices = sample(metadata=metadata).tolist()
         return _stack([load_image(video[index], origin) for index in metadata.frames_indices], origin), metadata
     try:
-        return decode_video(str(video), backend="pyav", sample_indices_fn=sample)
+        return read_video_pyav(str(video), sample)  # type: ignore[arg-type]
     except (OSError, ValueError, TypeError, IndexError) as error:
         raise _unreadable("video", video, origin, error) from error
 

@@ -95,21 +95,20 @@ class ChatPreprocessor(Preprocessor):
     def _apply_template(self, conversations: list[list[Message]]) -> Inputs:
         parts = (part for chat in conversations for message in chat for part in message["content"])
         metadata = [part["metadata"] for part in parts if part["type"] == "video"]
-        return dict(
-            self.processor.apply_chat_template(
-                conversations,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                add_generation_prompt=self.generation_prompt,
-                processor_kwargs={
-                    "text_kwargs": {"padding": True},
-                    # The processor itself samples only where all of a batch's videos are files, or all are frames.
-                    "videos_kwargs": {"do_sample_frames": False, "video_metadata": metadata} if metadata else {},
-                    "common_kwargs": {"return_tensors": "pt"},
-                },
-            )
+        inputs: Any = self.processor.apply_chat_template(
+            conversations,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            add_generation_prompt=self.generation_prompt,
+            processor_kwargs={
+                "text_kwargs": {"padding": True},
+                # The processor itself samples only where all of a batch's videos are files, or all are frames.
+                "videos_kwargs": {"do_sample_frames": False, "video_metadata": metadata} if metadata else {},
+                "common_kwargs": {"return_tensors": "pt"},
+            },
         )
+        return dict(inputs)
 
     def _truncate(self, inputs: Inputs, items: Sequence[Item], limit: int) -> Inputs:
         rows, width = inputs["input_ids"].shape

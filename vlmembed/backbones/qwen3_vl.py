@@ -12,8 +12,8 @@ from vlmembed.backbones.base import VisionLanguageModel
 class Qwen3VL(VisionLanguageModel):
     """Qwen3-VL and Qwen3-VL-MoE, any size (arXiv:2511.21631).
 
-    An image takes one token per 32 × 32 pixels, after it was resized, at its own aspect ratio, to between ``min_pixels``
-    and ``max_pixels`` pixels. Training at fewer pixels than serving is common, and much cheaper.
+    An image takes one token per 32 × 32 pixels, after it was resized, at its own aspect ratio, to between
+    ``min_pixels`` and ``max_pixels`` pixels. Training at fewer pixels than serving is common, and much cheaper.
 
     Args:
         checkpoint: A checkpoint folder or a Hub id, such as Qwen/Qwen3-VL-2B-Instruct.
