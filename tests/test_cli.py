@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytrec_eval
 import torch
 import yaml
 from building import picture
+from PIL import Image
 from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
 
 from vlmembed.cli import main
 
@@ -75,6 +78,7 @@ def _write_data(folder: Path) -> None:
         rows.append({"query": f"number {index}", "positive": {"image": f"{index}.png"}})
         corpus.append({"id": f"d{index}", "image": f"../{index}.png"})
         queries.append({"id": f"q{index}", "text": f"number {index}"})
+    corpus.append({"id": "d0 again", "image": "../0.png"})  # Ties with d0, and is no right answer.
     for name, entries in (("train", rows), ("evaluation/corpus", corpus), ("evaluation/queries", queries)):
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, entries)))
     (evaluation / "qrels.tsv").write_text("".join(f"q{index}\td{index}\t1\n" for index in range(ROWS)))
@@ -95,7 +99,8 @@ def test_fit_then_everything_else(run: dict[str, Any], capfd: pytest.CaptureFixt
     with (folder / "metrics.csv").open() as file:
         logged = {name for row in csv.DictReader(file) for name, value in row.items() if value}
     assert {"train/loss", "val/ndcg@10", "val/recall@1", "val/recall@10", "val/mrr@10", "val/ndcg@10/16"} <= logged
-    assert (folder / "export" / "modules.json").exists()
+    ours = _last_value(folder / "metrics.csv", "val/ndcg@10")
+    assert ours == pytest.approx(_ndcg_of_export(folder / "export"), abs=1e-5)
     checkpoint = next((folder / "checkpoints").glob("*.ckpt"))
 
     saved = yaml.safe_load((folder / "config.yaml").read_text())
@@ -108,6 +113,31 @@ def test_fit_then_everything_else(run: dict[str, Any], capfd: pytest.CaptureFixt
     # What `export` reads from the checkpoint is what `fit` exported from memory.
     exported, again = (load_file(place / "model.safetensors") for place in (folder / "export", Path("elsewhere")))
     assert all(torch.equal(exported[name], again[name]) for name in exported)
+
+
+def _last_value(path: Path, name: str) -> float:
+    with path.open() as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row[name]][-1]
+
+
+def _ndcg_of_export(folder: Path) -> float:
+    """What pytrec_eval makes of the scores of stock Sentence Transformers."""
+    model = SentenceTransformer(str(folder), device="cpu")
+    corpus, queries = (
+        [json.loads(line) for line in Path(f"data/evaluation/{name}.jsonl").read_text().splitlines()]
+        for name in ("corpus", "queries")
+    )
+    documents = [{"image": Image.open(Path("data/evaluation") / entry["image"])} for entry in corpus]
+    scores = model.similarity(
+        model.encode_query([entry["text"] for entry in queries]), model.encode_document(documents)
+    ).tolist()
+    run = {
+        query["id"]: dict(zip([entry["id"] for entry in corpus], row, strict=True))
+        for query, row in zip(queries, scores, strict=True)
+    }
+    qrels = {f"q{index}": {f"d{index}": 1} for index in range(ROWS)}
+    measured = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut_10"}).evaluate(run)
+    return sum(each["ndcg_cut_10"] for each in measured.values()) / ROWS
 
 
 def _check_predictions(folder: Path) -> None:
@@ -151,10 +181,10 @@ def test_a_used_output_folder_is_refused_before_anything_is_done(run: dict[str, 
     ("damage", "message"),
     [
         (
-            lambda lines: lines[:2] + ['{"query": "x", "positive": {"image": "gone.png"}}'],
+            lambda lines: [*lines[:2], '{"query": "x", "positive": {"image": "gone.png"}}'],
             r"train\.jsonl.*row 3.*gone\.png",
         ),
-        (lambda lines: lines[:2] + ['{"query": "", "positive": "y"}'], r"train\.jsonl.*row 3.*query"),
+        (lambda lines: [*lines[:2], '{"query": "", "positive": "y"}'], r"train\.jsonl.*row 3.*query"),
         (lambda lines: ['{"query": "x"}'], "positive"),
     ],
     ids=["missing image", "empty query", "missing column"],

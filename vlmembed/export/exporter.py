@@ -96,7 +96,8 @@ class SentenceTransformers(Exporter):
         full = self.truncate_dim or encoder.dimension
         cuts = [full, *(dimension for dimension in dimensions if dimension < full)]
         with TemporaryDirectory() as scratch:
-            probes = make_probes(Path(scratch))
+            reads_video = getattr(encoder.backbone.preprocessor.processor, "video_processor", None) is not None
+            probes = make_probes(Path(scratch), reads_video)
             # Before adapters are merged: what they did in training is what the folder is held against.
             expected = encode_probes(encoder, probes)
             write_folder(encoder, folder, self.truncate_dim)

@@ -30,21 +30,24 @@ class Probe:
             return str(self.parts[0].value)
         content: dict[str, list[str]] = {}
         for part in self.parts:
-            content.setdefault(part.kind, []).append(str(part.value))
+            content.setdefault(part.kind, []).extend(map(str, part.frames or (part.value,)))
         return content
 
 
-def make_probes(folder: Path) -> list[Probe]:
+def make_probes(folder: Path, with_video: bool = False) -> list[Probe]:
     """Draw the probes' images into a folder.
 
     Args:
         folder: An existing folder.
+        with_video: Whether the model reads videos.
 
     Returns:
-        A short text, an image, an image with a text, two images with a text, a long text, and a tiny image.
+        A short text, an image, an image with a text, two images with a text, a long text, a tiny image, and perhaps the
+        frames of a video.
     """
     random = np.random.default_rng(0)
-    wide, tall, tiny = (_draw(folder, name, size, random) for name, size in IMAGES.items())
+    wide, tall, tiny, *frames = (_draw(folder, name, size, random) for name, size in IMAGES.items())
+    video = Part("video", tuple(frame for part in frames for frame in part.frames))
     words = " ".join(random.choice(WORDS) for _ in range(LONG_TEXT_WORDS))
     question = Part("text", "What does the picture show?")
     return [
@@ -54,10 +57,11 @@ def make_probes(folder: Path) -> list[Probe]:
         Probe("two images and text", (wide, tall, question)),
         Probe("long text", (Part("text", words),)),
         Probe("tiny image", (tiny,)),
+        *([Probe("video", (video,))] if with_video else []),
     ]
 
 
-IMAGES = {"wide": (160, 96), "tall": (64, 192), "tiny": (3, 2)}
+IMAGES = {"wide": (160, 96), "tall": (64, 192), "tiny": (3, 2)} | {f"frame{index}": (96, 64) for index in range(4)}
 WORDS = ("retrieval", "of", "pages", "und", "Bilder", "числа", "数字", "42", "naïve", "—", "\n")
 
 

@@ -51,7 +51,7 @@ def _open(probe: Any) -> Any:
     if not isinstance(probe, dict):
         return probe
     return {
-        kind: [Image.open(value) if kind == "image" else value for value in values] for kind, values in probe.items()
+        kind: values if kind == "text" else [Image.open(value) for value in values] for kind, values in probe.items()
     }
 
 
