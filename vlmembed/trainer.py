@@ -76,13 +76,15 @@ class Trainer(lightning.Trainer):
         refuse_used(folder)
         model.configure_model()
         if ckpt_path is not None:
-            model.load_state_dict(torch.load(ckpt_path, map_location="cpu", weights_only=weights_only is not False)["state_dict"])
+            model.load_state_dict(
+                torch.load(ckpt_path, map_location="cpu", weights_only=weights_only is not False)["state_dict"]
+            )
         model.to(self.strategy.root_device)
         self.exporter.export(
             model.encoder,
             folder,
             Run(
-                name=push_to_hub.split("/")[-1] if push_to_hub else folder.absolute().name,
+                name=(push_to_hub or output_dir or self.loggers[0].name or "model").rstrip("/").split("/")[-1],
                 address=push_to_hub,
                 dimensions=model.loss.dimensions,
                 metrics={
