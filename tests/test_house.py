@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+#: It has a command but no ``python -m``.
+LINT_IMPORTS = "from importlinter.cli import lint_imports_command; lint_imports_command()"
 
 
 @pytest.mark.parametrize(
@@ -17,12 +19,13 @@ ROOT = Path(__file__).parent.parent
         ["ruff", "check", "."],
         ["ruff", "format", "--check", "."],
         ["mypy"],
-        ["lint-imports"],
+        ["importlinter"],
     ],
     ids=lambda command: " ".join(command),
 )
 def test_check_passes(command: list[str]) -> None:
-    result = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    command = ["-c", LINT_IMPORTS] if command == ["importlinter"] else ["-m", *command]
+    result = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from building import batch, difference, encoder, fit, item, module, picture, relative_difference, weights
-from PIL.Image import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss, MatryoshkaLoss
 from torch import Tensor
@@ -73,4 +72,3 @@ def test_one_step(
     assert run.losses == pytest.approx([their_loss], rel=1e-5)
     # Other chunks, other padding, other order of float32 sums; weights round the update once more.
     assert relative_difference(run.update(1), their_update) < 1e-4
-    print(relative_difference(run.update(1), their_update))

@@ -1,4 +1,4 @@
-"""What the modules share about optimizers: which parameters, at which rate, for how long, and whether all are reached."""
+"""What modules share about optimizers: which parameters, at which rate, for how long, and whether all are reached."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def parameter_groups(
 def total_steps(trainer: Trainer) -> int:
     """Return the run's optimizer steps.
 
-    ``trainer.estimated_stepping_batches`` says the same, but a module that reads it while its optimizers are built makes
-    Lightning 2.6 forget a stateful loader's place in the epoch on resume.
+    ``trainer.estimated_stepping_batches`` says the same, but a module that reads it while its optimizers are built
+    makes Lightning 2.6 forget a stateful loader's place in the epoch on resume.
 
     Raises:
         ValueError: If the run has no end.
@@ -81,11 +81,10 @@ def refuse_untouched_parameters(module: LightningModule, backbone: VisionLanguag
     untouched = [
         name for name, parameter in module.named_parameters() if parameter.requires_grad and parameter.grad is None
     ]
-    if not saw_images and all(group_of(backbone, name) != "language" for name in untouched):
-        return not untouched
-    if untouched:
+    blamed = untouched if saw_images else [name for name in untouched if group_of(backbone, name) == "language"]
+    if blamed:
         raise RuntimeError(
-            f"{len(untouched)} trainable parameters got no gradient in the first step, such as {untouched[0]} and "
-            f"{untouched[-1]}: the loss does not depend on them. Freeze them with vlmembed.adapters.Freeze."
+            f"{len(blamed)} trainable parameters got no gradient in the first step, such as {blamed[0]} and "
+            f"{blamed[-1]}: the loss does not depend on them. Freeze them with vlmembed.adapters.Freeze."
         )
-    return True
+    return not untouched

@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from building import Recorder, batch, examples, fit, module, relative_difference, trainer, write_rows
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from peft import LoraConfig
+from torch.optim import SGD
+
+from vlmembed.adapters import LoRA
+from vlmembed.backbones import Qwen3VL
+from vlmembed.data import RetrievalDataModule
+from vlmembed.losses import InfoNCE, Matryoshka
+from vlmembed.metrics import METRICS
+from vlmembed.modules import CosineDecay, EmbeddingModule
+from vlmembed.pooling import LastToken
+
+LEARNING_RATE = 0.01
+CLIP = 0.5
+
+# Training in chunks
+
+
+def train(checkpoint: Path, chunk_size: int | None, starts: Sequence[int] = (0, 5), **options: Any) -> Recorder:
+    """Train on batches of five examples each."""
+    loss = Matryoshka(InfoNCE(0.05, learnable_temperature=True), [64, 16])
+    model = module(checkpoint, loss, optimizer=partial(SGD, lr=LEARNING_RATE))
+    assert model.automatic_optimization
+    rows = examples(10)
+    return fit(model, [batch(model, rows[start : start + 5], chunk_size) for start in starts], **options)
+
+
+#: Chunks change the order of float32 sums. bfloat16 keeps 8 bits, so two sums in another order differ by up to 1/256
+#: where they are stored, layer after layer, and a small temperature multiplies what the embeddings differ by.
+@pytest.mark.parametrize(
+    ("options", "steps", "tolerance"),
+    [
+        pytest.param({}, 2, 1e-5, id="plain"),
+        pytest.param({"accumulate_grad_batches": 2}, 1, 1e-5, id="accumulation"),
+        pytest.param({"gradient_clip_val": CLIP}, 2, 1e-5, id="clipping"),
+        pytest.param({"precision": "bf16-mixed"}, 2, 2e-2, id="bf16-mixed"),
+    ],
+)
+def test_chunks_train_as_one(checkpoint: Path, options: dict[str, Any], steps: int, tolerance: float) -> None:
+    whole = train(checkpoint, None, **options)
+    assert len(whole.gradients) == steps
+    for chunk_size in (1, 4):
+        found = train(checkpoint, chunk_size, **options)
+        assert found.losses == pytest.approx(whole.losses, rel=tolerance)
+        assert relative_difference(found.gradients[0], whole.gradients[0]) < tolerance
+        assert relative_difference(found.update(steps), whole.update(steps)) < tolerance
+        assert whole.update(steps)["loss.loss.log_scale"] != 0
+
+
+def test_both_passes_run_in_the_trainer_precision(checkpoint: Path) -> None:
+    """The tolerance of bfloat16 above would not notice a second pass in float32."""
+    model = module(checkpoint, optimizer=partial(SGD, lr=LEARNING_RATE))
+    precisions = []
+    model.encoder.register_forward_pre_hook(lambda *_: precisions.append(torch.is_autocast_enabled("cpu")))
+    data = batch(model, examples(5), 4)
+    fit(model, [data], precision="bf16-mixed")
+    assert precisions == [True] * (2 * len(data.chunks) - 1)
+
+
+def test_accumulated_gradients_are_the_mean(checkpoint: Path) -> None:
+    """The module's own backward must not undo Lightning's division."""
+    (together,) = train(checkpoint, 4, accumulate_grad_batches=2).gradients
+    first, second = (train(checkpoint, 4, [start]).gradients[0] for start in (0, 5))
+    assert relative_difference(together, {name: (first[name] + second[name]) / 2 for name in together}) < 1e-5
+
+
+def test_clipping_scales_the_whole_gradient(checkpoint: Path) -> None:
+    run = train(checkpoint, 4, gradient_clip_val=CLIP)
+    norm = sum(gradient.double().square().sum() for gradient in run.gradients[0].values()).sqrt()
+    assert norm > 2 * CLIP
+    expected = {name: -LEARNING_RATE * CLIP / norm * gradient for name, gradient in run.gradients[0].items()}
+    # A small step of float32 weights: what they moved by is rounded.
+    assert relative_difference(run.update(1), expected) < 1e-3
+
+
+def test_a_temperature_learns_in_finer_steps_than_bfloat16_weights(checkpoint: Path) -> None:
+    """It starts at log 20, where bfloat16 numbers are 1/64 apart."""
+    weights = train(checkpoint, 4, precision="bf16-true").weights
+    assert weights[2]["encoder.backbone.model.language_model.embed_tokens.weight"].dtype == torch.bfloat16
+    first, second = (weights[step]["loss.loss.log_scale"] for step in (1, 2))
+    assert first.dtype == torch.float32
+    assert 0 < (second - first).abs() < 1 / 128
+
+
+# Configuring
+
+
+def test_a_dimension_above_the_embedding_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match=r"truncates to \[128, 96\] dimensions, but the embedding has 64"):
+        module(checkpoint, Matryoshka(InfoNCE(), [32, 128, 96, 64]))
+
+
+def test_configuring_twice_changes_nothing(checkpoint: Path) -> None:
+    model = module(checkpoint, adapters=[LoRA(LoraConfig(r=2, target_modules=["q_proj"]))])
+    before = dict(model.named_parameters())
+    model.configure_model()
+    after = dict(model.named_parameters())
+    assert before.keys() == after.keys()
+    assert all(before[name] is after[name] for name in before)
+
+
+def test_weights_are_read_when_configured_and_not_before(checkpoint: Path) -> None:
+    model = EmbeddingModule(Qwen3VL(str(checkpoint)), LastToken(), InfoNCE())
+    assert not list(model.parameters())
+    model.configure_model()
+    assert len(list(model.parameters())) > 50
+
+
+# What is logged
+
+
+def logged(folder: Path, checkpoint: Path, evaluations: list[str]) -> dict[str, list[str]]:
+    """Train for one epoch and return the columns of metrics.csv that are not empty."""
+    data = RetrievalDataModule(str(folder / "rows.jsonl"), evaluations, batch_size=4, chunk_size=3, num_workers=0)
+    model = module(checkpoint, Matryoshka(InfoNCE(), [64, 8]), optimizer=partial(SGD, lr=LEARNING_RATE))
+    logger = CSVLogger(folder, name="run")
+    trainer(logger=logger, log_every_n_steps=1).fit(model, datamodule=data)
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return {name: [row[name] for row in rows if row[name]] for name in rows[0]}
+
+
+def test_names_in_metrics_csv(checkpoint: Path, tmp_path: Path) -> None:
+    rows = str(write_rows(tmp_path / "rows.jsonl"))
+    found = logged(tmp_path, checkpoint, [rows])
+    metrics = {f"val/{name}{suffix}" for name in METRICS for suffix in ("", "/64", "/8")}
+    assert {"val/ndcg@10", "val/recall@1", "val/recall@10", "val/mrr@10", "val/map", "val/ndcg@10/8"} <= metrics
+    assert found.keys() == metrics | {"train/loss", "epoch", "step"}
+    assert len(found["train/loss"]) == 2
+    assert found["val/ndcg@10"] == found["val/ndcg@10/64"]
+    assert all(len(found[name]) == 1 and 0 <= float(found[name][0]) <= 1 for name in metrics)
+
+
+def test_names_in_metrics_csv_with_several_sets(checkpoint: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl")
+    sets = [str(write_rows(tmp_path / f"{name}.jsonl", count)) for name, count in (("small", 4), ("large", 9))]
+    found = logged(tmp_path, checkpoint, sets)
+    expected = {
+        f"val/{name}/{metric}{suffix}"
+        for name in ("small", "large")
+        for metric in METRICS
+        for suffix in ("", "/64", "/8")
+    }
+    assert found.keys() == expected | {"train/loss", "epoch", "step"}
+    assert "val/large/ndcg@10" in found
+
+
+# Resuming
+
+
+def run(checkpoint: Path, rows: Path, folder: Path, resume: Path | None = None) -> Recorder:
+    """Train for two epochs of four batches, or the rest of them, keeping every step."""
+    torch.manual_seed(0)
+    data = RetrievalDataModule(str(rows), batch_size=2, chunk_size=3, num_workers=0)
+    lora = LoRA(LoraConfig(r=2, target_modules=["q_proj", "qkv"], init_lora_weights=False))
+    loss = InfoNCE(0.05, learnable_temperature=True)
+    model = module(checkpoint, loss, adapters=[lora], lr_scheduler=partial(CosineDecay, warmup=0.2))
+    saver = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=1)
+    recorder = Recorder()
+    options = {"enable_checkpointing": True, "callbacks": [saver, recorder], "log_every_n_steps": 1, "max_epochs": 2}
+    trainer(**options).fit(model, datamodule=data, ckpt_path=resume)
+    return recorder
+
+
+def test_a_resumed_run_ends_with_the_same_bits(checkpoint: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl")
+    whole = run(checkpoint, rows, tmp_path / "whole")
+    assert len(whole.losses) == 8
+    for done in (3, 6):
+        rest = run(checkpoint, rows, tmp_path / f"rest {done}", tmp_path / "whole" / f"step={done}.ckpt")
+        assert rest.losses == whole.losses[done:]
+        for name, tensor in whole.weights[-1].items():
+            assert torch.equal(rest.weights[-1][name], tensor)

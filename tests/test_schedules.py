@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from building import batch, examples, fit, module
+from torch import nn
+from torch.optim import SGD
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+
+from vlmembed.modules import Constant, CosineDecay, LinearDecay
+
+
+def rates(schedule: Any, total: int, **options: Any) -> list[float]:
+    """The learning rate of each step, the optimizer's own being 1."""
+    optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler: LRScheduler = schedule(optimizer, total, **options)
+    found = []
+    for _ in range(total):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+def test_linear_decay_by_hand() -> None:
+    expected = [1 / 3, 2 / 3, 1, 1, 6 / 7, 5 / 7, 4 / 7, 3 / 7, 2 / 7, 1 / 7]
+    assert rates(LinearDecay, 10, warmup=0.3) == pytest.approx(expected)
+
+
+def test_cosine_decay_by_hand() -> None:
+    decayed = [(1 + math.cos(math.pi * step / 8)) / 2 for step in range(8)]
+    assert rates(CosineDecay, 10, warmup=0.2) == pytest.approx([1 / 2, 1, *decayed])
+
+
+def test_constant_by_hand() -> None:
+    assert rates(Constant, 8, warmup=0.5) == pytest.approx([1 / 4, 1 / 2, 3 / 4, 1, 1, 1, 1, 1])
+
+
+@pytest.mark.parametrize("warmup", [0, 3, 5, 20])
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [(LinearDecay, get_linear_schedule_with_warmup), (CosineDecay, get_cosine_schedule_with_warmup)],
+)
+def test_decays_are_those_of_transformers_one_step_ahead_in_the_warmup(ours: Any, theirs: Any, warmup: int) -> None:
+    """Theirs spends its first step at a rate of zero."""
+    expected = rates(lambda optimizer, total: theirs(optimizer, warmup, total), 20)
+    assert rates(ours, 20, warmup=warmup / 20)[warmup:] == pytest.approx(expected[warmup:], abs=1e-12)
+    assert rates(ours, 20, warmup=warmup / 20)[:warmup] == pytest.approx([*expected[1:warmup], 1.0][:warmup])
+
+
+@pytest.mark.parametrize("schedule", [LinearDecay, CosineDecay, Constant])
+@pytest.mark.parametrize("warmup", [0.0, 0.01, 0.5, 1.0])
+def test_no_step_is_wasted(schedule: Any, warmup: float) -> None:
+    assert all(0 < rate <= 1 for rate in rates(schedule, 10, warmup=warmup))
+
+
+@pytest.mark.parametrize("schedule", [LinearDecay, CosineDecay, Constant])
+@pytest.mark.parametrize("warmup", [-0.1, 1.5, 100])
+def test_warmup_is_a_share(schedule: Any, warmup: float) -> None:
+    with pytest.raises(ValueError, match=f"between 0 and 1; got {warmup}"):
+        rates(schedule, 10, warmup=warmup)
+
+
+def test_the_first_step_trains_at_the_schedule_rate(checkpoint: Path) -> None:
+    """The rate of a fit's first step is what it moved, over the gradient."""
+    schedule = partial(LinearDecay, warmup=0.5)
+    model = module(checkpoint, optimizer=partial(SGD, lr=0.1), lr_scheduler=schedule)
+    run = fit(model, [batch(model, examples(4))], max_epochs=-1, max_steps=8)
+    name = "encoder.backbone.model.language_model.embed_tokens.weight"
+    moved, gradient = run.update(1)[name], run.gradients[0][name].double()
+    # Weights are float32: what they moved by is rounded.
+    torch.testing.assert_close(moved, -0.1 / 4 * gradient, rtol=0, atol=1e-7)
+    assert gradient.abs().max() > 1e-2
