@@ -12,11 +12,14 @@ import pytrec_eval
 import torch
 import yaml
 from building import picture
+from hub_server import serve
 from PIL import Image
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
+from test_hub import TOKEN, connect
 
 from vlmembed.cli import main
+from vlmembed.export import PushError
 
 ROWS = 12
 
@@ -147,6 +150,21 @@ def _check_predictions(folder: Path) -> None:
     scores = torch.nn.functional.cosine_similarity(embeddings["queries"][:1], embeddings["documents"])
     assert float(lines[0][4]) == pytest.approx(scores.max().item(), abs=1e-6)
     assert [int(line[3]) for line in lines[:ROWS]] == list(range(1, ROWS + 1))
+
+
+def test_export_uploads(
+    run: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with serve(TOKEN) as hub:
+        connect(monkeypatch, hub.url)
+        options = ["--push_to_hub", "org/found-pages", "--private=true", "--revision", "first"]
+        call("export", run, "--output_dir", "elsewhere", *options)
+        assert "Uploaded: " in capfd.readouterr().out
+        connect(monkeypatch, hub.url, "hf_wrong")
+        with pytest.raises(PushError, match="again is whole and untouched"):
+            call("export", run, "--output_dir", "again", "--push_to_hub", "org/found-pages")
+    assert 'SentenceTransformer("org/found-pages")' in Path("elsewhere/README.md").read_text().replace("'", '"')
+    assert Path("again/modules.json").exists()
 
 
 def test_every_argument_can_be_overridden(run: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,17 +1,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from building import encoder, module
+from other_models import idefics3, qwen2_5_vl, qwen3_vl_moe
 from peft import LoraConfig
 from safetensors import safe_open
 from sentence_transformers import SentenceTransformer
 
 from vlmembed.adapters import LoRA
+from vlmembed.backbones import Qwen3VL, VisionLanguageModel
 from vlmembed.encoder import Encoder
 from vlmembed.export import ExportError, Run, SentenceTransformers
 from vlmembed.export.probes import make_probes
@@ -51,6 +54,17 @@ def test_every_pooling_is_served_as_trained(checkpoint: Path, tmp_path: Path, po
     assert verification.difference < TOLERANCE
     assert verification.dimensions == tuple(sorted({trained.encoder.dimension, 64, 48, 16}, reverse=True))
     assert verification.comparisons == len(verification.dimensions) * 2 * 2 * 2 * 7  # roles, sides, batches, probes
+
+
+@pytest.mark.parametrize(
+    ("build", "backbone"),
+    [(qwen2_5_vl, VisionLanguageModel), (idefics3, VisionLanguageModel), (qwen3_vl_moe, Qwen3VL)],
+    ids=lambda value: value.__name__,
+)
+def test_other_models(tmp_path: Path, build: Callable[[Path], Path], backbone: type[VisionLanguageModel]) -> None:
+    trained = Encoder(backbone(str(build(tmp_path / "fresh"))), LastToken())
+    trained.configure()
+    assert SentenceTransformers().export(trained, tmp_path / "export", Run()).difference < TOLERANCE
 
 
 def test_a_verified_export(checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
