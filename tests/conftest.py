@@ -12,7 +12,7 @@ from jaxtyping import install_import_hook
 
 install_import_hook(
     ["vlmembed.encoder", "vlmembed.gradcache", "vlmembed.losses", "vlmembed.metrics", "vlmembed.pooling"],
-    "beartype.beartype",
+    "shapes.check",
 )
 
 import pytest
