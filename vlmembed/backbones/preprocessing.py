@@ -47,6 +47,7 @@ class ChatPreprocessor(Preprocessor):
         self.instructions = instructions
         self.generation_prompt = generation_prompt
         self.max_length = max_length
+        self._tails: dict[Role, list[int]] = {}
 
     def __call__(self, items: Sequence[Item]) -> Inputs:
         """Preprocess items into one chunk.
@@ -131,6 +132,11 @@ class ChatPreprocessor(Preprocessor):
 
     def _template_tail(self, role: Role) -> list[int]:
         """Return the tokens that the template puts behind a text: what two texts have in common at their ends."""
+        if role not in self._tails:
+            self._tails[role] = self._common_end(role)
+        return self._tails[role]
+
+    def _common_end(self, role: Role) -> list[int]:
         chats = [self._chat(role, [{"type": "text", "text": text}]) for text in ("0", "1 2 3 4")]
         one, other = (self._apply_template([chat])["input_ids"][0].tolist()[::-1] for chat in chats)
         common = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))

@@ -180,7 +180,7 @@ class EmbeddingModule(LightningModule):
     def _log_metrics(self, stage: str) -> None:
         for metrics in self.metrics:
             prefix = f"{stage}/{metrics.evaluation.name}/" if len(self._metrics) > 1 else f"{stage}/"
-            self.log_dict({prefix + name: value for name, value in metrics.compute().items()}, rank_zero_only=False)
+            self.log_dict({prefix + name: value for name, value in metrics.compute().items()})
 
 
 def joined_batch(embeddings: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
