@@ -11,7 +11,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from jaxtyping import install_import_hook
 
 install_import_hook(
-    ["vlmembed.encoder", "vlmembed.gradcache", "vlmembed.losses", "vlmembed.metrics", "vlmembed.pooling"],
+    [
+        "vlmembed.backbones.attention",
+        "vlmembed.backbones.packing",
+        "vlmembed.encoder",
+        "vlmembed.engine",
+        "vlmembed.features",
+        "vlmembed.gradcache",
+        "vlmembed.losses",
+        "vlmembed.metrics",
+        "vlmembed.pooling",
+    ],
     "shapes.check",
 )
 

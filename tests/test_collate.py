@@ -3,6 +3,7 @@ from __future__ import annotations
 import pickle
 import random
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 import torch
@@ -85,15 +86,34 @@ def test_a_batch_holds_each_item_once_and_every_judgement(chunk_size: int | None
     }
 
 
+def areas(batch: Batch) -> list[int]:
+    return [chunk["input_ids"].numel() for chunk in batch.chunks]
+
+
 @pytest.mark.parametrize("chunk_size", [1, 3, 4, 100])
-def test_chunks_are_sorted_by_cost_and_no_larger_than_asked(chunk_size: int) -> None:
+def test_a_chunk_takes_no_more_than_so_many_of_the_largest_items(chunk_size: int) -> None:
     batch = Collator(Letters(), chunk_size)(EXAMPLES)
     lengths = [len(name) for name in strings(batch)]
     assert lengths == sorted(lengths, reverse=True)
-    assert [len(chunk["input_ids"]) for chunk in batch.chunks[:-1]] == [chunk_size] * (len(batch.chunks) - 1)
+    assert max(areas(batch)) <= chunk_size * len("long question here")
     assert sum(len(chunk["input_ids"]) for chunk in batch.chunks) == 11
-    for chunk in batch.chunks:
-        assert chunk["attention_mask"].sum(1).max() == chunk["attention_mask"].shape[1]
+    for chunk, following in pairwise(batch.chunks):
+        longest = chunk["attention_mask"].sum(1).max()
+        assert longest == chunk["attention_mask"].shape[1]
+        # The next item had no room.
+        assert (len(chunk["input_ids"]) + 1) * longest > chunk_size * len("long question here")
+        assert following["attention_mask"].shape[1] <= longest
+
+
+def test_short_items_share_a_chunk_that_has_room_for_one_long_item() -> None:
+    batch = Collator(Letters(), 1)(EXAMPLES)
+    assert strings(batch)[0] == "long question here"
+    assert [len(chunk["input_ids"]) for chunk in batch.chunks] == [1, 1, 3, 4, 2]
+
+
+def test_chunks_of_so_many_tokens() -> None:
+    batch = Collator(Letters(), 1, chunk_tokens=12)(EXAMPLES)
+    assert areas(batch) == [18, 10, 12, 10, 12, 1]  # A long item has a chunk for itself, whatever it takes.
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 5, 7])

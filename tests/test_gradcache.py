@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 
 from vlmembed import gradcache
 from vlmembed.adapters import Freeze, LoRA
+from vlmembed.engine import Engine
 from vlmembed.losses import InfoNCE, Matryoshka
 from vlmembed.modules.embedding import joined_batch
 from vlmembed.types import Batch
@@ -129,6 +131,7 @@ def test_without_gradients_it_only_embeds() -> None:
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "qkv"], "init_lora_weights": False}
 
 
+@pytest.mark.parametrize("graph_bytes", [0.0, 2e6, 1e12], ids=["no graphs", "some graphs", "all graphs"])
 @pytest.mark.parametrize("size", [1, 5, None])
 @pytest.mark.parametrize(
     "options",
@@ -141,7 +144,9 @@ LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "qkv"], 
         pytest.param({"temperature": True}, id="learnable temperature"),
     ],
 )
-def test_whole_model(checkpoint: Path, options: dict[str, Any], size: int | None) -> None:
+def test_whole_model(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], size: int | None, graph_bytes: float
+) -> None:
     """Texts, pictures, several positives, shared documents: the module's step against autograd through every chunk."""
     torch.manual_seed(0)
     options = dict(options)
@@ -152,15 +157,30 @@ def test_whole_model(checkpoint: Path, options: dict[str, Any], size: int | None
     def loss_of(embeddings: torch.Tensor, data: Batch) -> torch.Tensor:
         return model.loss(*joined_batch(embeddings, data))
 
-    torch.manual_seed(3)
-    loss_of(torch.cat([model.encoder(chunk) for chunk in data.chunks]), data).backward()
-    expected = gradients(model)
-    model.zero_grad()
-    torch.manual_seed(3)
-    cached = gradcache.embed(model.encoder, data.chunks)
-    loss_of(cached.embeddings, data).backward()
-    cached.replay()
-    assert relative_difference(gradients(model), expected) < EXACT
+    def gradients_of_a_step() -> dict[str, torch.Tensor]:
+        torch.manual_seed(3)
+        engine = Engine(model.encoder, graph_bytes)
+        loss_of(engine.embed(data), data).backward()
+        engine.replay()
+        found = gradients(model)
+        model.zero_grad()
+        return found
+
+    actual = gradients_of_a_step()
+    monkeypatch.setattr("vlmembed.engine.gradcache", OrdinaryAutograd)
+    assert relative_difference(actual, gradients_of_a_step()) < EXACT
+
+
+class OrdinaryAutograd:
+    """The gradient cache's interface, without a cache."""
+
+    @staticmethod
+    def embed(encode: Any, chunks: list[Any], room: Any = None) -> SimpleNamespace:
+        return SimpleNamespace(embeddings=torch.cat([encode(chunk) for chunk in chunks]), replay=lambda: None)
+
+    @staticmethod
+    def run(forward: Any, chunks: list[Any], room: Any = None) -> SimpleNamespace:
+        return SimpleNamespace(outputs=[output for chunk in chunks for output in forward(chunk)], replay=lambda: None)
 
 
 @pytest.mark.parametrize("size", [1, 5])
@@ -170,9 +190,9 @@ def test_chunk_size_does_not_matter(checkpoint: Path, size: int) -> None:
     for chunk_size in (size, None):
         model.zero_grad()
         data = batch(model, examples(), chunk_size)
-        cached = gradcache.embed(model.encoder, data.chunks)
-        model.loss(*joined_batch(cached.embeddings, data)).backward()
-        cached.replay()
+        engine = Engine(model.encoder)
+        model.loss(*joined_batch(engine.embed(data), data)).backward()
+        engine.replay()
         found[chunk_size] = gradients(model)
     assert relative_difference(found[size], found[None]) < EXACT
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
@@ -108,42 +109,58 @@ def graded_batch() -> tuple[Tensor, Tensor, Tensor]:
     return queries, documents, relevance
 
 
-def slow_infonce(queries, documents, relevance, directions, softmax="joint", margin=None, temperature=0.1) -> float:
-    """The definition, one pair and one candidate at a time."""
-    Q, P = relevance.shape
+LOG_10 = math.log(10)
 
-    def cosine(a: Tensor, b: Tensor) -> float:
-        return float(a @ b / (a.norm() * b.norm()))
+
+def slow_infonce(
+    queries: Tensor,
+    documents: Tensor,
+    relevance: Tensor,
+    directions: Sequence[str],
+    softmax: str = "joint",
+    false_negative_margin: float | None = None,
+    hardness: float = 0.0,
+    hardness_on: str = "all_negatives",
+    log_scale: Tensor | float = LOG_10,
+) -> Tensor:
+    """The definition, one pair and one candidate at a time, in float64."""
+    Q, P = relevance.shape
+    judged = relevance.tolist()
+    every = torch.cat([nn.functional.normalize(each.double(), dim=-1) for each in (queries, documents)])
+    cosine = every @ every.T
+    scale = torch.as_tensor(log_scale, dtype=torch.float64).exp()
+    weighed = {"in_batch_negatives": [0], "hard_negatives": [-1], "all_negatives": [0, -1]}[hardness_on]
 
     def share_a_positive(i: int, j: int) -> bool:
-        return any(relevance[i, d] == 1 and relevance[j, d] == 1 for d in range(P))
+        return any(judged[i][d] == judged[j][d] == 1 for d in range(P))
 
     def judged_together(d: int, e: int) -> bool:
-        return any(relevance[i, d] != 0 and relevance[i, e] != 0 for i in range(Q))
+        return any(judged[i][d] != 0 and judged[i][e] != 0 for i in range(Q))
 
     per_query = []
     for q in range(Q):
         per_positive = []
-        for p in (d for d in range(P) if relevance[q, d] == 1):
+        for p in (d for d in range(P) if judged[q][d] == 1):
             negatives = {
-                "query_to_document": [cosine(queries[q], documents[d]) for d in range(P) if relevance[q, d] != 1],
-                "document_to_query": [cosine(documents[p], queries[i]) for i in range(Q) if relevance[i, p] != 1],
-                "query_to_query": [cosine(queries[q], queries[i]) for i in range(Q) if not share_a_positive(q, i)],
-                "document_to_document": [
-                    cosine(documents[p], documents[d]) for d in range(P) if not judged_together(p, d)
-                ],
+                "query_to_document": [(q, Q + d) for d in range(P) if judged[q][d] != 1],
+                "document_to_query": [(Q + p, i) for i in range(Q) if judged[i][p] != 1],
+                "query_to_query": [(q, i) for i in range(Q) if not share_a_positive(q, i)],
+                "document_to_document": [(Q + p, Q + d) for d in range(P) if not judged_together(p, d)],
             }
-            positive = cosine(queries[q], documents[p])
+            positive = cosine[q, Q + p]
             groups = [list(directions)] if softmax == "joint" else [[direction] for direction in directions]
             losses = []
             for group in groups:
-                candidates = [positive] * max(1, sum(direction in CROSS for direction in group))
+                logits = [scale * positive] * max(1, sum(direction in CROSS for direction in group))
                 for direction in group:
-                    candidates += [s for s in negatives[direction] if margin is None or s <= positive + margin]
-                losses.append(math.log(sum(math.exp((s - positive) / temperature) for s in candidates)))
-            per_positive.append(sum(losses) / len(losses))
-        per_query.append(sum(per_positive) / len(per_positive))
-    return sum(per_query) / len(per_query)
+                    for row, column in negatives[direction]:
+                        if false_negative_margin is None or cosine[row, column] <= positive + false_negative_margin:
+                            hard = direction == "query_to_document" and judged[q][column - Q] in weighed
+                            logits.append(cosine[row, column] * scale + hard * hardness * cosine[row, column].detach())
+                losses.append(torch.stack(logits).exp().sum().log() - scale * positive)
+            per_positive.append(torch.stack(losses).mean())
+        per_query.append(torch.stack(per_positive).mean())
+    return torch.stack(per_query).mean()
 
 
 @pytest.mark.parametrize("margin", [None, 0.1, -0.2])
@@ -155,12 +172,14 @@ def slow_infonce(queries, documents, relevance, directions, softmax="joint", mar
 def test_several_positives_and_shared_documents_follow_the_definition(directions, softmax, margin):
     loss = InfoNCE(temperature=0.1, directions=directions, softmax=softmax, false_negative_margin=margin)
     reference = slow_infonce(*graded_batch(), directions, softmax, margin)
-    assert float(loss(*graded_batch())) == pytest.approx(reference, abs=1e-5)
+    assert float(loss(*graded_batch())) == pytest.approx(float(reference), abs=1e-5)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_false_negative_margin_drops_something_in_every_direction(direction):
-    plain, dropped = (slow_infonce(*graded_batch(), [direction], margin=margin) for margin in (None, 0.1))
+    plain, dropped = (
+        slow_infonce(*graded_batch(), [direction], false_negative_margin=margin) for margin in (None, 0.1)
+    )
     assert dropped < plain - 0.01
 
 
@@ -180,14 +199,22 @@ def test_other_positives_are_neither_target_nor_negative():
 
 
 @pytest.mark.parametrize("directions", [CROSS[:1], DIRECTIONS])
-def test_logits_are_float32_under_autocast(directions):
+def test_logits_and_gradients_are_float32_under_autocast(directions):
     queries, documents, relevance = shuffled(columns(negatives=1))
-    queries, documents = queries.bfloat16(), documents.bfloat16()
-    loss = InfoNCE(directions=directions)
+    low, high = (
+        [each.to(dtype).requires_grad_() for each in (queries.bfloat16(), documents.bfloat16())]
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    loss = Matryoshka(InfoNCE(directions=directions), [12, 5])
     with torch.autocast("cpu", torch.bfloat16):
-        value = loss(queries, documents, relevance)
+        value = loss(*low, relevance)
+        value.backward()
+    expected = loss(*high, relevance)
+    expected.backward()
     assert value.dtype == torch.float32
-    assert torch.equal(value, loss(queries.float(), documents.float(), relevance))
+    assert torch.equal(value, expected)
+    for one, other in zip(low, high, strict=True):
+        assert torch.equal(one.grad, other.grad.bfloat16())
 
 
 def test_hardness_takes_no_gradient():
@@ -224,6 +251,21 @@ def test_learnable_temperature_stays_at_clips_bound_and_can_leave_it():
     assert loss.temperature == pytest.approx(0.01)
     value.backward()
     assert loss.log_scale.grad != 0
+
+
+@pytest.mark.parametrize("wrap", [lambda loss: loss, lambda loss: Matryoshka(loss, [12, 5])])
+def test_learnable_temperature_follows_to_a_device_but_never_to_half_precision(wrap):
+    inner = InfoNCE(temperature=0.07, learnable_temperature=True)
+    module = nn.ModuleDict({"encoder": nn.Linear(2, 2), "loss": wrap(inner)})
+    before, parameter = inner.log_scale.detach().clone(), inner.log_scale
+    module.to(torch.bfloat16).half()
+    assert module["encoder"].weight.dtype == torch.float16
+    assert inner.log_scale is parameter
+    assert torch.equal(parameter, before)
+    assert before.dtype == torch.float32
+    module.to("meta", torch.bfloat16)
+    assert inner.log_scale.device.type == "meta"
+    assert inner.log_scale.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -267,12 +309,18 @@ class Columns(nn.Module):
 
 
 def test_matryoshka_equals_sentence_transformers():
-    model, batch = Columns(), columns(negatives=2)
-    theirs = MatryoshkaLoss(model, MultipleNegativesRankingLoss(model, scale=50.0), [4, 12, 7], [0.5, 2.0, 1.0])
-    reference = theirs([{"sentence_embedding": each} for each in batch], torch.empty(0))
-    ours = Matryoshka(InfoNCE(temperature=0.02), [4, 12, 7], [0.5, 2.0, 1.0])
-    torch.testing.assert_close(ours(*shuffled(batch)), reference, **CLOSE)
-    assert ours.dimensions == (12, 7, 4)
+    model = Columns()
+    ours, theirs = ([each.requires_grad_() for each in columns(negatives=2)] for _ in range(2))
+    their_loss = MatryoshkaLoss(model, MultipleNegativesRankingLoss(model, scale=50.0), [4, 12, 7], [0.5, 2.0, 1.0])
+    reference = their_loss([{"sentence_embedding": each} for each in theirs], torch.empty(0))
+    our_loss = Matryoshka(InfoNCE(temperature=0.02), [4, 12, 7], [0.5, 2.0, 1.0])
+    value = our_loss(*shuffled(ours))
+    torch.testing.assert_close(value, reference, **CLOSE)
+    value.backward()
+    reference.backward()
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one.grad, other.grad, **CLOSE)
+    assert our_loss.dimensions == (12, 7, 4)
     assert InfoNCE().dimensions == ()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ import pytest
 import torch
 from building import item, picture
 from PIL import Image
+from sklearn.datasets import load_sample_image
 from transformers import AutoProcessor
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 from transformers.video_utils import load_video as decode_video
 from videos import film
 
@@ -52,6 +55,14 @@ def damaged(path: Path, damage: str) -> Path:
 def test_a_rotated_photograph_is_turned_upright(tmp_path: Path, orientation: int) -> None:
     """A camera stores the picture as its sensor saw it, and how it was held."""
     upright = picture(48, 32)
+    photograph(tmp_path / "photograph.png", upright, orientation)
+    assert load_image(tmp_path / "photograph.png").tobytes() == upright.tobytes()
+    with Image.open(tmp_path / "photograph.png") as opened:
+        assert load_image(opened).tobytes() == upright.tobytes()
+
+
+def photograph(path: Path, upright: Image.Image, orientation: int) -> None:
+    """Write the picture as a camera held that way stores it."""
     back = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
         3: Image.Transpose.ROTATE_180,
@@ -61,13 +72,10 @@ def test_a_rotated_photograph_is_turned_upright(tmp_path: Path, orientation: int
         7: Image.Transpose.TRANSVERSE,
         8: Image.Transpose.ROTATE_270,
     }
-    stored = upright.transpose(back[orientation]) if orientation in back else upright
     exif = Image.Exif()
     exif[274] = orientation
-    stored.save(tmp_path / "photograph.png", exif=exif)
-    assert load_image(tmp_path / "photograph.png").tobytes() == upright.tobytes()
-    with Image.open(tmp_path / "photograph.png") as opened:
-        assert load_image(opened).tobytes() == upright.tobytes()
+    stored = upright.transpose(back[orientation]) if orientation in back else upright
+    stored.save(path, exif=exif, quality=100)
 
 
 def test_palette_images_keep_their_colours(tmp_path: Path) -> None:
@@ -97,6 +105,119 @@ def test_16_bit_images_keep_their_greys(tmp_path: Path) -> None:
     loaded = np.asarray(load_image(tmp_path / "scan.png"))
     assert loaded.shape == (16, 32, 3)
     assert all(np.array_equal(loaded[..., channel], greys // 256) for channel in range(3))
+
+
+# Drafts
+
+
+def to(pixels: int) -> partial[tuple[int, int]]:
+    """What Qwen3-VL's processor resizes to."""
+    return partial(smart_resize, factor=32, min_pixels=32 * 32, max_pixels=pixels)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((2048, 2048), (256, 256)),  # 2 × 128 is just enough.
+        ((1024, 1024), (256, 256)),
+        ((1016, 1016), (508, 508)),  # 254 is just too few.
+        ((1026, 1026), (513, 513)),  # Not in four.
+        ((1025, 1024), (1025, 1024)),
+        ((512, 512), (256, 256)),
+        ((508, 508), (508, 508)),
+        ((256, 256), (256, 256)),
+        ((64, 64), (64, 64)),
+    ],
+)
+def test_only_a_far_too_large_jpeg_is_drafted(tmp_path: Path, size: tuple[int, int], expected: tuple[int, int]) -> None:
+    image = Image.new("RGB", size, (10, 200, 30))
+    for name in ("page.jpg", "page.png"):
+        image.save(tmp_path / name)
+    assert load_image(tmp_path / "page.jpg", resized=to(128 * 128)).size == expected
+    assert load_image(tmp_path / "page.jpg").size == size
+    assert load_image(tmp_path / "page.png", resized=to(128 * 128)).size == size
+    with Image.open(tmp_path / "page.jpg") as opened:
+        assert load_image(opened, resized=to(128 * 128)).size == size
+
+
+def test_a_draft_is_resized_to_the_size_of_the_whole(tmp_path: Path) -> None:
+    """The grid of patches is the same, from at least twice the pixels along each side, at any size."""
+    random = np.random.default_rng(0)
+    scales = []
+    for _ in range(300):
+        multiple, odd = random.choice([1, 2, 4, 8]), random.integers(0, 2)
+        width, height = (int(side * multiple + odd) for side in random.integers(9, 160, 2))
+        pixels = int(random.integers(32 * 32, 3 * 32 * 32))
+        Image.new("L", (width, height)).save(tmp_path / "page.jpg")
+        loaded = load_image(tmp_path / "page.jpg", resized=to(pixels))
+        scales.append(width // loaded.width)
+        target = to(pixels)(height, width)
+        assert to(pixels)(loaded.height, loaded.width) == target
+        assert (loaded.width * scales[-1], loaded.height * scales[-1]) == (width, height)
+        assert scales[-1] == 1 or (loaded.height >= 2 * target[0] and loaded.width >= 2 * target[1])
+    assert all(scales.count(scale) > 10 for scale in (1, 2, 4, 8))
+
+
+def test_a_draft_that_would_be_resized_otherwise_is_not_made(tmp_path: Path) -> None:
+    Image.new("L", (1024, 1024)).save(tmp_path / "page.jpg")
+    by_size = {(1024, 1024): (96, 64), (512, 512): (96, 64), (256, 256): (64, 64)}
+    assert load_image(tmp_path / "page.jpg", resized=lambda *size: by_size[size]).size == (512, 512)
+
+
+@pytest.mark.parametrize("name", ["china.jpg", "flower.jpg"])
+def test_a_draft_is_nearer_than_another_save(tmp_path: Path, name: str) -> None:
+    """Saving a file once more, at the usual quality of 75, is known to do no harm: a draft changes less."""
+    photo = Image.fromarray(load_sample_image(name)).resize((3000, 2000), Image.Resampling.LANCZOS)
+    photo.save(tmp_path / "photo.jpg", quality=90)
+    whole = load_image(tmp_path / "photo.jpg")
+    whole.save(tmp_path / "again.jpg", quality=75)
+    draft = load_image(tmp_path / "photo.jpg", resized=to(600 * 600))
+    assert draft.size == (1500, 1000)
+    distance = partial(resized_distance, whole, to(600 * 600)(2000, 3000))
+    (mean, largest), (mean_again, largest_again) = distance(draft), distance(load_image(tmp_path / "again.jpg"))
+    assert mean < mean_again
+    assert largest < largest_again
+
+
+def resized_distance(one: Image.Image, size: tuple[int, int], other: Image.Image) -> tuple[float, float]:
+    """Mean and largest difference of what the model would see, in grey levels."""
+    seen = [np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC), dtype=float) for image in (one, other)]
+    difference = np.abs(seen[0] - seen[1])
+    return difference.mean(), difference.max()
+
+
+def slopes(width: int, height: int) -> Image.Image:
+    """A picture so smooth that a JPEG of it, whole or drafted, is off by its rounding alone."""
+    down, right = np.mgrid[:height, :width] / max(width, height)
+    return Image.fromarray((255 * np.stack([right, down, 1 - right * down], axis=-1)).round().astype(np.uint8))
+
+
+# Grey levels: JPEG's rounding, of three colour planes that are mixed.
+ROUNDING = 4
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_drafted_photograph_is_turned_upright(tmp_path: Path, orientation: int) -> None:
+    upright = slopes(1024, 512)
+    photograph(tmp_path / "photograph.jpg", upright, orientation)
+    draft = load_image(tmp_path / "photograph.jpg", resized=to(128 * 128))
+    assert draft.size == (512, 256)
+    assert resized_distance(upright, (256, 512), draft)[1] <= ROUNDING
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_drafts_keep_their_colours(tmp_path: Path, mode: str) -> None:
+    stored = slopes(1024, 512).convert(mode)
+    stored.save(tmp_path / "scan.jpg", quality=100)
+    draft = load_image(tmp_path / "scan.jpg", resized=to(128 * 128))
+    assert (draft.mode, draft.size) == ("RGB", (512, 256))
+    assert resized_distance(stored.convert("RGB"), (256, 512), draft)[1] <= ROUNDING
+
+
+def test_an_image_that_the_processor_refuses_is_named_with_its_row(tmp_path: Path) -> None:
+    Image.new("L", (2010, 10)).save(tmp_path / "strip.jpg")
+    with pytest.raises(ValueError, match=rf"{ORIGIN}: cannot read the image .*strip\.jpg .*aspect ratio"):
+        load_image(tmp_path / "strip.jpg", ORIGIN, to(128 * 128))
 
 
 def test_a_file_and_the_open_image_are_one(checkpoint: Path, tmp_path: Path) -> None:

@@ -145,6 +145,24 @@ def test_a_schedule_for_an_endless_run_is_refused() -> None:
         trainer(max_epochs=-1).fit(OneWeight(), datamodule=Numbers())
 
 
+@pytest.mark.parametrize("options", [{"max_epochs": 2}, {"max_epochs": 2, "max_steps": 5}])
+def test_epochs_of_unknown_length_are_refused(options: dict[str, Any]) -> None:
+    loader = Numbers().train_dataloader()
+    lacking = LightningDataModule.from_datasets(loader.dataset)
+    advice = "steps_per_epoch.*or set trainer.max_steps and leave trainer.max_epochs unset"
+    with pytest.raises(ValueError, match=f"the data module LightningDataModule does not say how many.*{advice}"):
+        trainer(**options).fit(OneWeight(), datamodule=lacking)
+    with pytest.raises(ValueError, match=f"a fit without a data module does not say how many.*{advice}"):
+        trainer(**options).fit(OneWeight(), loader)
+
+
+def test_steps_are_enough_where_epochs_have_no_known_length() -> None:
+    """What the refusal advises works, with plain loaders too."""
+    model, lightning = OneWeight(), trainer(max_epochs=None, max_steps=16)
+    lightning.fit(model, Numbers().train_dataloader())
+    assert model.expected_steps == lightning.global_step == 16
+
+
 # What the loss does not reach
 
 
@@ -173,7 +191,7 @@ def test_the_vision_tower_is_checked_when_the_first_picture_comes(checkpoint: Pa
     assert isinstance(visual, nn.Module)
     visual.unused = nn.Parameter(torch.zeros(1))
     fit(model, [batch(model, texts(4))])
-    with pytest.raises(RuntimeError, match=r"^1 trainable parameters .*visual\.unused"):
+    with pytest.raises(RuntimeError, match=r"^1 trainable parameters got no gradient from this batch.*visual\.unused"):
         fit(model, [batch(model, texts(4)), batch(model, examples(4))])
 
 

@@ -67,6 +67,21 @@ def test_warmup_is_a_share(schedule: Any, warmup: float) -> None:
         rates(schedule, 10, warmup=warmup)
 
 
+@pytest.mark.parametrize("schedule", [LinearDecay, CosineDecay, Constant])
+def test_a_resumed_run_goes_on_at_its_place_and_takes_its_own_length(schedule: Any, tmp_path: Path) -> None:
+    """What a checkpoint keeps is how many steps were taken; a run that is resumed to be longer decays later."""
+    optimizers = [SGD([nn.Parameter(torch.zeros(1))], lr=1.0) for _ in range(2)]
+    short, longer = schedule(optimizers[0], 10, warmup=0.2), schedule(optimizers[1], 20, warmup=0.2)
+    for _ in range(7):
+        optimizers[0].step()
+        short.step()
+    torch.save(short.state_dict(), tmp_path / "schedule.pt")
+    longer.load_state_dict(torch.load(tmp_path / "schedule.pt", weights_only=True))
+    optimizers[1].step()
+    longer.step()
+    assert optimizers[1].param_groups[0]["lr"] == pytest.approx(rates(schedule, 20, warmup=0.2)[8])
+
+
 def test_the_first_step_trains_at_the_schedule_rate(checkpoint: Path) -> None:
     """The rate of a fit's first step is what it moved, over the gradient."""
     schedule = partial(LinearDecay, warmup=0.5)

@@ -24,6 +24,12 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def print_once(text: str) -> None:
+    """Print in the first process only."""
+    if world_size() == 1 or dist.get_rank() == 0:
+        print(text)
+
+
 def gather(tensor: Tensor) -> Tensor:
     """Concatenate every process's rows, in the order of ranks; rows may differ in number.
 

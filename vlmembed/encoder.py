@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from vlmembed.backbones import VisionLanguageModel
+from vlmembed.backbones.base import Features
 from vlmembed.pooling import Pooling
 from vlmembed.types import Inputs
 
@@ -37,20 +40,31 @@ class Encoder(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(self.backbone.parameters()).device
+        return self.backbone.device
 
     @property
     def dtype(self) -> str:
         """The type of the backbone's weights, such as float32."""
         return str(self.backbone.model.dtype).removeprefix("torch.")
 
-    def forward(self, inputs: Inputs) -> Float[Tensor, "B D"]:
+    def see(self, images: Sequence[Inputs]) -> list[Tensor]:
+        """Run the vision tower.
+
+        Args:
+            images: Chunks of images, from the backbone's preprocessor, on any device.
+
+        Returns:
+            Of each image, the features that `forward` takes.
+        """
+        return [image for chunk in images for image in self.backbone.see(chunk)]
+
+    def forward(self, inputs: Inputs, features: Features = ()) -> Float[Tensor, "B D"]:
         """Encode one chunk.
 
         Args:
             inputs: B items, from the backbone's preprocessor, on any device.
+            features: Of each image of the batch, where images come in chunks of their own.
         """
-        # Chunks wait on the host and come over one at a time, so device memory does not grow with the batch.
-        inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
-        hidden = self.backbone(inputs, self.pooling.layers)
-        return self.pooling(hidden, inputs["attention_mask"], inputs["input_ids"])
+        hidden = self.backbone(inputs, self.pooling.layers, features)
+        mask, tokens = (inputs[name].to(hidden.device, non_blocking=True) for name in ("attention_mask", "input_ids"))
+        return self.pooling(hidden, mask, tokens)

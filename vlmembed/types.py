@@ -105,10 +105,12 @@ class Batch:
     """The distinct items of some examples, ready to encode, and who belongs to whom.
 
     A document that several examples share is encoded once and is one column of the score matrix, so it can never be
-    a negative of a query that it answers.
+    a negative of a query that it answers. An image that several items share is seen once.
 
     Args:
         chunks: The items, N in all. Encoding the chunks in order and concatenating gives embeddings (N, D).
+        images: The distinct images and videos of all items, in chunks of their own; empty for a backbone that takes
+            pixels together with the text.
         queries: (Q,) row of each query in those embeddings.
         documents: (P,) row of each document in those embeddings.
         query_ids: (Q,) ``Item.id`` of each query, so that processes can compare theirs.
@@ -118,6 +120,7 @@ class Batch:
     """
 
     chunks: list[Inputs]
+    images: list[Inputs]
     queries: Int[Tensor, " Q"]
     documents: Int[Tensor, " P"]
     query_ids: Int[Tensor, " Q"]
@@ -127,7 +130,7 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """Lock the chunks in host memory, so that each is copied to the device while the one before it computes."""
-        self.chunks = [{name: tensor.pin_memory() for name, tensor in chunk.items()} for chunk in self.chunks]
+        self.chunks, self.images = _pinned(self.chunks), _pinned(self.images)
         return self
 
 
@@ -137,16 +140,22 @@ class ItemBatch:
 
     Args:
         inputs: The items, as one chunk.
+        images: Their distinct images; see ``Batch.images``.
         rows: (B,) their row numbers in the evaluation set: its queries first, then its corpus.
     """
 
     inputs: Inputs
+    images: list[Inputs]
     rows: Int[Tensor, " B"]
 
     def pin_memory(self) -> ItemBatch:
         """See ``Batch.pin_memory``."""
-        self.inputs = {name: tensor.pin_memory() for name, tensor in self.inputs.items()}
+        (self.inputs,), self.images = _pinned([self.inputs]), _pinned(self.images)
         return self
+
+
+def _pinned(chunks: list[Inputs]) -> list[Inputs]:
+    return [{name: tensor.pin_memory() for name, tensor in chunk.items()} for chunk in chunks]
 
 
 @dataclass(frozen=True)
@@ -175,7 +184,7 @@ class Preprocessor(ABC):
 
     @abstractmethod
     def __call__(self, items: Sequence[Item]) -> Inputs:
-        """Preprocess items into one padded chunk.
+        """Preprocess items into one padded chunk, images included.
 
         Args:
             items: B items, roles mixed as they come.
@@ -187,3 +196,40 @@ class Preprocessor(ABC):
     @abstractmethod
     def cost(self, item: Item) -> int:
         """Estimate the tokens an item will take, cheaply: items of similar cost share a chunk."""
+
+    def prepare(self, items: Sequence[Item]) -> Prepared:
+        """Read the items of a batch, before it is decided which of them share a chunk."""
+        return Prepared(self, items)
+
+
+class Prepared:
+    """The items of a batch, about to be cut into chunks.
+
+    Args:
+        preprocessor: Makes the chunks.
+        items: N items.
+    """
+
+    def __init__(self, preprocessor: Preprocessor, items: Sequence[Item]) -> None:
+        self._preprocessor = preprocessor
+        self._items = items
+
+    @property
+    def lengths(self) -> list[int]:
+        """(N,) the tokens of each item, as well as they are known."""
+        return [self._preprocessor.cost(item) for item in self._items]
+
+    def chunk(self, rows: Sequence[int]) -> Inputs:
+        """Make one chunk of some of the items."""
+        return self._preprocessor([self._items[row] for row in rows])
+
+    def images(self, tokens: int | None) -> list[Inputs]:
+        """Make chunks of the distinct images.
+
+        Args:
+            tokens: The most tokens whose images share a chunk; None for no limit.
+
+        Returns:
+            Nothing where `chunk` holds the images.
+        """
+        return []

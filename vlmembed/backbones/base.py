@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -15,6 +16,9 @@ from transformers.utils import is_flash_attn_2_available
 
 from vlmembed.backbones.preprocessing import ChatPreprocessor
 from vlmembed.types import Inputs, Role
+
+#: Of each distinct image of a batch, by its place: (tokens, levels, H), what `VisionLanguageModel.see` makes of it.
+Features = Sequence[Tensor] | Mapping[int, Tensor]
 
 #: The default instruction of Qwen3-VL-Embedding (arXiv:2601.04720).
 DEFAULT_INSTRUCTION = "Represent the user's input."
@@ -50,6 +54,8 @@ class VisionLanguageModel(nn.Module):
         "vision": r"(^|\.)(visual|vision_tower|vision_model)\.",
         "language": r"",
     }
+
+    model: PreTrainedModel
 
     def __init__(
         self,
@@ -89,7 +95,7 @@ class VisionLanguageModel(nn.Module):
         if self.bidirectional:
             # transformers reads the flag from the decoder's own config; at the top level it does nothing.
             config.get_text_config().is_causal = False
-        self.model: PreTrainedModel = AutoModel.from_pretrained(
+        self.model = AutoModel.from_pretrained(
             self.checkpoint,
             config=config,
             dtype=self.dtype,
@@ -135,23 +141,60 @@ class VisionLanguageModel(nn.Module):
     @cached_property
     def preprocessor(self) -> ChatPreprocessor:
         """The preprocessor of this backbone's inputs; it holds no weights and can be sent to loader workers."""
-        return ChatPreprocessor(self.load_processor(), self.instructions, self.generation_prompt, self.max_length)
+        return ChatPreprocessor(**self._preprocessing)
+
+    @property
+    def _preprocessing(self) -> dict[str, Any]:
+        return {
+            "processor": self.load_processor(),
+            "instructions": self.instructions,
+            "generation_prompt": self.generation_prompt,
+            "max_length": self.max_length,
+        }
 
     @property
     def hidden_size(self) -> int:
         """H, the size of the hidden states."""
         return int(self.model.config.get_text_config().hidden_size)
 
-    def forward(self, inputs: Inputs, layers: Sequence[int] = (-1,)) -> Float[Tensor, "*K B L H"]:
+    def vision_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield what images go through before they meet the text, with names."""
+        for name, parameter in self.named_parameters():
+            if re.search(self.groups["merger"], name) or re.search(self.groups["vision"], name):
+                yield name, parameter
+
+    def see(self, images: Inputs) -> Sequence[Tensor]:
+        """Run the vision tower on a chunk of images, where the backbone's preprocessor makes such chunks.
+
+        Args:
+            images: A chunk of n images.
+
+        Returns:
+            Of each image, (tokens, levels, H): what stands at its tokens, at every level of the language model that
+            images enter.
+        """
+        raise NotImplementedError(f"{type(self).__name__} reads images together with their text.")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def forward(
+        self, inputs: Inputs, layers: Sequence[int] = (-1,), features: Features = ()
+    ) -> Float[Tensor, "*K B L H"]:
         """Return hidden states.
 
         Args:
-            inputs: One chunk, from the `preprocessor`.
+            inputs: One chunk, from the `preprocessor`, on any device.
             layers: Which hidden states: -1 is the last one, after the final norm; 0 the token embeddings.
+            features: Of each image of the batch, by its place, where `see` made them.
 
         Returns:
             (B, L, H), or (K, B, L, H) for K layers.
         """
+        # Chunks wait on the host and come over one at a time, so device memory does not grow with the batch.
+        inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
         output = self.model(**inputs, use_cache=False, output_hidden_states=tuple(layers) != (-1,))
         states = [output.last_hidden_state if layer == -1 else output.hidden_states[layer] for layer in layers]
         return states[0] if len(states) == 1 else torch.stack(states)

@@ -61,14 +61,17 @@ class ChatPreprocessor(Preprocessor):
         Raises:
             ValueError: If an image cannot be read, or an item with images has more than ``max_length`` tokens.
         """
-        inputs = self._apply_template([self._conversation(item) for item in items])
-        if self.max_length is None or inputs["input_ids"].shape[1] <= self.max_length:
-            return inputs
-        return self._truncate(inputs, items, self.max_length)
+        return self._read(items)
 
     def cost(self, item: Item) -> int:
         """Estimate an item's tokens from the lengths of its texts and the sizes of its images."""
         return sum(_part_cost(part, item.origin) for part in item.parts)
+
+    def _read(self, items: Sequence[Item], **pixel_options: Any) -> Inputs:
+        inputs = self._apply_template([self._conversation(item) for item in items], **pixel_options)
+        if self.max_length is None or inputs["input_ids"].shape[1] <= self.max_length:
+            return inputs
+        return self._truncate(inputs, items, self.max_length)
 
     def _conversation(self, item: Item) -> list[Message]:
         return self._chat(item.role, [self._content(part, item.origin) for part in item.parts])
@@ -93,7 +96,7 @@ class ChatPreprocessor(Preprocessor):
             return [user]
         return [{"role": "system", "content": [{"type": "text", "text": instruction}]}, user]
 
-    def _apply_template(self, conversations: list[list[Message]]) -> Inputs:
+    def _apply_template(self, conversations: list[list[Message]], **pixel_options: Any) -> Inputs:
         parts = (part for chat in conversations for message in chat for part in message["content"])
         metadata = [part["metadata"] for part in parts if part["type"] == "video"]
         inputs: Any = self.processor.apply_chat_template(
@@ -104,8 +107,11 @@ class ChatPreprocessor(Preprocessor):
             add_generation_prompt=self.generation_prompt,
             processor_kwargs={
                 "text_kwargs": {"padding": True},
+                "images_kwargs": pixel_options,
                 # The processor itself samples only where all of a batch's videos are files, or all are frames.
-                "videos_kwargs": {"do_sample_frames": False, "video_metadata": metadata} if metadata else {},
+                "videos_kwargs": {**pixel_options, "do_sample_frames": False, "video_metadata": metadata}
+                if metadata
+                else {},
                 "common_kwargs": {"return_tensors": "pt"},
             },
         )

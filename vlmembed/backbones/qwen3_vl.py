@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
 from transformers import PretrainedConfig, ProcessorMixin
 
-from vlmembed.backbones.base import VisionLanguageModel
+from vlmembed.backbones.attention import Bounds, install
+from vlmembed.backbones.base import Features, VisionLanguageModel
+from vlmembed.backbones.packing import PackedItems, VisionLayout, frame_patches
+from vlmembed.backbones.preprocessing import ChatPreprocessor
+from vlmembed.types import Inputs, Item
 
 
 class Qwen3VL(VisionLanguageModel):
@@ -14,6 +23,10 @@ class Qwen3VL(VisionLanguageModel):
 
     An image takes one token per 32 × 32 pixels, after it was resized, at its own aspect ratio, to between
     ``min_pixels`` and ``max_pixels`` pixels. Training at fewer pixels than serving is common, and much cheaper.
+
+    Nothing is padded, and the vision tower sees each distinct image of a batch once. With ``attn_implementation``
+    ``sdpa`` or ``eager`` transformers' own padded forward runs instead, image by image with its text: slower, and there
+    to compare with.
 
     Args:
         checkpoint: A checkpoint folder or a Hub id, such as Qwen/Qwen3-VL-2B-Instruct.
@@ -24,6 +37,9 @@ class Qwen3VL(VisionLanguageModel):
     Raises:
         ValueError: If ``min_pixels`` is above ``max_pixels``.
     """
+
+    #: Parts of it are asked for that other models do not have.
+    model: Any
 
     def __init__(
         self,
@@ -37,6 +53,7 @@ class Qwen3VL(VisionLanguageModel):
             raise ValueError(f"min_pixels={min_pixels} is above max_pixels={max_pixels}.")
         self.min_pixels = min_pixels
         self.max_pixels = max_pixels
+        self._packed = self.attn_implementation in ("auto", "flash_attention_2")
 
     def load_config(self) -> PretrainedConfig:
         """Read the checkpoint's configuration; see `VisionLanguageModel.load_config`."""
@@ -60,3 +77,136 @@ class Qwen3VL(VisionLanguageModel):
         # In this family's processors an "edge" is a number of pixels.
         processor.image_processor.size = {"shortest_edge": shortest, "longest_edge": longest}
         return processor
+
+    @cached_property
+    def preprocessor(self) -> ChatPreprocessor:
+        """The preprocessor of this backbone's inputs; see `VisionLanguageModel.preprocessor`."""
+        if not self._packed:
+            return super().preprocessor
+        return PackingPreprocessor(VisionLayout.of(self.load_config()), **self._preprocessing)
+
+    def configure(self) -> None:
+        """Load the weights; see `VisionLanguageModel.configure`."""
+        super().configure()
+        if self._packed:
+            install(self.model)
+
+    def see(self, images: Inputs) -> Sequence[Float[Tensor, "tokens levels H"]]:
+        """Run the vision tower on a chunk of images; see `VisionLanguageModel.see`.
+
+        Returns:
+            Of each image, the features that stand in for its tokens' embeddings, and those that are added behind each
+            of the first layers (DeepStack, arXiv:2406.04334).
+        """
+        here = {name: self._here(tensor) for name, tensor in images.items()}
+        bounds = Bounds.of(frame_patches(images["grid_thw"]), self.device)
+        output = self.model.visual(
+            self._normalised(here["pixel_values"]),
+            here["grid_thw"],
+            position_ids=here["position_ids"],
+            interp_indices=here["taps"],
+            interp_weights=here["weights"],
+            cu_seqlens=bounds.ends,
+            max_seqlen=bounds.longest,
+            lengths=bounds.lengths,
+        )
+        features = torch.stack([output.pooler_output, *output.deepstack_features], dim=1)
+        tokens: list[int] = (images["grid_thw"].prod(dim=1) // self.model.visual.spatial_merge_unit).tolist()
+        return features.split(tokens)
+
+    def forward(
+        self, inputs: Inputs, layers: Sequence[int] = (-1,), features: Features = ()
+    ) -> Float[Tensor, "*K B L H"]:
+        """Return hidden states; see `VisionLanguageModel.forward`.
+
+        Args:
+            inputs: A chunk of `PackedItems`, or what the `preprocessor` returns when it is called.
+            layers: Which hidden states.
+            features: Of the distinct images of the batch, from `see`; the chunk says which of them it shows.
+        """
+        if not self._packed:
+            return super().forward(inputs, layers)
+        if "images" not in inputs:
+            return self._forward_unpacked(inputs, layers)
+        mask = inputs["attention_mask"]
+        tokens = mask.flatten().nonzero()[:, 0]
+        ids = inputs["input_ids"].flatten()[tokens]
+        shown = [features[place] for place in inputs["images"][:, 1].tolist()]
+        hidden = self.model.language_model.embed_tokens(self._here(ids))[None]
+        added = None
+        if shown:
+            hidden, added = self._with_images(hidden, ids, torch.cat([self._here(image) for image in shown]))
+        states = self._read(hidden, added, inputs, layers)
+        padded = states.new_zeros(len(states), mask.numel(), states.shape[-1])
+        padded = padded.index_copy(1, self._here(tokens), states).unflatten(1, mask.shape)
+        return padded if len(layers) > 1 else padded[0]
+
+    def _forward_unpacked(self, inputs: Inputs, layers: Sequence[int]) -> Tensor:
+        on_host = {name: tensor.cpu() for name, tensor in inputs.items()}
+        items = PackedItems(on_host, VisionLayout.of(self.model.config))
+        features = [image for images in items.images() for image in self.see(images)]
+        return self.forward(items.chunk(range(len(inputs["input_ids"]))), layers, features)
+
+    def _with_images(self, hidden: Tensor, ids: Tensor, features: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Put features where the image tokens are; return the first level, and what later layers add."""
+        image_ids = torch.tensor([self.model.config.image_token_id, self.model.config.video_token_id])
+        places = self._here(torch.isin(ids, image_ids).nonzero()[:, 0])
+        first, *levels = features.to(hidden.dtype).transpose(0, 1)[:, None]
+        nothing = torch.zeros_like(hidden)
+        return hidden.index_copy(1, places, first), [nothing.index_copy(1, places, level) for level in levels]
+
+    def _read(self, hidden: Tensor, added: list[Tensor] | None, inputs: Inputs, layers: Sequence[int]) -> Tensor:
+        """Run the language model on packed tokens; return (K, T, H)."""
+        bounds = Bounds.of(inputs["attention_mask"].sum(dim=1), self.device)
+        output = self.model.language_model(
+            inputs_embeds=hidden,
+            position_ids=self._here(inputs["position_ids"])[:, None],
+            deepstack_visual_embeds=added,
+            use_cache=False,
+            output_hidden_states=tuple(layers) != (-1,),
+            is_causal=not self.bidirectional,
+            cu_seq_lens_q=bounds.ends,
+            cu_seq_lens_k=bounds.ends,
+            max_length_q=bounds.longest,
+            max_length_k=bounds.longest,
+            lengths=bounds.lengths,
+        )
+        return torch.cat([output.last_hidden_state if layer == -1 else output.hidden_states[layer] for layer in layers])
+
+    def _normalised(self, pixels: Tensor) -> Float[Tensor, "patches numbers"]:
+        """Turn bytes into what transformers' processor returns: normalised, an image twice for two moments in time."""
+        if pixels.dtype != torch.uint8:
+            return pixels
+        vision, processor = self.model.config.vision_config, self.preprocessor.processor.image_processor
+        mean, deviation = (
+            torch.tensor(values, device=self.device).view(3, 1, 1) * (1.0 / processor.rescale_factor)
+            for values in (processor.image_mean, processor.image_std)
+        )
+        pixels = (pixels.view(len(pixels), 3, -1, vision.patch_size**2).float() - mean) / deviation
+        return pixels.expand(-1, -1, vision.temporal_patch_size, -1).flatten(1)
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        """Copy to the device; from pinned memory, while the device computes."""
+        return tensor.to(self.device, non_blocking=True)
+
+
+class PackingPreprocessor(ChatPreprocessor):
+    """Prepares items as `PackedItems`: images as bytes, to be normalised on the device.
+
+    Args:
+        layout: Of the vision tower.
+        **options: As for `ChatPreprocessor`.
+    """
+
+    def __init__(self, layout: VisionLayout, **options: Any) -> None:
+        super().__init__(**options)
+        self.layout = layout
+
+    def prepare(self, items: Sequence[Item]) -> PackedItems:
+        """Read the items of a batch; see `Preprocessor.prepare`."""
+        inputs = self._read(items, do_rescale=False, do_normalize=False)
+        if "pixel_values" in inputs:
+            # The processor has copied every image to several moments in time.
+            moments = self.processor.image_processor.temporal_patch_size
+            inputs["pixel_values"] = inputs["pixel_values"].unflatten(1, (3, moments, -1))[:, :, 0].flatten(1)
+        return PackedItems(inputs, self.layout)

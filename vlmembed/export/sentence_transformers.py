@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -139,8 +140,10 @@ def _with_head(model: PreTrainedModel) -> PreTrainedModel:
     architecture = getattr(transformers, (model.config.architectures or [""])[0], type(model))
     if isinstance(model, architecture):
         return model
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = "sdpa"  # Ours is not one that a model can be made with.
     with torch.device("meta"):
-        whole: PreTrainedModel = architecture(model.config)
+        whole: PreTrainedModel = architecture(config)
     setattr(whole, whole.base_model_prefix, model)
     whole.tie_weights()
     return whole

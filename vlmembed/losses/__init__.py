@@ -3,5 +3,6 @@
 from vlmembed.losses.infonce import InfoNCE
 from vlmembed.losses.loss import Loss
 from vlmembed.losses.matryoshka import Matryoshka
+from vlmembed.losses.similarity import SimilarityLoss
 
-__all__ = ["InfoNCE", "Loss", "Matryoshka"]
+__all__ = ["InfoNCE", "Loss", "Matryoshka", "SimilarityLoss"]

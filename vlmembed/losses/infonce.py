@@ -7,18 +7,20 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float, Int8
+from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import cross_entropy
 
-from vlmembed.losses.loss import Loss
 from vlmembed.losses.pairs import CROSS_DIRECTIONS, Direction, Negatives, Pairs
+from vlmembed.losses.similarity import SimilarityLoss
 
 #: CLIP's bound on 1 / temperature: beyond it training is unstable.
 MAXIMUM_SCALE = 100.0
 
+LOWEST = torch.finfo(torch.float32).min
 
-class InfoNCE(Loss):
+
+class InfoNCE(SimilarityLoss):
     """Softmax cross-entropy of each right answer against everything else in the batch.
 
     For each pair of a query and one of its positives: minus the log of the pair's share in a softmax over the pair and
@@ -88,29 +90,16 @@ class InfoNCE(Loss):
         with torch.no_grad():
             return 1 / float(self._scale())
 
-    def forward(
-        self,
-        queries: Float[Tensor, "Q D"],
-        documents: Float[Tensor, "P D"],
-        relevance: Int8[Tensor, "Q P"],
-    ) -> Float[Tensor, ""]:
-        """See ``Loss.forward``.
-
-        Raises:
-            ValueError: If a query has no positive.
-        """
-        _check_positives(relevance)
-        with torch.autocast(queries.device.type, enabled=False):
-            pairs = Pairs.of(normalize(queries.float(), dim=-1), normalize(documents.float(), dim=-1), relevance)
-            scale = self._scale()
-            target = scale * pairs.similarity[:, None]
-            negatives = [self._logits(pairs, direction, scale) for direction in self.directions]
-            if self.softmax == "joint":
-                copies = max(1, len(CROSS_DIRECTIONS.intersection(self.directions)))
-                normaliser = torch.cat([target] * copies + negatives, dim=1).logsumexp(1)
-            else:
-                normaliser = torch.stack([torch.cat([target, each], dim=1).logsumexp(1) for each in negatives]).mean(0)
-            return pairs.weight @ (normaliser - target[:, 0])
+    def pair_losses(self, pairs: Pairs) -> Float[Tensor, "T M"]:
+        """See ``SimilarityLoss.pair_losses``."""
+        scale = self._scale()
+        similarities = pairs.similarities(self.directions).items()
+        losses = [self._direction_losses(pairs, *each, scale) for each in similarities]
+        if self.softmax == "per_direction":
+            return torch.stack(losses).mean(0)
+        if not CROSS_DIRECTIONS.intersection(self.directions):
+            losses.append(torch.zeros_like(losses[0]))
+        return torch.stack(losses).logsumexp(0)
 
     def _scale(self) -> Tensor | float:
         if self.log_scale is None:
@@ -120,15 +109,24 @@ class InfoNCE(Loss):
             self.log_scale.clamp_(max=math.log(MAXIMUM_SCALE))
         return self.log_scale.float().exp()
 
-    def _logits(self, pairs: Pairs, direction: Direction, scale: Tensor | float) -> Float[Tensor, "M C"]:
-        """Logits of every candidate in one direction, minus infinity where it is not a negative of the pair."""
-        similarity, is_negative = pairs.candidates(direction)
+    def _direction_losses(
+        self, pairs: Pairs, direction: Direction, similarity: Float[Tensor, "T M C"], scale: Tensor | float
+    ) -> Float[Tensor, "T M"]:
+        """Log of a direction's sum in the softmax, over the pair's own term, which cross directions include."""
+        is_negative = pairs.negatives(direction)
         if self.false_negative_margin is not None:
-            is_negative = is_negative & (similarity <= pairs.similarity[:, None] + self.false_negative_margin)
+            is_negative = is_negative & (similarity <= pairs.similarity[:, :, None] + self.false_negative_margin)
         logits = scale * similarity
         if self.hardness > 0 and direction == "query_to_document":
-            logits = logits + self.hardness * similarity.detach() * pairs.negatives(self.hardness_on)
-        return logits.masked_fill(~is_negative, -torch.inf)
+            logits = logits + self.hardness * similarity.detach() * pairs.query_negatives(self.hardness_on)
+        # Added, because autograd would pass over a filled matrix twice more; finite, because a row may have none.
+        mask = torch.zeros_like(is_negative, dtype=logits.dtype).masked_fill_(~is_negative, LOWEST)
+        if direction not in CROSS_DIRECTIONS:
+            return logits.add_(mask).logsumexp(2) - scale * pairs.similarity
+        own = pairs.document if direction == "query_to_document" else pairs.query
+        logits.add_(mask.scatter_(-1, own.expand(mask.shape[:-1])[..., None], 0.0))
+        own = own.expand(logits.shape[:-1])
+        return cross_entropy(logits.flatten(0, 1), own.flatten(), reduction="none").view_as(own)
 
 
 def _check_temperature(temperature: float, learnable: bool) -> None:
@@ -157,9 +155,3 @@ def _check_hardness(hardness: float, hardness_on: str, directions: Sequence[str]
         raise ValueError(f"hardness_on must be one of {get_args(Negatives)}, got {hardness_on!r}")
     if hardness > 0 and "query_to_document" not in directions:
         raise ValueError(f"hardness={hardness} weighs 'query_to_document' only, which directions={directions!r} lacks")
-
-
-def _check_positives(relevance: Int8[Tensor, "Q P"]) -> None:
-    missing = (~(relevance == 1).any(1)).nonzero()[:, 0].tolist()
-    if missing:
-        raise ValueError(f"every query needs a positive; relevance has no 1 in rows {missing}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 from jaxtyping import Float, Int8
 from torch import Tensor, nn
@@ -18,6 +19,15 @@ class Loss(nn.Module, ABC):
     def dimensions(self) -> tuple[int, ...]:
         """Truncated embedding dimensions that this loss trains, and that are therefore worth measuring as well."""
         return ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Loss:
+        # Follow to a device, never to another precision: a learnable temperature's steps round to nothing in bfloat16,
+        # and a trainer with true half precision would have everything in it.
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_precision, recurse)
 
     @abstractmethod
     def forward(

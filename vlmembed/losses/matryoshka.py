@@ -9,6 +9,7 @@ from jaxtyping import Float, Int8
 from torch import Tensor
 
 from vlmembed.losses.loss import Loss
+from vlmembed.losses.similarity import SimilarityLoss
 
 
 class Matryoshka(Loss):
@@ -53,6 +54,9 @@ class Matryoshka(Loss):
         largest, available = self.dimensions[0], queries.shape[1]
         if largest > available:
             raise ValueError(f"Matryoshka dimension {largest} is above the embedding's, which is {available}")
+        # One that changes forward wants to be called, like any other loss.
+        if isinstance(self.loss, SimilarityLoss) and type(self.loss).forward is SimilarityLoss.forward:
+            return self.loss.weighted_sum(queries, documents, relevance, self.weights)
         losses = [
             weight * self.loss(queries[:, :dimension], documents[:, :dimension], relevance)
             for dimension, weight in self.weights.items()

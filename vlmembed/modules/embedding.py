@@ -14,10 +14,11 @@ from torch.nn import ModuleList
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from vlmembed import distributed, gradcache
+from vlmembed import distributed
 from vlmembed.adapters import Adapter
 from vlmembed.backbones import VisionLanguageModel
 from vlmembed.encoder import Encoder
+from vlmembed.engine import Engine
 from vlmembed.losses import Loss
 from vlmembed.metrics import RetrievalMetrics
 from vlmembed.modules.optimization import parameter_groups, refuse_untouched_parameters, total_steps
@@ -90,8 +91,6 @@ class EmbeddingModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer over what is trainable, and the schedule."""
-        # With precision bf16-true everything was just made bfloat16, where a temperature's own steps round to nothing.
-        self.loss.float()
         optimizer = self._optimizer(parameter_groups(self, self.encoder.backbone, self._learning_rates))
         if self._lr_scheduler is None:
             return optimizer
@@ -102,19 +101,19 @@ class EmbeddingModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Take over the gradient reduction from data-parallel training."""
+        self.engine = Engine(self.encoder)
         self._reduce_gradients = distributed.defer_gradient_reduction(self.trainer.strategy.model)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Embed the batch's items and compute the loss on the embeddings of all processes."""
-        self._step = gradcache.embed(self.encoder, batch.chunks)
-        loss = self.loss(*joined_batch(self._step.embeddings, batch))
+        loss = self.loss(*joined_batch(self.engine.embed(batch), batch))
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch.queries))
         return loss
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Send the loss's gradient to the embeddings, and from there through the encoder."""
         super().backward(loss, *args, **kwargs)
-        self._step.replay()
+        self.engine.replay()
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Step, after reducing the gradients once over processes."""
@@ -128,9 +127,9 @@ class EmbeddingModule(LightningModule):
         super().optimizer_step(epoch, batch_idx, optimizer, closure)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """After the first step, refuse to train on if something trainable got no gradient."""
+        """After the first step, and the first with images, refuse to train on if something got no gradient."""
         if not self._gradients_checked:
-            saw_images = any("pixel_values" in name for chunk in batch.chunks for name in chunk)
+            saw_images = any("pixel_values" in name for chunk in [*batch.chunks, *batch.images] for name in chunk)
             self._gradients_checked = refuse_untouched_parameters(self, self.encoder.backbone, saw_images)
 
     # Measuring
@@ -141,7 +140,8 @@ class EmbeddingModule(LightningModule):
 
     def validation_step(self, batch: ItemBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Embed queries or documents of a validation set."""
-        self.metrics[dataloader_idx].update(batch.rows, self.encoder(batch.inputs))
+        embeddings = self.encoder(batch.inputs, self.encoder.see(batch.images))
+        self.metrics[dataloader_idx].update(batch.rows, embeddings)
 
     def on_validation_epoch_end(self) -> None:
         """Rank and log."""
@@ -180,7 +180,9 @@ class EmbeddingModule(LightningModule):
     def _log_metrics(self, stage: str) -> None:
         for metrics in self.metrics:
             prefix = f"{stage}/{metrics.evaluation.name}/" if len(self._metrics) > 1 else f"{stage}/"
-            self.log_dict({prefix + name: value for name, value in metrics.compute().items()})
+            values = {prefix + name: value for name, value in metrics.compute().items()}
+            # Equal on all processes; the largest of equal values is exact, a mean may round.
+            self.log_dict(values, sync_dist=True, reduce_fx="max")
 
 
 def joined_batch(embeddings: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

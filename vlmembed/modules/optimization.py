@@ -51,24 +51,36 @@ def total_steps(trainer: Trainer) -> int:
     makes Lightning 2.6 forget a stateful loader's place in the epoch on resume.
 
     Raises:
-        ValueError: If the run has no end.
+        ValueError: If the run has no end, or nothing says how many batches an epoch has.
     """
     if trainer.max_epochs is None or trainer.max_epochs < 0:
         if trainer.max_steps < 0:
             raise ValueError("A learning-rate schedule needs the run's length: set trainer.max_epochs or max_steps.")
         return trainer.max_steps
-    batches: int = trainer.datamodule.steps_per_epoch  # type: ignore[attr-defined]
+    batches = _batches_per_epoch(trainer.datamodule)  # type: ignore[attr-defined]
     limit = trainer.limit_train_batches
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
     steps = -(-batches // trainer.accumulate_grad_batches) * trainer.max_epochs
     return min(steps, trainer.max_steps) if trainer.max_steps > 0 else steps
 
 
+def _batches_per_epoch(data: Any) -> int:
+    batches: int | None = getattr(data, "steps_per_epoch", None)
+    if batches is None:
+        silent = "a fit without a data module" if data is None else f"the data module {type(data).__name__}"
+        raise ValueError(
+            f"A learning-rate schedule needs the run's length, and {silent} does not say how many batches an epoch "
+            "has. Give the data module a property steps_per_epoch (training batches per epoch and process), or set "
+            "trainer.max_steps and leave trainer.max_epochs unset."
+        )
+    return batches
+
+
 def refuse_untouched_parameters(module: LightningModule, backbone: VisionLanguageModel, saw_images: bool) -> bool:
     """Check that a backward reached every trainable parameter.
 
     Args:
-        module: The module, after its first backward.
+        module: The module, after a backward.
         backbone: Its backbone.
         saw_images: Whether the batch had images; one without says nothing about the vision tower.
 
@@ -84,7 +96,7 @@ def refuse_untouched_parameters(module: LightningModule, backbone: VisionLanguag
     blamed = untouched if saw_images else [name for name in untouched if group_of(backbone, name) == "language"]
     if blamed:
         raise RuntimeError(
-            f"{len(blamed)} trainable parameters got no gradient in the first step, such as {blamed[0]} and "
-            f"{blamed[-1]}: the loss does not depend on them. Freeze them with vlmembed.adapters.Freeze."
+            f"{len(blamed)} trainable parameters got no gradient from this batch, such as {blamed[0]} and "
+            f"{blamed[-1]}: its loss does not depend on them. Freeze them with vlmembed.adapters.Freeze."
         )
     return not untouched

@@ -3,71 +3,62 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 
-class LinearDecay(LambdaLR):
-    """Warms up linearly from zero, then decays linearly to zero.
+class Warmup(LambdaLR, ABC):
+    """Warms up linearly from zero; what comes then is the subclass's.
 
     Args:
         optimizer: Given by the module.
         total_steps: Given by the module: the run's optimizer steps.
         warmup: The share of the steps to warm up for, 0 to 1.
+
+    Raises:
+        ValueError: If ``warmup`` is not a share.
     """
 
     def __init__(self, optimizer: Optimizer, total_steps: int, warmup: float = 0.1) -> None:
-        _check(warmup)
-        super().__init__(
-            optimizer, lambda step: _warmup(step, total_steps, warmup) * (1 - _decayed(step, total_steps, warmup))
-        )
+        if not 0 <= warmup <= 1:
+            raise ValueError(f"warmup is a share of the steps, between 0 and 1; got {warmup}.")
+        start = round(total_steps * warmup)
+
+        # A function, as a checkpoint keeps neither those nor what they close over: a resumed run takes its own length.
+        def factor(step: int) -> float:
+            # The first step already moves.
+            warmed = min(1.0, (step + 1) / max(1, start))
+            done = min(1.0, max(0.0, (step - start) / max(1, total_steps - start)))
+            return warmed * self.decay(done)
+
+        super().__init__(optimizer, factor)
+
+    @abstractmethod
+    def decay(self, done: float) -> float:
+        """Return the share of the learning rate that is left, given the share of the steps after the warm-up done."""
 
 
-class CosineDecay(LambdaLR):
-    """Warms up linearly from zero, then follows half a cosine to zero (SGDR without restarts, arXiv:1608.03983).
+class LinearDecay(Warmup):
+    """Warms up linearly from zero, then decays linearly to zero."""
 
-    Args:
-        optimizer: Given by the module.
-        total_steps: Given by the module: the run's optimizer steps.
-        warmup: The share of the steps to warm up for, 0 to 1.
-    """
-
-    def __init__(self, optimizer: Optimizer, total_steps: int, warmup: float = 0.1) -> None:
-        _check(warmup)
-        super().__init__(
-            optimizer,
-            lambda step: (
-                _warmup(step, total_steps, warmup) * (1 + math.cos(math.pi * _decayed(step, total_steps, warmup))) / 2
-            ),
-        )
+    def decay(self, done: float) -> float:
+        """Fall linearly."""
+        return 1 - done
 
 
-class Constant(LambdaLR):
-    """Warms up linearly from zero, then stays.
+class CosineDecay(Warmup):
+    """Warms up linearly from zero, then follows half a cosine to zero (SGDR without restarts, arXiv:1608.03983)."""
 
-    Args:
-        optimizer: Given by the module.
-        total_steps: Given by the module: the run's optimizer steps.
-        warmup: The share of the steps to warm up for, 0 to 1.
-    """
-
-    def __init__(self, optimizer: Optimizer, total_steps: int, warmup: float = 0.1) -> None:
-        _check(warmup)
-        super().__init__(optimizer, lambda step: _warmup(step, total_steps, warmup))
+    def decay(self, done: float) -> float:
+        """Fall as a cosine does from its top to its bottom."""
+        return (1 + math.cos(math.pi * done)) / 2
 
 
-def _check(warmup: float) -> None:
-    if not 0 <= warmup <= 1:
-        raise ValueError(f"warmup is a share of the steps, between 0 and 1; got {warmup}.")
+class Constant(Warmup):
+    """Warms up linearly from zero, then stays."""
 
-
-def _warmup(step: int, total: int, warmup: float) -> float:
-    """Return the share of the warm-up that is done; the first step already moves."""
-    return min(1.0, (step + 1) / max(1, round(total * warmup)))
-
-
-def _decayed(step: int, total: int, warmup: float) -> float:
-    """Return the share of what follows the warm-up that is done."""
-    start = round(total * warmup)
-    return min(1.0, max(0.0, (step - start) / max(1, total - start)))
+    def decay(self, done: float) -> float:
+        """Stay."""
+        return 1.0

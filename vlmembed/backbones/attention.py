@@ -1,0 +1,124 @@
+"""Attention over sequences that lie end to end, each seeing itself alone.
+
+transformers calls it in place of its own (its attention interface). On a GPU in half precision it is PyTorch's
+variable-length kernel; elsewhere one ordinary attention after the other, which wastes nothing on padding either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import pad, scaled_dot_product_attention
+from transformers import AttentionInterface
+
+varlen_attn: Any = None
+with suppress(ImportError):  # PyTorch before 2.10.
+    from torch.nn.attention.varlen import varlen_attn
+
+#: transformers passes on where packed images end only to an attention called flash-something.
+NAME = "vlmembed_flash"
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Float[Tensor, "1 heads T d"],
+    key: Float[Tensor, "1 kv_heads T d"],
+    value: Float[Tensor, "1 kv_heads T d"],
+    attention_mask: None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    lengths: Sequence[int] = (),
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int = 0,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attend within each sequence.
+
+    Args:
+        module: The attention layer; its ``is_causal`` counts where ``is_causal`` is None.
+        query: T tokens of all sequences, one after the other.
+        key: The same; heads may be shared.
+        value: As ``key``.
+        attention_mask: Not used: nothing is padded.
+        scaling: What products are multiplied by.
+        dropout: The share of attention weights to drop.
+        is_causal: Whether a token sees those before it only.
+        lengths: Of the sequences, T in all.
+        cu_seq_lens_q: Where they end, from 0, on the device.
+        max_length_q: The longest.
+
+    Returns:
+        (1, T, heads, d), and no weights.
+    """
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if torch.is_autocast_enabled(query.device.type):
+        # Rotary positions are applied in float32, which the values never saw.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if varlen_attn is not None and query.is_cuda and query.dtype != torch.float32 and not dropout:
+        packed = (each[0].transpose(0, 1) for each in (query, key, value))
+        bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+        window = (-1, 0 if causal else -1)
+        return varlen_attn(*packed, *bounds, scale=scaling, window_size=window, enable_gqa=True)[None], None
+    outputs = [
+        scaled_dot_product_attention(
+            queries, keys, values, dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=True
+        )
+        for queries, keys, values in zip(*(_groups(each, lengths) for each in (query, key, value)), strict=True)
+    ]
+    return torch.cat([output.transpose(1, 2).flatten(0, 1) for output in outputs])[None], None
+
+
+def _groups(packed: Float[Tensor, "1 heads T d"], lengths: Sequence[int]) -> list[Float[Tensor, "n heads L d"]]:
+    """Cut into sequences; neighbours of equal length stay together, as sorted chunks have many."""
+    counts = [(length, len(list(same))) for length, same in groupby(lengths)]
+    parts = packed[0].split([length * count for length, count in counts], dim=1)
+    return [
+        part.unflatten(1, (count, length)).transpose(0, 1) for part, (length, count) in zip(parts, counts, strict=True)
+    ]
+
+
+AttentionInterface.register(NAME, packed_attention)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Where packed sequences begin and end.
+
+    Args:
+        lengths: Of the sequences.
+        longest: The longest of them.
+        ends: (sequences + 1,) where each ends, from 0, on the device.
+    """
+
+    lengths: list[int]
+    longest: int
+    ends: Int[Tensor, " sequences_plus_1"]
+
+    @classmethod
+    def of(cls, lengths: Int[Tensor, " sequences"], device: torch.device) -> Bounds:
+        """Count on the host, and copy to the device."""
+        ends = pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+        return cls(lengths.tolist(), int(lengths.max()), ends.to(device, non_blocking=True))
+
+
+def install(model: Any) -> None:
+    """Make a Qwen3-VL read packed sequences."""
+    language, vision = model.language_model, model.visual
+    if "flash" not in language.config._attn_implementation:
+        language.config._attn_implementation = NAME
+        vision.config._attn_implementation = NAME
+    language._deepstack_process = _add_features
+
+
+def _add_features(hidden: Tensor, visual_pos_masks: None, features: Tensor) -> Tensor:
+    """Add DeepStack features, zero at texts: adding only where images are makes the device tell the host where."""
+    return hidden + features

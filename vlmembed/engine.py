@@ -1,0 +1,100 @@
+"""One training step's way through the encoder and back: images first, then texts; exact gradients at the end."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vlmembed import distributed, gradcache
+from vlmembed.backbones.packing import select
+from vlmembed.encoder import Encoder
+from vlmembed.features import FeatureCache
+from vlmembed.gradcache import CachedStep, Room
+from vlmembed.types import Batch, Inputs
+
+
+class Engine:
+    """Embeds batches, and sends the gradient of their embeddings through the encoder.
+
+    The vision tower sees each distinct image of a batch once. Of a frozen tower only the features are needed. A
+    trainable tower gets a gradient cache of its own, which collects what all texts send back, and goes backward once
+    for each image. Only where no graph may be kept does it run together with the texts of its images: features of a
+    whole batch would take the memory that was to be saved.
+
+    Args:
+        encoder: With weights, and adapters applied.
+        graph_bytes: What graphs may take; see `gradcache.Room`.
+        features: Keeps a frozen tower's features from step to step.
+        examples: The training rows, to predict what ``features`` will take.
+    """
+
+    def __init__(
+        self, encoder: Encoder, graph_bytes: float = 0.0, features: FeatureCache | None = None, examples: int = 0
+    ) -> None:
+        self.encoder = encoder
+        self.graph_bytes = graph_bytes
+        self._features = features
+        self._examples = examples
+        self._predicted = features is None
+        self._frozen = not any(parameter.requires_grad for _, parameter in encoder.backbone.vision_parameters())
+
+    def embed(self, batch: Batch) -> Float[Tensor, "N D"]:
+        """Embed a batch's items in the order of its chunks, for a loss whose backward `replay` takes over."""
+        room = Room(self.graph_bytes, self.encoder.parameters())
+        self._images: CachedStep | None = None
+        if self._frozen:
+            features = self._see(batch)
+        elif self.graph_bytes:
+            self._images = gradcache.run(self.encoder.backbone.see, batch.images, room)
+            features = self._images.outputs
+        else:
+            self._texts = gradcache.embed(lambda chunk: self._encode_with_images(chunk, batch.images), batch.chunks)
+            return self._texts.embeddings
+        self._texts = gradcache.embed(lambda chunk: self.encoder(chunk, features), batch.chunks, room)
+        return self._texts.embeddings
+
+    def replay(self) -> None:
+        """Send the gradient of the embeddings through the encoder. Call once, after the loss's backward."""
+        self._texts.replay()
+        if self._images is not None:
+            self._images.replay()
+
+    def _encode_with_images(self, chunk: Inputs, images: list[Inputs]) -> Tensor:
+        """Encode one chunk, and see no more than the images that it shows."""
+        shown = set(chunk["images"][:, 1].tolist()) if "images" in chunk else set()
+        features: dict[int, Tensor] = {}
+        start = 0
+        for group in images:
+            places = [place for place in range(len(group["keys"])) if start + place in shown]
+            if places:
+                seen = self.encoder.backbone.see(select(group, places))
+                features |= {start + place: image for place, image in zip(places, seen, strict=True)}
+            start += len(group["keys"])
+        return self.encoder(chunk, features)
+
+    @torch.no_grad()
+    def _see(self, batch: Batch) -> list[Tensor]:
+        """See all images, or those that are not kept."""
+        if self._features is None:
+            return self.encoder.see(batch.images)
+        keys = [key for group in batch.images for key in group["keys"].tolist()]
+        found = {key: kept for key in keys if (kept := self._features.get(key)) is not None}
+        new: dict[int, Tensor] = {}
+        for group in batch.images:
+            missing = [place for place, key in enumerate(group["keys"].tolist()) if key not in found]
+            if missing:
+                chunk = select(group, missing)
+                new |= zip(chunk["keys"].tolist(), self.encoder.backbone.see(chunk), strict=True)
+        found |= new
+        self._predict(sum(image.nbytes for image in found.values()) / len(batch.queries))
+        for key, features in new.items():
+            self._features.put(key, features)
+        return [found[key] for key in keys]
+
+    def _predict(self, bytes_per_example: float) -> None:
+        """Say once what the cache will take, or refuse: on all processes alike, from the mean of their first steps."""
+        if not self._predicted and self._features is not None:
+            everywhere = distributed.gather(torch.tensor([bytes_per_example], device=self.encoder.device))
+            self._features.predict(float(everywhere.mean()), self._examples, announce=distributed.print_once)
+        self._predicted = True
