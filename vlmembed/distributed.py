@@ -30,6 +30,15 @@ def print_once(text: str) -> None:
         print(text)
 
 
+def total(number: int) -> int:
+    """Add a number up over processes."""
+    if world_size() == 1:
+        return number
+    numbers = [0] * world_size()
+    dist.all_gather_object(numbers, number)
+    return sum(numbers)
+
+
 def gather(tensor: Tensor) -> Tensor:
     """Concatenate every process's rows, in the order of ranks; rows may differ in number.
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from vlmembed import distributed, gradcache
-from vlmembed.backbones.packing import select
+from vlmembed.backbones.packing import halve, select
 from vlmembed.encoder import Encoder
 from vlmembed.features import FeatureCache
 from vlmembed.gradcache import CachedStep, Room
 from vlmembed.types import Batch, Inputs
+
+ADVICE = (
+    "Lower data.chunk_size or the backbone's max_pixels, set backbone.gradient_checkpointing: true, or train a LoRA "
+    "instead of all weights."
+)
 
 
 class Engine:
@@ -26,36 +33,63 @@ class Engine:
         encoder: With weights, and adapters applied.
         graph_bytes: What graphs may take; see `gradcache.Room`.
         features: Keeps a frozen tower's features from step to step.
-        examples: The training rows, to predict what ``features`` will take.
+        steps: Per epoch, to predict what ``features`` will take.
     """
 
     def __init__(
-        self, encoder: Encoder, graph_bytes: float = 0.0, features: FeatureCache | None = None, examples: int = 0
+        self, encoder: Encoder, graph_bytes: float = 0.0, features: FeatureCache | None = None, steps: int = 0
     ) -> None:
         self.encoder = encoder
         self.graph_bytes = graph_bytes
         self._features = features
-        self._examples = examples
+        self._steps = steps
         self._predicted = features is None
+        self._short_of_memory = False
+        self._texts: CachedStep | None = None
+        self._images: CachedStep | None = None
+        #: What the graphs of the last step took.
+        self.room = Room()
         self._frozen = not any(parameter.requires_grad for _, parameter in encoder.backbone.vision_parameters())
 
     def embed(self, batch: Batch) -> Float[Tensor, "N D"]:
-        """Embed a batch's items in the order of its chunks, for a loss whose backward `replay` takes over."""
-        room = Room(self.graph_bytes, self.encoder.parameters())
-        self._images: CachedStep | None = None
+        """Embed a batch's items in the order of its chunks, for a loss whose backward `replay` takes over.
+
+        Where memory runs out, chunks are halved and no graphs are kept from then on; there are no gradients yet that
+        could be lost.
+
+        Raises:
+            RuntimeError: If memory runs out all the same.
+        """
+        try:
+            return self._embed(_halved(batch) if self._short_of_memory else batch)
+        except torch.OutOfMemoryError as error:
+            if self._short_of_memory or not all("images" in chunk for chunk in batch.chunks):
+                raise RuntimeError(f"{_description(batch)} {ADVICE}") from error
+            print(f"{_description(batch)} Chunks are halved, and no graphs are kept, from now on.")
+        # Outside of the handler, because its traceback holds on to what was computed.
+        self._short_of_memory, self.graph_bytes = True, 0.0
+        self._texts = self._images = None
+        torch.cuda.empty_cache()
+        return self.embed(batch)
+
+    def _embed(self, batch: Batch) -> Tensor:
+        self.room = Room(self.graph_bytes, self.encoder.parameters())
+        self._images = None
         if self._frozen:
             features = self._see(batch)
         elif self.graph_bytes:
-            self._images = gradcache.run(self.encoder.backbone.see, batch.images, room)
+            self._images = gradcache.run(self.encoder.backbone.see, batch.images, self.room)
             features = self._images.outputs
         else:
             self._texts = gradcache.embed(lambda chunk: self._encode_with_images(chunk, batch.images), batch.chunks)
             return self._texts.embeddings
-        self._texts = gradcache.embed(lambda chunk: self.encoder(chunk, features), batch.chunks, room)
+        self._texts = gradcache.embed(lambda chunk: self.encoder(chunk, features), batch.chunks, self.room)
         return self._texts.embeddings
 
     def replay(self) -> None:
         """Send the gradient of the embeddings through the encoder. Call once, after the loss's backward."""
+        if self._texts is None:
+            raise RuntimeError("Call embed before replay.")
         self._texts.replay()
         if self._images is not None:
             self._images.replay()
@@ -87,14 +121,32 @@ class Engine:
                 chunk = select(group, missing)
                 new |= zip(chunk["keys"].tolist(), self.encoder.backbone.see(chunk), strict=True)
         found |= new
-        self._predict(sum(image.nbytes for image in found.values()) / len(batch.queries))
+        self._predict(sum(image.nbytes for image in found.values()), len(batch.queries))
         for key, features in new.items():
             self._features.put(key, features)
         return [found[key] for key in keys]
 
-    def _predict(self, bytes_per_example: float) -> None:
-        """Say once what the cache will take, or refuse: on all processes alike, from the mean of their first steps."""
+    def _predict(self, size: int, examples: int) -> None:
+        """Say once what the cache will take, or refuse: in all processes alike, going by their first steps."""
         if not self._predicted and self._features is not None:
-            everywhere = distributed.gather(torch.tensor([bytes_per_example], device=self.encoder.device))
-            self._features.predict(float(everywhere.mean()), self._examples, announce=distributed.print_once)
+            size, examples = distributed.total(size), distributed.total(examples)
+            self._features.predict(size / examples, self._steps * examples, announce=distributed.print_once)
         self._predicted = True
+
+
+def _halved(batch: Batch) -> Batch:
+    """Cut every chunk in two; items and images keep their order."""
+    chunks = [half for chunk in batch.chunks for half in halve(chunk)]
+    places = [range(len(images["keys"])) for images in batch.images]
+    images = [
+        select(group, half)
+        for group, every in zip(batch.images, places, strict=True)
+        for half in (every[: len(every) // 2], every[len(every) // 2 :])
+        if half
+    ]
+    return replace(batch, chunks=chunks, images=images)
+
+
+def _description(batch: Batch) -> str:
+    shapes = [tuple(chunk["input_ids"].shape) for chunk in batch.chunks]
+    return f"Out of memory while embedding {len(shapes)} chunks, the largest of {max(shapes)} items and tokens each."

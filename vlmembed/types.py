@@ -197,8 +197,13 @@ class Preprocessor(ABC):
     def cost(self, item: Item) -> int:
         """Estimate the tokens an item will take, cheaply: items of similar cost share a chunk."""
 
-    def prepare(self, items: Sequence[Item]) -> Prepared:
-        """Read the items of a batch, before it is decided which of them share a chunk."""
+    def prepare(self, items: Sequence[Item], draft: bool = False) -> Prepared:
+        """Read the items of a batch, before it is decided which of them share a chunk.
+
+        Args:
+            items: N items.
+            draft: Whether large images may be decoded at less than their full size where that changes little.
+        """
         return Prepared(self, items)
 
 

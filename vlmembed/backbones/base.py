@@ -163,6 +163,11 @@ class VisionLanguageModel(nn.Module):
             if re.search(self.groups["merger"], name) or re.search(self.groups["vision"], name):
                 yield name, parameter
 
+    @property
+    def sees_images_apart(self) -> bool:
+        """Whether images come in chunks of their own, for `see`."""
+        return False
+
     def see(self, images: Inputs) -> Sequence[Tensor]:
         """Run the vision tower on a chunk of images, where the backbone's preprocessor makes such chunks.
 

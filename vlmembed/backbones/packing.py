@@ -180,6 +180,23 @@ def select(chunk: Inputs, places: Sequence[int]) -> Inputs:
     return {name: torch.cat([values[place] for place in places]) for name, values in of_each.items()}
 
 
+def halve(chunk: Inputs) -> list[Inputs]:
+    """Cut a chunk of items in two, or leave it alone if it has one item."""
+    mask, images = chunk["attention_mask"], chunk["images"]
+    middle = len(mask) // 2
+    if not middle:
+        return [chunk]
+    tokens = int(mask[:middle].sum())
+    first, second = images[images[:, 0] < middle], images[images[:, 0] >= middle]
+    positions = chunk["position_ids"].tensor_split([tokens], dim=1)
+    rows = [slice(0, middle), slice(middle, None)]
+    shown = [first, second - torch.tensor([middle, 0])]
+    return [
+        {"input_ids": chunk["input_ids"][half], "attention_mask": mask[half], "position_ids": place, "images": seen}
+        for half, place, seen in zip(rows, positions, shown, strict=True)
+    ]
+
+
 def frame_patches(grids: Int[Tensor, "n 3"]) -> Int[Tensor, " frames"]:
     """Return how many patches each frame has: frames attend to themselves alone."""
     return (grids[:, 1] * grids[:, 2]).repeat_interleave(grids[:, 0])

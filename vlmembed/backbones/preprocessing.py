@@ -6,7 +6,7 @@ instruction as the system message. So what was trained is what is served.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -17,6 +17,9 @@ from vlmembed.backbones.media import image_size, load_image, load_video
 from vlmembed.types import Frame, Inputs, Item, Part, Preprocessor, Role
 
 Message = dict[str, Any]
+
+#: From an image's height and width to those that the processor resizes it to.
+Resized = Callable[[int, int], tuple[int, int]]
 
 # What an item costs only decides which items share a chunk, so rough numbers do.
 CHARACTERS_PER_TOKEN = 4
@@ -67,20 +70,20 @@ class ChatPreprocessor(Preprocessor):
         """Estimate an item's tokens from the lengths of its texts and the sizes of its images."""
         return sum(_part_cost(part, item.origin) for part in item.parts)
 
-    def _read(self, items: Sequence[Item], **pixel_options: Any) -> Inputs:
-        inputs = self._apply_template([self._conversation(item) for item in items], **pixel_options)
+    def _read(self, items: Sequence[Item], resized: Resized | None = None, **pixel_options: Any) -> Inputs:
+        inputs = self._apply_template([self._conversation(item, resized) for item in items], **pixel_options)
         if self.max_length is None or inputs["input_ids"].shape[1] <= self.max_length:
             return inputs
         return self._truncate(inputs, items, self.max_length)
 
-    def _conversation(self, item: Item) -> list[Message]:
-        return self._chat(item.role, [self._content(part, item.origin) for part in item.parts])
+    def _conversation(self, item: Item, resized: Resized | None) -> list[Message]:
+        return self._chat(item.role, [self._content(part, item.origin, resized) for part in item.parts])
 
-    def _content(self, part: Part, origin: str) -> dict[str, Any]:
+    def _content(self, part: Part, origin: str, resized: Resized | None) -> dict[str, Any]:
         """Return one content part of a chat message."""
         value: Any = part.value
         if part.kind == "image":
-            value = load_image(value, origin)
+            value = load_image(value, origin, resized)
         if part.kind != "video":
             return {"type": part.kind, part.kind: value}
         processor = getattr(self.processor, "video_processor", None)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PretrainedConfig, ProcessorMixin
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from vlmembed.backbones.attention import Bounds, install
 from vlmembed.backbones.base import Features, VisionLanguageModel
@@ -53,7 +54,11 @@ class Qwen3VL(VisionLanguageModel):
             raise ValueError(f"min_pixels={min_pixels} is above max_pixels={max_pixels}.")
         self.min_pixels = min_pixels
         self.max_pixels = max_pixels
-        self._packed = self.attn_implementation in ("auto", "flash_attention_2")
+
+    @property
+    def sees_images_apart(self) -> bool:
+        """Whether nothing is padded, and images come in chunks of their own."""
+        return self.attn_implementation in ("auto", "flash_attention_2")
 
     def load_config(self) -> PretrainedConfig:
         """Read the checkpoint's configuration; see `VisionLanguageModel.load_config`."""
@@ -81,14 +86,14 @@ class Qwen3VL(VisionLanguageModel):
     @cached_property
     def preprocessor(self) -> ChatPreprocessor:
         """The preprocessor of this backbone's inputs; see `VisionLanguageModel.preprocessor`."""
-        if not self._packed:
+        if not self.sees_images_apart:
             return super().preprocessor
         return PackingPreprocessor(VisionLayout.of(self.load_config()), **self._preprocessing)
 
     def configure(self) -> None:
         """Load the weights; see `VisionLanguageModel.configure`."""
         super().configure()
-        if self._packed:
+        if self.sees_images_apart:
             install(self.model)
 
     def see(self, images: Inputs) -> Sequence[Float[Tensor, "tokens levels H"]]:
@@ -124,7 +129,7 @@ class Qwen3VL(VisionLanguageModel):
             layers: Which hidden states.
             features: Of the distinct images of the batch, from `see`; the chunk says which of them it shows.
         """
-        if not self._packed:
+        if not self.sees_images_apart:
             return super().forward(inputs, layers)
         if "images" not in inputs:
             return self._forward_unpacked(inputs, layers)
@@ -202,11 +207,16 @@ class PackingPreprocessor(ChatPreprocessor):
         super().__init__(**options)
         self.layout = layout
 
-    def prepare(self, items: Sequence[Item]) -> PackedItems:
+    def prepare(self, items: Sequence[Item], draft: bool = False) -> PackedItems:
         """Read the items of a batch; see `Preprocessor.prepare`."""
-        inputs = self._read(items, do_rescale=False, do_normalize=False)
+        inputs = self._read(items, self._resized if draft else None, do_rescale=False, do_normalize=False)
         if "pixel_values" in inputs:
             # The processor has copied every image to several moments in time.
             moments = self.processor.image_processor.temporal_patch_size
             inputs["pixel_values"] = inputs["pixel_values"].unflatten(1, (3, moments, -1))[:, :, 0].flatten(1)
         return PackedItems(inputs, self.layout)
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
+        processor = self.processor.image_processor
+        size, factor = processor.size, processor.patch_size * processor.merge_size
+        return smart_resize(height, width, factor, size["shortest_edge"], size["longest_edge"])

@@ -37,7 +37,7 @@ class Collator:
         """
         queries, documents, labels = _judgements(examples)
         items = {**queries, **documents}
-        prepared = self.preprocessor.prepare(list(items.values()))
+        prepared = self.preprocessor.prepare(list(items.values()), draft=True)
         room = self._room(prepared.lengths)
         chunks = cut(prepared.lengths, room)
         row = {list(items)[place]: row for row, place in enumerate(chain.from_iterable(chunks))}

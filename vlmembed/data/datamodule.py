@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import Any, Literal
 
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
@@ -38,8 +38,9 @@ class RetrievalDataModule(LightningDataModule):
         test: What to measure on with ``test``, and to embed with ``predict`` (which takes ``val`` if there is no
             ``test``). As ``val``.
         batch_size: Training rows per process and step; every other row's documents are negatives.
-        chunk_size: Items that go through the model at once in training. Changes memory and speed, never the gradient.
-            Null for the whole batch.
+        chunk_size: How many of a batch's largest items go through the model at once in training; of smaller ones it is
+            more. ``auto`` measures what memory allows. Changes memory and speed, never the gradient. Null for the whole
+            batch.
         eval_batch_size: Items that go through the model at once when measuring.
         num_workers: Processes per loader that read and preprocess; 0 to do it in the training process.
         seed: Draws the order of the training rows.
@@ -51,7 +52,7 @@ class RetrievalDataModule(LightningDataModule):
         val: Evaluations | None = None,
         test: Evaluations | None = None,
         batch_size: int = 64,
-        chunk_size: int | None = None,
+        chunk_size: int | Literal["auto"] | None = None,
         eval_batch_size: int = 32,
         num_workers: int = 2,
         seed: int = 0,
@@ -64,6 +65,8 @@ class RetrievalDataModule(LightningDataModule):
         self.test = test
         self.batch_size = batch_size
         self.chunk_size = chunk_size
+        #: What ``auto`` turned out to be: the tokens of a chunk. The module that is trained knows.
+        self.chunk_tokens: int | None = None
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
         self.seed = seed
@@ -100,10 +103,25 @@ class RetrievalDataModule(LightningDataModule):
         return ResumableLoader(
             ExampleLists(self._mixture),
             sampler=self._batches(),
-            collate_fn=Collator(self._preprocessor, self.chunk_size),
+            collate_fn=self._collator(),
             persistent_workers=self.num_workers > 0,
             **self._loader_options,
         )
+
+    def _collator(self) -> Collator:
+        if self.chunk_size != "auto":
+            return Collator(self._preprocessor, self.chunk_size)
+        if self.chunk_tokens is None:
+            raise ValueError("chunk_size: auto needs a vlmembed module to measure it; give a number, or null.")
+        return Collator(self._preprocessor, chunk_tokens=self.chunk_tokens)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keep the size of chunks, so that a resumed run cuts the same."""
+        return {"chunk_tokens": self.chunk_tokens}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what a checkpoint says."""
+        self.chunk_tokens = state_dict["chunk_tokens"]
 
     def val_dataloader(self) -> list[DataLoader]:
         """Return a loader for each validation set: its queries and corpus, sorted by cost."""

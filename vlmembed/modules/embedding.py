@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
@@ -18,11 +18,13 @@ from vlmembed import distributed
 from vlmembed.adapters import Adapter
 from vlmembed.backbones import VisionLanguageModel
 from vlmembed.encoder import Encoder
-from vlmembed.engine import Engine
+from vlmembed.features import FeatureCache
 from vlmembed.losses import Loss
+from vlmembed.memory import StepPeak, graph_bytes
 from vlmembed.metrics import RetrievalMetrics
 from vlmembed.modules.optimization import parameter_groups, refuse_untouched_parameters, total_steps
 from vlmembed.modules.prediction import write_predictions
+from vlmembed.modules.preparation import start_engine
 from vlmembed.pooling import Pooling
 from vlmembed.types import Batch, ItemBatch, Preprocessor
 
@@ -41,6 +43,10 @@ class EmbeddingModule(LightningModule):
         lr_scheduler: A schedule called with the optimizer and the number of steps; null for a constant rate.
         learning_rates: Learning rates other than the optimizer's: for ``vision``, ``merger`` or ``language``, or for
             parameters whose name contains a match of a regular expression. The first that matches decides.
+        graph_memory: How much memory the graphs of chunks may take, so that their chunks are not computed twice: a
+            number of GiB, ``none``, or ``auto`` for what a step leaves free. Never changes the gradient.
+        features: Keeps what a frozen vision tower makes of each image for the next epochs:
+            ``vlmembed.features.InMemory`` or ``OnDisk``; null to run the tower once per image and step.
     """
 
     def __init__(
@@ -52,6 +58,8 @@ class EmbeddingModule(LightningModule):
         optimizer: OptimizerCallable = AdamW,
         lr_scheduler: SchedulerCallable | None = None,
         learning_rates: Mapping[str, float] | None = None,
+        graph_memory: Literal["auto", "none"] | float = "auto",
+        features: FeatureCache | None = None,
     ) -> None:
         super().__init__()
         self.encoder = Encoder(backbone, pooling)
@@ -60,6 +68,8 @@ class EmbeddingModule(LightningModule):
         self._optimizer = optimizer
         self._lr_scheduler = lr_scheduler
         self._learning_rates = learning_rates or {}
+        self._graph_memory = graph_memory
+        self._features = features
         self._configured = False
         self._gradients_checked = False
         self._metrics = ModuleList()
@@ -100,9 +110,13 @@ class EmbeddingModule(LightningModule):
     # Training
 
     def on_fit_start(self) -> None:
-        """Take over the gradient reduction from data-parallel training."""
-        self.engine = Engine(self.encoder)
+        """Decide what a step may take, and take over the gradient reduction from data-parallel training."""
+        self.engine = start_engine(self, self.encoder, self._graph_memory, self._features)
         self._reduce_gradients = distributed.defer_gradient_reduction(self.trainer.strategy.model)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Watch what the first step takes on a GPU."""
+        self._first_step = None if self._gradients_checked else StepPeak(self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Embed the batch's items and compute the loss on the embeddings of all processes."""
@@ -128,9 +142,16 @@ class EmbeddingModule(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """After the first step, and the first with images, refuse to train on if something got no gradient."""
+        if self._first_step is not None and self._first_step.bytes:
+            self.engine.graph_bytes = graph_bytes(self._graph_memory, self.device, self._first_step.bytes)
         if not self._gradients_checked:
             saw_images = any("pixel_values" in name for chunk in [*batch.chunks, *batch.images] for name in chunk)
             self._gradients_checked = refuse_untouched_parameters(self, self.encoder.backbone, saw_images)
+
+    def on_train_epoch_end(self) -> None:
+        """Refuse to keep features that nobody asks for again."""
+        if self._features is not None:
+            self._features.end_epoch(distributed.total)
 
     # Measuring
 

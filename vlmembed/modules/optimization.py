@@ -57,14 +57,19 @@ def total_steps(trainer: Trainer) -> int:
         if trainer.max_steps < 0:
             raise ValueError("A learning-rate schedule needs the run's length: set trainer.max_epochs or max_steps.")
         return trainer.max_steps
-    batches = _batches_per_epoch(trainer.datamodule)  # type: ignore[attr-defined]
+    batches = batches_per_epoch(trainer.datamodule)  # type: ignore[attr-defined]
     limit = trainer.limit_train_batches
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
     steps = -(-batches // trainer.accumulate_grad_batches) * trainer.max_epochs
     return min(steps, trainer.max_steps) if trainer.max_steps > 0 else steps
 
 
-def _batches_per_epoch(data: Any) -> int:
+def batches_per_epoch(data: Any) -> int:
+    """Ask a data module for its training batches per epoch and process.
+
+    Raises:
+        ValueError: If it does not know.
+    """
     batches: int | None = getattr(data, "steps_per_epoch", None)
     if batches is None:
         silent = "a fit without a data module" if data is None else f"the data module {type(data).__name__}"

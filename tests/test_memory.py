@@ -1,0 +1,225 @@
+"""How large chunks are, which graphs are kept, and what happens when memory runs out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from building import batch, examples, gradients, module, relative_difference, trainer, write_rows
+from lightning.pytorch.loggers import CSVLogger
+
+from vlmembed import gradcache, memory
+from vlmembed.adapters import Freeze
+from vlmembed.data import RetrievalDataModule
+from vlmembed.engine import Engine
+from vlmembed.features import InMemory
+from vlmembed.gradcache import Room
+from vlmembed.modules import EmbeddingModule, probing
+from vlmembed.modules.embedding import joined_batch
+
+# Sums of float32 in another order.
+EXACT = 1e-5
+CPU = torch.device("cpu")
+
+
+def fit(model: EmbeddingModule, folder: Path, **options: int | str | None) -> RetrievalDataModule:
+    data = RetrievalDataModule(str(write_rows(folder / "rows.jsonl")), batch_size=4, num_workers=0, **options)
+    trainer(max_epochs=2, logger=CSVLogger(folder, name="", version=""), log_every_n_steps=1).fit(model, data)
+    return data
+
+
+def losses(folder: Path) -> list[str]:
+    return [line.split(",")[-1] for line in (folder / "metrics.csv").read_text().splitlines()[1:]]
+
+
+# Chunks
+
+
+def test_auto_measures_says_and_writes_down(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = fit(module(checkpoint), tmp_path, chunk_size="auto")
+    assert data.chunk_tokens == probing.MOST_TOKENS["cpu"]  # There is memory enough for a tiny model.
+    assert "A chunk has room for 2,048 tokens" in capsys.readouterr().out
+    assert yaml.safe_load((tmp_path / "chunks.yaml").read_text()) == {"chunk_tokens": 2048}
+
+
+def test_auto_takes_a_share_of_what_is_free(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = module(checkpoint).encoder
+    taken = dict(probing._try(encoder, tokens) for tokens in (256, 512))
+    (few, small), (many, large) = taken.items()
+    per_token = (large - small) / (many - few)
+    monkeypatch.setattr(memory, "free", lambda device: 1000 * per_token / probing.SHARE)
+    assert probing.chunk_tokens(encoder) == pytest.approx(1000, abs=1)
+    monkeypatch.setattr(memory, "free", lambda device: 0.0)
+    assert probing.chunk_tokens(encoder) == probing.LEAST_TOKENS
+
+
+def test_probing_leaves_nothing_behind(checkpoint: Path) -> None:
+    encoder = module(checkpoint).encoder
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    probing.chunk_tokens(encoder)
+    assert torch.equal(torch.rand(3), expected)
+    assert not gradients(encoder)
+
+
+def test_auto_without_a_module_that_measures_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    data = RetrievalDataModule(str(write_rows(tmp_path / "rows.jsonl")), batch_size=4, chunk_size="auto")
+    data._preprocessor = module(checkpoint).preprocessor
+    with pytest.raises(ValueError, match="chunk_size: auto needs a vlmembed module"):
+        data._collator()
+
+
+def test_a_checkpoint_remembers_the_size_of_chunks() -> None:
+    data, resumed = RetrievalDataModule(chunk_size="auto"), RetrievalDataModule(chunk_size="auto")
+    data.chunk_tokens = 640
+    resumed.load_state_dict(data.state_dict())
+    assert resumed.chunk_tokens == 640
+
+
+# Graphs
+
+
+def numbers(count: int) -> list[dict[str, torch.Tensor]]:
+    return [{"numbers": torch.randn(4, 64)} for _ in range(count)]
+
+
+@pytest.mark.parametrize(("kept", "calls"), [(0, 4 + 3), (1, 4 + 2), (2, 4 + 1), (3, 4 + 0)])
+def test_a_graph_is_kept_where_there_is_room_for_it(kept: int, calls: int) -> None:
+    """Of four chunks; the last one's graph is kept in any case."""
+    layer = torch.nn.Linear(64, 64)
+    counted: list[int] = []
+
+    def encode(chunk: dict[str, torch.Tensor]) -> torch.Tensor:
+        counted.append(1)
+        return layer(chunk["numbers"]).tanh()
+
+    one_graph = 2 * 4 * 64 * 4  # The inputs, and what tanh returned, in float32.
+    step = gradcache.embed(encode, numbers(4), Room(kept * one_graph, layer.parameters()))
+    step.embeddings.sum().backward()
+    step.replay()
+    assert len(counted) == calls
+
+
+def test_a_graph_is_what_it_owns() -> None:
+    """Weights, and what was counted already, take no more memory."""
+    layer = torch.nn.Linear(64, 64)
+    room = Room(1e9, layer.parameters())
+    chunk = torch.randn(4, 64)
+    with room.measured():
+        (layer(chunk) * layer(chunk)).sum()
+    assert room.taken == 3 * chunk.nbytes
+
+
+@pytest.mark.parametrize(("wanted", "bytes"), [("none", 0), (0.5, 2**29), (2, 2**31), ("auto", 0.5 * 1000)], ids=str)
+def test_room_for_graphs(monkeypatch: pytest.MonkeyPatch, wanted: memory.GraphMemory, bytes: float) -> None:
+    monkeypatch.setattr(memory, "free", lambda device: 1000.0)
+    assert memory.graph_bytes(wanted, CPU) == bytes
+
+
+def test_auto_on_a_gpu_waits_for_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free", lambda device: 1000.0)
+    gpu = torch.device("cuda")
+    assert memory.graph_bytes("auto", gpu) == 0
+    assert memory.graph_bytes("auto", gpu, step=400) == pytest.approx(0.9 * 600)
+    assert memory.graph_bytes("auto", gpu, step=4000) == 0
+
+
+@pytest.mark.parametrize("wanted", [-1, "lots", None])
+def test_other_answers_are_refused(wanted: object) -> None:
+    with pytest.raises(ValueError, match=f"auto, none, or a number of GiB, got {wanted!r}"):
+        memory.graph_bytes(wanted, CPU)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("graph_memory", ["none", 0.002, "auto"])
+def test_training_is_the_same_whatever_is_kept(checkpoint: Path, tmp_path: Path, graph_memory: str | float) -> None:
+    found = []
+    for name, wanted in (("reference", "none"), ("asked", graph_memory)):
+        (tmp_path / name).mkdir()
+        torch.manual_seed(0)
+        fit(module(checkpoint, graph_memory=wanted), tmp_path / name, chunk_size=1)
+        found.append([float(value) for value in losses(tmp_path / name)])
+    assert found[1] == pytest.approx(found[0], rel=EXACT)
+
+
+# Out of memory
+
+
+class Scarce:
+    """An encoder that has no memory for chunks above so many tokens."""
+
+    def __init__(self, model: EmbeddingModule, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.refused = 0
+        forward = model.encoder.forward
+
+        def limited(inputs: dict[str, torch.Tensor], features: object = ()) -> torch.Tensor:
+            if inputs["input_ids"].numel() > most:
+                self.refused += 1
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return forward(inputs, features)
+
+        monkeypatch.setattr(model.encoder, "forward", limited)
+
+
+def step(model: EmbeddingModule, engine: Engine, chunk_size: int) -> dict[str, torch.Tensor]:
+    data = batch(model, examples(), chunk_size)
+    model.loss(*joined_batch(engine.embed(data), data)).backward()
+    engine.replay()
+    found = gradients(model)
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_one_halving_saves_the_step_and_those_after_it(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], frozen: bool
+) -> None:
+    model = module(checkpoint, adapters=[Freeze(["vision", "merger"])] if frozen else [])
+    data = batch(model, examples(), 4)
+    largest = max(chunk["input_ids"].numel() for chunk in data.chunks)
+    expected = step(model, Engine(model.encoder), 4)
+    scarce = Scarce(model, largest - 1, monkeypatch)
+    engine = Engine(model.encoder, 1e9)
+    for _ in range(2):
+        assert relative_difference(step(model, engine, 4), expected) < EXACT
+    assert scarce.refused == 1
+    assert capsys.readouterr().out.count("Chunks are halved, and no graphs are kept, from now on.") == 1
+
+
+def test_too_little_memory_for_half_a_chunk_fails_with_advice(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = module(checkpoint)
+    Scarce(model, 10, monkeypatch)
+    with pytest.raises(RuntimeError, match=r"Out of memory while embedding \d+ chunks.*Lower data.chunk_size"):
+        step(model, Engine(model.encoder), 4)
+
+
+# Features
+
+
+def test_features_are_kept_through_a_fit(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = []
+    for name, features in (("without", None), ("with", InMemory(0.1))):
+        (tmp_path / name).mkdir()
+        torch.manual_seed(0)
+        model = module(checkpoint, adapters=[Freeze(["vision", "merger"])], features=features)
+        fit(model, tmp_path / name, chunk_size=2)
+        found.append([float(value) for value in losses(tmp_path / name)])
+    assert found[1] == pytest.approx(found[0], rel=EXACT)
+    assert "Feature cache: about" in capsys.readouterr().out
+
+
+def test_features_of_a_tower_that_is_trained_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="The feature cache needs a frozen vision tower"):
+        fit(module(checkpoint, features=InMemory(0.1)), tmp_path)
+
+
+def test_features_of_a_backbone_that_mixes_images_and_texts_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    model = module(checkpoint, backbone={"attn_implementation": "sdpa"}, features=InMemory(0.1))
+    with pytest.raises(ValueError, match="Qwen3VL with attn_implementation: auto"):
+        fit(model, tmp_path)

@@ -1,0 +1,76 @@
+"""Before the first step: how large chunks may be, what is kept of frozen towers, and the engine that uses both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from lightning import LightningModule
+
+from vlmembed import memory
+from vlmembed.backbones import VisionLanguageModel
+from vlmembed.encoder import Encoder
+from vlmembed.engine import Engine
+from vlmembed.features import FeatureCache, fingerprint, refuse_trainable
+from vlmembed.memory import GraphMemory
+from vlmembed.modules.optimization import batches_per_epoch
+from vlmembed.modules.probing import chunk_tokens
+
+
+def start_engine(
+    module: LightningModule, encoder: Encoder, graph_memory: GraphMemory, features: FeatureCache | None
+) -> Engine:
+    """Return the engine for a fit that is about to begin.
+
+    Args:
+        module: What is trained; its data module's ``chunk_size: auto`` becomes a number of tokens.
+        encoder: Its encoder.
+        graph_memory: What graphs may take; see `memory.graph_bytes`.
+        features: Keeps a frozen tower's features.
+
+    Raises:
+        ValueError: If an option cannot be served.
+    """
+    limit = memory.graph_bytes(graph_memory, module.device)
+    data: Any = getattr(module.trainer, "datamodule", None)
+    if getattr(data, "chunk_size", None) == "auto" and data.chunk_tokens is None:
+        with module.trainer.precision_plugin.forward_context():
+            data.chunk_tokens = chunk_tokens(encoder)
+        _tell(module, f"chunk_size: auto. A chunk has room for {data.chunk_tokens:,} tokens.")
+    if features is None:
+        return Engine(encoder, limit)
+    _open(features, encoder.backbone, str(module.trainer.precision))
+    return Engine(encoder, limit, features, batches_per_epoch(data))
+
+
+def _tell(module: LightningModule, sentence: str) -> None:
+    """Print what was chosen, and keep it in the run's folder."""
+    trainer = module.trainer
+    if trainer.is_global_zero:
+        print(sentence)
+        if trainer.log_dir is not None:
+            folder = Path(trainer.log_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "chunks.yaml").write_text(yaml.safe_dump({"chunk_tokens": trainer.datamodule.chunk_tokens}))  # type: ignore[attr-defined]
+
+
+def _open(features: FeatureCache, backbone: VisionLanguageModel, precision: str) -> None:
+    """Open the cache for features of this tower, these settings and this precision."""
+    if not backbone.sees_images_apart:
+        raise ValueError(
+            f"features: {type(backbone).__name__} reads images together with their text, so there is nothing to keep. "
+            "Use vlmembed.backbones.Qwen3VL with attn_implementation: auto, or set features: null."
+        )
+    refuse_trainable(backbone.vision_parameters())
+    settings = {
+        "processor": backbone.preprocessor.processor.image_processor.to_dict(),
+        "precision": precision,
+        "device": backbone.device.type,
+        "versions": [torch.__version__, transformers.__version__],
+    }
+    # A LoRA in the language model gives the tower's weights longer names, and nothing else.
+    weights = ((name.replace("base_model.model.", ""), weight) for name, weight in backbone.vision_parameters())
+    features.open(fingerprint(weights, settings))
