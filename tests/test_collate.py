@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import pickle
 import random
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from vlmembed.data import Collator, ItemCollator
+from vlmembed.data.collate import cut
 from vlmembed.types import Batch, Example, Inputs, Item, Part, Preprocessor, Role
 
 
@@ -91,17 +93,18 @@ def areas(batch: Batch) -> list[int]:
 
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 4, 100])
-def test_a_chunk_takes_no_more_than_so_many_of_the_largest_items(chunk_size: int) -> None:
+def test_a_chunk_takes_no_more_than_so_many_average_items(chunk_size: int) -> None:
     batch = Collator(Letters(), chunk_size)(EXAMPLES)
     lengths = [len(name) for name in strings(batch)]
     assert lengths == sorted(lengths, reverse=True)
-    assert max(areas(batch)) <= chunk_size * len("long question here")
+    room = max(len("long question here"), math.ceil(chunk_size * sum(lengths) / len(lengths)))
+    assert max(areas(batch)) <= room
     assert sum(len(chunk["input_ids"]) for chunk in batch.chunks) == 11
     for chunk, following in pairwise(batch.chunks):
         longest = chunk["attention_mask"].sum(1).max()
         assert longest == chunk["attention_mask"].shape[1]
         # The next item had no room.
-        assert (len(chunk["input_ids"]) + 1) * longest > chunk_size * len("long question here")
+        assert (len(chunk["input_ids"]) + 1) * longest > room
         assert following["attention_mask"].shape[1] <= longest
 
 
@@ -112,8 +115,13 @@ def test_short_items_share_a_chunk_that_has_room_for_one_long_item() -> None:
 
 
 def test_chunks_of_so_many_tokens() -> None:
-    batch = Collator(Letters(), 1, chunk_tokens=12)(EXAMPLES)
+    batch = Collator(Letters(), 1, chunk_cost=12)(EXAMPLES)
     assert areas(batch) == [18, 10, 12, 10, 12, 1]  # A long item has a chunk for itself, whatever it takes.
+
+
+def test_patches_count_as_tokens_do() -> None:
+    assert cut([30, 5, 20, 5, 5], [80, 0, 100, 0, 0], 150) == [[2], [0, 1], [3, 4]]
+    assert cut([30, 5, 20, 5, 5], [80, 0, 100, 0, 0], None) == [[2, 0, 1, 3, 4]]
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 5, 7])

@@ -41,20 +41,20 @@ def test_auto_measures_says_and_writes_down(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = fit(module(checkpoint), tmp_path, chunk_size="auto")
-    assert data.chunk_tokens == probing.MOST_TOKENS["cpu"]  # There is memory enough for a tiny model.
-    assert "A chunk has room for 2,048 tokens" in capsys.readouterr().out
-    assert yaml.safe_load((tmp_path / "chunks.yaml").read_text()) == {"chunk_tokens": 2048}
+    assert data.chunk_cost == probing.MOST["cpu"]  # There is memory enough for a tiny model.
+    assert "A chunk has room for 8,192 tokens and patches" in capsys.readouterr().out
+    assert yaml.safe_load((tmp_path / "chunks.yaml").read_text()) == {"chunk_cost": 8192}
 
 
 def test_auto_takes_a_share_of_what_is_free(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = module(checkpoint).encoder
-    taken = dict(probing._try(encoder, tokens) for tokens in (256, 512))
+    taken = dict(probing._try(encoder, tokens) for tokens in (1024, 2048))
     (few, small), (many, large) = taken.items()
     per_token = (large - small) / (many - few)
-    monkeypatch.setattr(memory, "free", lambda device: 1000 * per_token / probing.SHARE)
-    assert probing.chunk_tokens(encoder) == pytest.approx(1000, abs=1)
+    monkeypatch.setattr(memory, "free", lambda device: 5000 * per_token / probing.SHARE)
+    assert probing.chunk_cost(encoder) == pytest.approx(5000, abs=1)
     monkeypatch.setattr(memory, "free", lambda device: 0.0)
-    assert probing.chunk_tokens(encoder) == probing.LEAST_TOKENS
+    assert probing.chunk_cost(encoder) == probing.LEAST
 
 
 def test_probing_leaves_nothing_behind(checkpoint: Path) -> None:
@@ -62,7 +62,7 @@ def test_probing_leaves_nothing_behind(checkpoint: Path) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    probing.chunk_tokens(encoder)
+    probing.chunk_cost(encoder)
     assert torch.equal(torch.rand(3), expected)
     assert not gradients(encoder)
 
@@ -76,9 +76,9 @@ def test_auto_without_a_module_that_measures_is_refused(checkpoint: Path, tmp_pa
 
 def test_a_checkpoint_remembers_the_size_of_chunks() -> None:
     data, resumed = RetrievalDataModule(chunk_size="auto"), RetrievalDataModule(chunk_size="auto")
-    data.chunk_tokens = 640
+    data.chunk_cost = 640
     resumed.load_state_dict(data.state_dict())
-    assert resumed.chunk_tokens == 640
+    assert resumed.chunk_cost == 640
 
 
 # Graphs

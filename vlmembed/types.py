@@ -224,15 +224,20 @@ class Prepared:
         """(N,) the tokens of each item, as well as they are known."""
         return [self._preprocessor.cost(item) for item in self._items]
 
+    @property
+    def patches(self) -> list[int]:
+        """(N,) the patches that the vision tower reads of each item, where it reads them apart."""
+        return [0] * len(self._items)
+
     def chunk(self, rows: Sequence[int]) -> Inputs:
         """Make one chunk of some of the items."""
         return self._preprocessor([self._items[row] for row in rows])
 
-    def images(self, tokens: int | None) -> list[Inputs]:
+    def images(self, room: int | None) -> list[Inputs]:
         """Make chunks of the distinct images.
 
         Args:
-            tokens: The most tokens whose images share a chunk; None for no limit.
+            room: The most patches of a chunk; None for no limit.
 
         Returns:
             Nothing where `chunk` holds the images.

@@ -8,6 +8,7 @@ never has to ask the device for a number.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -98,6 +99,11 @@ class PackedItems(Prepared):
         """(N,) the tokens of each item."""
         return [positions.shape[1] for positions in self._positions]
 
+    @property
+    def patches(self) -> list[int]:
+        """(N,) the patches of each item's images."""
+        return [sum(len(self._images[self._places[key]].pixels) for key in keys) for keys in self._item_images]
+
     def chunk(self, rows: Sequence[int]) -> Inputs:
         """Make one chunk of some of the items."""
         mask = self._inputs["attention_mask"][list(rows)]
@@ -110,17 +116,16 @@ class PackedItems(Prepared):
             "images": torch.tensor(images, dtype=torch.long).reshape(-1, 2),
         }
 
-    def images(self, tokens: int | None = None) -> list[Inputs]:
+    def images(self, room: int | None = None) -> list[Inputs]:
         """Make chunks of the distinct images; see `Prepared.images`."""
-        limit = float("inf") if tokens is None else tokens * self._layout.merge_size**2
         chunks: list[list[_Image]] = []
-        room = 0.0
+        left = 0.0
         for image in self._images:
-            if len(image.pixels) > room or image.kind != chunks[-1][-1].kind:
+            if len(image.pixels) > left or image.kind != chunks[-1][-1].kind:
                 chunks.append([])
-                room = limit
+                left = math.inf if room is None else room
             chunks[-1].append(image)
-            room -= len(image.pixels)
+            left -= len(image.pixels)
         return [self._image_chunk(images) for images in chunks]
 
     def _image_chunk(self, images: Sequence[_Image]) -> Inputs:

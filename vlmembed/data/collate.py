@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import chain
+from operator import add
 
 import torch
 
@@ -13,21 +15,23 @@ from vlmembed.types import Batch, Example, Item, ItemBatch, Preprocessor
 class Collator:
     """Makes a ``Batch`` of examples, in a loader worker.
 
-    Items are sorted by length, the longest first, and cut into chunks by the area that they take when padded: a chunk
-    is hardly padded, short items share one in larger numbers, and a batch that does not fit in memory fails at once.
+    Items are sorted by cost, the most expensive first, and cut into chunks of equal cost: the tokens that a chunk's
+    items take when padded, and the patches of their images. So a chunk is hardly padded, short texts share one in
+    larger numbers than images, and a batch that does not fit in memory fails at once.
 
     Args:
         preprocessor: From items to model inputs.
-        chunk_size: How many of the batch's largest items a chunk has room for; null for one chunk of everything.
-        chunk_tokens: How many tokens a chunk has room for, instead.
+        chunk_size: How many items of average cost a chunk has room for, at least the most expensive one; null for one
+            chunk of everything.
+        chunk_cost: How many tokens and patches a chunk has room for, instead.
     """
 
-    def __init__(self, preprocessor: Preprocessor, chunk_size: int | None = None, chunk_tokens: int | None = None):
+    def __init__(self, preprocessor: Preprocessor, chunk_size: int | None = None, chunk_cost: int | None = None):
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size is 1 or more, or null for a single chunk; got {chunk_size}.")
         self.preprocessor = preprocessor
         self.chunk_size = chunk_size
-        self.chunk_tokens = chunk_tokens
+        self.chunk_cost = chunk_cost
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
         """Merge equal items, and equal queries with all their answers.
@@ -38,8 +42,9 @@ class Collator:
         queries, documents, labels = _judgements(examples)
         items = {**queries, **documents}
         prepared = self.preprocessor.prepare(list(items.values()), draft=True)
-        room = self._room(prepared.lengths)
-        chunks = cut(prepared.lengths, room)
+        lengths, patches = prepared.lengths, prepared.patches
+        room = self._room([*map(add, lengths, patches)])
+        chunks = cut(lengths, patches, room)
         row = {list(items)[place]: row for row, place in enumerate(chain.from_iterable(chunks))}
         return Batch(
             chunks=[prepared.chunk(places) for places in chunks],
@@ -52,28 +57,32 @@ class Collator:
             labels=torch.tensor([*labels.values()], dtype=torch.int8),
         )
 
-    def _room(self, lengths: Sequence[int]) -> int | None:
-        if self.chunk_tokens is not None or self.chunk_size is None:
-            return self.chunk_tokens
-        return self.chunk_size * max(1, *lengths)
+    def _room(self, costs: Sequence[int]) -> int | None:
+        if self.chunk_cost is not None or self.chunk_size is None:
+            return self.chunk_cost
+        return max(*costs, 1, math.ceil(self.chunk_size * sum(costs) / len(costs)))
 
 
-def cut(lengths: Sequence[int], room: int | None) -> list[list[int]]:
-    """Group items of similar length into chunks.
+def cut(lengths: Sequence[int], patches: Sequence[int], room: int | None) -> list[list[int]]:
+    """Group items of similar cost into chunks.
 
     Args:
-        lengths: Of the items.
-        room: The most tokens of a chunk, counting each item as long as its longest; None for a single chunk. An item
-            that is longer has a chunk for itself.
+        lengths: Tokens of each item.
+        patches: Image patches of each item.
+        room: The most that a chunk may cost: tokens, each item counting as long as its longest, and patches. None for a
+            single chunk. An item that costs more has a chunk for itself.
 
     Returns:
-        The items' places, the longest first.
+        The items' places, the most expensive first.
     """
     chunks: list[list[int]] = []
-    for place in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-        if not chunks or (room is not None and (len(chunks[-1]) + 1) * lengths[chunks[-1][0]] > room):
-            chunks.append([])
-        chunks[-1].append(place)
+    for place in sorted(range(len(lengths)), key=lambda place: lengths[place] + patches[place], reverse=True):
+        longer = [*(chunks[-1] if chunks else []), place]
+        cost = len(longer) * max(lengths[each] for each in longer) + sum(patches[each] for each in longer)
+        if chunks and (room is None or cost <= room):
+            chunks[-1].append(place)
+        else:
+            chunks.append([place])
     return chunks
 
 

@@ -38,9 +38,9 @@ class RetrievalDataModule(LightningDataModule):
         test: What to measure on with ``test``, and to embed with ``predict`` (which takes ``val`` if there is no
             ``test``). As ``val``.
         batch_size: Training rows per process and step; every other row's documents are negatives.
-        chunk_size: How many of a batch's largest items go through the model at once in training; of smaller ones it is
-            more. ``auto`` measures what memory allows. Changes memory and speed, never the gradient. Null for the whole
-            batch.
+        chunk_size: Items of average cost that go through the model at once in training: more short texts, fewer large
+            images. ``auto`` measures what memory allows. Changes memory and speed, never the gradient. Null for the
+            whole batch.
         eval_batch_size: Items that go through the model at once when measuring.
         num_workers: Processes per loader that read and preprocess; 0 to do it in the training process.
         seed: Draws the order of the training rows.
@@ -65,8 +65,8 @@ class RetrievalDataModule(LightningDataModule):
         self.test = test
         self.batch_size = batch_size
         self.chunk_size = chunk_size
-        #: What ``auto`` turned out to be: the tokens of a chunk. The module that is trained knows.
-        self.chunk_tokens: int | None = None
+        #: What ``auto`` turned out to be: the tokens and patches of a chunk. The module that is trained measures it.
+        self.chunk_cost: int | None = None
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
         self.seed = seed
@@ -111,17 +111,17 @@ class RetrievalDataModule(LightningDataModule):
     def _collator(self) -> Collator:
         if self.chunk_size != "auto":
             return Collator(self._preprocessor, self.chunk_size)
-        if self.chunk_tokens is None:
+        if self.chunk_cost is None:
             raise ValueError("chunk_size: auto needs a vlmembed module to measure it; give a number, or null.")
-        return Collator(self._preprocessor, chunk_tokens=self.chunk_tokens)
+        return Collator(self._preprocessor, chunk_cost=self.chunk_cost)
 
     def state_dict(self) -> dict[str, Any]:
         """Keep the size of chunks, so that a resumed run cuts the same."""
-        return {"chunk_tokens": self.chunk_tokens}
+        return {"chunk_cost": self.chunk_cost}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what a checkpoint says."""
-        self.chunk_tokens = state_dict["chunk_tokens"]
+        self.chunk_cost = state_dict["chunk_cost"]
 
     def val_dataloader(self) -> list[DataLoader]:
         """Return a loader for each validation set: its queries and corpus, sorted by cost."""

@@ -17,7 +17,7 @@ from vlmembed.engine import Engine
 from vlmembed.features import FeatureCache, fingerprint, refuse_trainable
 from vlmembed.memory import GraphMemory
 from vlmembed.modules.optimization import batches_per_epoch
-from vlmembed.modules.probing import chunk_tokens
+from vlmembed.modules.probing import chunk_cost
 
 
 def start_engine(
@@ -26,7 +26,7 @@ def start_engine(
     """Return the engine for a fit that is about to begin.
 
     Args:
-        module: What is trained; its data module's ``chunk_size: auto`` becomes a number of tokens.
+        module: What is trained; its data module's ``chunk_size: auto`` becomes a cost.
         encoder: Its encoder.
         graph_memory: What graphs may take; see `memory.graph_bytes`.
         features: Keeps a frozen tower's features.
@@ -36,10 +36,10 @@ def start_engine(
     """
     limit = memory.graph_bytes(graph_memory, module.device)
     data: Any = getattr(module.trainer, "datamodule", None)
-    if getattr(data, "chunk_size", None) == "auto" and data.chunk_tokens is None:
+    if getattr(data, "chunk_size", None) == "auto" and data.chunk_cost is None:
         with module.trainer.precision_plugin.forward_context():
-            data.chunk_tokens = chunk_tokens(encoder)
-        _tell(module, f"chunk_size: auto. A chunk has room for {data.chunk_tokens:,} tokens.")
+            data.chunk_cost = chunk_cost(encoder)
+        _tell(module, f"chunk_size: auto. A chunk has room for {data.chunk_cost:,} tokens and patches.")
     if features is None:
         return Engine(encoder, limit)
     _open(features, encoder.backbone, str(module.trainer.precision))
@@ -51,10 +51,10 @@ def _tell(module: LightningModule, sentence: str) -> None:
     trainer = module.trainer
     if trainer.is_global_zero:
         print(sentence)
-        if trainer.log_dir is not None:
+        if trainer.loggers and trainer.log_dir is not None:
             folder = Path(trainer.log_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "chunks.yaml").write_text(yaml.safe_dump({"chunk_tokens": trainer.datamodule.chunk_tokens}))  # type: ignore[attr-defined]
+            (folder / "chunks.yaml").write_text(yaml.safe_dump({"chunk_cost": trainer.datamodule.chunk_cost}))  # type: ignore[attr-defined]
 
 
 def _open(features: FeatureCache, backbone: VisionLanguageModel, precision: str) -> None:

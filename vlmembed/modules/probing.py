@@ -14,17 +14,18 @@ from vlmembed.encoder import Encoder
 from vlmembed.engine import Engine
 from vlmembed.types import Batch, Example, Item, Part, Preprocessor
 
-#: More tokens than this make a chunk no faster: the device is busy, or the processor's caches are full.
-MOST_TOKENS = {"cuda": 16_384, "cpu": 2_048}
-LEAST_TOKENS = 256
+#: A larger chunk is no faster: the device is busy, or the processor's caches are full.
+MOST = {"cuda": 65_536, "cpu": 8_192}
+LEAST = 1_024
 #: Of the free memory, what one chunk may take. The rest is for the graphs of other chunks.
 SHARE = 0.25
+PATCHES_PER_TOKEN = 4
 #: Of the pictures, in pixels.
 SIDE = 256
 
 
-def chunk_tokens(encoder: Encoder) -> int:
-    """Find how many tokens a chunk may have.
+def chunk_cost(encoder: Encoder) -> int:
+    """Find how many tokens and patches a chunk may have.
 
     Two chunks of pictures and words, one twice as long as the other, go forward and back; what they take is made a
     straight line.
@@ -36,16 +37,16 @@ def chunk_tokens(encoder: Encoder) -> int:
         The same number in every process, for the one that has the least memory.
     """
     device = encoder.device
-    (few, small), (many, large) = (_try(encoder, tokens) for tokens in (LEAST_TOKENS, 2 * LEAST_TOKENS))
-    per_token = max(1.0, (large - small) / (many - few))
-    affordable = int(SHARE * memory.free(device) / per_token)
-    tokens = max(LEAST_TOKENS, min(affordable, MOST_TOKENS[device.type]))
-    return int(distributed.gather(torch.tensor([tokens], device=device)).min())
+    (few, small), (many, large) = (_try(encoder, cost) for cost in (LEAST, 2 * LEAST))
+    each = max(1.0, (large - small) / (many - few))
+    affordable = int(SHARE * memory.free(device) / each)
+    cost = max(LEAST, min(affordable, MOST[device.type]))
+    return int(distributed.gather(torch.tensor([cost], device=device)).min())
 
 
-def _try(encoder: Encoder, tokens: int) -> tuple[int, float]:
-    """Send a chunk of so many tokens or a few more forward and back; return its tokens, and the bytes it took."""
-    batch = _batch(encoder.backbone.preprocessor, tokens)
+def _try(encoder: Encoder, cost: int) -> tuple[int, float]:
+    """Send a chunk of such a cost forward and back; return its cost, and the bytes it took."""
+    batch = _batch(encoder.backbone.preprocessor, cost)
     engine = Engine(encoder, graph_bytes=math.inf)
     peak = memory.StepPeak(encoder.device)
     with torch.random.fork_rng():
@@ -54,14 +55,15 @@ def _try(encoder: Encoder, tokens: int) -> tuple[int, float]:
     encoder.zero_grad()
     # In main memory only what is saved for the backward is known: about half of what is there for a moment.
     taken = peak.bytes or 2 * engine.room.taken
-    return int(sum(chunk["attention_mask"].sum() for chunk in batch.chunks)), taken
+    tokens = sum(chunk["input_ids"].numel() for chunk in batch.chunks)
+    return tokens + sum(len(images["pixel_values"]) for images in batch.images), taken
 
 
-def _batch(preprocessor: Preprocessor, tokens: int) -> Batch:
+def _batch(preprocessor: Preprocessor, cost: int) -> Batch:
     """Make one chunk of pictures and words."""
     draw = np.random.default_rng(0)
     examples: list[Example] = []
-    while sum(preprocessor.cost(example.positives[0]) for example in examples) < tokens:
+    while PATCHES_PER_TOKEN * sum(preprocessor.cost(example.positives[0]) for example in examples) < cost:
         picture = Image.fromarray(draw.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8))
         number = str(len(examples))
         shown = Item("document", (Part("image", picture), Part("text", number)), origin="probing for chunk_size: auto")
