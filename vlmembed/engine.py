@@ -93,6 +93,7 @@ class Engine:
         self._texts.replay()
         if self._images is not None:
             self._images.replay()
+        self._texts = self._images = None
 
     def _encode_with_images(self, chunk: Inputs, images: list[Inputs]) -> Tensor:
         """Encode one chunk, and see no more than the images that it shows."""
