@@ -134,6 +134,10 @@ class Recorder(Callback):
         if len(self.gradients) == len(self.weights):
             self.weights.append(weights(pl_module))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the methods that Lightning ties to the model, which cannot be sent."""
+        return {name: vars(self)[name] for name in ("losses", "gradients", "weights")}
+
     def update(self, step: int) -> dict[str, torch.Tensor]:
         """What the first steps changed, in float64."""
         return difference(self.weights[step], self.weights[0])

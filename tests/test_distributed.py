@@ -59,6 +59,25 @@ def test_alone_nothing_is_gathered() -> None:
     tensor = rows_of(0)
     assert distributed.world_size() == 1
     assert distributed.gather(tensor) is tensor
+    assert distributed.largest(5, torch.device("cpu")) == 5
+
+
+def find_largest() -> int:
+    return distributed.largest(ROWS[dist.get_rank()], torch.device("cpu"))
+
+
+def test_the_largest_number_is_known_everywhere() -> None:
+    assert ddp.run(find_largest) == [max(ROWS)] * ddp.WORLD_SIZE
+
+
+@pytest.mark.parametrize("limit", [0.1, 1e6])
+def test_gradients_are_clipped_as_pytorch_does(limit: float) -> None:
+    """Where nothing is in shards; `test_sharding` has the rest."""
+    found, expected = ([each for each in parameters_of(0) if each.dtype == torch.float32] for _ in range(2))
+    distributed.clip_gradients(found, limit)
+    nn.utils.clip_grad_norm_(expected, limit)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
 
 
 #: Shape and dtype of each parameter, and which ranks have a gradient for it.

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 BUCKET_BYTES = 64 * 2**20
@@ -37,6 +39,20 @@ def total(number: int) -> int:
     numbers = [0] * world_size()
     dist.all_gather_object(numbers, number)
     return sum(numbers)
+
+
+def largest(number: int, device: torch.device) -> int:
+    """Return the largest of all processes' numbers.
+
+    Args:
+        number: This process's.
+        device: Where the processes talk.
+    """
+    if world_size() == 1:
+        return number
+    found = torch.tensor(number, device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return int(found)
 
 
 def gather(tensor: Tensor) -> Tensor:
@@ -86,14 +102,50 @@ def defer_gradient_reduction(model: nn.Module | None) -> bool:
     Returns:
         Whether there is a reduction to make up for.
     """
-    if not isinstance(model, DistributedDataParallel):
-        return False
-    model.require_backward_grad_sync = False
-    return True
+    if isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = False
+        return True
+    # What is not in shards.
+    return model is not None and is_sharded(model)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether a module, or part of it, is in shards (FSDP2)."""
+    return any(isinstance(part, FSDPModule) for part in module.modules())
+
+
+def reduce_shards(module: nn.Module, now: bool) -> None:
+    """Say whether the next backward averages gradients over processes, and cuts them into shards.
+
+    Until one does, they pile up in each process, undivided.
+
+    Args:
+        module: What is in shards as a whole.
+        now: Whether it does.
+    """
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(now)
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> None:
+    """Scale gradients so that their norm is no larger than a limit; some parameters may be in shards, others not.
+
+    Args:
+        parameters: The parameters, the same in every process.
+        limit: The largest norm, over all of them together.
+    """
+    trained = [parameter for parameter in parameters if parameter.grad is not None]
+    groups = [[each for each in trained if isinstance(each, DTensor) == sharded] for sharded in (True, False)]
+    norms = [nn.utils.get_total_norm([each.grad for each in group if each.grad is not None]) for group in groups]
+    total = torch.stack([norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]).norm()
+    for group in groups:
+        nn.utils.clip_grads_with_norm_(group, limit, total)
 
 
 def mean_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace every gradient by its mean over processes, in a few large messages.
+
+    Shards are left alone: theirs is a mean already.
 
     A parameter without gradient counts as zero where another process has one (its batch had images, ours had none),
     and is left alone where none has, as in a single process.
@@ -101,7 +153,7 @@ def mean_gradients(parameters: Iterable[nn.Parameter]) -> None:
     Args:
         parameters: The parameters, in the same order on every process.
     """
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    trained = [each for each in parameters if each.requires_grad and not isinstance(each, DTensor)]
     if not trained:
         return
     seen = torch.tensor([parameter.grad is not None for parameter in trained], device=trained[0].device).int()

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vlmembed import distributed, gradcache
-from vlmembed.backbones.packing import halve, select
+from vlmembed.backbones.packing import halve, picked, select
 from vlmembed.encoder import Encoder
 from vlmembed.features import FeatureCache
 from vlmembed.gradcache import CachedStep, Room
@@ -47,6 +47,8 @@ class Engine:
         self._short_of_memory = False
         self._texts: CachedStep | None = None
         self._images: CachedStep | None = None
+        #: Whether the optimizer steps after this batch, not after another whose gradient is added to its.
+        self.before_step = False
         #: What the graphs of the last step took.
         self.room = Room()
         self._frozen = not any(parameter.requires_grad for _, parameter in encoder.backbone.vision_parameters())
@@ -99,13 +101,8 @@ class Engine:
         """Encode one chunk, and see no more than the images that it shows."""
         shown = set(chunk["images"][:, 1].tolist()) if "images" in chunk else set()
         features: dict[int, Tensor] = {}
-        start = 0
-        for group in images:
-            places = [place for place in range(len(group["keys"])) if start + place in shown]
-            if places:
-                seen = self.encoder.backbone.see(select(group, places))
-                features |= {start + place: image for place, image in zip(places, seen, strict=True)}
-            start += len(group["keys"])
+        for kind, places in picked(images, shown):
+            features |= zip(places, self.encoder.backbone.see(kind), strict=True)
         return self.encoder(chunk, features)
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import lightning
 import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
 
+from vlmembed.distributed import is_sharded
 from vlmembed.export import Exporter, Run, push, refuse_used
 from vlmembed.modules import EmbeddingModule
+from vlmembed.sharding import whole_weights
 
 
 class Trainer(lightning.Trainer):
@@ -41,7 +44,6 @@ class Trainer(lightning.Trainer):
             return str(callback.best_model_path)
         return None
 
-    @rank_zero_only
     def export(
         self,
         model: EmbeddingModule,
@@ -66,19 +68,25 @@ class Trainer(lightning.Trainer):
             revision: The branch to upload to; null for main.
 
         Raises:
-            ValueError: If there is no exporter.
+            ValueError: If there is no exporter, or the checkpoint is a folder of shards.
             FileExistsError: If the folder is not empty.
             ExportError: If what the folder serves is not what was trained.
         """
         if self.exporter is None:
             raise ValueError("There is nothing to export with: set trainer.exporter.")
+        weights: Mapping[str, Tensor] | None = None
+        if ckpt_path is None and is_sharded(model):
+            weights = whole_weights(model)
+        if not self.is_global_zero:
+            return
         folder = Path(output_dir or Path(self.log_dir or self.default_root_dir) / "export")
         refuse_used(folder)
-        model.configure_model()
         if ckpt_path is not None:
-            model.load_state_dict(
-                torch.load(ckpt_path, map_location="cpu", weights_only=weights_only is not False)["state_dict"]
-            )
+            weights = _weights_of(Path(ckpt_path), weights_only is not False)
+        model.configure_model()
+        model.gather()
+        if weights is not None:
+            model.load_state_dict(weights)
         model.to(self.strategy.root_device)
         self.exporter.export(
             model.encoder,
@@ -95,3 +103,14 @@ class Trainer(lightning.Trainer):
         )
         if push_to_hub is not None:
             print(f"Uploaded: {push(folder, push_to_hub, private, revision)}")
+
+
+def _weights_of(checkpoint: Path, weights_only: bool) -> Mapping[str, Tensor]:
+    if checkpoint.is_dir():
+        raise ValueError(
+            f"The checkpoint {checkpoint} is a folder of shards. Make it one file with `python -m "
+            f"lightning.pytorch.utilities.consolidate_checkpoint {checkpoint}`, or train with "
+            "ModelParallelStrategy(save_distributed_checkpoint=False)."
+        )
+    weights: Mapping[str, Tensor] = torch.load(checkpoint, map_location="cpu", weights_only=weights_only)["state_dict"]
+    return weights

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -183,6 +183,29 @@ def select(chunk: Inputs, places: Sequence[int]) -> Inputs:
     patches = chunk["grid_thw"].prod(dim=1).tolist()
     of_each = {name: values.split(1 if name in PER_IMAGE else patches) for name, values in chunk.items()}
     return {name: torch.cat([values[place] for place in places]) for name, values in of_each.items()}
+
+
+def picked(chunks: Sequence[Inputs], places: Collection[int]) -> Iterator[tuple[Inputs, list[int]]]:
+    """Take images out of several chunks, as one chunk of images and one of videos.
+
+    Args:
+        chunks: Chunks of images.
+        places: Of the images to take, counted over all chunks.
+
+    Yields:
+        A chunk, and the places of its images. One each, because a tower that ran twice would have two gradients.
+    """
+    parts: dict[int, list[tuple[Inputs, list[int]]]] = {}
+    start = 0
+    for chunk in chunks:
+        own = [place for place in range(start, start + len(chunk["keys"])) if place in places]
+        if own:
+            part = select(chunk, [place - start for place in own])
+            parts.setdefault(chunk["pixel_values"].shape[1], []).append((part, own))
+        start += len(chunk["keys"])
+    for same in parts.values():
+        joined = {name: torch.cat([part[name] for part, _ in same]) for name in same[0][0]}
+        yield joined, [place for _, own in same for place in own]
 
 
 def halve(chunk: Inputs) -> list[Inputs]:

@@ -26,6 +26,7 @@ from vlmembed.modules.optimization import parameter_groups, refuse_untouched_par
 from vlmembed.modules.prediction import write_predictions
 from vlmembed.modules.preparation import start_engine
 from vlmembed.pooling import Pooling
+from vlmembed.sharding import refuse_strategy, shard
 from vlmembed.types import Batch, ItemBatch, Preprocessor
 
 SchedulerCallable = Callable[[Optimizer, int], LRScheduler]
@@ -84,6 +85,11 @@ class EmbeddingModule(LightningModule):
         """The preprocessor of this model's inputs."""
         return self.encoder.backbone.preprocessor
 
+    def setup(self, stage: str) -> None:
+        """Refuse to train in a way that would lose gradients, before weights are loaded."""
+        if stage == "fit":
+            refuse_strategy(self.trainer.strategy)
+
     def configure_model(self) -> None:
         """Load the weights and apply the adapters. Does nothing the second time."""
         if self._configured:
@@ -97,7 +103,17 @@ class EmbeddingModule(LightningModule):
                 f"The loss truncates to {too_large} dimensions, but the embedding has {self.encoder.dimension}. "
                 "Remove the larger ones from the Matryoshka loss's dimensions."
             )
+        if self.device_mesh is not None:
+            shard(self.encoder, self.device_mesh)
         self._configured = True
+
+    def gather(self) -> None:
+        """Stand whole in this process, with fresh weights, where the model was in shards."""
+        if distributed.is_sharded(self.encoder):
+            self.encoder = Encoder(self.encoder.backbone, self.encoder.pooling)
+            self._device_mesh = None
+            self._configured = False
+            self.configure_model()
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer over what is trainable, and the schedule."""
@@ -116,6 +132,7 @@ class EmbeddingModule(LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Watch what the first step takes on a GPU."""
+        self.engine.before_step = False
         self._first_step = None if self._gradients_checked else StepPeak(self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -133,6 +150,7 @@ class EmbeddingModule(LightningModule):
         """Step, after reducing the gradients once over processes."""
 
         def closure() -> Any:
+            self.engine.before_step = True
             loss = optimizer_closure()
             if self._reduce_gradients:
                 distributed.mean_gradients(self.parameters())
@@ -140,11 +158,22 @@ class EmbeddingModule(LightningModule):
 
         super().optimizer_step(epoch, batch_idx, optimizer, closure)
 
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip what is in shards and what is not by one norm, which PyTorch does not."""
+        if not gradient_clip_val or not distributed.is_sharded(self.encoder):
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_algorithm in (None, "norm"):
+            distributed.clip_gradients(self.parameters(), gradient_clip_val)
+        else:
+            raise ValueError(f"ModelParallelStrategy clips by norm: gradient_clip_algorithm={gradient_clip_algorithm}.")
+
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """After the first step, and the first with images, refuse to train on if something got no gradient."""
         if self._first_step is not None and self._first_step.bytes:
             self.engine.graph_bytes = graph_bytes(self._graph_memory, self.device, self._first_step.bytes)
-        if not self._gradients_checked:
+        if self.engine.before_step and not self._gradients_checked:
             saw_images = any("pixel_values" in name for chunk in [*batch.chunks, *batch.images] for name in chunk)
             self._gradients_checked = refuse_untouched_parameters(self, self.encoder.backbone, saw_images)
 

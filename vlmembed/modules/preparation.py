@@ -10,7 +10,7 @@ import transformers
 import yaml
 from lightning import LightningModule
 
-from vlmembed import memory
+from vlmembed import distributed, memory
 from vlmembed.backbones import VisionLanguageModel
 from vlmembed.encoder import Encoder
 from vlmembed.engine import Engine
@@ -18,6 +18,7 @@ from vlmembed.features import FeatureCache, fingerprint, refuse_trainable
 from vlmembed.memory import GraphMemory
 from vlmembed.modules.optimization import batches_per_epoch
 from vlmembed.modules.probing import chunk_cost
+from vlmembed.sharding import ShardedEngine
 
 
 def start_engine(
@@ -34,6 +35,8 @@ def start_engine(
     Raises:
         ValueError: If an option cannot be served.
     """
+    if distributed.is_sharded(encoder):
+        return _start_sharded_engine(module, encoder, graph_memory, features)
     limit = memory.graph_bytes(graph_memory, module.device)
     data: Any = getattr(module.trainer, "datamodule", None)
     if getattr(data, "chunk_size", None) == "auto" and data.chunk_cost is None:
@@ -44,6 +47,21 @@ def start_engine(
         return Engine(encoder, limit)
     _open(features, encoder.backbone, str(module.trainer.precision))
     return Engine(encoder, limit, features, batches_per_epoch(data))
+
+
+def _start_sharded_engine(
+    module: LightningModule, encoder: Encoder, graph_memory: GraphMemory, features: FeatureCache | None
+) -> Engine:
+    data: Any = getattr(module.trainer, "datamodule", None)
+    if getattr(data, "chunk_size", None) == "auto" or graph_memory not in ("auto", "none"):
+        raise ValueError(
+            f"With ModelParallelStrategy, data.chunk_size is a number (got {getattr(data, 'chunk_size', None)}) and "
+            f"graph_memory is auto or none (got {graph_memory}): processes go through the layers in step."
+        )
+    if features is None:
+        return ShardedEngine(encoder)
+    _open(features, encoder.backbone, str(module.trainer.precision))
+    return ShardedEngine(encoder, features, batches_per_epoch(data))
 
 
 def _tell(module: LightningModule, sentence: str) -> None:

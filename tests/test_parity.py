@@ -1,0 +1,551 @@
+"""The check of a step's gradient before training: right steps pass, wrong ones do not, and nothing is left behind."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import ddp
+import pytest
+import torch
+import torch.distributed as dist
+from building import Recorder, batch, examples, module, texts, trainer, write_rows
+from jsonargparse import ArgumentParser
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+from peft import LoraConfig
+from test_losses import CLOSE, CROSS, DIRECTIONS, HARDNESS, graded_batch, slow_infonce
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from vlmembed import distributed, gradcache
+from vlmembed.adapters import Freeze, LoRA
+from vlmembed.data import RetrievalDataModule
+from vlmembed.engine import Engine
+from vlmembed.features import InMemory
+from vlmembed.gradcache import CachedStep
+from vlmembed.losses import InfoNCE, Loss, Matryoshka
+from vlmembed.losses.pairs import Pairs
+from vlmembed.modules import EmbeddingModule, ParityCheck, embedding
+from vlmembed.modules.parity import _compared, defined_loss, reduced
+from vlmembed.pooling import LastToken, Pooling
+from vlmembed.types import Batch, Example
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "qkv"]}
+FRESH_LORA = LoRA(LoraConfig(**LORA, lora_dropout=0.3))
+USED_LORA = LoRA(LoraConfig(**LORA, lora_dropout=0.3, init_lora_weights=False))
+
+#: Where rounding explains more, an error could hide behind it.
+FLOAT32, BFLOAT16 = 1e-3, 0.25
+
+
+class Scaled(Pooling):
+    """The last token, times a learned number, over a running mean of norms: a parameter, and a buffer that moves."""
+
+    def configure(self, hidden_size: int) -> None:
+        self.inner = LastToken()
+        self.factor = nn.Parameter(torch.full((hidden_size,), 1.5))
+        self.register_buffer("norm", torch.ones(()))
+
+    def forward(self, hidden: Tensor, mask: Tensor, input_ids: Tensor | None = None) -> Tensor:
+        pooled = self.inner(hidden, mask)
+        with torch.no_grad():
+            self.norm.lerp_(pooled.norm(dim=1).mean(), 0.1)
+        return pooled * self.factor + pooled.tanh()
+
+
+class Squared(Loss):
+    """Not one of ours."""
+
+    def forward(self, queries: Tensor, documents: Tensor, relevance: Tensor) -> Tensor:
+        return (torch.tanh(queries @ documents.T / 10) - relevance).square().mean()
+
+
+class Bounded(Squared):
+    """Holds a parameter back, as InfoNCE does with its temperature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(3.0))
+
+    def forward(self, queries: Tensor, documents: Tensor, relevance: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.weight.clamp_(max=1.0)
+        return self.weight * super().forward(queries, documents, relevance)
+
+
+def nested(**options: Any) -> Loss:
+    return Matryoshka(InfoNCE(0.05, **options), [64, 16])
+
+
+def check(model: EmbeddingModule, rows: list[Example] | None = None, size: int | None = 3, **options: Any) -> Recorder:
+    """Train for one step, with a check before."""
+    recorder, parity = Recorder(), ParityCheck(on_failure=options.pop("on_failure", "raise"))
+    data = batch(model, examples(8) if rows is None else rows, size)
+    trainer(callbacks=[parity, recorder], **options).fit(model, DataLoader([data], batch_size=None))
+    return recorder
+
+
+def table(printed: str) -> dict[str, tuple[float, float]]:
+    """Read what was printed: of each group the difference, and what is tolerated."""
+    rows = re.findall(r"^  (\w+) +(\d\S+) +(\d\S+)$", printed, re.MULTILINE)
+    return {group: (float(difference), float(tolerated)) for group, difference, tolerated in rows}
+
+
+# Right steps
+
+
+@pytest.mark.parametrize(
+    ("options", "settings", "groups", "most"),
+    [
+        pytest.param({}, {}, "vision merger language", FLOAT32, id="full"),
+        pytest.param({"graph_memory": "auto"}, {}, "vision merger language", FLOAT32, id="graphs kept"),
+        pytest.param({"loss": InfoNCE(0.02)}, {"size": 1}, "vision merger language", FLOAT32, id="chunks of one"),
+        pytest.param({"adapters": [FRESH_LORA]}, {}, "vision language", FLOAT32, id="fresh LoRA with dropout"),
+        pytest.param({"adapters": [USED_LORA]}, {}, "vision language", FLOAT32, id="LoRA with dropout"),
+        pytest.param(
+            {"adapters": [USED_LORA], "graph_memory": "auto"}, {}, "vision language", FLOAT32, id="graphs with dropout"
+        ),
+        pytest.param({"adapters": [Freeze(["vision", "merger"])]}, {}, "language", FLOAT32, id="frozen tower"),
+        pytest.param({"adapters": [Freeze(["language"])]}, {}, "vision merger", FLOAT32, id="tower alone"),
+        pytest.param(
+            {"backbone": {"gradient_checkpointing": True}}, {}, "vision merger language", FLOAT32, id="checkpointing"
+        ),
+        pytest.param(
+            {"backbone": {"attn_implementation": "sdpa"}}, {}, "vision merger language", FLOAT32, id="padded chunks"
+        ),
+        pytest.param({"pooling": Scaled()}, {}, "vision merger language pooling", FLOAT32, id="trained pooling"),
+        pytest.param(
+            {
+                "loss": nested(
+                    learnable_temperature=True, directions=DIRECTIONS, false_negative_margin=0.1, hardness=5.0
+                )
+            },
+            {"accumulate_grad_batches": 2},
+            "vision merger language loss",
+            FLOAT32,
+            id="every option of the loss",
+        ),
+        pytest.param({}, {"precision": "bf16-mixed"}, "vision merger language", BFLOAT16, id="bf16-mixed"),
+        pytest.param({}, {"precision": "bf16-true"}, "vision merger language", BFLOAT16, id="bf16-true"),
+        pytest.param(
+            {"adapters": [USED_LORA]}, {"precision": "bf16-mixed"}, "vision language", BFLOAT16, id="bf16 with dropout"
+        ),
+    ],
+)
+def test_right_steps_pass(
+    checkpoint: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: dict[str, Any],
+    settings: dict[str, Any],
+    groups: str,
+    most: float,
+) -> None:
+    torch.manual_seed(0)
+    check(module(checkpoint, **{"loss": nested(), "graph_memory": "none", **options}), **settings)
+    printed = capsys.readouterr().out
+    assert re.search(r"Parity check passed, of \d+ queries and \d+ documents in \d+ chunks:", printed)
+    assert sorted(table(printed)) == sorted(groups.split())
+    assert all(tolerated < most for _, tolerated in table(printed).values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_right_steps_pass_on_a_gpu(checkpoint: Path, precision: Any) -> None:
+    torch.manual_seed(0)
+    check(module(checkpoint, nested(), adapters=[USED_LORA]), accelerator="gpu", devices=1, precision=precision)
+
+
+def test_a_single_chunk_is_said_to_be_one(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check(module(checkpoint), size=None)
+    assert "in a single chunk (so nothing is chunked):" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrap", [lambda loss: loss, lambda loss: Matryoshka(loss, [64, 16])])
+def test_another_loss_is_taken_as_it_is(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], wrap: Callable[[Loss], Loss]
+) -> None:
+    check(module(checkpoint, wrap(Squared())))
+    assert "chunks (Squared is taken as it is):" in capsys.readouterr().out
+
+
+# Wrong steps
+
+
+def ignored_temperature(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(InfoNCE, "_scale", lambda self: 1.0)
+
+
+def dropped_columns(patch: pytest.MonkeyPatch) -> None:
+    """The loss does not see documents that answer nobody."""
+    joined_batch = embedding.joined_batch
+
+    def without_hard_negatives(embeddings: Tensor, data: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        queries, documents, relevance = joined_batch(embeddings, data)
+        kept = (relevance == 1).any(0)
+        assert not kept.all()
+        return queries, documents[kept], relevance[:, kept]
+
+    patch.setattr(embedding, "joined_batch", without_hard_negatives)
+
+
+def dropped_negatives(patch: pytest.MonkeyPatch) -> None:
+    """Other queries' documents do not count."""
+    patch.setattr(Pairs, "negatives", lambda self, direction: self.judgements.relevance[self.query] == -1)
+
+
+def wrong_scale(patch: pytest.MonkeyPatch, factor: float = 2.0) -> None:
+    replay = CachedStep.replay
+
+    def scaled(self: CachedStep) -> None:
+        if self.outputs[0].shape[-1:] == (64,) and self.outputs[0].ndim == 2:
+            for leaf in self.outputs:
+                leaf.grad *= factor
+        replay(self)
+
+    patch.setattr(CachedStep, "replay", scaled)
+
+
+def other_dropout(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(gradcache._RandomState, "restored", lambda self: nullcontext())
+
+
+def skipped_chunk(patch: pytest.MonkeyPatch) -> None:
+    replay = CachedStep.replay
+
+    def without_the_first(self: CachedStep) -> None:
+        if len(self.pending) > 1:
+            del self.pending[0]
+        replay(self)
+
+    patch.setattr(CachedStep, "replay", without_the_first)
+
+
+def not_a_number(patch: pytest.MonkeyPatch) -> None:
+    wrong_scale(patch, float("nan"))
+
+
+ELSEWHERE = "look at what the step does with the temperature"
+
+
+PLANTED = [
+    (ignored_temperature, {}, ELSEWHERE),
+    (dropped_columns, {}, ELSEWHERE),
+    (dropped_negatives, {}, ELSEWHERE),
+    (wrong_scale, {}, "is 2 times what it should be"),
+    (other_dropout, {"adapters": [FRESH_LORA]}, ELSEWHERE),
+    (ignored_temperature, {"loss": nested(learnable_temperature=True)}, ELSEWHERE),
+    (partial(wrong_scale, factor=0.5), {"adapters": [Freeze(["vision"])]}, "is 0.5 times what it should be"),
+    (other_dropout, {"adapters": [USED_LORA], "graph_memory": "auto"}, ELSEWHERE),
+    (skipped_chunk, {"graph_memory": "auto"}, ELSEWHERE),
+    (not_a_number, {}, "differs by nan of its size"),
+]
+
+
+@pytest.mark.parametrize(
+    ("precision", "plant", "options", "advice"),
+    [("32-true", *planted) for planted in PLANTED] + [("bf16-mixed", *planted) for planted in PLANTED[:5]],
+    ids=lambda value: getattr(value, "__name__", value if value == "bf16-mixed" else None),
+)
+def test_a_planted_error_is_caught(
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: Any,
+    plant: Callable[[pytest.MonkeyPatch], None],
+    options: dict[str, Any],
+    advice: str,
+) -> None:
+    torch.manual_seed(0)
+    model = module(checkpoint, **{"loss": nested(), "graph_memory": "none", **options})
+    plant(monkeypatch)
+    with pytest.raises(RuntimeError, match=rf"^The step's gradient is not that of its loss\. Of \w+ param.*{advice}"):
+        check(model, precision=precision)
+
+
+def test_what_rounding_hides_is_said() -> None:
+    """Half of the gradient of a group, or all of it, may be rounding where it nearly vanishes."""
+    norms = {"vision": 2.0, "language": 1.0, "pooling": 0.0}
+    noise = {"vision": 0.002, "language": 0.06, "pooling": 0.0}
+    lines, complaint = _compared(norms, norms, {"vision": 0.01, "language": 0.5, "pooling": 0.0}, noise)
+    assert not complaint
+    assert [line.split() for line in lines.splitlines()[1:]] == [
+        ["vision", "5.0e-03", "1.0e-02"],
+        ["language", "5.0e-01", "6.0e-01", "rounding", "hides", "errors"],
+        ["pooling", "0.0e+00", "1.0e-05"],
+    ]
+
+
+def test_a_warning_lets_it_train(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = module(checkpoint)
+    wrong_scale(monkeypatch)
+    with pytest.warns(UserWarning, match="is 2 times what it should be"):
+        assert len(check(model, on_failure="warn").losses) == 1
+
+
+# Two processes
+
+
+def check_here(checkpoint: Path, plant: Callable[[pytest.MonkeyPatch], None] | None, *names: str) -> list[str]:
+    """Check as one of two processes, and say how it went: pictures in the first, texts alone in the second."""
+    found = []
+    adapters = {"LoRA": [USED_LORA], "full": []}
+    # A document of both processes, and a query that both ask.
+    rows = [*examples(4)[1:], examples(1)[0]] if dist.get_rank() == 0 else [*texts(5), examples(1)[0]]
+    for name in names:
+        torch.manual_seed(0)
+        loss = nested(learnable_temperature=True, directions=CROSS)
+        model = module(checkpoint, loss, adapters=adapters[name], graph_memory="none")
+        with pytest.MonkeyPatch.context() as patch:
+            if plant is not None:
+                plant(patch)
+            try:
+                check(model, rows, devices=2, strategy=DDPStrategy(process_group_backend="gloo"))
+            except RuntimeError as error:
+                found.append(str(error))
+    return found
+
+
+def unscaled_gather(patch: pytest.MonkeyPatch) -> None:
+    backward = distributed._Gather.backward
+    unscaled = staticmethod(lambda ctx, *gradients: backward(ctx, *gradients) / distributed.world_size())
+    patch.setattr(distributed._Gather, "backward", unscaled)
+
+
+def own_negatives(patch: pytest.MonkeyPatch) -> None:
+    """Every process computes the loss of its own examples."""
+    patch.setattr(embedding, "distributed", SimpleNamespace(**{**vars(distributed), "gather": lambda tensor: tensor}))
+
+
+def no_mean(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(embedding.distributed, "mean_gradients", lambda parameters: None)
+
+
+def test_two_processes_pass(checkpoint: Path) -> None:
+    assert ddp.run(check_here, checkpoint, None, "full", "LoRA") == [[], []]
+
+
+@pytest.mark.parametrize(
+    ("plant", "advice"), [(unscaled_gather, "is 0.5 times"), (own_negatives, ELSEWHERE), (no_mean, ELSEWHERE)]
+)
+def test_errors_between_processes_are_caught(checkpoint: Path, plant: Any, advice: str) -> None:
+    (first,), (second,) = ddp.run(check_here, checkpoint, plant, "LoRA")
+    assert advice in first
+    assert advice in second
+
+
+# What it compares with
+
+
+def same_value_and_gradients(loss: Loss, expected: Callable[..., Tensor]) -> None:
+    *vectors, relevance = graded_batch()
+    ours, theirs = ([each.clone().requires_grad_() for each in vectors] for _ in range(2))
+    value, reference = defined_loss(loss, *ours, relevance), expected(*theirs, relevance)
+    torch.testing.assert_close(value, reference, rtol=1e-9, atol=0)
+    value.backward()
+    reference.backward()
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one.grad, other.grad, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("directions", "softmax"),
+    [(names, "joint") for count in range(1, 5) for names in combinations(DIRECTIONS, count)]
+    + [(names, "per_direction") for names in (CROSS[:1], CROSS[1:], CROSS)],
+)
+def test_infonce_is_computed_from_its_definition(directions: tuple[str, ...], softmax: str) -> None:
+    for margin in (None, 0.1, -0.2):
+        options = {"directions": directions, "softmax": softmax, "false_negative_margin": margin}
+        same_value_and_gradients(InfoNCE(0.1, **options), partial(slow_infonce, **options))
+    if directions[0] == "query_to_document":
+        for kind in HARDNESS:
+            options = {"directions": directions, "softmax": softmax, "hardness": 5.0, "hardness_on": kind}
+            same_value_and_gradients(InfoNCE(0.1, **options), partial(slow_infonce, **options))
+
+
+def test_matryoshka_is_computed_from_its_definition() -> None:
+    def expected(queries: Tensor, documents: Tensor, relevance: Tensor) -> Tensor:
+        cuts = [(6, 1.0), (2, 0.3)]
+        return sum(weight * slow_infonce(queries[:, :d], documents[:, :d], relevance, CROSS[:1]) for d, weight in cuts)
+
+    same_value_and_gradients(Matryoshka(InfoNCE(0.1), [2, 6], [0.3, 1.0]), expected)
+
+
+def test_a_learnable_temperature_is_used_and_gets_its_gradient() -> None:
+    loss = InfoNCE(0.1, learnable_temperature=True)
+    with torch.no_grad():
+        loss.log_scale.fill_(1.5)
+    log_scale = torch.tensor(1.5, requires_grad=True)
+    same_value_and_gradients(loss, partial(slow_infonce, directions=CROSS[:1], log_scale=log_scale))
+    torch.testing.assert_close(loss.log_scale.grad, log_scale.grad)
+
+
+# What it is computed on
+
+
+@pytest.mark.parametrize("attention", ["auto", "sdpa"], ids=["cut chunks", "whole chunks"])
+@pytest.mark.parametrize("items", [6, 8, 12])
+def test_a_reduced_batch_has_the_same_embeddings_and_judgements(checkpoint: Path, items: int, attention: str) -> None:
+    model = module(checkpoint, backbone={"attn_implementation": attention})
+    whole = batch(model, examples(9), 3)
+    few = reduced(whole, items)
+    assert 2 <= len(few.queries) < len(whole.queries)
+    assert len(few.queries) + len(few.documents) <= items
+    assert len(few.chunks) >= 2
+    vectors, expected = (Engine(model.encoder).embed(each) for each in (few, whole))
+    for rows, ids, every_row, every_id in (
+        (few.queries, few.query_ids, whole.queries, whole.query_ids),
+        (few.documents, few.document_ids, whole.documents, whole.document_ids),
+    ):
+        places = [every_id.tolist().index(each) for each in ids.tolist()]
+        # Chunks of other sizes round otherwise.
+        torch.testing.assert_close(vectors[rows], expected[every_row[places]], rtol=1e-4, atol=1e-5)
+    kept = {*few.query_ids.tolist(), *few.document_ids.tolist()}
+    judged = {(*pair, label) for pair, label in zip(whole.pairs.tolist(), whole.labels.tolist(), strict=True)}
+    found = [(*pair, label) for pair, label in zip(few.pairs.tolist(), few.labels.tolist(), strict=True)]
+    assert sorted(found) == sorted(entry for entry in judged if kept.issuperset(entry[:2]))
+    assert {query for query, _, label in found if label == 1} == {*few.query_ids.tolist()}
+
+
+def test_a_reduced_batch_has_no_images_that_it_does_not_show(checkpoint: Path) -> None:
+    model = module(checkpoint)
+    whole = batch(model, examples(9), 3)
+    few = reduced(whole, 6)
+    shown = {place for chunk in few.chunks for place in chunk["images"][:, 1].tolist()}
+    count, whole_count = (sum(len(group["keys"]) for group in each.images) for each in (few, whole))
+    assert shown == set(range(count))
+    assert 0 < count < whole_count
+
+
+def test_a_reduced_batch_has_two_chunks_where_no_query_has(checkpoint: Path) -> None:
+    """Answers are in the chunk of their query; the only other chunk is the last query's."""
+    model = module(checkpoint)
+    first, second = (batch(model, rows) for rows in (texts(6)[:5], texts(6)[5:]))
+    start = len(first.chunks[0]["input_ids"])
+    sides = {
+        name: torch.cat([getattr(first, name), getattr(second, name) + start]) for name in ("queries", "documents")
+    }
+    others = ("query_ids", "document_ids", "pairs", "labels")
+    joined = {name: torch.cat([getattr(first, name), getattr(second, name)]) for name in others}
+    whole = Batch(chunks=first.chunks + second.chunks, images=[], **sides, **joined)
+    assert len(reduced(whole, 6).chunks) == 2
+
+
+# What it leaves behind
+
+
+class Tail(Callback):
+    """Draws a random number behind everything else."""
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.drawn = torch.rand(())
+
+
+@pytest.mark.parametrize("options", [{}, {"precision": "bf16-mixed"}, {"accumulate_grad_batches": 2}], ids=str)
+def test_training_goes_on_as_without_it(checkpoint: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    """With dropout, a learned temperature, and a buffer that moves."""
+
+    def run(*callbacks: Callback) -> tuple[Recorder, Tail, EmbeddingModule, dict[str, Tensor]]:
+        torch.manual_seed(0)
+        loss = InfoNCE(0.02, learnable_temperature=True)
+        model = module(checkpoint, loss, pooling=Scaled(), adapters=[FRESH_LORA])
+        recorder, tail = Recorder(), Tail()
+        data = RetrievalDataModule(str(tmp_path / "rows.jsonl"), batch_size=4, chunk_size=3, num_workers=0)
+        fitted = trainer(callbacks=[recorder, *callbacks, tail], log_every_n_steps=1, **options)
+        fitted.fit(model, datamodule=data)
+        return recorder, tail, model, fitted.logged_metrics
+
+    write_rows(tmp_path / "rows.jsonl")
+    plain, drawn, model, logged = run()
+    checked, drawn_then, same, logged_then = run(ParityCheck())
+    assert checked.losses == plain.losses
+    for one, other in zip(checked.gradients, plain.gradients, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    assert all(torch.equal(checked.weights[-1][name], weight) for name, weight in plain.weights[-1].items())
+    assert torch.equal(same.encoder.pooling.norm, model.encoder.pooling.norm)
+    assert torch.equal(drawn.drawn, drawn_then.drawn)
+    assert logged == logged_then
+    assert same.training
+    assert "log" not in vars(same)
+
+
+def test_nothing_is_changed_before_the_first_step(checkpoint: Path) -> None:
+    """The test above would not notice what training sets right again."""
+    seen: list[Any] = []
+
+    class Witness(Callback):
+        def on_train_batch_start(self, trainer: Any, module: EmbeddingModule, data: Batch, number: int) -> None:
+            state = {name: value.clone() for name, value in module.state_dict().items()}
+            gradients = [parameter.grad for parameter in module.parameters()]
+            seen.append((state, gradients, torch.get_rng_state(), module.engine, copy.deepcopy(data)))
+
+    model = module(checkpoint, Bounded(), pooling=Scaled(), adapters=[FRESH_LORA])
+    data = DataLoader([batch(model, examples(8), 3)], batch_size=None)
+    trainer(callbacks=[Witness(), ParityCheck(), Witness()]).fit(model, data)
+    (before, none, draws, engine, given), (after, still_none, draws_then, engine_then, given_then) = seen
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert float(after["loss.weight"]) == 3.0
+    assert none == still_none == [None] * len(none)
+    assert torch.equal(draws, draws_then)
+    assert engine is engine_then
+    torch.testing.assert_close(vars(given_then), vars(given), rtol=0, atol=0)
+
+
+def test_kept_features_are_neither_read_nor_written(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*callbacks: Callback) -> tuple[list[str], int, int]:
+        cache = InMemory(1.0)
+        model = module(checkpoint, adapters=[Freeze(["vision", "merger"])], features=cache)
+        data = RetrievalDataModule(str(tmp_path / "rows.jsonl"), batch_size=4, chunk_size=3, num_workers=0)
+        trainer(callbacks=[*callbacks], max_steps=1).fit(model, datamodule=data)
+        announced = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Feature cache")]
+        return announced, cache.hits, cache.misses
+
+    write_rows(tmp_path / "rows.jsonl")
+    plain = run()
+    assert len(plain[0]) == 1
+    assert run(ParityCheck()) == plain
+
+
+def test_only_the_first_batch_is_checked(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = module(checkpoint)
+    batches = [batch(model, examples(8)[start : start + 4], 3) for start in (0, 4)]
+    options: dict[str, Any] = {"max_epochs": 2, "accumulate_grad_batches": 2}
+    trainer(callbacks=[ParityCheck()], **options).fit(model, DataLoader(batches, batch_size=None))
+    assert capsys.readouterr().out.count("Parity check") == 1
+
+
+# What it is given
+
+
+def test_it_is_one_line_of_yaml() -> None:
+    parser = ArgumentParser()
+    parser.add_argument("--callbacks", type=list[Callback])
+    read = parser.parse_string("callbacks: [{class_path: vlmembed.modules.ParityCheck}]")
+    (callback,) = parser.instantiate_classes(read).callbacks
+    assert isinstance(callback, ParityCheck)
+    assert (callback.items, callback.on_failure) == (8, "raise")
+
+
+def test_too_few_items_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"6 or more.*got 5"):
+        ParityCheck(items=5)
+
+
+def test_what_it_does_not_know_is_refused(checkpoint: Path) -> None:
+    about_to_train: Any = SimpleNamespace(global_step=0, strategy=FSDPStrategy())
+    model = module(checkpoint)
+    data = batch(model, examples(3))
+    with pytest.raises(TypeError, match="not of a BoringModel"):
+        ParityCheck().on_train_batch_start(about_to_train, BoringModel(), data, 0)
+    with pytest.raises(ValueError, match="FSDPStrategy may shard them"):
+        ParityCheck().on_train_batch_start(about_to_train, model, data, 0)

@@ -1,0 +1,153 @@
+"""Weights, gradients and optimizer states of the language model cut into shards, one for each process (FSDP2).
+
+A shard is gathered whenever its layer computes, so all processes must go through the layers equally often: one with
+fewer chunks than another goes on with a filler, whose embeddings nobody looks at. Gradients pile up in each process
+while the chunks of a step, and of the steps that are accumulated, come by; the last backward averages them over
+processes and cuts them up.
+
+The vision tower is not cut: half a billion parameters beside eight. Each process has a copy, as under DDP, so it may
+see as many images as it happens to have, or none, and keep the features of a frozen tower as it likes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Float
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+
+from vlmembed import distributed, gradcache
+from vlmembed.encoder import Encoder
+from vlmembed.engine import Engine
+from vlmembed.features import FeatureCache
+from vlmembed.types import Batch, Inputs, Item, Part
+
+
+def shard(encoder: Encoder, mesh: DeviceMesh) -> None:
+    """Cut an encoder into shards, in place: each layer of its language model, and what is left of it as one.
+
+    Args:
+        encoder: With weights, and adapters applied; every process has read all of them into its main memory.
+        mesh: Of Lightning's ``ModelParallelStrategy``.
+
+    Raises:
+        ValueError: If the backbone or the mesh is not made for it.
+    """
+    backbone = encoder.backbone
+    if mesh["tensor_parallel"].size() > 1:
+        raise ValueError(
+            f"ModelParallelStrategy(tensor_parallel_size={mesh['tensor_parallel'].size()}): layers are not cut, only "
+            "what is kept of them. Set tensor_parallel_size: 1, and data_parallel_size to the number of processes."
+        )
+    if not backbone.sees_images_apart or backbone.load_in_4bit:
+        raise ValueError(
+            f"ModelParallelStrategy cannot shard this {type(backbone).__name__}: it takes a vlmembed.backbones.Qwen3VL "
+            "with attn_implementation: auto and load_in_4bit: false. Or set trainer.strategy: ddp."
+        )
+    copied = {parameter for _, parameter in backbone.vision_parameters()}
+    language_model: Any = backbone.model.language_model
+    for layer in language_model.layers:
+        fully_shard(layer, mesh=mesh["data_parallel"])
+    # Not the backbone: poolings have weights, too, and only what is called as a whole gathers them.
+    fully_shard(encoder, mesh=mesh["data_parallel"], ignored_params=copied)
+    encoder.register_forward_pre_hook(_hidden, prepend=True, with_kwargs=True)
+    encoder.register_forward_pre_hook(_shown, with_kwargs=True)
+    language_model.embed_tokens.register_forward_hook(_differentiable)
+
+
+def _hidden(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Hide a call's arguments from FSDP.
+
+    It would copy the chunk to the device, where nobody expects it yet, and take the arrival of a gradient at the
+    features for the end of the backward, in those processes that have features.
+    """
+    return (lambda: (args, kwargs),), {}
+
+
+def _shown(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    return args[0]()
+
+
+def _differentiable(module: nn.Module, args: Any, embeddings: Tensor) -> Tensor:
+    """Let the gradient go through all layers, whether there is something to train below them in this process or not.
+
+    FSDP gathers, and reduces, where it passes.
+    """
+    return embeddings.requires_grad_()
+
+
+def refuse_strategy(strategy: Strategy) -> None:
+    """Refuse a strategy under which steps that go backward chunk by chunk would be wrong.
+
+    Raises:
+        ValueError: If it is another than one device, DDP, or `ModelParallelStrategy`.
+    """
+    served = isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy)
+    # It is a DDPStrategy by descent alone.
+    if not served or isinstance(strategy, DeepSpeedStrategy):
+        raise ValueError(
+            f"trainer.strategy {type(strategy).__name__} expects one backward per step, and would lose gradients of "
+            "chunks. Use ddp, or lightning.pytorch.strategies.ModelParallelStrategy where the weights and the "
+            "optimizer do not fit in one GPU (see configs/visual_document_retrieval_8b_fsdp.yaml)."
+        )
+
+
+def whole_weights(module: nn.Module) -> dict[str, Tensor]:
+    """Gather all weights, on the first process's CPU; the others get nothing. Call in every process."""
+    weights: dict[str, Any] = get_model_state_dict(
+        module, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+    return weights
+
+
+class ShardedEngine(Engine):
+    """The engine of an encoder in shards.
+
+    No graphs are kept: which ones would depend on the memory of each process.
+
+    Args:
+        encoder: In shards.
+        features: As for `Engine`.
+        steps: As for `Engine`.
+    """
+
+    def __init__(self, encoder: Encoder, features: FeatureCache | None = None, steps: int = 0) -> None:
+        super().__init__(encoder, 0.0, features, steps)
+        text = Item("query", (Part("text", "filler"),), origin="filler")
+        self._filler = encoder.backbone.preprocessor.prepare([text]).chunk([0])
+
+    def embed(self, batch: Batch) -> Float[Tensor, "N D"]:
+        """Embed a batch's items in the order of its chunks; see `Engine.embed`."""
+        items = sum(len(chunk["input_ids"]) for chunk in batch.chunks)
+        missing = distributed.largest(len(batch.chunks), self.encoder.device) - len(batch.chunks)
+        seen = self._see(batch) if self._frozen else None
+
+        def encode(chunk: Inputs) -> Tensor:
+            return self._encode_with_images(chunk, batch.images) if seen is None else self.encoder(chunk, seen)
+
+        # Copies: the graph of the last chunk is kept, and only of that one.
+        fillers = [dict(self._filler) for _ in range(missing)]
+        self._texts = gradcache.embed(encode, [*batch.chunks, *fillers])
+        return self._texts.embeddings[:items]
+
+    def replay(self) -> None:
+        """Send the gradient of the embeddings through the encoder; see `Engine.replay`."""
+        if self._texts is None:
+            raise RuntimeError("Call embed before replay.")
+        last, self._texts.pending = self._texts.pending[:1], self._texts.pending[1:]
+        distributed.reduce_shards(self.encoder, False)
+        self._texts.replay()
+        self._texts.pending = last
+        distributed.reduce_shards(self.encoder, self.before_step)
+        self._texts.replay()
+        self._texts = None
