@@ -64,6 +64,8 @@ def encoder(checkpoint: Path, pooling: Pooling | None = None, **options: Any) ->
 
 def module(checkpoint: Path, loss: Loss | None = None, **options: Any) -> EmbeddingModule:
     backbone = options.pop("backbone", {})
+    # What is hard is the second pass, and tiny graphs would all be kept.
+    options.setdefault("graph_memory", "none")
     pooling = options.pop("pooling", LastToken())
     built = EmbeddingModule(Qwen3VL(str(checkpoint), **backbone), pooling, loss or InfoNCE(0.05), **options)
     built.configure_model()

@@ -71,6 +71,16 @@ def gather(tensor: Tensor) -> Tensor:
     return gathered
 
 
+def gather_on_host(tensor: Tensor, device: torch.device) -> Tensor:
+    """Gather what the host holds, without gradient; see `gather`.
+
+    Args:
+        tensor: On the host.
+        device: Where the processes talk.
+    """
+    return tensor if world_size() == 1 else gather(tensor.to(device)).cpu()
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:

@@ -1,130 +1,80 @@
-"""How long is a training step, beside the same step by Sentence Transformers?
+"""How long is a training step and how much memory does it take, beside the same step by Sentence Transformers?
 
-Both take the same rows, preprocessed already, through the same fresh checkpoint: forward, Matryoshka loss over seven
-dimensions, backward, SGD. Their steps alternate in one process, so that both see the same machine.
+Both sides take the same rows, preprocessed already, through the same fresh checkpoint in float32: forward, loss over
+seven Matryoshka dimensions, backward, update by SGD. Theirs is MatryoshkaLoss(CachedMultipleNegativesRankingLoss), at
+mini-batch 1, at the fastest of several mini-batches, and at the fastest of several token budgets; which those are is
+found first. Steps of all contenders alternate in one process; memory is measured in a fresh process each.
 
-    python experiments/step_time/benchmark.py [--steps 7] [--batch_size 32] [--chunk_size 8] [--train_vision]
+    python experiments/step_time/benchmark.py
+
+    a  vision tower and merger frozen
+    b  the same, the tower's features kept: the second epoch and later ones
+    c  everything trained, every chunk's graph kept
+    d  everything trained, no graph kept
+    e  peak memory, no graph kept, at equal chunks
+    f  how peak memory grows with the batch, no graph kept
 """
 
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 
-import torch
-from PIL import Image
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss, MatryoshkaLoss
-
-from vlmembed import gradcache
-from vlmembed.adapters import Freeze
-from vlmembed.backbones import Qwen3VL, tiny
-from vlmembed.data import Collator
-from vlmembed.data.digits import HandwrittenNumbers
-from vlmembed.encoder import Encoder
-from vlmembed.export.sentence_transformers import write_folder
-from vlmembed.losses import InfoNCE, Matryoshka
-from vlmembed.modules import EmbeddingModule
-from vlmembed.modules.embedding import joined_batch
-from vlmembed.pooling import LastToken
-from vlmembed.types import Example, Item, Part
-
-DIMENSIONS = [320, 256, 192, 128, 64, 32, 16]
-#: Pictures of 3 to 48 tokens.
-SCALES = (1, 2, 3, 4)
-
-
-def rows(count: int) -> list[tuple[str, Image.Image]]:
-    source, found = HandwrittenNumbers(), []
-    for index in range(count):
-        example = source[index]
-        picture = example.positives[0].parts[0].frames[0]
-        scale = SCALES[index % len(SCALES)]
-        found.append((str(example.query.parts[0].value), picture.resize((96 * scale, 32 * scale))))
-    return found
-
-
-def our_step(folder: Path, data: list[tuple[str, Image.Image]], chunk_size: int, frozen: bool) -> Callable[[], float]:
-    loss = Matryoshka(InfoNCE(0.05), DIMENSIONS)
-    adapters = [Freeze(["vision", "merger"])] if frozen else []
-    model = EmbeddingModule(Qwen3VL(str(folder)), LastToken(), loss, adapters)
-    model.configure_model()
-    examples = [
-        Example(Item("query", (Part("text", text),)), (Item("document", (Part("image", picture),)),))
-        for text, picture in data
-    ]
-    batch = Collator(model.preprocessor, chunk_size)(examples)
-    optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], 1e-3)
-
-    def step() -> float:
-        cached = gradcache.embed(model.encoder, batch.chunks)
-        value = model.loss(*joined_batch(cached.embeddings, batch))
-        value.backward()
-        cached.replay()
-        optimizer.step()
-        optimizer.zero_grad()
-        return value.item()
-
-    return step
-
-
-def their_step(folder: Path, data: list[tuple[str, Image.Image]], chunk_size: int, frozen: bool) -> Callable[[], float]:
-    model = SentenceTransformer(str(folder), device="cpu").train()
-    if frozen:
-        model[0].model.visual.requires_grad_(False)
-    inner = CachedMultipleNegativesRankingLoss(model, scale=20.0, mini_batch_size=chunk_size)
-    loss = MatryoshkaLoss(model, inner, DIMENSIONS)
-    columns = [([text for text, _ in data], "query"), ([picture for _, picture in data], "document")]
-    prepared = [model.preprocess(column, prompt=model.prompts[role]) for column, role in columns]
-    optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], 1e-3)
-
-    def step() -> float:
-        value = loss([dict(features) for features in prepared], torch.zeros(len(data)))
-        value.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return value.item()
-
-    return step
+import checkpoint
+import flops
+import scenarios
+from data import MAX_TOKENS, MIN_TOKENS, pairs
+from report import Report, machine
+from transformers.utils import logging
+from work import Work
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=7)
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--chunk_size", type=int, default=8)
-    parser.add_argument("--train_vision", action="store_true")
-    options = parser.parse_args()
+    options = _options()
+    logging.disable_progress_bar()
+    config = checkpoint.configuration(options.config)
     with TemporaryDirectory() as scratch:
-        fresh, folder = Path(scratch) / "fresh", Path(scratch) / "folder"
-        tiny.create(fresh, hidden_size=320, layers=6, heads=4, vision_hidden_size=256, vision_layers=4)
-        encoder = Encoder(Qwen3VL(str(fresh)), LastToken())
-        encoder.configure()
-        folder.mkdir()
-        write_folder(encoder, folder)
-        data = rows(options.batch_size)
-        sides = {
-            name: build(folder, data, options.chunk_size, not options.train_vision)
-            for name, build in (("vlmembed", our_step), ("Sentence Transformers", their_step))
-        }
-        losses, seconds = {}, {name: [] for name in sides}
-        for turn in range(options.steps + 1):
-            for name, step in sides.items():
-                start = time.perf_counter()
-                losses[name] = step()
-                if turn:  # The first is a warm-up.
-                    seconds[name].append(time.perf_counter() - start)
-    print(f"{sum(weight.numel() for weight in encoder.parameters()) / 1e6:.1f} M parameters, {vars(options)}")
-    for name, found in seconds.items():
-        print(
-            f"{name:22} {median(found):.3f} s (from {min(found):.3f} to {max(found):.3f}), last loss {losses[name]:.5f}"
+        folder = Path(scratch) / "checkpoint"
+        checkpoint.write(folder, config, MIN_TOKENS, MAX_TOKENS)
+        batch = flops.features(folder, pairs(max(options.batch_sizes)))
+        report = Report([flops.summary(config, batch), machine(), f"`benchmark.py {' '.join(sys.argv[1:])}`"])
+        frozen, trained = (
+            Work(folder, config.get_text_config().hidden_size, what) for what in ("language", "everything")
         )
-    ratios = [theirs / ours for ours, theirs in zip(*seconds.values(), strict=True)]
-    print(f"ratio, median of pairs  {median(ratios):.2f}")
+        for run in _runs(frozen, trained, options):
+            run(report)
+            report.write(options.output, "results")  # What there is by now.
+    print(report.markdown())
+
+
+def _runs(frozen: Work, trained: Work, options: argparse.Namespace) -> Iterator[Callable[[Report], None]]:
+    for size in options.batch_sizes:
+        for work in (frozen, trained):
+            letters, rounds = options.scenarios, options.rounds
+            yield partial(scenarios.times, work, pairs(size), letters, rounds)
+    if "e" in options.scenarios:
+        yield from (partial(scenarios.peaks, work, options.repeats) for work in (frozen, trained))
+    if "f" in options.scenarios:
+        yield partial(scenarios.growth, trained, options.repeats)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scenarios", default="abcdef", help="letters of what to run (default: all)")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[32, 64], help="pairs per batch (default: 32 64)")
+    parser.add_argument("--rounds", type=int, default=9, help="timed steps of each contender (default: 9)")
+    parser.add_argument("--repeats", type=int, default=2, help="processes for each figure of memory (default: 2)")
+    parser.add_argument(
+        "--config", default="wide_tower", help=f"{', '.join(checkpoint.SIZES)}, or a folder with a config.json"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path(__file__).parent, help="folder for results.md and results.svg"
+    )
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

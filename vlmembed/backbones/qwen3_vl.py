@@ -184,7 +184,7 @@ class Qwen3VL(VisionLanguageModel):
             return pixels
         vision, processor = self.model.config.vision_config, self.preprocessor.processor.image_processor
         mean, deviation = (
-            torch.tensor(values, device=self.device).view(3, 1, 1) * (1.0 / processor.rescale_factor)
+            self._here(torch.tensor(values).view(3, 1, 1) * (1.0 / processor.rescale_factor))
             for values in (processor.image_mean, processor.image_std)
         )
         pixels = (pixels.view(len(pixels), 3, -1, vision.patch_size**2).float() - mean) / deviation

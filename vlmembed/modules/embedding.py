@@ -246,13 +246,14 @@ def joined_batch(embeddings: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tens
         batch: This process's batch.
 
     Returns:
-        Queries (Q, D), documents (P, D) and relevance (Q, P), the same on every process.
+        Queries (Q, D), documents (P, D) and relevance (Q, P), the same on every process. Who belongs to whom stays on
+        the host, which knows it already: nobody waits for the device.
     """
-    queries, query_ids = _distinct(embeddings[batch.queries], batch.query_ids)
-    documents, document_ids = _distinct(embeddings[batch.documents], batch.document_ids)
-    pairs = distributed.gather(batch.pairs.to(embeddings.device))
-    labels = distributed.gather(batch.labels.to(embeddings.device))
-    relevance = torch.zeros(len(queries), len(documents), dtype=torch.int8, device=embeddings.device)
+    queries, query_ids = _distinct(embeddings, batch.queries, batch.query_ids)
+    documents, document_ids = _distinct(embeddings, batch.documents, batch.document_ids)
+    pairs = distributed.gather_on_host(batch.pairs, embeddings.device)
+    labels = distributed.gather_on_host(batch.labels, embeddings.device)
+    relevance = torch.zeros(len(queries), len(documents), dtype=torch.int8)
     rows = torch.searchsorted(query_ids, pairs[:, 0].contiguous())
     columns = torch.searchsorted(document_ids, pairs[:, 1].contiguous())
     # Right answers last: where examples disagree about a pair, it is one.
@@ -261,10 +262,11 @@ def joined_batch(embeddings: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tens
     return queries, documents, relevance
 
 
-def _distinct(embeddings: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Gather, and keep the first row of each id; rows come back in the order of ids."""
-    embeddings, ids = distributed.gather(embeddings), distributed.gather(ids.to(embeddings.device))
-    distinct, inverse = ids.unique(return_inverse=True)
-    rows = torch.arange(len(ids), device=ids.device)
-    first = torch.full_like(distinct, len(ids)).scatter_reduce(0, inverse, rows, "amin")
-    return embeddings[first], distinct
+def _distinct(embeddings: Tensor, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Gather some rows, and keep the first of each id; they come back in the order of ids."""
+    device = embeddings.device
+    gathered = distributed.gather(embeddings[rows.to(device, non_blocking=True)])
+    distinct, inverse = distributed.gather_on_host(ids, device).unique(return_inverse=True)
+    first = torch.full_like(distinct, len(inverse))
+    first = first.scatter_reduce(0, inverse, torch.arange(len(inverse)), "amin")
+    return gathered[first.to(device, non_blocking=True)], distinct

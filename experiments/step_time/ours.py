@@ -1,0 +1,84 @@
+"""Our side. The only file that knows vlmembed's engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from data import Pair
+from work import LEARNING_RATE, TEMPERATURE, Work, lora
+
+from vlmembed import memory
+from vlmembed.adapters import Adapter, Freeze, LoRA
+from vlmembed.backbones import Qwen3VL
+from vlmembed.data import Collator
+from vlmembed.engine import Engine
+from vlmembed.features import InMemory
+from vlmembed.losses import InfoNCE, Matryoshka
+from vlmembed.modules import EmbeddingModule, probing
+from vlmembed.modules.embedding import joined_batch
+from vlmembed.pooling import LastToken
+from vlmembed.types import Batch, Example, Item, Part
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a user of the engine would choose.
+
+    Args:
+        chunk: Chunks that cost no more than this many of the batch's items; None for the engine's own choice.
+        retain: Whether the graphs of as many chunks are kept as there is memory for, or none.
+        keep_features: Whether a frozen tower's features are kept from epoch to epoch.
+    """
+
+    chunk: int | None = None
+    retain: bool = True
+    keep_features: bool = False
+
+
+class Ours:
+    """vlmembed, without Lightning around it."""
+
+    def __init__(self, work: Work, setting: Setting) -> None:
+        self.setting = setting
+        # The learnt part of a LoRA starts at zero, but not all of it: the other side seeds the same.
+        torch.manual_seed(0)
+        loss = Matryoshka(InfoNCE(TEMPERATURE), work.dimensions)
+        backbone = Qwen3VL(str(work.checkpoint), dtype=work.dtype)
+        self.model = EmbeddingModule(backbone, LastToken(), loss, _adapters(work))
+        self.model.configure_model()
+        self.model.to(work.device)
+        weights = [weight for weight in self.model.parameters() if weight.requires_grad]
+        self.optimizer = torch.optim.SGD(weights, LEARNING_RATE)
+        features = InMemory(limit_gib=8) if setting.keep_features else None
+        if features is not None:
+            features.open("this run")
+        limit = memory.graph_bytes("auto" if setting.retain else "none", self.model.device)
+        self.engine = Engine(self.model.encoder, limit, features, steps=1)
+        self.steps = 0
+
+    def prepare(self, pairs: Sequence[Pair]) -> Batch:
+        examples = [
+            Example(Item("query", (Part("text", text),)), (Item("document", (Part("image", picture),)),))
+            for text, picture in pairs
+        ]
+        cost = None if self.setting.chunk else probing.chunk_cost(self.model.encoder)
+        batch = Collator(self.model.preprocessor, self.setting.chunk, cost)(examples)
+        return batch.pin_memory() if self.model.device.type == "cuda" else batch
+
+    def step(self, batch: Batch) -> float:
+        first = memory.StepPeak(self.model.device) if self.setting.retain and not self.steps else None
+        value = self.model.loss(*joined_batch(self.engine.embed(batch), batch))
+        value.backward()
+        self.engine.replay()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if first is not None and first.bytes:  # On a GPU, where the first step shows how much is left for graphs.
+            self.engine.graph_bytes = memory.graph_bytes("auto", self.model.device, first.bytes)
+        self.steps += 1
+        return value.item()
+
+
+def _adapters(work: Work) -> list[Adapter]:
+    return {"everything": [], "language": [Freeze(["vision", "merger"])], "lora": [LoRA(lora())]}[work.trained]

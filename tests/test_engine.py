@@ -1,0 +1,426 @@
+"""A step sees each image once, never waits for the device, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from building import (
+    batch,
+    encoder,
+    examples,
+    fit,
+    gradients,
+    item,
+    mixed_items,
+    module,
+    picture,
+    relative_difference,
+    trainer,
+    write_rows,
+)
+from kept_features import on_disk, opened
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from vlmembed.adapters import Adapter, Freeze, LoRA
+from vlmembed.data import RetrievalDataModule
+from vlmembed.engine import Engine
+from vlmembed.features import FeatureCache, InMemory
+from vlmembed.losses import InfoNCE, Matryoshka
+from vlmembed.modules import EmbeddingModule
+from vlmembed.modules.embedding import joined_batch
+from vlmembed.types import Batch, Example, Inputs
+
+#: Sums in float32 in another order.
+EXACT = 1e-6
+ALL = math.inf
+FROZEN: dict[str, Any] = {"adapters": [Freeze(["vision", "merger"])]}
+
+
+def rows() -> list[Example]:
+    """Some images are in several items, of which some are in one chunk and some are not; items show up to two."""
+    pages = [picture(32 + 32 * number, 64, number) for number in range(4)]
+    return [
+        *examples(),
+        Example(item(pages[0], "which is it?", role="query"), (item(pages[0]),), (item(pages[1], pages[2]),)),
+        Example(item(pages[3], role="query"), (item("words " * 9, pages[1]),), (item(pages[0], "again", pages[3]),)),
+        page(1),
+        page(2),
+    ]
+
+
+def page(number: int) -> Example:
+    """A query and a large page, of one size for all numbers."""
+    return Example(item(f"query {number:03}", role="query"), (item(picture(256, 256, number), f"page {number:03}"),))
+
+
+class Counts:
+    """How many patches go into the vision tower, and of how many a gradient comes back out of it."""
+
+    def __init__(self, model: EmbeddingModule) -> None:
+        self.forward = self.backward = 0
+        tower = model.encoder.backbone.model.visual
+        tower.register_forward_hook(self._seen)
+        tower.patch_embed.register_forward_hook(self._embedded)
+
+    def _seen(self, tower: nn.Module, arguments: tuple[Tensor, ...], output: object) -> None:
+        self.forward += len(arguments[0])
+
+    def _embedded(self, layer: nn.Module, arguments: object, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(self._returned)
+
+    def _returned(self, gradient: Tensor) -> None:
+        self.backward += len(gradient)
+
+
+def step(model: EmbeddingModule, engine: Engine, data: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Embeddings and gradients."""
+    embeddings = engine.embed(data)
+    model.loss(*joined_batch(embeddings, data)).backward()
+    engine.replay()
+    found = gradients(model)
+    model.zero_grad()
+    return embeddings.detach(), found
+
+
+def patches(model: EmbeddingModule, data: list[Example]) -> int:
+    """Of all distinct images, by the Hugging Face processor."""
+    items = [each for row in data for each in (row.query, *row.positives, *row.negatives)]
+    images = {part.digest(): part.value for each in items for part in each.parts if part.kind == "image"}
+    found = model.preprocessor.processor.image_processor(images=list(images.values()), return_tensors="pt")
+    return int(found["image_grid_thw"].prod(dim=1).sum())
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, None])
+@pytest.mark.parametrize(
+    ("options", "graph_bytes"),
+    [
+        pytest.param(FROZEN, 0.0, id="frozen"),
+        pytest.param(FROZEN, ALL, id="frozen, all graphs"),
+        pytest.param({}, ALL, id="trainable, all graphs"),
+    ],
+)
+def test_the_tower_sees_each_image_once(
+    checkpoint: Path, options: dict[str, Any], graph_bytes: float, chunk_size: int | None
+) -> None:
+    model = module(checkpoint, **options)
+    counts = Counts(model)
+    step(model, Engine(model.encoder, graph_bytes), batch(model, rows(), chunk_size))
+    every = patches(model, rows())
+    assert counts.forward == every
+    assert counts.backward == (0 if options else every)
+
+
+def test_with_little_room_a_trainable_tower_sees_images_twice_and_goes_back_once(checkpoint: Path) -> None:
+    """But for the last chunk of images, whose graph is kept."""
+    model = module(checkpoint)
+    counts = Counts(model)
+    data = batch(model, rows(), chunk_size=1)
+    step(model, Engine(model.encoder, graph_bytes=1.0), data)
+    every = patches(model, rows())
+    assert len(data.images) > 1
+    assert counts.forward == 2 * every - int(data.images[-1]["grid_thw"].prod(dim=1).sum())
+    assert counts.backward == every
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3])
+def test_without_graphs_a_trainable_tower_sees_what_each_chunk_shows_twice(checkpoint: Path, chunk_size: int) -> None:
+    """But for the last chunk, whose graph is kept; then no features wait for the other chunks."""
+    model = module(checkpoint)
+    counts = Counts(model)
+    data = batch(model, rows(), chunk_size)
+    step(model, Engine(model.encoder), data)
+    sizes = torch.cat([images["grid_thw"].prod(dim=1) for images in data.images])
+    shown = [int(sizes[chunk["images"][:, 1].unique()].sum()) for chunk in data.chunks]
+    assert counts.forward == 2 * sum(shown) - shown[-1]
+    assert counts.backward == sum(shown)
+
+
+@pytest.mark.parametrize("graph_bytes", [0.0, ALL])
+@pytest.mark.parametrize("options", [FROZEN, {}], ids=["frozen", "trainable"])
+def test_features_are_gone_after_the_step(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], graph_bytes: float
+) -> None:
+    """Else the next step would hold those of two batches, and measuring would hold those of one."""
+    model = module(checkpoint, **options)
+    see, seen = model.encoder.backbone.see, []
+
+    def watched(images: Inputs) -> Sequence[Tensor]:
+        features = see(images)
+        seen.extend(StorageWeakRef(each.untyped_storage()) for each in features)
+        return features
+
+    monkeypatch.setattr(model.encoder.backbone, "see", watched)
+    engine = Engine(model.encoder, graph_bytes)
+    step(model, engine, batch(model, rows(), 3))
+    gc.collect()
+    assert seen
+    assert all(storage.expired() for storage in seen)
+
+
+# Features that are kept from step to step
+
+
+@pytest.fixture(params=["memory", "disk"])
+def cache(request: pytest.FixtureRequest, tmp_path: Path) -> FeatureCache:
+    return opened(InMemory(1.0)) if request.param == "memory" else on_disk(tmp_path / "features")
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, None])
+def test_kept_features_are_never_computed_again(checkpoint: Path, cache: FeatureCache, chunk_size: int | None) -> None:
+    model = module(checkpoint, **FROZEN)
+    counts = Counts(model)
+    data = batch(model, rows(), chunk_size)
+    without = step(model, Engine(model.encoder), data)
+    counts.forward = 0
+    engine = Engine(model.encoder, features=cache, steps=1)
+    first = step(model, engine, data)
+    assert counts.forward == patches(model, rows())
+    second = step(model, engine, batch(model, rows()[::-1], chunk_size))
+    again = step(model, engine, data)
+    assert counts.forward == patches(model, rows())
+    for embeddings, found in (first, again):
+        assert torch.equal(embeddings, without[0])
+        assert all(torch.equal(found[name], without[1][name]) for name in without[1])
+    assert relative_difference(second[1], without[1]) < EXACT
+    assert (cache.hits, cache.misses) == (2 * cache.misses, cache.misses)
+
+
+def test_only_new_images_are_seen(checkpoint: Path, cache: FeatureCache) -> None:
+    model = module(checkpoint, **FROZEN)
+    engine = Engine(model.encoder, features=cache, steps=1)
+    step(model, engine, batch(model, examples(), 2))
+    expected = step(model, Engine(model.encoder), batch(model, rows(), 2))
+    counts = Counts(model)
+    embeddings, found = step(model, engine, batch(model, rows(), 2))
+    assert counts.forward == patches(model, rows()) - patches(model, examples())
+    # Images were seen in other company, which changes the order of sums.
+    torch.testing.assert_close(embeddings, expected[0], rtol=0, atol=1e-5)
+    assert relative_difference(found, expected[1]) < 1e-5
+
+
+def test_the_first_step_predicts_what_an_epoch_will_take(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token has several vectors: its own, and one for each DeepStack layer."""
+    model = module(checkpoint, **FROZEN)
+    cache, given = opened(InMemory(1.0)), []
+    monkeypatch.setattr(cache, "predict", lambda *numbers, announce: given.append(numbers))
+    engine = Engine(model.encoder, features=cache, steps=7)
+    data = batch(model, rows(), 2)
+    for _ in range(2):
+        step(model, engine, data)
+    levels = 1 + len(model.encoder.backbone.model.visual.deepstack_visual_indexes)
+    floats = patches(model, rows()) // 4 * levels * 64
+    assert given == [(4 * floats / len(rows()), 7 * len(rows()))]
+
+
+def test_other_pixel_limits_make_other_keys(checkpoint: Path) -> None:
+    """Of an image that they resize; one that fits both is the same to the tower."""
+    large, small = picture(256, 192, 1), picture(64, 64, 2)
+    keys = []
+    for options in ({}, {"max_pixels": 128 * 128}, {"min_pixels": 96 * 96}):
+        model = encoder(checkpoint, **options)
+        prepared = model.backbone.preprocessor.prepare([item(large), item(small)])
+        (images,) = prepared.images(None)
+        keys.append(set(images["keys"].tolist()))
+    assert [len(both) for both in keys] == [2, 2, 2]
+    assert [len(keys[0] & other) for other in keys[1:]] == [1, 1]
+    assert not keys[1] & keys[2]
+
+
+@pytest.mark.parametrize(
+    "adapters",
+    [
+        pytest.param([], id="all"),
+        pytest.param([Freeze(["vision"])], id="merger"),
+        pytest.param([LoRA(LoraConfig(r=2, target_modules=["q_proj", "qkv"]))], id="LoRA"),
+    ],
+)
+def test_features_of_a_trained_tower_are_not_kept(checkpoint: Path, adapters: list[Adapter]) -> None:
+    model = module(checkpoint, adapters=adapters, features=InMemory(1.0))
+    with pytest.raises(ValueError, match=r"needs a frozen vision tower, but '\S*visual\.\S*' is trained"):
+        fit(model, [batch(model, examples())])
+
+
+def test_features_need_images_in_chunks_of_their_own(checkpoint: Path) -> None:
+    options = {"backbone": {"attn_implementation": "sdpa"}, "features": InMemory(1.0)}
+    model = module(checkpoint, **FROZEN, **options)
+    with pytest.raises(ValueError, match="features: Qwen3VL reads images together with their text"):
+        fit(model, [batch(model, examples())])
+
+
+def test_the_tower_rests_from_the_second_epoch_on(checkpoint: Path, tmp_path: Path) -> None:
+    """In a whole run; a LoRA in the language model alone leaves the tower as it is."""
+    adapters = [LoRA(LoraConfig(r=2, target_modules=["q_proj"]))]
+    model = module(checkpoint, adapters=adapters, features=InMemory(1.0))
+    counts = Counts(model)
+    data = RetrievalDataModule(str(write_rows(tmp_path / "rows.jsonl")), batch_size=3, num_workers=0)
+    after = []
+    model.on_train_epoch_start = lambda: after.append(counts.forward)
+    trainer(max_epochs=3).fit(model, data)
+    assert after[0] == 0
+    assert after[1] == after[2] == counts.forward > 0
+
+
+# Waiting
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what makes the host wait until the device has done all its work.
+
+    Made for a model on the "meta" device, where the numbers of a tensor do not exist: what asks for them (``item``,
+    ``tolist``, ``cpu``, ``nonzero``, ``unique``, a mask as an index) fails by itself. Left are copies to the device
+    that wait for themselves.
+    """
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        options = options or {}
+        given, results = self.places(arguments), function(*arguments, **options)
+        made_there = function is torch.ops.aten.lift_fresh.default and given == {"meta"}
+        copied = given == {"cpu"} and self.places(results) == {"meta"} and not options.get("non_blocking")
+        waiting = made_there or copied
+        assert not waiting, f"{function} copies to the device, and waits: pass non_blocking=True"
+        assert len(given) < 2, f"{function} on the device takes a tensor of the host's"
+        return results
+
+    @staticmethod
+    def places(values: Any) -> set[str]:
+        return {each.device.type for each in tree_leaves(values) if isinstance(each, Tensor) and each.ndim}
+
+
+@pytest.fixture
+def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autocast does not know the device."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: False)
+    monkeypatch.setattr(torch, "autocast", lambda *device, **options: contextlib.nullcontext())
+
+
+MODES = [
+    pytest.param(FROZEN, 0.0, id="frozen, no graphs"),
+    pytest.param(FROZEN, ALL, id="frozen, all graphs"),
+    pytest.param({}, 0.0, id="trainable, no graphs"),
+    pytest.param({}, 1.0, id="trainable, little room"),
+    pytest.param({}, ALL, id="trainable, all graphs"),
+]
+
+
+@pytest.mark.usefixtures("on_meta")
+@pytest.mark.parametrize(("options", "graph_bytes"), MODES)
+def test_a_step_never_waits_for_the_device(checkpoint: Path, options: dict[str, Any], graph_bytes: float) -> None:
+    """Through the encoder, the loss, and back."""
+    model = module(checkpoint, Matryoshka(InfoNCE(0.05), [64, 16]), **options)
+    data = batch(model, [*rows(), Example(mixed_items()[0], (mixed_items()[4],))], 3)
+    queries, documents, relevance = on_device(data, "meta")
+    model.to("meta")
+    engine = Engine(model.encoder, graph_bytes)
+    with NoWaiting():
+        embeddings = engine.embed(data)
+        model.loss(embeddings[queries], embeddings[documents], relevance).backward()
+        engine.replay()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert all(parameter.grad is not None for parameter in trained)
+
+
+@pytest.mark.usefixtures("on_meta")
+def test_joining_a_batch_never_waits_for_the_device(checkpoint: Path) -> None:
+    """All that it needs to know is on the host."""
+    data = batch(module(checkpoint), rows(), 3)
+    count = sum(len(chunk["input_ids"]) for chunk in data.chunks)
+    embeddings = torch.randn(count, 64, device="meta", requires_grad=True)
+    with NoWaiting():
+        queries, documents, _ = joined_batch(embeddings, data)
+    assert (len(queries), len(documents)) == (len(data.queries), len(data.documents))
+
+
+def on_device(data: Batch, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of queries and documents there, and on the host who answers whom."""
+    relevance = torch.zeros(len(data.queries), len(data.documents), dtype=torch.int8)
+    places = [{int(key): row for row, key in enumerate(ids)} for ids in (data.query_ids, data.document_ids)]
+    for (query, document), label in zip(data.pairs.tolist(), data.labels.tolist(), strict=True):
+        relevance[places[0][query], places[1][document]] = label
+    return data.queries.to(device), data.documents.to(device), relevance
+
+
+QUESTIONS = {
+    "item": lambda states: states.sum().item(),
+    "tolist": lambda states: states[0].tolist(),
+    "cpu": lambda states: states.cpu(),
+    "bool": lambda states: bool((states > 0).all()),
+    "nonzero": lambda states: states.nonzero(),
+    "mask": lambda states: states[states > 0],
+    "unique": lambda states: states.unique(),
+    "new tensor": lambda states: torch.tensor([1.0, 2.0], device=states.device),
+    "copy": lambda states: torch.ones(3).to(states.device),
+    "index": lambda states: states[torch.tensor([0])],
+}
+
+
+@pytest.mark.usefixtures("on_meta")
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_waiting_would_be_noticed(name: str) -> None:
+    """Planted one by one."""
+    states = nn.Linear(4, 4, device="meta")(torch.ones(2, 4, device="meta"))
+    waits = pytest.raises((RuntimeError, NotImplementedError, AssertionError))
+    with waits, NoWaiting():
+        QUESTIONS[name](states)
+    with NoWaiting():
+        torch.ones(3).to(states.device, non_blocking=True) + states[:, :3]
+
+
+@pytest.fixture
+def _no_waiting_on_a_gpu() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("options", "graph_bytes"), MODES)
+def test_a_step_never_waits_for_a_gpu(
+    checkpoint: Path, options: dict[str, Any], graph_bytes: float, precision: str, request: pytest.FixtureRequest
+) -> None:
+    loss = Matryoshka(InfoNCE(0.05), [64, 16])
+    model = module(checkpoint, loss, backbone={"dtype": precision}, **options).cuda()
+    data = batch(model, rows(), 3).pin_memory()
+    queries, documents, relevance = on_device(data, "cuda")
+    relevance = relevance.pin_memory()
+    engine = Engine(model.encoder, graph_bytes)
+    step(model, engine, data)  # What is set up once may wait.
+    request.getfixturevalue("_no_waiting_on_a_gpu")
+    embeddings = engine.embed(data)
+    model.loss(embeddings[queries], embeddings[documents], relevance).backward()
+    engine.replay()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [FROZEN, {}], ids=["frozen", "trainable"])
+def test_memory_hardly_grows_with_the_batch(checkpoint: Path, options: dict[str, Any]) -> None:
+    """Beyond the embeddings, and the features of a frozen tower; no graphs are kept."""
+    model = module(checkpoint, **options).cuda()
+    peaks, kept = {}, {}
+    for size in (8, 64):
+        data = batch(model, [page(number) for number in range(size)], chunk_size=4).pin_memory()
+        for _ in range(2):  # The first time, gradients are allocated.
+            torch.cuda.reset_peak_memory_stats()
+            model.zero_grad(set_to_none=False)
+            engine = Engine(model.encoder)
+            embeddings = engine.embed(data)
+            model.loss(*joined_batch(embeddings, data)).backward()
+            engine.replay()
+        peaks[size] = torch.cuda.max_memory_allocated()
+        features = sum(each.nbytes for each in model.encoder.see(data.images)) if options else 0
+        # Embeddings come with their gradients, in several copies while the loss is computed.
+        kept[size] = 8 * embeddings.nbytes + features
+        del embeddings, engine
+    assert peaks[64] - kept[64] < 1.1 * (peaks[8] - kept[8])
