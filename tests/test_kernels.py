@@ -92,6 +92,12 @@ def test_liger_without_a_gpu_or_the_package_is_refused(checkpoint: Path) -> None
         use_liger(built(checkpoint).encoder.backbone.model)
 
 
+def test_liger_for_another_model_is_refused() -> None:
+    other = SimpleNamespace(config=SimpleNamespace(model_type="idefics3"))
+    with pytest.raises(ValueError, match="liger: true is for Qwen3-VL, not for a 'idefics3'"):
+        use_liger(other)
+
+
 class StandIn:
     """What Liger offers, in plain PyTorch; counts its calls."""
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoProcessor, PretrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import is_flash_attn_2_available
 
+from vlmembed.backbones.kernels import compile_layers, use_liger
 from vlmembed.backbones.preprocessing import ChatPreprocessor
 from vlmembed.types import Inputs, Role
 
@@ -45,6 +46,9 @@ class VisionLanguageModel(nn.Module):
         gradient_checkpointing: Whether to keep one activation per layer and recompute the rest: less memory, more time.
         load_in_4bit: Whether to load the weights as 4-bit NF4, for QLoRA (arXiv:2305.14314); needs bitsandbytes
             and CUDA.
+        torch_compile: Whether PyTorch compiles the parts of the layers; worth its minutes in long runs on a GPU.
+        liger: Whether Qwen3-VL runs norms, MLPs and rotary positions through Liger's kernels; needs liger-kernel and
+            CUDA.
         trust_remote_code: Whether to run code that comes with the checkpoint.
     """
 
@@ -70,6 +74,8 @@ class VisionLanguageModel(nn.Module):
         max_length: int | None = None,
         gradient_checkpointing: bool = False,
         load_in_4bit: bool = False,
+        torch_compile: bool = False,
+        liger: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
@@ -82,6 +88,8 @@ class VisionLanguageModel(nn.Module):
         self.max_length = max_length
         self.gradient_checkpointing = gradient_checkpointing
         self.load_in_4bit = load_in_4bit
+        self.torch_compile = torch_compile
+        self.liger = liger
         self._source = {"revision": revision, "trust_remote_code": trust_remote_code}
 
     def configure(self) -> None:
@@ -107,6 +115,10 @@ class VisionLanguageModel(nn.Module):
         self.model.train()
         if self.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if self.liger:
+            use_liger(self.model)
+        if self.torch_compile:
+            compile_layers(self.model)
 
     def load_config(self) -> PretrainedConfig:
         """Read the checkpoint's configuration.

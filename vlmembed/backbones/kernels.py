@@ -26,8 +26,8 @@ def compile_layers(model: nn.Module) -> None:
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ValueError(
-            f"compile: {type(model).__name__} has no layers that transformers could checkpoint, so it is not known "
-            "what to compile. Set compile: false."
+            f"torch_compile: {type(model).__name__} has no layers that transformers could checkpoint, so it is not "
+            "known what to compile. Set torch_compile: false."
         )
     for layer in layers:
         # Not the layer itself: all kinds of them are called through one function of transformers, whose compiled
@@ -45,8 +45,10 @@ def use_liger(model: Any) -> None:
             reach the stock model that an export is compared with.
 
     Raises:
-        ValueError: If there is no GPU, or the package is missing.
+        ValueError: If it is another model, there is no GPU, or the package is missing.
     """
+    if not model.config.model_type.startswith("qwen3_vl"):
+        raise ValueError(f"liger: true is for Qwen3-VL, not for a {model.config.model_type!r}. Set liger: false.")
     if not (torch.cuda.is_available() and is_liger_kernel_available()):
         raise ValueError(
             "liger: true needs a CUDA device and the liger-kernel package "
