@@ -44,7 +44,7 @@ def tensors(lengths: Sequence[int], heads: tuple[int, int], dtype: torch.dtype =
 def bounds(lengths: Sequence[int], device: str = "cpu") -> dict[str, Any]:
     """What transformers hands over."""
     found = Bounds.of(torch.tensor(lengths), torch.device(device))
-    return {"lengths": found.lengths, "cu_seq_lens_q": found.ends, "max_length_q": found.longest}
+    return {"bounds": found}
 
 
 def one_by_one(inputs: Sequence[Tensor], lengths: Sequence[int], causal: bool, scale: float | None = None) -> Tensor:

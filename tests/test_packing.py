@@ -333,3 +333,18 @@ def loaded(checkpoint: Path, rows: str, workers: int) -> list[Batch]:
     )
     data.setup("fit")
     return list(data.train_dataloader())
+
+
+@pytest.mark.parametrize("change", [{"do_normalize": False}, {"image_mean": [0.4, 0.5, 0.6]}])
+def test_pixels_that_the_device_cannot_make_are_refused(
+    checkpoint: Path, tmp_path: Path, change: dict[str, object]
+) -> None:
+    """The images' settings alone: a video would be normalised otherwise than it is served."""
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    for name, value in change.items():
+        setattr(processor.image_processor, name, value)
+    shutil.copytree(checkpoint, tmp_path / "changed")
+    processor.save_pretrained(tmp_path / "changed")
+    (name,) = change
+    with pytest.raises(ValueError, match=f"has {name}=.*rescaled and normalised, both alike"):
+        _ = Qwen3VL(str(tmp_path / "changed")).preprocessor

@@ -26,6 +26,8 @@ with suppress(ImportError):  # PyTorch before 2.10.
 NAME = "vlmembed_flash"
 
 
+# Compiled, it would be compiled again for every number of sequences.
+@torch.compiler.disable
 def packed_attention(
     module: nn.Module,
     query: Float[Tensor, "1 heads T d"],
@@ -35,9 +37,8 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
-    lengths: Sequence[int] = (),
-    cu_seq_lens_q: Tensor | None = None,
-    max_length_q: int = 0,
+    *,
+    bounds: Bounds,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attend within each sequence.
@@ -51,9 +52,7 @@ def packed_attention(
         scaling: What products are multiplied by.
         dropout: The share of attention weights to drop.
         is_causal: Whether a token sees those before it only.
-        lengths: Of the sequences, T in all.
-        cu_seq_lens_q: Where they end, from 0, on the device.
-        max_length_q: The longest.
+        bounds: Of the sequences, T tokens in all.
 
     Returns:
         (1, T, heads, d), and no weights.
@@ -65,14 +64,14 @@ def packed_attention(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if varlen_attn is not None and query.is_cuda and query.dtype != torch.float32 and not dropout:
         packed = (each[0].transpose(0, 1) for each in (query, key, value))
-        bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+        limits = (bounds.ends, bounds.ends, bounds.longest, bounds.longest)
         window = (-1, 0 if causal else -1)
-        return varlen_attn(*packed, *bounds, scale=scaling, window_size=window, enable_gqa=True)[None], None
+        return varlen_attn(*packed, *limits, scale=scaling, window_size=window, enable_gqa=True)[None], None
     outputs = [
         scaled_dot_product_attention(
             queries, keys, values, dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=True
         )
-        for queries, keys, values in zip(*(_groups(each, lengths) for each in (query, key, value)), strict=True)
+        for queries, keys, values in zip(*(_groups(each, bounds.lengths) for each in (query, key, value)), strict=True)
     ]
     return torch.cat([output.transpose(1, 2).flatten(0, 1) for output in outputs])[None], None
 

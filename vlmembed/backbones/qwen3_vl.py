@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -79,6 +80,8 @@ class Qwen3VL(VisionLanguageModel):
             raise ValueError(
                 f"min_pixels={shortest} is above max_pixels={longest} (one of them is the checkpoint's own). Set both."
             )
+        if self.sees_images_apart:
+            _check_normalisation(processor, self.checkpoint)
         # In this family's processors an "edge" is a number of pixels.
         processor.image_processor.size = {"shortest_edge": shortest, "longest_edge": longest}
         return processor
@@ -113,7 +116,7 @@ class Qwen3VL(VisionLanguageModel):
             interp_weights=here["weights"],
             cu_seqlens=bounds.ends,
             max_seqlen=bounds.longest,
-            lengths=bounds.lengths,
+            bounds=bounds,
         )
         features = torch.stack([output.pooler_output, *output.deepstack_features], dim=1)
         tokens: list[int] = (images["grid_thw"].prod(dim=1) // self.model.visual.spatial_merge_unit).tolist()
@@ -174,7 +177,7 @@ class Qwen3VL(VisionLanguageModel):
             cu_seq_lens_k=bounds.ends,
             max_length_q=bounds.longest,
             max_length_k=bounds.longest,
-            lengths=bounds.lengths,
+            bounds=bounds,
         )
         return torch.cat([output.last_hidden_state if layer == -1 else output.hidden_states[layer] for layer in layers])
 
@@ -193,6 +196,21 @@ class Qwen3VL(VisionLanguageModel):
     def _here(self, tensor: Tensor) -> Tensor:
         """Copy to the device; from pinned memory, while the device computes."""
         return tensor.to(self.device, non_blocking=True)
+
+
+def _check_normalisation(processor: ProcessorMixin, checkpoint: str) -> None:
+    """Refuse what bytes cannot be turned into on the device: other pixels would be trained than are served."""
+    names = ("do_rescale", "do_normalize", "rescale_factor", "image_mean", "image_std")
+    image, video = (
+        {name: np.asarray(getattr(part, name)).tolist() for name in names}
+        for part in (processor.image_processor, processor.video_processor)
+    )
+    for name in names:
+        if not image[name] or image[name] != video[name]:
+            raise ValueError(
+                f"The checkpoint {checkpoint!r} has {name}={image[name]} for images and {video[name]} for videos; "
+                "Qwen3VL needs pixels that are rescaled and normalised, both alike."
+            )
 
 
 class PackingPreprocessor(ChatPreprocessor):
