@@ -13,7 +13,7 @@ import torch
 from building import mixed_items
 from transformers import AutoModel, BertConfig, Qwen3Config
 
-from vlmembed.backbones import Qwen3VL, VisionLanguageModel, base
+from vlmembed.backbones import Qwen3VL, VisionLanguageModel, base, qwen3_vl
 
 
 def load(checkpoint: Path, **options: Any) -> Qwen3VL:
@@ -50,6 +50,7 @@ def test_flash_attention_is_for_half_precision_on_cuda(
     monkeypatch.setattr(base, "is_flash_attn_2_available", lambda: True)
     model = types.SimpleNamespace(train=lambda: None)
     monkeypatch.setattr(AutoModel, "from_pretrained", lambda _, **options: asked.update(options) or model)
+    monkeypatch.setattr(qwen3_vl, "install", lambda model: None)
     Qwen3VL(str(checkpoint), dtype=dtype).configure()
     assert asked["attn_implementation"] == expected
 

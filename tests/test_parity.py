@@ -321,7 +321,8 @@ def unscaled_gather(patch: pytest.MonkeyPatch) -> None:
 
 def own_negatives(patch: pytest.MonkeyPatch) -> None:
     """Every process computes the loss of its own examples."""
-    patch.setattr(embedding, "distributed", SimpleNamespace(**{**vars(distributed), "gather": lambda tensor: tensor}))
+    alone = {"gather": lambda tensor: tensor, "gather_on_host": lambda tensor, device: tensor}
+    patch.setattr(embedding, "distributed", SimpleNamespace(**{**vars(distributed), **alone}))
 
 
 def no_mean(patch: pytest.MonkeyPatch) -> None:
