@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from vlmembed.backbones import Qwen3VL
@@ -77,7 +78,7 @@ def batch(model: EmbeddingModule, rows: list[Example], chunk_size: int | None = 
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {name: whole(parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
 def relative_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -101,8 +102,13 @@ def write_rows(path: Path, count: int = 9) -> Path:
     return path
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy, put together if the tensor is in shards."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+
+
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    return {name: whole(parameter.detach()) for name, parameter in model.named_parameters()}
 
 
 def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

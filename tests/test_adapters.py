@@ -12,7 +12,7 @@ from building import gradients, item, picture, relative_difference
 from peft import LoraConfig, PeftModel
 from torch import Tensor
 
-from vlmembed.adapters import Freeze, LoRA, group_of, matching_parameters, merge
+from vlmembed.adapters import Freeze, LoRA, matching_parameters, merge
 from vlmembed.backbones import Qwen3VL, VisionLanguageModel
 from vlmembed.types import Inputs
 
@@ -162,7 +162,7 @@ def test_groups_are_disjoint_and_cover_everything(checkpoint: Path, tmp_path: Pa
     assert set.union(*found.values()) == every
     for group, starts in beginnings.items():
         assert found[group] == {name for name in every if name.removeprefix("model.").startswith(starts)}
-        assert {group_of(backbone, name) for name in found[group]} == {group}
+        assert {backbone.group_of(name) for name in found[group]} == {group}
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shutil
-import types
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import other_models
 import pytest
@@ -13,7 +13,7 @@ import torch
 from building import mixed_items
 from transformers import AutoModel, BertConfig, Qwen3Config
 
-from vlmembed.backbones import Qwen3VL, VisionLanguageModel, base, qwen3_vl
+from vlmembed.backbones import Qwen3VL, VisionLanguageModel, base
 
 
 def load(checkpoint: Path, **options: Any) -> Qwen3VL:
@@ -48,9 +48,7 @@ def test_flash_attention_is_for_half_precision_on_cuda(
     asked = {}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(base, "is_flash_attn_2_available", lambda: True)
-    model = types.SimpleNamespace(train=lambda: None)
-    monkeypatch.setattr(AutoModel, "from_pretrained", lambda _, **options: asked.update(options) or model)
-    monkeypatch.setattr(qwen3_vl, "install", lambda model: None)
+    monkeypatch.setattr(AutoModel, "from_pretrained", lambda _, **options: asked.update(options) or mock.MagicMock())
     Qwen3VL(str(checkpoint), dtype=dtype).configure()
     assert asked["attn_implementation"] == expected
 

@@ -33,9 +33,11 @@ from vlmembed.engine import Engine
 from vlmembed.features import InMemory
 from vlmembed.gradcache import CachedStep
 from vlmembed.losses import InfoNCE, Loss, Matryoshka
+from vlmembed.losses.definition import defined_loss
 from vlmembed.losses.pairs import Pairs
 from vlmembed.modules import EmbeddingModule, ParityCheck, embedding
-from vlmembed.modules.parity import _compared, defined_loss, reduced
+from vlmembed.modules.parity import _compared
+from vlmembed.modules.reduction import reduced
 from vlmembed.pooling import LastToken, Pooling
 from vlmembed.types import Batch, Example
 

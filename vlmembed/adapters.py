@@ -97,7 +97,7 @@ def matching_parameters(backbone: VisionLanguageModel, pattern: str) -> list[tup
         ValueError: If there are none.
     """
     if pattern in backbone.groups:
-        found = [entry for entry in backbone.named_parameters() if group_of(backbone, entry[0]) == pattern]
+        found = [entry for entry in backbone.named_parameters() if backbone.group_of(entry[0]) == pattern]
     else:
         found = [entry for entry in backbone.named_parameters() if re.search(pattern, entry[0])]
     if not found:
@@ -107,11 +107,6 @@ def matching_parameters(backbone: VisionLanguageModel, pattern: str) -> list[tup
             f"Groups are {', '.join(backbone.groups)}; names look like {names[0]} and {names[-1]}."
         )
     return found
-
-
-def group_of(backbone: VisionLanguageModel, name: str) -> str:
-    """Return the group that a parameter's name falls in."""
-    return next(group for group, pattern in backbone.groups.items() if re.search(pattern, name))
 
 
 def merge(backbone: VisionLanguageModel) -> None:

@@ -65,6 +65,6 @@ class Encoder(nn.Module):
             inputs: B items, from the backbone's preprocessor, on any device.
             features: Of each image of the batch, where images come in chunks of their own.
         """
-        hidden = self.backbone(inputs, self.pooling.layers, features)
+        hidden = self.backbone(inputs, self.pooling.layers, features, self.pooling.tail)
         mask, tokens = (inputs[name].to(hidden.device, non_blocking=True) for name in ("attention_mask", "input_ids"))
         return self.pooling(hidden, mask, tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -76,6 +77,11 @@ class Engine:
 
     def _embed(self, batch: Batch) -> Tensor:
         self.room = Room(self.graph_bytes, self.encoder.parameters())
+        self._texts = gradcache.embed(self._see_images(batch), batch.chunks, self.room)
+        return self._texts.embeddings
+
+    def _see_images(self, batch: Batch) -> Callable[[Inputs], Tensor]:
+        """See the images that can be seen apart; return what encodes a chunk."""
         self._images = None
         if self._frozen:
             features = self._see(batch)
@@ -83,10 +89,8 @@ class Engine:
             self._images = gradcache.run(self.encoder.backbone.see, batch.images, self.room)
             features = self._images.outputs
         else:
-            self._texts = gradcache.embed(lambda chunk: self._encode_with_images(chunk, batch.images), batch.chunks)
-            return self._texts.embeddings
-        self._texts = gradcache.embed(lambda chunk: self.encoder(chunk, features), batch.chunks, self.room)
-        return self._texts.embeddings
+            return lambda chunk: self._encode_with_images(chunk, batch.images)
+        return lambda chunk: self.encoder(chunk, features)
 
     def replay(self) -> None:
         """Send the gradient of the embeddings through the encoder. Call once, after the loss's backward."""

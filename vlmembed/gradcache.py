@@ -15,7 +15,7 @@ training, at ordinary cost. Each chunk's random state is restored, so that dropo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -89,8 +89,9 @@ def run(forward: Forward, chunks: Sequence[Inputs], room: Room | None = None) ->
     pending = []
     for chunk in chunks:
         state = _RandomState()
-        last = chunk is chunks[-1]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and (last or room.left)), room.measured():
+        last, left = chunk is chunks[-1], room.left
+        counted = room.measured() if left else nullcontext()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (last or left)), counted:
             outputs = forward(chunk)
         if room.taken > room.limit and not last:
             outputs = [output.detach() for output in outputs]

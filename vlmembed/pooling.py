@@ -22,9 +22,12 @@ class Pooling(nn.Module, ABC):
     Attributes:
         layers: Which of the backbone's hidden states to pool, as indices into its layers with -1 the last one after
             the final norm. With more than one, ``hidden`` has a leading dimension K in this order.
+        tail: How many of an item's last tokens are read, if not all: the others' states need not be computed, and
+            may be NaN.
     """
 
     layers: tuple[int, ...] = (-1,)
+    tail: int | None = None
 
     def configure(self, hidden_size: int) -> None:
         """Create weights, once the backbone's hidden size is known.
@@ -62,6 +65,8 @@ class FirstToken(Pooling):
 
 class LastToken(Pooling):
     """The state of the last token, which alone has seen the whole item under causal attention (arXiv:2401.00368)."""
+
+    tail = 1
 
     def forward(
         self,
@@ -149,6 +154,8 @@ class Concatenation(Pooling):
             )
         self.members = nn.ModuleList(poolings)
         self.layers = poolings[0].layers
+        tails = [pooling.tail for pooling in poolings if pooling.tail is not None]
+        self.tail = max(tails) if len(tails) == len(poolings) else None
 
     @property
     def poolings(self) -> list[Pooling]:

@@ -30,7 +30,7 @@ from vlmembed import distributed, gradcache
 from vlmembed.encoder import Encoder
 from vlmembed.engine import Engine
 from vlmembed.features import FeatureCache
-from vlmembed.types import Batch, Inputs, Item, Part
+from vlmembed.types import Batch, Item, Part
 
 
 def shard(encoder: Encoder, mesh: DeviceMesh) -> None:
@@ -128,16 +128,12 @@ class ShardedEngine(Engine):
 
     def embed(self, batch: Batch) -> Float[Tensor, "N D"]:
         """Embed a batch's items in the order of its chunks; see `Engine.embed`."""
+        self.graph_bytes = 0.0  # Whatever room this process alone has found since.
         items = sum(len(chunk["input_ids"]) for chunk in batch.chunks)
         missing = distributed.largest(len(batch.chunks), self.encoder.device) - len(batch.chunks)
-        seen = self._see(batch) if self._frozen else None
-
-        def encode(chunk: Inputs) -> Tensor:
-            return self._encode_with_images(chunk, batch.images) if seen is None else self.encoder(chunk, seen)
-
         # Copies: the graph of the last chunk is kept, and only of that one.
         fillers = [dict(self._filler) for _ in range(missing)]
-        self._texts = gradcache.embed(encode, [*batch.chunks, *fillers])
+        self._texts = gradcache.embed(self._see_images(batch), [*batch.chunks, *fillers])
         return self._texts.embeddings[:items]
 
     def replay(self) -> None:

@@ -13,7 +13,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
@@ -30,7 +30,7 @@ NAME = "vlmembed_flash"
 @torch.compiler.disable
 def packed_attention(
     module: nn.Module,
-    query: Float[Tensor, "1 heads T d"],
+    query: Float[Tensor, "1 heads Q d"],
     key: Float[Tensor, "1 kv_heads T d"],
     value: Float[Tensor, "1 kv_heads T d"],
     attention_mask: None,
@@ -39,24 +39,27 @@ def packed_attention(
     is_causal: bool | None = None,
     *,
     bounds: Bounds,
+    asking: Bounds | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attend within each sequence.
 
     Args:
         module: The attention layer; its ``is_causal`` counts where ``is_causal`` is None.
-        query: T tokens of all sequences, one after the other.
-        key: The same; heads may be shared.
+        query: Of all sequences, one after the other: T tokens, or the last few of each.
+        key: T tokens; heads may be shared.
         value: As ``key``.
         attention_mask: Not used: nothing is padded.
         scaling: What products are multiplied by.
         dropout: The share of attention weights to drop.
         is_causal: Whether a token sees those before it only.
         bounds: Of the sequences, T tokens in all.
+        asking: Of their last tokens, Q in all; by default all ask.
 
     Returns:
-        (1, T, heads, d), and no weights.
+        (1, Q, heads, d), and no weights.
     """
+    asking = asking or bounds
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if torch.is_autocast_enabled(query.device.type):
         # Rotary positions are applied in float32, which the values never saw.
@@ -64,25 +67,45 @@ def packed_attention(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if varlen_attn is not None and query.is_cuda and query.dtype != torch.float32 and not dropout:
         packed = (each[0].transpose(0, 1) for each in (query, key, value))
-        limits = (bounds.ends, bounds.ends, bounds.longest, bounds.longest)
+        limits = (asking.ends, bounds.ends, asking.longest, bounds.longest)
         window = (-1, 0 if causal else -1)
         return varlen_attn(*packed, *limits, scale=scaling, window_size=window, enable_gqa=True)[None], None
-    outputs = [
-        scaled_dot_product_attention(
-            queries, keys, values, dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=True
+    # Neighbours of equal length go together, as sorted chunks have many.
+    alike = [(*lengths, len(list(same))) for lengths, same in groupby(zip(asking.lengths, bounds.lengths, strict=True))]
+    outputs = []
+    groups = (
+        _groups(query, [(length, count) for length, _, count in alike]),
+        *(_groups(each, [(length, count) for _, length, count in alike]) for each in (key, value)),
+    )
+    for queries, keys, values in zip(*groups, strict=True):
+        few = queries.shape[2] < keys.shape[2]
+        output = scaled_dot_product_attention(
+            queries,
+            keys,
+            values,
+            _last_rows(queries.shape[2], keys.shape[2], query.device) if causal and few else None,
+            dropout,
+            is_causal=causal and not few,
+            scale=scaling,
+            enable_gqa=True,
         )
-        for queries, keys, values in zip(*(_groups(each, bounds.lengths) for each in (query, key, value)), strict=True)
-    ]
-    return torch.cat([output.transpose(1, 2).flatten(0, 1) for output in outputs])[None], None
+        outputs.append(output.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)[None], None
 
 
-def _groups(packed: Float[Tensor, "1 heads T d"], lengths: Sequence[int]) -> list[Float[Tensor, "n heads L d"]]:
-    """Cut into sequences; neighbours of equal length stay together, as sorted chunks have many."""
-    counts = [(length, len(list(same))) for length, same in groupby(lengths)]
-    parts = packed[0].split([length * count for length, count in counts], dim=1)
+def _groups(
+    packed: Float[Tensor, "1 heads T d"], alike: Sequence[tuple[int, int]]
+) -> list[Float[Tensor, "n heads L d"]]:
+    """Cut into groups of sequences of one length: lengths and counts."""
+    parts = packed[0].split([length * count for length, count in alike], dim=1)
     return [
-        part.unflatten(1, (count, length)).transpose(0, 1) for part, (length, count) in zip(parts, counts, strict=True)
+        part.unflatten(1, (count, length)).transpose(0, 1) for part, (length, count) in zip(parts, alike, strict=True)
     ]
+
+
+def _last_rows(queries: int, keys: int, device: torch.device) -> Bool[Tensor, "queries keys"]:
+    """Return what the last tokens may see: those before them, and themselves."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
 AttentionInterface.register(NAME, packed_attention)

@@ -169,11 +169,13 @@ class VisionLanguageModel(nn.Module):
         """H, the size of the hidden states."""
         return int(self.model.config.get_text_config().hidden_size)
 
+    def group_of(self, name: str) -> str:
+        """Return the group that a parameter's name falls in."""
+        return next(group for group, pattern in self.groups.items() if re.search(pattern, name))
+
     def vision_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield what images go through before they meet the text, with names."""
-        for name, parameter in self.named_parameters():
-            if re.search(self.groups["merger"], name) or re.search(self.groups["vision"], name):
-                yield name, parameter
+        return (entry for entry in self.named_parameters() if self.group_of(entry[0]) != "language")
 
     @property
     def sees_images_apart(self) -> bool:
@@ -198,7 +200,7 @@ class VisionLanguageModel(nn.Module):
         return next(self.parameters()).device
 
     def forward(
-        self, inputs: Inputs, layers: Sequence[int] = (-1,), features: Features = ()
+        self, inputs: Inputs, layers: Sequence[int] = (-1,), features: Features = (), tail: int | None = None
     ) -> Float[Tensor, "*K B L H"]:
         """Return hidden states.
 
@@ -206,6 +208,7 @@ class VisionLanguageModel(nn.Module):
             inputs: One chunk, from the `preprocessor`, on any device.
             layers: Which hidden states: -1 is the last one, after the final norm; 0 the token embeddings.
             features: Of each image of the batch, by its place, where `see` made them.
+            tail: How many of an item's last tokens will be read, if not all; other states may be NaN.
 
         Returns:
             (B, L, H), or (K, B, L, H) for K layers.

@@ -208,21 +208,23 @@ def picked(chunks: Sequence[Inputs], places: Collection[int]) -> Iterator[tuple[
         yield joined, [place for _, own in same for place in own]
 
 
+def take(chunk: Inputs, rows: Sequence[int]) -> Inputs:
+    """Take some items out of their chunk, as a chunk of their own."""
+    positions = chunk["position_ids"].split(chunk["attention_mask"].sum(dim=1).tolist(), dim=1)
+    images = [(rows.index(row), place) for row, place in chunk["images"].tolist() if row in rows]
+    return {
+        "input_ids": chunk["input_ids"][list(rows)],
+        "attention_mask": chunk["attention_mask"][list(rows)],
+        "position_ids": torch.cat([positions[row] for row in rows], dim=1),
+        "images": torch.tensor(images, dtype=torch.long).reshape(-1, 2),
+    }
+
+
 def halve(chunk: Inputs) -> list[Inputs]:
     """Cut a chunk of items in two, or leave it alone if it has one item."""
-    mask, images = chunk["attention_mask"], chunk["images"]
-    middle = len(mask) // 2
-    if not middle:
-        return [chunk]
-    tokens = int(mask[:middle].sum())
-    first, second = images[images[:, 0] < middle], images[images[:, 0] >= middle]
-    positions = chunk["position_ids"].tensor_split([tokens], dim=1)
-    rows = [slice(0, middle), slice(middle, None)]
-    shown = [first, second - torch.tensor([middle, 0])]
-    return [
-        {"input_ids": chunk["input_ids"][half], "attention_mask": mask[half], "position_ids": place, "images": seen}
-        for half, place, seen in zip(rows, positions, shown, strict=True)
-    ]
+    items = range(len(chunk["attention_mask"]))
+    middle = len(items) // 2
+    return [take(chunk, items[:middle]), take(chunk, items[middle:])] if middle else [chunk]
 
 
 def frame_patches(grids: Int[Tensor, "n 3"]) -> Int[Tensor, " frames"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -17,6 +18,7 @@ from vlmembed.backbones.attention import Bounds, install
 from vlmembed.backbones.base import Features, VisionLanguageModel
 from vlmembed.backbones.packing import PackedItems, VisionLayout, frame_patches
 from vlmembed.backbones.preprocessing import ChatPreprocessor
+from vlmembed.backbones.tail import Tail, shorten
 from vlmembed.types import Inputs, Item
 
 
@@ -98,6 +100,7 @@ class Qwen3VL(VisionLanguageModel):
         super().configure()
         if self.sees_images_apart:
             install(self.model)
+            shorten(self.model.language_model.layers[-1])
 
     def see(self, images: Inputs) -> Sequence[Float[Tensor, "tokens levels H"]]:
         """Run the vision tower on a chunk of images; see `VisionLanguageModel.see`.
@@ -123,7 +126,7 @@ class Qwen3VL(VisionLanguageModel):
         return features.split(tokens)
 
     def forward(
-        self, inputs: Inputs, layers: Sequence[int] = (-1,), features: Features = ()
+        self, inputs: Inputs, layers: Sequence[int] = (-1,), features: Features = (), tail: int | None = None
     ) -> Float[Tensor, "*K B L H"]:
         """Return hidden states; see `VisionLanguageModel.forward`.
 
@@ -131,29 +134,33 @@ class Qwen3VL(VisionLanguageModel):
             inputs: A chunk of `PackedItems`, or what the `preprocessor` returns when it is called.
             layers: Which hidden states.
             features: Of the distinct images of the batch, from `see`; the chunk says which of them it shows.
+            tail: How many of an item's last tokens will be read; the last layer is computed for no others.
         """
         if not self.sees_images_apart:
             return super().forward(inputs, layers)
         if "images" not in inputs:
-            return self._forward_unpacked(inputs, layers)
+            return self._forward_unpacked(inputs, layers, tail)
         mask = inputs["attention_mask"]
         tokens = mask.flatten().nonzero()[:, 0]
+        last = self._tail(mask, layers, tail)
         ids = inputs["input_ids"].flatten()[tokens]
         shown = [features[place] for place in inputs["images"][:, 1].tolist()]
         hidden = self.model.language_model.embed_tokens(self._here(ids))[None]
         added = None
         if shown:
             hidden, added = self._with_images(hidden, ids, torch.cat([self._here(image) for image in shown]))
-        states = self._read(hidden, added, inputs, layers)
-        padded = states.new_zeros(len(states), mask.numel(), states.shape[-1])
-        padded = padded.index_copy(1, self._here(tokens), states).unflatten(1, mask.shape)
+        states = self._read(hidden, added, inputs, layers, last)
+        places = self._here(tokens) if last is None else self._here(tokens)[last.places]
+        # Where a token was left out, whoever reads it should see so.
+        padded = states.new_full((len(states), mask.numel(), states.shape[-1]), math.nan if last else 0.0)
+        padded = padded.index_copy(1, places, states).unflatten(1, mask.shape)
         return padded if len(layers) > 1 else padded[0]
 
-    def _forward_unpacked(self, inputs: Inputs, layers: Sequence[int]) -> Tensor:
+    def _forward_unpacked(self, inputs: Inputs, layers: Sequence[int], tail: int | None) -> Tensor:
         on_host = {name: tensor.cpu() for name, tensor in inputs.items()}
         items = PackedItems(on_host, VisionLayout.of(self.model.config))
         features = [image for images in items.images() for image in self.see(images)]
-        return self.forward(items.chunk(range(len(inputs["input_ids"]))), layers, features)
+        return self.forward(items.chunk(range(len(inputs["input_ids"]))), layers, features, tail)
 
     def _with_images(self, hidden: Tensor, ids: Tensor, features: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Put features where the image tokens are; return the first level, and what later layers add."""
@@ -163,8 +170,23 @@ class Qwen3VL(VisionLanguageModel):
         nothing = torch.zeros_like(hidden)
         return hidden.index_copy(1, places, first), [nothing.index_copy(1, places, level) for level in levels]
 
-    def _read(self, hidden: Tensor, added: list[Tensor] | None, inputs: Inputs, layers: Sequence[int]) -> Tensor:
-        """Run the language model on packed tokens; return (K, T, H)."""
+    def _tail(self, mask: Tensor, layers: Sequence[int], tokens: int | None) -> Tail | None:
+        """Say which tokens the last layer is needed for, if not for all."""
+        config = self.model.config
+        images_enter = len(config.vision_config.deepstack_visual_indexes)
+        if tokens is None or tuple(layers) != (-1,) or config.text_config.num_hidden_layers <= images_enter:
+            return None
+        return Tail.of(mask.sum(dim=1), tokens, self.device)
+
+    def _read(
+        self,
+        hidden: Tensor,
+        added: list[Tensor] | None,
+        inputs: Inputs,
+        layers: Sequence[int],
+        tail: Tail | None,
+    ) -> Tensor:
+        """Run the language model on packed tokens; return (K, T, H), or of the tail alone."""
         bounds = Bounds.of(inputs["attention_mask"].sum(dim=1), self.device)
         output = self.model.language_model(
             inputs_embeds=hidden,
@@ -178,6 +200,7 @@ class Qwen3VL(VisionLanguageModel):
             max_length_q=bounds.longest,
             max_length_k=bounds.longest,
             bounds=bounds,
+            tail=tail,
         )
         return torch.cat([output.last_hidden_state if layer == -1 else output.hidden_states[layer] for layer in layers])
 

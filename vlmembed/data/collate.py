@@ -41,11 +41,12 @@ class Collator:
         """
         queries, documents, labels = _judgements(examples)
         items = {**queries, **documents}
-        prepared = self.preprocessor.prepare(list(items.values()), draft=True)
+        ids = [*items]
+        prepared = self.preprocessor.prepare([*items.values()], draft=True)
         lengths, patches = prepared.lengths, prepared.patches
         room = self._room([*map(add, lengths, patches)])
         chunks = cut(lengths, patches, room)
-        row = {list(items)[place]: row for row, place in enumerate(chain.from_iterable(chunks))}
+        row = {ids[place]: row for row, place in enumerate(chain.from_iterable(chunks))}
         return Batch(
             chunks=[prepared.chunk(places) for places in chunks],
             images=prepared.images(room),
@@ -76,13 +77,14 @@ def cut(lengths: Sequence[int], patches: Sequence[int], room: int | None) -> lis
         The items' places, the most expensive first.
     """
     chunks: list[list[int]] = []
+    longest = seen = 0
     for place in sorted(range(len(lengths)), key=lambda place: lengths[place] + patches[place], reverse=True):
-        longer = [*(chunks[-1] if chunks else []), place]
-        cost = len(longer) * max(lengths[each] for each in longer) + sum(patches[each] for each in longer)
-        if chunks and (room is None or cost <= room):
+        longest, seen = max(longest, lengths[place]), seen + patches[place]
+        if chunks and (room is None or (len(chunks[-1]) + 1) * longest + seen <= room):
             chunks[-1].append(place)
         else:
             chunks.append([place])
+            longest, seen = lengths[place], patches[place]
     return chunks
 
 

@@ -107,7 +107,7 @@ class InfoNCE(SimilarityLoss):
         # As in CLIP the parameter itself is held back: clamping only its use would stop its gradient for good.
         with torch.no_grad():
             self.log_scale.clamp_(max=math.log(MAXIMUM_SCALE))
-        return self.log_scale.float().exp()
+        return self.log_scale.exp()
 
     def _direction_losses(
         self, pairs: Pairs, direction: Direction, similarity: Float[Tensor, "T M C"], scale: Tensor | float

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 
-from vlmembed.adapters import group_of, matching_parameters
+from vlmembed.adapters import matching_parameters
 from vlmembed.backbones import VisionLanguageModel
 
 
@@ -98,7 +98,7 @@ def refuse_untouched_parameters(module: LightningModule, backbone: VisionLanguag
     untouched = [
         name for name, parameter in module.named_parameters() if parameter.requires_grad and parameter.grad is None
     ]
-    blamed = untouched if saw_images else [name for name in untouched if group_of(backbone, name) == "language"]
+    blamed = untouched if saw_images else [name for name in untouched if backbone.group_of(name) == "language"]
     if blamed:
         raise RuntimeError(
             f"{len(blamed)} trainable parameters got no gradient from this batch, such as {blamed[0]} and "

@@ -35,33 +35,28 @@ def start_engine(
     Raises:
         ValueError: If an option cannot be served.
     """
-    if distributed.is_sharded(encoder):
-        return _start_sharded_engine(module, encoder, graph_memory, features)
-    limit = memory.graph_bytes(graph_memory, module.device)
     data: Any = getattr(module.trainer, "datamodule", None)
+    sharded = distributed.is_sharded(encoder)
+    if sharded:
+        _refuse_for_shards(getattr(data, "chunk_size", None), graph_memory)
+    limit = memory.graph_bytes(graph_memory, module.device)
     if getattr(data, "chunk_size", None) == "auto" and data.chunk_cost is None:
         with module.trainer.precision_plugin.forward_context():
             data.chunk_cost = chunk_cost(encoder)
         _tell(module, f"chunk_size: auto. A chunk has room for {data.chunk_cost:,} tokens and patches.")
-    if features is None:
-        return Engine(encoder, limit)
-    _open(features, encoder.backbone, str(module.trainer.precision))
-    return Engine(encoder, limit, features, batches_per_epoch(data))
+    steps = 0
+    if features is not None:
+        _open(features, encoder.backbone, str(module.trainer.precision))
+        steps = batches_per_epoch(data)
+    return ShardedEngine(encoder, features, steps) if sharded else Engine(encoder, limit, features, steps)
 
 
-def _start_sharded_engine(
-    module: LightningModule, encoder: Encoder, graph_memory: GraphMemory, features: FeatureCache | None
-) -> Engine:
-    data: Any = getattr(module.trainer, "datamodule", None)
-    if getattr(data, "chunk_size", None) == "auto" or graph_memory not in ("auto", "none"):
+def _refuse_for_shards(chunk_size: int | str | None, graph_memory: GraphMemory) -> None:
+    if chunk_size == "auto" or graph_memory not in ("auto", "none"):
         raise ValueError(
-            f"With ModelParallelStrategy, data.chunk_size is a number (got {getattr(data, 'chunk_size', None)}) and "
-            f"graph_memory is auto or none (got {graph_memory}): processes go through the layers in step."
+            f"With ModelParallelStrategy, data.chunk_size is a number (got {chunk_size}) and graph_memory is auto or "
+            f"none (got {graph_memory}): processes go through the layers in step."
         )
-    if features is None:
-        return ShardedEngine(encoder)
-    _open(features, encoder.backbone, str(module.trainer.precision))
-    return ShardedEngine(encoder, features, batches_per_epoch(data))
 
 
 def _tell(module: LightningModule, sentence: str) -> None:
