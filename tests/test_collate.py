@@ -11,7 +11,7 @@ import torch
 
 from vlmembed.data import Collator, ItemCollator
 from vlmembed.data.collate import cut
-from vlmembed.types import Batch, Example, Inputs, Item, Part, Preprocessor, Role
+from vlmembed.types import Batch, Example, Inputs, Item, Part, Prepared, Preprocessor, Role
 
 
 class Letters(Preprocessor):
@@ -119,9 +119,28 @@ def test_chunks_of_so_many_tokens() -> None:
     assert areas(batch) == [18, 10, 12, 10, 12, 1]  # A long item has a chunk for itself, whatever it takes.
 
 
-def test_patches_count_as_tokens_do() -> None:
+def test_what_images_cost_counts_as_tokens_do() -> None:
     assert cut([30, 5, 20, 5, 5], [80, 0, 100, 0, 0], 150) == [[2], [0, 1], [3, 4]]
     assert cut([30, 5, 20, 5, 5], [80, 0, 100, 0, 0], None) == [[2, 0, 1, 3, 4]]
+
+
+class Pictures(Letters):
+    """Every item shows pictures, of ten patches for each of its letters."""
+
+    def prepare(self, items: Sequence[Item], draft: bool = False) -> Prepared:
+        return Shown(self, items)
+
+
+class Shown(Prepared):
+    @property
+    def patches(self) -> list[int]:
+        return [10 * length for length in self.lengths]
+
+
+@pytest.mark.parametrize(("patch_cost", "rows"), [(0.0, [1, 1, 3, 4, 2]), (0.5, [*[1] * 9, 2])])
+def test_patches_cost_what_they_are_said_to(patch_cost: float, rows: list[int]) -> None:
+    batch = Collator(Pictures(), chunk_cost=18, patch_cost=patch_cost)(EXAMPLES)
+    assert [len(chunk["input_ids"]) for chunk in batch.chunks] == rows
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 5, 7])

@@ -42,7 +42,7 @@ def test_auto_measures_says_and_writes_down(
 ) -> None:
     data = fit(module(checkpoint), tmp_path, chunk_size="auto")
     assert data.chunk_cost == probing.MOST["cpu"]  # There is memory enough for a tiny model.
-    assert "A chunk has room for 8,192 tokens and patches" in capsys.readouterr().out
+    assert "A chunk has room for 8,192 tokens" in capsys.readouterr().out
     assert yaml.safe_load((tmp_path / "chunks.yaml").read_text()) == {"chunk_cost": 8192}
 
 
@@ -65,6 +65,12 @@ def test_probing_leaves_nothing_behind(checkpoint: Path) -> None:
     probing.chunk_cost(encoder)
     assert torch.equal(torch.rand(3), expected)
     assert not gradients(encoder)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_patches_cost_nothing_where_no_activations_are_kept(checkpoint: Path, tmp_path: Path, frozen: bool) -> None:
+    data = fit(module(checkpoint, adapters=[Freeze(["vision", "merger"])] if frozen else []), tmp_path, chunk_size=2)
+    assert data.patch_cost == (0.0 if frozen else 0.5)
 
 
 def test_auto_without_a_module_that_measures_is_refused(checkpoint: Path, tmp_path: Path) -> None:

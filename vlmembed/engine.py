@@ -52,7 +52,7 @@ class Engine:
         self.before_step = False
         #: What the graphs of the last step took.
         self.room = Room()
-        self._frozen = not any(parameter.requires_grad for _, parameter in encoder.backbone.vision_parameters())
+        self._frozen = not encoder.backbone.trains_vision
 
     def embed(self, batch: Batch) -> Float[Tensor, "N D"]:
         """Embed a batch's items in the order of its chunks, for a loss whose backward `replay` takes over.

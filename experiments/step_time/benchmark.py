@@ -10,7 +10,7 @@ found first. Steps of all contenders alternate in one process; memory is measure
     a  vision tower and merger frozen
     b  the same, the tower's features kept: the second epoch and later ones
     c  everything trained, every chunk's graph kept
-    d  everything trained, no graph kept
+    d  everything trained, no graph kept, chunks of 1
     e  peak memory, no graph kept, at equal chunks
     f  how peak memory grows with the batch, no graph kept
 """

@@ -27,7 +27,7 @@ class Setting:
     """What a user of the engine would choose.
 
     Args:
-        chunk: Chunks that cost no more than this many of the batch's items; None for the engine's own choice.
+        chunk: The size of chunks, in items of average cost; None for what the engine measures.
         retain: Whether the graphs of as many chunks are kept as there is memory for, or none.
         keep_features: Whether a frozen tower's features are kept from epoch to epoch.
     """
@@ -64,7 +64,8 @@ class Ours:
             for text, picture in pairs
         ]
         cost = None if self.setting.chunk else probing.chunk_cost(self.model.encoder)
-        batch = Collator(self.model.preprocessor, self.setting.chunk, cost)(examples)
+        collate = Collator(self.model.preprocessor, self.setting.chunk, cost, probing.patch_cost(self.model.encoder))
+        batch = collate(examples)
         return batch.pin_memory() if self.model.device.type == "cuda" else batch
 
     def step(self, batch: Batch) -> float:

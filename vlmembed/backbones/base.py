@@ -178,6 +178,11 @@ class VisionLanguageModel(nn.Module):
         return (entry for entry in self.named_parameters() if self.group_of(entry[0]) != "language")
 
     @property
+    def trains_vision(self) -> bool:
+        """Whether anything that images go through has a gradient."""
+        return any(parameter.requires_grad for _, parameter in self.vision_parameters())
+
+    @property
     def sees_images_apart(self) -> bool:
         """Whether images come in chunks of their own, for `see`."""
         return False

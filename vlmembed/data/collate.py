@@ -11,27 +11,39 @@ import torch
 
 from vlmembed.types import Batch, Example, Item, ItemBatch, Preprocessor
 
+#: What a patch costs where the vision tower is trained. Its activations are about half of a token's in the language
+#: model, by the widths and depths of any Qwen3-VL, and of small ones alike.
+PATCH_COST = 0.5
+
 
 class Collator:
     """Makes a ``Batch`` of examples, in a loader worker.
 
     Items are sorted by cost, the most expensive first, and cut into chunks of equal cost: the tokens that a chunk's
-    items take when padded, and the patches of their images. So a chunk is hardly padded, short texts share one in
-    larger numbers than images, and a batch that does not fit in memory fails at once.
+    items take when padded, and the patches of their images at half the price. So a chunk is hardly padded, short texts
+    share one in larger numbers than images, and a batch that does not fit in memory fails at once.
 
     Args:
         preprocessor: From items to model inputs.
         chunk_size: How many items of average cost a chunk has room for, at least the most expensive one; null for one
             chunk of everything.
-        chunk_cost: How many tokens and patches a chunk has room for, instead.
+        chunk_cost: How many tokens a chunk has room for, instead, and how many patches a chunk of images.
+        patch_cost: What a patch costs, in tokens; nothing where the tower is frozen, and keeps no activations.
     """
 
-    def __init__(self, preprocessor: Preprocessor, chunk_size: int | None = None, chunk_cost: int | None = None):
+    def __init__(
+        self,
+        preprocessor: Preprocessor,
+        chunk_size: int | None = None,
+        chunk_cost: int | None = None,
+        patch_cost: float = PATCH_COST,
+    ) -> None:
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size is 1 or more, or null for a single chunk; got {chunk_size}.")
         self.preprocessor = preprocessor
         self.chunk_size = chunk_size
         self.chunk_cost = chunk_cost
+        self.patch_cost = patch_cost
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
         """Merge equal items, and equal queries with all their answers.
@@ -44,12 +56,12 @@ class Collator:
         ids = [*items]
         prepared = self.preprocessor.prepare([*items.values()], draft=True)
         lengths, patches = prepared.lengths, prepared.patches
-        room = self._room([*map(add, lengths, patches)])
-        chunks = cut(lengths, patches, room)
+        seeing = [self.patch_cost * each for each in patches]
+        chunks = cut(lengths, seeing, self._room([*map(add, lengths, seeing)]))
         row = {ids[place]: row for row, place in enumerate(chain.from_iterable(chunks))}
         return Batch(
             chunks=[prepared.chunk(places) for places in chunks],
-            images=prepared.images(room),
+            images=prepared.images(self._room([each for each in patches if each] or [1])),
             queries=torch.tensor([row[query] for query in queries]),
             documents=torch.tensor([row[document] for document in documents], dtype=torch.long),
             query_ids=torch.tensor([*queries]),
@@ -58,33 +70,33 @@ class Collator:
             labels=torch.tensor([*labels.values()], dtype=torch.int8),
         )
 
-    def _room(self, costs: Sequence[int]) -> int | None:
+    def _room(self, costs: Sequence[float]) -> int | None:
         if self.chunk_cost is not None or self.chunk_size is None:
             return self.chunk_cost
-        return max(*costs, 1, math.ceil(self.chunk_size * sum(costs) / len(costs)))
+        return math.ceil(max(*costs, 1, self.chunk_size * sum(costs) / len(costs)))
 
 
-def cut(lengths: Sequence[int], patches: Sequence[int], room: int | None) -> list[list[int]]:
+def cut(lengths: Sequence[int], seeing: Sequence[float], room: int | None) -> list[list[int]]:
     """Group items of similar cost into chunks.
 
     Args:
         lengths: Tokens of each item.
-        patches: Image patches of each item.
-        room: The most that a chunk may cost: tokens, each item counting as long as its longest, and patches. None for a
+        seeing: What each item's images cost besides, in tokens.
+        room: The most that a chunk may cost: tokens, each item counting as long as its longest, and images. None for a
             single chunk. An item that costs more has a chunk for itself.
 
     Returns:
         The items' places, the most expensive first.
     """
     chunks: list[list[int]] = []
-    longest = seen = 0
-    for place in sorted(range(len(lengths)), key=lambda place: lengths[place] + patches[place], reverse=True):
-        longest, seen = max(longest, lengths[place]), seen + patches[place]
+    longest, seen = 0, 0.0
+    for place in sorted(range(len(lengths)), key=lambda place: lengths[place] + seeing[place], reverse=True):
+        longest, seen = max(longest, lengths[place]), seen + seeing[place]
         if chunks and (room is None or (len(chunks[-1]) + 1) * longest + seen <= room):
             chunks[-1].append(place)
         else:
             chunks.append([place])
-            longest, seen = lengths[place], patches[place]
+            longest, seen = lengths[place], seeing[place]
     return chunks
 
 

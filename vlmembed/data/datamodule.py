@@ -9,7 +9,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from vlmembed.data.batches import Batches
-from vlmembed.data.collate import Collator, ItemCollator
+from vlmembed.data.collate import PATCH_COST, Collator, ItemCollator
 from vlmembed.data.evaluation import EvaluationRows, EvaluationSource, load_evaluation
 from vlmembed.data.loader import ExampleLists, ItemLists, ResumableLoader, shard
 from vlmembed.data.mixture import Mixture
@@ -65,8 +65,10 @@ class RetrievalDataModule(LightningDataModule):
         self.test = test
         self.batch_size = batch_size
         self.chunk_size = chunk_size
-        #: What ``auto`` turned out to be: the tokens and patches of a chunk. The module that is trained measures it.
+        #: What ``auto`` turned out to be: the tokens of a chunk. The module that is trained measures it.
         self.chunk_cost: int | None = None
+        #: What a patch costs; the module that is trained knows whether its vision tower is.
+        self.patch_cost = PATCH_COST
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
         self.seed = seed
@@ -110,10 +112,10 @@ class RetrievalDataModule(LightningDataModule):
 
     def _collator(self) -> Collator:
         if self.chunk_size != "auto":
-            return Collator(self._preprocessor, self.chunk_size)
+            return Collator(self._preprocessor, self.chunk_size, patch_cost=self.patch_cost)
         if self.chunk_cost is None:
             raise ValueError("chunk_size: auto needs a vlmembed module to measure it; give a number, or null.")
-        return Collator(self._preprocessor, chunk_cost=self.chunk_cost)
+        return Collator(self._preprocessor, None, self.chunk_cost, self.patch_cost)
 
     def state_dict(self) -> dict[str, Any]:
         """Keep the size of chunks, so that a resumed run cuts the same."""

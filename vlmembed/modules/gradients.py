@@ -98,9 +98,8 @@ class StepGradients:
     def _embed(self) -> Tensor:
         """Embed everything, drawing random numbers in the order in which the engine does."""
         encoder, engine, batch = self._module.encoder, self._module.engine, self._batch
-        trained = any(parameter.requires_grad for _, parameter in encoder.backbone.vision_parameters())
         with self._trainer.precision_plugin.train_step_context():
-            if trained and not engine.graph_bytes:
+            if encoder.backbone.trains_vision and not engine.graph_bytes:
                 # Dropout depends on which images share a pass.
                 return torch.cat([engine._encode_with_images(chunk, batch.images) for chunk in batch.chunks])
             features = encoder.see(batch.images)

@@ -17,7 +17,7 @@ from vlmembed.engine import Engine
 from vlmembed.features import FeatureCache, fingerprint, refuse_trainable
 from vlmembed.memory import GraphMemory
 from vlmembed.modules.optimization import batches_per_epoch
-from vlmembed.modules.probing import chunk_cost
+from vlmembed.modules.probing import chunk_cost, patch_cost
 from vlmembed.sharding import ShardedEngine
 
 
@@ -39,11 +39,13 @@ def start_engine(
     sharded = distributed.is_sharded(encoder)
     if sharded:
         _refuse_for_shards(getattr(data, "chunk_size", None), graph_memory)
+    if hasattr(data, "patch_cost"):
+        data.patch_cost = patch_cost(encoder)
     limit = memory.graph_bytes(graph_memory, module.device)
     if getattr(data, "chunk_size", None) == "auto" and data.chunk_cost is None:
         with module.trainer.precision_plugin.forward_context():
             data.chunk_cost = chunk_cost(encoder)
-        _tell(module, f"chunk_size: auto. A chunk has room for {data.chunk_cost:,} tokens and patches.")
+        _tell(module, f"chunk_size: auto. A chunk has room for {data.chunk_cost:,} tokens.")
     steps = 0
     if features is not None:
         _open(features, encoder.backbone, str(module.trainer.precision))

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from vlmembed import distributed, memory
-from vlmembed.data.collate import Collator
+from vlmembed.data.collate import PATCH_COST, Collator
 from vlmembed.encoder import Encoder
 from vlmembed.engine import Engine
 from vlmembed.types import Batch, Example, Item, Part, Preprocessor
@@ -25,7 +25,7 @@ SIDE = 256
 
 
 def chunk_cost(encoder: Encoder) -> int:
-    """Find how many tokens and patches a chunk may have.
+    """Find how many tokens a chunk may have, patches counted as `patch_cost` says.
 
     Two chunks of pictures and words, one twice as long as the other, go forward and back; what they take is made a
     straight line.
@@ -44,9 +44,15 @@ def chunk_cost(encoder: Encoder) -> int:
     return int(distributed.gather(torch.tensor([cost], device=device)).min())
 
 
+def patch_cost(encoder: Encoder) -> float:
+    """Return what a patch costs, in tokens: nothing where the tower keeps no activations."""
+    return PATCH_COST if encoder.backbone.trains_vision else 0.0
+
+
 def _try(encoder: Encoder, cost: int) -> tuple[int, float]:
     """Send a chunk of such a cost forward and back; return its cost, and the bytes it took."""
-    batch = _batch(encoder.backbone.preprocessor, cost)
+    of_patch = patch_cost(encoder)
+    batch = _batch(encoder.backbone.preprocessor, cost / (1 + PATCHES_PER_TOKEN * of_patch))
     engine = Engine(encoder, graph_bytes=math.inf)
     peak = memory.StepPeak(encoder.device)
     with torch.random.fork_rng():
@@ -56,14 +62,15 @@ def _try(encoder: Encoder, cost: int) -> tuple[int, float]:
     # In main memory only what is saved for the backward is known: about half of what is there for a moment.
     taken = peak.bytes or 2 * engine.room.taken
     tokens = sum(chunk["input_ids"].numel() for chunk in batch.chunks)
-    return tokens + sum(len(images["pixel_values"]) for images in batch.images), taken
+    patches = sum(len(images["pixel_values"]) for images in batch.images)
+    return tokens + int(of_patch * patches), taken
 
 
-def _batch(preprocessor: Preprocessor, cost: int) -> Batch:
+def _batch(preprocessor: Preprocessor, tokens: float) -> Batch:
     """Make one chunk of pictures and words."""
     draw = np.random.default_rng(0)
     examples: list[Example] = []
-    while PATCHES_PER_TOKEN * sum(preprocessor.cost(example.positives[0]) for example in examples) < cost:
+    while sum(preprocessor.cost(example.positives[0]) for example in examples) < tokens:
         picture = Image.fromarray(draw.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8))
         number = str(len(examples))
         shown = Item("document", (Part("image", picture), Part("text", number)), origin="probing for chunk_size: auto")
