@@ -5,12 +5,13 @@ seven Matryoshka dimensions, backward, update by SGD. Theirs is MatryoshkaLoss(C
 mini-batch 1, at the fastest of several mini-batches, and at the fastest of several token budgets; which those are is
 found first. Steps of all contenders alternate in one process; memory is measured in a fresh process each.
 
-    python experiments/step_time/benchmark.py
+    python experiments/step_time/benchmark.py --scenarios abcd          # half an hour; nothing else should run
+    python experiments/step_time/benchmark.py --scenarios ef --name memory
 
     a  vision tower and merger frozen
     b  the same, the tower's features kept: the second epoch and later ones
     c  everything trained, every chunk's graph kept
-    d  everything trained, no graph kept, chunks of 1
+    d  everything trained, no graph kept, chunks of 4, which take no more memory than theirs of 1
     e  peak memory, no graph kept, at equal chunks
     f  how peak memory grows with the batch, no graph kept
 """
@@ -47,7 +48,7 @@ def main() -> None:
         )
         for run in _runs(frozen, trained, options):
             run(report)
-            report.write(options.output, "results")  # What there is by now.
+            report.write(options.output, options.name)  # What there is by now.
     print(report.markdown())
 
 
@@ -72,8 +73,9 @@ def _options() -> argparse.Namespace:
         "--config", default="wide_tower", help=f"{', '.join(checkpoint.SIZES)}, or a folder with a config.json"
     )
     parser.add_argument(
-        "--output", type=Path, default=Path(__file__).parent, help="folder for results.md and results.svg"
+        "--output", type=Path, default=Path(__file__).parent, help="folder for the results (default: this one)"
     )
+    parser.add_argument("--name", default="results", help="of the files NAME.md and NAME.svg (default: results)")
     return parser.parse_args()
 
 

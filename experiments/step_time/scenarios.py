@@ -39,7 +39,8 @@ TIMED = [
     Timed("a", "frozen tower", "language", Setting(), "best mini-batch", 1.8),
     Timed("b", "frozen tower, later epochs", "language", Setting(keep_features=True), "best mini-batch", 3.0),
     Timed("c", "all trained, graphs kept", "everything", Setting(), "best mini-batch", 1.25),
-    Timed("d", "all trained, chunks of 1", "everything", Setting(1, retain=False), "mini-batch 1", 1.8),
+    # No more memory than theirs at mini-batch 1, the inputs included: row e says so.
+    Timed("d", "all trained, chunks of 4", "everything", Setting(4, retain=False), "mini-batch 1", 1.8),
 ]
 
 
@@ -66,13 +67,15 @@ def times(work: Work, pairs: Sequence[Pair], letters: str, rounds: int, report: 
 
 
 def peaks(work: Work, repeats: int, report: Report) -> None:
-    """Compare peak memory at equal chunks, of 1 item and of 8."""
-    for chunk in (1, 8):
-        ours, theirs = (
-            _peaks(_measurement(side, work, batch_size=64, chunk=chunk), repeats, report) for side in ("ours", "theirs")
-        )
-        title = f"e) peak memory, {TITLES[work.trained]}, chunks and mini-batches of {chunk}"
-        report.rows.append(_space_row(title, ours, theirs, 1.0))
+    """Compare peak memory at equal chunks, of 1 item and of 8, and as in scenario d, of 4 and of 1."""
+    sides = [("ours", 1), ("theirs", 1), ("ours", 8), ("theirs", 8), ("ours", 4)]
+    found = {
+        (side, chunk): _peaks(_measurement(side, work, batch_size=64, chunk=chunk), repeats, report)
+        for side, chunk in sides
+    }
+    for our, their in ((1, 1), (8, 8), (4, 1)):
+        title = f"e) peak memory, {TITLES[work.trained]}, our chunks of {our}, their mini-batches of {their}"
+        report.rows.append(_space_row(title, found["ours", our], found["theirs", their], 1.0))
 
 
 def growth(work: Work, repeats: int, report: Report) -> None:
