@@ -8,6 +8,7 @@ from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 
+from vlmembed.modules import EmbeddingModule
 from vlmembed.trainer import Trainer
 
 
@@ -41,6 +42,8 @@ class CLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Measure the fresh model, unless the run goes on from a checkpoint."""
+        if self.trainer.exporter is not None and isinstance(self.model, EmbeddingModule):
+            self.trainer.exporter.check(self.model.encoder.pooling)
         self._before = {} if self._get(self.config_init, "ckpt_path") else self._measure()
 
     def after_fit(self) -> None:
