@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from building import module, trainer, write_rows
 from lightning.pytorch.loggers import CSVLogger
 
 from vlmembed.ablation.probe import READ_OUTS, Probe
 from vlmembed.backbones import Qwen3VL
+from vlmembed.cli import main
 from vlmembed.data import RetrievalDataModule
 from vlmembed.losses import InfoNCE
 from vlmembed.metrics import METRICS
@@ -74,6 +76,37 @@ def test_the_heat_map_says_what_it_compares(checkpoint: Path, tmp_path: Path) ->
         assert f'<th scope="row">{name}</th>' in page
     best = max(values["ndcg@10"] for values in found.values())
     assert f'class="best">{best:.3f}</td>' in page
+
+
+def test_the_command(checkpoint: Path, tmp_path: Path) -> None:
+    """A probe is a run of ``test`` with the base's model inside."""
+    write_rows(tmp_path / "rows.jsonl")
+    backbone = {"class_path": "vlmembed.backbones.Qwen3VL", "init_args": {"checkpoint": str(checkpoint)}}
+    model = {
+        "backbone": backbone,
+        "pooling": {"class_path": "vlmembed.pooling.LastToken"},
+        "loss": {"class_path": "vlmembed.losses.InfoNCE"},
+    }
+    data = {"test": str(tmp_path / "rows.jsonl"), "num_workers": 0}
+    base = {
+        "model": {"class_path": "vlmembed.modules.EmbeddingModule", "init_args": model},
+        "data": {"class_path": "vlmembed.data.RetrievalDataModule", "init_args": data},
+        "trainer": {"accelerator": "cpu"},
+    }
+    given = {
+        "base": "base.yaml",
+        "output_dir": str(tmp_path / "probe"),
+        "set": {"data.init_args.eval_batch_size": 3},
+        "probe": {"layers": [0, -1], "metric": "map"},
+    }
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    (tmp_path / "probe.yaml").write_text(yaml.safe_dump(given))
+    main(["ablate", "--config", str(tmp_path / "probe.yaml")])
+    assert "map of every pooling" in (tmp_path / "probe" / "probe.html").read_text()
+    del given["base"]
+    (tmp_path / "probe.yaml").write_text(yaml.safe_dump(given))
+    with pytest.raises(ValueError, match="the key 'base' is missing"):
+        main(["ablate", "--config", str(tmp_path / "probe.yaml")])
 
 
 @pytest.mark.parametrize(

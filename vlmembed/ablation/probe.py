@@ -133,7 +133,7 @@ class Probe(LightningModule):
         tables: dict[tuple[str, int], dict[ReadOut, float]] = {}
         for one, pooling, layer, dimension, measured in rows:
             tables.setdefault((one, dimension), {})[pooling, layer] = measured[self.metric]
-        return environment.get_template("probe.html.jinja").render(
+        page: str = environment.get_template("probe.html.jinja").render(
             metric=self.metric,
             model=self.model.encoder.backbone.checkpoint,
             checkpoint=self.checkpoint,
@@ -141,6 +141,7 @@ class Probe(LightningModule):
             layers=self.layers,
             tables=tables,
         )
+        return page
 
 
 #: Evaluation set, pooling, layer, dimension, and every metric by name.

@@ -8,17 +8,16 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 #: Returns the learned embeddings (tokens, H). A function, because the tensor may be another one in each step.
 LearnedTokens = Callable[[], Tensor]
 
 
-def append_tokens(processor: ProcessorMixin, tokens: Sequence[str], known: bool) -> None:
+def append_tokens(processor: Any, tokens: Sequence[str], known: bool) -> None:
     """Let a chat template end with some tokens.
 
     Args:
-        processor: Its template is changed, and its vocabulary where the tokens are new.
+        processor: Of transformers. Its template is changed, and its vocabulary where the tokens are new.
         tokens: In order.
         known: Whether they have to be in the vocabulary; else they must not.
 
@@ -40,15 +39,13 @@ def append_tokens(processor: ProcessorMixin, tokens: Sequence[str], known: bool)
     processor.chat_template = processor.chat_template.removesuffix("\n") + "".join(tokens)
 
 
-def learn_tokens(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str], learned: LearnedTokens
-) -> None:
+def learn_tokens(model: Any, tokenizer: Any, tokens: Sequence[str], learned: LearnedTokens) -> None:
     """Let a model read learned embeddings where it finds some tokens.
 
     The model's own table gets rows for them, which nobody reads until `write_tokens` fills them.
 
     Args:
-        model: Without adapters.
+        model: Of transformers, without adapters.
         tokenizer: Knows the tokens.
         tokens: In the order of the embeddings.
         learned: Returns the embeddings.
@@ -67,9 +64,7 @@ def learn_tokens(
 
 
 @torch.no_grad()
-def write_tokens(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str], learned: LearnedTokens
-) -> None:
+def write_tokens(model: Any, tokenizer: Any, tokens: Sequence[str], learned: LearnedTokens) -> None:
     """Write learned embeddings into the model's own table."""
     first = tokenizer.convert_tokens_to_ids(tokens[0])
     table = model.get_input_embeddings().weight

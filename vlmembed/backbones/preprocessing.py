@@ -136,7 +136,6 @@ class ChatPreprocessor(Preprocessor):
         return dict(inputs)
 
     def _truncate(self, inputs: Inputs, items: Sequence[Item], limit: int) -> Inputs:
-        rows, width = inputs["input_ids"].shape
         for row, length in enumerate(inputs["attention_mask"].sum(dim=1).tolist()):
             if length <= limit:
                 continue
@@ -152,7 +151,8 @@ class ChatPreprocessor(Preprocessor):
                     "Raise max_length."
                 )
             inputs["input_ids"][row, limit - len(tail) : limit] = torch.tensor(tail)
-        return {name: value[:, :limit] if value.shape[:2] == (rows, width) else value for name, value in inputs.items()}
+        per_token = {*self.processor.tokenizer.model_input_names, "mm_token_type_ids"}
+        return {name: value[:, :limit] if name in per_token else value for name, value in inputs.items()}
 
     def _template_tail(self, role: Role) -> list[int]:
         """Return the tokens that the template puts behind a text: what two texts have in common at their ends."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from sentence_transformers.base.modules.module import Module
@@ -18,7 +18,7 @@ class TrainedPooling(Module):
         hidden_size: Of the token states.
     """
 
-    config_keys: ClassVar[list[str]] = ["pooling", "hidden_size"]
+    config_keys: list[str] = ["pooling", "hidden_size"]
 
     def __init__(self, pooling: dict[str, Any], hidden_size: int) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class TrainedPooling(Module):
         self.save_torch_weights(output_path, safe_serialization=safe_serialization)
 
     @classmethod
-    def load(cls, model_name_or_path: str, **options: Any) -> TrainedPooling:
+    def load(cls, model_name_or_path: str, **options: Any) -> TrainedPooling:  # type: ignore[override]
         """Read configuration and weights."""
         names = ("subfolder", "token", "cache_folder", "revision", "local_files_only")
         options = {name: options[name] for name in names if name in options}
