@@ -9,7 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ablation_folders import HOSTILE, POOLINGS, QUERIES, SEEDS, build, build_unfinished, configure, run_folder, write_run
+from ablation_folders import (
+    HOSTILE,
+    POOLINGS,
+    QUERIES,
+    SEEDS,
+    build,
+    build_unfinished,
+    configure,
+    run_folder,
+    write_run,
+)
 
 from vlmembed.ablation import answers as answers_module
 from vlmembed.ablation.answers import most_telling
@@ -55,7 +65,8 @@ class Tables(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         if tag in ("td", "th") and self._cell is not None:
-            self.tables[-1][-1].append((", ".join(self._cell), self._value))
+            text, *notes = self._cell
+            self.tables[-1][-1].append((" ".join([text, *(f"({note})" for note in notes)]), self._value))
             self._cell = None
 
 
@@ -240,6 +251,14 @@ def test_a_baseline_that_has_not_finished_is_not_compared_with(tmp_path: Path) -
     for seed in SEEDS:
         shutil.rmtree(run_folder(tmp_path, "mean", seed))
     assert "to the baseline" not in write_report(tmp_path).read_text()
+
+
+def test_a_baseline_that_is_the_best_is_not_shown_twice(tmp_path: Path) -> None:
+    page = write_report(build(tmp_path, poolings=["mean", "first"])).read_text()
+    assert "to the best" in page
+    assert "to the baseline" not in page
+    rows = read_csv(tmp_path)
+    assert rows[1]["baseline_difference"] == rows[1]["best_difference"] != ""
 
 
 def test_runs_measured_on_other_queries_are_refused(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def _markdown() -> Environment:
 
 
 def _markdown_table(table: Table) -> Markup:
-    texts = [[f"{cell.text}, {cell.note}" if cell.note else cell.text for cell in row] for row in table.rows]
+    texts = [[f"{cell.text} ({cell.note})" if cell.note else cell.text for cell in row] for row in table.rows]
     headings = [column.heading for column in table.columns]
     first, *rest = ([escape_markdown(text) for text in row] for row in [headings, *texts])
     marks = ["---:" if column.numeric else "---" for column in table.columns]

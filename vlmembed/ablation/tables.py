@@ -111,7 +111,8 @@ def settings_table(summary: Summary, styles: dict[str, int]) -> Table:
     stands: list[Callable[[Row], list[Cell]]] = []
     for title in ("best", "baseline"):
         of = attrgetter(title)
-        if any(of(row) for row in summary.rows):
+        others = {of(row).other for row in summary.rows if of(row)}
+        if others and (title == "best" or others != {summary.rows[0].name}):  # The same numbers once.
             columns += [Column(f"to the {title}", "descending"), Column(f"p, {title}")]
             stands.append(partial(_stand_cells, of, _extent([of(row) for row in summary.rows])))
     columns += [Column(heading) for heading, _ in COSTS.values()]
@@ -163,12 +164,16 @@ def _cell(value: float | None, write: Callable[[float], str]) -> Cell:
 def _own_cells(row: Row, styles: dict[str, int]) -> list[Cell]:
     titles = ["best"] * (row.rank == 1) + ["baseline"] * row.is_baseline
     drawing = swatch(styles[row.name]) if row.name in styles else ""
-    runs = f"{score(min(row.values))} to {score(max(row.values))}, n {len(row.values)}"
+    ends = f"{score(min(row.values))} to {score(max(row.values))}, n {len(row.values)}"
     return [
         Cell(str(row.rank), row.rank, drawing=drawing),
         Cell(row.name, row.name, ", ".join(titles)),
         Cell(score(row.mean), row.mean),
-        Cell(NOTHING if row.deviation is None else f"±{score(row.deviation)}", row.deviation, runs),
+        Cell(
+            NOTHING if row.deviation is None else f"±{score(row.deviation)}",
+            row.deviation,
+            ends if len(row.values) > 1 else "n 1",
+        ),
     ]
 
 
