@@ -26,7 +26,7 @@ from vlmembed.ablation.answers import most_telling
 from vlmembed.ablation.curves import validation_name
 from vlmembed.ablation.drawing import Scale, place_labels, spread
 from vlmembed.ablation.report import write_report
-from vlmembed.ablation.results import per_query_path
+from vlmembed.ablation.results import QUERY_FOLDER, document_path, per_query_path
 from vlmembed.ablation.scatter import Point, pareto_front
 from vlmembed.ablation.statistics import compare
 from vlmembed.ablation.summary import summarize
@@ -302,6 +302,16 @@ def test_pictures_end_where_the_room_does(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(answers_module, "MOST_BYTES", 10_000)
     page = write_report(tmp_path).read_text()
     assert 0 < sum(map(len, re.findall(r"data:image/jpeg;base64,[^\"]+", page))) <= 10_000
+
+
+def test_a_query_that_is_a_picture_is_shown(tmp_path: Path) -> None:
+    build(tmp_path, poolings=["mean", "last"])
+    first, *_ = (query["id"] for query in answers_module.answers(summarize(tmp_path))["queries"])
+    asked = document_path(tmp_path / "documents" / QUERY_FOLDER, "numbers", first, "jpg")
+    asked.parent.mkdir(parents=True)
+    shutil.copy(document_path(tmp_path / "documents", "numbers", "doc 1", "jpg"), asked)
+    queries = answers_module.answers(summarize(tmp_path))["queries"]
+    assert [query["id"] for query in queries if query.get("image", "").startswith("data:image/jpeg")] == [first]
 
 
 def test_every_pair_of_settings_has_its_most_telling_query_early() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
-from vlmembed.ablation.results import document_path, per_query_path, read_json, top_path
+from vlmembed.ablation.results import QUERY_FOLDER, document_path, per_query_path, read_json, top_path
 from vlmembed.ablation.scores import read_column
 from vlmembed.ablation.summary import Summary
 
@@ -25,9 +25,9 @@ def answers(summary: Summary) -> dict[str, Any]:
     Returns:
         ``metric``; ``settings``: their names, best first, and the seeds; ``other``: the one to show beside the best;
         ``documents``: id, and ``image`` (a data URI) or ``text``;
-        ``queries``: id, text, number of right answers, the first of them as ``wanted``, and per setting its score and
-        ``top``: number of the document, score and grade. Without scores, or where no run has kept its answers,
-        ``queries`` is empty.
+        ``queries``: id, text, perhaps an image, number of right answers, the first of them as ``wanted``, and per
+        setting its score and ``top``: number of the document, score and grade. Without scores, or where no run has kept
+        its answers, ``queries`` is empty.
     """
     runs = [row.runs[0] for row in summary.rows]
     settings = [{"name": row.name, "seed": run.seed} for row, run in zip(summary.rows, runs, strict=True)]
@@ -41,9 +41,11 @@ def answers(summary: Summary) -> dict[str, Any]:
     kept = [query for query in summary.scores.queries if all(query in each for each in found)]
     values = np.array([[table[query] for query in kept] for table in tables])
     documents = _Documents(summary.folder / "documents", evaluation)
+    asked = _Documents(summary.folder / "documents" / QUERY_FOLDER, evaluation)
     chosen = [kept[index] for index in most_telling(values)[:QUERIES]]
     queries = [
         _query(query, [each[query] for each in found], [table[query] for table in tables], documents)
+        | asked.content(query)
         for query in chosen
     ]
     return shown | {"metric": column, "documents": documents.entries, "queries": queries}
@@ -77,10 +79,10 @@ class _Documents:
     def number(self, name: str) -> int:
         if name not in self._numbers:
             self._numbers[name] = len(self.entries)
-            self.entries.append({"id": name, **self._content(name)})
+            self.entries.append({"id": name, **self.content(name)})
         return self._numbers[name]
 
-    def _content(self, name: str) -> dict[str, str]:
+    def content(self, name: str) -> dict[str, str]:
         picture, text = (document_path(self.folder, self.evaluation, name, kind) for kind in ("jpg", "txt"))
         if text.exists():
             return {"text": _cut(text.read_text(encoding="utf-8"))}

@@ -1,32 +1,30 @@
-"""Documents made small enough to be shown in a report."""
+"""Documents and queries made small enough to be shown in a report."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 
 from vlmembed.ablation.results import document_path, write_whole
 from vlmembed.backbones.media import load_image
-from vlmembed.types import EvaluationSet, Item
+from vlmembed.types import Item
 
 #: Pixels of the longest side of a picture, and characters of a text.
 SIDE, CHARACTERS = 160, 2_000
 
 
-def show(evaluation: EvaluationSet, columns: Iterable[int], folder: Path) -> None:
-    """Write the first picture of some documents, or the text of one that has none, unless another run has.
+def show(items: Mapping[str, Item], evaluation: str, folder: Path) -> None:
+    """Write the first picture of some items, or the text of one that has none, unless another run has.
 
     Args:
-        evaluation: The set that they are in.
-        columns: Which of its documents.
-        folder: Where the documents of all sets are.
+        items: By id: documents of an evaluation set, or queries.
+        evaluation: The set's name.
+        folder: Where those of all sets are.
     """
-    for column in columns:
-        name = evaluation.document_names[column]
-        picture, text = (document_path(folder, evaluation.name, name, kind) for kind in ("jpg", "txt"))
+    for name, item in items.items():
+        picture, text = (document_path(folder, evaluation, name, kind) for kind in ("jpg", "txt"))
         if not picture.exists() and not text.exists():
-            item = evaluation.corpus[column]
             frames = [frame for part in item.parts for frame in part.frames]
             if frames:
                 image = load_image(frames[0], item.origin)

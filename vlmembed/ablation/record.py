@@ -20,9 +20,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from vlmembed.ablation.documents import show, words_of
-from vlmembed.ablation.results import cost_path, per_query_path, top_path, write_whole
+from vlmembed.ablation.results import QUERY_FOLDER, cost_path, per_query_path, top_path, write_whole
 from vlmembed.metrics import RetrievalMetrics
-from vlmembed.types import EvaluationSet
+from vlmembed.types import EvaluationSet, Item
 
 #: Documents of each query, and queries of each evaluation set, that the report can show.
 DOCUMENTS, QUERIES = 5, 200
@@ -108,7 +108,9 @@ class Record(Callback):
                     for row in _first_queries(evaluation)
                 }
                 write_whole(top_path(folder, evaluation.name), json.dumps(found).encode())
-                show(evaluation, _shown(evaluation, found), self.documents)
+                show(_shown(evaluation, found), evaluation.name, self.documents)
+                asked = {evaluation.query_names[row]: evaluation.queries[row] for row in _first_queries(evaluation)}
+                show(asked, evaluation.name, self.documents / QUERY_FOLDER)
 
 
 def _first_queries(evaluation: EvaluationSet) -> list[int]:
@@ -125,12 +127,13 @@ def _found(evaluation: EvaluationSet, row: int, scores: list[float], columns: li
     return {"query": words_of(evaluation.queries[row]), "top": top, "relevant": relevant}
 
 
-def _shown(evaluation: EvaluationSet, found: dict[str, dict[str, Any]]) -> list[int]:
+def _shown(evaluation: EvaluationSet, found: dict[str, dict[str, Any]]) -> dict[str, Item]:
     """The documents that the report may show: what was found, and a query's first right answers."""
     names = {name for each in found.values() for name, *_ in each["top"]}
     for each in found.values():
         names.update([*each["relevant"]][:DOCUMENTS])
-    return [column for column, name in enumerate(evaluation.document_names) if name in names]
+    documents = zip(evaluation.document_names, evaluation.corpus, strict=True)
+    return {name: document for name, document in documents if name in names}
 
 
 def _table(queries: Iterable[str], values: dict[str, list[float]]) -> bytes:

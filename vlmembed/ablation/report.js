@@ -56,6 +56,7 @@ function article(data, query, chosen) {
     "article",
     "query",
     make("h3", "", query.text || `Query ${query.id}`),
+    query.image ? make("p", "wanted", content(query, "what is asked", "Query")) : "",
     make("p", "wanted", query.relevant === 1 ? "Right answer:" : "Right answers:", ...wanted, rest),
     make("div", "pair", ...chosen.map((number) => side(data, query.settings[number], data.settings[number].name)))
   );
@@ -71,7 +72,7 @@ function side(data, found, name) {
   return make("div", "", make("h4", "", `${name}: ${data.metric} ${found.score.toFixed(3)}`), make("ol", "", ...documents));
 }
 
-function content(shown, role) {
+function content(shown, role, kind = "Document") {
   if (!shown.image) {
     const words = make("span", "", shown.text || shown.id);
     words.title = words.textContent; // Whole, where there is no room for it.
@@ -79,7 +80,7 @@ function content(shown, role) {
   }
   const image = make("img");
   image.src = shown.image;
-  image.alt = `Document ${shown.id}, ${role}`;
+  image.alt = `${kind} ${shown.id}, ${role}`;
   image.loading = "lazy";
   return image;
 }

@@ -15,6 +15,9 @@ from typing import Any, Literal
 #: In the output folder: the configuration as it was run.
 CONFIGURATION = "ablation.yaml"
 
+#: Beside the documents of all evaluation sets: their queries.
+QUERY_FOLDER = "queries"
+
 
 @dataclass(frozen=True)
 class Result:

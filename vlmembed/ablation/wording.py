@@ -9,10 +9,13 @@ from importlib.metadata import version
 from os.path import relpath
 from pathlib import Path
 
+import yaml
+
 from vlmembed.ablation.answers import QUERIES
 from vlmembed.ablation.statistics import ALPHA
 from vlmembed.ablation.summary import Row, Summary
 from vlmembed.ablation.tables import p_text, score
+from vlmembed.export.card import mask
 
 PACKAGES = ("vlmembed", "torch", "transformers", "lightning", "numpy")
 #: More names than this are counted.
@@ -118,9 +121,10 @@ def versions() -> str:
 
 
 def configuration(summary: Summary) -> str:
-    """Write the configuration, with paths from the output folder: where that lies is nobody's business."""
+    """Write the configuration: without secrets, and with paths from the output folder, wherever that lies."""
     base = Path(relpath(summary.ablation.base, summary.folder.resolve()))
-    return replace(summary.ablation, base=base, output_dir=Path(".")).to_yaml()
+    written = replace(summary.ablation, base=base, output_dir=Path(".")).to_yaml()
+    return yaml.safe_dump(mask(yaml.safe_load(written)), sort_keys=False, allow_unicode=True)
 
 
 def _company(summary: Summary) -> list[str]:
