@@ -46,6 +46,11 @@ def folder(tmp_path: Path) -> Path:
         (tmp_path / name).write_text(block(name))
     rows = [f'{{"query": "number {index}", "positive": "{index}"}}' for index in range(8)]
     (tmp_path / "numbers.jsonl").write_text("\n".join(rows))
+    ablation = yaml.safe_load(block("ablation.yaml"))
+    ablation["set"] |= {name: yaml.safe_load(value) for name, value in (each[2:].split("=") for each in SHORT)}
+    ablation["seeds"] = [0]
+    del ablation["grid"]["pooling"]["values"]["last"]
+    (tmp_path / "ablation.yaml").write_text(yaml.safe_dump(ablation))
     return tmp_path
 
 
@@ -54,12 +59,14 @@ def test_every_command_runs(folder: Path) -> None:
     assert quick_start.startswith("python -m vlmembed fit")
     for command in [quick_start, *commands()]:
         words = command.split()
-        run = [sys.executable, *words[1:], *(SHORT if words[3] == "fit" else SHORT[2:])]
+        shorter = {"fit": SHORT, "ablate": []}.get(words[3], SHORT[2:])
+        run = [sys.executable, *words[1:], *shorter]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         result = subprocess.run(run, cwd=folder, env=environment, capture_output=True, text=True, check=False)
         assert result.returncode == 0, f"{run}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
     assert (folder / "my-model" / "modules.json").exists()
     assert list(folder.rglob("predictions/numbers.trec"))
+    assert "mine" in (folder / "runs" / "which-pooling" / "report.md").read_text()
 
 
 def test_every_kind_of_cell_is_read(tmp_path: Path) -> None:

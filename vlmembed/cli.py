@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import sys
+from argparse import ArgumentError
+from functools import cache
 from typing import Any, cast
 
+from jsonargparse import Namespace
 from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 
+from vlmembed.modules import EmbeddingModule
 from vlmembed.trainer import Trainer
+
+DESCRIPTION = (
+    "Turns vision-language models into embedders. Besides the subcommands below there is `ablate`, which runs a grid "
+    "of configurations with several seeds, and reports which differences are real: see `ablate --help`."
+)
 
 
 class CLI(LightningCLI):
@@ -31,6 +42,7 @@ class CLI(LightningCLI):
             subclass_mode_data=True,
             # The modules build their own, after the weights are loaded and the adapters are in.
             auto_configure_optimizers=False,
+            parser_kwargs={"description": DESCRIPTION},
             args=args,
         )
 
@@ -41,6 +53,8 @@ class CLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Measure the fresh model, unless the run goes on from a checkpoint."""
+        if self.trainer.exporter is not None and isinstance(self.model, EmbeddingModule):
+            self.trainer.exporter.check(self.model.encoder.pooling)
         self._before = {} if self._get(self.config_init, "ckpt_path") else self._measure()
 
     def after_fit(self) -> None:
@@ -81,10 +95,53 @@ def _with_csv(logger: Logger | list[Logger] | bool | None) -> list[Logger] | boo
     return [CSVLogger("runs", name="run"), *loggers]
 
 
+class _Checker(CLI):
+    """The command line without its end: it parses, and builds nothing."""
+
+    def parse_arguments(self, parser: Any, args: ArgsType) -> None:
+        self.config = Namespace(subcommand=None, seed_everything=False)
+
+    def instantiate_classes(self) -> None:
+        pass
+
+    def check(self, config: dict[str, Any]) -> None:
+        parser = self._parser("fit")
+        parser.exit_on_error = False
+        try:
+            parser.parse_object(copy.deepcopy(config))
+        except ArgumentError as error:
+            # Its causes are the parser's own steps; its text has them all.
+            raise ValueError(str(error)) from None
+
+
+@cache
+def _checker() -> _Checker:
+    return _Checker()
+
+
+def check(config: dict[str, Any]) -> None:
+    """Try whether something is a configuration of ``fit``, building nothing of it.
+
+    Args:
+        config: What a file would hold.
+
+    Raises:
+        ValueError: Saying what is wrong.
+    """
+    _checker().check(config)
+
+
 def main(args: ArgsType = None) -> None:
     """Run one command.
 
     Args:
         args: The command line, without the program's name; None for the process's own.
     """
-    CLI(args)
+    words = sys.argv[1:] if args is None else args
+    if isinstance(words, list) and words[:1] == ["ablate"]:
+        # Its locks are POSIX's; the other commands need none.
+        from vlmembed.ablation.command import ablate
+
+        ablate(words[1:], check)
+    else:
+        CLI(args)

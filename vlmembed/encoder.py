@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -26,11 +27,16 @@ class Encoder(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.pooling = pooling
+        backbone.appended = pooling.appended
+        backbone.learned_tokens = partial(getattr, pooling, "token_embeddings") if pooling.learns_tokens else None
 
     def configure(self) -> None:
         """Load the backbone's weights and create the pooling's."""
         self.backbone.configure()
         self.pooling.configure(self.backbone.hidden_size)
+        for part in self.pooling.modules():
+            if isinstance(part, Pooling) and part.reads_template:
+                part.template = self.backbone.preprocessor.template
 
     @property
     def dimension(self) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoProcessor, PretrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import is_flash_attn_2_available
 
+from vlmembed.backbones.appending import LearnedTokens, append_tokens, learn_tokens
 from vlmembed.backbones.kernels import compile_layers, use_liger
 from vlmembed.backbones.preprocessing import ChatPreprocessor
 from vlmembed.types import Inputs, Role
@@ -60,6 +61,11 @@ class VisionLanguageModel(nn.Module):
     }
 
     model: PreTrainedModel
+
+    #: Tokens that every item gets at its end.
+    appended: tuple[str, ...] = ()
+    #: Where embeddings are learned for them, which makes them new tokens; else None, and the checkpoint knows them.
+    learned_tokens: LearnedTokens | None = None
 
     def __init__(
         self,
@@ -113,6 +119,8 @@ class VisionLanguageModel(nn.Module):
         )
         # Opened for inference, with dropout off; whoever measures turns it off again.
         self.model.train()
+        if self.learned_tokens is not None:
+            learn_tokens(self.model, self.preprocessor.processor.tokenizer, self.appended, self.learned_tokens)
         if self.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         if self.liger:
@@ -148,6 +156,7 @@ class VisionLanguageModel(nn.Module):
         for part in ("image_processor", "chat_template"):
             if getattr(processor, part, None) is None:
                 raise ValueError(f"The checkpoint {self.checkpoint!r} has no {part.replace('_', ' ')}.")
+        append_tokens(processor, self.appended, known=self.learned_tokens is None)
         return processor
 
     @cached_property

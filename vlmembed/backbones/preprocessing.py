@@ -14,6 +14,7 @@ import torch
 from transformers import ProcessorMixin
 
 from vlmembed.backbones.media import image_size, load_image, load_video
+from vlmembed.pooling import Template
 from vlmembed.types import Frame, Inputs, Item, Part, Preprocessor, Role
 
 Message = dict[str, Any]
@@ -51,6 +52,20 @@ class ChatPreprocessor(Preprocessor):
         self.generation_prompt = generation_prompt
         self.max_length = max_length
         self._tails: dict[Role, list[int]] = {}
+
+    @property
+    def template(self) -> Template:
+        """What token ids mean."""
+        names = ("image_token_id", "video_token_id")
+        visual = tuple(token for name in names if (token := getattr(self.processor, name, None)) is not None)
+        roles = [role for role, instruction in self.instructions.items() if instruction]
+        return Template(visual, tuple(dict.fromkeys(self._instruction(role) for role in roles)))
+
+    def _instruction(self, role: Role) -> tuple[int, ...]:
+        """Return the tokens of a role's system message, with which its items begin."""
+        system, _ = self._chat(role, [])
+        inputs: Any = self.processor.apply_chat_template([[system]], tokenize=True, return_dict=True)
+        return tuple(inputs["input_ids"][0])
 
     def __call__(self, items: Sequence[Item]) -> Inputs:
         """Preprocess items into one chunk.
@@ -121,7 +136,6 @@ class ChatPreprocessor(Preprocessor):
         return dict(inputs)
 
     def _truncate(self, inputs: Inputs, items: Sequence[Item], limit: int) -> Inputs:
-        rows, width = inputs["input_ids"].shape
         for row, length in enumerate(inputs["attention_mask"].sum(dim=1).tolist()):
             if length <= limit:
                 continue
@@ -137,7 +151,8 @@ class ChatPreprocessor(Preprocessor):
                     "Raise max_length."
                 )
             inputs["input_ids"][row, limit - len(tail) : limit] = torch.tensor(tail)
-        return {name: value[:, :limit] if value.shape[:2] == (rows, width) else value for name, value in inputs.items()}
+        per_token = {*self.processor.tokenizer.model_input_names, "mm_token_type_ids"}
+        return {name: value[:, :limit] if name in per_token else value for name, value in inputs.items()}
 
     def _template_tail(self, role: Role) -> list[int]:
         """Return the tokens that the template puts behind a text: what two texts have in common at their ends."""

@@ -12,9 +12,11 @@ from typing import Any
 
 from vlmembed.encoder import Encoder
 from vlmembed.export.card import CardFacts, write_card
+from vlmembed.export.poolings import check_servable, is_stock
 from vlmembed.export.probes import make_probes
 from vlmembed.export.sentence_transformers import write_folder
-from vlmembed.export.verify import ExportError, Verification, encode_probes, verify
+from vlmembed.export.verify import ExportError, Verification, brings_code, encode_probes, verify
+from vlmembed.pooling import Pooling
 
 LIBRARIES = ("vlmembed", "sentence-transformers", "transformers", "torch")
 
@@ -40,6 +42,13 @@ class Run:
 
 class Exporter(ABC):
     """Writes a trained encoder as a folder that others open."""
+
+    def check(self, pooling: Pooling) -> None:  # noqa: B027
+        """Refuse, before training, what could not be exported after it.
+
+        Raises:
+            ValueError: If it could not.
+        """
 
     @abstractmethod
     def export(self, encoder: Encoder, folder: Path, run: Run) -> Verification:
@@ -75,6 +84,10 @@ class SentenceTransformers(Exporter):
         self.license = license
         self.pipeline_tag = pipeline_tag
 
+    def check(self, pooling: Pooling) -> None:
+        """Refuse poolings whose code no folder can bring along; see `Exporter.check`."""
+        check_servable(pooling)
+
     def export(self, encoder: Encoder, folder: Path, run: Run) -> Verification:
         """Write and verify the folder; see `Exporter.export`."""
         draft = folder.with_name(folder.name + ".unverified")
@@ -89,7 +102,7 @@ class SentenceTransformers(Exporter):
         if folder.exists():
             folder.rmdir()
         draft.rename(folder)
-        print(f"Verified: {verification}\n\n{snippet(folder)}")
+        print(f"Verified: {verification}\n\n{_how_to_open(folder)}\n\n{snippet(folder)}")
         return verification
 
     def _write(self, encoder: Encoder, folder: Path, dimensions: Sequence[int]) -> Verification:
@@ -116,6 +129,7 @@ class SentenceTransformers(Exporter):
             metrics=run.metrics,
             config=run.config,
             verification=str(verification),
+            trust_remote_code=not is_stock(encoder.pooling),
             versions={library: version(library) for library in LIBRARIES},
             license=self.license,
             pipeline_tag=self.pipeline_tag,
@@ -144,10 +158,17 @@ def refuse_used(folder: Path) -> None:
         raise FileExistsError(f"{folder} is not empty. Export into another folder, or move this one away.")
 
 
+def _how_to_open(folder: Path) -> str:
+    if brings_code(folder):
+        return "It brings the pooling's code along, and is opened with trust_remote_code=True."
+    return "Modules of Sentence Transformers do all of it; it brings no code along."
+
+
 def snippet(folder: Path) -> str:
     """Return three lines that try a folder."""
+    trust = ", trust_remote_code=True" if brings_code(folder) else ""
     return (
         "from sentence_transformers import SentenceTransformer\n"
-        f"model = SentenceTransformer({str(folder)!r})\n"
+        f"model = SentenceTransformer({str(folder)!r}{trust})\n"
         'print(model.similarity(model.encode_query("a question"), model.encode_document(["a text", "another"])))'
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +15,10 @@ from transformers import PreTrainedModel
 
 from vlmembed import adapters
 from vlmembed.backbones import VisionLanguageModel
+from vlmembed.backbones.appending import write_tokens
 from vlmembed.encoder import Encoder
-from vlmembed.pooling import Concatenation, FirstToken, LastToken, Max, Mean, MeanSqrtLength, Pooling, WeightedMean
-
-#: What Sentence Transformers calls our poolings. Exact types: a subclass may pool differently.
-POOLING_MODES: dict[type[Pooling], str] = {
-    FirstToken: "cls",
-    LastToken: "lasttoken",
-    Max: "max",
-    Mean: "mean",
-    MeanSqrtLength: "mean_sqrt_len_tokens",
-    WeightedMean: "weightedmean",
-}
-
-Module = tuple[str, str, dict[str, Any]]
+from vlmembed.export.code import standalone_code
+from vlmembed.export.poolings import CODE, ServedModule, Sizes, dense, is_stock, pooling_modules
 
 
 def write_folder(encoder: Encoder, folder: Path, truncate_dim: int | None = None) -> None:
@@ -41,72 +32,61 @@ def write_folder(encoder: Encoder, folder: Path, truncate_dim: int | None = None
         truncate_dim: Keep this many leading dimensions, normalised anew; None for all.
 
     Raises:
-        ValueError: If the pooling has no counterpart, or ``truncate_dim`` exceeds the embedding's dimension.
+        ValueError: If the pooling cannot be served, or ``truncate_dim`` exceeds the embedding's dimension.
     """
-    modules = [_transformer(encoder.backbone), _pooling(encoder)]
+    backbone, pooling = encoder.backbone, encoder.pooling
+    sizes = Sizes(backbone.hidden_size, backbone.model.config.get_text_config().num_hidden_layers)
+    modules = [_transformer(backbone, pooling.layers), *pooling_modules(pooling, sizes)]
     if truncate_dim is not None:
         modules.append(_truncation(encoder.dimension, truncate_dim))
     modules.append(_normalize())
-    _write_checkpoint(encoder.backbone, folder)
+    _write_checkpoint(backbone, folder)
+    if len(pooling.layers) > 1:
+        _return_all_layers(folder / "config.json")
     _write_modules(modules, folder)
-    if truncate_dim is not None:
-        # Sentence Transformers' own truncate_dim cuts after normalising; a layer before it does not.
-        weight = torch.eye(encoder.dimension)[:truncate_dim].contiguous()
-        save_file({"linear.weight": weight}, folder / "2_Dense" / "model.safetensors")
-    _write_json(folder / "config_sentence_transformers.json", _model_config(encoder.backbone))
+    if not is_stock(pooling):
+        (folder / f"{CODE}.py").write_text(standalone_code(pooling), encoding="utf-8")
+    _write_json(folder / "config_sentence_transformers.json", _model_config(backbone))
 
 
-def _transformer(backbone: VisionLanguageModel) -> Module:
-    last_hidden_state = {"method": "forward", "method_output_name": "last_hidden_state"}
+def _transformer(backbone: VisionLanguageModel, layers: Sequence[int]) -> ServedModule:
+    # Of several layers, all are returned besides the last; see `_return_all_layers`.
+    output = ["hidden_states", layers[0]] if len(layers) == 1 and layers[0] != -1 else "last_hidden_state"
+    states = {"method": "forward", "method_output_name": output}
     config = {
         "transformer_task": "feature-extraction",
         "modality_config": {
-            "text": last_hidden_state,
-            "image": last_hidden_state,
-            "video": last_hidden_state,
-            "message": {**last_hidden_state, "format": "structured"},
+            "text": states,
+            "image": states,
+            "video": states,
+            "message": {**states, "format": "structured"},
         },
         "module_output_name": "token_embeddings",
         "processing_kwargs": {"chat_template": {"add_generation_prompt": backbone.generation_prompt}},
         "unpad_inputs": False,
     }
-    return "sentence_transformers.base.modules.transformer.Transformer", "sentence_bert_config.json", config
+    name = "sentence_transformers.base.modules.transformer.Transformer"
+    return ServedModule(name, config, file_name="sentence_bert_config.json")
 
 
-def _pooling(encoder: Encoder) -> Module:
-    members = encoder.pooling.poolings if isinstance(encoder.pooling, Concatenation) else [encoder.pooling]
-    unknown = [type(pooling).__name__ for pooling in members if type(pooling) not in POOLING_MODES]
-    if unknown:
-        raise ValueError(
-            f"No Sentence Transformers module pools as {', '.join(unknown)} does. Export one of "
-            f"{', '.join(pooling.__name__ for pooling in POOLING_MODES)}, or train with trainer.exporter: null."
-        )
-    modes = [POOLING_MODES[type(pooling)] for pooling in members]
-    config = {
-        "embedding_dimension": encoder.backbone.hidden_size,
-        "pooling_mode": modes[0] if len(modes) == 1 else modes,
-        "include_prompt": True,
-    }
-    return "sentence_transformers.sentence_transformer.modules.pooling.Pooling", "config.json", config
+def _return_all_layers(path: Path) -> None:
+    """Have a checkpoint return the states of all layers: what Sentence Transformers itself cannot ask for."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for part in (config, config.get("text_config", {})):
+        part["output_hidden_states"] = True
+    _write_json(path, config)
 
 
-def _truncation(dimension: int, truncate_dim: int) -> Module:
+def _truncation(dimension: int, truncate_dim: int) -> ServedModule:
+    """Cut before normalising, which Sentence Transformers' own truncate_dim does not."""
     if not 0 < truncate_dim <= dimension:
         raise ValueError(f"truncate_dim={truncate_dim} is not between 1 and the embedding's {dimension} dimensions.")
-    config = {
-        "in_features": dimension,
-        "out_features": truncate_dim,
-        "bias": False,
-        "activation_function": "torch.nn.modules.linear.Identity",
-        "module_input_name": "sentence_embedding",
-        "module_output_name": "sentence_embedding",
-    }
-    return "sentence_transformers.base.modules.dense.Dense", "config.json", config
+    return dense(torch.eye(dimension)[:truncate_dim])
 
 
-def _normalize() -> Module:
+def _normalize() -> ServedModule:
     config = {"module_input_name": "sentence_embedding", "module_output_name": "sentence_embedding"}
-    return "sentence_transformers.base.modules.normalize.Normalize", "config.json", config
+    return ServedModule("sentence_transformers.base.modules.normalize.Normalize", config)
 
 
 def _model_config(backbone: VisionLanguageModel) -> dict[str, Any]:
@@ -123,6 +103,10 @@ def _model_config(backbone: VisionLanguageModel) -> dict[str, Any]:
 def _write_checkpoint(backbone: VisionLanguageModel, folder: Path) -> None:
     """Write weights and processor under the names of the fresh checkpoint, by which other servers know it."""
     adapters.merge(backbone)
+    if backbone.learned_tokens is not None:
+        write_tokens(
+            backbone.model, backbone.preprocessor.processor.tokenizer, backbone.appended, backbone.learned_tokens
+        )
     whole = _with_head(backbone.model)
     weights = {name: tensor for name, tensor in whole.state_dict().items() if not tensor.is_meta}
     whole.save_pretrained(folder, state_dict=weights)
@@ -149,13 +133,15 @@ def _with_head(model: PreTrainedModel) -> PreTrainedModel:
     return whole
 
 
-def _write_modules(modules: list[Module], folder: Path) -> None:
+def _write_modules(modules: Sequence[ServedModule], folder: Path) -> None:
     entries = []
-    for index, (type_name, file_name, config) in enumerate(modules):
-        path = "" if index == 0 else f"{index}_{type_name.rsplit('.', 1)[-1]}"
+    for index, module in enumerate(modules):
+        path = "" if index == 0 else f"{index}_{module.type.rsplit('.', 1)[-1]}"
         (folder / path).mkdir(exist_ok=True)
-        _write_json(folder / path / file_name, config)
-        entries.append({"idx": index, "name": str(index), "path": path, "type": type_name})
+        _write_json(folder / path / module.file_name, module.config)
+        if module.weights is not None:
+            save_file(dict(module.weights), folder / path / "model.safetensors")
+        entries.append({"idx": index, "name": str(index), "path": path, "type": module.type})
     _write_json(folder / "modules.json", entries)
 
 

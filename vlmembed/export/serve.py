@@ -30,7 +30,7 @@ def main(folder: str, probes: str, output: str) -> None:
     with open(probes, encoding="utf-8") as file:
         plan = json.load(file)
     inputs = [_open(probe) for probe in plan["inputs"]]
-    model = SentenceTransformer(folder, device=plan["device"])
+    model = SentenceTransformer(folder, device=plan["device"], trust_remote_code=plan["trust_remote_code"])
     results = {}
     ways = list(product(("query", "document"), plan["dimensions"], ("left", "right"), (1, len(inputs))))
     with torch.inference_mode():

@@ -120,8 +120,18 @@ def verify(
     return Verification(len(differences), names, tuple(dimensions), worst, differences[worst], cosine, dtype)
 
 
+def brings_code(folder: Path) -> bool:
+    """Whether a folder has Python of its own, and is opened with trust."""
+    return any(folder.glob("*.py"))
+
+
 def _serve(folder: Path, probes: Sequence[Probe], dimensions: Sequence[int], device: str, scratch: Path) -> Embeddings:
-    plan = {"inputs": [probe.description() for probe in probes], "dimensions": list(dimensions), "device": device}
+    plan = {
+        "inputs": [probe.description() for probe in probes],
+        "dimensions": list(dimensions),
+        "device": device,
+        "trust_remote_code": brings_code(folder),
+    }
     (scratch / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
     output = scratch / "embeddings.npz"
     # -P keeps the script's folder, and with it our modules, off the path.

@@ -1,0 +1,216 @@
+"""Running an ablation: what is done, what is not done again, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ablating import FIT, started, write
+
+from vlmembed.ablation.command import ablate
+from vlmembed.ablation.results import read_result, read_results
+from vlmembed.ablation.run import locked
+from vlmembed.cli import main
+
+BROKEN: dict[str, Any] = {
+    "key": "part",
+    "values": {"broken": {"class_path": "Broken"}, "fine": {"init_args": {"score": 0.5}}},
+}
+
+
+def run(path: Path, *options: str) -> None:
+    ablate(["--config", str(path), *options], lambda config: None, FIT)
+
+
+def scores(folder: Path) -> dict[str, float]:
+    """Of each run that has finished, by setting and seed."""
+    return {
+        f"{result.folder.parent.name} {result.folder.name}": result.metrics["test/ndcg@10"]
+        for result in read_results(folder)
+        if result.status == "finished"
+    }
+
+
+def wait(met: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not met():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_all_runs_are_done_and_none_twice(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    run(path)
+    order = ["part-plain seed-0", "part-other seed-0", "part-plain seed-1", "part-other seed-1"]
+    assert started(tmp_path) == order
+    # The last value is the trained model's, and the loss is no result.
+    assert scores(tmp_path / "out") == dict(zip(order, [0.25, 0.75, 0.26, 0.76], strict=True))
+    result = read_result(tmp_path / "out" / "settings" / "part-other" / "seed-1")
+    assert result is not None
+    assert (result.setting, result.seed, result.error) == ({"part": "other"}, 1, None)
+    assert result.cost["seconds_per_step"] == 0.5
+    assert (tmp_path / "out" / "report.html").exists()
+    written = yaml.safe_load((tmp_path / "out" / "ablation.yaml").read_text())
+    assert written["base"] == str(tmp_path / "base.yaml")
+    run(path)
+    run(path, "--retry_failed", "--jobs", "2")
+    assert started(tmp_path) == order
+
+
+def test_a_failed_run_is_recorded_and_the_others_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, grid={"part": BROKEN}, seeds=[0])
+    with pytest.raises(SystemExit) as stopped:
+        run(path)
+    assert stopped.value.code == 1
+    assert "part=broken, seed 0 has failed" in capsys.readouterr().err
+    failed, fine = read_results(tmp_path / "out")
+    assert (failed.status, fine.status) == ("failed", "finished")
+    assert failed.error is not None
+    assert failed.error.startswith("exit status 1\n")
+    assert "step 2\n" in failed.error
+    assert failed.error.endswith("ArithmeticError: the loss is not a number")
+    for options in ((), ("--retry_failed",)):
+        with pytest.raises(SystemExit):
+            run(path, *options)
+    assert started(tmp_path) == ["part-broken seed-0", "part-fine seed-0", "part-broken seed-0"]
+
+
+def test_a_metric_that_nobody_logged_is_a_failure(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        run(write(tmp_path, metric="test/ndcg@10/64", seeds=[0]))
+    assert read_results(tmp_path / "out")[0].error == (
+        "'test/ndcg@10/64' was not logged, only ['test/ndcg@10']; change the metric, or what is measured."
+    )
+
+
+def test_what_was_interrupted_starts_afresh(tmp_path: Path) -> None:
+    path = write(tmp_path, seeds=[0])
+    run(path)
+    broken_off = tmp_path / "out" / "settings" / "part-plain" / "seed-0"
+    (broken_off / "result.json").unlink()
+    (broken_off / "checkpoints").mkdir()
+    (broken_off / "checkpoints" / "last.ckpt").touch()
+    run(path)
+    assert started(tmp_path)[2:] == ["part-plain seed-0"]
+    clean = str([".lock", "log.txt", "planned.json", "run.yaml"])
+    assert clean in (tmp_path / "tally").read_text().splitlines()[-2]
+    assert not (broken_off / "checkpoints").exists()
+
+
+def test_a_change_is_not_passed_off_as_what_ran(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    run(path)
+    base = tmp_path / "base.yaml"
+    base.write_text(base.read_text().replace("max_epochs: 1", "max_epochs: 2"))
+    with pytest.raises(
+        ValueError, match=r"seed 0 has finished with.* trainer\.max_epochs was 1, is 2\. Undo.*--output"
+    ):
+        run(path)
+    write(tmp_path, metric="val/ndcg@10")
+    with pytest.raises(ValueError, match='measured on was "test", is "val"'):
+        run(path)
+    write(tmp_path, seeds=[1, 2])
+    with pytest.raises(ValueError, match=r"2 runs that are not in the configuration.* settings/part-other/seed-0"):
+        run(path)
+    write(tmp_path, seeds=[0, 1, 2])
+    run(path)
+    assert started(tmp_path)[4:] == ["part-plain seed-2", "part-other seed-2"]
+
+
+def test_a_failed_run_may_be_mended(tmp_path: Path) -> None:
+    path = write(tmp_path, grid={"part": BROKEN}, seeds=[0])
+    with pytest.raises(SystemExit):
+        run(path)
+    mended = BROKEN["values"] | {"broken": {"class_path": "Mended", "init_args": {"score": 0.5}}}
+    write(tmp_path, grid={"part": {"key": "part", "values": mended}}, seeds=[0])
+    with pytest.raises(ValueError, match=r"has failed with another configuration.*run with --retry_failed"):
+        run(path)
+    run(path, "--retry_failed")
+    assert started(tmp_path)[2:] == ["part-broken seed-0"]
+
+
+def test_nobody_else_works_in_a_locked_folder(tmp_path: Path) -> None:
+    with locked(tmp_path / "out"), pytest.raises(TimeoutError, match="out: another process is at work here"):
+        run(write(tmp_path))
+    assert started(tmp_path) == []
+
+
+@pytest.fixture
+def interrupted(tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
+    """An ablation in the middle of its second run."""
+    path = write(tmp_path, set={"seconds": 1.0})
+    code = f"from vlmembed.ablation.command import ablate; ablate(['--config', {str(path)!r}], lambda c: None, {FIT!r})"
+    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    wait(lambda: len(started(tmp_path)) == 2, 60)
+    yield path, process
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize("end", [os.kill, os.killpg])
+def test_a_killed_ablation_takes_its_runs_along_and_goes_on_where_it_was(
+    interrupted: tuple[Path, subprocess.Popen[bytes]], end: Callable[[int, int], None], tmp_path: Path
+) -> None:
+    path, process = interrupted
+    end(process.pid, signal.SIGKILL)
+    process.wait()
+    # The lock is free as soon as the last of the run's processes is gone.
+    with locked(tmp_path / "out" / "settings" / "part-other" / "seed-0", patience=5):
+        pass
+    assert len((tmp_path / "tally").read_text().splitlines()) == 3
+    run(path)
+    order = ["part-plain seed-0", "part-other seed-0", "part-plain seed-1", "part-other seed-1"]
+    assert started(tmp_path) == [*order[:2], *order[1:]]
+    assert scores(tmp_path / "out") == dict(zip(order, [0.25, 0.75, 0.26, 0.76], strict=True))
+
+
+def test_a_dry_run_trains_nothing_and_says_how_long_the_rest_takes(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path)
+    run(path, "--dry_run")
+    printed = capfd.readouterr().out
+    assert printed.count("to do  part=") == 4
+    assert "4 runs, 4 to do" in printed
+    # The trial takes 6 of the 106 steps, of half a second each: 50 seconds of each run are left, 3.3 minutes in all.
+    minutes = re.search(
+        r"About (3\.\d) min for 4 runs, 1 at the same time: a trial of part=plain, seed 0 took", printed
+    )
+    assert minutes
+    assert 3.3 <= float(minutes[1]) < 3.8
+    assert list((tmp_path / "out").iterdir()) == []
+    run(write(tmp_path, seeds=[0]))
+    capfd.readouterr()
+    run(write(tmp_path), "--dry_run", "--jobs", "2")
+    printed = capfd.readouterr().out
+    assert "finished  part=other, seed 0" in printed
+    assert "2 to do.\n" in printed
+    assert "for 2 runs, 2 at the same time: the mean of 2 that have finished is" in printed
+
+
+def test_help_explains_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    printed = []
+    monkeypatch.setattr("sys.argv", ["vlmembed"])
+    for words in (["ablate", "--help"], ["--help"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(words)
+        assert stopped.value.code == 0
+        printed.append(" ".join(capsys.readouterr().out.split()))
+    assert "--retry_failed run those again that have failed" in printed[0]
+    assert "`ablate --help`" in printed[1]
+
+
+def test_results_are_whole(tmp_path: Path) -> None:
+    run(write(tmp_path, seeds=[0]))
+    fields: dict[str, Any] = json.loads(next((tmp_path / "out").rglob("result.json")).read_text())
+    assert fields.keys() == {"setting", "seed", "status", "error", "seconds", "metrics", "cost"}

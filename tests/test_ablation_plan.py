@@ -1,0 +1,171 @@
+"""From ``ablation.yaml`` to configurations of runs, and what is refused on the way."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ablating import write
+
+from vlmembed.ablation.configuration import read_ablation
+from vlmembed.ablation.estimate import planned_steps
+from vlmembed.ablation.plan import check_runs, merge, plan
+from vlmembed.ablation.planned import Run
+from vlmembed.cli import check
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_every_setting_meets_every_seed(tmp_path: Path) -> None:
+    grid = {
+        "part": {"key": "part.class_path", "values": {"a b": "A", 2: "B"}},
+        "rate": {"key": "part.init_args.rate", "values": {"low": 0.1, "high": 0.2}},
+    }
+    ablation = read_ablation(write(tmp_path, grid=grid, seeds=[5, 3], set={"trainer.max_epochs": 7}))
+    runs = plan(ablation)
+    assert [(run.seed, *run.setting.values()) for run in runs] == [
+        (seed, part, rate) for seed in (5, 3) for part in ("a b", "2") for rate in ("low", "high")
+    ]
+    last = runs[-1]
+    assert last.folder == tmp_path / "out" / "settings" / "part-2_rate-high" / "seed-3"
+    assert last.config == {
+        "part": {"class_path": "B", "init_args": {"score": 0.5, "width": 3, "rate": 0.2}},
+        "tally": str(tmp_path / "tally"),
+        "trainer": {"max_epochs": 7},
+        "seed": 3,
+    }
+    assert str(last) == "part=2, rate=high, seed 3"
+
+
+def test_a_class_brings_its_own_arguments_and_nothing_else(tmp_path: Path) -> None:
+    run = plan(read_ablation(write(tmp_path)))[0]
+    assert run.config["part"] == {"class_path": "Plain", "init_args": {"score": 0.25}}
+    assert merge({"a": {"x": 1, "y": {"z": 2}}, "b": 3}, {"a": {"y": {"w": 4}}}) == {
+        "a": {"x": 1, "y": {"z": 2, "w": 4}},
+        "b": 3,
+    }
+    assert merge({"x": {"class_path": "A", "init_args": {"n": 1}}}, {"x": {"class_path": "A"}}) == {
+        "x": {"class_path": "A"}
+    }
+
+
+def test_numbers_are_read_as_the_command_line_reads_them(tmp_path: Path) -> None:
+    path = write(tmp_path, grid={"rate": {"key": "part.init_args.rate", "values": {"low": 0}}})
+    path.write_text(path.read_text().replace("low: 0", "low: 1e-3"))
+    assert plan(read_ablation(path))[0].config["part"]["init_args"]["rate"] == 0.001
+
+
+def test_the_run_logs_into_its_folder_and_keeps_other_loggers(tmp_path: Path) -> None:
+    folder = tmp_path / "settings" / "part-a" / "seed-4"
+    board = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "boards"}}
+    other = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "elsewhere"}}
+    callback = {"class_path": "vlmembed.modules.ParityCheck"}
+    config = {"trainer": {"logger": [other, board], "callbacks": callback, "max_steps": 3}, "x": 1}
+    located = Run(folder, {"part": "a"}, 4, "val/ndcg@10", config).located()
+    log, kept = located["trainer"]["logger"]
+    assert Path(*log["init_args"].values()) == folder
+    assert kept == board
+    assert located["trainer"]["callbacks"][0] == callback
+    record = located["trainer"]["callbacks"][1]["init_args"]
+    assert record == {"documents": str(tmp_path / "documents"), "stage": "val"}
+    assert located["x"] == 1
+    assert located["trainer"]["max_steps"] == 3
+
+
+AXIS = {"key": "part", "values": {"plain": 1}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sedes": [1]}, "there is no key 'sedes' (its value is [1]). The keys are ['base', 'output_dir'"),
+        ({"seeds": [0, 0]}, "seeds is [0, 0]; give different integers"),
+        ({"seeds": 3}, "seeds is 3; it is a list"),
+        ({"jobs": True}, "jobs is True; it is a int"),
+        ({"jobs": 0}, "jobs is 0; give 1 or more"),
+        ({"metric": "test/ndgc@10"}, "metric is 'test/ndgc@10'; write val/ or test/"),
+        ({"metric": "train/loss"}, "metric is 'train/loss'"),
+        ({"baseline": {"pooling": "plain"}}, "baseline.pooling is 'plain'; the axes of the grid are ['part']"),
+        ({"baseline": {"part": "mean"}}, "baseline.part is 'mean'; the labels of that axis are ['plain', 'other']"),
+        ({"grid": {}}, "grid is {}; name at least one axis"),
+        ({"grid": {"part": {"key": "part"}}}, "grid.part is {'key': 'part'}; it has key and values"),
+        ({"grid": {"part": {"key": "part", "values": {True: 1}}}}, "grid.part.values is True; a label is a text"),
+        ({"grid": {"a": AXIS, "b": AXIS}}, "grid.b is 'part'; it overwrites 'part' of grid.a"),
+        ({"set": {"part.init_args.score": 1}}, "grid.part is 'part'; it overwrites 'part.init_args.score' of set"),
+        ({"set": {"seed": 1}}, "seed_keys is 'seed'; it overwrites 'seed' of set"),
+    ],
+)
+def test_a_bad_file_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    path = write(tmp_path, **changes)
+    with pytest.raises(ValueError, match=re.escape(f"{path}: {message}")):
+        read_ablation(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base": "gone.yaml"}, "gone.yaml: no such file"),
+        ({"grid": {"part": {"key": "part", "values": {"a b": 1, "A-B": 2}}}}, "would share the folder 'part-A-B'"),
+        ({"grid": {"part": {"key": "part", "values": {"a" * 300: 1}}}}, "give it shorter labels"),
+        ({"set": {"seed.deep": 1}, "seed_keys": ["other"]}, "seed.deep cannot be 1: seed is 9 in the base"),
+    ],
+)
+def test_what_cannot_become_runs_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    ablation = read_ablation(write(tmp_path, **changes))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        plan(ablation)
+
+
+def test_a_missing_key_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    path.write_text(yaml.safe_dump({"base": "base.yaml", "grid": {"part": AXIS}, "output_dir": "out"}))
+    with pytest.raises(ValueError, match="the key 'metric' is missing"):
+        read_ablation(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("model.init_args.pooling", {"class_path": "vlmembed.pooling.Meen"}, "part=bad, seed 0 is not.*Meen"),
+        ("model.init_args.poling", {"class_path": "vlmembed.pooling.Mean"}, "part=bad, seed 0 is not.*poling"),
+        ("trainer.max_epoch", 1, "part=bad, seed 0 is not.*max_epoch"),
+        ("model.init_args.optimizer.init_args.lr", "quick", "part=bad, seed 0 is not.*quick"),
+    ],
+)
+def test_a_typo_in_a_configuration_shows_before_anything_runs(
+    tmp_path: Path, key: str, value: Any, message: str
+) -> None:
+    good = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
+    for part in key.split("."):
+        good = good.get(part, {})
+    values = {"good": good or None, "bad": value}
+    path = write(tmp_path, base=str(ROOT / "configs" / "quickstart.yaml"), seed_keys=["seed_everything"])
+    given = yaml.safe_load(path.read_text()) | {"grid": {"part": {"key": key, "values": values}}}
+    path.write_text(yaml.safe_dump(given, sort_keys=False))
+    runs = plan(read_ablation(path))
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        check_runs([run for run in runs if run.setting["part"] == "bad"], check, path)
+
+
+@pytest.mark.parametrize("path", [*(ROOT / "experiments").rglob("ablation.yaml")], ids=lambda path: path.parent.name)
+def test_every_ablation_of_the_repository_is_one(path: Path) -> None:
+    ablation = read_ablation(path)
+    check_runs(plan(ablation), check, path)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "steps"),
+    [
+        ({"max_epochs": 3}, 30),
+        ({"max_steps": 7}, 7),
+        ({"max_steps": 70, "max_epochs": 3}, 30),
+        ({"max_steps": 7, "max_epochs": 3}, 7),
+        ({}, 10_000),
+        ({"max_epochs": -1}, float("inf")),
+    ],
+)
+def test_steps_are_counted_as_lightning_does(trainer: dict[str, int], steps: float) -> None:
+    assert planned_steps(trainer, 10) == steps

@@ -1,0 +1,196 @@
+"""A whole ablation with a model, which is trained, measured and recorded, and interrupted."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from building import write_rows
+from PIL import Image
+from transformers import AutoModel
+
+from vlmembed.ablation.record import Record
+from vlmembed.ablation.results import Result, document_path, per_query_path, read_results, top_path
+from vlmembed.data import load_evaluation
+from vlmembed.types import EvaluationSet
+
+OWN_POOLING = """
+from vlmembed.pooling import Mean
+
+
+class Doubled(Mean):
+    def forward(self, hidden, mask, input_ids=None):
+        return 2 * super().forward(hidden, mask, input_ids)
+"""
+
+
+@pytest.fixture
+def folder(checkpoint: Path, tmp_path: Path) -> Path:
+    """Where a user would be: data, a configuration, an ablation of it, and a pooling of their own."""
+    (tmp_path / "data").mkdir()
+    write_rows(tmp_path / "data" / "rows.jsonl")
+    (tmp_path / "my_parts.py").write_text(OWN_POOLING)
+    loss = {"class_path": "vlmembed.losses.InfoNCE", "init_args": {"temperature": 0.05}}
+    base = {
+        "model": {
+            "class_path": "vlmembed.modules.EmbeddingModule",
+            "init_args": {
+                "backbone": {"class_path": "vlmembed.backbones.Qwen3VL", "init_args": {"checkpoint": str(checkpoint)}},
+                "pooling": {"class_path": "vlmembed.pooling.LastToken"},
+                "loss": {
+                    "class_path": "vlmembed.losses.Matryoshka",
+                    "init_args": {"loss": loss, "dimensions": [64, 16]},
+                },
+                "graph_memory": "none",
+            },
+        },
+        "data": {
+            "class_path": "vlmembed.data.RetrievalDataModule",
+            "init_args": {"train": "data/rows.jsonl", "test": "data/rows.jsonl", "batch_size": 3, "num_workers": 0},
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "max_epochs": 2,
+            "log_every_n_steps": 1,
+            "enable_progress_bar": False,
+            "exporter": None,
+        },
+    }
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    (tmp_path / "ablation.yaml").write_text(
+        "base: base.yaml\n"
+        "output_dir: out\n"
+        "metric: test/ndcg@10\n"
+        "grid:\n"
+        "  pooling:\n"
+        "    key: model.init_args.pooling\n"
+        "    values:\n"
+        "      mean: {class_path: vlmembed.pooling.Mean}\n"
+        "      mine: {class_path: my_parts.Doubled}\n"
+    )
+    return tmp_path
+
+
+def start(folder: Path, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "vlmembed", "ablate", "--config", "ablation.yaml", *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    printed, _ = process.communicate()
+    assert process.returncode == 0, printed
+    return printed
+
+
+def check_record(result: Result, rows: str) -> None:
+    """What is written of each query agrees with the metrics, and with itself."""
+    evaluation = load_evaluation(rows)
+    with per_query_path(result.folder, evaluation.name).open() as file:
+        queries = {
+            row.pop("query"): {name: float(value) for name, value in row.items()} for row in csv.DictReader(file)
+        }
+    assert [*queries] == evaluation.query_names
+    for name in ("ndcg@10", "map", "ndcg@10/16"):
+        mean = sum(values[name] for values in queries.values()) / len(queries)
+        # Logged values are float32.
+        assert mean == pytest.approx(result.metrics[f"test/{name}"], rel=1e-6)
+    found = json.loads(top_path(result.folder, evaluation.name).read_text())
+    assert [*found] == sorted(queries)
+    for name, each in found.items():
+        assert each["query"] == evaluation.queries[evaluation.query_names.index(name)].parts[0].value
+        assert each["relevant"] == evaluation.qrels[name]
+        assert [score for _, score, _ in each["top"]] == sorted((score for _, score, _ in each["top"]), reverse=True)
+        assert [grade for _, _, grade in each["top"]] == [each["relevant"].get(key, 0) for key, *_ in each["top"]]
+        assert len(each["top"]) == 5
+        assert queries[name]["recall@1"] == pytest.approx(each["top"][0][2] / len(each["relevant"]))
+        check_shown(result.folder.parents[2] / "documents", evaluation, [key for key, *_ in each["top"]])
+
+
+def check_shown(documents: Path, evaluation: EvaluationSet, keys: list[str]) -> None:
+    for key in keys:
+        content = evaluation.corpus[evaluation.document_names.index(key)].parts[0]
+        if content.kind == "text":
+            assert document_path(documents, evaluation.name, key, "txt").read_text() == content.value
+        else:
+            shown = Image.open(document_path(documents, evaluation.name, key, "jpg"))
+            assert shown.size == Image.open(content.value).size
+            assert shown.format == "JPEG"
+
+
+@pytest.mark.slow
+def test_an_ablation_that_is_killed_ends_as_one_that_is_not(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    process = start(folder, "--output_dir", "killed")
+    while not (folder / "killed" / "settings" / "pooling-mine" / "seed-0" / "config.yaml").exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert [result.setting["pooling"] for result in read_results(folder / "killed")] == ["mean"]
+    printed = finish(start(folder, "--output_dir", "killed"))
+    assert "pooling=mine, seed 0: started" in printed
+    assert "pooling=mean, seed 0: started" not in printed
+    finish(start(folder))
+    killed, whole = read_results(folder / "killed"), read_results(folder / "out")
+    assert [result.metrics for result in killed] == [result.metrics for result in whole]
+    mean, mine = whole
+    # Twice the mean is the mean, under a cosine; a power of two rounds nothing.
+    assert mean.metrics == mine.metrics
+    with (mean.folder / "metrics.csv").open() as file:
+        measured = [row["test/ndcg@10"] for row in csv.DictReader(file) if row["test/ndcg@10"]]
+    assert len(measured) == 2
+    assert float(measured[1]) == mean.metrics["test/ndcg@10"] != float(measured[0])
+    check_record(mean, "data/rows.jsonl")
+    check_cost(mean.cost, folder)
+
+
+def check_cost(cost: Any, folder: Path) -> None:
+    config = yaml.safe_load((folder / "base.yaml").read_text())
+    model = AutoModel.from_pretrained(config["model"]["init_args"]["backbone"]["init_args"]["checkpoint"])
+    assert cost["trained_parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert cost["pooling_parameters"] == 0
+    assert (cost["embedding_dimension"], cost["embedding_bytes"]) == (64, 256)
+    # Nine rows, three a step.
+    assert cost["steps_per_epoch"] == 3
+    assert 0 < cost["seconds_per_step"] < 10
+    # No Python with torch takes less than 100 MB, and the model is tiny.
+    assert 1e8 < cost["peak_memory_bytes"] < 4e9
+
+
+class Clock:
+    """Says what it is told to, one call after the other."""
+
+    def __init__(self, *times: float) -> None:
+        self.times = [*times]
+
+    def __call__(self, device: torch.device) -> float:
+        return self.times.pop(0)
+
+
+def test_a_step_is_what_its_batches_take_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of 1, 2, 3 … seconds, two to a step: 3, 7, 11, 15 and 19 seconds, of which the first two do not count."""
+    recorded = Record("documents")
+    times = [value for batch in range(1, 11) for value in (100 * batch, 101 * batch)]
+    monkeypatch.setattr("vlmembed.ablation.record._now", Clock(*times))
+    trainer, model = SimpleNamespace(global_step=4), SimpleNamespace(device=torch.device("cpu"))
+    recorded.on_train_start(trainer, model)
+    for batch in range(10):
+        recorded.on_train_batch_start(trainer, model, None, batch)
+        trainer.global_step += batch % 2
+        recorded.on_train_batch_end(trainer, model, None, None, batch)
+    assert recorded._steps == [3, 7, 11, 15, 19]
+    assert recorded.seconds_per_step == 15

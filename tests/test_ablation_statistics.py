@@ -1,0 +1,206 @@
+"""Simulated scores are as NDCG has them: many exact 0 and 1, queries that are hard for everyone, seeds with noise."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from scipy.stats import norm, ttest_rel
+
+from vlmembed.ablation.statistics import compare, holm, seed_variance
+
+TRIALS = 1_000
+#: Rates over 1,000 trials are off by 0.7 points at 5 %: three times that.
+SLACK = 0.02
+#: Where a calibration needs 1,000 tests, each draws less than it would in a report.
+FEW = 599
+
+
+def simulate(
+    generator: np.random.Generator,
+    settings: int = 2,
+    seeds: int = 3,
+    queries: int = 120,
+    own: float = 0.5,
+    shift: float = 0.0,
+    ease: float = 0.5,
+) -> list[np.ndarray]:
+    """Draw settings that do not differ.
+
+    Args:
+        own: Deviation of what is noise of one seed, setting and query.
+        shift: Deviation of what a seed does to all queries of a run.
+        ease: Of the queries: higher has more exact ones.
+    """
+    difficulty = generator.normal(ease, 0.6, queries)
+    taste = generator.normal(0, 0.3, (settings, 1, queries))
+    noise = generator.normal(0, own, (settings, seeds, queries)) + generator.normal(0, shift, (settings, seeds, 1))
+    return list((difficulty + taste + noise).clip(0, 1))
+
+
+def rate(found: Sequence[bool]) -> float:
+    return sum(found) / len(found)
+
+
+def found_without_difference(**how: float) -> float:
+    generator = np.random.default_rng(0)
+    trials = (simulate(generator, **how) for _ in range(TRIALS))
+    return rate([bool((compare(each, FEW, trial).corrected < 0.05).any()) for trial, each in enumerate(trials)])
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"seeds": 1},
+        {"seeds": 1, "queries": 30},
+        {"seeds": 3},
+        {"seeds": 3, "shift": 0.1},
+        {"seeds": 2, "shift": 0.1},
+        {"seeds": 3, "shift": 0.5},
+        {"seeds": 3, "ease": 1.6},
+        {"seeds": 3, "settings": 6},
+        {"seeds": 3, "settings": 6, "shift": 0.1},
+    ],
+    ids=str,
+)
+def test_no_difference_is_found_where_there_is_none(how: dict[str, float]) -> None:
+    """With several settings: in any of the pairs, as the best is chosen after looking."""
+    assert found_without_difference(**how) <= 0.05 + SLACK
+
+
+def test_the_test_is_not_shy_either() -> None:
+    """A test that never finds anything passes the one above."""
+    assert found_without_difference(seeds=1) >= 0.05 - SLACK
+    assert found_without_difference(seeds=5, shift=0.2) >= 0.05 - SLACK
+
+
+def test_seeds_that_shift_whole_runs_deceive_a_bootstrap_of_queries_alone() -> None:
+    """Why the variance of seeds is in: with it hidden, most trials without a difference find one."""
+    generator = np.random.default_rng(0)
+    trials = [simulate(generator, queries=300, shift=0.1) for _ in range(200)]
+    hidden = [[rows.mean(0, keepdims=True) for rows in each] for each in trials]
+    assert rate([compare(each, FEW).p_values[0, 1] < 0.05 for each in hidden]) > 0.3
+    assert rate([compare(each, FEW).p_values[0, 1] < 0.05 for each in trials]) <= 0.05 + 2 * SLACK
+
+
+@pytest.mark.parametrize(
+    ("settings", "seeds", "shift", "loss"),
+    [(2, 1, 0.0, 0.0), (2, 3, 0.0, 0.25), (2, 3, 0.1, 0.25), (10, 3, 0.0, 0.06), (10, 3, 0.1, 0.06)],
+)
+def test_a_planted_difference_is_found_as_often_as_theory_allows(
+    settings: int, seeds: int, shift: float, loss: float
+) -> None:
+    """Power at c standard errors is P(|z + c| > 1.96): 52 % at 2, 85 % at 3, 98 % at 4, for any two-sided 5 % test.
+
+    Where the variance of seeds has to be learnt from few of them, some of it is the price.
+    """
+    generator = np.random.default_rng(0)
+    trials = [simulate(generator, settings, seeds, shift=shift) for _ in range(600 // settings)]
+    standard_error = np.std([each[0].mean() - each[1].mean() for each in trials])
+    for planted in (2, 3, 4, 5):
+        planting = ([each[0] + planted * standard_error, *each[1:]] for each in trials)
+        found = rate([compare(each, FEW).p_values[0, 1] < 0.05 for each in planting])
+        power = norm.sf(1.96 - planted) + norm.cdf(-1.96 - planted)
+        deviation = np.sqrt(power * (1 - power) / len(trials))
+        assert power - loss - 3 * deviation - 0.01 <= found <= power + 3 * deviation
+
+
+def test_a_difference_seen_of_two_standard_errors_is_found() -> None:
+    """Seen, not planted: then nothing is left to chance but the draws, and p is that of the normal, 0.0455."""
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        first, second = simulate(generator, seeds=1, queries=400)
+        each = (first - second)[0]
+        wanted = 2 * each.std(ddof=1) / np.sqrt(400)
+        result = compare([first - each.mean() + wanted, second], resamples=20_000)
+        assert result.differences[0, 1] == pytest.approx(wanted)
+        assert result.p_values[0, 1] == pytest.approx(2 * norm.sf(2), abs=0.006)  # 4 deviations of 20,000 draws
+
+
+def test_with_one_seed_it_is_the_paired_bootstrap() -> None:
+    """Against the obvious loop, and the t-test that it approaches."""
+    first, second = simulate(np.random.default_rng(3), seeds=1, queries=300)
+    first = first + 0.06
+    each = (first - second)[0]
+    generator = np.random.default_rng(1)
+    noise = np.array([generator.choice(each - each.mean(), len(each)).mean() for _ in range(20_000)])
+    result = compare([first, second], resamples=20_000)
+    # Deviations of a share over 20,000 draws: 0.0035 at most.
+    assert result.p_values[0, 1] == pytest.approx((abs(noise) >= abs(each.mean())).mean(), abs=0.01)
+    assert result.p_values[0, 1] == pytest.approx(ttest_rel(first[0], second[0]).pvalue, abs=0.01)
+    assert result.margins[0, 1] == pytest.approx(np.quantile(abs(noise), 0.95), rel=0.03)
+
+
+def test_the_interval_excludes_zero_where_the_p_value_says_so() -> None:
+    generator = np.random.default_rng(0)
+    for trial in range(50):
+        result = compare(simulate(generator, settings=4, shift=0.05), FEW, trial)
+        np.testing.assert_array_equal(abs(result.differences) > result.margins, result.p_values < 0.05)
+
+
+def test_the_variance_of_seeds_is_estimated_without_bias() -> None:
+    generator = np.random.default_rng(0)
+    rows = [generator.normal(0, 0.5, (4, 50)) + generator.normal(0, 0.3, (4, 1)) for _ in range(3_000)]
+    variance = seed_variance([*rows, generator.normal(0, 1, (1, 50))])
+    assert variance.freedom == 9_000
+    assert variance.within == pytest.approx(0.5**2 / 50, rel=0.05)
+    assert variance.shift == pytest.approx(0.3**2, rel=0.05)
+
+
+def test_equal_settings_have_p_of_one() -> None:
+    (scores,) = simulate(np.random.default_rng(0), settings=1)
+    # Seeds in another order: the sums may differ in the last bit, and nothing else does.
+    result = compare([scores, scores.copy(), scores[[2, 0, 1]]])
+    assert (result.p_values == 1).all()
+    assert (result.corrected == 1).all()
+    assert result.differences == pytest.approx(np.zeros((3, 3)), abs=1e-15)
+
+
+def test_the_same_call_gives_the_same_numbers() -> None:
+    scores = simulate(np.random.default_rng(0), settings=3)
+    first, second, other = compare(scores), compare(scores), compare(scores, seed=1)
+    np.testing.assert_array_equal(first.p_values, second.p_values)
+    np.testing.assert_array_equal(first.margins, second.margins)
+    assert (first.p_values != other.p_values).any()
+    np.testing.assert_allclose(first.p_values, other.p_values, atol=0.03)  # four deviations of 10,000 draws
+
+
+def test_comparisons_are_antisymmetric() -> None:
+    scores = simulate(np.random.default_rng(0), settings=3)
+    result = compare(scores)
+    assert result.differences[0, 2] == pytest.approx(scores[0].mean() - scores[2].mean())
+    np.testing.assert_array_equal(result.differences, -result.differences.T)
+    for values in (result.margins, result.p_values, result.corrected):
+        np.testing.assert_array_equal(values, values.T)
+
+
+def test_holm_as_worked_by_hand() -> None:
+    """Smallest times 4, next times 3, …; the third, 2 × 0.03 = 0.06, lifts the last, 0.04, to itself."""
+    assert holm(np.array([0.01, 0.04, 0.03, 0.005])) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm(np.array([0.9, 0.8])) == pytest.approx([1.0, 1.0])
+    assert holm(np.array([])).size == 0
+
+
+def test_a_clear_difference_survives_many_pairs() -> None:
+    """The smallest p-value possible must pass a correction for all pairs of 40 settings: 780."""
+    generator = np.random.default_rng(0)
+    scores = simulate(generator, settings=40, seeds=1, queries=60)
+    scores[7] = scores[7] + 1
+    corrected = compare(scores).corrected
+    assert (np.delete(corrected[7], 7) < 0.05).all()
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ([np.zeros((3, 5)), np.zeros((3, 4))], "got (seeds, queries) [(3, 5), (3, 4)]"),
+        ([np.zeros((3, 1))], "at least 2 queries"),
+        ([np.zeros((0, 5))], "a seed each"),
+        ([np.zeros((1, 3)), np.array([[0, 1, np.nan]])], "setting 1, seed 0, query 2 has the score nan"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(scores: list[np.ndarray], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        compare(scores)

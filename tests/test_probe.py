@@ -1,0 +1,118 @@
+"""One pass over a test set scores each read-out as a model with that pooling alone would be scored."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from building import module, trainer, write_rows
+from lightning.pytorch.loggers import CSVLogger
+
+from vlmembed.ablation.probe import READ_OUTS, Probe
+from vlmembed.backbones import Qwen3VL
+from vlmembed.cli import main
+from vlmembed.data import RetrievalDataModule
+from vlmembed.losses import InfoNCE
+from vlmembed.metrics import METRICS
+from vlmembed.modules import EmbeddingModule
+from vlmembed.pooling import EarlierLayer, LastToken, Mean
+
+
+def fresh(checkpoint: Path) -> EmbeddingModule:
+    return EmbeddingModule(Qwen3VL(str(checkpoint)), LastToken(), InfoNCE())
+
+
+def probed(model: Probe, folder: Path) -> dict[tuple[str, str, str], dict[str, float]]:
+    data = RetrievalDataModule(test=str(write_rows(folder / "rows.jsonl")), eval_batch_size=4, num_workers=0)
+    trainer(logger=CSVLogger(folder, name="", version="")).test(model, data, verbose=False)
+    with (folder / "probe.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return {
+        (row["pooling"], row["layer"], row["dimension"]): {name: float(row[name]) for name in METRICS} for row in rows
+    }
+
+
+def test_numbers_are_those_of_each_pooling_by_itself(checkpoint: Path, tmp_path: Path) -> None:
+    found = probed(Probe(fresh(checkpoint), layers=[-1, 1], dimensions=[16]), tmp_path)
+    assert len(found) == len(READ_OUTS) * 2 * 2
+    data = RetrievalDataModule(test=str(tmp_path / "rows.jsonl"), num_workers=0)
+    for name, build in READ_OUTS.items():
+        for layer in (-1, 1):
+            model = module(checkpoint, pooling=EarlierLayer(build(), layer))
+            (expected,) = trainer().test(model, data, verbose=False)
+            for metric in METRICS:
+                # Files have six decimals.
+                assert found[name, str(layer), "64"][metric] == pytest.approx(expected[f"test/{metric}"], abs=1e-6)
+
+
+def test_weights_of_a_run(checkpoint: Path, tmp_path: Path) -> None:
+    """Whatever pooling it was trained with."""
+    trained = module(checkpoint, pooling=Mean())
+    with torch.no_grad():
+        for weight in trained.parameters():
+            weight.mul_(1.1)
+    torch.save({"state_dict": trained.state_dict()}, tmp_path / "last.ckpt")
+    found = probed(Probe(fresh(checkpoint), checkpoint=str(tmp_path / "last.ckpt")), tmp_path)
+    data = RetrievalDataModule(test=str(tmp_path / "rows.jsonl"), num_workers=0)
+    (expected,) = trainer().test(trained, data, verbose=False)
+    assert found["mean", "-1", "64"]["map"] == pytest.approx(expected["test/map"], abs=1e-6)
+
+
+def test_a_file_without_a_backbone_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    torch.save({"state_dict": {}}, tmp_path / "empty.ckpt")
+    with pytest.raises(ValueError, match=r"empty\.ckpt has no weights of an embedding module"):
+        Probe(fresh(checkpoint), checkpoint=str(tmp_path / "empty.ckpt")).configure_model()
+
+
+def test_the_heat_map_says_what_it_compares(checkpoint: Path, tmp_path: Path) -> None:
+    found = probed(Probe(fresh(checkpoint), layers=[-1, 0]), tmp_path)
+    page = (tmp_path / "probe.html").read_text()
+    assert "This compares read-outs of one model." in page
+    assert "http" not in page
+    for name in READ_OUTS:
+        assert f'<th scope="row">{name}</th>' in page
+    best = max(values["ndcg@10"] for values in found.values())
+    assert f'class="best">{best:.3f}</td>' in page
+
+
+def test_the_command(checkpoint: Path, tmp_path: Path) -> None:
+    """A probe is a run of ``test`` with the base's model inside."""
+    write_rows(tmp_path / "rows.jsonl")
+    backbone = {"class_path": "vlmembed.backbones.Qwen3VL", "init_args": {"checkpoint": str(checkpoint)}}
+    model = {
+        "backbone": backbone,
+        "pooling": {"class_path": "vlmembed.pooling.LastToken"},
+        "loss": {"class_path": "vlmembed.losses.InfoNCE"},
+    }
+    data = {"test": str(tmp_path / "rows.jsonl"), "num_workers": 0}
+    base = {
+        "model": {"class_path": "vlmembed.modules.EmbeddingModule", "init_args": model},
+        "data": {"class_path": "vlmembed.data.RetrievalDataModule", "init_args": data},
+        "trainer": {"accelerator": "cpu"},
+    }
+    given = {
+        "base": "base.yaml",
+        "output_dir": str(tmp_path / "probe"),
+        "set": {"data.init_args.eval_batch_size": 3},
+        "probe": {"layers": [0, -1], "metric": "map"},
+    }
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    (tmp_path / "probe.yaml").write_text(yaml.safe_dump(given))
+    main(["ablate", "--config", str(tmp_path / "probe.yaml")])
+    assert "map of every pooling" in (tmp_path / "probe" / "probe.html").read_text()
+    del given["base"]
+    (tmp_path / "probe.yaml").write_text(yaml.safe_dump(given))
+    with pytest.raises(ValueError, match="the key 'base' is missing"):
+        main(["ablate", "--config", str(tmp_path / "probe.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"layers": []}, "at least one"), ({"layers": [-1, -1]}, "different"), ({"metric": "accuracy"}, "accuracy")],
+)
+def test_options_that_make_no_sense_are_refused(checkpoint: Path, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Probe(fresh(checkpoint), **options)
