@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,12 @@ class Ablation:
     seed_keys: list[str]
     set: Mapping[str, Any]
     jobs: int
+
+    @property
+    def settings(self) -> list[dict[str, str]]:
+        """Every setting of the grid: of each axis, the label."""
+        labels = product(*(axis.values for axis in self.grid.values()))
+        return [dict(zip(self.grid, each, strict=True)) for each in labels]
 
     def to_yaml(self) -> str:
         """Write what is run, with an absolute path to the base, and nothing left to defaults."""

@@ -6,7 +6,6 @@ import copy
 import json
 import re
 from collections.abc import Callable, Mapping
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,7 @@ def plan(ablation: Ablation) -> list[Run]:
         ValueError: If a key cannot be set in the base, or two settings would share a folder.
     """
     base = read_mapping(ablation.base)
-    settings = [
-        dict(zip(ablation.grid, labels, strict=True))
-        for labels in product(*(axis.values for axis in ablation.grid.values()))
-    ]
-    slugs = _slugs(settings, ablation.path)
+    slugs = _slugs(ablation.settings, ablation.path)
     return [
         Run(
             run_folder(ablation.output_dir.resolve(), slug, seed),
@@ -39,7 +34,7 @@ def plan(ablation: Ablation) -> list[Run]:
             configuration(ablation, base, setting, seed),
         )
         for seed in ablation.seeds
-        for slug, setting in zip(slugs, settings, strict=True)
+        for slug, setting in zip(slugs, ablation.settings, strict=True)
     ]
 
 

@@ -47,9 +47,7 @@ class Run:
 
     def located(self) -> dict[str, Any]:
         """The configuration with what makes its folder this one: its log, and the record of what it finds."""
-        setting, output = self.folder.parent, self.folder.parents[2]
-        place = {"save_dir": str(setting.parent), "name": setting.name, "version": self.folder.name}
-        log = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": place}
+        output = self.folder.parents[2]
         record = {
             "class_path": "vlmembed.ablation.record.Record",
             "init_args": {"documents": str(output / "documents"), "stage": self.metric.split("/")[0]},
@@ -57,8 +55,15 @@ class Run:
         trainer = self.config.get("trainer") or {}
         loggers = [one for one in _listed(trainer.get("logger")) if not _is_csv(one)]
         return self.config | {
-            "trainer": trainer | {"logger": [log, *loggers], "callbacks": [*_listed(trainer.get("callbacks")), record]}
+            "trainer": trainer
+            | {"logger": [csv_logger(self.folder), *loggers], "callbacks": [*_listed(trainer.get("callbacks")), record]}
         }
+
+
+def csv_logger(folder: Path) -> dict[str, Any]:
+    """Return the configuration of the logger that makes a run's folder this one."""
+    place = {"save_dir": str(folder.parents[1]), "name": folder.parent.name, "version": folder.name}
+    return {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": place}
 
 
 def _listed(given: Any) -> list[Any]:

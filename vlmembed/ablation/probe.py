@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from jinja2 import Environment, FileSystemLoader
 from lightning import LightningModule
 from torch import Tensor
 
-from vlmembed.ablation.results import write_whole
+from vlmembed.ablation.report import html_environment
+from vlmembed.ablation.results import csv_text, write_whole
 from vlmembed.metrics import METRICS, RetrievalMetrics
 from vlmembed.modules import EmbeddingModule
 from vlmembed.pooling import (
@@ -129,17 +127,20 @@ class Probe(LightningModule):
             print(f"Wrote {folder / 'probe.html'}")
 
     def _html(self, rows: Sequence[Row]) -> str:
-        environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
         tables: dict[tuple[str, int], dict[ReadOut, float]] = {}
         for one, pooling, layer, dimension, measured in rows:
             tables.setdefault((one, dimension), {})[pooling, layer] = measured[self.metric]
-        page: str = environment.get_template("probe.html.jinja").render(
-            metric=self.metric,
-            model=self.model.encoder.backbone.checkpoint,
-            checkpoint=self.checkpoint,
-            poolings=list(READ_OUTS),
-            layers=self.layers,
-            tables=tables,
+        page: str = (
+            html_environment()
+            .get_template("probe.html.jinja")
+            .render(
+                metric=self.metric,
+                model=self.model.encoder.backbone.checkpoint,
+                checkpoint=self.checkpoint,
+                poolings=list(READ_OUTS),
+                layers=self.layers,
+                tables=tables,
+            )
         )
         return page
 
@@ -158,11 +159,8 @@ def _rows(metrics: dict[ReadOut, RetrievalMetrics]) -> Iterator[Row]:
 
 
 def _csv(rows: Sequence[Row]) -> str:
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["evaluation set", "pooling", "layer", "dimension", *METRICS])
-    writer.writerows([*names, *(f"{value:.6f}" for value in values.values())] for *names, values in rows)
-    return file.getvalue()
+    lines = ([*names, *(f"{value:.6f}" for value in values.values())] for *names, values in rows)
+    return csv_text(["evaluation set", "pooling", "layer", "dimension", *METRICS], lines)
 
 
 def _backbone_weights(checkpoint: str) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import yaml
 
 from vlmembed.ablation.configuration import read_mapping
 from vlmembed.ablation.plan import merge, place
+from vlmembed.ablation.planned import csv_logger
 from vlmembed.ablation.results import write_whole
 
 KEYS = {"base", "output_dir", "set", "probe"}
@@ -45,9 +46,5 @@ def configuration(path: Path, given: dict[str, Any], folder: Path) -> dict[str, 
     base = read_mapping((path.parent / given["base"]).resolve())
     for key, value in (given.get("set") or {}).items():
         place(base, key, value)
-    logger = {
-        "class_path": "lightning.pytorch.loggers.CSVLogger",
-        "init_args": {"save_dir": str(folder.parent), "name": folder.name, "version": ""},
-    }
     model = {"class_path": "vlmembed.ablation.probe.Probe", "init_args": {"model": base["model"], **given["probe"]}}
-    return merge(base, {"model": model, "trainer": {"logger": logger, "exporter": None, "callbacks": None}})
+    return merge(base, {"model": model, "trainer": {"logger": csv_logger(folder), "exporter": None, "callbacks": None}})

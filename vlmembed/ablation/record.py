@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import resource
 import statistics
@@ -20,7 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from vlmembed.ablation.documents import show, words_of
-from vlmembed.ablation.results import QUERY_FOLDER, cost_path, per_query_path, top_path, write_whole
+from vlmembed.ablation.results import QUERY_FOLDER, cost_path, csv_text, per_query_path, top_path, write_whole
 from vlmembed.metrics import RetrievalMetrics
 from vlmembed.types import EvaluationSet, Item
 
@@ -101,8 +99,8 @@ class Record(Callback):
             values, (scores, columns) = metrics.per_query(), metrics.top_k(DOCUMENTS)
             if trainer.is_global_zero:
                 evaluation = metrics.evaluation
-                columns_of = {name: each.tolist() for name, each in values.items()}
-                write_whole(per_query_path(folder, evaluation.name), _table(evaluation.query_names, columns_of))
+                lines = zip(evaluation.query_names, *(each.tolist() for each in values.values()), strict=True)
+                write_whole(per_query_path(folder, evaluation.name), csv_text(["query", *values], lines).encode())
                 found = {
                     evaluation.query_names[row]: _found(evaluation, row, scores[row].tolist(), columns[row].tolist())
                     for row in _first_queries(evaluation)
@@ -134,14 +132,6 @@ def _shown(evaluation: EvaluationSet, found: dict[str, dict[str, Any]]) -> dict[
         names.update([*each["relevant"]][:DOCUMENTS])
     documents = zip(evaluation.document_names, evaluation.corpus, strict=True)
     return {name: document for name, document in documents if name in names}
-
-
-def _table(queries: Iterable[str], values: dict[str, list[float]]) -> bytes:
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["query", *values])
-    writer.writerows(zip(queries, *values.values(), strict=True))
-    return file.getvalue().encode()
 
 
 def _folder(trainer: Trainer) -> Path:

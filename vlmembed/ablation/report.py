@@ -40,7 +40,7 @@ def write_report(folder: Path) -> Path:
     page = folder / "report.html"
     write_whole(folder / "report.csv", to_csv(summary).encode())
     write_whole(folder / "report.md", _markdown().get_template("report.md.jinja").render(facts).encode())
-    write_whole(page, _html().get_template("report.html.jinja").render(facts).encode())
+    write_whole(page, html_environment().get_template("report.html.jinja").render(facts).encode())
     return page
 
 
@@ -52,7 +52,8 @@ def escape_markdown(value: object) -> str:
     return MARKS.sub(lambda mark: f"\\{mark.group()}", line)
 
 
-def _html() -> Environment:
+def html_environment() -> Environment:
+    """Return what renders the pages: whatever comes from data is escaped."""
     return Environment(
         loader=FileSystemLoader(FOLDER),
         autoescape=True,

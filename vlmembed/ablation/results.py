@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -112,6 +113,15 @@ def last_values(metrics: Path) -> dict[str, float]:
 def read_json(path: Path) -> Any:
     """Read a JSON file, or an empty mapping if it is not there."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def csv_text(header: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
+    """Write a table as CSV."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return file.getvalue()
 
 
 def write_whole(path: Path, content: bytes) -> None:

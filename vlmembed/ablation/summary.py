@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 from statistics import mean, median, stdev
 
@@ -133,7 +132,7 @@ def summarize(folder: Path) -> Summary:
     ended = {(frozenset(result.setting.items()), result.seed): result for result in read_results(folder)}
     wanted = {
         (frozenset(labels.items()), seed): (name_of(labels), seed)
-        for labels in _settings(ablation)
+        for labels in ablation.settings
         for seed in ablation.seeds
     }
     results = [ended[key] for key in wanted if key in ended]
@@ -151,11 +150,6 @@ def name_of(labels: Labels) -> str:
 def _over_runs(each: Sequence[Mapping[str, float]], average: Callable[[list[float]], float]) -> dict[str, float]:
     names = dict.fromkeys(name for values in each for name in values)
     return {name: average([values[name] for values in each if name in values]) for name in names}
-
-
-def _settings(ablation: Ablation) -> list[Labels]:
-    labels = product(*(axis.values for axis in ablation.grid.values()))
-    return [dict(zip(ablation.grid, each, strict=True)) for each in labels]
 
 
 def _compared(results: Sequence[Result], ablation: Ablation) -> tuple[list[Row], Scores | None, Comparisons | None]:

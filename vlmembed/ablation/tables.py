@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +10,7 @@ from statistics import median
 from typing import Literal
 
 from vlmembed.ablation.charts import swatch, whisker
+from vlmembed.ablation.results import csv_text
 from vlmembed.ablation.summary import Row, Stand, Summary
 
 NOTHING = "–"
@@ -145,16 +144,14 @@ def to_csv(summary: Summary) -> str:
         f"{other}_{part}" for other in ("best", "baseline") for part in ("difference", "low", "high", "p", "verdict")
     ]
     values = ["mean", "standard_deviation", "least", "most"]
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["rank", *summary.ablation.grid, "seeds", *values, *stands, *COSTS, *metrics])
+    lines = []
     for row in summary.rows:
         seeds = " ".join(str(run.seed) for run in row.runs)
         own = [row.mean, row.deviation, min(row.values), max(row.values)]
         stood = [value for stand in (row.best, row.baseline) for value in _stand_values(stand)]
         rest = [*(row.cost.get(name) for name in COSTS), *(row.metrics.get(name) for name in metrics)]
-        writer.writerow([row.rank, *row.labels.values(), seeds, *own, *stood, *rest])
-    return file.getvalue()
+        lines.append([row.rank, *row.labels.values(), seeds, *own, *stood, *rest])
+    return csv_text(["rank", *summary.ablation.grid, "seeds", *values, *stands, *COSTS, *metrics], lines)
 
 
 def _cell(value: float | None, write: Callable[[float], str]) -> Cell:

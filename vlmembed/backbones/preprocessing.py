@@ -7,6 +7,7 @@ instruction as the system message. So what was trained is what is served.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from itertools import takewhile
 from typing import Any
 
@@ -53,7 +54,7 @@ class ChatPreprocessor(Preprocessor):
         self.max_length = max_length
         self._tails: dict[Role, list[int]] = {}
 
-    @property
+    @cached_property
     def template(self) -> Template:
         """What token ids mean."""
         names = ("image_token_id", "video_token_id")

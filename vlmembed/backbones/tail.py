@@ -34,8 +34,9 @@ class Tail:
     def of(cls, lengths: Int[Tensor, " sequences"], tokens: int, device: torch.device) -> Tail:
         """Take so many tokens of each sequence, or all that it has."""
         counts = lengths.clamp(max=tokens)
-        places = [torch.arange(end - count, end) for end, count in zip(lengths.cumsum(0), counts, strict=True)]
-        return cls(torch.cat(places).to(device, non_blocking=True), Bounds.of(counts, device))
+        left_out = (lengths - counts).cumsum(0).repeat_interleave(counts)
+        places = torch.arange(len(left_out)) + left_out
+        return cls(places.to(device, non_blocking=True), Bounds.of(counts, device))
 
 
 def shorten(layer: nn.Module) -> None:

@@ -63,7 +63,7 @@ def standalone_code(pooling: Pooling) -> str:
 
 
 class _Code:
-    """ast.stmts picked out of Python files, each behind those that it needs."""
+    """Statements picked out of Python files, each behind those that it needs."""
 
     def __init__(self) -> None:
         self._imports: dict[str, None] = {}

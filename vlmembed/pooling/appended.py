@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vlmembed.pooling.base import Pooling, tokens_from_end, weighted_mean
-from vlmembed.pooling.tokens import state_at
+from vlmembed.pooling.tokens import last_state, state_at
 
 
 class EndToken(Pooling):
@@ -33,7 +33,7 @@ class EndToken(Pooling):
         input_ids: Int[Tensor, "B L"] | None = None,
     ) -> Float[Tensor, "B H"]:
         """Pool the last position of each item, which is the token's."""
-        return state_at(hidden, mask.shape[1] - 1 - mask.flip(1).argmax(dim=1))
+        return last_state(hidden, mask)
 
 
 class ReadOutTokens(Pooling):

@@ -34,7 +34,7 @@ class LastToken(Pooling):
         input_ids: Int[Tensor, "B L"] | None = None,
     ) -> Float[Tensor, "B H"]:
         """Pool the last position of each item that is not padding."""
-        return state_at(hidden, mask.shape[1] - 1 - mask.flip(1).argmax(dim=1))
+        return last_state(hidden, mask)
 
 
 class Max(Pooling):
@@ -48,6 +48,11 @@ class Max(Pooling):
     ) -> Float[Tensor, "B H"]:
         """Pool each feature's maximum."""
         return hidden.masked_fill(mask[..., None] == 0, float("-inf")).amax(dim=1)
+
+
+def last_state(hidden: Float[Tensor, "B L H"], mask: Int[Tensor, "B L"]) -> Float[Tensor, "B H"]:
+    """Return the state of each item's last token, whichever side is padded."""
+    return state_at(hidden, mask.shape[1] - 1 - mask.flip(1).argmax(dim=1))
 
 
 def state_at(hidden: Float[Tensor, "B L H"], position: Int[Tensor, " B"]) -> Float[Tensor, "B H"]:
