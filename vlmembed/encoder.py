@@ -1,4 +1,4 @@
-"""The encoder: a backbone and a pooling."""
+"""The encoder, a backbone and a pooling; and the scorer, whose pooling is a score head."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vlmembed.backbones import VisionLanguageModel
-from vlmembed.backbones.base import Features
+from vlmembed.backbones.answers import answer_tokens
+from vlmembed.backbones.base import DEFAULT_INSTRUCTION, Features
+from vlmembed.backbones.pairs import PairTemplate
+from vlmembed.heads import ScoreHead
 from vlmembed.pooling import Pooling
 from vlmembed.types import Inputs
 
@@ -74,3 +77,38 @@ class Encoder(nn.Module):
         hidden = self.backbone(inputs, self.pooling.layers, features, self.pooling.tail)
         mask, tokens = (inputs[name].to(hidden.device, non_blocking=True) for name in ("attention_mask", "input_ids"))
         return self.pooling(hidden, mask, tokens)
+
+
+class Scorer(Encoder):
+    """Turns a chunk of pairs into scores (B, 1): how well each document answers its query.
+
+    Args:
+        backbone: Reads the pairs.
+        head: Turns its hidden states into one score per pair.
+        template: How a query and a document become one input.
+
+    Raises:
+        ValueError: If the backbone has instructions, which a pair has not.
+    """
+
+    pooling: ScoreHead
+
+    def __init__(self, backbone: VisionLanguageModel, head: ScoreHead, template: PairTemplate) -> None:
+        super().__init__(backbone, head)
+        unused = {role: text for role, text in backbone.instructions.items() if text not in (None, DEFAULT_INSTRUCTION)}
+        if unused:
+            raise ValueError(
+                f"The backbone has instructions {unused}, which no pair is read with: give model.template its own."
+            )
+        backbone.pair_template = template
+
+    def configure(self) -> None:
+        """Load the backbone's weights and create the head's.
+
+        Raises:
+            ValueError: If an answer of the head is not one token.
+        """
+        super().configure()
+        if self.pooling.answers:
+            tokens = answer_tokens(self.backbone.preprocessor.processor.tokenizer, self.pooling.answers)
+            self.pooling.take_answers(self.backbone.answer_rows(tokens), partial(self.backbone.embed, tokens))

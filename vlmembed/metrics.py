@@ -252,3 +252,7 @@ class RetrievalMetrics(Metric):
             state = torch.empty(0, width, dtype=torch.long if whole else torch.float32)
         pieces = (state[start : start + ROWS_PER_GATHER] for start in range(0, max(1, height), ROWS_PER_GATHER))
         return [part.cpu() for piece in pieces for part in gather_all_tensors(piece.to(self.device), group)]
+
+
+class RerankingMetrics(Metric):
+    """Placeholder."""

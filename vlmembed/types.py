@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from jaxtyping import Int, Int8
+from jaxtyping import Float, Int, Int8
 from PIL.Image import Image
 from torch import Tensor
 
@@ -84,6 +84,24 @@ class Item:
 
 
 @dataclass(frozen=True)
+class Pair:
+    """A query and a document, to be read together by a cross-encoder."""
+
+    query: Item
+    document: Item
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The content of both."""
+        return self.query.parts + self.document.parts
+
+    @property
+    def origin(self) -> str:
+        """Where the two came from, for error messages."""
+        return f"{self.query.origin} with {self.document.origin}"
+
+
+@dataclass(frozen=True)
 class Example:
     """One training row.
 
@@ -92,12 +110,14 @@ class Example:
         positives: The right answers, at least one.
         negatives: Wrong answers chosen on purpose (hard negatives).
         scores: Teacher scores for distillation, one per positive and then per negative.
+        labels: How relevant each of them is, in the same order; None for 1 and 0.
     """
 
     query: Item
     positives: tuple[Item, ...]
     negatives: tuple[Item, ...] = ()
     scores: tuple[float, ...] | None = None
+    labels: tuple[float, ...] | None = None
 
 
 @dataclass
@@ -154,6 +174,48 @@ class ItemBatch:
         return self
 
 
+@dataclass
+class RankingBatch:
+    """The distinct pairs of some examples, ready to score.
+
+    Args:
+        chunks: The pairs, N in all. Scoring the chunks in order and concatenating gives scores (N,).
+        images: The distinct images; see ``Batch.images``.
+        queries: (N,) ``Item.id`` of each pair's query: pairs of one query are its candidates.
+        targets: (N,) what each pair's score should say: a label, or a teacher's score.
+    """
+
+    chunks: list[Inputs]
+    images: list[Inputs]
+    queries: Int[Tensor, " N"]
+    targets: Float[Tensor, " N"]
+
+    def pin_memory(self) -> RankingBatch:
+        """See ``Batch.pin_memory``."""
+        self.chunks, self.images = _pinned(self.chunks), _pinned(self.images)
+        return self
+
+
+@dataclass
+class PairBatch:
+    """Pairs to score for measuring or prediction.
+
+    Args:
+        chunks: The pairs, N in all.
+        images: The distinct images of all chunks; see ``Batch.images``.
+        rows: (N, 2) of each pair, the number of its query and of its document in the evaluation set.
+    """
+
+    chunks: list[Inputs]
+    images: list[Inputs]
+    rows: Int[Tensor, "N 2"]
+
+    def pin_memory(self) -> PairBatch:
+        """See ``Batch.pin_memory``."""
+        self.chunks, self.images = _pinned(self.chunks), _pinned(self.images)
+        return self
+
+
 def _pinned(chunks: list[Inputs]) -> list[Inputs]:
     return [{name: tensor.pin_memory() for name, tensor in chunk.items()} for chunk in chunks]
 
@@ -179,29 +241,47 @@ class EvaluationSet:
     qrels: dict[str, dict[str, int]]
 
 
+@dataclass(frozen=True)
+class RerankingSet:
+    """An evaluation set, and the candidates that a first stage found for each of its queries.
+
+    Args:
+        evaluation: The queries, the corpus and the judgements.
+        candidates: For each query, columns of the corpus, the first stage's best first.
+    """
+
+    evaluation: EvaluationSet
+    candidates: Sequence[Sequence[int]]
+
+    @property
+    def name(self) -> str:
+        """That of the evaluation set."""
+        return self.evaluation.name
+
+
 class Preprocessor(ABC):
     """Turns items into model inputs. Runs in data loader workers: it is pickled, and never holds weights."""
 
     @abstractmethod
-    def __call__(self, items: Sequence[Item]) -> Inputs:
+    def __call__(self, items: Sequence[Item | Pair]) -> Inputs:
         """Preprocess items into one padded chunk, images included.
 
         Args:
-            items: B items, roles mixed as they come.
+            items: B items, roles mixed as they come; or B pairs.
 
         Raises:
             ValueError: If an item cannot be read or would be cut in a harmful way; the message names its origin.
         """
 
     @abstractmethod
-    def cost(self, item: Item) -> int:
+    def cost(self, item: Item | Pair) -> int:
         """Estimate the tokens an item will take, cheaply: items of similar cost share a chunk."""
 
-    def prepare(self, items: Sequence[Item], draft: bool = False) -> Prepared:
+    def prepare(self, items: Sequence[Item | Pair], draft: bool = False) -> Prepared:
         """Read the items of a batch, before it is decided which of them share a chunk.
 
         Args:
-            items: N items.
+            items: N items, or N pairs.
             draft: Whether large images may be decoded at less than their full size where that changes little.
         """
         return Prepared(self, items)
@@ -212,10 +292,10 @@ class Prepared:
 
     Args:
         preprocessor: Makes the chunks.
-        items: N items.
+        items: N items, or N pairs.
     """
 
-    def __init__(self, preprocessor: Preprocessor, items: Sequence[Item]) -> None:
+    def __init__(self, preprocessor: Preprocessor, items: Sequence[Item | Pair]) -> None:
         self._preprocessor = preprocessor
         self._items = items
 
@@ -228,6 +308,15 @@ class Prepared:
     def patches(self) -> list[int]:
         """(N,) the patches that the vision tower reads of each item, where it reads them apart."""
         return [0] * len(self._items)
+
+    @property
+    def order(self) -> list[int]:
+        """The items' rows, so that neighbours share a beginning, or are of similar length."""
+        return sorted(range(len(self._items)), key=self.lengths.__getitem__, reverse=True)
+
+    def shared(self, rows: Sequence[int]) -> list[int]:
+        """Count, for each of some rows, the first tokens that a chunk of them takes from the row before."""
+        return [0] * len(rows)
 
     def chunk(self, rows: Sequence[int]) -> Inputs:
         """Make one chunk of some of the items."""

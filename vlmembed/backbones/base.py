@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoProcessor, PretrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import is_flash_attn_2_available
 
+from vlmembed.backbones.answers import head_rows
 from vlmembed.backbones.appending import LearnedTokens, append_tokens, learn_tokens
 from vlmembed.backbones.kernels import compile_layers, use_liger
+from vlmembed.backbones.pairs import PairTemplate, check_template
 from vlmembed.backbones.preprocessing import ChatPreprocessor
 from vlmembed.types import Inputs, Role
 
@@ -66,6 +68,8 @@ class VisionLanguageModel(nn.Module):
     appended: tuple[str, ...] = ()
     #: Where embeddings are learned for them, which makes them new tokens; else None, and the checkpoint knows them.
     learned_tokens: LearnedTokens | None = None
+    #: How pairs are read, where the backbone is a cross-encoder's.
+    pair_template: PairTemplate | None = None
 
     def __init__(
         self,
@@ -156,6 +160,9 @@ class VisionLanguageModel(nn.Module):
         for part in ("image_processor", "chat_template"):
             if getattr(processor, part, None) is None:
                 raise ValueError(f"The checkpoint {self.checkpoint!r} has no {part.replace('_', ' ')}.")
+        if self.pair_template is not None:
+            processor.chat_template = self.pair_template.source
+            check_template(processor, type(self.pair_template).__name__)
         append_tokens(processor, self.appended, known=self.learned_tokens is None)
         return processor
 
@@ -171,12 +178,24 @@ class VisionLanguageModel(nn.Module):
             "instructions": self.instructions,
             "generation_prompt": self.generation_prompt,
             "max_length": self.max_length,
+            "ends_with_query": self.pair_template is not None and self.pair_template.ends_with_query,
         }
 
     @property
     def hidden_size(self) -> int:
         """H, the size of the hidden states."""
         return int(self.model.config.get_text_config().hidden_size)
+
+    def answer_rows(self, tokens: Sequence[int]) -> Float[Tensor, "tokens H"] | None:
+        """Read some rows of the checkpoint's language-model head; None where it is the token embeddings."""
+        if self.model.config.tie_word_embeddings:
+            return None
+        return head_rows(self.checkpoint, tokens, **self._source).to(self.device, self.model.dtype)
+
+    def embed(self, tokens: Sequence[int]) -> Float[Tensor, "tokens H"]:
+        """Return the embeddings of some tokens, as they are being trained."""
+        embedded: Tensor = self.model.get_input_embeddings()(torch.tensor(tokens, device=self.device))
+        return embedded
 
     def group_of(self, name: str) -> str:
         """Return the group that a parameter's name falls in."""

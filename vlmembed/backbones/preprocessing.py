@@ -16,7 +16,7 @@ from transformers import ProcessorMixin
 
 from vlmembed.backbones.media import image_size, load_image, load_video
 from vlmembed.pooling import Template
-from vlmembed.types import Frame, Inputs, Item, Part, Preprocessor, Role
+from vlmembed.types import Frame, Inputs, Item, Pair, Part, Preprocessor, Role
 
 Message = dict[str, Any]
 
@@ -38,6 +38,7 @@ class ChatPreprocessor(Preprocessor):
         generation_prompt: Whether to end with the template's opening of an answer.
         max_length: The most tokens an item may have. A longer text loses its end, but keeps what the template puts
             behind it. None for no limit.
+        ends_with_query: Whether the template puts a pair's query behind its document.
     """
 
     def __init__(
@@ -46,13 +47,15 @@ class ChatPreprocessor(Preprocessor):
         instructions: Mapping[Role, str | None],
         generation_prompt: bool = True,
         max_length: int | None = None,
+        ends_with_query: bool = False,
     ) -> None:
         processor.tokenizer.padding_side = "right"
         self.processor = processor
         self.instructions = instructions
         self.generation_prompt = generation_prompt
         self.max_length = max_length
-        self._tails: dict[Role, list[int]] = {}
+        self.ends_with_query = ends_with_query
+        self._tails: dict[tuple[Role, ...], list[int]] = {}
 
     @cached_property
     def template(self) -> Template:
@@ -64,15 +67,15 @@ class ChatPreprocessor(Preprocessor):
 
     def _instruction(self, role: Role) -> tuple[int, ...]:
         """Return the tokens of a role's system message, with which its items begin."""
-        system, _ = self._chat(role, [])
+        system, _ = self._chat({role: []})
         inputs: Any = self.processor.apply_chat_template([[system]], tokenize=True, return_dict=True)
         return tuple(inputs["input_ids"][0])
 
-    def __call__(self, items: Sequence[Item]) -> Inputs:
+    def __call__(self, items: Sequence[Item | Pair]) -> Inputs:
         """Preprocess items into one chunk.
 
         Args:
-            items: B items.
+            items: B items, or B pairs.
 
         Returns:
             ``input_ids`` and ``attention_mask`` of shape (B, L), padded on the right, and what the vision tower reads.
@@ -82,18 +85,21 @@ class ChatPreprocessor(Preprocessor):
         """
         return self._read(items)
 
-    def cost(self, item: Item) -> int:
+    def cost(self, item: Item | Pair) -> int:
         """Estimate an item's tokens from the lengths of its texts and the sizes of its images."""
         return sum(_part_cost(part, item.origin) for part in item.parts)
 
-    def _read(self, items: Sequence[Item], resized: Resized | None = None, **pixel_options: Any) -> Inputs:
+    def _read(self, items: Sequence[Item | Pair], resized: Resized | None = None, **pixel_options: Any) -> Inputs:
         inputs = self._apply_template([self._conversation(item, resized) for item in items], **pixel_options)
         if self.max_length is None or inputs["input_ids"].shape[1] <= self.max_length:
             return inputs
         return self._truncate(inputs, items, self.max_length)
 
-    def _conversation(self, item: Item, resized: Resized | None) -> list[Message]:
-        return self._chat(item.role, [self._content(part, item.origin, resized) for part in item.parts])
+    def _conversation(self, item: Item | Pair, resized: Resized | None) -> list[Message]:
+        contents = {
+            each.role: [self._content(part, each.origin, resized) for part in each.parts] for each in _items(item)
+        }
+        return self._chat(contents)
 
     def _content(self, part: Part, origin: str, resized: Resized | None) -> dict[str, Any]:
         """Return one content part of a chat message."""
@@ -108,7 +114,11 @@ class ChatPreprocessor(Preprocessor):
         frames, metadata = load_video(value, processor, origin)
         return {"type": "video", "video": frames, "metadata": metadata}
 
-    def _chat(self, role: Role, content: list[dict[str, Any]]) -> list[Message]:
+    def _chat(self, contents: Mapping[Role, list[dict[str, Any]]]) -> list[Message]:
+        """Return an item as the user's message, or a pair as one message of each role."""
+        if len(contents) > 1:
+            return [{"role": role, "content": content} for role, content in contents.items()]
+        ((role, content),) = contents.items()
         user = {"role": "user", "content": content}
         instruction = self.instructions[role]
         if not instruction:
@@ -136,7 +146,7 @@ class ChatPreprocessor(Preprocessor):
         )
         return dict(inputs)
 
-    def _truncate(self, inputs: Inputs, items: Sequence[Item], limit: int) -> Inputs:
+    def _truncate(self, inputs: Inputs, items: Sequence[Item | Pair], limit: int) -> Inputs:
         for row, length in enumerate(inputs["attention_mask"].sum(dim=1).tolist()):
             if length <= limit:
                 continue
@@ -145,7 +155,12 @@ class ChatPreprocessor(Preprocessor):
                     f"{items[row].origin or 'An item'} has {length} tokens, more than max_length={limit}, and cutting "
                     "it could cut through an image. Raise max_length, or lower max_pixels so that images take fewer."
                 )
-            tail = self._template_tail(items[row].role)
+            if isinstance(items[row], Pair) and self.ends_with_query:
+                raise ValueError(
+                    f"{items[row].origin}: {length} tokens are more than max_length={limit}, and cutting the pair at "
+                    "its end would cut its query. Raise max_length, or use a template that puts the query first."
+                )
+            tail = self._template_tail(tuple(each.role for each in _items(items[row])))
             if limit <= len(tail):
                 raise ValueError(
                     f"max_length={limit} has no room for a text: the chat template alone ends with {len(tail)} tokens. "
@@ -155,17 +170,22 @@ class ChatPreprocessor(Preprocessor):
         per_token = {*self.processor.tokenizer.model_input_names, "mm_token_type_ids"}
         return {name: value[:, :limit] if name in per_token else value for name, value in inputs.items()}
 
-    def _template_tail(self, role: Role) -> list[int]:
+    def _template_tail(self, roles: tuple[Role, ...]) -> list[int]:
         """Return the tokens that the template puts behind a text: what two texts have in common at their ends."""
-        if role not in self._tails:
-            self._tails[role] = self._common_end(role)
-        return self._tails[role]
+        if roles not in self._tails:
+            self._tails[roles] = self._common_end(roles)
+        return self._tails[roles]
 
-    def _common_end(self, role: Role) -> list[int]:
-        chats = [self._chat(role, [{"type": "text", "text": text}]) for text in ("0", "1 2 3 4")]
+    def _common_end(self, roles: tuple[Role, ...]) -> list[int]:
+        texts = [[{"type": "text", "text": text}] for text in ("0", "1 2 3 4")]
+        chats = [self._chat(dict.fromkeys(roles, text)) for text in texts]
         one, other = (self._apply_template([chat])["input_ids"][0].tolist()[::-1] for chat in chats)
         common = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
         return [token for token, _ in common][::-1]
+
+
+def _items(item: Item | Pair) -> tuple[Item, ...]:
+    return (item.query, item.document) if isinstance(item, Pair) else (item,)
 
 
 def _part_cost(part: Part, origin: str) -> int:

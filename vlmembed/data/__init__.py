@@ -7,18 +7,22 @@ from vlmembed.data.datamodule import RetrievalDataModule
 from vlmembed.data.evaluation import EvaluationFolder, EvaluationRows, EvaluationSource, load_evaluation
 from vlmembed.data.mixture import Mixture
 from vlmembed.data.sources import Rows, Source
+from vlmembed.data.tasks import Embedding, Reranking, Task
 
 __all__ = [
     "Batches",
     "Collator",
+    "Embedding",
     "EvaluationFolder",
     "EvaluationRows",
     "EvaluationSource",
     "ItemCollator",
     "Mixture",
+    "Reranking",
     "RetrievalDataModule",
     "Rows",
     "Source",
+    "Task",
     "load_evaluation",
     "to_item",
 ]

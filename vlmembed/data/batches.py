@@ -27,17 +27,21 @@ class Batches(Sampler[list[int]]):
         seed: Draws the order, together with the epoch.
         rank: Which process this is.
         world_size: How many there are.
+        distinct: Whether no query may come twice in a global batch.
 
     Raises:
         ValueError: If there are fewer rows, or (when iterating) fewer distinct queries, than one global batch has.
     """
 
-    def __init__(self, source: Source, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1):
+    def __init__(
+        self, source: Source, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1, distinct: bool = True
+    ):
         self.mixture = source if isinstance(source, Mixture) else Mixture([source])
         self.batch_size = batch_size
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
+        self.distinct = distinct
         self.epoch = 0
         #: Batches of the epoch to leave out, because a run that is resumed has had them.
         self.skip = 0

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, Literal
 
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from vlmembed.data.batches import Batches
-from vlmembed.data.collate import PATCH_COST, Collator, ItemCollator
-from vlmembed.data.evaluation import EvaluationRows, EvaluationSource, load_evaluation
-from vlmembed.data.loader import ExampleLists, ItemLists, ResumableLoader, shard
+from vlmembed.data.collate import PATCH_COST
+from vlmembed.data.evaluation import EvaluationSource
+from vlmembed.data.loader import ExampleLists, ResumableLoader
 from vlmembed.data.mixture import Mixture
 from vlmembed.data.sources import Rows, Source
-from vlmembed.types import EvaluationSet, Preprocessor
+from vlmembed.data.tasks import Task
+from vlmembed.types import Preprocessor
 
 Training = str | Source | list[str | Source]
 Evaluations = str | Source | EvaluationSource | list[str | Source | EvaluationSource]
@@ -73,7 +75,7 @@ class RetrievalDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         #: Of each stage (``val``, ``test``, ``predict``), its evaluation sets, one per loader.
-        self.evaluations: dict[str, list[EvaluationSet]] = {}
+        self.evaluations: dict[str, list[Any]] = {}
 
     def setup(self, stage: str) -> None:
         """Open what the stage needs.
@@ -81,16 +83,18 @@ class RetrievalDataModule(LightningDataModule):
         Raises:
             ValueError: If something is missing, cannot be read, or two evaluation sets of a stage have one name.
         """
-        self._preprocessor: Preprocessor = self._trainer.lightning_module.preprocessor
+        module = self._trainer.lightning_module
+        self._preprocessor: Preprocessor = module.preprocessor
+        self._task: Task = module.task
         if stage == "fit":
             self._mixture = as_mixture(self.train)
         if stage == "validate" or (stage == "fit" and self.val is not None):
-            self.evaluations.setdefault("val", load_evaluations(self.val, SPLITS["val"]))
+            self.evaluations.setdefault("val", load_evaluations(self._task, self.val, SPLITS["val"]))
         if stage == "test":
-            self.evaluations.setdefault("test", load_evaluations(self.test, SPLITS["test"]))
+            self.evaluations.setdefault("test", load_evaluations(self._task, self.test, SPLITS["test"]))
         if stage == "predict":
             asked, split = (self.val, "val") if self.test is None else (self.test, "test")
-            self.evaluations.setdefault("predict", load_evaluations(asked, SPLITS[split]))
+            self.evaluations.setdefault("predict", load_evaluations(self._task, asked, SPLITS[split]))
 
     @property
     def steps_per_epoch(self) -> int:
@@ -110,12 +114,12 @@ class RetrievalDataModule(LightningDataModule):
             **self._loader_options,
         )
 
-    def _collator(self) -> Collator:
+    def _collator(self) -> Callable[[Any], Any]:
         if self.chunk_size != "auto":
-            return Collator(self._preprocessor, self.chunk_size, patch_cost=self.patch_cost)
+            return self._task.collator(self._preprocessor, self.chunk_size, None, self.patch_cost)
         if self.chunk_cost is None:
             raise ValueError("chunk_size: auto needs a vlmembed module to measure it; give a number, or null.")
-        return Collator(self._preprocessor, None, self.chunk_cost, self.patch_cost)
+        return self._task.collator(self._preprocessor, None, self.chunk_cost, self.patch_cost)
 
     def state_dict(self) -> dict[str, Any]:
         """Keep the size of chunks, so that a resumed run cuts the same."""
@@ -143,15 +147,15 @@ class RetrievalDataModule(LightningDataModule):
 
     def _batches(self) -> Batches:
         trainer = self._trainer
-        return Batches(self._mixture, self.batch_size, self.seed, trainer.global_rank, trainer.world_size)
+        rank, world_size = trainer.global_rank, trainer.world_size
+        return Batches(self._mixture, self.batch_size, self.seed, rank, world_size, self._task.distinct_queries)
 
     def _evaluation_loaders(self, stage: str) -> list[DataLoader]:
-        return [self._evaluation_loader(ItemLists(evaluation)) for evaluation in self.evaluations.get(stage, [])]
-
-    def _evaluation_loader(self, items: ItemLists) -> DataLoader:
-        costs = [self._preprocessor.cost(items.item(row)) for row in range(len(items))]
-        batches = shard(costs, self.eval_batch_size, self._trainer.global_rank, self._trainer.world_size)
-        return DataLoader(items, sampler=batches, collate_fn=ItemCollator(self._preprocessor), **self._loader_options)
+        rank, world_size = self._trainer.global_rank, self._trainer.world_size
+        return [
+            self._task.loader(each, self._preprocessor, self.eval_batch_size, rank, world_size, **self._loader_options)
+            for each in self.evaluations.get(stage, [])
+        ]
 
     @property
     def _loader_options(self) -> dict[str, Any]:
@@ -178,10 +182,11 @@ def as_mixture(train: Training | None) -> Mixture:
     return sources[0] if len(sources) == 1 and isinstance(sources[0], Mixture) else Mixture(sources)
 
 
-def load_evaluations(given: Evaluations | None, split: str) -> list[EvaluationSet]:
+def load_evaluations(task: Task, given: Evaluations | None, split: str) -> list[Any]:
     """Load the evaluation sets of a stage.
 
     Args:
+        task: What they are for.
         given: What the YAML says.
         split: What to take of a data set that is given by its path and has several splits.
 
@@ -192,15 +197,8 @@ def load_evaluations(given: Evaluations | None, split: str) -> list[EvaluationSe
         raise ValueError(
             "There is nothing to measure on: give data.val to validate, data.test to test, either to predict."
         )
-    sets = [load_one(one, split) for one in (given if isinstance(given, list) else [given])]
+    sets = [task.load(one, split) for one in (given if isinstance(given, list) else [given])]
     name, count = Counter(one.name for one in sets).most_common(1)[0]
     if count > 1:
         raise ValueError(f"{count} evaluation sets are called {name!r}; give their EvaluationFolder or -Rows a name.")
     return sets
-
-
-def load_one(given: str | Source | EvaluationSource, split: str) -> EvaluationSet:
-    """Load one evaluation set from a path, training rows, or a source of its own."""
-    if isinstance(given, str):
-        return load_evaluation(given, split=split)
-    return (EvaluationRows(given) if isinstance(given, Source) else given).load()

@@ -3,6 +3,7 @@
 from vlmembed.losses.infonce import InfoNCE
 from vlmembed.losses.loss import Loss
 from vlmembed.losses.matryoshka import Matryoshka
+from vlmembed.losses.ranking import RankingLoss, Targets
 from vlmembed.losses.similarity import SimilarityLoss
 
-__all__ = ["InfoNCE", "Loss", "Matryoshka", "SimilarityLoss"]
+__all__ = ["InfoNCE", "Loss", "Matryoshka", "RankingLoss", "SimilarityLoss", "Targets"]

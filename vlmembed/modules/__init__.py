@@ -1,7 +1,17 @@
 """Lightning modules: training and measuring."""
 
+from vlmembed.modules.cross_encoder import CrossEncoderModule
 from vlmembed.modules.embedding import EmbeddingModule
+from vlmembed.modules.module import RetrievalModule
 from vlmembed.modules.parity import ParityCheck
 from vlmembed.modules.schedules import Constant, CosineDecay, LinearDecay
 
-__all__ = ["Constant", "CosineDecay", "EmbeddingModule", "LinearDecay", "ParityCheck"]
+__all__ = [
+    "Constant",
+    "CosineDecay",
+    "CrossEncoderModule",
+    "EmbeddingModule",
+    "LinearDecay",
+    "ParityCheck",
+    "RetrievalModule",
+]

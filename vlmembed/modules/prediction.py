@@ -6,7 +6,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from vlmembed.metrics import RetrievalMetrics
+from vlmembed.metrics import RerankingMetrics, RetrievalMetrics
 
 #: Documents per query in a ranking, as TREC runs have them.
 DEPTH = 1000
@@ -37,3 +37,7 @@ def write_predictions(metrics: RetrievalMetrics, folder: Path, is_writer: bool =
     tensors = {"queries": queries.contiguous(), "documents": documents.contiguous()}
     save_file(tensors, folder / f"{evaluation.name}.safetensors")
     print(f"Predictions are in {folder}")
+
+
+def write_reranking(metrics: RerankingMetrics, folder: Path, is_writer: bool = True) -> None:
+    """Placeholder."""

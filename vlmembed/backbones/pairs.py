@@ -1,0 +1,160 @@
+"""How a query and a document become one input: a chat template of its own, which an exported folder brings along."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+#: What transformers and Sentence Transformers call the template in a folder.
+NAME = "reranker"
+
+#: The default instruction of Qwen3-VL-Reranker (arXiv:2601.04720).
+DEFAULT_INSTRUCTION = "Given a search query, retrieve relevant candidates that answer the query."
+
+#: What the model is told to do, in the words that Qwen3-VL-Reranker was trained with.
+JUDGE = (
+    "Judge whether the Document meets the requirements based on the Query and the Instruct provided. "
+    'Note that the answer can only be "yes" or "no".'
+)
+
+SHOW = """\
+{%- macro show(role) -%}
+    {%- for message in messages if message.role == role -%}
+        {%- if message.content is string -%}
+            {{- message.content -}}
+        {%- else -%}
+            {%- for part in message.content -%}
+                {%- if part.type == 'text' -%}
+                    {{- part.text -}}
+                {%- elif part.type in ('image', 'video') -%}
+                    {{- '<|vision_start|><|' + part.type + '_pad|><|vision_end|>' -}}
+                {%- else -%}
+                    {{- raise_exception('A content part is a text, an image or a video, not ' + part.type) -}}
+                {%- endif -%}
+            {%- endfor -%}
+        {%- endif -%}
+    {%- endfor -%}
+{%- endmacro -%}
+"""
+
+#: Chat markup of Qwen. A system message, where there is one, is the instruction.
+CHAT = """\
+{{- '<|im_start|>system\\n' + %(system)s + '<|im_end|>\\n<|im_start|>user\\n<Instruct>: ' -}}
+{{- show('system') or %(instruction)s -}}
+%(pair)s
+{{- '<|im_end|>\\n' -}}
+{%%- if add_generation_prompt -%%}
+    {{- '<|im_start|>assistant\\n' -}}
+{%%- endif -%%}
+"""
+
+
+class PairTemplate(ABC):
+    """How a cross-encoder reads a query and a document."""
+
+    #: Whether a pair ends with its query, so that a pair that is too long cannot be cut at the end.
+    ends_with_query = False
+
+    @property
+    @abstractmethod
+    def source(self) -> str:
+        """A chat template in Jinja, for a message of role ``query`` and one of role ``document``."""
+
+
+class QueryFirst(PairTemplate):
+    """The input of Qwen3-VL-Reranker (arXiv:2601.04720): instruction, query, document. Candidates share their query.
+
+    Args:
+        instruction: What a document is sought for.
+        system: What the model is told to do.
+    """
+
+    pair = "{{- '<Query>:' + show('query') + '\\n<Document>:' + show('document') -}}"
+
+    def __init__(self, instruction: str = DEFAULT_INSTRUCTION, system: str = JUDGE) -> None:
+        self.instruction = instruction
+        self.system = system
+
+    @property
+    def source(self) -> str:
+        """See `PairTemplate.source`."""
+        texts = {"instruction": _quoted(self.instruction), "system": _quoted(self.system)}
+        return SHOW + CHAT % {**texts, "pair": self.pair}
+
+
+class DocumentFirst(QueryFirst):
+    """As `QueryFirst`, with the document before the query: queries share a document, and its images.
+
+    Args:
+        instruction: What a document is sought for.
+        system: What the model is told to do.
+    """
+
+    pair = "{{- '<Document>:' + show('document') + '\\n<Query>:' + show('query') -}}"
+    ends_with_query = True
+
+
+class TemplateFile(PairTemplate):
+    """A chat template of your own, for other instructions or another checkpoint's markup.
+
+    Args:
+        path: A file in Jinja, which renders messages of the roles ``query`` and ``document``, and may render one of
+            the role ``system``.
+        ends_with_query: Whether the query comes behind the document.
+
+    Raises:
+        ValueError: If there is no such file.
+    """
+
+    def __init__(self, path: str, ends_with_query: bool = False) -> None:
+        if not Path(path).is_file():
+            raise ValueError(f"TemplateFile: {path}: no such file.")
+        self.path = path
+        self.ends_with_query = ends_with_query
+
+    @property
+    def source(self) -> str:
+        """See `PairTemplate.source`."""
+        return Path(self.path).read_text(encoding="utf-8")
+
+
+def check_template(processor: Any, origin: str) -> None:
+    """Refuse a template that leaves a query or a document out.
+
+    Args:
+        processor: Of transformers, with the template.
+        origin: Whose template it is, for the message.
+
+    Raises:
+        ValueError: If it does, or cannot be rendered.
+    """
+
+    def render(query: str, document: str) -> str:
+        texts = {"query": query, "document": document}
+        chat = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in texts.items()]
+        try:
+            rendered: str = processor.apply_chat_template(chat, tokenize=False)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"{origin} cannot be rendered for a query and a document: {error}") from error
+        return rendered
+
+    plain = render("one", "two")
+    dropped = [
+        role
+        for role, other in {"query": ("three", "two"), "document": ("one", "three")}.items()
+        if render(*other) == plain
+    ]
+    if dropped:
+        raise ValueError(
+            f"{origin} drops the {' and the '.join(dropped)}: it has to render a message of role 'query' and one of "
+            "role 'document'. Mend it, or use vlmembed.backbones.pairs.QueryFirst."
+        )
+
+
+def _quoted(text: str) -> str:
+    """Return a text as a string in Jinja."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+    return f"'{escaped}'"

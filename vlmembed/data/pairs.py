@@ -1,0 +1,176 @@
+"""Queries with their candidates become batches of pairs, for a cross-encoder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import Dataset
+
+from vlmembed.data.collate import PATCH_COST
+from vlmembed.losses import Targets
+from vlmembed.types import Example, Pair, PairBatch, Prepared, Preprocessor, RankingBatch, RerankingSet
+
+#: Of each pair in a list of some, the number of its query and of its document in the evaluation set.
+NumberedPair = tuple[int, int, Pair]
+
+
+class PairCollator:
+    """Makes a ``RankingBatch`` of examples, in a loader worker.
+
+    A chunk holds pairs that begin alike, and what they share of their beginning costs nothing again.
+
+    Args:
+        preprocessor: From pairs to model inputs.
+        targets: What the loss wants to know of each candidate.
+        chunk_size: How many pairs of average cost a chunk has room for; null for one chunk of everything.
+        chunk_cost: How many tokens a chunk has room for, instead, and how many patches a chunk of images.
+        patch_cost: What a patch costs, in tokens; nothing where the tower is frozen, and keeps no activations.
+    """
+
+    def __init__(
+        self,
+        preprocessor: Preprocessor,
+        targets: Targets,
+        chunk_size: int | None = None,
+        chunk_cost: int | None = None,
+        patch_cost: float = PATCH_COST,
+    ) -> None:
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size is 1 or more, or null for a single chunk; got {chunk_size}.")
+        self.preprocessor = preprocessor
+        self.targets = targets
+        self.chunk_size = chunk_size
+        self.chunk_cost = chunk_cost
+        self.patch_cost = patch_cost
+
+    def __call__(self, examples: Sequence[Example]) -> RankingBatch:
+        """Pair each query with its candidates, equal pairs once.
+
+        Raises:
+            ValueError: If a pair cannot be preprocessed, or an example does not say what the loss wants to know.
+        """
+        targets: dict[tuple[int, int], float] = {}
+        pairs: dict[tuple[int, int], Pair] = {}
+        for example in examples:
+            for document, target in _candidates(example, self.targets):
+                key = example.query.id, document.id
+                pairs.setdefault(key, Pair(example.query, document))
+                # What answers a query in any example is no wrong answer to it in another.
+                targets[key] = max(target, targets.get(key, -math.inf))
+        prepared = self.preprocessor.prepare([*pairs.values()], draft=True)
+        rows = _cut(prepared, self.chunk_size, self.chunk_cost, self.patch_cost)
+        keys = [*pairs]
+        order = [keys[row] for chunk in rows for row in chunk]
+        return RankingBatch(
+            chunks=[prepared.chunk(chunk) for chunk in rows],
+            images=prepared.images(
+                _room([each for each in prepared.patches if each], self.chunk_size, self.chunk_cost)
+            ),
+            queries=torch.tensor([query for query, _ in order]),
+            targets=torch.tensor([targets[key] for key in order]),
+        )
+
+
+class EvaluationPairCollator:
+    """Makes a ``PairBatch`` of numbered pairs, in a loader worker.
+
+    Args:
+        preprocessor: From pairs to model inputs.
+        chunk_size: How many pairs of average cost a chunk has room for.
+    """
+
+    def __init__(self, preprocessor: Preprocessor, chunk_size: int) -> None:
+        self.preprocessor = preprocessor
+        self.chunk_size = chunk_size
+
+    def __call__(self, pairs: Sequence[NumberedPair]) -> PairBatch:
+        """Preprocess pairs, and their distinct images once."""
+        prepared = self.preprocessor.prepare([pair for _, _, pair in pairs])
+        chunks = _cut(prepared, self.chunk_size, None, 0.0)
+        rows = [pairs[row][:2] for chunk in chunks for row in chunk]
+        images = prepared.images(_room([each for each in prepared.patches if each], self.chunk_size, None))
+        return PairBatch([prepared.chunk(chunk) for chunk in chunks], images, torch.tensor(rows))
+
+
+class PairLists(Dataset[list[NumberedPair]]):
+    """The pairs of a reranking set by lists of numbers.
+
+    Args:
+        reranking: The queries and their candidates.
+        by_document: Whether pairs of one document stand together, instead of those of one query.
+    """
+
+    def __init__(self, reranking: RerankingSet, by_document: bool = False) -> None:
+        self.evaluation = reranking.evaluation
+        self.pairs = [(query, column) for query, found in enumerate(reranking.candidates) for column in found]
+        if by_document:
+            self.pairs.sort(key=lambda pair: pair[1])
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, numbers: Sequence[int]) -> list[NumberedPair]:
+        chosen = [self.pairs[number] for number in numbers]
+        # Each item is read once, whatever it is paired with.
+        queries = {query: self.evaluation.queries[query] for query, _ in chosen}
+        documents = {column: self.evaluation.corpus[column] for _, column in chosen}
+        return [(query, column, Pair(queries[query], documents[column])) for query, column in chosen]
+
+
+def _candidates(example: Example, wanted: Targets) -> Iterator[tuple]:
+    """Yield each document with its target, once they are known to be what the loss wants."""
+    origin, documents = example.query.origin, (*example.positives, *example.negatives)
+    labels = example.labels or (1.0,) * len(example.positives) + (0.0,) * len(example.negatives)
+    if wanted.scores != (example.scores is not None):
+        raise ValueError(
+            f"{origin}: the loss distils a teacher's scores, and there are none. Add a column 'scores' (see "
+            "`python -m vlmembed score`), or choose a loss of labels."
+            if wanted.scores
+            else f"{origin}: scores given but unused: the loss wants labels. Choose a loss that distils scores, or drop "
+            "the column: Rows(path, columns={scores: null})."
+        )
+    if not wanted.scores:
+        for document, label in zip(documents, labels, strict=True):
+            if not 0 <= label <= wanted.largest:
+                raise ValueError(
+                    f"{document.origin or origin}: label {label} is outside of what this loss takes, 0 to "
+                    f"{wanted.largest:g}."
+                )
+        if wanted.positive and not any(label > 0 for label in labels):
+            raise ValueError(
+                f"{origin}: none of the query's {len(documents)} candidates has a label above 0, and a listwise loss "
+                "needs a right answer. Remove the row, group rows of one query with vlmembed.data.Lists, or choose a "
+                "pointwise loss such as BinaryCrossEntropy."
+            )
+    if wanted.several and len(documents) < 2:
+        raise ValueError(
+            f"{origin}: the query has one candidate, and this loss compares several. Add negatives, or group rows of "
+            "one query with vlmembed.data.Lists."
+        )
+    yield from zip(documents, example.scores if wanted.scores else labels, strict=True)
+
+
+def _cut(prepared: Prepared, chunk_size: int | None, chunk_cost: int | None, patch_cost: float) -> list[list[int]]:
+    """Group neighbours into chunks of about equal cost; see `PairCollator`."""
+    order, lengths, patches = prepared.order, prepared.lengths, prepared.patches
+    whole = [lengths[row] + patch_cost * patches[row] for row in order]
+    new = [cost - shared for cost, shared in zip(whole, prepared.shared(order), strict=True)]
+    room = _room(new, chunk_size, chunk_cost)
+    chunks: list[list[int]] = []
+    taken = 0.0
+    for place, row in enumerate(order):
+        if chunks and (room is None or taken + new[place] <= room):
+            chunks[-1].append(row)
+            taken += new[place]
+        else:
+            chunks.append([row])
+            taken = whole[place]
+    return chunks
+
+
+def _room(costs: Sequence[float], chunk_size: int | None, chunk_cost: int | None) -> int | None:
+    if chunk_cost is not None or chunk_size is None:
+        return chunk_cost
+    return math.ceil(max(*costs, 1, chunk_size * sum(costs) / len(costs))) if costs else 1

@@ -1,0 +1,130 @@
+"""What a model is given: items, each on its own, or queries together with their candidates."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from vlmembed.data.collate import Collator, ItemCollator
+from vlmembed.data.evaluation import EvaluationRows, EvaluationSource, load_evaluation
+from vlmembed.data.loader import ItemLists, shard
+from vlmembed.data.pairs import EvaluationPairCollator, PairCollator, PairLists
+from vlmembed.data.reranking import load_reranking
+from vlmembed.data.sources import Source
+from vlmembed.losses import Targets
+from vlmembed.types import EvaluationSet, Preprocessor, RerankingSet
+
+#: So many chunks of pairs are read at once: an image that several of them show is preprocessed, and seen, once.
+CHUNKS_PER_BATCH = 8
+
+
+class Task(ABC):
+    """How batches are made for a model.
+
+    Attributes:
+        distinct_queries: Whether no query may come twice in a batch, where it would be its own negative.
+    """
+
+    distinct_queries = True
+
+    @abstractmethod
+    def collator(
+        self, preprocessor: Preprocessor, chunk_size: int | None, chunk_cost: int | None, patch_cost: float
+    ) -> Callable[[Any], Any]:
+        """Return what makes a batch of examples."""
+
+    @abstractmethod
+    def load(self, given: str | Source | EvaluationSource, split: str) -> Any:
+        """Load one evaluation set, from what the YAML says."""
+
+    @abstractmethod
+    def loader(
+        self, evaluation: Any, preprocessor: Preprocessor, size: int, rank: int, world_size: int, **options: Any
+    ) -> DataLoader:
+        """Return the loader of an evaluation set, for one process.
+
+        Args:
+            evaluation: The set.
+            preprocessor: From items to model inputs.
+            size: How many items go through the model at once.
+            rank: Which process this is.
+            world_size: How many there are.
+            **options: Of the loader.
+        """
+
+
+class Embedding(Task):
+    """To embed queries and documents, each on its own."""
+
+    def collator(
+        self, preprocessor: Preprocessor, chunk_size: int | None, chunk_cost: int | None, patch_cost: float
+    ) -> Collator:
+        """See `Task.collator`."""
+        return Collator(preprocessor, chunk_size, chunk_cost, patch_cost)
+
+    def load(self, given: str | Source | EvaluationSource, split: str) -> EvaluationSet:
+        """Load one evaluation set from a path, training rows, or a source of its own."""
+        if isinstance(given, str):
+            return load_evaluation(given, split=split)
+        return (EvaluationRows(given) if isinstance(given, Source) else given).load()
+
+    def loader(
+        self,
+        evaluation: EvaluationSet,
+        preprocessor: Preprocessor,
+        size: int,
+        rank: int,
+        world_size: int,
+        **options: Any,
+    ) -> DataLoader:
+        """See `Task.loader`: queries and corpus, sorted by cost."""
+        items = ItemLists(evaluation)
+        costs = [preprocessor.cost(items.item(row)) for row in range(len(items))]
+        batches = shard(costs, size, rank, world_size)
+        return DataLoader(items, sampler=batches, collate_fn=ItemCollator(preprocessor), **options)
+
+
+class Reranking(Task):
+    """To score queries together with their candidates.
+
+    Args:
+        targets: What the loss wants to know of each candidate.
+        by_document: Whether pairs of one document are scored together, instead of those of one query.
+    """
+
+    distinct_queries = False
+
+    def __init__(self, targets: Targets, by_document: bool = False) -> None:
+        self.targets = targets
+        self.by_document = by_document
+
+    def collator(
+        self, preprocessor: Preprocessor, chunk_size: int | None, chunk_cost: int | None, patch_cost: float
+    ) -> PairCollator:
+        """See `Task.collator`."""
+        return PairCollator(preprocessor, self.targets, chunk_size, chunk_cost, patch_cost)
+
+    def load(self, given: str | Source | EvaluationSource, split: str) -> RerankingSet:
+        """Load one set of queries and candidates."""
+        return load_reranking(given, split)
+
+    def loader(
+        self,
+        evaluation: RerankingSet,
+        preprocessor: Preprocessor,
+        size: int,
+        rank: int,
+        world_size: int,
+        **options: Any,
+    ) -> DataLoader:
+        """See `Task.loader`: pairs that share a query, or a document, one after the other."""
+        pairs = PairLists(evaluation, self.by_document)
+        block = size * CHUNKS_PER_BATCH
+        rounds = -(-len(pairs) // (block * world_size))
+        # All processes get equally many batches, so that none waits for another that has no more.
+        edges = [len(pairs) * number // (rounds * world_size) for number in range(rounds * world_size + 1)]
+        batches = [[*range(*edges[place : place + 2])] or [0] for place in range(rank, rounds * world_size, world_size)]
+        return DataLoader(pairs, sampler=batches, collate_fn=EvaluationPairCollator(preprocessor, size), **options)

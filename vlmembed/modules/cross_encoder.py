@@ -1,0 +1,95 @@
+"""Training and measuring a cross-encoder."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from vlmembed import distributed
+from vlmembed.backbones import VisionLanguageModel
+from vlmembed.backbones.pairs import PairTemplate, QueryFirst
+from vlmembed.data import Reranking, Task
+from vlmembed.encoder import Scorer
+from vlmembed.heads import ScoreHead, YesNo
+from vlmembed.losses import RankingLoss
+from vlmembed.metrics import RerankingMetrics
+from vlmembed.modules.module import RetrievalModule
+from vlmembed.modules.prediction import write_reranking
+from vlmembed.types import PairBatch, RankingBatch, RerankingSet
+
+
+class CrossEncoderModule(RetrievalModule):
+    """Turns a vision-language model into a cross-encoder: a reranker, which reads a query and a document together.
+
+    Args:
+        backbone: The vision-language model.
+        loss: What to train with, such as BinaryCrossEntropy or SoftmaxCrossEntropy.
+        head: From its hidden states to a score; null for ``vlmembed.heads.YesNo``.
+        template: How a query and a document become one input; null for ``vlmembed.backbones.QueryFirst``, the layout
+            of Qwen3-VL-Reranker.
+        **options: As for `RetrievalModule`.
+    """
+
+    def __init__(
+        self,
+        backbone: VisionLanguageModel,
+        loss: RankingLoss,
+        head: ScoreHead | None = None,
+        template: PairTemplate | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(partial(Scorer, backbone, head or YesNo(), template or QueryFirst()), loss, **options)
+
+    @property
+    def task(self) -> Task:
+        """To score pairs, with the targets that the loss wants."""
+        return Reranking(self.loss.targets)
+
+    def compute_loss(self, outputs: Tensor, batch: RankingBatch) -> Tensor:
+        """Compute the loss on the scores of all processes."""
+        loss: Tensor = self.loss(*joined_candidates(outputs[:, 0].float(), batch))
+        return loss
+
+    def measurement(self, evaluation: RerankingSet) -> RerankingMetrics:
+        """Measure the order of each query's candidates."""
+        return RerankingMetrics(evaluation)
+
+    def measure(self, batch: PairBatch, metrics: RerankingMetrics) -> None:
+        """Score pairs."""
+        features = self.encoder.see(batch.images)
+        scores = torch.cat([self.encoder(chunk, features) for chunk in batch.chunks])
+        metrics.update(batch.rows, scores[:, 0])
+
+    def write_predictions(self, metrics: RerankingMetrics, folder: Path) -> None:
+        """Write the candidates in their new order."""
+        write_reranking(metrics, folder, self.trainer.is_global_zero)
+
+
+def joined_candidates(
+    scores: Float[Tensor, " N"], batch: RankingBatch
+) -> tuple[Float[Tensor, "Q C"], Float[Tensor, "Q C"], Bool[Tensor, "Q C"]]:
+    """Join all processes' pairs into what a ranking loss takes: the candidates of each query, side by side.
+
+    Args:
+        scores: Of this process's pairs.
+        batch: This process's batch.
+
+    Returns:
+        Scores, targets and mask, the same on every process.
+    """
+    device = scores.device
+    gathered = distributed.gather(scores)
+    targets = distributed.gather_on_host(batch.targets, device)
+    _, rows = distributed.gather_on_host(batch.queries, device).unique(return_inverse=True)
+    order = rows.argsort(stable=True)
+    counts = rows.bincount()
+    mask = torch.arange(int(counts.max())) < counts[:, None]
+    # Each place's pair; the places where there is none look at the first, and nobody looks at them.
+    places = torch.zeros(mask.shape, dtype=torch.long).masked_scatter(mask, order)
+    here, mask_here = places.to(device, non_blocking=True), mask.to(device, non_blocking=True)
+    return gathered[here], targets[places].to(device, non_blocking=True), mask_here
