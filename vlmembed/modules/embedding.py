@@ -31,6 +31,8 @@ class EmbeddingModule(RetrievalModule):
         **options: As for `RetrievalModule`.
     """
 
+    loss: Loss
+
     def __init__(self, backbone: VisionLanguageModel, pooling: Pooling, loss: Loss, **options: Any) -> None:
         super().__init__(partial(Encoder, backbone, pooling), loss, **options)
 
