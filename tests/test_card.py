@@ -177,3 +177,17 @@ def test_escaping_shows_the_text_itself() -> None:
     markdown = pytest.importorskip("markdown_it").MarkdownIt("commonmark").enable("table")
     page = markdown.render(f"# {escape(NASTY)}")
     assert html.unescape(page) == f"<h1>{' '.join(NASTY.split())}</h1>\n"
+
+
+def test_what_was_there_before_reranking_is_shown_and_is_no_result_of_the_model(tmp_path: Path) -> None:
+    metrics = {"val/ndcg@10": 0.75, "val/ndcg@10/before": 0.5, "test/pages/mrr@10/before": 0.25}
+    path = write_card(tmp_path, replace(FACTS, metrics=metrics, opens_with="CrossEncoder"))
+    table = [row for row in cells(rendered(path)) if len(row) == 3]
+    assert table == [
+        ["Evaluation set", "Metric", "full"],
+        ["val", "ndcg@10", "0.7500"],
+        ["val", "ndcg@10 before reranking", "0.5000"],
+        ["test/pages", "mrr@10 before reranking", "0.2500"],
+    ]
+    (result,) = ModelCard.load(path).data.eval_results
+    assert (result.dataset_name, result.metric_name, result.metric_value) == ("val", "ndcg@10", 0.75)

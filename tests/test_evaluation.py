@@ -131,9 +131,12 @@ def named(items: Any, names: Any) -> dict[str, str]:
     return {name: str(item.parts[0].value) for item, name in zip(items, names, strict=True)}
 
 
-def answers(found: EvaluationSet) -> dict[str, set[str]]:
+def grades(found: EvaluationSet) -> dict[str, dict[str, int]]:
     queries, documents = named(found.queries, found.query_names), named(found.corpus, found.document_names)
-    return {queries[query]: {documents[name] for name in judged} for query, judged in found.qrels.items()}
+    return {
+        queries[query]: {documents[name]: grade for name, grade in judged.items()}
+        for query, judged in found.qrels.items()
+    }
 
 
 def test_training_rows(tmp_path: Path) -> None:
@@ -141,8 +144,11 @@ def test_training_rows(tmp_path: Path) -> None:
     assert found.name == "rows"
     assert values(found.queries) == [["q1"], ["q2"], ["shared"]]
     assert values(found.corpus) == [["shared"], ["n1"], ["p2"], ["p3"], ["n2"]]
-    assert answers(found) == {"q1": {"shared", "p2"}, "q2": {"p2", "p3"}, "shared": {"p3"}}
-    assert {grade for judged in found.qrels.values() for grade in judged.values()} == {1}
+    assert grades(found) == {
+        "q1": {"shared": 1, "n1": 0, "p2": 1},
+        "q2": {"p2": 1, "p3": 1, "shared": 0},
+        "shared": {"p3": 1, "n2": 0},
+    }
     assert [item.parts[0].value for item in found.corpus[1:3]] == ["n1", "p2"]
 
 
@@ -155,12 +161,18 @@ def test_the_names_of_training_rows_do_not_depend_on_their_order(tmp_path: Path)
 
 
 def test_labelled_rows_measure_the_queries_that_have_an_answer(tmp_path: Path) -> None:
-    rows = [("q1", "a", 0), ("q1", "b", 1), ("q2", "c", 0)]
+    rows = [("q1", "a", 0), ("q1", "b", 1), ("q2", "c", 0), ("q1", "d", 3), ("q1", "b", 2), ("q1", "d", 0)]
     path = write(tmp_path / "t.jsonl", [{"query": q, "document": d, "label": k} for q, d, k in rows])
     found = EvaluationRows(Rows(path), name="labelled").load()
     assert found.name == "labelled"
-    assert answers(found) == {"q1": {"b"}}
-    assert values(found.corpus) == [["a"], ["b"], ["c"]]
+    assert grades(found) == {"q1": {"a": 0, "b": 2, "d": 3}}
+    assert values(found.corpus) == [["a"], ["b"], ["c"], ["d"]]
+
+
+def test_a_label_that_is_no_grade_is_refused(tmp_path: Path) -> None:
+    rows = [{"query": "q", "document": "d", "label": label} for label in (1, 0.5)]
+    with pytest.raises(ValueError, match=r"t.jsonl, row 2, column 'query': label 0.5 is no whole number"):
+        load_evaluation(write(tmp_path / "t.jsonl", rows))
 
 
 def test_open_images_of_training_rows_are_read_when_asked_for(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def updated(evaluation: EvaluationSet, embeddings: Tensor, **options) -> Retriev
 
 @pytest.mark.parametrize("block", [1, 7 * 60, 2**24])
 def test_metric_equals_pytrec_eval_at_every_dimension(block, monkeypatch):
-    monkeypatch.setattr(metrics, "SCORES_PER_BLOCK", block)
+    monkeypatch.setattr(metrics.retrieval, "SCORES_PER_BLOCK", block)
     evaluation = evaluation_set()
     embeddings = embeddings_of(evaluation)
     measured = updated(evaluation, embeddings, dimensions=(8, 3))
@@ -228,7 +228,7 @@ def results(measured: RetrievalMetrics) -> dict[str, Tensor]:
 def measure_shares(rank: int, folder: Path, shares: list[dict[str, list[Tensor]]]) -> None:
     """One of two processes: update with its share, write down what comes out."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    metrics.ROWS_PER_GATHER = 16  # So that a share takes several pieces.
+    metrics.shares.ROWS_PER_GATHER = 16  # So that a share takes several pieces.
     evaluation = evaluation_set()
     embeddings = embeddings_of(evaluation)
     for name, batches in shares[rank].items():

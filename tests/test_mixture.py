@@ -183,6 +183,25 @@ def test_skipping_continues_the_same_epoch() -> None:
     assert len(epoch(batches, 3)) == len(whole)
 
 
+class Unread(Questions):
+    """Says of no row which query it asks."""
+
+    def query_id(self, index: int) -> int:
+        raise AssertionError(index)
+
+
+@pytest.mark.parametrize("one_source_batches", [False, True])
+def test_rows_of_one_query_may_come_together_where_told_so(one_source_batches: bool) -> None:
+    sources: list[Source] = [Unread(["same"] * 12), Unread(["other"] * 6)]
+    batches = Batches(Mixture(sources, one_source_batches=one_source_batches), 3, world_size=2, distinct=False)
+    second = Batches(batches.mixture, 3, rank=1, world_size=2, distinct=False)
+    drawn = [one + other for one, other in zip(epoch(batches), epoch(second), strict=True)]
+    assert [len(batch) for batch in drawn] == [6, 6, 6]
+    assert sorted(chain(*drawn)) == [*range(18)]
+    if one_source_batches:
+        assert all(len(origins(batches.mixture, batch)) == 1 for batch in drawn)
+
+
 def test_too_few_rows_or_queries_are_refused() -> None:
     with pytest.raises(ValueError, match="The 3 training rows are fewer than one batch of 8"):
         Batches(distinct("a", 3), 4, world_size=2)

@@ -124,9 +124,26 @@ def test_scores_follow_positives_then_negatives(tmp_path: Path) -> None:
 
 
 def test_labelled_documents(tmp_path: Path) -> None:
-    rows = [{"query": "q", "document": "d", "label": label} for label in (1, 0, 1.0, True)]
+    rows = [{"query": "q", "document": "d", "label": label} for label in (1, 0, 1.0, True, 3, 0.25)]
     labelled = Rows(write(tmp_path / "t.jsonl", rows))
-    assert [content(labelled[k])[1:] for k in range(4)] == [(["d"], []), ([], ["d"]), (["d"], []), (["d"], [])]
+    examples = [labelled[k] for k in range(len(rows))]
+    right = ["d"], []
+    assert [content(example)[1:] for example in examples] == [right, ([], ["d"]), right, right, right, right]
+    assert [example.labels for example in examples] == [(1.0,), (0.0,), (1.0,), (1.0,), (3.0,), (0.25,)]
+
+
+def test_labels_of_a_csv_file_are_strings(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("query,document,label\nq,d,0\nq,e,1\nq,f,0.5\n")
+    rows = Rows(str(tmp_path / "t.csv"))
+    assert [rows[k].labels for k in range(3)] == [(0.0,), (1.0,), (0.5,)]
+
+
+def test_a_list_of_documents_with_labels(tmp_path: Path) -> None:
+    row = {"query": "q", "document": ["a", {"text": "b"}, "c", "d"], "label": [0, 2, 0, 1], "scores": [-1, 4.5, 0.5, 3]}
+    found = Rows(write(tmp_path / "t.jsonl", [row]))[0]
+    assert content(found) == (["q"], ["b", "d"], ["a", "c"])
+    assert found.labels == (2.0, 1.0, 0.0, 0.0)
+    assert found.scores == (4.5, 3.0, -1.0, 0.5)
 
 
 def test_columns_are_renamed_and_dropped(tmp_path: Path) -> None:
@@ -199,10 +216,27 @@ def test_bad_rows_are_refused(good: Any, bad: Any, message: str, tmp_path: Path)
     assert "t.jsonl" in str(error.value)
 
 
-@pytest.mark.parametrize("label", [0.5, 2, None, "yes"])
-def test_labels_other_than_0_and_1_are_refused(label: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("label", [-1, None, "yes", float("nan"), float("inf"), ""])
+def test_labels_below_0_and_what_is_no_number_are_refused(label: Any, tmp_path: Path) -> None:
     rows = Rows(write(tmp_path / "t.jsonl", [{"query": "q", "document": "d", "label": label}]))
-    with pytest.raises(ValueError, match="row 1, column 'label': expected 0 or 1"):
+    with pytest.raises(ValueError, match=f"row 1, column 'label': expected a number of 0 .*got {label!r}"):
+        rows[0]
+
+
+@pytest.mark.parametrize(
+    ("documents", "label", "message"),
+    [
+        (["d", "e"], [1], r"column 'label': expected a list of 2 numbers, one per document; got \[1\]"),
+        (["d", "e"], 1, "column 'label': expected a list of 2 numbers, one per document; got 1"),
+        ("d", [1], r"column 'label': expected one number.*; got \[1\]"),
+        ([], [], "column 'document': the list is empty"),
+        (["d", ""], [1, 0], r"column 'document'\[1\]: the text is empty"),
+        (["d", "e"], [1, -2], "column 'label': expected a number of 0 .*got -2"),
+    ],
+)
+def test_bad_lists_of_documents_are_refused(documents: Any, label: Any, message: str, tmp_path: Path) -> None:
+    rows = Rows(write(tmp_path / "t.jsonl", [{"query": "q", "document": documents, "label": label}]))
+    with pytest.raises(ValueError, match=f"row 1, {message}"):
         rows[0]
 
 

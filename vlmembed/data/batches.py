@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Iterator
-from itertools import islice, pairwise
+from itertools import islice, pairwise, repeat
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -17,8 +17,8 @@ class Batches(Sampler[list[int]]):
     """Row numbers of every batch of an epoch, for one process.
 
     The global batch is drawn from seed and epoch alone and cut into one piece per process, so any number of processes
-    trains on the same batches. No query comes twice in a global batch, where it would be its own negative: its second
-    row waits for a later batch. The number of batches is the number of rows over the size of a global batch, rounded
+    trains on the same batches. Where ``distinct``, no query comes twice in a global batch, where it would be its own
+    negative: its second row waits for a later batch. The number of batches is the number of rows over the size of a global batch, rounded
     down, whatever the duplicates: where waiting rows alone cannot fill a last batch, rows of the next shuffle do.
 
     Args:
@@ -27,7 +27,7 @@ class Batches(Sampler[list[int]]):
         seed: Draws the order, together with the epoch.
         rank: Which process this is.
         world_size: How many there are.
-        distinct: Whether no query may come twice in a global batch.
+        distinct: Whether no query may come twice in a global batch; if false, rows come as drawn and no query is read.
 
     Raises:
         ValueError: If there are fewer rows, or (when iterating) fewer distinct queries, than one global batch has.
@@ -80,15 +80,18 @@ class Batches(Sampler[list[int]]):
                 drawn = [row for stream, count in zip(streams, counts, strict=True) for row in islice(stream, count)]
                 yield from generator.permutation(drawn).tolist()
 
-        return distinct_batches(epochs(), self.mixture, range(len(self.mixture)), self.global_size)
+        return self._cut(epochs(), range(len(self.mixture)))
 
     def _of_one_source(self, generator: np.random.Generator) -> Iterator[list[int]]:
-        streams = [
-            distinct_batches(_passes(rows, generator), self.mixture, rows, self.global_size) for rows in self._rows()
-        ]
+        streams = [self._cut(_passes(rows, generator), rows) for rows in self._rows()]
         schedule = np.repeat(range(len(streams)), self.mixture.apportion(len(self)))
         for source in generator.permutation(schedule):
             yield next(streams[source])
+
+    def _cut(self, stream: Iterator[int], rows: range) -> Iterator[list[int]]:
+        if self.distinct:
+            return distinct_batches(stream, self.mixture, rows, self.global_size)
+        return (list(islice(stream, self.global_size)) for _ in repeat(None))
 
     def _rows(self) -> list[range]:
         return [range(start, stop) for start, stop in pairwise(self.mixture.offsets)]

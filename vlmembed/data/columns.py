@@ -18,8 +18,8 @@ def check_columns(columns: Collection[str], origin: str) -> None:
     """Refuse columns that cannot be read as training rows, or that nothing would read.
 
     Args:
-        columns: Names, after renaming: ``query``; ``positive``, or ``document`` and ``label``; any number of
-            ``negative``, ``negative_1`` … ``negative_n``, or one ``negatives``; ``scores``.
+        columns: Names, after renaming: ``query``; ``positive`` and any number of ``negative``, ``negative_1`` …
+            ``negative_n``, or one ``negatives``; or, instead of these, ``document`` and ``label``; ``scores``.
         origin: The file, for error messages.
 
     Raises:
@@ -37,7 +37,7 @@ def check_columns(columns: Collection[str], origin: str) -> None:
     for column in needed:
         if column not in columns:
             raise ValueError(f"{origin}: column {column!r} is missing (there are {listed}); rename one with columns.")
-    unused = [column for column in columns if needed[1] == "document" and column not in needed]
+    unused = [column for column in columns if needed[1] == "document" and column not in (*needed, "scores")]
     if unused:
         raise ValueError(f"{origin}: column {unused[0]!r} is not used beside 'document' and 'label'.")
     _check_negatives(columns, origin)
@@ -56,8 +56,8 @@ def _check_negatives(columns: Collection[str], origin: str) -> None:
 def to_example(row: Mapping[str, Any], folder: Path, origin: str) -> Example:
     """Turn one row, whose columns have been checked, into an example.
 
-    A row of ``query``, ``document`` and ``label`` gives one positive (label 1) or one negative (label 0) and nothing
-    else.
+    The documents of a row of ``query``, ``document`` and ``label`` are positives where their label is above 0, and
+    negatives where it is 0.
 
     Args:
         row: Column name → cell.
@@ -69,14 +69,44 @@ def to_example(row: Mapping[str, Any], folder: Path, origin: str) -> Example:
     """
     query = _item(row, "query", folder, origin)
     if "document" in row:
-        document = (_item(row, "document", folder, origin),)
-        return Example(query, document) if _is_positive(row["label"], origin) else Example(query, (), document)
-    is_list = isinstance(row["positive"], list) and not is_content(row["positive"])
-    positives = _items(row, "positive", folder, origin) if is_list else (_item(row, "positive", folder, origin),)
-    if not positives:
-        raise ValueError(f"{origin}, column 'positive': the list is empty; every row needs a right answer.")
+        return _labelled(query, row, folder, origin)
+    positives = _one_or_more(row, "positive", folder, origin)
     negatives = _negatives(row, folder, origin)
     return Example(query, positives, negatives, _scores(row, len(positives) + len(negatives), origin))
+
+
+def labels_of(example: Example) -> tuple[float, ...]:
+    """Return how relevant each of the positives and then of the negatives is."""
+    return example.labels or (1.0,) * len(example.positives) + (0.0,) * len(example.negatives)
+
+
+def _labelled(query: Item, row: Mapping[str, Any], folder: Path, origin: str) -> Example:
+    documents = _one_or_more(row, "document", folder, origin)
+    labels = _labels(row["label"], _is_list(row["document"]), len(documents), f"{origin}, column 'label'")
+    scores = _scores(row, len(documents), origin)
+    # Right answers first, as everywhere; otherwise in the order of the row.
+    order = sorted(range(len(documents)), key=lambda place: labels[place] == 0)
+    positives = sum(label > 0 for label in labels)
+    ordered = tuple(documents[place] for place in order)
+    return Example(
+        query,
+        ordered[:positives],
+        ordered[positives:],
+        scores and tuple(scores[place] for place in order),
+        tuple(labels[place] for place in order),
+    )
+
+
+def _is_list(cell: Any) -> bool:
+    return isinstance(cell, list) and not is_content(cell)
+
+
+def _one_or_more(row: Mapping[str, Any], column: str, folder: Path, origin: str) -> tuple[Item, ...]:
+    if not _is_list(row[column]):
+        return (_item(row, column, folder, origin),)
+    if not row[column]:
+        raise ValueError(f"{origin}, column {column!r}: the list is empty; every row needs a document there.")
+    return _items(row, column, folder, origin)
 
 
 def _negatives(row: Mapping[str, Any], folder: Path, origin: str) -> tuple[Item, ...]:
@@ -102,10 +132,24 @@ def _items(row: Mapping[str, Any], column: str, folder: Path, origin: str) -> tu
     return tuple(to_item(one, "document", folder, f"{place}[{k}]") for k, one in enumerate(cell))
 
 
-def _is_positive(label: Any, origin: str) -> bool:
-    if label not in (0, 1, "0", "1"):
-        raise ValueError(f"{origin}, column 'label': expected 0 or 1, got {label!r}; graded answers go in 'scores'.")
-    return int(label) == 1
+def _labels(cell: Any, is_list: bool, count: int, place: str) -> list[float]:
+    labels = cell if isinstance(cell, list) else [cell]
+    if isinstance(cell, list) != is_list or len(labels) != count:
+        expected = f"a list of {count} numbers, one per document" if is_list else "one number, as there is one document"
+        raise ValueError(f"{place}: expected {expected}; got {cell!r:.100}.")
+    return [_label(label, place) for label in labels]
+
+
+def _label(cell: Any, place: str) -> float:
+    try:
+        label = float(cell)  # A CSV file has nothing but strings.
+    except (TypeError, ValueError):
+        label = math.nan
+    if not (math.isfinite(label) and label >= 0):
+        raise ValueError(
+            f"{place}: expected a number of 0 (no answer) or above, got {cell!r}; a teacher's scores go in 'scores'."
+        )
+    return label
 
 
 def _scores(row: Mapping[str, Any], count: int, origin: str) -> tuple[float, ...] | None:
@@ -113,7 +157,7 @@ def _scores(row: Mapping[str, Any], count: int, origin: str) -> tuple[float, ...
         return None
     scores, place = row["scores"], f"{origin}, column 'scores'"
     if not isinstance(scores, list) or len(scores) != count:
-        raise ValueError(f"{place}: expected {count} numbers (positives, then negatives), got {scores!r:.100}.")
+        raise ValueError(f"{place}: expected {count} numbers, one per document of the row; got {scores!r:.100}.")
     for score in scores:
         if not isinstance(score, int | float) or not math.isfinite(score):
             raise ValueError(f"{place}: {score!r} is not a finite number.")

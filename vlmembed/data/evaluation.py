@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmembed.data.cells import to_item
+from vlmembed.data.columns import labels_of
 from vlmembed.data.sources import Rows, Source
 from vlmembed.data.tables import JSONLines
 from vlmembed.types import EvaluationSet, Example, Item, Role
@@ -68,8 +69,9 @@ class EvaluationFolder(EvaluationSource):
 class EvaluationRows(EvaluationSource):
     """Training rows as a retrieval measurement.
 
-    The corpus is all their positives and negatives, the queries are those with a positive, each distinct one once;
-    a query's right answers are those of all its rows.
+    The corpus is all their positives and negatives, the queries are those with a positive, each distinct one once; a
+    query's answers are those of all its rows. The grade of an answer is its label: 1 for a positive and 0 for a
+    negative where the rows give none. Where rows disagree, the highest counts.
 
     Args:
         rows: The training rows.
@@ -81,20 +83,25 @@ class EvaluationRows(EvaluationSource):
         self.name = name or rows.name
 
     def load(self) -> EvaluationSet:
-        """See ``EvaluationSource.load``."""
+        """See ``EvaluationSource.load``.
+
+        Raises:
+            ValueError: Naming row and value of what cannot be read, or of a label that is no whole number.
+        """
         queries: dict[str, tuple[int, int]] = {}
         corpus: dict[str, tuple[int, int]] = {}
         qrels: Qrels = {}
         for row in range(len(self.rows)):
             example = self.rows[row]
             query, *documents = (f"{item.id:016x}" for item in _items(example))
-            for place, document in enumerate(documents, start=1):
+            queries.setdefault(query, (row, 0))
+            judged = qrels.setdefault(query, {})
+            for place, (document, grade) in enumerate(zip(documents, _grades(example), strict=True), start=1):
                 corpus.setdefault(document, (row, place))
-            if example.positives:
-                queries.setdefault(query, (row, 0))
-                qrels.setdefault(query, {}).update(dict.fromkeys(documents[: len(example.positives)], 1))
-        items = RowItems(self.rows, [*queries.values()]), RowItems(self.rows, [*corpus.values()])
-        return EvaluationSet(self.name, *items, [*queries], [*corpus], qrels)
+                judged[document] = max(grade, judged.get(document, 0))
+        qrels = {query: judged for query, judged in qrels.items() if any(judged.values())}
+        items = RowItems(self.rows, [queries[query] for query in qrels]), RowItems(self.rows, [*corpus.values()])
+        return EvaluationSet(self.name, *items, [*qrels], [*corpus], qrels)
 
 
 class RowItems(Sequence[Item]):
@@ -130,13 +137,29 @@ def load_evaluation(path: str, name: str | None = None, split: str = "test") -> 
     Raises:
         ValueError: If something in it cannot be read, with file and row.
     """
-    if (Path(path) / "corpus.jsonl").exists() or (Path(path) / "queries.jsonl").exists():
+    if is_evaluation_folder(path):
         return EvaluationFolder(path, name).load()
     return EvaluationRows(Rows(path, split), name).load()
 
 
+def is_evaluation_folder(path: str) -> bool:
+    """Tell an evaluation folder from training rows."""
+    return (Path(path) / "corpus.jsonl").exists() or (Path(path) / "queries.jsonl").exists()
+
+
 def _items(example: Example) -> tuple[Item, ...]:
     return (example.query, *example.positives, *example.negatives)
+
+
+def _grades(example: Example) -> list[int]:
+    labels = labels_of(example)
+    for label in labels:
+        if not label.is_integer():
+            raise ValueError(
+                f"{example.query.origin}: label {label} is no whole number, and metrics take grades 0, 1, 2, …: "
+                "measure on rows with whole labels, or on an evaluation folder."
+            )
+    return [int(label) for label in labels]
 
 
 def _read_items(path: Path, role: Role) -> dict[str, Item]:

@@ -40,9 +40,10 @@ class Rows(Source):
     """Training rows from a file, a folder or the Hub.
 
     Columns are ``query``, ``positive`` (a list is several right answers) and optionally ``negative``, ``negative_1``
-    … ``negative_n``, or a list ``negatives``; ``scores`` of a teacher, for the positives and then the negatives; or,
-    for a reranker, ``query``, ``document`` and ``label`` (0 or 1). A cell is a string, an image, a mapping with any
-    of ``text``, ``image``, ``video``, or a list of chat content parts. In a file, an image or video is a path
+    … ``negative_n``, or a list ``negatives``; or ``query``, ``document`` and ``label``: 0 for a wrong answer and 1, or
+    any grade above 0, for a right one; or a list of documents with a list of as many labels. ``scores`` is a list of a
+    teacher's scores of the row's documents (positives and then negatives). A cell is a string, an image, a mapping
+    with any of ``text``, ``image``, ``video``, or a list of chat content parts. In a file, an image or video is a path
     relative to it.
 
     Args:

@@ -39,7 +39,8 @@ class CardFacts:
         base_model: The checkpoint that training started from, a Hub id or a folder.
         training: How the model was made, as label → value: its pooling, loss, adapters, …
         datasets: What it was trained on, as named in the run; Hub ids become metadata.
-        metrics: Measured values under their logged names, ``val/ndcg@10`` or ``val/NAME/ndcg@10/64``.
+        metrics: Measured values under their logged names, ``val/ndcg@10``, ``val/NAME/ndcg@10/64``, or
+            ``val/ndcg@10/before`` of a reranker.
         config: The whole configuration of the run. Secrets in it are hidden.
         verification: What was compared with the trained model, how far it was off, and how far it might have been.
         versions: Library → version, of those that took part in the verification.
@@ -67,12 +68,16 @@ class CardFacts:
 
 @dataclass(frozen=True)
 class Measurement:
-    """A metric on one evaluation set; ``dimension`` where embeddings were cut to it."""
+    """A metric on one evaluation set; ``dimension`` where embeddings were cut to it.
+
+    ``before`` where it measures the order in which a reranker found the candidates: no result of the reranker.
+    """
 
     evaluation_set: str
     metric: str
     dimension: int | None
     value: float
+    before: bool = False
 
     @classmethod
     def parse(cls, name: str, value: float) -> Measurement:
@@ -83,10 +88,13 @@ class Measurement:
         """
         parts = name.split("/")
         dimension = int(parts.pop()) if parts[-1].isdecimal() else None
+        before = parts[-1:] == ["before"]
+        if before:
+            parts.pop()
         *evaluation_set, metric = parts or [name]
         if not evaluation_set:
             raise ValueError(f"metric {name!r} has no evaluation set: expected a name such as 'val/ndcg@10'")
-        return cls("/".join(evaluation_set), metric, dimension, float(value))
+        return cls("/".join(evaluation_set), metric, dimension, float(value), before)
 
 
 def write_card(folder: Path, facts: CardFacts) -> Path:
@@ -148,6 +156,7 @@ def _metadata(facts: CardFacts, measurements: Sequence[Measurement]) -> ModelCar
             metric_value=each.value,
         )
         for each in measurements
+        if not each.before
     ]
     return ModelCardData(
         library_name="sentence-transformers",
@@ -178,5 +187,6 @@ def _dimensions(measurements: Sequence[Measurement]) -> list[int | None]:
 def _rows(measurements: Sequence[Measurement]) -> dict[tuple[str, str], dict[int | None, float]]:
     rows: dict[tuple[str, str], dict[int | None, float]] = {}
     for each in measurements:
-        rows.setdefault((each.evaluation_set, each.metric), {})[each.dimension] = each.value
+        metric = f"{each.metric} before reranking" if each.before else each.metric
+        rows.setdefault((each.evaluation_set, metric), {})[each.dimension] = each.value
     return rows
