@@ -57,13 +57,20 @@ class Task(ABC):
 
 
 class Embedding(Task):
-    """To embed queries and documents, each on its own."""
+    """To embed queries and documents, each on its own.
+
+    Args:
+        wants_scores: Whether the loss distils a teacher's scores.
+    """
+
+    def __init__(self, wants_scores: bool = False) -> None:
+        self.wants_scores = wants_scores
 
     def collator(
         self, preprocessor: Preprocessor, chunk_size: int | None, chunk_cost: int | None, patch_cost: float
     ) -> Collator:
         """See `Task.collator`."""
-        return Collator(preprocessor, chunk_size, chunk_cost, patch_cost)
+        return Collator(preprocessor, chunk_size, chunk_cost, patch_cost, self.wants_scores)
 
     def load(self, given: str | Source | EvaluationSource | RerankingSource, split: str) -> EvaluationSet:
         """See `Task.load`.
