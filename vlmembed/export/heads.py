@@ -47,15 +47,16 @@ def check_head(head: ScoreHead) -> None:
     check_servable(pooling_of(head))
 
 
-def check_logits(head: ScoreHead) -> None:
-    """Refuse a head whose score is not a difference of two logits of the last token.
+def of_two_logits(head: ScoreHead) -> YesNo:
+    """Return a head whose score is the difference of two logits of the last token.
 
     Raises:
-        ValueError: If it is not.
+        ValueError: If that is not what it scores by.
     """
     check_head(head)
     if not isinstance(head, YesNo) or type(head.pooling) is not LastToken:
         raise ValueError(
-            f"reranker_form: logits is the difference of two words' logits at the last token, which "
-            f"{type(head).__name__} does not score by. Use vlmembed.heads.YesNo, or reranker_form: dense."
+            f"reranker_scoring: logits is the difference of two words' logits at the last token, which "
+            f"{type(head).__name__} does not score by. Use vlmembed.heads.YesNo, or reranker_scoring: dense."
         )
+    return head

@@ -9,19 +9,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vlmembed.backbones import VisionLanguageModel
 from vlmembed.backbones.answers import answer_tokens
 from vlmembed.backbones.pairs import NAME
 from vlmembed.encoder import Scorer
 from vlmembed.export.checkpoint import write_checkpoint
-from vlmembed.export.heads import check_head, check_logits, head_modules, pooling_of
+from vlmembed.export.heads import check_head, head_modules, of_two_logits, pooling_of
 from vlmembed.export.poolings import ServedModule
 from vlmembed.export.sentence_transformers import REQUIREMENTS, sizes, transformer, transformer_module, write_served
+from vlmembed.heads import YesNo
 
 #: ``dense`` scores a pooled state; ``logits`` takes the difference of two logits of the whole language model.
-RerankerForm = Literal["dense", "logits"]
+Scoring = Literal["dense", "logits"]
 
 
-def write_reranker(scorer: Scorer, folder: Path, form: RerankerForm = "dense") -> None:
+def write_reranker(scorer: Scorer, folder: Path, scoring: Scoring = "dense") -> None:
     """Write a cross-encoder as a Sentence Transformers folder.
 
     Both forms give the same scores. The dense one computes the two rows' difference once and never all the
@@ -32,12 +34,12 @@ def write_reranker(scorer: Scorer, folder: Path, form: RerankerForm = "dense") -
     Args:
         scorer: A configured scorer.
         folder: An existing, empty folder.
-        form: Which of the two.
+        scoring: Which of the two.
 
     Raises:
         ValueError: If the head cannot be served so.
     """
-    if form == "dense":
+    if scoring == "dense":
         _write_dense(scorer, folder)
     else:
         _write_logits(scorer, folder)
@@ -52,10 +54,9 @@ def _write_dense(scorer: Scorer, folder: Path) -> None:
 
 
 def _write_logits(scorer: Scorer, folder: Path) -> None:
-    backbone, head = scorer.backbone, scorer.pooling
-    check_logits(head)
+    backbone, head = scorer.backbone, of_two_logits(scorer.pooling)
     tokens = answer_tokens(backbone.preprocessor.processor.tokenizer, head.answers)
-    write_checkpoint(backbone, folder, _language_head(scorer, tokens))
+    write_checkpoint(backbone, folder, _language_head(backbone, head, tokens))
     template = {"add_generation_prompt": backbone.generation_prompt, "chat_template": NAME}
     score = {"true_token_id": tokens[0], "false_token_id": tokens[1], "module_input_name": "causal_logits"}
     modules = [
@@ -66,12 +67,14 @@ def _write_logits(scorer: Scorer, folder: Path) -> None:
 
 
 @torch.no_grad()
-def _language_head(scorer: Scorer, tokens: list[int]) -> Float[Tensor, "vocabulary H"] | None:
+def _language_head(
+    backbone: VisionLanguageModel, head: YesNo, tokens: list[int]
+) -> Float[Tensor, "vocabulary H"] | None:
     """Return the checkpoint's language-model head with the rows that were trained; None where it has no own weights."""
-    rows = scorer.backbone.answer_rows(range(scorer.backbone.model.config.get_text_config().vocab_size))
-    if rows is not None:
-        rows[tokens] = scorer.pooling.weights.to(rows)
-    return rows
+    weights = backbone.answer_rows(range(backbone.model.config.get_text_config().vocab_size))
+    if weights is not None:
+        weights[tokens] = head.weights.to(weights)
+    return weights
 
 
 def _model_config(scorer: Scorer, last: str) -> dict[str, Any]:

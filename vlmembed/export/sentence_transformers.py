@@ -55,7 +55,8 @@ def transformer(backbone: VisionLanguageModel, layers: Sequence[int], **chat_tem
         layers: Which are pooled. Of several, all are returned besides the last; see `return_all_layers`.
         **chat_template: How items are rendered, besides the generation prompt.
     """
-    output = ["hidden_states", layers[0]] if len(layers) == 1 and layers[0] != -1 else "last_hidden_state"
+    earlier = len(layers) == 1 and layers[0] != -1
+    output: str | list[str | int] = ["hidden_states", layers[0]] if earlier else "last_hidden_state"
     chat_template = {"add_generation_prompt": backbone.generation_prompt, **chat_template}
     return transformer_module("feature-extraction", output, "token_embeddings", chat_template)
 
