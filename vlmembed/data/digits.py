@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from operator import eq
 from typing import Literal
 
 import numpy as np
@@ -88,24 +89,35 @@ def paste(chosen: Sequence[int], generator: np.random.Generator) -> Image.Image:
     return picture.convert("RGB")
 
 
+@cache
+def alike(number: int) -> tuple[int, ...]:
+    """Return the other numbers of training that share a digit with a number, in its place."""
+    digits = f"{number:0{DIGITS}}"
+    others = (other for other in numbers("train") if other != number)
+    return tuple(other for other in others if any(map(eq, digits, f"{other:0{DIGITS}}")))
+
+
 def query(number: int, origin: str) -> Item:
     """Return the item that asks for a number."""
     return Item("query", (Part("text", in_words(number)),), origin)
 
 
 class HandwrittenNumbers(Source):
-    """Training rows: a number in words, and a fresh picture of it.
+    """Training rows: a number in words, a fresh picture of it, and perhaps pictures of numbers that look much like it.
 
     700 of the 1,000 three-digit numbers come up, in turn; the other 300 belong to ``HandwrittenNumbersEvaluation``.
 
     Args:
         size: Rows. No picture repeats, so one long epoch sees more handwriting than many short ones.
         seed: Draws the pictures.
+        negatives: Pictures of other training numbers in each row, as wrong answers: numbers that share a digit, in its
+            place, as long as there are any.
     """
 
-    def __init__(self, size: int = 12_800, seed: int = 0) -> None:
+    def __init__(self, size: int = 12_800, seed: int = 0, negatives: int = 0) -> None:
         self.size = size
         self.seed = seed
+        self.negatives = negatives
 
     def __len__(self) -> int:
         return self.size
@@ -114,8 +126,13 @@ class HandwrittenNumbers(Source):
         if not 0 <= index < self.size:
             raise IndexError(f"row {index} of {self.size} handwritten numbers")
         origin = f"HandwrittenNumbers(seed={self.seed}), row {index}"
-        picture = write(self._number(index), "train", np.random.default_rng([self.seed, index]))
-        return Example(query(self._number(index), origin), (Item("document", (Part("image", picture),), origin),))
+        generator = np.random.default_rng([self.seed, index])
+        number = self._number(index)
+        shown = [number]
+        if self.negatives:
+            shown += generator.choice(alike(number), self.negatives, replace=False).tolist()
+        pictures = [Item("document", (Part("image", write(each, "train", generator)),), origin) for each in shown]
+        return Example(query(number, origin), (pictures[0],), tuple(pictures[1:]))
 
     def query_id(self, index: int) -> int:
         """Return the id of a row's query, without drawing its picture."""
