@@ -12,6 +12,7 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -191,7 +192,7 @@ def _frames(inputs: Inputs, kind: int) -> Iterator[tuple[_Image, int]]:
         yield from ((images[place], frame) for frame in range(images[place].grid[0]))
 
 
-def _key(kind: int, pixels: Tensor, grid: Sequence[int]) -> int:
+def _key(kind: int, pixels: Any, grid: Sequence[int]) -> int:
     hashed = hashlib.blake2b(f"{kind} {grid}".encode(), digest_size=8)
     hashed.update(pixels.contiguous().numpy())
     return int.from_bytes(hashed.digest(), "big") >> 1
