@@ -74,7 +74,7 @@ def module(checkpoint: Path, loss: Loss | None = None, **options: Any) -> Embedd
 
 
 def batch(model: EmbeddingModule, rows: list[Example], chunk_size: int | None = None) -> Batch:
-    return Collator(model.preprocessor, chunk_size)(rows)
+    return Collator(model.preprocessor, chunk_size, wants_scores=model.loss.wants_scores)(rows)
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -92,7 +92,7 @@ def test_a_metric_without_an_evaluation_set_is_refused(tmp_path: Path) -> None:
     [
         ("SentenceTransformer", {"SentenceTransformer", "print", "similarity", "encode_query", "encode_document"}),
         ("MultiVectorEncoder", {"MultiVectorEncoder", "print", "similarity", "encode_query", "encode_document"}),
-        ("CrossEncoder", {"CrossEncoder", "print", "predict"}),
+        ("CrossEncoder", {"CrossEncoder", "print", "rank", "predict", "Identity"}),
     ],
 )
 def test_the_usage_snippet_calls_what_exists(tmp_path: Path, opens_with: str, calls: set[str]) -> None:
@@ -104,7 +104,7 @@ def test_the_usage_snippet_calls_what_exists(tmp_path: Path, opens_with: str, ca
     names = {node.func.id if isinstance(node.func, ast.Name) else node.func.attr for node in called}
     assert names == calls
     model_class = getattr(sentence_transformers, opens_with)
-    assert all(hasattr(model_class, name) for name in calls - {"print", opens_with})
+    assert all(hasattr(model_class, name) for name in calls - {"print", "Identity", opens_with})
     [opened] = [node for node in called if isinstance(node.func, ast.Name) and node.func.id == opens_with]
     assert ast.literal_eval(opened.args[0]) == "org/pages-2b"
     assert [keyword.arg for keyword in opened.keywords] == ["trust_remote_code"]

@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from vlmembed.data import EvaluationRows, EvaluationSource, Mixture, RetrievalDataModule, Rows
+from vlmembed.data import Embedding, EvaluationRows, EvaluationSource, Mixture, RetrievalDataModule, Rows
 from vlmembed.data.loader import shard
 from vlmembed.types import Batch, EvaluationSet, Inputs, Item, ItemBatch, Part, Preprocessor
 
@@ -41,6 +41,7 @@ class Recorder(LightningModule):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
         self.preprocessor = Letters()
+        self.task = Embedding()
         self.trained: list[list[int]] = []
         self.measured: list[tuple[int, list[int]]] = []
 
@@ -84,7 +85,7 @@ def trainer(folder: Path, **options: Any) -> Trainer:
 def attached(data: RetrievalDataModule, rank: int = 0, world_size: int = 1) -> RetrievalDataModule:
     """A data module as process ``rank`` sees it, without starting processes."""
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
-    module = SimpleNamespace(preprocessor=Letters())
+    module = SimpleNamespace(preprocessor=Letters(), task=Embedding())
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
         global_rank=rank, world_size=world_size, strategy=strategy, lightning_module=module, overfit_batches=0
     )

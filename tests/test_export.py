@@ -17,10 +17,11 @@ from vlmembed.adapters import LoRA
 from vlmembed.backbones import Qwen3VL, VisionLanguageModel
 from vlmembed.encoder import Encoder
 from vlmembed.export import ExportError, Run, SentenceTransformers
+from vlmembed.export.embeddings import EmbeddingVerification, encode_probes, verify
 from vlmembed.export.poolings import is_stock
 from vlmembed.export.probes import make_probes
 from vlmembed.export.sentence_transformers import write_folder
-from vlmembed.export.verify import TOLERANCE, Verification, encode_probes, verify
+from vlmembed.export.verify import TOLERANCE
 from vlmembed.losses import InfoNCE, Matryoshka
 from vlmembed.pooling import Concatenation, FirstToken, LastToken, Max, Mean, MeanSqrtLength, Pooling, WeightedMean
 
@@ -154,8 +155,8 @@ def test_a_failed_verification_leaves_no_export(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worst = "'image' as query, 64 dimensions, batch of 1, padded left"
-    failed = Verification(1, ("image",), (64,), worst, 0.1, 0.5, "float32")
-    monkeypatch.setattr("vlmembed.export.exporter.verify", lambda *_: failed)
+    failed = EmbeddingVerification(1, ("image",), worst, 0.1, "float32", (64,), 0.5)
+    monkeypatch.setattr("vlmembed.export.forms.verify", lambda *_: failed)
     with pytest.raises(ExportError, match="'image' as query"):
         SentenceTransformers().export(encoder(checkpoint), tmp_path / "export", Run())
     assert not (tmp_path / "export").exists()
@@ -164,8 +165,8 @@ def test_a_failed_verification_leaves_no_export(
 
 @pytest.mark.parametrize(("difference", "dtype", "passed"), [(1e-6, "float32", True), (float("nan"), "float32", False)])
 def test_not_a_number_never_passes(difference: float, dtype: str, passed: bool) -> None:
-    assert Verification(1, ("text",), (64,), "text", difference, difference, dtype).passed is passed
-    assert not Verification(1, ("text",), (64,), "text", float("nan"), float("nan"), "bfloat16").passed
+    assert EmbeddingVerification(1, ("text",), "text", difference, dtype, (64,), difference).passed is passed
+    assert not EmbeddingVerification(1, ("text",), "text", float("nan"), "bfloat16", (64,), float("nan")).passed
 
 
 def test_a_used_folder_is_refused_and_left_alone(checkpoint: Path, tmp_path: Path) -> None:

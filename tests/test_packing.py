@@ -22,7 +22,7 @@ from vlmembed import pooling
 from vlmembed.backbones import Qwen3VL
 from vlmembed.backbones.packing import PackedItems, halve, select
 from vlmembed.backbones.qwen3_vl import PackingPreprocessor
-from vlmembed.data import Collator, RetrievalDataModule
+from vlmembed.data import Collator, Embedding, RetrievalDataModule
 from vlmembed.encoder import Encoder
 from vlmembed.pooling import Concatenation, Pooling
 from vlmembed.types import Batch, Example, Inputs, Item, Part
@@ -326,7 +326,7 @@ def loaded(checkpoint: Path, rows: str, workers: int) -> list[Batch]:
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
         strategy=strategy,
-        lightning_module=SimpleNamespace(preprocessor=preprocessor),
+        lightning_module=SimpleNamespace(preprocessor=preprocessor, task=Embedding()),
         global_rank=0,
         world_size=1,
         overfit_batches=0,

@@ -58,7 +58,7 @@ def train_one(scenario: Scenario, checkpoint: Path, rank: int | None, chunk_size
     def build(scenario: Scenario) -> EmbeddingModule:
         # Not configured: that is for the trainer to do, once it has a strategy.
         backbone = Qwen3VL(str(checkpoint), **scenario.backbone)
-        return EmbeddingModule(backbone, LastToken(), scenario.loss, scenario.adapters, OPTIMIZER)
+        return EmbeddingModule(backbone, LastToken(), scenario.loss, adapters=scenario.adapters, optimizer=OPTIMIZER)
 
     sharded = {} if rank is None else {"devices": ddp.WORLD_SIZE, "strategy": strategy()}
     return scenario.train(build, rank, chunk_size, **sharded)

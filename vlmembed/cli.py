@@ -13,7 +13,7 @@ from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 
-from vlmembed.modules import EmbeddingModule
+from vlmembed.modules import RetrievalModule
 from vlmembed.trainer import Trainer
 
 DESCRIPTION = (
@@ -53,7 +53,7 @@ class CLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Measure the fresh model, unless the run goes on from a checkpoint."""
-        if self.trainer.exporter is not None and isinstance(self.model, EmbeddingModule):
+        if self.trainer.exporter is not None and isinstance(self.model, RetrievalModule):
             self.trainer.exporter.check(self.model.encoder.pooling)
         self._before = {} if self._get(self.config_init, "ckpt_path") else self._measure()
 

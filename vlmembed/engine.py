@@ -14,7 +14,7 @@ from vlmembed.backbones.packing import halve, picked, select
 from vlmembed.encoder import Encoder
 from vlmembed.features import FeatureCache
 from vlmembed.gradcache import CachedStep, Room
-from vlmembed.types import Batch, Inputs
+from vlmembed.types import Batch, Inputs, RankingBatch
 
 ADVICE = (
     "Lower data.chunk_size or the backbone's max_pixels, set backbone.gradient_checkpointing: true, or train a LoRA "
@@ -54,8 +54,10 @@ class Engine:
         self.room = Room()
         self._frozen = not encoder.backbone.trains_vision
 
-    def embed(self, batch: Batch) -> Float[Tensor, "N D"]:
-        """Embed a batch's items in the order of its chunks, for a loss whose backward `replay` takes over.
+    def embed(self, batch: Batch | RankingBatch) -> Float[Tensor, "N D"]:
+        """Embed a batch's items, or score its pairs, for a loss whose backward `replay` takes over.
+
+        They come in the order of the batch's chunks.
 
         Where memory runs out, chunks are halved and no graphs are kept from then on; there are no gradients yet that
         could be lost.
@@ -75,12 +77,12 @@ class Engine:
         torch.cuda.empty_cache()
         return self.embed(batch)
 
-    def _embed(self, batch: Batch) -> Tensor:
+    def _embed(self, batch: Batch | RankingBatch) -> Tensor:
         self.room = Room(self.graph_bytes, self.encoder.parameters())
         self._texts = gradcache.embed(self._see_images(batch), batch.chunks, self.room)
         return self._texts.embeddings
 
-    def _see_images(self, batch: Batch) -> Callable[[Inputs], Tensor]:
+    def _see_images(self, batch: Batch | RankingBatch) -> Callable[[Inputs], Tensor]:
         """See the images that can be seen apart; return what encodes a chunk."""
         self._images = None
         if self._frozen:
@@ -110,7 +112,7 @@ class Engine:
         return self.encoder(chunk, features)
 
     @torch.no_grad()
-    def _see(self, batch: Batch) -> list[Tensor]:
+    def _see(self, batch: Batch | RankingBatch) -> list[Tensor]:
         """See all images, or those that are not kept."""
         if self._features is None:
             return self.encoder.see(batch.images)
@@ -136,7 +138,7 @@ class Engine:
         self._predicted = True
 
 
-def _halved(batch: Batch) -> Batch:
+def _halved(batch: Batch | RankingBatch) -> Batch | RankingBatch:
     """Cut every chunk in two; items and images keep their order."""
     chunks = [half for chunk in batch.chunks for half in halve(chunk)]
     places = [range(len(images["keys"])) for images in batch.images]
@@ -149,6 +151,6 @@ def _halved(batch: Batch) -> Batch:
     return replace(batch, chunks=chunks, images=images)
 
 
-def _description(batch: Batch) -> str:
+def _description(batch: Batch | RankingBatch) -> str:
     shapes = [tuple(chunk["input_ids"].shape) for chunk in batch.chunks]
     return f"Out of memory while embedding {len(shapes)} chunks, the largest of {max(shapes)} items and tokens each."

@@ -30,7 +30,7 @@ from vlmembed import distributed, gradcache
 from vlmembed.encoder import Encoder
 from vlmembed.engine import Engine
 from vlmembed.features import FeatureCache
-from vlmembed.types import Batch, Item, Part
+from vlmembed.types import Batch, Item, Part, RankingBatch
 
 
 def shard(encoder: Encoder, mesh: DeviceMesh) -> None:
@@ -126,7 +126,7 @@ class ShardedEngine(Engine):
         text = Item("query", (Part("text", "filler"),), origin="filler")
         self._filler = encoder.backbone.preprocessor.prepare([text]).chunk([0])
 
-    def embed(self, batch: Batch) -> Float[Tensor, "N D"]:
+    def embed(self, batch: Batch | RankingBatch) -> Float[Tensor, "N D"]:
         """Embed a batch's items in the order of its chunks; see `Engine.embed`."""
         self.graph_bytes = 0.0  # Whatever room this process alone has found since.
         items = sum(len(chunk["input_ids"]) for chunk in batch.chunks)

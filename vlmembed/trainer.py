@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vlmembed.distributed import is_sharded
 from vlmembed.export import Exporter, Run, push, refuse_used
-from vlmembed.modules import EmbeddingModule
+from vlmembed.modules import RetrievalModule
 from vlmembed.sharding import whole_weights
 
 
@@ -46,7 +46,7 @@ class Trainer(lightning.Trainer):
 
     def export(
         self,
-        model: EmbeddingModule,
+        model: RetrievalModule,
         datamodule: lightning.LightningDataModule | None = None,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
@@ -94,7 +94,8 @@ class Trainer(lightning.Trainer):
             Run(
                 name=(push_to_hub or output_dir or self.loggers[0].name or "model").rstrip("/").split("/")[-1],
                 address=push_to_hub,
-                dimensions=model.loss.dimensions,
+                # A cross-encoder's loss has none.
+                dimensions=getattr(model.loss, "dimensions", ()),
                 metrics={
                     name: float(value) for name, value in self.callback_metrics.items() if name[:4] in ("val/", "test")
                 },

@@ -137,6 +137,7 @@ class Batch:
         document_ids: (P,) ``Item.id`` of each document.
         pairs: (M, 2) judged pairs, as ``(query id, document id)``.
         labels: (M,) 1 where the pair's document is a right answer, -1 where it is a hard negative.
+        scores: (M,) a teacher's scores, where the loss distils them.
     """
 
     chunks: list[Inputs]
@@ -147,6 +148,7 @@ class Batch:
     document_ids: Int[Tensor, " P"]
     pairs: Int[Tensor, "M 2"]
     labels: Int8[Tensor, " M"]
+    scores: Float[Tensor, " M"] | None = None
 
     def pin_memory(self) -> Batch:
         """Lock the chunks in host memory, so that each is copied to the device while the one before it computes."""

@@ -46,7 +46,7 @@ class Ours:
         torch.manual_seed(0)
         loss = Matryoshka(InfoNCE(TEMPERATURE), work.dimensions)
         backbone = Qwen3VL(str(work.checkpoint), dtype=work.dtype)
-        self.model = EmbeddingModule(backbone, LastToken(), loss, _adapters(work))
+        self.model = EmbeddingModule(backbone, LastToken(), loss, adapters=_adapters(work))
         self.model.configure_model()
         self.model.to(work.device)
         weights = [weight for weight in self.model.parameters() if weight.requires_grad]

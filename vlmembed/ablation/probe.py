@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vlmembed.ablation.report import html_environment
 from vlmembed.ablation.results import csv_text, write_whole
+from vlmembed.data import Task
 from vlmembed.metrics import METRICS, RetrievalMetrics
 from vlmembed.modules import EmbeddingModule
 from vlmembed.pooling import (
@@ -83,6 +84,11 @@ class Probe(LightningModule):
     def preprocessor(self) -> Preprocessor:
         """The preprocessor of the model's inputs."""
         return self.model.preprocessor
+
+    @property
+    def task(self) -> Task:
+        """To embed items."""
+        return self.model.task
 
     def configure_model(self) -> None:
         """Load the weights, once."""

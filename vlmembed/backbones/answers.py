@@ -53,7 +53,7 @@ def head_rows(checkpoint: str, tokens: Sequence[int], **source: Any) -> Float[Te
     path = cached_file(checkpoint, name, _raise_exceptions_for_missing_entries=False, **source)
     if path is not None:
         with safe_open(path, framework="pt") as file:
-            if HEAD in file.keys():  # noqa: SIM118: not a mapping.
+            if HEAD in [*file.keys()]:
                 rows = file.get_slice(HEAD)
                 return stack([rows[token] for token in tokens])
     raise ValueError(

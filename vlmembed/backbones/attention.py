@@ -31,8 +31,8 @@ NAME = "vlmembed_flash"
 def packed_attention(
     module: nn.Module,
     query: Float[Tensor, "1 heads Q d"],
-    key: Float[Tensor, "1 kv_heads T d"],
-    value: Float[Tensor, "1 kv_heads T d"],
+    key: Float[Tensor, "1 kv_heads K d"],
+    value: Float[Tensor, "1 kv_heads K d"],
     attention_mask: None,
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -40,6 +40,7 @@ def packed_attention(
     *,
     bounds: Bounds,
     asking: Bounds | None = None,
+    places: Int[Tensor, " T"] | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attend within each sequence.
@@ -47,7 +48,7 @@ def packed_attention(
     Args:
         module: The attention layer; its ``is_causal`` counts where ``is_causal`` is None.
         query: Of all sequences, one after the other: T tokens, or the last few of each.
-        key: T tokens; heads may be shared.
+        key: T tokens, or as many as ``places`` point at; heads may be shared.
         value: As ``key``.
         attention_mask: Not used: nothing is padded.
         scaling: What products are multiplied by.
@@ -55,6 +56,7 @@ def packed_attention(
         is_causal: Whether a token sees those before it only.
         bounds: Of the sequences, T tokens in all.
         asking: Of their last tokens, Q in all; by default all ask.
+        places: Where the sequences' tokens are among the keys, where sequences share some.
 
     Returns:
         (1, Q, heads, d), and no weights.
@@ -65,6 +67,8 @@ def packed_attention(
         # Rotary positions are applied in float32, which the values never saw.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if places is not None:
+        key, value = key.index_select(2, places), value.index_select(2, places)
     if varlen_attn is not None and query.is_cuda and query.dtype != torch.float32 and not dropout:
         packed = (each[0].transpose(0, 1) for each in (query, key, value))
         limits = (asking.ends, bounds.ends, asking.longest, bounds.longest)

@@ -150,20 +150,30 @@ class VisionLanguageModel(nn.Module):
         return config
 
     def load_processor(self) -> ProcessorMixin:
-        """Open the checkpoint's processor.
+        """Open the checkpoint's processor; where pairs are read, with their template in the place of its own.
 
         Raises:
             ValueError: If it is not a vision-language model's, or has no image processor or no chat template.
         """
+        processor = self._open_processor()
+        if self.pair_template is not None:
+            processor.chat_template = self.pair_template.source
+            check_template(processor, type(self.pair_template).__name__)
+        append_tokens(processor, self.appended, known=self.learned_tokens is None)
+        return processor
+
+    @property
+    def chat_templates(self) -> dict[str, str]:
+        """The checkpoint's own chat templates by name; chats are rendered by ``default``."""
+        template: Any = self._open_processor().chat_template
+        return template if isinstance(template, dict) else {"default": template}
+
+    def _open_processor(self) -> ProcessorMixin:
         self.load_config()  # Says more clearly than the next line what is wrong with a checkpoint.
         processor = AutoProcessor.from_pretrained(self.checkpoint, **self._source)
         for part in ("image_processor", "chat_template"):
             if getattr(processor, part, None) is None:
                 raise ValueError(f"The checkpoint {self.checkpoint!r} has no {part.replace('_', ' ')}.")
-        if self.pair_template is not None:
-            processor.chat_template = self.pair_template.source
-            check_template(processor, type(self.pair_template).__name__)
-        append_tokens(processor, self.appended, known=self.learned_tokens is None)
         return processor
 
     @cached_property

@@ -11,13 +11,16 @@ import hashlib
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
+from vlmembed.backbones.sharing import common, kept, neighbours, signature
 from vlmembed.types import Inputs, Prepared
 
 #: What transformers calls the pixels and the grids of each of ``mm_token_type_ids``: 0 is text.
@@ -66,7 +69,9 @@ class PackedItems(Prepared):
 
     A chunk holds ``input_ids`` and ``attention_mask`` (B, L), which poolings read; ``position_ids`` (3, T) of its T
     real tokens; and ``images`` (n, 2): for every image, in the order in which the model reads them, its item's row in
-    the chunk and its place among the distinct images of the batch.
+    the chunk and its place among the distinct images of the batch. Where items share beginnings there are ``shared``
+    (B,), how many first tokens each item has in common with the one before it, and ``image_starts`` (n,), the token of
+    its item at which each image begins.
 
     A chunk of images holds ``pixel_values`` (patches, numbers), ``position_ids`` (patches, 2), ``taps`` and ``weights``
     (patches, 4), one patch after the other; and for each image ``grid_thw`` (n, 3) and ``keys`` (n,).
@@ -74,18 +79,27 @@ class PackedItems(Prepared):
     Args:
         inputs: What the processor returns for N items.
         layout: Of the vision tower.
+        shares: Whether items share beginnings; see `sharing`.
     """
 
-    def __init__(self, inputs: Inputs, layout: VisionLayout) -> None:
+    def __init__(self, inputs: Inputs, layout: VisionLayout, shares: bool = False) -> None:
         self._inputs = inputs
         self._layout = layout
+        self._shares = shares
+        self._signatures: list[np.ndarray] = []
+        self._image_starts: list[list[int]] = []
         self._positions: list[Tensor] = []
         self._item_images: list[list[int]] = []
         distinct: dict[int, _Image] = {}
         frames = {kind: _frames(inputs, kind) for kind in VISION_INPUTS}
-        for types, mask in zip(inputs["mm_token_type_ids"], inputs["attention_mask"].bool(), strict=True):
+        rows = zip(inputs["input_ids"], inputs["mm_token_type_ids"], inputs["attention_mask"].bool(), strict=True)
+        for ids, types, mask in rows:
             kinds, lengths = (each.tolist() for each in types[mask].unique_consecutive(return_counts=True))
             runs = [next(frames[kind]) if kind else None for kind in kinds]
+            starts = accumulate(lengths, initial=0)
+            self._image_starts.append([start for start, run in zip(starts, runs, strict=False) if run and run[1] == 0])
+            if shares:
+                self._signatures.append(signature(ids[mask], types[mask], [run[0].key for run in runs if run]))
             sizes = [run[0].tokens(layout.merge_size) if run else None for run in runs]
             self._positions.append(rotary_positions(lengths, sizes))
             self._item_images.append([run[0].key for run in runs if run and run[1] == 0])
@@ -104,17 +118,36 @@ class PackedItems(Prepared):
         """(N,) the patches of each item's images."""
         return [sum(len(self._images[self._places[key]].pixels) for key in keys) for keys in self._item_images]
 
+    @property
+    def order(self) -> list[int]:
+        """The items' rows, so that neighbours share a beginning, or are of similar length."""
+        if self._shares:
+            return neighbours(self._signatures)
+        return sorted(range(len(self.lengths)), key=self.lengths.__getitem__, reverse=True)
+
+    def shared(self, rows: Sequence[int]) -> list[int]:
+        """Count, for each of some rows, the first tokens that a chunk of them takes from the row before."""
+        if not self._shares:
+            return [0] * len(rows)
+        signatures = [self._signatures[row] for row in rows]
+        return [0, *(common(*neighbouring) for neighbouring in pairwise(signatures))]
+
     def chunk(self, rows: Sequence[int]) -> Inputs:
         """Make one chunk of some of the items."""
         mask = self._inputs["attention_mask"][list(rows)]
         width = int(mask.any(dim=0).nonzero().max()) + 1
         images = [(index, self._places[key]) for index, row in enumerate(rows) for key in self._item_images[row]]
-        return {
+        chunk = {
             "input_ids": self._inputs["input_ids"][list(rows), :width],
             "attention_mask": mask[:, :width].contiguous(),
             "position_ids": torch.cat([self._positions[row] for row in rows], dim=1),
             "images": torch.tensor(images, dtype=torch.long).reshape(-1, 2),
         }
+        if self._shares:
+            starts = [start for row in rows for start in self._image_starts[row]]
+            chunk["image_starts"] = torch.tensor(starts, dtype=torch.long)
+            chunk["shared"] = torch.tensor(self.shared(rows))
+        return chunk
 
     def images(self, room: int | None = None) -> list[Inputs]:
         """Make chunks of the distinct images; see `Prepared.images`."""
@@ -209,15 +242,19 @@ def picked(chunks: Sequence[Inputs], places: Collection[int]) -> Iterator[tuple[
 
 
 def take(chunk: Inputs, rows: Sequence[int]) -> Inputs:
-    """Take some items out of their chunk, as a chunk of their own."""
+    """Take some items out of their chunk, in order, as a chunk of their own."""
     positions = chunk["position_ids"].split(chunk["attention_mask"].sum(dim=1).tolist(), dim=1)
-    images = [(rows.index(row), place) for row, place in chunk["images"].tolist() if row in rows]
-    return {
+    shown = [number for number, row in enumerate(chunk["images"][:, 0].tolist()) if row in rows]
+    images = [(rows.index(row), place) for row, place in chunk["images"][shown].tolist()]
+    taken = {
         "input_ids": chunk["input_ids"][list(rows)],
         "attention_mask": chunk["attention_mask"][list(rows)],
         "position_ids": torch.cat([positions[row] for row in rows], dim=1),
         "images": torch.tensor(images, dtype=torch.long).reshape(-1, 2),
     }
+    if "shared" in chunk:
+        taken |= {"image_starts": chunk["image_starts"][shown], "shared": kept(chunk["shared"], rows)}
+    return taken
 
 
 def halve(chunk: Inputs) -> list[Inputs]:

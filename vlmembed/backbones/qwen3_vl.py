@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -18,8 +19,9 @@ from vlmembed.backbones.attention import Bounds, install
 from vlmembed.backbones.base import Features, VisionLanguageModel
 from vlmembed.backbones.packing import PackedItems, VisionLayout, frame_patches
 from vlmembed.backbones.preprocessing import ChatPreprocessor
+from vlmembed.backbones.sharing import Sharing, own_images
 from vlmembed.backbones.tail import Tail, shorten
-from vlmembed.types import Inputs, Item
+from vlmembed.types import Inputs, Item, Pair
 
 
 class Qwen3VL(VisionLanguageModel):
@@ -93,7 +95,13 @@ class Qwen3VL(VisionLanguageModel):
         """The preprocessor of this backbone's inputs; see `VisionLanguageModel.preprocessor`."""
         if not self.sees_images_apart:
             return super().preprocessor
-        return PackingPreprocessor(VisionLayout.of(self.load_config()), **self._preprocessing)
+        return PackingPreprocessor(VisionLayout.of(self.load_config()), self.shares_beginnings, **self._preprocessing)
+
+    @property
+    def shares_beginnings(self) -> bool:
+        """Whether pairs that begin alike compute their beginning once: where no token sees what is behind it."""
+        causal = not self.bidirectional
+        return self.pair_template is not None and causal and self.attn_implementation == "auto"
 
     def configure(self) -> None:
         """Load the weights; see `VisionLanguageModel.configure`."""
@@ -142,19 +150,25 @@ class Qwen3VL(VisionLanguageModel):
             return self._forward_unpacked(inputs, layers, tail)
         mask = inputs["attention_mask"]
         tokens = mask.flatten().nonzero()[:, 0]
-        last = self._tail(mask, layers, tail)
+        lengths = mask.sum(dim=1)
+        sharing = Sharing.of(lengths, inputs["shared"]) if "shared" in inputs else None
+        last = self._tail(lengths, layers, tail)
         ids = inputs["input_ids"].flatten()[tokens]
-        shown = [features[place] for place in inputs["images"][:, 1].tolist()]
+        ids = ids if sharing is None else ids[sharing.own]
         hidden = self.model.language_model.embed_tokens(self._here(ids))[None]
         added = None
-        if shown:
+        if shown := [features[place] for place in own_images(inputs)]:
             hidden, added = self._with_images(hidden, ids, torch.cat([self._here(image) for image in shown]))
-        states = self._read(hidden, added, inputs, layers, last)
-        places = self._here(tokens) if last is None else self._here(tokens)[last.places]
+        states = self._read(hidden, added, inputs, layers, last, sharing)
+        filled = self._here(tokens) if last is None else self._here(tokens)[last.places]
         # Where a token was left out, whoever reads it should see so.
         padded = states.new_full((len(states), mask.numel(), states.shape[-1]), math.nan if last else 0.0)
-        padded = padded.index_copy(1, places, states).unflatten(1, mask.shape)
+        padded = padded.index_copy(1, filled, states).unflatten(1, mask.shape)
         return padded if len(layers) > 1 else padded[0]
+
+    def _attention(self, config: PretrainedConfig) -> str:
+        # flash-attn, as transformers calls it, does not know which keys are shared; ours does.
+        return "sdpa" if self.shares_beginnings else super()._attention(config)
 
     def _forward_unpacked(self, inputs: Inputs, layers: Sequence[int], tail: int | None) -> Tensor:
         on_host = {name: tensor.cpu() for name, tensor in inputs.items()}
@@ -170,13 +184,13 @@ class Qwen3VL(VisionLanguageModel):
         nothing = torch.zeros_like(hidden)
         return hidden.index_copy(1, places, first), [nothing.index_copy(1, places, level) for level in levels]
 
-    def _tail(self, mask: Tensor, layers: Sequence[int], tokens: int | None) -> Tail | None:
+    def _tail(self, lengths: Tensor, layers: Sequence[int], tokens: int | None) -> Tail | None:
         """Say which tokens the last layer is needed for, if not for all."""
         config = self.model.config
         images_enter = len(config.vision_config.deepstack_visual_indexes)
         if tokens is None or tuple(layers) != (-1,) or config.text_config.num_hidden_layers <= images_enter:
             return None
-        return Tail.of(mask.sum(dim=1), tokens, self.device)
+        return Tail.of(lengths, tokens, self.device)
 
     def _read(
         self,
@@ -185,24 +199,34 @@ class Qwen3VL(VisionLanguageModel):
         inputs: Inputs,
         layers: Sequence[int],
         tail: Tail | None,
+        sharing: Sharing | None,
     ) -> Tensor:
         """Run the language model on packed tokens; return (K, T, H), or of the tail alone."""
-        bounds = Bounds.of(inputs["attention_mask"].sum(dim=1), self.device)
+        bounds = asking = Bounds.of(inputs["attention_mask"].sum(dim=1), self.device)
+        positions, places = inputs["position_ids"], None
+        if sharing is not None:
+            asking, places = Bounds.of(sharing.counts, self.device), self._here(sharing.places)
+            positions = positions[:, sharing.own]
+            tail = tail and replace(tail, places=places[tail.places])
         output = self.model.language_model(
             inputs_embeds=hidden,
-            position_ids=self._here(inputs["position_ids"])[:, None],
+            position_ids=self._here(positions)[:, None],
             deepstack_visual_embeds=added,
             use_cache=False,
             output_hidden_states=tuple(layers) != (-1,),
             is_causal=not self.bidirectional,
-            cu_seq_lens_q=bounds.ends,
+            cu_seq_lens_q=asking.ends,
             cu_seq_lens_k=bounds.ends,
-            max_length_q=bounds.longest,
+            max_length_q=asking.longest,
             max_length_k=bounds.longest,
             bounds=bounds,
+            asking=asking,
+            places=places,
             tail=tail,
         )
-        return torch.cat([output.last_hidden_state if layer == -1 else output.hidden_states[layer] for layer in layers])
+        states = [output.last_hidden_state if layer == -1 else output.hidden_states[layer] for layer in layers]
+        # What was shared is handed out to all that share it.
+        return torch.cat(states if places is None or tail else [each[:, places] for each in states])
 
     def _normalised(self, pixels: Tensor) -> Float[Tensor, "patches numbers"]:
         """Turn bytes into what transformers' processor returns: normalised, an image twice for two moments in time."""
@@ -241,21 +265,23 @@ class PackingPreprocessor(ChatPreprocessor):
 
     Args:
         layout: Of the vision tower.
+        shares: Whether items that begin alike compute their beginning once.
         **options: As for `ChatPreprocessor`.
     """
 
-    def __init__(self, layout: VisionLayout, **options: Any) -> None:
+    def __init__(self, layout: VisionLayout, shares: bool = False, **options: Any) -> None:
         super().__init__(**options)
         self.layout = layout
+        self.shares = shares
 
-    def prepare(self, items: Sequence[Item], draft: bool = False) -> PackedItems:
+    def prepare(self, items: Sequence[Item | Pair], draft: bool = False) -> PackedItems:
         """Read the items of a batch; see `Preprocessor.prepare`."""
         inputs = self._read(items, self._resized if draft else None, do_rescale=False, do_normalize=False)
         if "pixel_values" in inputs:
             # The processor has copied every image to several moments in time.
             moments = self.processor.image_processor.temporal_patch_size
             inputs["pixel_values"] = inputs["pixel_values"].unflatten(1, (3, moments, -1))[:, :, 0].flatten(1)
-        return PackedItems(inputs, self.layout)
+        return PackedItems(inputs, self.layout, self.shares)
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
         processor = self.processor.image_processor

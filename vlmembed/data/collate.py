@@ -29,6 +29,7 @@ class Collator:
             chunk of everything.
         chunk_cost: How many tokens a chunk has room for, instead, and how many patches a chunk of images.
         patch_cost: What a patch costs, in tokens; nothing where the tower is frozen, and keeps no activations.
+        wants_scores: Whether the loss distils a teacher's scores.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Collator:
         chunk_size: int | None = None,
         chunk_cost: int | None = None,
         patch_cost: float = PATCH_COST,
+        wants_scores: bool = False,
     ) -> None:
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size is 1 or more, or null for a single chunk; got {chunk_size}.")
@@ -44,14 +46,17 @@ class Collator:
         self.chunk_size = chunk_size
         self.chunk_cost = chunk_cost
         self.patch_cost = patch_cost
+        self.wants_scores = wants_scores
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
         """Merge equal items, and equal queries with all their answers.
 
         Raises:
-            ValueError: If an item cannot be preprocessed, or examples have scores, which a batch does not carry.
+            ValueError: If an item cannot be preprocessed, or examples have scores that the loss does not want, or lack
+                those that it wants.
         """
         queries, documents, labels = _judgements(examples)
+        scores = _scores(examples, self.wants_scores)
         items = {**queries, **documents}
         ids = [*items]
         prepared = self.preprocessor.prepare([*items.values()], draft=True)
@@ -68,6 +73,7 @@ class Collator:
             document_ids=torch.tensor([*documents], dtype=torch.long),
             pairs=torch.tensor([*labels], dtype=torch.long).reshape(-1, 2),
             labels=torch.tensor([*labels.values()], dtype=torch.int8),
+            scores=torch.tensor([scores[pair] for pair in labels]) if self.wants_scores else None,
         )
 
     def _room(self, costs: Sequence[float]) -> int | None:
@@ -126,10 +132,6 @@ def _judgements(
     labels: dict[tuple[int, int], int] = {}
     for example in examples:
         query = example.query
-        if example.scores is not None:
-            raise ValueError(
-                f"{query.origin}: scores given but unused. Drop the column: Rows(path, columns={{scores: null}})."
-            )
         queries.setdefault(query.id, query)
         documents |= {item.id: item for item in (*example.positives, *example.negatives) if item.id not in documents}
         for item in example.negatives:
@@ -138,3 +140,24 @@ def _judgements(
             # What answers a query in any example is no wrong answer to it in another.
             labels[query.id, item.id] = 1
     return queries, documents, labels
+
+
+def _scores(examples: Sequence[Example], wanted: bool) -> dict[tuple[int, int], float]:
+    """Return a teacher's score for each judged pair of ids: the highest, where examples disagree."""
+    scores: dict[tuple[int, int], float] = {}
+    for example in examples:
+        query, documents = example.query, (*example.positives, *example.negatives)
+        if wanted != (example.scores is not None):
+            raise ValueError(
+                f"{query.origin}: the loss distils a teacher's scores, and there are none. Add a column 'scores' (see "
+                "`python -m vlmembed score`), or choose a loss of right and wrong answers."
+                if wanted
+                else f"{query.origin}: scores given but unused. Choose a loss that distils them, such as "
+                "vlmembed.losses.ScoreDistillation, or drop the column: Rows(path, columns={scores: null})."
+            )
+        if wanted and len({document.id for document in documents}) < 2:
+            raise ValueError(f"{query.origin}: distillation compares documents, and the row has one. Add negatives.")
+        for document, score in zip(documents, example.scores or (), strict=wanted):
+            key = query.id, document.id
+            scores[key] = max(score, scores.get(key, -math.inf))
+    return scores

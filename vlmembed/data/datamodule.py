@@ -14,12 +14,14 @@ from vlmembed.data.collate import PATCH_COST
 from vlmembed.data.evaluation import EvaluationSource
 from vlmembed.data.loader import ExampleLists, ResumableLoader
 from vlmembed.data.mixture import Mixture
+from vlmembed.data.reranking import RerankingSource
 from vlmembed.data.sources import Rows, Source
 from vlmembed.data.tasks import Task
 from vlmembed.types import Preprocessor
 
 Training = str | Source | list[str | Source]
-Evaluations = str | Source | EvaluationSource | list[str | Source | EvaluationSource]
+Evaluation = str | Source | EvaluationSource | RerankingSource
+Evaluations = Evaluation | list[Evaluation]
 
 #: The split that a bare path means in ``val`` and ``test``.
 SPLITS = {"val": "validation", "test": "test"}
@@ -36,7 +38,8 @@ class RetrievalDataModule(LightningDataModule):
         train: Training rows: a JSONL, CSV or Parquet file, a saved data set, a Hub id, a ``vlmembed.data.Source`` (a
             ``Mixture`` decides how sources are mixed), or a list of these, mixed by size.
         val: What to measure on while training: a folder with ``corpus.jsonl``, ``queries.jsonl`` and ``qrels.tsv``;
-            training rows; a ``vlmembed.data.EvaluationSource``; or a list of these.
+            training rows; a ``vlmembed.data.EvaluationSource``; for a cross-encoder, training rows or a
+            ``vlmembed.data.RerankingRun``; or a list of these.
         test: What to measure on with ``test``, and to embed with ``predict`` (which takes ``val`` if there is no
             ``test``). As ``val``.
         batch_size: Training rows per process and step; every other row's documents are negatives.

@@ -10,10 +10,20 @@ from torch.utils.data import Dataset
 
 from vlmembed.data.collate import PATCH_COST
 from vlmembed.losses import Targets
-from vlmembed.types import Example, Pair, PairBatch, Prepared, Preprocessor, RankingBatch, RerankingSet
+from vlmembed.types import Example, Inputs, Item, Pair, PairBatch, Prepared, Preprocessor, RankingBatch, RerankingSet
 
 #: Of each pair in a list of some, the number of its query and of its document in the evaluation set.
 NumberedPair = tuple[int, int, Pair]
+
+
+NO_SCORES = (
+    "the loss distils a teacher's scores, and there are none. Add a column 'scores' (`python -m vlmembed score`), or "
+    "take a loss of labels."
+)
+UNUSED_SCORES = (
+    "scores given but unused: the loss wants labels. Take a loss that distils scores, or drop the column: "
+    "Rows(path, columns={scores: null})."
+)
 
 
 class PairCollator:
@@ -90,7 +100,7 @@ class EvaluationPairCollator:
         prepared = self.preprocessor.prepare([pair for _, _, pair in pairs])
         chunks = _cut(prepared, self.chunk_size, None, 0.0)
         rows = [pairs[row][:2] for chunk in chunks for row in chunk]
-        images = prepared.images(_room([each for each in prepared.patches if each], self.chunk_size, None))
+        images = _images(prepared, self.chunk_size, None)
         return PairBatch([prepared.chunk(chunk) for chunk in chunks], images, torch.tensor(rows))
 
 
@@ -119,37 +129,33 @@ class PairLists(Dataset[list[NumberedPair]]):
         return [(query, column, Pair(queries[query], documents[column])) for query, column in chosen]
 
 
-def _candidates(example: Example, wanted: Targets) -> Iterator[tuple]:
+def _candidates(example: Example, wanted: Targets) -> Iterator[tuple[Item, float]]:
     """Yield each document with its target, once they are known to be what the loss wants."""
     origin, documents = example.query.origin, (*example.positives, *example.negatives)
-    labels = example.labels or (1.0,) * len(example.positives) + (0.0,) * len(example.negatives)
     if wanted.scores != (example.scores is not None):
-        raise ValueError(
-            f"{origin}: the loss distils a teacher's scores, and there are none. Add a column 'scores' (see "
-            "`python -m vlmembed score`), or choose a loss of labels."
-            if wanted.scores
-            else f"{origin}: scores given but unused: the loss wants labels. Choose a loss that distils scores, or drop "
-            "the column: Rows(path, columns={scores: null})."
-        )
-    if not wanted.scores:
-        for document, label in zip(documents, labels, strict=True):
-            if not 0 <= label <= wanted.largest:
-                raise ValueError(
-                    f"{document.origin or origin}: label {label} is outside of what this loss takes, 0 to "
-                    f"{wanted.largest:g}."
-                )
-        if wanted.positive and not any(label > 0 for label in labels):
-            raise ValueError(
-                f"{origin}: none of the query's {len(documents)} candidates has a label above 0, and a listwise loss "
-                "needs a right answer. Remove the row, group rows of one query with vlmembed.data.Lists, or choose a "
-                "pointwise loss such as BinaryCrossEntropy."
-            )
+        raise ValueError(f"{origin}: {NO_SCORES if wanted.scores else UNUSED_SCORES}")
     if wanted.several and len(documents) < 2:
         raise ValueError(
-            f"{origin}: the query has one candidate, and this loss compares several. Add negatives, or group rows of "
-            "one query with vlmembed.data.Lists."
+            f"{origin}: the query has one candidate, and this loss compares several. Add negatives, or group the rows "
+            "of a query with vlmembed.data.Lists."
         )
-    yield from zip(documents, example.scores if wanted.scores else labels, strict=True)
+    labels = example.labels or (1.0,) * len(example.positives) + (0.0,) * len(example.negatives)
+    if not wanted.scores:
+        _check_labels(documents, labels, wanted, origin)
+    yield from zip(documents, example.scores or labels, strict=True)
+
+
+def _check_labels(documents: Sequence[Item], labels: Sequence[float], wanted: Targets, origin: str) -> None:
+    for document, label in zip(documents, labels, strict=True):
+        if not 0 <= label <= wanted.largest:
+            where, range_ = document.origin or origin, f"0 to {wanted.largest:g}"
+            raise ValueError(f"{where}: label {label:g} is outside of what this loss takes, {range_}.")
+    if wanted.positive and not any(label > 0 for label in labels):
+        raise ValueError(
+            f"{origin}: none of the query's {len(documents)} candidates has a label above 0, and this loss needs a "
+            "right answer. Remove the row, group the rows of a query with vlmembed.data.Lists, or take a pointwise "
+            "loss such as BinaryCrossEntropy."
+        )
 
 
 def _cut(prepared: Prepared, chunk_size: int | None, chunk_cost: int | None, patch_cost: float) -> list[list[int]]:
@@ -168,6 +174,10 @@ def _cut(prepared: Prepared, chunk_size: int | None, chunk_cost: int | None, pat
             chunks.append([row])
             taken = whole[place]
     return chunks
+
+
+def _images(prepared: Prepared, chunk_size: int | None, chunk_cost: int | None) -> list[Inputs]:
+    return prepared.images(_room([each for each in prepared.patches if each], chunk_size, chunk_cost))
 
 
 def _room(costs: Sequence[float], chunk_size: int | None, chunk_cost: int | None) -> int | None:

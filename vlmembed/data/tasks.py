@@ -12,7 +12,7 @@ from vlmembed.data.collate import Collator, ItemCollator
 from vlmembed.data.evaluation import EvaluationRows, EvaluationSource, load_evaluation
 from vlmembed.data.loader import ItemLists, shard
 from vlmembed.data.pairs import EvaluationPairCollator, PairCollator, PairLists
-from vlmembed.data.reranking import load_reranking
+from vlmembed.data.reranking import RerankingSource, load_reranking
 from vlmembed.data.sources import Source
 from vlmembed.losses import Targets
 from vlmembed.types import EvaluationSet, Preprocessor, RerankingSet
@@ -37,8 +37,8 @@ class Task(ABC):
         """Return what makes a batch of examples."""
 
     @abstractmethod
-    def load(self, given: str | Source | EvaluationSource, split: str) -> Any:
-        """Load one evaluation set, from what the YAML says."""
+    def load(self, given: Any, split: str) -> Any:
+        """Load one evaluation set: from a path, training rows, or a source of its own."""
 
     @abstractmethod
     def loader(
@@ -57,16 +57,29 @@ class Task(ABC):
 
 
 class Embedding(Task):
-    """To embed queries and documents, each on its own."""
+    """To embed queries and documents, each on its own.
+
+    Args:
+        wants_scores: Whether the loss distils a teacher's scores.
+    """
+
+    def __init__(self, wants_scores: bool = False) -> None:
+        self.wants_scores = wants_scores
 
     def collator(
         self, preprocessor: Preprocessor, chunk_size: int | None, chunk_cost: int | None, patch_cost: float
     ) -> Collator:
         """See `Task.collator`."""
-        return Collator(preprocessor, chunk_size, chunk_cost, patch_cost)
+        return Collator(preprocessor, chunk_size, chunk_cost, patch_cost, self.wants_scores)
 
-    def load(self, given: str | Source | EvaluationSource, split: str) -> EvaluationSet:
-        """Load one evaluation set from a path, training rows, or a source of its own."""
+    def load(self, given: str | Source | EvaluationSource | RerankingSource, split: str) -> EvaluationSet:
+        """See `Task.load`.
+
+        Raises:
+            ValueError: If the source says what to put in order, and not what to search.
+        """
+        if isinstance(given, RerankingSource):
+            raise ValueError(f"{type(given).__name__} is for a cross-encoder; an embedder searches a whole corpus.")
         if isinstance(given, str):
             return load_evaluation(given, split=split)
         return (EvaluationRows(given) if isinstance(given, Source) else given).load()
@@ -107,8 +120,8 @@ class Reranking(Task):
         """See `Task.collator`."""
         return PairCollator(preprocessor, self.targets, chunk_size, chunk_cost, patch_cost)
 
-    def load(self, given: str | Source | EvaluationSource, split: str) -> RerankingSet:
-        """Load one set of queries and candidates."""
+    def load(self, given: str | Source | EvaluationSource | RerankingSource, split: str) -> RerankingSet:
+        """See `Task.load`."""
         return load_reranking(given, split)
 
     def loader(

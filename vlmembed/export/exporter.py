@@ -12,10 +12,10 @@ from typing import Any
 
 from vlmembed.encoder import Encoder
 from vlmembed.export.card import CardFacts, write_card
-from vlmembed.export.poolings import check_servable, is_stock
-from vlmembed.export.probes import make_probes
-from vlmembed.export.sentence_transformers import write_folder
-from vlmembed.export.verify import ExportError, Verification, brings_code, encode_probes, verify
+from vlmembed.export.forms import EmbedderForm, Form, RerankerForm
+from vlmembed.export.reranker import Scoring
+from vlmembed.export.verify import ExportError, Verification, brings_code
+from vlmembed.heads import ScoreHead
 from vlmembed.pooling import Pooling
 
 LIBRARIES = ("vlmembed", "sentence-transformers", "transformers", "torch")
@@ -66,60 +66,71 @@ class Exporter(ABC):
 
 
 class SentenceTransformers(Exporter):
-    """Writes a folder that stock Sentence Transformers opens.
+    """Writes a folder that stock Sentence Transformers opens: an embedder's, or a cross-encoder's.
 
     It is written beside its final place, opened in a process that cannot import vlmembed, compared with the trained
     model, and moved there if the two agree.
 
     Args:
-        truncate_dim: Export this many leading dimensions only, normalised anew; null for all.
+        truncate_dim: Export this many leading dimensions of an embedder only, normalised anew; null for all.
+        reranker_scoring: How a reranker's folder scores. ``dense`` serves every head, and is cheaper: one layer on what
+            is pooled. ``logits`` keeps the whole language-model head and takes the difference of the two words' logits,
+            for whoever wants the language model too; of ``vlmembed.heads.YesNo`` only, to the same scores.
         license: The model's license for its card, as the Hub names it, such as apache-2.0.
-        pipeline_tag: The task under which the Hub lists the model; visual-document-retrieval for pictures of pages.
+        pipeline_tag: The task under which the Hub lists the model, such as visual-document-retrieval for pictures of
+            pages; null for feature-extraction of an embedder, and text-ranking of a reranker.
     """
 
     def __init__(
-        self, truncate_dim: int | None = None, license: str | None = None, pipeline_tag: str = "feature-extraction"
+        self,
+        truncate_dim: int | None = None,
+        reranker_scoring: Scoring = "dense",
+        license: str | None = None,
+        pipeline_tag: str | None = None,
     ) -> None:
         self.truncate_dim = truncate_dim
+        self.reranker_scoring = reranker_scoring
         self.license = license
         self.pipeline_tag = pipeline_tag
 
     def check(self, pooling: Pooling) -> None:
-        """Refuse poolings whose code no folder can bring along; see `Exporter.check`."""
-        check_servable(pooling)
+        """Refuse poolings whose code no folder can bring along, and what a reranker lacks; see `Exporter.check`."""
+        self._form(pooling).check(pooling)
 
     def export(self, encoder: Encoder, folder: Path, run: Run) -> Verification:
         """Write and verify the folder; see `Exporter.export`."""
+        form = self._form(encoder.pooling, run.dimensions)
         draft = folder.with_name(folder.name + ".unverified")
         for place in (folder, draft):
             refuse_used(place)
         draft.mkdir(parents=True, exist_ok=True)
         print(f"Writing {folder}", flush=True)
-        verification = self._write(encoder, draft, run.dimensions)
+        with TemporaryDirectory() as scratch:
+            verification = form.write(encoder, draft, Path(scratch))
         if not verification.passed:
             raise ExportError(f"The export does not serve what was trained. {verification}. It is left in {draft}.")
-        write_card(draft, self._facts(encoder, run, run.address or str(folder), verification))
+        write_card(draft, self._facts(encoder, run, form, brings_code(draft), run.address or str(folder), verification))
         if folder.exists():
             folder.rmdir()
         draft.rename(folder)
-        print(f"Verified: {verification}\n\n{_how_to_open(folder)}\n\n{snippet(folder)}")
+        print(f"Verified: {verification}\n\n{_how_to_open(folder)}\n\n{_snippet(folder, form)}")
         return verification
 
-    def _write(self, encoder: Encoder, folder: Path, dimensions: Sequence[int]) -> Verification:
-        full = self.truncate_dim or encoder.dimension
-        cuts = [full, *(dimension for dimension in dimensions if dimension < full)]
-        with TemporaryDirectory() as scratch:
-            reads_video = getattr(encoder.backbone.preprocessor.processor, "video_processor", None) is not None
-            probes = make_probes(Path(scratch), reads_video)
-            # Before adapters are merged: what they did in training is what the folder is held against.
-            expected = encode_probes(encoder, probes)
-            write_folder(encoder, folder, self.truncate_dim)
-            return verify(folder, probes, expected, cuts, str(encoder.device), encoder.dtype, Path(scratch))
+    def _form(self, pooling: Pooling, dimensions: Sequence[int] = ()) -> Form:
+        """Return what the folder will be, once it is known that the settings are meant for it."""
+        ranks = isinstance(pooling, ScoreHead)
+        if ranks and self.truncate_dim is not None:
+            raise ValueError(f"truncate_dim={self.truncate_dim} is for embeddings, and a reranker has none. Remove it.")
+        if not ranks and self.reranker_scoring != "dense":
+            raise ValueError(f"reranker_scoring={self.reranker_scoring} is for rerankers, not embedders. Remove it.")
+        return RerankerForm(self.reranker_scoring) if ranks else EmbedderForm(self.truncate_dim, dimensions)
 
-    def _facts(self, encoder: Encoder, run: Run, address: str, verification: Verification) -> CardFacts:
+    def _facts(
+        self, encoder: Encoder, run: Run, form: Form, brings_code: bool, address: str, verification: Verification
+    ) -> CardFacts:
         model = run.config.get("model", {}).get("init_args", {})
         data = run.config.get("data", {}).get("init_args", {})
-        told = {"Pooling": model.get("pooling"), "Loss": model.get("loss"), "Adapters": model.get("adapters")}
+        told = {part.capitalize(): model.get(part) for part in ("pooling", "head", "template", "loss", "adapters")}
         return CardFacts(
             title=run.name,
             source=address,
@@ -129,10 +140,11 @@ class SentenceTransformers(Exporter):
             metrics=run.metrics,
             config=run.config,
             verification=str(verification),
-            trust_remote_code=not is_stock(encoder.pooling),
+            opens_with=form.opens_with,
+            trust_remote_code=brings_code,
             versions={library: version(library) for library in LIBRARIES},
             license=self.license,
-            pipeline_tag=self.pipeline_tag,
+            pipeline_tag=self.pipeline_tag or form.task,
         )
 
 
@@ -164,11 +176,11 @@ def _how_to_open(folder: Path) -> str:
     return "Modules of Sentence Transformers do all of it; it brings no code along."
 
 
-def snippet(folder: Path) -> str:
+def _snippet(folder: Path, form: Form) -> str:
     """Return three lines that try a folder."""
     trust = ", trust_remote_code=True" if brings_code(folder) else ""
     return (
-        "from sentence_transformers import SentenceTransformer\n"
-        f"model = SentenceTransformer({str(folder)!r}{trust})\n"
-        'print(model.similarity(model.encode_query("a question"), model.encode_document(["a text", "another"])))'
+        f"from sentence_transformers import {form.opens_with}\n"
+        f"model = {form.opens_with}({str(folder)!r}{trust})\n"
+        f"{form.usage}"
     )

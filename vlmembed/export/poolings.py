@@ -101,7 +101,7 @@ def _stock(pooling: Pooling, sizes: Sizes) -> list[ServedModule]:
     if not is_stock(pooling):
         return []
     if isinstance(pooling, Projection):
-        return [*_stock(pooling.pooling, sizes), *_dense(pooling)]
+        return [*_stock(pooling.pooling, sizes), *projection_modules(pooling)]
     if isinstance(pooling, LayerMix):
         return [_layer_mix(pooling, sizes), *_stock(pooling.pooling, sizes)]
     if isinstance(pooling, EarlierLayer):
@@ -130,7 +130,8 @@ def _layer_mix(pooling: LayerMix, sizes: Sizes) -> ServedModule:
     return ServedModule(name, config, weights)
 
 
-def _dense(pooling: Projection) -> list[ServedModule]:
+def projection_modules(pooling: Projection) -> list[ServedModule]:
+    """Return what projects as a projection does, once its pooling has pooled."""
     if pooling.inner is None:
         return [dense(pooling.outer.weight, pooling.outer.bias)]
     first = dense(pooling.inner.weight, pooling.inner.bias, "torch.nn.modules.activation.GELU")

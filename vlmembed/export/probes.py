@@ -1,14 +1,15 @@
-"""The items that an export is verified with: one of each kind that users will encode."""
+"""The items and pairs that an export is verified with: one of each kind that users will encode or score."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from vlmembed.types import Item, Part, Role
+from vlmembed.types import Item, Pair, Part, Role
 
 LONG_TEXT_WORDS = 400
 
@@ -32,6 +33,27 @@ class Probe:
         for part in self.parts:
             content.setdefault(part.kind, []).extend(map(str, part.frames or (part.value,)))
         return content
+
+
+@dataclass(frozen=True)
+class PairProbe:
+    """A query and a document, in our terms and in those of Sentence Transformers."""
+
+    query: Probe
+    document: Probe
+
+    @property
+    def name(self) -> str:
+        """What they are."""
+        return f"{self.query.name} – {self.document.name}"
+
+    def pair(self) -> Pair:
+        """Return them as a pair."""
+        return Pair(self.query.item("query"), self.document.item("document"))
+
+    def description(self) -> list[str | dict[str, list[str]]]:
+        """Return them as JSON; see `Probe.description`."""
+        return [self.query.description(), self.document.description()]
 
 
 def make_probes(folder: Path, with_video: bool = False) -> list[Probe]:
@@ -60,6 +82,26 @@ def make_probes(folder: Path, with_video: bool = False) -> list[Probe]:
         *([Probe("video", (video,))] if with_video else []),
     ]
 
+
+def make_pairs(probes: Sequence[Probe]) -> list[PairProbe]:
+    """Pair probes: every kind as a query and as a document, the first one with several documents to rank."""
+    named = {probe.name: probe for probe in probes}
+    return [PairProbe(named[query], named[document]) for query, document in PAIRS if {query, document} <= named.keys()]
+
+
+#: Queries and documents, by the names of their probes.
+PAIRS = (
+    ("text", "long text"),
+    ("text", "image"),
+    ("text", "two images and text"),
+    ("text", "video"),
+    ("image", "text"),
+    ("image", "tiny image"),
+    ("image and text", "text"),
+    ("two images and text", "image and text"),
+    ("long text", "text"),
+    ("video", "image"),
+)
 
 IMAGES = {"wide": (160, 96), "tall": (64, 192), "tiny": (3, 2)} | {f"frame{index}": (96, 64) for index in range(4)}
 WORDS = ("retrieval", "of", "pages", "und", "Bilder", "числа", "数字", "42", "naïve", "—", "\n")

@@ -11,6 +11,7 @@ from vlmembed.losses.infonce import InfoNCE
 from vlmembed.losses.loss import Loss
 from vlmembed.losses.matryoshka import Matryoshka
 from vlmembed.losses.pairs import CROSS_DIRECTIONS
+from vlmembed.losses.weighted_sum import WeightedSum
 
 
 def defined_loss(
@@ -18,25 +19,32 @@ def defined_loss(
     queries: Float[Tensor, "Q D"],
     documents: Float[Tensor, "P D"],
     relevance: Int8[Tensor, "Q P"],
+    scores: Float[Tensor, "Q P"] | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Float[Tensor, ""]:
     """Compute a loss as its documentation defines it, one pair after the other.
 
     Args:
-        loss: InfoNCE, or Matryoshka around it; another loss computes itself.
-        queries: See `Loss.forward`, for this and the next two.
+        loss: InfoNCE, or Matryoshka and WeightedSum around it; another loss computes itself.
+        queries: See `Loss.forward`, for this and the next three.
         documents: Embeddings.
         relevance: Judgements.
+        scores: A teacher's.
         dtype: What to compute in.
     """
     if type(loss) is Matryoshka:
         losses = [
-            weight * defined_loss(loss.loss, queries[:, :dimension], documents[:, :dimension], relevance, dtype)
+            weight * defined_loss(loss.loss, queries[:, :dimension], documents[:, :dimension], relevance, scores, dtype)
             for dimension, weight in loss.weights.items()
         ]
         return torch.stack(losses).sum()
+    if type(loss) is WeightedSum:
+        parts = [
+            weight * defined_loss(each, queries, documents, relevance, scores, dtype) for each, weight in loss.terms
+        ]
+        return torch.stack(parts).sum()
     if type(loss) is not InfoNCE:
-        return loss(queries, documents, relevance)
+        return loss(queries, documents, relevance, scores) if loss.wants_scores else loss(queries, documents, relevance)
     with torch.autocast(queries.device.type, enabled=False):
         vectors = {"query": normalize(queries.to(dtype)), "document": normalize(documents.to(dtype))}
         means = []

@@ -20,6 +20,11 @@ class Loss(nn.Module, ABC):
         """Truncated embedding dimensions that this loss trains, and that are therefore worth measuring as well."""
         return ()
 
+    @property
+    def wants_scores(self) -> bool:
+        """Whether this loss distils a teacher's scores, which each training row then must have."""
+        return False
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Loss:
         # Follow to a device, never to another precision: a learnable temperature's steps round to nothing in bfloat16,
         # and a trainer with true half precision would have everything in it.
@@ -35,6 +40,7 @@ class Loss(nn.Module, ABC):
         queries: Float[Tensor, "Q D"],
         documents: Float[Tensor, "P D"],
         relevance: Int8[Tensor, "Q P"],
+        scores: Float[Tensor, "Q P"] | None = None,
     ) -> Float[Tensor, ""]:
         """Compute the loss.
 
@@ -43,4 +49,6 @@ class Loss(nn.Module, ABC):
             documents: The same for the documents; each distinct document of the batch is one row.
             relevance: 1 where the document is a right answer for the query, -1 where it is a hard negative of that
                 query, 0 where nobody judged the pair (another query's document).
+            scores: A teacher's scores, NaN where it has not scored the pair; None unless ``wants_scores``. A loss that
+                does not want them may leave this argument out.
         """

@@ -40,11 +40,17 @@ class Matryoshka(Loss):
         """The dimensions trained, largest first."""
         return tuple(self.weights)
 
+    @property
+    def wants_scores(self) -> bool:
+        """Whether the wrapped loss does."""
+        return self.loss.wants_scores
+
     def forward(
         self,
         queries: Float[Tensor, "Q D"],
         documents: Float[Tensor, "P D"],
         relevance: Int8[Tensor, "Q P"],
+        scores: Float[Tensor, "Q P"] | None = None,
     ) -> Float[Tensor, ""]:
         """See ``Loss.forward``.
 
@@ -57,8 +63,9 @@ class Matryoshka(Loss):
         # One that changes forward wants to be called, like any other loss.
         if isinstance(self.loss, SimilarityLoss) and type(self.loss).forward is SimilarityLoss.forward:
             return self.loss.weighted_sum(queries, documents, relevance, self.weights)
+        teacher = () if scores is None else (scores,)
         losses = [
-            weight * self.loss(queries[:, :dimension], documents[:, :dimension], relevance)
+            weight * self.loss(queries[:, :dimension], documents[:, :dimension], relevance, *teacher)
             for dimension, weight in self.weights.items()
         ]
         return torch.stack(losses).sum()

@@ -42,8 +42,9 @@ class SimilarityLoss(Loss):
         queries: Float[Tensor, "Q D"],
         documents: Float[Tensor, "P D"],
         relevance: Int8[Tensor, "Q P"],
+        scores: Float[Tensor, "Q P"] | None = None,
     ) -> Float[Tensor, ""]:
-        """See ``Loss.forward``.
+        """See ``Loss.forward``; of no scores.
 
         Raises:
             ValueError: If a query has no positive.

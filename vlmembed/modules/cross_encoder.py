@@ -35,6 +35,8 @@ class CrossEncoderModule(RetrievalModule):
         **options: As for `RetrievalModule`.
     """
 
+    loss: RankingLoss
+
     def __init__(
         self,
         backbone: VisionLanguageModel,
@@ -43,12 +45,13 @@ class CrossEncoderModule(RetrievalModule):
         template: PairTemplate | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(partial(Scorer, backbone, head or YesNo(), template or QueryFirst()), loss, **options)
+        self._template = template or QueryFirst()
+        super().__init__(partial(Scorer, backbone, head or YesNo(), self._template), loss, **options)
 
     @property
     def task(self) -> Task:
         """To score pairs, with the targets that the loss wants."""
-        return Reranking(self.loss.targets)
+        return Reranking(self.loss.targets, by_document=self._template.ends_with_query)
 
     def compute_loss(self, outputs: Tensor, batch: RankingBatch) -> Tensor:
         """Compute the loss on the scores of all processes."""

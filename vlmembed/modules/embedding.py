@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,15 @@ class EmbeddingModule(RetrievalModule):
         **options: As for `RetrievalModule`.
     """
 
+    loss: Loss
+
     def __init__(self, backbone: VisionLanguageModel, pooling: Pooling, loss: Loss, **options: Any) -> None:
         super().__init__(partial(Encoder, backbone, pooling), loss, **options)
 
     @property
     def task(self) -> Task:
         """To embed items, each on its own."""
-        return Embedding()
+        return Embedding(self.loss.wants_scores)
 
     def check(self) -> None:
         """Refuse Matryoshka dimensions that the embedding does not have."""
@@ -66,7 +69,7 @@ class EmbeddingModule(RetrievalModule):
         write_predictions(metrics, folder, self.trainer.is_global_zero)
 
 
-def joined_batch(embeddings: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def joined_batch(embeddings: Tensor, batch: Batch) -> tuple[Tensor, ...]:
     """Join all processes' batches into what a loss takes.
 
     A document, or a query, that several processes hold is kept once, so that the loss is that of one process with
@@ -77,20 +80,29 @@ def joined_batch(embeddings: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tens
         batch: This process's batch.
 
     Returns:
-        Queries (Q, D), documents (P, D) and relevance (Q, P), the same on every process. Who belongs to whom stays on
-        the host, which knows it already: nobody waits for the device.
+        Queries (Q, D), documents (P, D), relevance (Q, P) and, if the batch has them, a teacher's scores (Q, P), the
+        same on every process. Who belongs to whom stays on the host, which knows it already: nobody waits for the
+        device.
     """
     queries, query_ids = _distinct(embeddings, batch.queries, batch.query_ids)
     documents, document_ids = _distinct(embeddings, batch.documents, batch.document_ids)
     pairs = distributed.gather_on_host(batch.pairs, embeddings.device)
     labels = distributed.gather_on_host(batch.labels, embeddings.device)
-    relevance = torch.zeros(len(queries), len(documents), dtype=torch.int8)
     rows = torch.searchsorted(query_ids, pairs[:, 0].contiguous())
     columns = torch.searchsorted(document_ids, pairs[:, 1].contiguous())
-    # Right answers last: where examples disagree about a pair, it is one.
-    for label in (-1, 1):
-        relevance[rows[labels == label], columns[labels == label]] = label
-    return queries, documents, relevance
+    shape = len(queries), len(documents)
+    # Where examples disagree about a pair, it is a right answer.
+    joined = [queries, documents, _matrix(shape, rows, columns, labels, empty=0)]
+    if batch.scores is not None:
+        scores = distributed.gather_on_host(batch.scores, embeddings.device)
+        joined.append(_matrix(shape, rows, columns, scores, empty=math.nan))
+    return tuple(joined)
+
+
+def _matrix(shape: tuple[int, int], rows: Tensor, columns: Tensor, values: Tensor, empty: float) -> Tensor:
+    """Put values in their places, the largest where several have the same."""
+    matrix = torch.full(shape, empty, dtype=values.dtype).flatten()
+    return matrix.scatter_reduce(0, rows * shape[1] + columns, values, "amax", include_self=False).view(shape)
 
 
 def _distinct(embeddings: Tensor, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:

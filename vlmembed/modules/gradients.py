@@ -120,14 +120,21 @@ class StepGradients:
         for row_of, (ids, places) in zip(rows, sides, strict=True):
             for item, row in zip(everywhere(ids), everywhere(places + start), strict=True):
                 row_of.setdefault(item, row)
-        queries, documents = rows
-        relevance = torch.zeros(len(queries), len(documents), dtype=torch.int8)
-        # Right answers last: where examples disagree about a pair, it is one.
-        for label, (query, document) in sorted(zip(everywhere(batch.labels), everywhere(batch.pairs), strict=True)):
-            relevance[list(queries).index(query), list(documents).index(document)] = label
+        queries, documents = (list(row_of) for row_of in rows)
         asked, answering = (joined[list(row_of.values())] for row_of in rows)
+        pairs = everywhere(batch.pairs)
+
+        def judged(values: Tensor, empty: float) -> Tensor:
+            matrix = torch.full((len(queries), len(documents)), empty, dtype=values.dtype)
+            # The largest last: where examples disagree about a pair, it is a right answer.
+            for value, (query, document) in sorted(zip(everywhere(values), pairs, strict=True)):
+                matrix[queries.index(query), documents.index(document)] = value
+            return matrix.to(embeddings.device)
+
+        relevance = judged(batch.labels, empty=0)
+        scores = None if batch.scores is None else judged(batch.scores, empty=math.nan)
         with self._trainer.precision_plugin.train_step_context():
-            return defined_loss(self._module.loss, asked, answering, relevance.to(embeddings.device), dtype)
+            return defined_loss(self._module.loss, asked, answering, relevance, scores, dtype)
 
     @contextmanager
     def _undone(self) -> Iterator[None]:

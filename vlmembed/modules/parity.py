@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -12,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from vlmembed import distributed
-from vlmembed.losses import InfoNCE, Loss, Matryoshka
+from vlmembed.losses import InfoNCE, Loss, Matryoshka, WeightedSum
 from vlmembed.modules.embedding import EmbeddingModule
 from vlmembed.modules.gradients import StepGradients
 from vlmembed.modules.reduction import reduced
@@ -29,8 +30,8 @@ class ParityCheck(Callback):
 
     A few items of the first batch go through the step as it will be run: in chunks, some of them embedded twice, over
     all processes, in the run's precision. The same items also go through the encoder with every graph kept, and through
-    the loss as its documentation defines it, pair by pair and in float64 (InfoNCE, and Matryoshka around it; any other
-    loss is taken as it is, and what is printed says so).
+    the loss as its documentation defines it, pair by pair and in float64 (InfoNCE, and Matryoshka or WeightedSum around
+    it; any other loss is taken as it is, and what is printed says so).
 
     How far apart the two gradients may be is measured as well. The second one is taken three times more, with all that
     can be rounded otherwise rounded otherwise: the loss in float32, on embeddings of a pass without graphs that are
@@ -126,5 +127,19 @@ def _advice(along: float, straight: bool) -> str:
 
 
 def _taken_as_it_is(loss: Loss) -> str:
-    inner = loss.loss if type(loss) is Matryoshka else loss
-    return "" if type(inner) is InfoNCE else f" ({type(inner).__name__} is taken as it is)"
+    names = ", ".join(sorted({type(inner).__name__ for inner in _innermost(loss) if type(inner) is not InfoNCE}))
+    return f" ({names} is taken as it is)" if names else ""
+
+
+def _innermost(loss: Loss) -> Iterator[Loss]:
+    inside = (
+        [loss.loss]
+        if type(loss) is Matryoshka
+        else [each for each, _ in loss.terms]
+        if type(loss) is WeightedSum
+        else []
+    )
+    if not inside:
+        yield loss
+    for each in inside:
+        yield from _innermost(each)

@@ -10,9 +10,11 @@ from PIL import Image
 
 from vlmembed import distributed, memory
 from vlmembed.data.collate import PATCH_COST, Collator
-from vlmembed.encoder import Encoder
+from vlmembed.data.pairs import PairCollator
+from vlmembed.encoder import Encoder, Scorer
 from vlmembed.engine import Engine
-from vlmembed.types import Batch, Example, Item, Part, Preprocessor
+from vlmembed.losses import Targets
+from vlmembed.types import Batch, Example, Item, Part, RankingBatch
 
 #: A larger chunk is no faster: the device is busy, or the processor's caches are full.
 MOST = {"cuda": 65_536, "cpu": 8_192}
@@ -52,7 +54,7 @@ def patch_cost(encoder: Encoder) -> float:
 def _try(encoder: Encoder, cost: int) -> tuple[int, float]:
     """Send a chunk of such a cost forward and back; return its cost, and the bytes it took."""
     of_patch = patch_cost(encoder)
-    batch = _batch(encoder.backbone.preprocessor, cost / (1 + PATCHES_PER_TOKEN * of_patch))
+    batch = _batch(encoder, cost / (1 + PATCHES_PER_TOKEN * of_patch))
     engine = Engine(encoder, graph_bytes=math.inf)
     peak = memory.StepPeak(encoder.device)
     with torch.random.fork_rng():
@@ -66,8 +68,9 @@ def _try(encoder: Encoder, cost: int) -> tuple[int, float]:
     return tokens + int(of_patch * patches), taken
 
 
-def _batch(preprocessor: Preprocessor, tokens: float) -> Batch:
+def _batch(encoder: Encoder, tokens: float) -> Batch | RankingBatch:
     """Make one chunk of pictures and words."""
+    preprocessor = encoder.backbone.preprocessor
     draw = np.random.default_rng(0)
     examples: list[Example] = []
     while sum(preprocessor.cost(example.positives[0]) for example in examples) < tokens:
@@ -75,4 +78,6 @@ def _batch(preprocessor: Preprocessor, tokens: float) -> Batch:
         number = str(len(examples))
         shown = Item("document", (Part("image", picture), Part("text", number)), origin="probing for chunk_size: auto")
         examples.append(Example(Item("query", (Part("text", number),)), (shown,)))
+    if isinstance(encoder, Scorer):
+        return PairCollator(preprocessor, Targets())(examples)
     return Collator(preprocessor)(examples)

@@ -51,6 +51,7 @@ def reduced(batch: Batch, items: int) -> Batch:
         document_ids=torch.tensor([*documents]),
         pairs=batch.pairs[inside],
         labels=batch.labels[inside],
+        scores=None if batch.scores is None else batch.scores[inside],
     )
 
 
