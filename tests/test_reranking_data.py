@@ -3,16 +3,19 @@ from __future__ import annotations
 import json
 import pickle
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from test_reranking_metrics import random_scores, reranking_set, updated
 
-from vlmembed.data import EvaluationFolder, Lists, Mixture, RerankingRows, RerankingRun, Rows
+from vlmembed.data import EvaluationFolder, EvaluationSource, Lists, Mixture, RerankingRows, RerankingRun, Rows
 from vlmembed.data.reranking import load_reranking
-from vlmembed.types import Example, Item, RerankingSet
+from vlmembed.modules.prediction import write_reranking
+from vlmembed.types import EvaluationSet, Example, Item, RerankingSet
 
 
 def write(path: Path, rows: list[Any]) -> str:
@@ -99,6 +102,32 @@ def test_an_evaluation_set_without_a_run_is_refused(folder: Path) -> None:
     for given, what in ((str(folder), str(folder)), (EvaluationFolder(str(folder)), "EvaluationFolder")):
         with pytest.raises(ValueError, match=f"{what}: a cross-encoder reads .*vlmembed.data.RerankingRun"):
             load_reranking(given, "test")
+
+
+class Given(EvaluationSource):
+    def __init__(self, evaluation: EvaluationSet) -> None:
+        self.evaluation = evaluation
+
+    def load(self) -> EvaluationSet:
+        return self.evaluation
+
+
+def test_what_is_written_is_read_back_in_the_same_order(tmp_path: Path) -> None:
+    evaluation = reranking_set().evaluation
+    reranking = RerankingSet(replace(evaluation, name="digits"), reranking_set().candidates)
+    scores = random_scores(reranking)
+    # Neighbours in float32, which six decimals would make one.
+    scores[0][:2] = [1e-7, float(np.nextafter(np.float32(1e-7), np.float32(1)))]
+    measured = updated(reranking, scores)
+    write_reranking(measured, tmp_path / "nobody", is_writer=False)
+    assert not (tmp_path / "nobody").exists()
+    write_reranking(measured, tmp_path / "predictions")
+    again = RerankingRun(Given(evaluation), str(tmp_path / "predictions" / "digits.trec")).load()
+    expected = [[column for column in row if column >= 0] for row in measured.top_k(1000)[1].tolist()]
+    assert again.candidates == expected
+    first = (tmp_path / "predictions" / "digits.trec").read_text().splitlines()[0].split()
+    assert first[:2] + first[3:4] + first[5:] == ["q0", "Q0", "1", "vlmembed"]
+    assert np.float32(first[4]) == measured.top_k(1000)[0][0, 0].item()
 
 
 ROWS = [
