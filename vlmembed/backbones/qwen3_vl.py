@@ -300,9 +300,11 @@ class PackingPreprocessor(ChatPreprocessor):
         mark = re.compile(re.escape(processor.image_token))
         texts = processor.apply_chat_template(conversations, add_generation_prompt=self.generation_prompt)
         texts = [mark.sub(lambda found: found[0] * next(tokens), text) for text in texts]
-        inputs = processor.tokenizer(texts, padding=True, return_tensors="pt")
-        types = torch.tensor(processor.create_mm_token_type_ids(inputs["input_ids"]))
-        return {**inputs, **pixels, "mm_token_type_ids": types, "image_order": order}
+        inputs = processor.tokenizer(texts, padding=True)
+        inputs["mm_token_type_ids"] = processor.create_mm_token_type_ids(inputs["input_ids"])
+        # Not by the tokenizer, which looks for ragged lists at great length.
+        tensors = {name: torch.tensor(rows) for name, rows in inputs.items()}
+        return {**tensors, **pixels, "image_order": order}
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
         processor = self.processor.image_processor

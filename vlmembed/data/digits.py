@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from operator import eq
 from typing import Literal
 
 import numpy as np
@@ -89,29 +88,20 @@ def paste(chosen: Sequence[int], generator: np.random.Generator) -> Image.Image:
     return picture.convert("RGB")
 
 
-@cache
-def alike(number: int) -> tuple[int, ...]:
-    """Return the other numbers of training that share a digit with a number, in its place."""
-    digits = f"{number:0{DIGITS}}"
-    others = (other for other in numbers("train") if other != number)
-    return tuple(other for other in others if any(map(eq, digits, f"{other:0{DIGITS}}")))
-
-
 def query(number: int, origin: str) -> Item:
     """Return the item that asks for a number."""
     return Item("query", (Part("text", in_words(number)),), origin)
 
 
 class HandwrittenNumbers(Source):
-    """Training rows: a number in words, a fresh picture of it, and perhaps pictures of numbers that look much like it.
+    """Training rows: a number in words, a fresh picture of it, and perhaps pictures of other numbers.
 
     700 of the 1,000 three-digit numbers come up, in turn; the other 300 belong to ``HandwrittenNumbersEvaluation``.
 
     Args:
         size: Rows. No picture repeats, so one long epoch sees more handwriting than many short ones.
         seed: Draws the pictures.
-        negatives: Pictures of other training numbers in each row, as wrong answers: numbers that share a digit, in its
-            place, as long as there are any.
+        negatives: Pictures of other training numbers in each row, as wrong answers.
     """
 
     def __init__(self, size: int = 12_800, seed: int = 0, negatives: int = 0) -> None:
@@ -130,7 +120,8 @@ class HandwrittenNumbers(Source):
         number = self._number(index)
         shown = [number]
         if self.negatives:
-            shown += generator.choice(alike(number), self.negatives, replace=False).tolist()
+            others = [other for other in numbers("train") if other != number]
+            shown += generator.choice(others, self.negatives, replace=False).tolist()
         pictures = [Item("document", (Part("image", write(each, "train", generator)),), origin) for each in shown]
         return Example(query(number, origin), (pictures[0],), tuple(pictures[1:]))
 
