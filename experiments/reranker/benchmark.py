@@ -1,8 +1,9 @@
 """How fast does a cross-encoder score, and train, beside Sentence Transformers with the same model?
 
 Both sides open one exported folder, in float32, and read the same pairs: 20 queries with 50 candidates each, of 200
-pictures, so that a picture is a candidate of five queries. Steps train on 8 queries with 8 candidates each. Preprocessing
-is inside the time on both sides, in the one process. Contenders alternate, and their scores and losses have to agree.
+pictures, so that a picture is a candidate of five queries. Steps train on 8 queries with 8 candidates each.
+Preprocessing is inside the time on both sides, in the one process. Contenders alternate, and scores and losses have to
+agree.
 
     python experiments/reranker/benchmark.py            # some ten minutes; nothing else should run
 """
