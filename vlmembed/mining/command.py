@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 from jsonargparse import auto_cli
 
-from vlmembed.mining.mine import mine
-from vlmembed.mining.score import score
+from vlmembed.mining.mining import mine
+from vlmembed.mining.scoring import score
 
 COMMANDS: dict[str, Callable[..., None]] = {"mine": mine, "score": score}
 

@@ -85,7 +85,7 @@ class DistinctItems(Sequence[Item]):
 
 
 def identified(groups: Iterable[Sequence[Item]]) -> Iterator[list[Content]]:
-    """Identify groups of items, a few groups at a time, in threads: decoding an image leaves Python's lock to others."""
+    """Identify groups of items, some groups at a time, in threads: decoding leaves Python's lock to others."""
     groups = iter(groups)
     with ThreadPoolExecutor() as threads:
         while some := [*islice(groups, GROUPS)]:
