@@ -112,7 +112,7 @@ def check_record(result: Result, rows: str) -> None:
     assert [*found] == sorted(queries)
     for name, each in found.items():
         assert each["query"] == evaluation.queries[evaluation.query_names.index(name)].parts[0].value
-        assert each["relevant"] == evaluation.qrels[name]
+        assert each["relevant"] == {key: grade for key, grade in evaluation.qrels[name].items() if grade > 0}
         assert [score for _, score, _ in each["top"]] == sorted((score for _, score, _ in each["top"]), reverse=True)
         assert [grade for _, _, grade in each["top"]] == [each["relevant"].get(key, 0) for key, *_ in each["top"]]
         assert len(each["top"]) == 5

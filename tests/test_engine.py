@@ -97,7 +97,7 @@ def step(model: EmbeddingModule, engine: Engine, data: Batch) -> tuple[Tensor, d
 def patches(model: EmbeddingModule, data: list[Example]) -> int:
     """Of all distinct images, by the Hugging Face processor."""
     items = [each for row in data for each in (row.query, *row.positives, *row.negatives)]
-    images = {part.digest(): part.value for each in items for part in each.parts if part.kind == "image"}
+    images = {part.digest: part.value for each in items for part in each.parts if part.kind == "image"}
     found = model.preprocessor.processor.image_processor(images=list(images.values()), return_tensors="pt")
     return int(found["image_grid_thw"].prod(dim=1).sum())
 

@@ -182,5 +182,8 @@ def test_open_images_of_training_rows_are_read_when_asked_for(tmp_path: Path) ->
     columns = {"query": ["red", "blue"], "positive": images}
     datasets.Dataset.from_dict(columns).cast_column("positive", datasets.Image()).save_to_disk(tmp_path / "saved")
     found = EvaluationRows(Rows(str(tmp_path / "saved"))).load()
-    assert found.corpus[0].parts[0].value is not found.corpus[0].parts[0].value
+    first = found.corpus[0].parts[0].value
+    assert found.corpus[0].parts[0].value is first
+    assert found.corpus[1].parts[0].value is not first
+    assert found.corpus[0].parts[0].value is not first  # Nobody held it while another row was read.
     assert [item.id for item in found.corpus] == [Item("document", (Part("image", image),)).id for image in images]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vlmembed.backbones import VisionLanguageModel
 from vlmembed.backbones.answers import answer_tokens
 from vlmembed.backbones.base import DEFAULT_INSTRUCTION, Features
+from vlmembed.backbones.packing import select
 from vlmembed.backbones.pairs import PairTemplate
 from vlmembed.heads import ScoreHead
 from vlmembed.pooling import Pooling
@@ -66,6 +67,28 @@ class Encoder(nn.Module):
             Of each image, the features that `forward` takes.
         """
         return [image for chunk in images for image in self.backbone.see(chunk)]
+
+    def see_missing(
+        self, images: Sequence[Inputs], kept: Callable[[int], Tensor | None]
+    ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """Run the vision tower on those images whose features are not kept.
+
+        Args:
+            images: As for `see`.
+            kept: Returns the features of an image by its key, if it has them.
+
+        Returns:
+            By key, the features that were kept, and those that are new.
+        """
+        keys = [key for chunk in images for key in chunk["keys"].tolist()]
+        found = {key: features for key in keys if (features := kept(key)) is not None}
+        new: dict[int, Tensor] = {}
+        for chunk in images:
+            missing = [place for place, key in enumerate(chunk["keys"].tolist()) if key not in found]
+            if missing:
+                rest = select(chunk, missing)
+                new |= zip(rest["keys"].tolist(), self.backbone.see(rest), strict=True)
+        return found, new
 
     def forward(self, inputs: Inputs, features: Features = ()) -> Float[Tensor, "B D"]:
         """Encode one chunk.

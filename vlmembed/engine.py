@@ -116,19 +116,12 @@ class Engine:
         """See all images, or those that are not kept."""
         if self._features is None:
             return self.encoder.see(batch.images)
-        keys = [key for group in batch.images for key in group["keys"].tolist()]
-        found = {key: kept for key in keys if (kept := self._features.get(key)) is not None}
-        new: dict[int, Tensor] = {}
-        for group in batch.images:
-            missing = [place for place, key in enumerate(group["keys"].tolist()) if key not in found]
-            if missing:
-                chunk = select(group, missing)
-                new |= zip(chunk["keys"].tolist(), self.encoder.backbone.see(chunk), strict=True)
+        found, new = self.encoder.see_missing(batch.images, self._features.get)
         found |= new
         self._predict(sum(image.nbytes for image in found.values()), len(batch.queries))
         for key, features in new.items():
             self._features.put(key, features)
-        return [found[key] for key in keys]
+        return [found[key] for group in batch.images for key in group["keys"].tolist()]
 
     def _predict(self, size: int, examples: int) -> None:
         """Say once what the cache will take, or refuse: in all processes alike, going by their first steps."""

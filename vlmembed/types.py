@@ -47,8 +47,9 @@ class Part:
             return self.value
         return () if isinstance(self.value, str) or self.kind == "video" else (self.value,)
 
+    @cached_property
     def digest(self) -> bytes:
-        """Identify the content: equal parts have equal digests. A file counts as its path, an image as its pixels."""
+        """The same for equal content. A file counts as its path, an image as its pixels."""
         hashed = hashlib.blake2b(self.kind.encode(), digest_size=16)
         values = self.value if isinstance(self.value, tuple) else (self.value,)
         for value in values:
@@ -79,7 +80,7 @@ class Item:
         """A 63-bit number that is the same for equal content in equal roles, in every process."""
         hashed = hashlib.blake2b(self.role.encode(), digest_size=8)
         for part in self.parts:
-            hashed.update(part.digest())
+            hashed.update(part.digest)
         return int.from_bytes(hashed.digest(), "big") >> 1
 
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from vlmembed.ablation.documents import show, words_of
 from vlmembed.ablation.results import QUERY_FOLDER, cost_path, csv_text, per_query_path, top_path, write_whole
-from vlmembed.metrics import RetrievalMetrics
+from vlmembed.metrics import RerankingMetrics, RetrievalMetrics
 from vlmembed.types import EvaluationSet, Item
 
 #: Documents of each query, and queries of each evaluation set, that the report can show.
@@ -91,11 +91,11 @@ class Record(Callback):
         if self.stage == "test":
             self._keep(trainer, pl_module.metrics)
 
-    def _keep(self, trainer: Trainer, measured: Iterable[RetrievalMetrics]) -> None:
+    def _keep(self, trainer: Trainer, measured: Iterable[RetrievalMetrics | RerankingMetrics]) -> None:
         """Write what each query found; what the fresh model finds is not kept."""
         folder = _folder(trainer)
         for metrics in measured if self._has_trained else ():
-            # Each process has a share of the embeddings, so all of them ask.
+            # Each process has a share of the embeddings or scores, so all of them ask.
             values, (scores, columns) = metrics.per_query(), metrics.top_k(DOCUMENTS)
             if trainer.is_global_zero:
                 evaluation = metrics.evaluation
@@ -119,8 +119,9 @@ def _first_queries(evaluation: EvaluationSet) -> list[int]:
 def _found(evaluation: EvaluationSet, row: int, scores: list[float], columns: list[int]) -> dict[str, Any]:
     """What the report shows of a query: itself, its first documents, and the right ones."""
     grades = evaluation.qrels[evaluation.query_names[row]]
-    names = [evaluation.document_names[column] for column in columns]
-    top = [[name, score, grades.get(name, 0)] for name, score in zip(names, scores, strict=True)]
+    # A reranker's list of candidates may be shorter than others, and -1 fills it up.
+    names = [evaluation.document_names[column] for column in columns if column >= 0]
+    top = [[name, score, grades.get(name, 0)] for name, score in zip(names, scores, strict=False)]
     relevant = {name: grade for name, grade in grades.items() if grade > 0}
     return {"query": words_of(evaluation.queries[row]), "top": top, "relevant": relevant}
 

@@ -12,6 +12,7 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -177,15 +178,24 @@ class PackedItems(Prepared):
 
 
 def _frames(inputs: Inputs, kind: int) -> Iterator[tuple[_Image, int]]:
-    """Yield what each run of visual tokens shows: an image, or one of a video's frames, with its number."""
+    """Yield what each run of visual tokens shows: an image, or one of a video's frames, with its number.
+
+    Where ``image_order`` is there, it says of each image of the texts which of the distinct ones it is.
+    """
     pixels, grids = (inputs.get(name) for name in VISION_INPUTS[kind])
     if pixels is None or grids is None:
         return
-    for part, grid in zip(pixels.split(grids.prod(dim=1).tolist()), grids.tolist(), strict=True):
-        hashed = hashlib.blake2b(f"{kind} {grid}".encode(), digest_size=8)
-        hashed.update(part.contiguous().numpy())
-        image = _Image(kind, int.from_bytes(hashed.digest(), "big") >> 1, tuple(grid), part)
-        yield from ((image, frame) for frame in range(grid[0]))
+    parts = zip(pixels.split(grids.prod(dim=1).tolist()), grids.tolist(), strict=True)
+    images = [_Image(kind, _key(kind, part, grid), tuple(grid), part) for part, grid in parts]
+    order = inputs["image_order"].tolist() if "image_order" in inputs else range(len(images))
+    for place in order:
+        yield from ((images[place], frame) for frame in range(images[place].grid[0]))
+
+
+def _key(kind: int, pixels: Any, grid: Sequence[int]) -> int:
+    hashed = hashlib.blake2b(f"{kind} {grid}".encode(), digest_size=8)
+    hashed.update(pixels.contiguous().numpy())
+    return int.from_bytes(hashed.digest(), "big") >> 1
 
 
 def rotary_positions(lengths: Sequence[int], sizes: Sequence[tuple[int, int] | None]) -> Int[Tensor, "3 L"]:

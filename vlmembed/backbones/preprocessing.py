@@ -23,6 +23,9 @@ Message = dict[str, Any]
 #: From an image's height and width to those that the processor resizes it to.
 Resized = Callable[[int, int], tuple[int, int]]
 
+#: From conversations to what the model reads.
+Applied = Callable[[list[list[Message]]], Inputs]
+
 # What an item costs only decides which items share a chunk, so rough numbers do.
 CHARACTERS_PER_TOKEN = 4
 PIXELS_PER_TOKEN = 32 * 32
@@ -83,29 +86,38 @@ class ChatPreprocessor(Preprocessor):
         Raises:
             ValueError: If an image cannot be read, or an item with images has more than ``max_length`` tokens.
         """
-        return self._read(items)
+        return self._read(items, self._apply_template)
 
     def cost(self, item: Item | Pair) -> int:
         """Estimate an item's tokens from the lengths of its texts and the sizes of its images."""
         return sum(_part_cost(part, item.origin) for part in item.parts)
 
-    def _read(self, items: Sequence[Item | Pair], resized: Resized | None = None, **pixel_options: Any) -> Inputs:
-        inputs = self._apply_template([self._conversation(item, resized) for item in items], **pixel_options)
+    def _read(
+        self,
+        items: Sequence[Item | Pair],
+        apply: Callable[[list[list[Message]]], Inputs],
+        resized: Resized | None = None,
+    ) -> Inputs:
+        loaded: dict[bytes, Any] = {}
+        inputs = apply([self._conversation(item, resized, loaded) for item in items])
         if self.max_length is None or inputs["input_ids"].shape[1] <= self.max_length:
             return inputs
         return self._truncate(inputs, items, self.max_length)
 
-    def _conversation(self, item: Item | Pair, resized: Resized | None) -> list[Message]:
+    def _conversation(self, item: Item | Pair, resized: Resized | None, loaded: dict[bytes, Any]) -> list[Message]:
         contents = {
-            each.role: [self._content(part, each.origin, resized) for part in each.parts] for each in _items(item)
+            each.role: [self._content(part, each.origin, resized, loaded) for part in each.parts]
+            for each in _items(item)
         }
         return self._chat(contents)
 
-    def _content(self, part: Part, origin: str, resized: Resized | None) -> dict[str, Any]:
-        """Return one content part of a chat message."""
+    def _content(self, part: Part, origin: str, resized: Resized | None, loaded: dict[bytes, Any]) -> dict[str, Any]:
+        """Return one content part of a chat message. Equal images of a batch are one object."""
         value: Any = part.value
         if part.kind == "image":
-            value = load_image(value, origin, resized)
+            if part.digest not in loaded:
+                loaded[part.digest] = load_image(value, origin, resized)
+            value = loaded[part.digest]
         if part.kind != "video":
             return {"type": part.kind, part.kind: value}
         processor = getattr(self.processor, "video_processor", None)

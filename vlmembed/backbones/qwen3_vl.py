@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -18,7 +19,7 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 from vlmembed.backbones.attention import Bounds, install
 from vlmembed.backbones.base import Features, VisionLanguageModel
 from vlmembed.backbones.packing import PackedItems, VisionLayout, frame_patches
-from vlmembed.backbones.preprocessing import ChatPreprocessor
+from vlmembed.backbones.preprocessing import ChatPreprocessor, Message
 from vlmembed.backbones.sharing import Sharing, own_images
 from vlmembed.backbones.tail import Tail, shorten
 from vlmembed.types import Inputs, Item, Pair
@@ -276,12 +277,34 @@ class PackingPreprocessor(ChatPreprocessor):
 
     def prepare(self, items: Sequence[Item | Pair], draft: bool = False) -> PackedItems:
         """Read the items of a batch; see `Preprocessor.prepare`."""
-        inputs = self._read(items, self._resized if draft else None, do_rescale=False, do_normalize=False)
+        inputs = self._read(items, self._apply_once, self._resized if draft else None)
         if "pixel_values" in inputs:
             # The processor has copied every image to several moments in time.
             moments = self.processor.image_processor.temporal_patch_size
             inputs["pixel_values"] = inputs["pixel_values"].unflatten(1, (3, moments, -1))[:, :, 0].flatten(1)
         return PackedItems(inputs, self.layout, self.shares)
+
+    def _apply_once(self, conversations: list[list[Message]]) -> Inputs:
+        """Do what transformers' processor does, with each distinct image once; ``image_order`` says which is where."""
+        processor: Any = self.processor
+        options = {"do_rescale": False, "do_normalize": False}
+        parts = [part for chat in conversations for message in chat for part in message["content"]]
+        shown = [part["image"] for part in parts if part["type"] == "image"]
+        if not shown or any(part["type"] == "video" for part in parts):
+            return self._apply_template(conversations, **options)
+        places = {identity: place for place, identity in enumerate(dict.fromkeys(map(id, shown)))}
+        distinct = [image for _, image in sorted({places[id(image)]: image for image in shown}.items())]
+        order = torch.tensor([places[id(image)] for image in shown])
+        pixels = processor.image_processor(images=distinct, return_tensors="pt", **options)
+        tokens = iter((pixels["image_grid_thw"].prod(dim=1) // self.layout.merge_size**2)[order].tolist())
+        mark = re.compile(re.escape(processor.image_token))
+        texts = processor.apply_chat_template(conversations, add_generation_prompt=self.generation_prompt)
+        texts = [mark.sub(lambda found: found[0] * next(tokens), text) for text in texts]
+        inputs = processor.tokenizer(texts, padding=True)
+        inputs["mm_token_type_ids"] = processor.create_mm_token_type_ids(inputs["input_ids"])
+        # Not by the tokenizer, which looks for ragged lists at great length.
+        tensors = {name: torch.tensor(rows) for name, rows in inputs.items()}
+        return {**tensors, **pixels, "image_order": order}
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
         processor = self.processor.image_processor

@@ -18,8 +18,9 @@ class Batches(Sampler[list[int]]):
 
     The global batch is drawn from seed and epoch alone and cut into one piece per process, so any number of processes
     trains on the same batches. Where ``distinct``, no query comes twice in a global batch, where it would be its own
-    negative: its second row waits for a later batch. The number of batches is the number of rows over the size of a global batch, rounded
-    down, whatever the duplicates: where waiting rows alone cannot fill a last batch, rows of the next shuffle do.
+    negative: its second row waits for a later batch. The number of batches is the number of rows over the size of a
+    global batch, rounded down, whatever the duplicates: where waiting rows alone cannot fill a last batch, rows of the
+    next shuffle do.
 
     Args:
         source: Where the rows are; a mixture decides about shares.

@@ -107,6 +107,8 @@ class EvaluationRows(EvaluationSource):
 class RowItems(Sequence[Item]):
     """Items of training rows, read when asked for, so that open images are not all held in memory.
 
+    Only the row that was read last is: its other items are often asked for next.
+
     Args:
         rows: Where they are.
         places: Of each item, its row and its place in the row: query, positives, negatives.
@@ -115,6 +117,7 @@ class RowItems(Sequence[Item]):
     def __init__(self, rows: Source, places: Sequence[tuple[int, int]]):
         self.rows = rows
         self.places = places
+        self._last: tuple[int, tuple[Item, ...]] = (-1, ())
 
     def __len__(self) -> int:
         return len(self.places)
@@ -123,7 +126,9 @@ class RowItems(Sequence[Item]):
         if isinstance(index, slice):
             return [self[k] for k in range(*index.indices(len(self)))]
         row, place = self.places[index]
-        return _items(self.rows[row])[place]
+        if self._last[0] != row:
+            self._last = row, _items(self.rows[row])
+        return self._last[1][place]
 
 
 def load_evaluation(path: str, name: str | None = None, split: str = "test") -> EvaluationSet:

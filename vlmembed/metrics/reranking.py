@@ -24,7 +24,7 @@ class RerankingMetrics(Metric):
     found; a query without candidates counts 0. Candidates are ordered by their logits in float32, which no sigmoid has
     made equal, and equal ones by document name, as ``pytrec_eval`` does.
 
-    Several processes may each update with their share; ``compute``, ``per_query`` and ``ranking`` join the shares, so
+    Several processes may each update with their share; ``compute``, ``per_query`` and ``top_k`` join the shares, so
     all processes must call them. A pair scored twice counts once.
 
     Args:
@@ -40,8 +40,8 @@ class RerankingMetrics(Metric):
 
     def __init__(self, reranking: RerankingSet) -> None:
         super().__init__(dist_sync_fn=self._gather)
-        self.reranking = reranking
-        relevant, self.grades, name_order = judgements(reranking.evaluation)
+        self.evaluation = reranking.evaluation
+        relevant, self.grades, name_order = judgements(self.evaluation)
         self.candidates, self._there = _padded(reranking)
         self.name_order = name_order[self.candidates]
         found = [dict(zip(row, range(len(row)), strict=True)) for row in reranking.candidates]
@@ -65,9 +65,9 @@ class RerankingMetrics(Metric):
             ValueError: If a pair is not in the set, or a score is not finite (it would rank first or last).
         """
         rows, scores = rows.detach().cpu().long(), scores.detach().float().cpu()
-        name, keys = self.reranking.name, self._key(rows)
+        name, keys = self.evaluation.name, self._key(rows)
         sorted_places = torch.searchsorted(self._keys, keys).clamp(max=len(self._keys) - 1)
-        inside = (rows >= 0).all(1) & (rows[:, 1] < len(self.reranking.evaluation.corpus))
+        inside = (rows >= 0).all(1) & (rows[:, 1] < len(self.evaluation.corpus))
         foreign = rows[~inside | (self._keys[sorted_places] != keys)].tolist()
         if foreign:
             raise ValueError(f"reranking set {name!r} has no candidates {foreign} (query number, corpus column)")
@@ -90,14 +90,14 @@ class RerankingMetrics(Metric):
         with self.sync_context(dist_sync_fn=self._gather):
             return self._per_query()
 
-    def ranking(self) -> tuple[Float[Tensor, "Q C"], Int64[Tensor, "Q C"]]:
-        """Scores and corpus columns of each query's candidates in their new order; raises as ``per_query`` does.
+    def top_k(self, k: int) -> tuple[Float[Tensor, "Q K"], Int64[Tensor, "Q K"]]:
+        """Scores and corpus columns of each query's first K = min(k, C) candidates; raises as ``per_query`` does.
 
-        A query with fewer candidates than others has -inf and -1 after its last.
+        Where a query has fewer, -inf and -1 fill up.
         """
         with self.sync_context(dist_sync_fn=self._gather):
             scores = self._matrix()
-        order = order_keys(scores, self.name_order).argsort(descending=True)
+        order = order_keys(scores, self.name_order).argsort(descending=True)[:, :k]
         return scores.gather(1, order), torch.where(self._there, self.candidates, -1).gather(1, order)
 
     def _per_query(self) -> dict[str, Float64[Tensor, " Q"]]:
@@ -115,7 +115,7 @@ class RerankingMetrics(Metric):
         first, missing = first_rows(self.places, len(self._keys))
         if missing:
             raise RuntimeError(
-                f"{missing} of the {len(self._keys)} candidates of reranking set {self.reranking.name!r} have no "
+                f"{missing} of the {len(self._keys)} candidates of reranking set {self.evaluation.name!r} have no "
                 "score: metrics need all of its batches, limit none of them"
             )
         scores = torch.full(self.candidates.shape, -torch.inf)
@@ -123,7 +123,7 @@ class RerankingMetrics(Metric):
         return scores
 
     def _key(self, pairs: Int64[Tensor, "N 2"]) -> Int64[Tensor, " N"]:
-        return pairs[:, 0] * len(self.reranking.evaluation.corpus) + pairs[:, 1]
+        return pairs[:, 0] * len(self.evaluation.corpus) + pairs[:, 1]
 
     def _gather(self, state: Tensor, group: Any = None) -> list[Tensor]:
         return gather_rows(state, self.device, group)

@@ -20,6 +20,7 @@ from vlmembed.losses import RankingLoss
 from vlmembed.metrics import RerankingMetrics
 from vlmembed.modules.module import RetrievalModule
 from vlmembed.modules.prediction import write_reranking
+from vlmembed.modules.recent import RecentFeatures
 from vlmembed.types import PairBatch, RankingBatch, RerankingSet
 
 
@@ -60,11 +61,12 @@ class CrossEncoderModule(RetrievalModule):
 
     def measurement(self, evaluation: RerankingSet) -> RerankingMetrics:
         """Measure the order of each query's candidates."""
+        self._recent = RecentFeatures(self.encoder)
         return RerankingMetrics(evaluation)
 
     def measure(self, batch: PairBatch, metrics: RerankingMetrics) -> None:
         """Score pairs."""
-        features = self.encoder.see(batch.images)
+        features = self._recent.see(batch.images)
         scores = torch.cat([self.encoder(chunk, features) for chunk in batch.chunks])
         metrics.update(batch.rows, scores[:, 0])
 

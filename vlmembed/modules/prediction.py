@@ -38,16 +38,16 @@ def write_predictions(metrics: RetrievalMetrics, folder: Path, is_writer: bool =
 
 
 def write_reranking(metrics: RerankingMetrics, folder: Path, is_writer: bool = True) -> None:
-    """Write the candidates of a set in their new order as a TREC run, ``NAME.trec``, with logits as scores.
+    """Write each query's candidates in their new order as a TREC run, ``NAME.trec``, with logits as scores.
 
     Args:
         metrics: Has seen every candidate of the set.
         folder: Where to write; made if it is not there.
         is_writer: Whether this process writes. All must call, because each holds a share of the scores.
     """
-    scores, columns = metrics.ranking()
+    scores, columns = metrics.top_k(metrics.candidates.shape[1])
     if is_writer:
-        _write_run(metrics.reranking.evaluation, scores, columns, folder)
+        _write_run(metrics.evaluation, scores, columns, folder)
         print(f"Predictions are in {folder}")
 
 

@@ -1,0 +1,348 @@
+"""A cross-encoder is served as it was trained: on logits, in both forms, with every head."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors import safe_open
+from sentence_transformers import CrossEncoder
+from torch import Tensor
+
+from vlmembed.adapters import LoRA
+from vlmembed.backbones import DocumentFirst, QueryFirst, Qwen3VL, tiny
+from vlmembed.backbones.pairs import PairTemplate
+from vlmembed.encoder import Encoder, Scorer
+from vlmembed.export import ExportError, Run, SentenceTransformers
+from vlmembed.export.probes import PairProbe, make_pairs, make_probes
+from vlmembed.export.reranker import Scoring, write_reranker
+from vlmembed.export.scores import HALF_PRECISION_TOLERANCE, ScoreVerification, readable, score_probes, verify_scores
+from vlmembed.export.serve import _open
+from vlmembed.export.verify import TOLERANCE, Verification
+from vlmembed.heads import MLP, Linear, ScoreHead, YesNo
+from vlmembed.losses import RankingLoss
+from vlmembed.modules import CrossEncoderModule
+from vlmembed.pooling import (
+    Attention,
+    Concatenation,
+    EarlierLayer,
+    EndToken,
+    LastToken,
+    LayerMix,
+    Max,
+    Mean,
+    MeanOfText,
+    Pooling,
+    Projection,
+    ReadOutTokens,
+)
+from vlmembed.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose language-model head has weights of its own."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "untied"
+    tiny.create(folder, hidden_size=64, layers=2, heads=2, vision_hidden_size=32, tie_word_embeddings=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> list[PairProbe]:
+    return make_pairs(make_probes(tmp_path_factory.mktemp("images"), with_video=True))
+
+
+def scorer(checkpoint: Path, head: ScoreHead, template: PairTemplate | None = None, **options: Any) -> Scorer:
+    """With random weights: those that are as in the checkpoint would hide that they were left behind."""
+    torch.manual_seed(0)
+    built = Scorer(Qwen3VL(str(checkpoint), **options), head, template or QueryFirst())
+    built.configure()
+    for weight in head.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    return built
+
+
+def lora() -> LoRA:
+    return LoRA(LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj", "qkv"], init_lora_weights=False))
+
+
+def served(folder: Path, pairs: list[PairProbe], sides: Sequence[str] = ("left",), **options: Any) -> Tensor:
+    """The logits of an exported folder, opened here: of each side of padding, one after the other."""
+    model = CrossEncoder(str(folder), device="cpu", trust_remote_code=any(folder.glob("*.py")))
+    inputs = [tuple(map(_open, probe.description())) for probe in pairs]
+    options |= {"activation_fn": torch.nn.Identity(), "batch_size": len(inputs), "convert_to_tensor": True}
+    scores = []
+    for side in sides:
+        model.tokenizer.padding_side = side
+        scores.append(model.predict(inputs, **options))
+    return torch.cat(scores)
+
+
+# In a process that cannot import vlmembed
+
+
+class NoLoss(RankingLoss):
+    def forward(self, scores: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+        return scores.sum()
+
+
+@pytest.mark.parametrize("scoring", ["dense", "logits"])
+def test_both_forms_are_served_as_trained(
+    untied: Path, tmp_path: Path, scoring: Scoring, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With an adapter to merge, and rows of the language-model head that were trained."""
+    module = CrossEncoderModule(Qwen3VL(str(untied)), NoLoss(), adapters=[lora()])
+    torch.manual_seed(0)
+    module.configure_model()
+    for weight in module.encoder.pooling.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    verifications: list[Verification] = []
+    exporter = Recording(reranker_scoring=scoring)
+    exporter.seen = verifications
+    trainer = Trainer(exporter=exporter, logger=False, accelerator="cpu", default_root_dir=tmp_path)
+    trainer.loggers = [Named()]  # type: ignore[list-item]
+    trainer.export(module, output_dir=str(tmp_path / "export"))
+    [verification] = verifications
+    assert verification.difference <= TOLERANCE
+    sides = 2 if scoring == "dense" else 1
+    assert verification.comparisons == 9 * (sides * 2 + 1)  # pairs, sides, batches, and ranked
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert "pipeline_tag: text-ranking" in card
+    assert "logits compared (text &#8211; long text" in card
+    assert "model = CrossEncoder(" in capfd.readouterr().out
+
+
+class Recording(SentenceTransformers):
+    seen: list[Verification]
+
+    def export(self, encoder: Encoder, folder: Path, run: Run) -> Verification:
+        assert run.dimensions == ()
+        self.seen.append(super().export(encoder, folder, run))
+        return self.seen[-1]
+
+
+class Named:
+    name = "reranker"
+
+
+def test_a_head_with_code_survives_being_moved(checkpoint: Path, tmp_path: Path, pairs: list[PairProbe]) -> None:
+    trained = scorer(checkpoint, MLP(EarlierLayer(Attention(2)), 24), DocumentFirst("Find it."))
+    expected = score_probes(trained, pairs)
+    verification = SentenceTransformers().export(trained, tmp_path / "export", Run())
+    assert verification.difference <= TOLERANCE
+    shutil.move(tmp_path / "export", tmp_path / "moved to")
+    torch.testing.assert_close(served(tmp_path / "moved to", pairs), expected, atol=TOLERANCE, rtol=0)
+
+
+# Here
+
+
+class Number(Pooling):
+    """A user's own pooling, which ends in a number."""
+
+    def dimension(self, hidden_size: int) -> int:
+        return 1
+
+    def forward(self, hidden: Tensor, mask: Tensor, input_ids: Tensor | None = None) -> Tensor:
+        return hidden[:, :, :3].masked_fill(mask[..., None] == 0, -9.0).amax(dim=(1, 2))[:, None]
+
+
+HEADS: dict[str, Callable[[], ScoreHead]] = {
+    "yes or no": YesNo,
+    "linear": lambda: Linear(LastToken()),
+    "linear, mean": lambda: Linear(Mean()),
+    "linear, several": lambda: Linear(Concatenation([Max(), LastToken()])),
+    "MLP": lambda: MLP(EndToken(), 24),
+    "MLP of earlier layers": lambda: MLP(LayerMix(Mean(), 2), 24),
+    "projection of a projection": lambda: Linear(Projection(LastToken(), 16)),
+    "read-out": lambda: Linear(ReadOutTokens(2)),
+    "text": lambda: Linear(MeanOfText()),
+    "own": lambda: ScoreHead(Number()),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_every_head_is_served_as_trained(checkpoint: Path, tmp_path: Path, name: str, pairs: list[PairProbe]) -> None:
+    head = HEADS[name]()
+    SentenceTransformers().check(head)
+    trained = scorer(checkpoint, head)
+    expected = score_probes(trained, pairs)
+    write_reranker(trained, tmp_path)
+    found = served(tmp_path, pairs, ("left", "right"))
+    torch.testing.assert_close(found, expected.repeat(2), atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_two_forms_score_alike(
+    checkpoint: Path, untied: Path, tmp_path: Path, tied: bool, pairs: list[PairProbe]
+) -> None:
+    trained = scorer(checkpoint if tied else untied, YesNo(), bidirectional=tied)
+    found = []
+    for scoring in ("dense", "logits"):
+        (tmp_path / scoring).mkdir()
+        write_reranker(trained, tmp_path / scoring, scoring)  # type: ignore[arg-type]
+        found.append(served(tmp_path / scoring, pairs))
+    torch.testing.assert_close(found[0], found[1], atol=TOLERANCE, rtol=0)
+    assert found[0].std() > 100 * TOLERANCE  # Not all the same.
+
+
+def test_the_language_model_head_keeps_its_other_rows(untied: Path, tmp_path: Path) -> None:
+    trained = scorer(untied, YesNo("zero", "one"))
+    write_reranker(trained, tmp_path, "logits")
+    score = read(tmp_path / "1_LogitScore" / "config.json")
+    tokenizer = trained.backbone.preprocessor.processor.tokenizer
+    words = {"true_token_id": "zero", "false_token_id": "one"}
+    assert {name: tokenizer.decode([score[name]]) for name in words} == words
+    rows = [score[name] for name in words]
+    with safe_open(untied / "model.safetensors", "pt") as fresh, safe_open(tmp_path / "model.safetensors", "pt") as now:
+        before, after = (each.get_tensor("lm_head.weight") for each in (fresh, now))
+    assert torch.equal(after[rows], trained.pooling.weights)  # type: ignore[arg-type]
+    after[rows] = before[rows]
+    assert torch.equal(after, before)
+
+
+def test_the_files(checkpoint: Path, tmp_path: Path) -> None:
+    write_reranker(scorer(checkpoint, YesNo(), QueryFirst("Find it."), max_length=300), tmp_path)
+    config = read(tmp_path / "config_sentence_transformers.json")
+    assert (config["model_type"], config["activation_fn"]) == ("CrossEncoder", "torch.nn.modules.activation.Sigmoid")
+    assert (config["prompts"], config["default_prompt_name"]) == ({}, None)
+    assert read(tmp_path / "sentence_bert_config.json")["processing_kwargs"]["chat_template"] == {
+        "add_generation_prompt": True,
+        "chat_template": "reranker",
+    }
+    template = tmp_path / "additional_chat_templates" / "reranker.jinja"
+    assert template.read_text() == QueryFirst("Find it.").source
+    assert (tmp_path / "chat_template.jinja").read_text() == (checkpoint / "chat_template.jinja").read_text()
+    assert read(tmp_path / "tokenizer_config.json")["model_max_length"] == 300
+    assert [entry["path"] for entry in read(tmp_path / "modules.json")] == ["", "1_Pooling", "2_Dense"]
+
+
+def test_an_exported_reranker_is_a_checkpoint_too(checkpoint: Path, tmp_path: Path, pairs: list[PairProbe]) -> None:
+    """To train on from, with another template: that of the first training does not come back."""
+    for folder in ("first", "second"):
+        (tmp_path / folder).mkdir()
+    write_reranker(scorer(checkpoint, YesNo()), tmp_path / "first")
+    trained = scorer(tmp_path / "first", YesNo(), DocumentFirst())
+    expected = score_probes(trained, pairs)
+    write_reranker(trained, tmp_path / "second")
+    torch.testing.assert_close(served(tmp_path / "second", pairs), expected, atol=TOLERANCE, rtol=0)
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def test_a_prompt_takes_the_instructions_place(checkpoint: Path, tmp_path: Path, pairs: list[PairProbe]) -> None:
+    write_reranker(scorer(checkpoint, YesNo()), tmp_path)
+    expected = score_probes(scorer(checkpoint, YesNo(), QueryFirst("Find it.")), pairs)
+    torch.testing.assert_close(served(tmp_path, pairs, prompt="Find it."), expected, atol=TOLERANCE, rtol=0)
+
+
+def test_documents_are_cut_as_in_training(checkpoint: Path, tmp_path: Path, pairs: list[PairProbe]) -> None:
+    """The end of a long document, and not of the template behind it."""
+    trained = scorer(checkpoint, YesNo(), max_length=300)
+    long = next(probe for probe in pairs if probe.name == "text – long text")
+    assert trained.backbone.preprocessor([long.pair()])["input_ids"].shape == (1, 300)
+    write_reranker(trained, tmp_path)
+    expected = score_probes(trained, [long, pairs[1]])
+    torch.testing.assert_close(served(tmp_path, [long, pairs[1]]), expected, atol=TOLERANCE, rtol=0)
+
+
+def test_a_pair_that_the_model_refuses_is_not_compared(checkpoint: Path, pairs: list[PairProbe]) -> None:
+    """Behind a document that is too long, the query would be cut."""
+    kept = readable(scorer(checkpoint, YesNo(), DocumentFirst(), max_length=300), pairs)
+    assert [probe.name for probe in pairs if probe not in kept] == ["text – long text"]
+    with pytest.raises(ExportError, match=r"reads none of the pairs .* max_length=20"):
+        readable(scorer(checkpoint, YesNo(), DocumentFirst(), max_length=20), pairs)
+
+
+@pytest.mark.parametrize("scoring", ["dense", "logits"])
+def test_half_precision_answers_in_float32(
+    checkpoint: Path, tmp_path: Path, scoring: Scoring, pairs: list[PairProbe]
+) -> None:
+    """Logits of equal size would tie in bfloat16, which has 8 bits for each."""
+    trained = scorer(checkpoint, YesNo(), dtype="bfloat16")
+    expected = score_probes(trained, pairs)
+    write_reranker(trained, tmp_path, scoring)
+    found = served(tmp_path, pairs)
+    torch.testing.assert_close(found, expected, atol=HALF_PRECISION_TOLERANCE, rtol=0)
+    assert not torch.equal(found, found.bfloat16().float())
+
+
+# What is tolerated, and what is refused
+
+
+def test_a_difference_fails_and_is_named(
+    tmp_path: Path, pairs: list[PairProbe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = torch.linspace(-1, 1, len(pairs))
+    wrong = expected + torch.tensor([1e-7, 2e-5, *[0.0] * (len(pairs) - 2)])
+    found = {"batch of 1, padded left": expected, "ranked": wrong}
+    monkeypatch.setattr("vlmembed.export.scores.run_served", lambda *_: found)
+    verification = verify_scores(tmp_path, pairs, expected, ["left"], "cpu", "float32", tmp_path)
+    assert not verification.passed
+    assert verification.worst == "'text – image', ranked"
+    assert verification.difference == pytest.approx(2e-5, rel=1e-2)  # To the rounding of the sum.
+    assert verification.comparisons == 2 * len(pairs)
+    wrong[2] = torch.nan
+    verification = verify_scores(tmp_path, pairs, expected, ["left"], "cpu", "float32", tmp_path)
+    assert not verification.passed
+    assert verification.worst == "'text – two images and text', ranked"
+
+
+@pytest.mark.parametrize(
+    ("difference", "largest", "dtype", "passed"),
+    [
+        (0.9e-5, 0.1, "float32", True),
+        (1.1e-5, 0.1, "float32", False),
+        (0.9e-4, 10.0, "float32", True),
+        (0.04, 0.1, "bfloat16", True),
+        (0.05, 0.1, "bfloat16", False),
+        (float("nan"), 0.1, "float32", False),
+        (float("nan"), float("nan"), "bfloat16", False),
+    ],
+)
+def test_the_tolerance(difference: float, largest: float, dtype: str, passed: bool) -> None:
+    assert ScoreVerification(1, ("text",), "text", difference, dtype, largest).passed is passed
+
+
+class Doubled(YesNo):
+    def score(self, pooled: Tensor) -> Tensor:
+        return 2 * super().score(pooled)
+
+
+class Sure(YesNo):
+    """Ours in all but name."""
+
+
+class Unknown(Mean):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+
+
+@pytest.mark.parametrize(
+    ("head", "options", "message"),
+    [
+        (Doubled(), {}, "Doubled cannot be exported: it has a score of its own"),
+        (Linear(Unknown(3)), {}, "Unknown cannot be exported: .* 'size' as self.size"),
+        (Linear(LastToken()), {"reranker_scoring": "logits"}, "Linear does not score by. Use vlmembed.heads.YesNo"),
+        (YesNo(), {"truncate_dim": 8}, "truncate_dim=8 is for embeddings"),
+        (LastToken(), {"reranker_scoring": "logits"}, "reranker_scoring=logits is for rerankers"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_before_training(
+    head: Pooling, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        SentenceTransformers(**options).check(head)
+
+
+@pytest.mark.parametrize("scoring", ["dense", "logits"])
+def test_what_can_be_exported_is_not(scoring: Scoring) -> None:
+    SentenceTransformers(reranker_scoring=scoring).check(Sure())
