@@ -78,7 +78,7 @@ def write(folder: Path) -> str:
         for part in each.parts:
             value = part.value
             if part.kind == "image":
-                name = f"images/{part.digest().hex()}.png"
+                name = f"images/{part.digest.hex()}.png"
                 part.frames[0].save(folder / name)
                 value = name
             parts.append({"type": part.kind, part.kind: value})

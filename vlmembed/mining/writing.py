@@ -82,7 +82,7 @@ class RowWriter:
         return Path(os.path.relpath(path.resolve(), self.path.parent.resolve())).as_posix()
 
     def _saved(self, image: Image.Image) -> Path:
-        path = self.folder / f"{Part('image', image).digest().hex()}.png"
+        path = self.folder / f"{Part('image', image).digest.hex()}.png"
         if not path.exists():
             self.folder.mkdir(exist_ok=True)
             beside = path.with_name(f".{uuid.uuid4().hex}.png")
