@@ -13,6 +13,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import yaml
 from building import encoder, item, picture
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -21,7 +22,7 @@ from sentence_transformers.util import cos_sim, mine_hard_negatives
 from torch import Tensor
 
 from vlmembed.backbones.media import load_image
-from vlmembed.cli import main
+from vlmembed.cli import check, main
 from vlmembed.data import Rows, Source
 from vlmembed.data.digits import HandwrittenNumbers
 from vlmembed.export.sentence_transformers import write_folder
@@ -365,3 +366,12 @@ def test_the_commands_explain_themselves(capsys: pytest.CaptureFixture[str]) -> 
             main([command, "--help"])
         assert stopped.value.code == 0
         assert words in capsys.readouterr().out
+
+
+def test_the_configurations_of_the_experiment_are_read(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(__file__).parent.parent / "experiments" / "distillation"
+    check(yaml.safe_load((folder / "distil.yaml").read_text()))
+    with pytest.raises(SystemExit) as stopped:
+        main(["mine", "--config", str(folder / "mine.yaml"), "--print_config"])
+    assert stopped.value.code == 0
+    assert "HandwrittenNumbers" in capsys.readouterr().out
