@@ -18,7 +18,8 @@ from vlmembed.trainer import Trainer
 
 DESCRIPTION = (
     "Turns vision-language models into embedders. Besides the subcommands below there is `ablate`, which runs a grid "
-    "of configurations with several seeds, and reports which differences are real: see `ablate --help`."
+    "of configurations with several seeds, and reports which differences are real; `mine`, which finds hard negatives "
+    "with an embedder; and `score`, which adds a reranker's scores to training rows. See `ablate --help`, and so on."
 )
 
 
@@ -143,5 +144,9 @@ def main(args: ArgsType = None) -> None:
         from vlmembed.ablation.command import ablate
 
         ablate(words[1:], check)
+    elif isinstance(words, list) and words[:1] in (["mine"], ["score"]):
+        from vlmembed.mining.command import run
+
+        run(words[0], words[1:])
     else:
         CLI(args)

@@ -1,0 +1,377 @@
+"""Hard negatives: those of a slow search, none of them a right answer, in rows that can be trained on."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import yaml
+from building import encoder, item, picture
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import cos_sim, mine_hard_negatives
+from torch import Tensor
+
+from vlmembed.backbones.media import load_image
+from vlmembed.cli import check, main
+from vlmembed.data import Rows, Source
+from vlmembed.data.digits import HandwrittenNumbers
+from vlmembed.export.sentence_transformers import write_folder
+from vlmembed.mining import mine
+from vlmembed.mining.contents import identify, opened
+from vlmembed.mining.negatives import Choice, hard_negatives
+from vlmembed.mining.pool import Pool, gather
+from vlmembed.types import Example, Item, Part
+
+
+@pytest.fixture(scope="module")
+def embedder(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that Sentence Transformers opens."""
+    folder = tmp_path_factory.mktemp("embedder")
+    torch.manual_seed(0)
+    write_folder(encoder(checkpoint), folder)
+    return folder
+
+
+class Given(Source):
+    """Examples as they are."""
+
+    def __init__(self, examples: list[Example]) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.examples[index]
+
+
+def asked(number: int) -> Item:
+    return item(f"question {number}", role="query")
+
+
+# What is chosen
+
+
+@pytest.fixture
+def searched() -> tuple[Pool, Tensor, Tensor]:
+    """Six queries, one of them in two rows, with one to three right answers among thirty documents."""
+    right = [[0], [1, 2], [3], [4, 5, 6], [7], [8]]
+    rows = [
+        Example(asked(query), tuple(item(f"text {number}") for number in found)) for query, found in enumerate(right)
+    ]
+    rows.append(Example(asked(0), (item("text 9"),), tuple(item(f"text {number}") for number in range(10, 30))))
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randn(6, 8, generator=generator)
+    documents = torch.randn(30, 8, generator=generator)
+    pool = gather(Given(rows), None)
+    for query, found in enumerate(pool.answers):
+        for number in found:
+            documents[number] += 1.5 * queries[query]
+    return pool, queries, documents
+
+
+def slow(pool: Pool, queries: Tensor, documents: Tensor, choice: Choice) -> Iterator[list[int]]:
+    """One query and one document at a time."""
+    for query, answers in enumerate(pool.answers):
+        scores = [float(torch.cosine_similarity(queries[query], document, dim=0)) for document in documents]
+        positive = min(scores[answer] for answer in answers)
+        wrong = sorted({*range(len(documents))} - answers, key=lambda number: -scores[number])[: choice.depth]
+        if choice.margin is not None:
+            wrong = [number for number in wrong if scores[number] <= positive - choice.margin]
+        if choice.relative_margin is not None:
+            limit = positive * (1 - choice.relative_margin) if positive > 0 else positive * (1 + choice.relative_margin)
+            wrong = [number for number in wrong if scores[number] <= limit]
+        if choice.max_score is not None:
+            wrong = [number for number in wrong if scores[number] <= choice.max_score]
+        yield wrong[choice.skip : choice.skip + choice.count]
+
+
+PLAIN = Choice(count=3, depth=10, skip=0, margin=None, relative_margin=None, max_score=None)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"skip": 2},
+        {"depth": 4, "count": 4},
+        {"margin": 0.0},
+        {"margin": 0.3},
+        {"relative_margin": 0.05},
+        {"relative_margin": 0.6, "margin": 0.1, "count": 20, "depth": 30},
+        {"max_score": 0.2},
+        {"margin": 0.2, "relative_margin": 0.2, "max_score": 0.3, "skip": 1},
+    ],
+)
+def test_hard_negatives_are_those_of_a_slow_search(
+    searched: tuple[Pool, Tensor, Tensor], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choice = replace(PLAIN, **options)
+    expected = [*slow(*searched, choice)]
+    assert hard_negatives(*searched, cos_sim, choice)[0] == expected
+    # Two queries at a time.
+    monkeypatch.setattr("vlmembed.mining.negatives.TILE_BYTES", 2 * 4 * 30)
+    assert hard_negatives(*searched, cos_sim, choice)[0] == expected
+    if options.keys() & {"margin", "relative_margin", "max_score", "skip"}:
+        assert expected != [*slow(*searched, PLAIN)]
+
+
+def test_text_is_mined_as_by_sentence_transformers(embedder: Path, tmp_path: Path) -> None:
+    words = np.random.default_rng(0).choice(["red", "blue", "house", "tree", "cat", "seven"], (24, 4))
+    texts = [" ".join(row) for row in words]
+    rows = tmp_path / "rows.jsonl"
+    pairs = [{"query": query, "positive": positive} for query, positive in zip(texts[:12], texts[12:], strict=True)]
+    rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    mine(str(embedder), str(rows), str(tmp_path / "mined.jsonl"), negatives=3, margin=None, relative_margin=0.02)
+    ours = {row["query"]: row["negatives"] for row in map(json.loads, (tmp_path / "mined.jsonl").open())}
+    model = SentenceTransformer(str(embedder))
+    theirs = mine_hard_negatives(
+        datasets.Dataset.from_list(pairs),
+        model,
+        num_negatives=3,
+        range_max=12,
+        relative_margin=0.02,
+        output_format="n-tuple",
+        query_prompt_name="query",
+        corpus_prompt_name="document",
+        verbose=False,
+    )
+    full = {query: found for query, found in ours.items() if len(found) == 3}
+    assert full == {row["query"]: [row[f"negative_{number}"] for number in (1, 2, 3)] for row in theirs}
+    assert 2 < len(full) < 12
+
+
+def test_nothing_with_the_picture_of_a_right_answer_is_a_negative(embedder: Path, tmp_path: Path) -> None:
+    """Whatever file it is in, and whatever is written under it."""
+    for name in ("one.png", "two.png", "other.bmp"):
+        picture(64, 32, 5 if name == "other.bmp" else 1).save(tmp_path / name)
+    copy = Item("document", (Part("image", tmp_path / "two.png"),))
+    rows = [
+        Example(asked(0), (Item("document", (Part("image", tmp_path / "one.png"),)),)),
+        Example(asked(1), (copy,)),
+        Example(asked(2), (item(picture(64, 32, 1), "with a caption"),)),
+        Example(asked(3), (item("question 4"), Item("document", (Part("image", tmp_path / "other.bmp"),)))),
+        Example(item("question 4", role="query"), (item(picture(64, 32, 5), "another caption"),)),
+        Example(asked(0), (item("an answer in words"),)),
+    ]
+    # The second file is no document of its own.
+    assert len(gather(Given(rows), None).documents) == 6
+    output = tmp_path / "mined" / "rows.jsonl"
+    mine(str(embedder), Given(rows), str(output), negatives=9, margin=None, relative_margin=None)
+    mined = Rows(str(output))
+    found = [[identify(negative) for negative in mined[row].negatives] for row in range(len(mined))]
+    # Of six documents in four kinds: two pictures, with and without caption; an answer in words; a question.
+    assert [len(row) for row in found] == [2, 3, 3, 2, 2, 2]
+    for row, example in enumerate(rows):
+        right = {identify(each).pictures for each in example.positives} - {""}
+        shown = [content.pictures for content in found[row] if content.pictures]
+        assert not right & {*shown}
+        assert len({*shown}) == len(shown)
+        assert identify(example.query).whole not in {content.whole for content in found[row]}
+    # The same question in two rows: neither's answer is a negative of the other.
+    words = identify(item("an answer in words")).whole
+    assert all(words not in {content.whole for content in found[row]} for row in (0, 5))
+    assert words in {content.whole for content in found[1]}
+
+
+def test_negatives_come_from_a_corpus_and_after_those_that_are_there(embedder: Path, tmp_path: Path) -> None:
+    rows = [
+        Example(asked(0), (item("right"),), (item("corpus 3"), item("given"))),
+        Example(asked(1), (item("corpus 1"),)),
+    ]
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    documents = [{"id": str(number), "text": f"corpus {number}"} for number in range(5)]
+    (corpus / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in documents))
+    (corpus / "queries.jsonl").write_text(json.dumps({"id": "q", "text": "anything"}) + "\n")
+    (corpus / "qrels.tsv").write_text("q\t0\t1\n")
+    output = tmp_path / "mined.jsonl"
+    mine(str(embedder), Given(rows), str(output), str(corpus), 9, margin=None, relative_margin=None)
+    first, second = map(json.loads, output.open())
+    assert first["negatives"][:2] == ["corpus 3", "given"]
+    assert sorted(first["negatives"][2:]) == [f"corpus {number}" for number in (0, 1, 2, 4)]
+    assert sorted(second["negatives"]) == [f"corpus {number}" for number in (0, 2, 3, 4)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"count": 0}, "got 0, 10, 0"),
+        ({"skip": -1}, "got 3, 10, -1"),
+        ({"skip": 8}, "depth 10 has no room for 8 to skip and 3 to take"),
+        ({"margin": -0.1}, "margin is 0 or more.*-0.1"),
+        ({"relative_margin": math.nan}, "relative_margin is 0 or more.*nan"),
+    ],
+)
+def test_bad_choices_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(PLAIN, **options)
+
+
+def test_rows_that_cannot_be_mined_are_refused(embedder: Path, tmp_path: Path) -> None:
+    query = replace(asked(0), origin="rows.jsonl, row 4")
+    scored = Example(query, (item("a"),), (item("b"),), scores=(1.0, 0.0))
+    with pytest.raises(ValueError, match=r"rows.jsonl, row 4: rows to mine.*Drop 'scores'"):
+        gather(Given([scored]), None)
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    broken = Item("document", (Part("image", tmp_path / "broken.png"),), "rows.jsonl, row 5, column 'positive'")
+    with pytest.raises(ValueError, match=r"row 5, column 'positive': cannot read the image .*broken.png"):
+        gather(Given([Example(query, (broken,))]), None)
+    output = tmp_path / "mined.jsonl"
+    with pytest.raises(ValueError, match="No row of given has a negative among 1 documents"):
+        mine(str(embedder), Given([Example(query, (item("a"),))]), str(output))
+    assert [path.name for path in tmp_path.iterdir()] == ["broken.png"]
+
+
+# What an item is
+
+
+def test_contents_are_what_is_shown(tmp_path: Path) -> None:
+    image = picture(40, 30, 3)
+    image.save(tmp_path / "a.png")
+    on_its_side = Image.Exif()
+    on_its_side[274] = 6
+    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "b.png", exif=on_its_side)
+    items = [Item("document", (Part("image", value),)) for value in (image, tmp_path / "a.png", tmp_path / "b.png")]
+    assert len({identify(each) for each in items}) == 1
+    assert identify(items[0]) != identify(item(picture(40, 30, 4)))
+    assert identify(item("a", "bc")) != identify(item("ab", "c"))
+    assert identify(item("same")) == identify(item("same", role="query"))
+    assert identify(item("only text")).pictures == ""
+    assert identify(item(image, "x")).pictures == identify(item(image)).pictures != ""
+
+
+def test_sentence_transformers_gets_the_kinds_in_order() -> None:
+    first, second = picture(8, 8, 1), picture(8, 8, 2)
+    assert opened(item("words.png")) == {"text": "words.png"}
+    assert opened(item(first, second, "caption")) == {"image": [first, second], "text": "caption"}
+    assert [*opened(item("caption", first))] == ["text", "image"]
+    video = Item("document", (Part("video", (first, second)), Part("text", "t")))
+    assert opened(video) == {"video": [first, second], "text": "t"}
+    with pytest.raises(ValueError, match=r"by turns \(text, image, text\)"):
+        opened(item("a", first, "b"))
+
+
+# What is kept
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many items each call embeds."""
+    calls: list[int] = []
+    for name in ("encode_query", "encode_document"):
+        original = getattr(SentenceTransformer, name)
+
+        def count(self: Any, inputs: Any, *args: Any, original: Any = original, **options: Any) -> Any:
+            calls.append(len(inputs))
+            return original(self, inputs, *args, **options)
+
+        monkeypatch.setattr(SentenceTransformer, name, count)
+    return calls
+
+
+def test_embeddings_are_kept_by_content_and_by_model(
+    embedder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [Example(asked(number), (item(picture(32, 32, number)),)) for number in range(3)]
+    calls = counted(monkeypatch)
+    monkeypatch.setattr("vlmembed.mining.embedding.PIECE", 2)
+
+    def run(rows: list[Example], model: Path = embedder) -> tuple[str, int]:
+        calls.clear()
+        cache = str(tmp_path / "cache")
+        mine(str(model), Given(rows), str(tmp_path / "m.jsonl"), margin=None, relative_margin=None, cache=cache)
+        return (tmp_path / "m.jsonl").read_text(), sum(calls)
+
+    first, count = run(rows)
+    assert count == 6
+    assert run(rows) == (first, 0)
+    more = [*rows, Example(asked(3), (item("new"),))]
+    assert run(more)[1] == 4  # The second pieces have grown; the first are as they were.
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in embedder.rglob("*"):
+        if path.is_file():
+            (other / path.relative_to(embedder)).parent.mkdir(parents=True, exist_ok=True)
+            (other / path.relative_to(embedder)).write_bytes(path.read_bytes())
+    assert run(rows, other)[1] == 0  # The same files in another place.
+    config = json.loads((other / "config_sentence_transformers.json").read_text())
+    config["prompts"]["query"] = "Another prompt."
+    (other / "config_sentence_transformers.json").write_text(json.dumps(config))
+    assert run(rows, other)[1] == 6
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "foreign"])
+def test_broken_files_of_the_cache_are_noticed(
+    embedder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    rows = Given([Example(asked(number), (item(f"answer {number}"),)) for number in range(3)])
+    options: dict[str, Any] = {"margin": None, "relative_margin": None, "cache": str(tmp_path / "cache")}
+    mine(str(embedder), rows, str(tmp_path / "a.jsonl"), **options)
+    files = sorted((tmp_path / "cache").iterdir())
+    assert len(files) == 2
+    if damage == "cut":
+        files[0].write_bytes(files[0].read_bytes()[:-5])
+    elif damage == "changed":
+        content = bytearray(files[0].read_bytes())
+        content[-3] ^= 1
+        files[0].write_bytes(content)
+    else:
+        save_file(load_file(files[1]), files[0], {"key": "another"})
+    calls = counted(monkeypatch)
+    with pytest.warns(UserWarning, match=rf"{files[0].name} is not used .*embedded again"):
+        mine(str(embedder), rows, str(tmp_path / "b.jsonl"), **options)
+    assert sum(calls) == 3
+    assert (tmp_path / "a.jsonl").read_text() == (tmp_path / "b.jsonl").read_text()
+    calls.clear()
+    mine(str(embedder), rows, str(tmp_path / "b.jsonl"), **options)
+    assert not calls
+
+
+# The command
+
+
+def test_the_command_writes_rows_that_can_be_trained_on(embedder: Path, tmp_path: Path) -> None:
+    """From a source without files: its pictures are written, each once."""
+    config = tmp_path / "mine.yaml"
+    config.write_text(
+        "rows:\n  class_path: vlmembed.data.digits.HandwrittenNumbers\n  init_args: {size: 12, seed: 3}\n"
+        f"output: {tmp_path}/rows/mined.jsonl\nnegatives: 2\nmargin: null\nrelative_margin: null\n"
+    )
+    main(["mine", "--config", str(config), "--model", str(embedder), "--negatives", "4"])
+    mined = Rows(str(tmp_path / "rows" / "mined.jsonl"))
+    assert len(mined) == 12
+    assert len([*(tmp_path / "rows" / "mined_images").iterdir()]) == 12
+    source = HandwrittenNumbers(12, 3)
+    for row in range(12):
+        assert mined[row].query == source[row].query
+        assert identify(mined[row].positives[0]) == identify(source[row].positives[0])
+        assert len(mined[row].negatives) == 4
+        (frame,) = mined[row].positives[0].parts[0].frames
+        assert np.array_equal(np.asarray(load_image(frame)), np.asarray(source[row].positives[0].parts[0].value))
+
+
+def test_the_commands_explain_themselves(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, words in {"mine": "--relative_margin", "score": "--batch_size"}.items():
+        with pytest.raises(SystemExit) as stopped:
+            main([command, "--help"])
+        assert stopped.value.code == 0
+        assert words in capsys.readouterr().out
+
+
+def test_the_configurations_of_the_experiment_are_read(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(__file__).parent.parent / "experiments" / "distillation"
+    check(yaml.safe_load((folder / "distil.yaml").read_text()))
+    with pytest.raises(SystemExit) as stopped:
+        main(["mine", "--config", str(folder / "mine.yaml"), "--print_config"])
+    assert stopped.value.code == 0
+    assert "HandwrittenNumbers" in capsys.readouterr().out

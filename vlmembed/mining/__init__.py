@@ -1,0 +1,6 @@
+"""Hard negatives from an embedder, and scores from a reranker: what is done to training rows between two runs."""
+
+from vlmembed.mining.mining import mine
+from vlmembed.mining.scoring import score
+
+__all__ = ["mine", "score"]

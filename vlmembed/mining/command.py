@@ -1,0 +1,22 @@
+"""``python -m vlmembed mine`` and ``python -m vlmembed score``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from jsonargparse import auto_cli
+
+from vlmembed.mining.mining import mine
+from vlmembed.mining.scoring import score
+
+COMMANDS: dict[str, Callable[..., None]] = {"mine": mine, "score": score}
+
+
+def run(name: str, args: Sequence[str]) -> None:
+    """Run a command.
+
+    Args:
+        name: Which.
+        args: The command line after its name; ``--config FILE`` and ``--help`` among others.
+    """
+    auto_cli(COMMANDS[name], args=[*args], prog=f"python -m vlmembed {name}", as_positional=False)
