@@ -17,9 +17,10 @@ from vlmembed.modules import RetrievalModule
 from vlmembed.trainer import Trainer
 
 DESCRIPTION = (
-    "Turns vision-language models into embedders. Besides the subcommands below there is `ablate`, which runs a grid "
-    "of configurations with several seeds, and reports which differences are real; `mine`, which finds hard negatives "
-    "with an embedder; and `score`, which adds a reranker's scores to training rows. See `ablate --help`, and so on."
+    "Turns vision-language models into embedders and rerankers. Besides the subcommands below there is `ablate`, which "
+    "runs a grid of configurations with several seeds, and reports which differences are real; `mine`, which finds "
+    "hard negatives with an embedder; and `score`, which adds a reranker's scores to training rows. See "
+    "`ablate --help`, and so on."
 )
 
 
@@ -61,10 +62,12 @@ class CLI(LightningCLI):
     def after_fit(self) -> None:
         """Measure and export the best checkpoint, or the last weights where no metric decides."""
         best = self.trainer.best_checkpoint()
-        for name, value in self._measure(best).items():
+        after = self._measure(best)
+        for name, value in after.items():
+            first_stage = f"{after[f'{name}/before']:.3f} before reranking, " if f"{name}/before" in after else ""
             before = f"{self._before[name]:.3f} before training, " if name in self._before else ""
             if name.endswith("ndcg@10"):
-                print(f"{name}: {before}{value:.3f} after")
+                print(f"{name}: {first_stage}{before}{value:.3f} after")
         if self.trainer.exporter is not None and not self.trainer.fast_dev_run:
             self.trainer.export(self.model, self.datamodule, best)
 

@@ -15,7 +15,7 @@ from vlmembed.backbones.base import DEFAULT_INSTRUCTION, Features
 from vlmembed.backbones.packing import select
 from vlmembed.backbones.pairs import PairTemplate
 from vlmembed.heads import ScoreHead
-from vlmembed.pooling import Pooling
+from vlmembed.pooling import MeanWithoutInstruction, Pooling
 from vlmembed.types import Inputs
 
 
@@ -111,7 +111,7 @@ class Scorer(Encoder):
         template: How a query and a document become one input.
 
     Raises:
-        ValueError: If the backbone has instructions, which a pair has not.
+        ValueError: If the backbone has instructions, which a pair has not, or the head's pooling asks for them.
     """
 
     pooling: ScoreHead
@@ -123,6 +123,11 @@ class Scorer(Encoder):
             raise ValueError(
                 f"The backbone has instructions {unused}, which no pair is read with: give model.template its own."
             )
+        if any(isinstance(part, MeanWithoutInstruction) for part in head.modules()):
+            raise ValueError(
+                "MeanWithoutInstruction does not know where the instruction of a pair ends. Choose another pooling."
+            )
+        backbone.instructions = {"query": None, "document": None}
         backbone.pair_template = template
 
     def configure(self) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch.utils.data import Dataset
 
 from vlmembed.data.collate import PATCH_COST
+from vlmembed.data.columns import labels_of
 from vlmembed.losses import Targets
 from vlmembed.types import Example, Inputs, Item, Pair, PairBatch, Prepared, Preprocessor, RankingBatch, RerankingSet
 
@@ -37,6 +40,7 @@ class PairCollator:
         chunk_size: How many pairs of average cost a chunk has room for; null for one chunk of everything.
         chunk_cost: How many tokens a chunk has room for, instead, and how many patches a chunk of images.
         patch_cost: What a patch costs, in tokens; nothing where the tower is frozen, and keeps no activations.
+        in_batch_negatives: How many documents of other examples each query gets as wrong answers besides its own.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class PairCollator:
         chunk_size: int | None = None,
         chunk_cost: int | None = None,
         patch_cost: float = PATCH_COST,
+        in_batch_negatives: int = 0,
     ) -> None:
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size is 1 or more, or null for a single chunk; got {chunk_size}.")
@@ -54,6 +59,7 @@ class PairCollator:
         self.chunk_size = chunk_size
         self.chunk_cost = chunk_cost
         self.patch_cost = patch_cost
+        self.in_batch_negatives = in_batch_negatives
 
     def __call__(self, examples: Sequence[Example]) -> RankingBatch:
         """Pair each query with its candidates, equal pairs once.
@@ -63,7 +69,7 @@ class PairCollator:
         """
         targets: dict[tuple[int, int], float] = {}
         pairs: dict[tuple[int, int], Pair] = {}
-        for example in examples:
+        for example in self._with_negatives(examples):
             for document, target in _candidates(example, self.targets):
                 key = example.query.id, document.id
                 pairs.setdefault(key, Pair(example.query, document))
@@ -81,6 +87,23 @@ class PairCollator:
             queries=torch.tensor([query for query, _ in order]),
             targets=torch.tensor([targets[key] for key in order]),
         )
+
+    def _with_negatives(self, examples: Sequence[Example]) -> Iterator[Example]:
+        """Give each example documents of the others, the same ones whenever the batch is made."""
+        if not self.in_batch_negatives:
+            yield from examples
+            return
+        documents = {document.id: document for example in examples for document in _documents(example)}
+        answers: dict[int, set[int]] = {}
+        for example in examples:
+            answers.setdefault(example.query.id, set()).update(document.id for document in _documents(example))
+        for example in examples:
+            others = [each for each in documents if each not in answers[example.query.id]]
+            draw = random.Random(example.query.id)
+            drawn = draw.sample(others, min(self.in_batch_negatives, len(others)))
+            labels = None if example.labels is None else example.labels + (0.0,) * len(drawn)
+            negatives = example.negatives + tuple(documents[each] for each in drawn)
+            yield replace(example, negatives=negatives, labels=labels)
 
 
 class EvaluationPairCollator:
@@ -129,9 +152,13 @@ class PairLists(Dataset[list[NumberedPair]]):
         return [(query, column, Pair(queries[query], documents[column])) for query, column in chosen]
 
 
+def _documents(example: Example) -> tuple[Item, ...]:
+    return example.positives + example.negatives
+
+
 def _candidates(example: Example, wanted: Targets) -> Iterator[tuple[Item, float]]:
     """Yield each document with its target, once they are known to be what the loss wants."""
-    origin, documents = example.query.origin, (*example.positives, *example.negatives)
+    origin, documents = example.query.origin, _documents(example)
     if wanted.scores != (example.scores is not None):
         raise ValueError(f"{origin}: {NO_SCORES if wanted.scores else UNUSED_SCORES}")
     if wanted.several and len(documents) < 2:
@@ -139,7 +166,7 @@ def _candidates(example: Example, wanted: Targets) -> Iterator[tuple[Item, float
             f"{origin}: the query has one candidate, and this loss compares several. Add negatives, or group the rows "
             "of a query with vlmembed.data.Lists."
         )
-    labels = example.labels or (1.0,) * len(example.positives) + (0.0,) * len(example.negatives)
+    labels = labels_of(example)
     if not wanted.scores:
         _check_labels(documents, labels, wanted, origin)
     yield from zip(documents, example.scores or labels, strict=True)

@@ -106,19 +106,29 @@ class Reranking(Task):
     Args:
         targets: What the loss wants to know of each candidate.
         by_document: Whether pairs of one document are scored together, instead of those of one query.
+        in_batch_negatives: How many documents of other rows each query gets as wrong answers besides its own.
+
+    Raises:
+        ValueError: If there are to be such documents, and a teacher has to have scored every one.
     """
 
     distinct_queries = False
 
-    def __init__(self, targets: Targets, by_document: bool = False) -> None:
+    def __init__(self, targets: Targets, by_document: bool = False, in_batch_negatives: int = 0) -> None:
+        if in_batch_negatives and targets.scores:
+            raise ValueError(
+                f"in_batch_negatives={in_batch_negatives}: the loss distils a teacher's scores, and it has none of "
+                "other rows' documents. Set in_batch_negatives: 0."
+            )
         self.targets = targets
         self.by_document = by_document
+        self.in_batch_negatives = in_batch_negatives
 
     def collator(
         self, preprocessor: Preprocessor, chunk_size: int | None, chunk_cost: int | None, patch_cost: float
     ) -> PairCollator:
         """See `Task.collator`."""
-        return PairCollator(preprocessor, self.targets, chunk_size, chunk_cost, patch_cost)
+        return PairCollator(preprocessor, self.targets, chunk_size, chunk_cost, patch_cost, self.in_batch_negatives)
 
     def load(self, given: str | Source | EvaluationSource | RerankingSource, split: str) -> RerankingSet:
         """See `Task.load`."""

@@ -33,6 +33,8 @@ class CrossEncoderModule(RetrievalModule):
         head: From its hidden states to a score; null for ``vlmembed.heads.YesNo``.
         template: How a query and a document become one input; null for ``vlmembed.backbones.QueryFirst``, the layout
             of Qwen3-VL-Reranker.
+        in_batch_negatives: How many documents of other rows of the batch each query gets as wrong answers, besides its
+            own. Cheap where the template puts the document first: every document is read once.
         **options: As for `RetrievalModule`.
     """
 
@@ -44,15 +46,17 @@ class CrossEncoderModule(RetrievalModule):
         loss: RankingLoss,
         head: ScoreHead | None = None,
         template: PairTemplate | None = None,
+        in_batch_negatives: int = 0,
         **options: Any,
     ) -> None:
         self._template = template or QueryFirst()
+        self._in_batch_negatives = in_batch_negatives
         super().__init__(partial(Scorer, backbone, head or YesNo(), self._template), loss, **options)
 
     @property
     def task(self) -> Task:
         """To score pairs, with the targets that the loss wants."""
-        return Reranking(self.loss.targets, by_document=self._template.ends_with_query)
+        return Reranking(self.loss.targets, self._template.ends_with_query, self._in_batch_negatives)
 
     def compute_loss(self, outputs: Tensor, batch: RankingBatch) -> Tensor:
         """Compute the loss on the scores of all processes."""
