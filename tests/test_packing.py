@@ -20,8 +20,9 @@ from videos import film
 
 from vlmembed import pooling
 from vlmembed.backbones import Qwen3VL
-from vlmembed.backbones.packing import PackedItems, halve, select
-from vlmembed.backbones.qwen3_vl import PackingPreprocessor
+from vlmembed.backbones.packing import PackedItems
+from vlmembed.backbones.packing_preprocessor import PackingPreprocessor
+from vlmembed.backbones.selection import halve, select
 from vlmembed.data import Collator, Embedding, RetrievalDataModule
 from vlmembed.encoder import Encoder
 from vlmembed.pooling import Concatenation, Pooling

@@ -12,7 +12,8 @@ import torch
 from building import item, picture
 
 from vlmembed.backbones import DocumentFirst, QueryFirst, Qwen3VL
-from vlmembed.backbones.packing import PackedItems, halve, take
+from vlmembed.backbones.packing import PackedItems
+from vlmembed.backbones.selection import halve, take
 from vlmembed.backbones.sharing import Sharing, common, kept, neighbours, signature
 from vlmembed.encoder import Scorer
 from vlmembed.heads import Linear, ScoreHead, YesNo

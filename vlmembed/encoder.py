@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from vlmembed.backbones import VisionLanguageModel
 from vlmembed.backbones.answers import answer_tokens
 from vlmembed.backbones.base import DEFAULT_INSTRUCTION, Features
-from vlmembed.backbones.packing import select
 from vlmembed.backbones.pairs import PairTemplate
+from vlmembed.backbones.selection import select
 from vlmembed.heads import ScoreHead
 from vlmembed.pooling import MeanWithoutInstruction, Pooling
 from vlmembed.types import Inputs

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vlmembed import distributed, gradcache
-from vlmembed.backbones.packing import halve, picked, select
+from vlmembed.backbones.selection import halve, picked, select
 from vlmembed.encoder import Encoder
 from vlmembed.features import FeatureCache
 from vlmembed.gradcache import CachedStep, Room

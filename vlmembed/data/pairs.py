@@ -10,23 +10,13 @@ from dataclasses import replace
 import torch
 from torch.utils.data import Dataset
 
+from vlmembed.data.candidates import candidates_of, documents_of
 from vlmembed.data.collate import PATCH_COST
-from vlmembed.data.columns import labels_of
 from vlmembed.losses import Targets
-from vlmembed.types import Example, Inputs, Item, Pair, PairBatch, Prepared, Preprocessor, RankingBatch, RerankingSet
+from vlmembed.types import Example, Inputs, Pair, PairBatch, Prepared, Preprocessor, RankingBatch, RerankingSet
 
 #: Of each pair in a list of some, the number of its query and of its document in the evaluation set.
 NumberedPair = tuple[int, int, Pair]
-
-
-NO_SCORES = (
-    "the loss distils a teacher's scores, and there are none. Add a column 'scores' (`python -m vlmembed score`), or "
-    "take a loss of labels."
-)
-UNUSED_SCORES = (
-    "scores given but unused: the loss wants labels. Take a loss that distils scores, or drop the column: "
-    "Rows(path, columns={scores: null})."
-)
 
 
 class PairCollator:
@@ -70,7 +60,7 @@ class PairCollator:
         targets: dict[tuple[int, int], float] = {}
         pairs: dict[tuple[int, int], Pair] = {}
         for example in self._with_negatives(examples):
-            for document, target in _candidates(example, self.targets):
+            for document, target in candidates_of(example, self.targets):
                 key = example.query.id, document.id
                 pairs.setdefault(key, Pair(example.query, document))
                 # What answers a query in any example is no wrong answer to it in another.
@@ -81,9 +71,7 @@ class PairCollator:
         order = [keys[row] for chunk in rows for row in chunk]
         return RankingBatch(
             chunks=[prepared.chunk(chunk) for chunk in rows],
-            images=prepared.images(
-                _room([each for each in prepared.patches if each], self.chunk_size, self.chunk_cost)
-            ),
+            images=_images(prepared, self.chunk_size, self.chunk_cost),
             queries=torch.tensor([query for query, _ in order]),
             targets=torch.tensor([targets[key] for key in order]),
         )
@@ -93,10 +81,10 @@ class PairCollator:
         if not self.in_batch_negatives:
             yield from examples
             return
-        documents = {document.id: document for example in examples for document in _documents(example)}
+        documents = {document.id: document for example in examples for document in documents_of(example)}
         answers: dict[int, set[int]] = {}
         for example in examples:
-            answers.setdefault(example.query.id, set()).update(document.id for document in _documents(example))
+            answers.setdefault(example.query.id, set()).update(document.id for document in documents_of(example))
         for example in examples:
             others = [each for each in documents if each not in answers[example.query.id]]
             draw = random.Random(example.query.id)
@@ -150,39 +138,6 @@ class PairLists(Dataset[list[NumberedPair]]):
         queries = {query: self.evaluation.queries[query] for query, _ in chosen}
         documents = {column: self.evaluation.corpus[column] for _, column in chosen}
         return [(query, column, Pair(queries[query], documents[column])) for query, column in chosen]
-
-
-def _documents(example: Example) -> tuple[Item, ...]:
-    return example.positives + example.negatives
-
-
-def _candidates(example: Example, wanted: Targets) -> Iterator[tuple[Item, float]]:
-    """Yield each document with its target, once they are known to be what the loss wants."""
-    origin, documents = example.query.origin, _documents(example)
-    if wanted.scores != (example.scores is not None):
-        raise ValueError(f"{origin}: {NO_SCORES if wanted.scores else UNUSED_SCORES}")
-    if wanted.several and len(documents) < 2:
-        raise ValueError(
-            f"{origin}: the query has one candidate, and this loss compares several. Add negatives, or group the rows "
-            "of a query with vlmembed.data.Lists."
-        )
-    labels = labels_of(example)
-    if not wanted.scores:
-        _check_labels(documents, labels, wanted, origin)
-    yield from zip(documents, example.scores or labels, strict=True)
-
-
-def _check_labels(documents: Sequence[Item], labels: Sequence[float], wanted: Targets, origin: str) -> None:
-    for document, label in zip(documents, labels, strict=True):
-        if not 0 <= label <= wanted.largest:
-            where, range_ = document.origin or origin, f"0 to {wanted.largest:g}"
-            raise ValueError(f"{where}: label {label:g} is outside of what this loss takes, {range_}.")
-    if wanted.positive and not any(label > 0 for label in labels):
-        raise ValueError(
-            f"{origin}: none of the query's {len(documents)} candidates has a label above 0, and this loss needs a "
-            "right answer. Remove the row, group the rows of a query with vlmembed.data.Lists, or take a pointwise "
-            "loss such as BinaryCrossEntropy."
-        )
 
 
 def _cut(prepared: Prepared, chunk_size: int | None, chunk_cost: int | None, patch_cost: float) -> list[list[int]]:
