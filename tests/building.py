@@ -16,11 +16,12 @@ from torch.utils.data import DataLoader
 
 from vlmembed.backbones import Qwen3VL
 from vlmembed.data import Collator
+from vlmembed.data.collate import PATCH_COST
 from vlmembed.encoder import Encoder
-from vlmembed.losses import InfoNCE, Loss
-from vlmembed.modules import EmbeddingModule
+from vlmembed.losses import BinaryCrossEntropy, InfoNCE, Loss, RankingLoss
+from vlmembed.modules import CrossEncoderModule, EmbeddingModule, RetrievalModule
 from vlmembed.pooling import LastToken, Pooling
-from vlmembed.types import Batch, Example, Item, Part, Role
+from vlmembed.types import Batch, Example, Item, Part, RankingBatch, Role
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -75,6 +76,41 @@ def module(checkpoint: Path, loss: Loss | None = None, **options: Any) -> Embedd
 
 def batch(model: EmbeddingModule, rows: list[Example], chunk_size: int | None = None) -> Batch:
     return Collator(model.preprocessor, chunk_size, wants_scores=model.loss.wants_scores)(rows)
+
+
+def lists(count: int = 5, largest: float = 1.0) -> list[Example]:
+    """Queries and documents of texts and pictures, graded, two to five candidates each; queries share documents."""
+    documents = [
+        item(picture(64, 64, 1)),
+        item("seven"),
+        item(picture(64, 96, 2), "seven"),
+        item("eight nine " * 5),
+        item(picture(64, 64, 1), picture(32, 96, 3)),
+        item("seven eight"),
+    ]
+    rows = []
+    for index in range(count):
+        query = item(f"query {index} " * (index % 3 + 1), *[picture(64, 32, 50)] * (index % 2), role="query")
+        candidates = [documents[(index + place) % len(documents)] for place in range(2 + index % 4)]
+        right = 1 + index % 2 if len(candidates) > 2 else 1
+        labels = [largest / (1 + place) if place < right else 0.0 for place in range(len(candidates))]
+        rows.append(Example(query, tuple(candidates[:right]), tuple(candidates[right:]), labels=tuple(labels)))
+    return rows
+
+
+def ranker(checkpoint: Path, loss: RankingLoss | None = None, **options: Any) -> CrossEncoderModule:
+    """A cross-encoder, with the same weights whenever it is made."""
+    backbone = options.pop("backbone", {})
+    options.setdefault("graph_memory", "none")
+    built = CrossEncoderModule(Qwen3VL(str(checkpoint), **backbone), loss or BinaryCrossEntropy(), **options)
+    torch.manual_seed(0)
+    built.configure_model()
+    return built
+
+
+def ranking_batch(model: CrossEncoderModule, rows: list[Example], chunk_size: int | None = None) -> RankingBatch:
+    made: RankingBatch = model.task.collator(model.preprocessor, chunk_size, None, PATCH_COST)(rows)
+    return made
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -163,7 +199,7 @@ def trainer(**options: Any) -> lightning.Trainer:
     return lightning.Trainer(**{**quiet, **fixed, "max_epochs": 1, **options})
 
 
-def fit(model: EmbeddingModule, batches: list[Batch], **options: Any) -> Recorder:
+def fit(model: RetrievalModule, batches: list[Any], **options: Any) -> Recorder:
     """Train on each batch once."""
     recorder = Recorder()
     trainer(callbacks=[recorder], log_every_n_steps=1, **options).fit(model, DataLoader(batches, batch_size=None))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ class TemplateFile(PairTemplate):
 
 
 def check_template(processor: Any, origin: str) -> None:
-    """Refuse a template that leaves a query or a document out.
+    """Refuse a template that leaves out a query or a document, or the images of one.
 
     Args:
         processor: Of transformers, with the template.
@@ -131,27 +132,30 @@ def check_template(processor: Any, origin: str) -> None:
     Raises:
         ValueError: If it does, or cannot be rendered.
     """
-
-    def render(query: str, document: str) -> str:
-        texts = {"query": query, "document": document}
-        chat = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in texts.items()]
-        try:
-            rendered: str = processor.apply_chat_template(chat, tokenize=False)
-        except jinja2.TemplateError as error:
-            raise ValueError(f"{origin} cannot be rendered for a query and a document: {error}") from error
-        return rendered
-
-    plain = render("one", "two")
+    one, two, image = {"type": "text", "text": "one"}, {"type": "text", "text": "two"}, {"type": "image"}
+    contents = {"query": [one], "document": [one]}
+    plain = _rendered(processor, contents, origin)
     dropped = [
-        role
-        for role, other in {"query": ("three", "two"), "document": ("one", "three")}.items()
-        if render(*other) == plain
+        what + role
+        for what, other in {"the ": [two], "the images of the ": [one, image]}.items()
+        for role in contents
+        if _rendered(processor, contents | {role: other}, origin) == plain
     ]
     if dropped:
         raise ValueError(
-            f"{origin} drops the {' and the '.join(dropped)}: it has to render a message of role 'query' and one of "
-            "role 'document'. Mend it, or use vlmembed.backbones.pairs.QueryFirst."
+            f"{origin} drops {' and '.join(dropped)}: it has to render a message of role 'query' and one of role "
+            "'document', with the images of both. Mend it, or use vlmembed.backbones.pairs.QueryFirst."
         )
+
+
+def _rendered(processor: Any, contents: Mapping[str, list[dict[str, str]]], origin: str) -> str:
+    chat = [{"role": role, "content": content} for role, content in contents.items()]
+    try:
+        rendered: str = processor.apply_chat_template(chat, tokenize=False)
+    # The second is Python's, where a template takes a content for a text, and it is a list of parts.
+    except (jinja2.TemplateError, TypeError) as error:
+        raise ValueError(f"{origin} cannot be rendered for a query and a document: {error}") from error
+    return rendered
 
 
 def _quoted(text: str) -> str:

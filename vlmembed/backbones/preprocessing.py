@@ -118,6 +118,8 @@ class ChatPreprocessor(Preprocessor):
             if part.digest not in loaded:
                 loaded[part.digest] = load_image(value, origin, resized)
             value = loaded[part.digest]
+        if part.kind == "text":
+            self._refuse_marks(value, origin)
         if part.kind != "video":
             return {"type": part.kind, part.kind: value}
         processor = getattr(self.processor, "video_processor", None)
@@ -125,6 +127,16 @@ class ChatPreprocessor(Preprocessor):
             raise ValueError(f"{origin or 'An item'} has a video, and this checkpoint's processor takes none.")
         frames, metadata = load_video(value, processor, origin)
         return {"type": "video", "video": frames, "metadata": metadata}
+
+    def _refuse_marks(self, text: str, origin: str) -> None:
+        """Refuse a text that holds what stands for an image: it would be taken for the next one."""
+        for name in ("image_token", "video_token"):
+            mark = getattr(self.processor, name, None)
+            if mark and mark in text:
+                raise ValueError(
+                    f"{origin or 'An item'} has {mark} in its text {text!r:.100}: it stands for an image or a video "
+                    "and nothing else. Remove it."
+                )
 
     def _chat(self, contents: Mapping[Role, list[dict[str, Any]]]) -> list[Message]:
         """Return an item as the user's message, or a pair as one message of each role."""

@@ -135,8 +135,8 @@ class PairLists(Dataset[list[NumberedPair]]):
     def __getitem__(self, numbers: Sequence[int]) -> list[NumberedPair]:
         chosen = [self.pairs[number] for number in numbers]
         # Each item is read once, whatever it is paired with.
-        queries = {query: self.evaluation.queries[query] for query, _ in chosen}
-        documents = {column: self.evaluation.corpus[column] for _, column in chosen}
+        queries = {query: self.evaluation.queries[query] for query in {query for query, _ in chosen}}
+        documents = {column: self.evaluation.corpus[column] for column in {column for _, column in chosen}}
         return [(query, column, Pair(queries[query], documents[column])) for query, column in chosen]
 
 

@@ -1,0 +1,242 @@
+"""A step of a cross-encoder is the plain one: of Sentence Transformers, of autograd without chunks, of one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ddp
+import pytest
+import torch
+import torch.distributed as dist
+from building import (
+    Recorder,
+    difference,
+    fit,
+    gradients,
+    item,
+    lists,
+    picture,
+    ranker,
+    ranking_batch,
+    relative_difference,
+    weights,
+)
+from lightning.pytorch.strategies import DDPStrategy
+from scenarios import EXACT, LORA, check_trained_as_one
+from sentence_transformers import CrossEncoder
+from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss, ListNetLoss
+from torch import Tensor
+from torch.optim import SGD
+
+from vlmembed.adapters import Adapter, Freeze, LoRA
+from vlmembed.backbones import DocumentFirst
+from vlmembed.export.reranker import write_reranker
+from vlmembed.heads import Linear
+from vlmembed.losses import BinaryCrossEntropy, LambdaRank, ListNet, RankingLoss, SoftmaxCrossEntropy
+from vlmembed.modules import CrossEncoderModule
+from vlmembed.modules.cross_encoder import joined_candidates
+from vlmembed.pooling import LastToken
+from vlmembed.types import Example, Item, Pair, RankingBatch
+
+# Against Sentence Transformers
+
+LEARNING_RATE = 0.01
+
+Content = tuple[Any, ...]
+
+#: Each query with its candidates and their labels: text–text, text–image, image–text, image–image.
+ROWS: list[tuple[Content, list[Content], list[float]]] = [
+    (("one " * 9,), [("an answer",), (picture(64, 96, 1),), (picture(32, 64, 2),)], [0.0, 1.0, 0.0]),
+    ((picture(64, 64, 3),), [(picture(96, 64, 4),), ("a caption " * 7,)], [1.0, 0.0]),
+    (("three",), [(picture(32, 64, 2),), ("another",), ("a third",), (picture(64, 64, 3),)], [0.0, 0.0, 1.0, 1.0]),
+]
+
+
+def pointwise(model: CrossEncoder) -> Tensor:
+    pairs = [
+        (query, found, label) for (query,), many, labels in ROWS for (found,), label in zip(many, labels, strict=True)
+    ]
+    queries, documents, labels = zip(*pairs, strict=True)
+    loss: Tensor = BinaryCrossEntropyLoss(model)([list(queries), list(documents)], torch.tensor(labels))
+    return loss
+
+
+def listwise(model: CrossEncoder) -> Tensor:
+    documents = [[found for (found,) in many] for _, many, _ in ROWS]
+    labels = [torch.tensor(labels) for _, _, labels in ROWS]
+    loss: Tensor = ListNetLoss(model, mini_batch_size=2)([[query for (query,), _, _ in ROWS], documents], labels)
+    return loss
+
+
+def their_step(folder: Path, loss_of: Callable[[CrossEncoder], Tensor]) -> tuple[float, dict[str, Tensor]]:
+    """The loss of one step by Sentence Transformers, and what it changed, by our names."""
+    model = CrossEncoder(str(folder), device="cpu").train()
+    before = weights(model)
+    loss = loss_of(model)
+    loss.backward()
+    SGD(model.parameters(), LEARNING_RATE).step()
+    update = difference(weights(model), before)
+    names = {"0.model.": "encoder.backbone.model.", "2.linear.": "encoder.pooling.pooling.outer."}
+    return loss.item(), {
+        ours + name.removeprefix(theirs): update[name]
+        for theirs, ours in names.items()
+        for name in update
+        if name.startswith(theirs)
+    }
+
+
+def our_rows() -> list[Example]:
+    """The same, the queries in another order, right answers first."""
+    rows = []
+    for query, documents, labels in [ROWS[2], ROWS[0], ROWS[1]]:
+        order = sorted(range(len(labels)), key=lambda place: -labels[place])
+        right = sum(label > 0 for label in labels)
+        ordered = tuple(item(*documents[place]) for place in order)
+        rows.append(Example(item(*query, role="query"), ordered[:right], ordered[right:]))
+    return rows
+
+
+@pytest.mark.parametrize("chunk_size", [3, None])
+@pytest.mark.parametrize(("loss", "theirs"), [(BinaryCrossEntropy(), pointwise), (ListNet(), listwise)])
+def test_one_step_is_that_of_sentence_transformers(
+    checkpoint: Path,
+    tmp_path: Path,
+    loss: RankingLoss,
+    theirs: Callable[[CrossEncoder], Tensor],
+    chunk_size: int | None,
+) -> None:
+    model = ranker(checkpoint, loss, head=Linear(LastToken()), optimizer=partial(SGD, lr=LEARNING_RATE))
+    write_reranker(model.encoder, tmp_path)
+    their_loss, their_update = their_step(tmp_path, theirs)
+    run = fit(model, [ranking_batch(model, our_rows(), chunk_size)])
+    assert run.losses == pytest.approx([their_loss], rel=1e-5)
+    # Other chunks, other order of float32 sums; weights round the update once more.
+    assert relative_difference(run.update(1), their_update) < 1e-4
+
+
+# Against autograd without chunks
+
+#: What is trained with, and which layout.
+SETUPS: dict[str, Callable[[], dict[str, Any]]] = {
+    "binary": lambda: {"loss": BinaryCrossEntropy()},
+    "softmax, document first": lambda: {"loss": SoftmaxCrossEntropy(), "template": DocumentFirst()},
+    "lambda": lambda: {"loss": LambdaRank(k=3)},
+}
+
+ADAPTERS: dict[str, Callable[[], list[Adapter]]] = {
+    "all": lambda: [],
+    "LoRA": lambda: [LoRA(LORA)],
+    "frozen tower": lambda: [Freeze(["vision", "merger"])],
+}
+
+
+def expected_gradients(model: CrossEncoderModule, rows: Sequence[Example]) -> dict[str, Tensor]:
+    """Of the loss of scores that were made one pair at a time, each with a graph of its own."""
+    width = max(len(row.positives + row.negatives) for row in rows)
+    scores, targets, mask = (torch.zeros(len(rows), width) for _ in range(3))
+    for index, row in enumerate(rows):
+        for place, document in enumerate(row.positives + row.negatives):
+            pair = model.preprocessor([Pair(row.query, document)])
+            scores[index, place] = model.encoder(pair)[0, 0]
+            assert row.labels is not None
+            targets[index, place] = row.labels[place]
+            mask[index, place] = 1
+    model.loss(scores, targets, mask.bool()).backward()
+    found = gradients(model)
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("adapters", ADAPTERS)
+@pytest.mark.parametrize("setup", SETUPS)
+def test_chunks_have_the_gradient_of_the_whole(checkpoint: Path, setup: str, adapters: str) -> None:
+    rows = lists()
+    for chunk_size, graph_memory in [(1, "none"), (3, "none"), (3, "auto"), (None, "auto")]:
+        model = ranker(checkpoint, adapters=ADAPTERS[adapters](), graph_memory=graph_memory, **SETUPS[setup]())
+        if chunk_size == 1 or adapters == "LoRA":  # Which starts at random.
+            expected = expected_gradients(model, rows)
+        data = ranking_batch(model, rows, chunk_size)
+        assert (len(data.chunks) > 3) == (chunk_size is not None)
+        assert relative_difference(fit(model, [data]).gradients[0], expected) < EXACT
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, None])
+def test_a_frozen_tower_sees_each_image_of_a_batch_once(
+    checkpoint: Path, chunk_size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ranker(checkpoint, adapters=[Freeze(["vision", "merger"])])
+    rows = lists()
+    data = ranking_batch(model, rows, chunk_size)
+    shown = {part.digest for row in rows for one in every_item(row) for part in one.parts if part.kind == "image"}
+    seen: list[int] = []
+    backbone, see = model.encoder.backbone, model.encoder.backbone.see
+    monkeypatch.setattr(backbone, "see", lambda images: (seen.extend(images["keys"].tolist()), see(images))[1])
+    fit(model, [data])
+    assert sum(len(chunk["images"]) for chunk in data.chunks) > 2 * len(shown)
+    assert len(seen) == len(set(seen)) == len(shown) == 4
+
+
+def every_item(row: Example) -> tuple[Item, ...]:
+    return row.query, *row.positives, *row.negatives
+
+
+# Two processes
+
+
+def shares(step: int) -> tuple[list[Example], list[Example]]:
+    """Uneven shares of rows; both processes have the last query, with different candidates."""
+    rows = lists(6, largest=2.0)
+    rows = rows[step:] + rows[:step]
+    last = max(rows, key=lambda row: len(row.positives + row.negatives))
+    assert last.labels is not None
+    # An even number, so that every second label is that of every second document.
+    assert len(last.positives) == 2
+    halves = [
+        Example(last.query, last.positives[half::2], last.negatives[half::2], labels=last.labels[half::2])
+        for half in (0, 1)
+    ]
+    others = [row for row in rows if row is not last]
+    return [others[0], halves[0]], [*others[1:3], halves[1], *others[3:]]
+
+
+PARALLEL: dict[str, Callable[[], RankingLoss]] = {"softmax": SoftmaxCrossEntropy, "lambda": lambda: LambdaRank(k=3)}
+
+
+def train_share(name: str, checkpoint: Path, chunk_size: int | None) -> Recorder:
+    """Train as one of two processes, or alone on everybody's rows."""
+    # Large steps, which the rounding of weights does not blur.
+    model = ranker(checkpoint, PARALLEL[name](), optimizer=partial(SGD, lr=0.3))
+    together = dist.is_initialized()
+    steps = [shares(step) for step in range(3)]
+    rows = [step[dist.get_rank()] if together else [*step[0], *step[1]] for step in steps]
+    options = {"devices": 2, "strategy": DDPStrategy(process_group_backend="gloo")} if together else {}
+    return fit(model, [ranking_batch(model, each, chunk_size) for each in rows], **options)
+
+
+@pytest.mark.parametrize("name", PARALLEL)
+def test_two_processes_train_as_one(checkpoint: Path, name: str) -> None:
+    first, second = ddp.run(train_share, name, checkpoint, 3)
+    check_trained_as_one(first, second, train_share(name, checkpoint, None))
+
+
+# Who is whose candidate
+
+
+def test_candidates_side_by_side() -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.tensor([70, 9, 2**62, 9, 5, 9, 70, 2**62 + 1, 70])
+    scores, targets = (torch.rand(len(queries), generator=generator) for _ in range(2))
+    batch = RankingBatch([], [], queries, targets)
+    found, wanted, mask = joined_candidates(scores, batch)
+    expected: dict[int, list[tuple[float, float]]] = {}
+    for query, score, target in zip(queries.tolist(), scores.tolist(), targets.tolist(), strict=True):
+        expected.setdefault(query, []).append((score, target))
+    assert mask.shape == (5, 3)
+    rows = [
+        [*zip(scores[there].tolist(), labels[there].tolist(), strict=True)]
+        for scores, labels, there in zip(found, wanted, mask, strict=True)
+    ]
+    assert sorted(rows) == sorted(expected.values())
