@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -187,7 +188,7 @@ def every_item(row: Example) -> tuple[Item, ...]:
 
 
 def shares(step: int) -> tuple[list[Example], list[Example]]:
-    """Uneven shares of rows; both processes have the last query, with different candidates."""
+    """Uneven shares of rows; both processes have the longest list's query, and do not agree on one candidate."""
     rows = lists(6, largest=2.0)
     rows = rows[step:] + rows[:step]
     last = max(rows, key=lambda row: len(row.positives + row.negatives))
@@ -198,8 +199,10 @@ def shares(step: int) -> tuple[list[Example], list[Example]]:
         Example(last.query, last.positives[half::2], last.negatives[half::2], labels=last.labels[half::2])
         for half in (0, 1)
     ]
+    # The first process's right answer, which is wrong to the second.
+    disputed = replace(halves[1], negatives=halves[1].negatives + last.positives[:1], labels=(*halves[1].labels, 0.0))
     others = [row for row in rows if row is not last]
-    return [others[0], halves[0]], [*others[1:3], halves[1], *others[3:]]
+    return [others[0], halves[0]], [*others[1:3], disputed, *others[3:]]
 
 
 PARALLEL: dict[str, Callable[[], RankingLoss]] = {"softmax": SoftmaxCrossEntropy, "lambda": lambda: LambdaRank(k=3)}
@@ -228,15 +231,27 @@ def test_two_processes_train_as_one(checkpoint: Path, name: str) -> None:
 def test_candidates_side_by_side() -> None:
     generator = torch.Generator().manual_seed(0)
     queries = torch.tensor([70, 9, 2**62, 9, 5, 9, 70, 2**62 + 1, 70])
+    documents = torch.tensor([1, 2, 3, 2**62 + 1, 2, 2**62, 3, 1, 2])
     scores, targets = (torch.rand(len(queries), generator=generator) for _ in range(2))
-    batch = RankingBatch([], [], queries, targets)
+    batch = RankingBatch([], [], queries, documents, targets)
     found, wanted, mask = joined_candidates(scores, batch)
     expected: dict[int, list[tuple[float, float]]] = {}
     for query, score, target in zip(queries.tolist(), scores.tolist(), targets.tolist(), strict=True):
         expected.setdefault(query, []).append((score, target))
     assert mask.shape == (5, 3)
     rows = [
-        [*zip(scores[there].tolist(), labels[there].tolist(), strict=True)]
+        sorted(zip(scores[there].tolist(), labels[there].tolist(), strict=True))
         for scores, labels, there in zip(found, wanted, mask, strict=True)
     ]
-    assert sorted(rows) == sorted(expected.values())
+    assert sorted(rows) == sorted(map(sorted, expected.values()))
+
+
+def test_a_pair_that_comes_twice_is_one_candidate() -> None:
+    """As from two processes: the first score counts, and the highest target."""
+    batch = RankingBatch(
+        [], [], torch.tensor([8, 9, 8, 8]), torch.tensor([5, 5, 4, 5]), torch.tensor([0.0, 3.0, 1.0, 2.0])
+    )
+    scores, targets, mask = joined_candidates(torch.tensor([0.1, 0.2, 0.3, 0.4]), batch)
+    assert mask.tolist() == [[True, True], [True, False]]
+    assert scores[mask].tolist() == pytest.approx([0.3, 0.1, 0.2])
+    assert targets[mask].tolist() == [1.0, 2.0, 3.0]
