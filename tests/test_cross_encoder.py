@@ -23,10 +23,12 @@ from building import (
     ranker,
     ranking_batch,
     relative_difference,
+    trainer,
     weights,
+    write_rows,
 )
 from lightning.pytorch.strategies import DDPStrategy
-from scenarios import EXACT, LORA, check_trained_as_one
+from scenarios import EXACT, LORA, OPTIMIZER, check_trained_as_one
 from sentence_transformers import CrossEncoder
 from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss, ListNetLoss
 from torch import Tensor
@@ -34,13 +36,16 @@ from torch.optim import SGD
 
 from vlmembed.adapters import Adapter, Freeze, LoRA
 from vlmembed.backbones import DocumentFirst
+from vlmembed.data import RetrievalDataModule
 from vlmembed.export.reranker import write_reranker
+from vlmembed.features import InMemory
 from vlmembed.heads import Linear
 from vlmembed.losses import BinaryCrossEntropy, LambdaRank, ListNet, RankingLoss, SoftmaxCrossEntropy
+from vlmembed.metrics import METRICS
 from vlmembed.modules import CrossEncoderModule
 from vlmembed.modules.cross_encoder import joined_candidates
 from vlmembed.pooling import LastToken
-from vlmembed.types import Example, Item, Pair, RankingBatch
+from vlmembed.types import Example, Inputs, Item, Pair, RankingBatch
 
 # Against Sentence Transformers
 
@@ -173,15 +178,42 @@ def test_a_frozen_tower_sees_each_image_of_a_batch_once(
     data = ranking_batch(model, rows, chunk_size)
     shown = {part.digest for row in rows for one in every_item(row) for part in one.parts if part.kind == "image"}
     seen: list[int] = []
-    backbone, see = model.encoder.backbone, model.encoder.backbone.see
-    monkeypatch.setattr(backbone, "see", lambda images: (seen.extend(images["keys"].tolist()), see(images))[1])
+    monkeypatch.setattr(model.encoder.backbone, "see", recorded(model.encoder.backbone.see, seen))
     fit(model, [data])
     assert sum(len(chunk["images"]) for chunk in data.chunks) > 2 * len(shown)
     assert len(seen) == len(set(seen)) == len(shown) == 4
 
 
+def recorded(see: Callable[[Inputs], Sequence[Tensor]], keys: list[int]) -> Callable[[Inputs], Sequence[Tensor]]:
+    """Write down the keys of the images that the tower sees."""
+
+    def record(images: Inputs) -> Sequence[Tensor]:
+        keys.extend(images["keys"].tolist())
+        return see(images)
+
+    return record
+
+
 def every_item(row: Example) -> tuple[Item, ...]:
     return row.query, *row.positives, *row.negatives
+
+
+def test_kept_features_train_alike(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over two epochs, whose batches differ."""
+    rows, runs, seen = write_rows(tmp_path / "rows.jsonl"), [], []
+    for features in (None, InMemory(0.01)):
+        model = ranker(checkpoint, adapters=[Freeze(["vision", "merger"])], features=features, optimizer=OPTIMIZER)
+        keys: list[int] = []
+        monkeypatch.setattr(model.encoder.backbone, "see", recorded(model.encoder.backbone.see, keys))
+        data = RetrievalDataModule(str(rows), batch_size=4, chunk_size=3, num_workers=0)
+        runs.append(Recorder())
+        trainer(callbacks=[runs[-1]], max_epochs=2, log_every_n_steps=1).fit(model, datamodule=data)
+        seen.append(keys)
+    assert len(runs[0].losses) == 4
+    assert runs[1].losses == pytest.approx(runs[0].losses, rel=EXACT)
+    assert relative_difference(runs[1].update(4), runs[0].update(4)) < EXACT
+    assert set(seen[0]) == set(seen[1])
+    assert len(seen[0]) > len(seen[1]) == len(set(seen[1])) == 6
 
 
 # Two processes
@@ -223,6 +255,26 @@ def train_share(name: str, checkpoint: Path, chunk_size: int | None) -> Recorder
 def test_two_processes_train_as_one(checkpoint: Path, name: str) -> None:
     first, second = ddp.run(train_share, name, checkpoint, 3)
     check_trained_as_one(first, second, train_share(name, checkpoint, None))
+
+
+def validate(checkpoint: Path, rows: Path) -> tuple[dict[str, float], int]:
+    """Measure, and say how many pairs this process scored."""
+    model = ranker(checkpoint)
+    data = RetrievalDataModule(val=str(rows), eval_batch_size=1, num_workers=0)
+    options = {"devices": 2, "strategy": DDPStrategy(process_group_backend="gloo")} if dist.is_initialized() else {}
+    (found,) = trainer(**options).validate(model, data, verbose=False)
+    return found, sum(len(places) for places in model.metrics[0].places)  # type: ignore[union-attr, misc]
+
+
+def test_two_processes_measure_as_one(checkpoint: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl")
+    alone, pairs = validate(checkpoint, rows)
+    found = ddp.run(validate, checkpoint, rows)
+    assert {f"val/{name}{stage}" for name in METRICS for stage in ("", "/before")} == alone.keys()
+    assert [metrics for metrics, _ in found] == [alone, alone]
+    counts = [count for _, count in found]
+    assert sum(counts) == pairs == 9 * 3
+    assert min(counts) > 0
 
 
 # Who is whose candidate
