@@ -1,6 +1,6 @@
 """How fast does a cross-encoder score, and train, beside Sentence Transformers with the same model?
 
-Both sides open one exported folder, in float32, and read the same pairs: 20 queries with 50 candidates each, of 200
+Both sides open one exported folder, in float32, and read the same pairs: 10 queries with 50 candidates each, of 100
 pictures, so that a picture is a candidate of five queries. Steps train on 8 queries with 8 candidates each.
 Preprocessing is inside the time on both sides, in the one process. Contenders alternate, and scores and losses have to
 agree.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -45,9 +45,9 @@ from vlmembed.modules.recent import RecentFeatures
 from vlmembed.pooling import LastToken
 from vlmembed.types import EvaluationSet, Example, Item, Part, RerankingSet
 
-QUERIES, CANDIDATES, PICTURES = 20, 50, 200
+QUERIES, CANDIDATES, PICTURES = 10, 50, 100
 TRAINED_QUERIES, TRAINED_CANDIDATES = 8, 8
-BATCH_SIZES = (4, 16, 32)
+BATCH_SIZES = (8, 32)
 LEARNING_RATE = 1e-4
 HEADER = ("| work | theirs | ours | ratio |", "|---|---|---|---|")
 TEMPLATES = {"query first": QueryFirst, "document first": DocumentFirst}
@@ -70,13 +70,17 @@ def main() -> None:
             folder = Path(scratch) / template.__name__
             folder.mkdir()
             write_reranker(_module(fresh, template).encoder, folder)
-            lines.append(_line(f"scoring, {name}", _scoring(folder, template, options.rounds)))
-            for frozen in (True, False):
-                for loss in ("binary", "listwise"):
-                    what = f"{loss} step, {name}, {'frozen tower' if frozen else 'all trained'}"
-                    lines.append(_line(what, _training(folder, template, frozen, loss, options.rounds)))
-            print("\n".join(lines), flush=True)
+            for what, run in _races(folder, template, options.rounds):
+                lines.append(_line(f"{what}, {name}", run()))
+                print(lines[-1], flush=True)
     options.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _races(folder: Path, template: type, rounds: int) -> Iterator[tuple[str, Callable[[], Race]]]:
+    yield "scoring", partial(_scoring, folder, template, rounds)
+    for kind in ("binary", "listwise"):
+        for frozen, trained in {True: "frozen tower", False: "all trained"}.items():
+            yield f"{kind} step, {trained}", partial(_training, folder, template, frozen, kind, rounds)
 
 
 def _module(folder: Path, template: type, loss: Any = None, frozen: bool = False) -> CrossEncoderModule:
