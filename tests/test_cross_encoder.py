@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ from building import (
     ranker,
     ranking_batch,
     relative_difference,
+    trainer,
     weights,
+    write_rows,
 )
 from lightning.pytorch.strategies import DDPStrategy
-from scenarios import EXACT, LORA, check_trained_as_one
+from scenarios import EXACT, LORA, OPTIMIZER, check_trained_as_one
 from sentence_transformers import CrossEncoder
 from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss, ListNetLoss
 from torch import Tensor
@@ -33,13 +36,16 @@ from torch.optim import SGD
 
 from vlmembed.adapters import Adapter, Freeze, LoRA
 from vlmembed.backbones import DocumentFirst
+from vlmembed.data import RetrievalDataModule
 from vlmembed.export.reranker import write_reranker
+from vlmembed.features import InMemory
 from vlmembed.heads import Linear
 from vlmembed.losses import BinaryCrossEntropy, LambdaRank, ListNet, RankingLoss, SoftmaxCrossEntropy
+from vlmembed.metrics import METRICS
 from vlmembed.modules import CrossEncoderModule
 from vlmembed.modules.cross_encoder import joined_candidates
 from vlmembed.pooling import LastToken
-from vlmembed.types import Example, Item, Pair, RankingBatch
+from vlmembed.types import Example, Inputs, Item, Pair, RankingBatch
 
 # Against Sentence Transformers
 
@@ -172,22 +178,49 @@ def test_a_frozen_tower_sees_each_image_of_a_batch_once(
     data = ranking_batch(model, rows, chunk_size)
     shown = {part.digest for row in rows for one in every_item(row) for part in one.parts if part.kind == "image"}
     seen: list[int] = []
-    backbone, see = model.encoder.backbone, model.encoder.backbone.see
-    monkeypatch.setattr(backbone, "see", lambda images: (seen.extend(images["keys"].tolist()), see(images))[1])
+    monkeypatch.setattr(model.encoder.backbone, "see", recorded(model.encoder.backbone.see, seen))
     fit(model, [data])
     assert sum(len(chunk["images"]) for chunk in data.chunks) > 2 * len(shown)
     assert len(seen) == len(set(seen)) == len(shown) == 4
+
+
+def recorded(see: Callable[[Inputs], Sequence[Tensor]], keys: list[int]) -> Callable[[Inputs], Sequence[Tensor]]:
+    """Write down the keys of the images that the tower sees."""
+
+    def record(images: Inputs) -> Sequence[Tensor]:
+        keys.extend(images["keys"].tolist())
+        return see(images)
+
+    return record
 
 
 def every_item(row: Example) -> tuple[Item, ...]:
     return row.query, *row.positives, *row.negatives
 
 
+def test_kept_features_train_alike(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over two epochs, whose batches differ."""
+    rows, runs, seen = write_rows(tmp_path / "rows.jsonl"), [], []
+    for features in (None, InMemory(0.01)):
+        model = ranker(checkpoint, adapters=[Freeze(["vision", "merger"])], features=features, optimizer=OPTIMIZER)
+        keys: list[int] = []
+        monkeypatch.setattr(model.encoder.backbone, "see", recorded(model.encoder.backbone.see, keys))
+        data = RetrievalDataModule(str(rows), batch_size=4, chunk_size=3, num_workers=0)
+        runs.append(Recorder())
+        trainer(callbacks=[runs[-1]], max_epochs=2, log_every_n_steps=1).fit(model, datamodule=data)
+        seen.append(keys)
+    assert len(runs[0].losses) == 4
+    assert runs[1].losses == pytest.approx(runs[0].losses, rel=EXACT)
+    assert relative_difference(runs[1].update(4), runs[0].update(4)) < EXACT
+    assert set(seen[0]) == set(seen[1])
+    assert len(seen[0]) > len(seen[1]) == len(set(seen[1])) == 6
+
+
 # Two processes
 
 
 def shares(step: int) -> tuple[list[Example], list[Example]]:
-    """Uneven shares of rows; both processes have the last query, with different candidates."""
+    """Uneven shares of rows; both processes have the longest list's query, and do not agree on one candidate."""
     rows = lists(6, largest=2.0)
     rows = rows[step:] + rows[:step]
     last = max(rows, key=lambda row: len(row.positives + row.negatives))
@@ -198,8 +231,10 @@ def shares(step: int) -> tuple[list[Example], list[Example]]:
         Example(last.query, last.positives[half::2], last.negatives[half::2], labels=last.labels[half::2])
         for half in (0, 1)
     ]
+    # The first process's right answer, which is wrong to the second.
+    disputed = replace(halves[1], negatives=halves[1].negatives + last.positives[:1], labels=(*halves[1].labels, 0.0))
     others = [row for row in rows if row is not last]
-    return [others[0], halves[0]], [*others[1:3], halves[1], *others[3:]]
+    return [others[0], halves[0]], [*others[1:3], disputed, *others[3:]]
 
 
 PARALLEL: dict[str, Callable[[], RankingLoss]] = {"softmax": SoftmaxCrossEntropy, "lambda": lambda: LambdaRank(k=3)}
@@ -222,21 +257,53 @@ def test_two_processes_train_as_one(checkpoint: Path, name: str) -> None:
     check_trained_as_one(first, second, train_share(name, checkpoint, None))
 
 
+def validate(checkpoint: Path, rows: Path) -> tuple[dict[str, float], int]:
+    """Measure, and say how many pairs this process scored."""
+    model = ranker(checkpoint)
+    data = RetrievalDataModule(val=str(rows), eval_batch_size=1, num_workers=0)
+    options = {"devices": 2, "strategy": DDPStrategy(process_group_backend="gloo")} if dist.is_initialized() else {}
+    (found,) = trainer(**options).validate(model, data, verbose=False)
+    return found, sum(len(places) for places in model.metrics[0].places)  # type: ignore[union-attr, misc]
+
+
+def test_two_processes_measure_as_one(checkpoint: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl")
+    alone, pairs = validate(checkpoint, rows)
+    found = ddp.run(validate, checkpoint, rows)
+    assert {f"val/{name}{stage}" for name in METRICS for stage in ("", "/before")} == alone.keys()
+    assert [metrics for metrics, _ in found] == [alone, alone]
+    counts = [count for _, count in found]
+    assert sum(counts) == pairs == 9 * 3
+    assert min(counts) > 0
+
+
 # Who is whose candidate
 
 
 def test_candidates_side_by_side() -> None:
     generator = torch.Generator().manual_seed(0)
     queries = torch.tensor([70, 9, 2**62, 9, 5, 9, 70, 2**62 + 1, 70])
+    documents = torch.tensor([1, 2, 3, 2**62 + 1, 2, 2**62, 3, 1, 2])
     scores, targets = (torch.rand(len(queries), generator=generator) for _ in range(2))
-    batch = RankingBatch([], [], queries, targets)
+    batch = RankingBatch([], [], queries, documents, targets)
     found, wanted, mask = joined_candidates(scores, batch)
     expected: dict[int, list[tuple[float, float]]] = {}
     for query, score, target in zip(queries.tolist(), scores.tolist(), targets.tolist(), strict=True):
         expected.setdefault(query, []).append((score, target))
     assert mask.shape == (5, 3)
     rows = [
-        [*zip(scores[there].tolist(), labels[there].tolist(), strict=True)]
+        sorted(zip(scores[there].tolist(), labels[there].tolist(), strict=True))
         for scores, labels, there in zip(found, wanted, mask, strict=True)
     ]
-    assert sorted(rows) == sorted(expected.values())
+    assert sorted(rows) == sorted(map(sorted, expected.values()))
+
+
+def test_a_pair_that_comes_twice_is_one_candidate() -> None:
+    """As from two processes: the first score counts, and the highest target."""
+    batch = RankingBatch(
+        [], [], torch.tensor([8, 9, 8, 8]), torch.tensor([5, 5, 4, 5]), torch.tensor([0.0, 3.0, 1.0, 2.0])
+    )
+    scores, targets, mask = joined_candidates(torch.tensor([0.1, 0.2, 0.3, 0.4]), batch)
+    assert mask.tolist() == [[True, True], [True, False]]
+    assert scores[mask].tolist() == pytest.approx([0.3, 0.1, 0.2])
+    assert targets[mask].tolist() == [1.0, 2.0, 3.0]

@@ -73,6 +73,7 @@ class PairCollator:
             chunks=[prepared.chunk(chunk) for chunk in rows],
             images=_images(prepared, self.chunk_size, self.chunk_cost),
             queries=torch.tensor([query for query, _ in order]),
+            documents=torch.tensor([document for _, document in order]),
             targets=torch.tensor([targets[key] for key in order]),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,9 @@ def joined_candidates(
 ) -> tuple[Float[Tensor, "Q C"], Float[Tensor, "Q C"], Bool[Tensor, "Q C"]]:
     """Join all processes' pairs into what a ranking loss takes: the candidates of each query, side by side.
 
+    A pair that several processes hold is kept once, with its highest target, so that the loss is that of one process
+    with all their pairs.
+
     Args:
         scores: Of this process's pairs.
         batch: This process's batch.
@@ -94,11 +98,14 @@ def joined_candidates(
     device = scores.device
     gathered = distributed.gather(scores)
     targets = distributed.gather_on_host(batch.targets, device)
-    _, rows = distributed.gather_on_host(batch.queries, device).unique(return_inverse=True)
-    order = rows.argsort(stable=True)
-    counts = rows.bincount()
+    pairs = distributed.gather_on_host(torch.stack([batch.queries, batch.documents], dim=1), device)
+    distinct, inverse = pairs.unique(dim=0, return_inverse=True)
+    first = torch.full((len(distinct),), len(pairs)).scatter_reduce(0, inverse, torch.arange(len(pairs)), "amin")
+    highest = torch.full((len(distinct),), -math.inf).scatter_reduce(0, inverse, targets, "amax")
+    counts = distinct[:, 0].unique_consecutive(return_counts=True)[1]
     mask = torch.arange(int(counts.max())) < counts[:, None]
-    # Each place's pair; the places where there is none look at the first, and nobody looks at them.
-    places = torch.zeros(mask.shape, dtype=torch.long).masked_scatter(mask, order)
-    here, mask_here = places.to(device, non_blocking=True), mask.to(device, non_blocking=True)
-    return gathered[here], targets[places].to(device, non_blocking=True), mask_here
+    # Each place's pair; the places where there is none look at the first of all, and nobody looks at them.
+    places = torch.zeros(mask.shape, dtype=torch.long).masked_scatter(mask, first)
+    wanted = torch.zeros(mask.shape).masked_scatter(mask, highest)
+    here, wanted_here, mask_here = (each.to(device, non_blocking=True) for each in (places, wanted, mask))
+    return gathered[here], wanted_here, mask_here

@@ -74,12 +74,14 @@ class RankingBatch:
         chunks: The pairs, N in all. Scoring the chunks in order and concatenating gives scores (N,).
         images: The distinct images; see ``Batch.images``.
         queries: (N,) ``Item.id`` of each pair's query: pairs of one query are its candidates.
+        documents: (N,) ``Item.id`` of each pair's document, so that processes can compare theirs.
         targets: (N,) what each pair's score should say: a label, or a teacher's score.
     """
 
     chunks: list[Inputs]
     images: list[Inputs]
     queries: Int[Tensor, " N"]
+    documents: Int[Tensor, " N"]
     targets: Float[Tensor, " N"]
 
     def pin_memory(self) -> RankingBatch:
