@@ -146,7 +146,7 @@ class Reranking(Task):
         """See `Task.loader`: pairs that share a query, or a document, one after the other."""
         pairs = PairLists(evaluation, self.by_document)
         block = size * CHUNKS_PER_BATCH
-        rounds = -(-len(pairs) // (block * world_size))
+        rounds = max(1, -(-len(pairs) // (block * world_size)))
         # All processes get equally many batches, so that none waits for another that has no more.
         edges = [len(pairs) * number // (rounds * world_size) for number in range(rounds * world_size + 1)]
         batches = [[*range(*edges[place : place + 2])] or [0] for place in range(rank, rounds * world_size, world_size)]

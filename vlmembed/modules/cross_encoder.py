@@ -35,7 +35,7 @@ class CrossEncoderModule(RetrievalModule):
         template: How a query and a document become one input; null for ``vlmembed.backbones.QueryFirst``, the layout
             of Qwen3-VL-Reranker.
         in_batch_negatives: How many documents of other rows of the batch each query gets as wrong answers, besides its
-            own. Cheap where the template puts the document first: every document is read once.
+            own, in each process by itself. Cheap where the template puts the document first: each is read once.
         **options: As for `RetrievalModule`.
     """
 
