@@ -12,8 +12,19 @@ import pytest
 from PIL import Image
 from test_reranking_metrics import random_scores, reranking_set, updated
 
-from vlmembed.data import EvaluationFolder, EvaluationSource, Lists, Mixture, RerankingRows, RerankingRun, Rows
+from vlmembed.data import (
+    EvaluationFolder,
+    EvaluationSource,
+    Lists,
+    Mixture,
+    Reranking,
+    RerankingRows,
+    RerankingRun,
+    RerankingSource,
+    Rows,
+)
 from vlmembed.data.reranking import load_reranking
+from vlmembed.losses import Targets
 from vlmembed.modules.prediction import write_reranking
 from vlmembed.types import EvaluationSet, Example, Item, RerankingSet
 
@@ -102,6 +113,15 @@ def test_an_evaluation_set_without_a_run_is_refused(folder: Path) -> None:
     for given, what in ((str(folder), str(folder)), (EvaluationFolder(str(folder)), "EvaluationFolder")):
         with pytest.raises(ValueError, match=f"{what}: a cross-encoder reads .*vlmembed.data.RerankingRun"):
             load_reranking(given, "test")
+
+
+def test_candidates_of_nobody_are_refused() -> None:
+    class Nothing(RerankingSource):
+        def load(self) -> RerankingSet:
+            return replace(reranking_set(), candidates=[[] for _ in reranking_set().candidates])
+
+    with pytest.raises(ValueError, match="no query has a candidate"):
+        Reranking(Targets()).load(Nothing(), "test")
 
 
 class Given(EvaluationSource):

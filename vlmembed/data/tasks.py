@@ -131,8 +131,15 @@ class Reranking(Task):
         return PairCollator(preprocessor, self.targets, chunk_size, chunk_cost, patch_cost, self.in_batch_negatives)
 
     def load(self, given: str | Source | EvaluationSource | RerankingSource, split: str) -> RerankingSet:
-        """See `Task.load`."""
-        return load_reranking(given, split)
+        """See `Task.load`.
+
+        Raises:
+            ValueError: If no query has a candidate.
+        """
+        loaded = load_reranking(given, split)
+        if not any(map(len, loaded.candidates)):
+            raise ValueError(f"{loaded.name}: no query has a candidate, so there is nothing to put in order.")
+        return loaded
 
     def loader(
         self,
@@ -146,7 +153,7 @@ class Reranking(Task):
         """See `Task.loader`: pairs that share a query, or a document, one after the other."""
         pairs = PairLists(evaluation, self.by_document)
         block = size * CHUNKS_PER_BATCH
-        rounds = max(1, -(-len(pairs) // (block * world_size)))
+        rounds = -(-len(pairs) // (block * world_size))
         # All processes get equally many batches, so that none waits for another that has no more.
         edges = [len(pairs) * number // (rounds * world_size) for number in range(rounds * world_size + 1)]
         batches = [[*range(*edges[place : place + 2])] or [0] for place in range(rank, rounds * world_size, world_size)]
