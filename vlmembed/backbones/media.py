@@ -120,7 +120,7 @@ def _draft(image: Image.Image, resized: Callable[[int, int], tuple[int, int]]) -
 def _check_range(image: Image.Image) -> None:
     """Refuse integers and fractions that are no grey levels: Pillow would turn everything above 255 white."""
     if image.mode in ("I", "F"):
-        low, high = image.getextrema()
+        low, high = np.asarray(image).min(), np.asarray(image).max()
         if not 0 <= low <= high <= 255:
             raise ValueError(
                 f"values from {low} to {high} in mode {image.mode!r} do not say what is white; use 8 or 16 bits"
