@@ -20,6 +20,7 @@ from videos import film
 from vlmembed.backbones import Qwen3VL
 from vlmembed.backbones.media import load_image
 from vlmembed.data import EvaluationFolder, Rows
+from vlmembed.data.folder import folder_of
 from vlmembed.mining.writing import RowWriter
 from vlmembed.types import Item, Part
 
@@ -174,6 +175,18 @@ def test_a_folder_of_images_is_read_as_it_was(folder: Path) -> None:
     (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "query": "q"}\n')
     found = Rows(str(folder), columns={"image": "positive"})
     assert images(found[0]) == [folder / "a.png"]
+
+
+def test_what_was_downloaded_belongs_to_a_folder_but_not_to_a_file(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the files of a Hub data set, or of an archive in a folder, lie once they are here."""
+    downloaded = folder.parent / "private" / "secret.png"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(downloaded.parent))
+    with pytest.raises(ValueError, match="leads out"):
+        rows(folder, {"image": str(downloaded)})[1]
+    for path in (folder, Path("somebody/pages")):
+        assert folder_of(path, None).find(str(downloaded), "image", "row 1") == downloaded
 
 
 def test_images_in_a_saved_data_set_need_no_file(folder: Path, tmp_path: Path) -> None:
