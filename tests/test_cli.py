@@ -52,7 +52,10 @@ def run(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> di
             "class_path": "vlmembed.data.RetrievalDataModule",
             "init_args": {
                 "train": "data/train.jsonl",
-                "val": "data/evaluation",
+                "val": {
+                    "class_path": "vlmembed.data.EvaluationFolder",
+                    "init_args": {"path": "data/evaluation", "allow_outside": ["data"]},
+                },
                 "test": "data/train.jsonl",
                 "batch_size": 4,
                 "num_workers": 0,

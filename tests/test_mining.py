@@ -168,7 +168,7 @@ def test_nothing_with_the_picture_of_a_right_answer_is_a_negative(embedder: Path
     assert len(gather(Given(rows), None).documents) == 6
     output = tmp_path / "mined" / "rows.jsonl"
     mine(str(embedder), Given(rows), str(output), negatives=9, margin=None, relative_margin=None)
-    mined = Rows(str(output))
+    mined = Rows(str(output), allow_outside=[str(tmp_path)])
     found = [[identify(negative) for negative in mined[row].negatives] for row in range(len(mined))]
     # Of six documents in four kinds: two pictures, with and without caption; an answer in words; a question.
     assert [len(row) for row in found] == [2, 3, 3, 2, 2, 2]

@@ -105,7 +105,7 @@ def test_an_embedded_image_that_does_not_decode_names_its_row(tmp_path: Path) ->
     features = datasets.Features({"query": datasets.Value("string"), "positive": datasets.Image()})
     cells = [{"bytes": b"noise", "path": None}]
     datasets.Dataset.from_dict({"query": ["q"], "positive": cells}, features=features).save_to_disk(tmp_path / "t")
-    with pytest.raises(ValueError, match="row 1: cannot be read"):
+    with pytest.raises(ValueError, match="row 1, column 'positive': cannot read image given as bytes"):
         Rows(str(tmp_path / "t"))[0]
 
 

@@ -8,21 +8,23 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 from transformers import BaseVideoProcessor
+from transformers.utils import requires_backends
 from transformers.video_utils import VideoMetadata, default_sample_indices_fn, read_video_pyav
 
+from vlmembed.images import UNREADABLE, open_image
 from vlmembed.types import Frame
+
+#: Containers of FFmpeg that hold their pictures themselves; a playlist would name other files, or addresses.
+CONTAINERS = "asf,avi,flv,gif,matroska,mov,mp4,mpeg,mpegts,ogg,webm"
 
 #: A draft keeps at least this many times the width and the height that it will be resized to.
 DRAFT_MARGIN = 2
-
-#: What Pillow raises on files that are missing, broken, or no images.
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 def load_image(
     frame: Frame, origin: str = "", resized: Callable[[int, int], tuple[int, int]] | None = None
 ) -> Image.Image:
-    """Open an image upright and in RGB.
+    """Open an image upright and in RGB. Of an animation that is its first picture; transparency is dropped.
 
     Args:
         frame: An image file, or an image that is open already.
@@ -31,16 +33,18 @@ def load_image(
             JPEG file far above that size is decoded at 1/2, 1/4 or 1/8; the processor resizes it to the same size.
 
     Raises:
-        ValueError: If the file is missing, is not an image that Pillow can decode, or ``resized`` refuses its size.
+        ValueError: If the file is missing, is above a limit of `vlmembed.images`, cannot be decoded, or says not what
+            is white; or ``resized`` refuses its size.
     """
     try:
-        image = Image.open(frame) if isinstance(frame, Path) else frame
+        image = open_image(frame) if isinstance(frame, Path) else frame
         if resized is not None and isinstance(frame, Path):
             _draft(image, resized)
         upright: Image.Image = ImageOps.exif_transpose(image)
         if upright.mode.startswith("I;16"):
             # Pillow's own conversion clips: every pixel that is not almost black would turn white.
             upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+        _check_range(upright)
         return upright.convert("RGB")
     except UNREADABLE as error:
         raise _unreadable("image", frame, origin, error) from error
@@ -59,7 +63,7 @@ def image_size(frame: Frame, origin: str = "") -> tuple[int, int]:
     if isinstance(frame, Image.Image):
         return frame.size
     try:
-        with Image.open(frame) as image:
+        with open_image(frame) as image:
             return image.size
     except UNREADABLE as error:
         raise _unreadable("image", frame, origin, error) from error
@@ -79,7 +83,7 @@ def load_video(
         The frames (F, height, width, 3), and which ones of the video they are.
 
     Raises:
-        ValueError: If a file is missing or cannot be decoded, or frames differ in size.
+        ValueError: If a file is missing, is a playlist or cannot be decoded, or frames differ in size.
         ImportError: If PyAV is not installed.
     """
     samples = getattr(processor, "do_sample_frames", False)
@@ -89,7 +93,7 @@ def load_video(
         metadata.frames_indices = sample(metadata=metadata).tolist()
         return _stack([load_image(video[index], origin) for index in metadata.frames_indices], origin), metadata
     try:
-        return read_video_pyav(str(video), sample)  # type: ignore[arg-type]
+        return read_video_pyav(_container(video), sample)  # type: ignore[arg-type]
     except (OSError, ValueError, TypeError, IndexError) as error:
         raise _unreadable("video", video, origin, error) from error
 
@@ -111,6 +115,26 @@ def _draft(image: Image.Image, resized: Callable[[int, int], tuple[int, int]]) -
         if exact and large and resized(*draft) == target:
             image.draft(None, draft[::-1])
             return
+
+
+def _check_range(image: Image.Image) -> None:
+    """Refuse integers and fractions that are no grey levels: Pillow would turn everything above 255 white."""
+    if image.mode in ("I", "F"):
+        low, high = np.asarray(image).min(), np.asarray(image).max()
+        if not 0 <= low <= high <= 255:
+            raise ValueError(
+                f"values from {low} to {high} in mode {image.mode!r} do not say what is white; use 8 or 16 bits"
+            )
+
+
+def _container(video: Path) -> str:
+    """Return the path of a video that is in one file, for FFmpeg: absolute, as it takes ``concat:…`` for no file."""
+    requires_backends(load_video, ["av"])
+    import av
+
+    path = str(video.absolute())
+    with av.open(path, options={"format_whitelist": CONTAINERS}):
+        return path
 
 
 def _stack(frames: list[Image.Image], origin: str) -> np.ndarray:

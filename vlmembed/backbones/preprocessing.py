@@ -84,7 +84,8 @@ class ChatPreprocessor(Preprocessor):
             ``input_ids`` and ``attention_mask`` of shape (B, L), padded on the right, and what the vision tower reads.
 
         Raises:
-            ValueError: If an image cannot be read, or an item with images has more than ``max_length`` tokens.
+            ValueError: If an image cannot be read, the processor refuses an item, or one with images has more than
+                ``max_length`` tokens.
         """
         return self._read(items, self._apply_template)
 
@@ -95,11 +96,11 @@ class ChatPreprocessor(Preprocessor):
     def _read(
         self,
         items: Sequence[Item | Pair],
-        apply: Callable[[list[list[Message]]], Inputs],
+        apply: Applied,
         resized: Resized | None = None,
     ) -> Inputs:
         loaded: dict[bytes, Any] = {}
-        inputs = apply([self._conversation(item, resized, loaded) for item in items])
+        inputs = _apply_all(apply, [self._conversation(item, resized, loaded) for item in items], items)
         if self.max_length is None or inputs["input_ids"].shape[1] <= self.max_length:
             return inputs
         return self._truncate(inputs, items, self.max_length)
@@ -206,6 +207,26 @@ class ChatPreprocessor(Preprocessor):
         one, other = (self._apply_template([chat])["input_ids"][0].tolist()[::-1] for chat in chats)
         common = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
         return [token for token, _ in common][::-1]
+
+
+def _apply_all(apply: Applied, conversations: list[list[Message]], items: Sequence[Item | Pair]) -> Inputs:
+    """Apply a template and, where the processor refuses an item, find which: it is given all of them at once."""
+    try:
+        return apply(conversations)
+    except ValueError:
+        for item, conversation in zip(items, conversations, strict=True):
+            _apply_one(apply, conversation, item)
+        raise
+
+
+def _apply_one(apply: Applied, conversation: list[Message], item: Item | Pair) -> None:
+    try:
+        apply([conversation])
+    except ValueError as error:
+        raise ValueError(
+            f"{item.origin or 'An item'}: the checkpoint's processor refuses it ({error}). Replace what it holds, or "
+            "remove the row."
+        ) from error
 
 
 def _items(item: Item | Pair) -> tuple[Item, ...]:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import mimetypes
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
+from vlmembed.data.folder import Folder
+from vlmembed.images import UNREADABLE, open_image
 from vlmembed.types import Frame, Item, Part, Role
 
 KINDS = ("text", "image", "video")
 
 
-def to_item(cell: Any, role: Role, folder: Path, origin: str) -> Item:
+def to_item(cell: Any, role: Role, folder: Folder, origin: str) -> Item:
     """Read one cell.
 
     A plain string is always text, never a path, so that no text can turn into an image because a file of that name
@@ -27,11 +28,11 @@ def to_item(cell: Any, role: Role, folder: Path, origin: str) -> Item:
             of chat content parts (``{"type": "image", "image": …}``); a chat message or a list of them. An image is
             open, a path, or ``{"bytes": …, "path": …}``. A video is a path, or the list of its frames.
         role: Whether the item asks or answers.
-        folder: Where relative paths start.
+        folder: Where relative paths start, and what files may not leave.
         origin: Where the cell came from, for error messages.
 
     Raises:
-        ValueError: If the cell is empty, has another form, or names a file that does not exist.
+        ValueError: If the cell is empty, has another form, or names a file that does not exist or is outside.
     """
     parts = tuple(_cell_parts(cell, folder, origin))
     if not parts:
@@ -46,7 +47,7 @@ def is_content(cell: Any) -> bool:
     return all(isinstance(part, Mapping) and ("type" in part or "role" in part) for part in cell)
 
 
-def _cell_parts(cell: Any, folder: Path, origin: str) -> Iterator[Part]:
+def _cell_parts(cell: Any, folder: Folder, origin: str) -> Iterator[Part]:
     if cell is None:
         return
     if isinstance(cell, str):
@@ -68,7 +69,7 @@ def _cell_parts(cell: Any, folder: Path, origin: str) -> Iterator[Part]:
         )
 
 
-def _message_parts(message: Mapping[str, Any], folder: Path, origin: str) -> Iterator[Part]:
+def _message_parts(message: Mapping[str, Any], folder: Folder, origin: str) -> Iterator[Part]:
     if message["role"] != "user":
         raise ValueError(
             f"{origin}: a chat message here is the user's, got role {message['role']!r}; instructions belong in the "
@@ -77,7 +78,7 @@ def _message_parts(message: Mapping[str, Any], folder: Path, origin: str) -> Ite
     yield from _cell_parts(message.get("content"), folder, origin)
 
 
-def _content_parts(part: Mapping[str, Any], folder: Path, origin: str) -> Iterator[Part]:
+def _content_parts(part: Mapping[str, Any], folder: Folder, origin: str) -> Iterator[Part]:
     kind = part["type"]
     unused = sorted(key for key, value in part.items() if key not in ("type", kind) and value is not None)
     if part.get(kind) is None or unused:
@@ -85,7 +86,7 @@ def _content_parts(part: Mapping[str, Any], folder: Path, origin: str) -> Iterat
     yield from _kind_parts(kind, part[kind], folder, origin)
 
 
-def _kind_parts(kind: str, value: Any, folder: Path, origin: str) -> Iterator[Part]:
+def _kind_parts(kind: str, value: Any, folder: Folder, origin: str) -> Iterator[Part]:
     if kind not in KINDS:
         raise ValueError(f"{origin}: unknown key {kind!r} (value {value!r:.100}); use {', '.join(KINDS)}.")
     if value is None:
@@ -108,36 +109,28 @@ def _text(value: Any, origin: str) -> Part:
     return Part("text", value)
 
 
-def _video(value: Any, folder: Path, origin: str) -> Path | tuple[Frame, ...]:
+def _video(value: Any, folder: Folder, origin: str) -> Path | tuple[Frame, ...]:
     if isinstance(value, list | tuple):
         if not value:
             raise ValueError(f"{origin}: a video without frames.")
         return tuple(_frame(frame, folder, origin) for frame in value)
-    return _existing(value, "video", folder, origin)
+    return folder.find(value, "video", origin)
 
 
-def _frame(value: Any, folder: Path, origin: str) -> Frame:
+def _frame(value: Any, folder: Folder, origin: str) -> Frame:
     if isinstance(value, Image.Image):
         return value
     if not _is_encoded_image(value):
-        return _existing(value, "image", folder, origin)
+        return folder.find(value, "image", origin)
     if value.get("bytes") is None:
-        return _existing(value.get("path"), "image", folder, origin)
+        return folder.find(value.get("path"), "image", origin)
     try:
-        image = Image.open(io.BytesIO(value["bytes"]))
+        image = open_image(value["bytes"])
         image.load()  # A truncated image fails here, where the message can say which row it is in.
+        ImageOps.exif_transpose(image, in_place=True)
         return image
-    except OSError as error:
+    except UNREADABLE as error:
         raise ValueError(f"{origin}: cannot read image {value.get('path') or 'given as bytes'}: {error}") from error
-
-
-def _existing(value: Any, kind: str, folder: Path, origin: str) -> Path:
-    if not isinstance(value, str | Path) or not str(value):
-        raise ValueError(f"{origin}: expected the path of an {kind} file, got {type(value).__name__} {value!r:.100}.")
-    path = folder / value
-    if not path.is_file():
-        raise ValueError(f"{origin}: the {kind} file {path} does not exist.")
-    return path
 
 
 def _is_encoded_image(value: Any) -> bool:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 from vlmembed.data.cells import is_content, to_item
+from vlmembed.data.folder import Folder
 from vlmembed.types import Example, Item
 
 KNOWN = re.compile(r"query|positive|document|label|scores|negatives|negative(_[1-9]\d*)?")
@@ -53,7 +53,7 @@ def _check_negatives(columns: Collection[str], origin: str) -> None:
             raise ValueError(f"{origin}: column 'negative_{number}' is missing (there are {', '.join(single)}).")
 
 
-def to_example(row: Mapping[str, Any], folder: Path, origin: str) -> Example:
+def to_example(row: Mapping[str, Any], folder: Folder, origin: str) -> Example:
     """Turn one row, whose columns have been checked, into an example.
 
     The documents of a row of ``query``, ``document`` and ``label`` are positives where their label is above 0, and
@@ -61,7 +61,7 @@ def to_example(row: Mapping[str, Any], folder: Path, origin: str) -> Example:
 
     Args:
         row: Column name → cell.
-        folder: Where relative paths start.
+        folder: Where relative paths start, and what files may not leave.
         origin: File and row, for error messages.
 
     Raises:
@@ -80,7 +80,7 @@ def labels_of(example: Example) -> tuple[float, ...]:
     return example.labels or (1.0,) * len(example.positives) + (0.0,) * len(example.negatives)
 
 
-def _labelled(query: Item, row: Mapping[str, Any], folder: Path, origin: str) -> Example:
+def _labelled(query: Item, row: Mapping[str, Any], folder: Folder, origin: str) -> Example:
     documents = _one_or_more(row, "document", folder, origin)
     labels = _labels(row["label"], _is_list(row["document"]), len(documents), f"{origin}, column 'label'")
     scores = _scores(row, len(documents), origin)
@@ -101,7 +101,7 @@ def _is_list(cell: Any) -> bool:
     return isinstance(cell, list) and not is_content(cell)
 
 
-def _one_or_more(row: Mapping[str, Any], column: str, folder: Path, origin: str) -> tuple[Item, ...]:
+def _one_or_more(row: Mapping[str, Any], column: str, folder: Folder, origin: str) -> tuple[Item, ...]:
     if not _is_list(row[column]):
         return (_item(row, column, folder, origin),)
     if not row[column]:
@@ -109,7 +109,7 @@ def _one_or_more(row: Mapping[str, Any], column: str, folder: Path, origin: str)
     return _items(row, column, folder, origin)
 
 
-def _negatives(row: Mapping[str, Any], folder: Path, origin: str) -> tuple[Item, ...]:
+def _negatives(row: Mapping[str, Any], folder: Folder, origin: str) -> tuple[Item, ...]:
     if "negatives" in row:
         return _items(row, "negatives", folder, origin)
     names = [column for column in row if column.startswith("negative")]
@@ -117,7 +117,7 @@ def _negatives(row: Mapping[str, Any], folder: Path, origin: str) -> tuple[Item,
     return tuple(_item(row, name, folder, origin) for name in sorted(names, key=lambda name: (len(name), name)))
 
 
-def _item(row: Mapping[str, Any], column: str, folder: Path, origin: str) -> Item:
+def _item(row: Mapping[str, Any], column: str, folder: Folder, origin: str) -> Item:
     place = f"{origin}, column {column!r}"
     if row[column] is None or row[column] == "":
         hint = " Rows with fewer negatives than others need one list column 'negatives'." if "neg" in column else ""
@@ -125,7 +125,7 @@ def _item(row: Mapping[str, Any], column: str, folder: Path, origin: str) -> Ite
     return to_item(row[column], "query" if column == "query" else "document", folder, place)
 
 
-def _items(row: Mapping[str, Any], column: str, folder: Path, origin: str) -> tuple[Item, ...]:
+def _items(row: Mapping[str, Any], column: str, folder: Folder, origin: str) -> tuple[Item, ...]:
     cell, place = row[column], f"{origin}, column {column!r}"
     if not isinstance(cell, list) or is_content(cell):
         raise ValueError(f"{place}: expected a list of documents, got {type(cell).__name__} {cell!r:.100}.")

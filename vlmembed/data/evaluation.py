@@ -10,6 +10,7 @@ from typing import Any
 
 from vlmembed.data.cells import to_item
 from vlmembed.data.columns import labels_of
+from vlmembed.data.folder import Folder
 from vlmembed.data.sources import Rows, Source
 from vlmembed.data.tables import JSONLines
 from vlmembed.types import EvaluationSet, Example, Item, Role
@@ -36,10 +37,12 @@ class EvaluationFolder(EvaluationSource):
     Args:
         path: The folder.
         name: What metrics call it; the folder's name if null.
+        allow_outside: Other folders whose images and videos the rows may name; they would be refused otherwise.
     """
 
-    def __init__(self, path: str, name: str | None = None):
+    def __init__(self, path: str, name: str | None = None, allow_outside: list[str] | None = None):
         self.path = path
+        self.allow_outside = allow_outside
         self.name = name or Path(path).resolve().name
 
     def load(self) -> EvaluationSet:
@@ -51,11 +54,12 @@ class EvaluationFolder(EvaluationSource):
         """
         folder = Path(self.path)
         qrels = _read_qrels(folder / "qrels.tsv")
-        queries = _read_items(folder / "queries.jsonl", "query")
+        place = Folder(folder, tuple(map(Path, self.allow_outside or ())))
+        queries = _read_items(folder / "queries.jsonl", "query", place)
         for query in qrels.keys() - queries.keys():
             raise ValueError(f"{folder / 'qrels.tsv'}: query {query!r} is not in {folder / 'queries.jsonl'}.")
         queries = {name: item for name, item in queries.items() if name in qrels}
-        corpus = _read_items(folder / "corpus.jsonl", "document")
+        corpus = _read_items(folder / "corpus.jsonl", "document", place)
         missing = {document for judged in qrels.values() for document in judged} - corpus.keys()
         if missing:
             warnings.warn(
@@ -167,7 +171,7 @@ def _grades(example: Example) -> list[int]:
     return [int(label) for label in labels]
 
 
-def _read_items(path: Path, role: Role) -> dict[str, Item]:
+def _read_items(path: Path, role: Role, folder: Folder) -> dict[str, Item]:
     rows = JSONLines(path)
     items: dict[str, Item] = {}
     for index in range(len(rows)):
@@ -178,7 +182,7 @@ def _read_items(path: Path, role: Role) -> dict[str, Item]:
         name = str(given[0])
         if name in items:
             raise ValueError(f"{origin}: id {name!r} is given twice; first at {items[name].origin}.")
-        items[name] = to_item(_with_title(row), role, path.parent, f"{origin} (id {name!r})")
+        items[name] = to_item(_with_title(row), role, folder, f"{origin} (id {name!r})")
     return items
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from vlmembed.data.cells import to_item
 from vlmembed.data.columns import check_columns, to_example
+from vlmembed.data.folder import Folder, folder_of
 from vlmembed.data.tables import Table, open_table
 from vlmembed.types import Example
 
@@ -52,15 +53,23 @@ class Rows(Source):
         split: Which split of a data set that has several; a file, or one saved data set, is read whole.
         subset: Which configuration of a data set that has several.
         columns: New names for columns, ``{question: query}``; null drops a column.
+        allow_outside: Folders outside of the file's own (or the data set's) whose images and videos the rows may name;
+            they would be refused otherwise.
     """
 
     def __init__(
-        self, path: str, split: str = "train", subset: str | None = None, columns: dict[str, str | None] | None = None
+        self,
+        path: str,
+        split: str = "train",
+        subset: str | None = None,
+        columns: dict[str, str | None] | None = None,
+        allow_outside: list[str] | None = None,
     ):
         self.path = path
         self.split = split
         self.subset = subset
         self.columns = columns or {}
+        self.allow_outside = allow_outside
 
     @property
     def name(self) -> str:
@@ -96,13 +105,12 @@ class Rows(Source):
     def _read(self, table: Table, index: int) -> Mapping[str, Any]:
         try:
             return table[index]
-        except OSError as error:  # An embedded image that does not decode.
+        except OSError as error:
             raise ValueError(f"{self._origin(index)}: cannot be read: {error}") from error
 
-    @property
-    def _folder(self) -> Path:
-        path = Path(self.path)
-        return path.parent if path.is_file() else path
+    @cached_property
+    def _folder(self) -> Folder:
+        return folder_of(Path(self.path), self.allow_outside)
 
     @cached_property
     def _table(self) -> Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -95,6 +96,7 @@ def open_table(path: str, split: str, subset: str | None = None) -> Table:
         table = _choose(datasets.load_from_disk(path), split, path)
     else:
         table = datasets.load_dataset(path, subset, split=split)
+    _leave_encoded(table)
     if not len(table):
         raise ValueError(f"{path}: the data set has no rows.")
     return table
@@ -109,6 +111,20 @@ def _read_csv(path: Path) -> datasets.Dataset:
         if len(row) != len(names):
             raise ValueError(f"{path}, row {number}: {len(row)} cells under {len(names)} columns: {row!r:.200}")
     return datasets.Dataset.from_dict({name: [row[k] for row in rows[1:]] for k, name in enumerate(names)})
+
+
+def _leave_encoded(table: datasets.Dataset) -> None:
+    """Have images and the like come as they are stored: opened by `datasets`, they could be of any size, or a URL."""
+    table.info.features = datasets.Features({name: _encoded(feature) for name, feature in table.features.items()})
+
+
+def _encoded(feature: Any) -> Any:
+    if isinstance(feature, dict):
+        return {name: _encoded(inner) for name, inner in feature.items()}
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return replace(feature, feature=_encoded(feature.feature))
+    is_medium = hasattr(feature, "decode") and not isinstance(feature, datasets.Json)
+    return replace(feature, decode=False) if is_medium else feature
 
 
 def _choose(saved: datasets.Dataset | datasets.DatasetDict, split: str, path: str) -> datasets.Dataset:

@@ -114,4 +114,4 @@ def _opened(part: Part, origin: str) -> Any:
         return part.value
     if part.kind == "image":
         return load_image(part.frames[0], origin)
-    return [load_image(frame, origin) for frame in part.frames] or str(part.value)
+    return [load_image(frame, origin) for frame in part.frames] or str(Path(str(part.value)).absolute())

@@ -19,8 +19,8 @@ from vlmembed.types import Frame, Item, Part
 class RowWriter:
     """Writes training rows that ``vlmembed.data.Rows`` reads; the file is there once all of them are.
 
-    Images and videos in files are named by their path relative to the written file. Open images are written as PNG into
-    a folder beside it, each once.
+    Images and videos in files are named by their path relative to the written file; where they are outside of its
+    folder, it is said how to allow them. Open images are written as PNG into a folder beside it, each once.
 
     Args:
         path: The JSONL file.
@@ -30,6 +30,7 @@ class RowWriter:
         self.path = path
         self.folder = path.parent / f"{path.stem}_images"
         self.count = 0
+        self._outside: set[Path] = set()
         self._beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
 
     def __enter__(self) -> RowWriter:
@@ -43,6 +44,7 @@ class RowWriter:
         self._file.close()
         if kind is None:
             os.replace(self._beside, self.path)
+            self._say_outside()
         else:
             self._beside.unlink()
 
@@ -78,8 +80,16 @@ class RowWriter:
         return [*map(self._name, part.value)] if isinstance(part.value, tuple) else self._name(part.value)
 
     def _name(self, frame: Frame) -> str:
-        path = frame if isinstance(frame, Path) else self._saved(frame)
-        return Path(os.path.relpath(path.resolve(), self.path.parent.resolve())).as_posix()
+        path = (frame if isinstance(frame, Path) else self._saved(frame)).resolve()
+        folder = self.path.parent.resolve()
+        if not path.is_relative_to(folder):
+            self._outside.add(path.parent)
+        return Path(os.path.relpath(path, folder)).as_posix()
+
+    def _say_outside(self) -> None:
+        if self._outside:
+            folder = os.path.commonpath(self._outside)
+            print(f"{self.path} names files of {folder}: read it with Rows(path, allow_outside: [{folder}]).")
 
     def _saved(self, image: Image.Image) -> Path:
         path = self.folder / f"{Part('image', image).digest.hex()}.png"

@@ -1,0 +1,267 @@
+"""Any image file is either read right or refused with its row, and what is refused takes no memory.
+
+More of the kind: `test_media.py` (missing, empty, cut, rotated, palette, CMYK, 16-bit), `test_cells.py` (types, texts),
+`test_doors.py` (what leads elsewhere).
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import subprocess
+import sys
+import warnings
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from building import item, picture
+from PIL import Image
+
+from vlmembed import images
+from vlmembed.backbones import Qwen3VL
+from vlmembed.backbones.media import image_size, load_image
+from vlmembed.data import to_item
+from vlmembed.data.folder import Folder
+from vlmembed.types import Item, Part
+
+ORIGIN = "train.jsonl, row 17, column 'positive'"
+
+
+def black(width: int, height: int, rows: int | None = None) -> bytes:
+    """Return a PNG of black pixels, one bit each, cut after some rows; 20,000 × 20,000 of them are 49 kB."""
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    pixels = zlib.compress(bytes((1 + (width + 7) // 8) * (height if rows is None else rows)), 9)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(map(chunk, (b"IHDR", b"IDAT", b"IEND"), (header, pixels, b"")))
+
+
+def chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def declaring(kind: str, width: int, height: int, folder: Path) -> bytes:
+    """Return a small file whose header declares another size."""
+    picture(16, 16).save(folder / f"small.{kind}")
+    content = bytearray((folder / f"small.{kind}").read_bytes())
+    if kind == "jpg":
+        struct.pack_into(">HH", content, content.index(b"\xff\xc0") + 5, height, width)
+    elif kind == "bmp":
+        struct.pack_into("<ii", content, 18, width, height)
+    else:
+        struct.pack_into("<HH", content, 6, width, height)
+    return bytes(content)
+
+
+HUGE: dict[str, Callable[[Path], bytes]] = {
+    "png of 20,000 x 20,000": lambda _: black(20_000, 20_000),
+    "png of 2,000,000,000 x 1": lambda _: black(2_000_000_000, 1, rows=0),
+    "jpg of 20,000 x 20,000": lambda folder: declaring("jpg", 20_000, 20_000, folder),
+    "jpg of 11,000 x 10,000": lambda folder: declaring("jpg", 11_000, 10_000, folder),
+    "bmp of 100,000 x 100,000": lambda folder: declaring("bmp", 100_000, 100_000, folder),
+    "gif of 60,000 x 60,000": lambda folder: declaring("gif", 60_000, 60_000, folder),
+}
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("kind", HUGE)
+def test_a_huge_image_is_refused_with_its_row(tmp_path: Path, kind: str) -> None:
+    content = HUGE[kind](tmp_path)
+    assert len(content) < 100_000
+    path = tmp_path / "page"
+    path.write_bytes(content)
+    reason = "pixels are more than the limit of 100,000,000; VLMEMBED_MAX_IMAGE_PIXELS sets it"
+    for refused in (
+        lambda: load_image(path, ORIGIN),
+        lambda: image_size(path, ORIGIN),
+        lambda: to_item({"bytes": content, "path": None}, "document", Folder(tmp_path), ORIGIN),
+    ):
+        with pytest.raises(ValueError, match=reason) as error:
+            refused()
+        assert str(error.value).startswith(ORIGIN)
+
+
+def test_a_refused_image_takes_no_memory(tmp_path: Path) -> None:
+    """In a process of its own, whose peak is not that of other tests; decoded, the smallest would take 110 MB."""
+    paths = [tmp_path / str(number) for number in range(len(HUGE))]
+    for path, make in zip(paths, HUGE.values(), strict=True):
+        path.write_bytes(make(tmp_path))
+    program = """
+import resource, sys, warnings
+from pathlib import Path
+from vlmembed.images import UNREADABLE, open_image
+warnings.simplefilter("ignore")
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for number, name in enumerate(sys.argv[1:]):
+    for file in (Path(name), Path(name).read_bytes()):
+        try:
+            open_image(file)
+        except UNREADABLE:
+            continue
+        raise SystemExit(f"{name} was opened")
+    if not number:
+        before = peak()
+print(peak() - before)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program, *map(str, paths)], capture_output=True, text=True, check=True
+    )
+    assert int(result.stdout) < 10_000  # KiB: what Pillow's readers of other formats take to be imported.
+
+
+def test_a_large_file_is_refused_unread(tmp_path: Path) -> None:
+    with (tmp_path / "page.png").open("wb") as file:
+        file.write(black(1, 1))
+        file.truncate(images.MAX_BYTES + 1)
+    with pytest.raises(ValueError, match=rf"{ORIGIN}: .* bytes are more than .*VLMEMBED_MAX_IMAGE_BYTES"):
+        load_image(tmp_path / "page.png", ORIGIN)
+
+
+def test_the_limits_are_environment_variables(tmp_path: Path) -> None:
+    path = tmp_path / "page.png"
+    program = "import sys; from pathlib import Path; from vlmembed import images; images.open_image(Path(sys.argv[1]))"
+
+    def opened(width: int, **environment: str) -> str:
+        path.write_bytes(black(width, 10_000))
+        command = [sys.executable, "-c", program, str(path)]
+        return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False).stderr
+
+    assert not opened(10_000)
+    assert not opened(40_000, VLMEMBED_MAX_IMAGE_PIXELS="400000000")
+    assert "more than the limit of 99,999,999" in opened(10_000, VLMEMBED_MAX_IMAGE_PIXELS="99999999")
+    assert "bytes are more than the limit of 100;" in opened(10_000, VLMEMBED_MAX_IMAGE_BYTES="100")
+    for value in ("", "0", "1e8", "-1"):
+        assert "VLMEMBED_MAX_IMAGE_PIXELS is a whole number" in opened(1, VLMEMBED_MAX_IMAGE_PIXELS=value)
+
+
+# Shapes
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 200), (200, 1), (1, 31), (3, 500)])
+def test_small_and_long_images_are_read(checkpoint: Path, tmp_path: Path, size: tuple[int, int]) -> None:
+    picture(*size).save(tmp_path / "page.png")
+    ours = Qwen3VL(str(checkpoint)).preprocessor
+    one, other = (ours([item(value)]) for value in (picture(*size), tmp_path / "page.png"))
+    assert all(torch.equal(other[name], value) for name, value in one.items())
+    assert one["image_grid_thw"].min() >= 1
+
+
+@pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1), (10, 2010)])
+@pytest.mark.parametrize("opened", [False, True], ids=["file", "open"])
+def test_an_image_that_the_processor_refuses_is_named(
+    checkpoint: Path, tmp_path: Path, size: tuple[int, int], opened: bool
+) -> None:
+    picture(*size).save(tmp_path / "strip.png")
+    value = picture(*size) if opened else tmp_path / "strip.png"
+    good = Item("document", (Part("image", picture(64, 64)),), "train.jsonl, row 16")
+    bad = Item("document", (Part("text", "a"), Part("image", value)), ORIGIN)
+    ours = Qwen3VL(str(checkpoint)).preprocessor
+    for preprocess in (ours, ours.prepare, lambda items: ours.prepare(items, draft=True)):
+        with pytest.raises(ValueError, match="aspect ratio") as error:
+            preprocess([good, bad, good])
+        assert str(error.value).startswith(ORIGIN)
+
+
+# Formats
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_of_an_animation_the_first_picture_is_read(tmp_path: Path, kind: str) -> None:
+    first, *others = (Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue"))
+    first.save(tmp_path / "moving", kind, save_all=True, append_images=others, lossless=True)
+    with Image.open(tmp_path / "moving") as opened:
+        assert opened.n_frames == 3
+    assert load_image(tmp_path / "moving").tobytes() == first.tobytes()
+
+
+@pytest.mark.parametrize("ending", ["jpg", "tiff", "txt", ""])
+def test_the_ending_of_a_name_means_nothing(tmp_path: Path, ending: str) -> None:
+    picture(16, 8).save(tmp_path / f"page.{ending}", "PNG")
+    assert load_image(tmp_path / f"page.{ending}").tobytes() == picture(16, 8).tobytes()
+
+
+def test_a_palette_with_transparency_keeps_its_colours(tmp_path: Path) -> None:
+    palette = picture(16, 8).quantize(16)
+    opaque = palette.convert("RGB")
+    for transparency in (3, bytes(range(0, 256, 16))):
+        palette.save(tmp_path / "palette.png", transparency=transparency)
+        with Image.open(tmp_path / "palette.png") as opened:
+            assert (opened.mode, "transparency" in opened.info) == ("P", True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # Pillow would rather have RGBA.
+            assert load_image(tmp_path / "palette.png").tobytes() == opaque.tobytes()
+
+
+def test_black_and_white_is_black_and_white(tmp_path: Path) -> None:
+    (tmp_path / "fax.png").write_bytes(black(9, 3))
+    assert not np.asarray(load_image(tmp_path / "fax.png")).any()
+    Image.new("1", (9, 3), 1).save(tmp_path / "fax.png")
+    assert np.asarray(load_image(tmp_path / "fax.png")).min() == 255
+
+
+@pytest.mark.parametrize("kind", ["ppm", "tiff"])
+def test_values_that_do_not_say_what_is_white_are_refused(tmp_path: Path, kind: str) -> None:
+    """Pillow opens 16 bits of a PGM file as 32, and turns all of them that are above 255 white."""
+    path = tmp_path / f"scan.{kind}"
+    Image.fromarray(np.arange(0, 60_000, 1000, dtype=np.int32).reshape(6, 10)).save(path)
+    with pytest.raises(ValueError, match=rf"{ORIGIN}: cannot read the image .*values from 0 to 59000"):
+        load_image(path, ORIGIN)
+    greys = np.arange(0, 240, 4, dtype=np.int32).reshape(6, 10)
+    assert np.array_equal(np.asarray(load_image_of(greys))[..., 0], greys)
+
+
+def load_image_of(values: np.ndarray) -> Image.Image:
+    return load_image(Image.fromarray(values))
+
+
+def test_an_encoded_photograph_is_turned_upright_before_it_is_compared(tmp_path: Path) -> None:
+    """Two photographs of equal pixels, held differently, are not one."""
+    exif = Image.Exif()
+    exif[274] = 6
+    picture(16, 8).save(tmp_path / "held.png", exif=exif)
+    picture(16, 8).save(tmp_path / "plain.png")
+    cells = [{"bytes": (tmp_path / name).read_bytes(), "path": None} for name in ("held.png", "plain.png")]
+    held, plain = (to_item(cell, "document", Folder(tmp_path), ORIGIN) for cell in cells)
+    assert held.id != plain.id
+    (frame,) = held.parts[0].frames
+    assert load_image(frame).tobytes() == picture(16, 8).transpose(Image.Transpose.ROTATE_270).tobytes()
+
+
+# At random
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "gif", "webp", "tiff", "bmp", "ppm", "jp2", "avif"])
+def test_a_damaged_file_is_read_or_refused_with_its_row(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """200 of each format, with bytes changed, cut out and put in."""
+    monkeypatch.setattr(images, "MAX_PIXELS", 10_000)  # Damage may declare any size, and large ones take long.
+    random = np.random.default_rng(0)
+    picture(24, 16).save(tmp_path / f"good.{kind}")
+    good = (tmp_path / f"good.{kind}").read_bytes()
+    said = []
+    for _ in range(200):
+        content = bytearray(good)
+        for place in random.integers(0, min(len(good), random.choice([40, 400, 4000])), random.integers(1, 6)).tolist():
+            length = int(random.choice([0, 1, 4]))
+            content[place : place + length] = random.bytes(int(random.choice([0, 1, 4])))
+        path = tmp_path / "damaged"
+        path.write_bytes(content)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                assert load_image(path, ORIGIN).mode == "RGB"
+        except ValueError as error:
+            said.append(str(error))
+    assert 10 < len(said) < 200
+    assert all(each.startswith(f"{ORIGIN}: cannot read the image {path}") for each in said)
+
+
+# Texts
+
+
+def test_a_text_of_a_megabyte_is_cut(checkpoint: Path) -> None:
+    cut = Qwen3VL(str(checkpoint), max_length=64).preprocessor([item("many words " * 100_000), item("a")])
+    assert cut["input_ids"].shape == (2, 64)
