@@ -30,7 +30,9 @@ def config(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("sys.argv", ["vlmembed"])
     _write_data(tmp_path / "data")
     rows = {"class_path": "vlmembed.data.Rows", "init_args": {"path": "data/train.jsonl"}}
-    found = {"evaluation": "data/evaluation", "run": "data/found.trec", "depth": DEPTH}
+    options = {"path": "data/evaluation", "allow_outside": ["data"]}
+    evaluation = {"class_path": "vlmembed.data.EvaluationFolder", "init_args": options}
+    found = {"evaluation": evaluation, "run": "data/found.trec", "depth": DEPTH}
     run = {"class_path": "vlmembed.data.RerankingRun", "init_args": found}
     backbone = {"class_path": "vlmembed.backbones.Qwen3VL", "init_args": {"checkpoint": str(checkpoint)}}
     logger = {"save_dir": "runs", "name": "small", "version": ""}
