@@ -47,10 +47,10 @@ class PackingPreprocessor(ChatPreprocessor):
         shown = [part["image"] for part in parts if part["type"] == "image"]
         if not shown or any(part["type"] == "video" for part in parts):
             return self._apply_template(conversations, **options)
-        places = {identity: place for place, identity in enumerate(dict.fromkeys(map(id, shown)))}
-        distinct = [image for _, image in sorted({places[id(image)]: image for image in shown}.items())]
+        distinct = {id(image): image for image in shown}
+        places = {identity: place for place, identity in enumerate(distinct)}
         order = torch.tensor([places[id(image)] for image in shown])
-        pixels = processor.image_processor(images=distinct, return_tensors="pt", **options)
+        pixels = processor.image_processor(images=[*distinct.values()], return_tensors="pt", **options)
         tokens = iter((pixels["image_grid_thw"].prod(dim=1) // self.layout.merge_size**2)[order].tolist())
         mark = re.compile(re.escape(processor.image_token))
         texts = processor.apply_chat_template(conversations, add_generation_prompt=self.generation_prompt)

@@ -18,11 +18,6 @@ UNUSED_SCORES = (
 )
 
 
-def documents_of(example: Example) -> tuple[Item, ...]:
-    """Return the candidates of a query: right answers, then wrong ones."""
-    return example.positives + example.negatives
-
-
 def candidates_of(example: Example, wanted: Targets) -> Iterator[tuple[Item, float]]:
     """Yield each candidate of a query with its target, once they are known to be what a loss wants.
 
@@ -33,7 +28,7 @@ def candidates_of(example: Example, wanted: Targets) -> Iterator[tuple[Item, flo
     Raises:
         ValueError: Naming the row, and what of it the loss cannot use.
     """
-    origin, documents = example.query.origin, documents_of(example)
+    origin, documents = example.query.origin, example.documents
     if wanted.scores != (example.scores is not None):
         raise ValueError(f"{origin}: {NO_SCORES if wanted.scores else UNUSED_SCORES}")
     if wanted.several and len(documents) < 2:

@@ -40,8 +40,7 @@ class Collator:
         patch_cost: float = PATCH_COST,
         wants_scores: bool = False,
     ) -> None:
-        if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"chunk_size is 1 or more, or null for a single chunk; got {chunk_size}.")
+        check_chunk_size(chunk_size)
         self.preprocessor = preprocessor
         self.chunk_size = chunk_size
         self.chunk_cost = chunk_cost
@@ -62,11 +61,11 @@ class Collator:
         prepared = self.preprocessor.prepare([*items.values()], draft=True)
         lengths, patches = prepared.lengths, prepared.patches
         seeing = [self.patch_cost * each for each in patches]
-        chunks = cut(lengths, seeing, self._room([*map(add, lengths, seeing)]))
+        chunks = cut(lengths, seeing, room_of([*map(add, lengths, seeing)], self.chunk_size, self.chunk_cost))
         row = {ids[place]: row for row, place in enumerate(chain.from_iterable(chunks))}
         return Batch(
             chunks=[prepared.chunk(places) for places in chunks],
-            images=prepared.images(self._room([each for each in patches if each] or [1])),
+            images=prepared.images(room_of([each for each in patches if each], self.chunk_size, self.chunk_cost)),
             queries=torch.tensor([row[query] for query in queries]),
             documents=torch.tensor([row[document] for document in documents], dtype=torch.long),
             query_ids=torch.tensor([*queries]),
@@ -76,10 +75,31 @@ class Collator:
             scores=torch.tensor([scores[pair] for pair in labels]) if self.wants_scores else None,
         )
 
-    def _room(self, costs: Sequence[float]) -> int | None:
-        if self.chunk_cost is not None or self.chunk_size is None:
-            return self.chunk_cost
-        return math.ceil(max(*costs, 1, self.chunk_size * sum(costs) / len(costs)))
+
+def check_chunk_size(chunk_size: int | None) -> None:
+    """Refuse a size that no chunk has.
+
+    Raises:
+        ValueError: If it is below 1.
+    """
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size is 1 or more, or null for a single chunk; got {chunk_size}.")
+
+
+def room_of(costs: Sequence[float], chunk_size: int | None, chunk_cost: int | None) -> int | None:
+    """Return what a chunk has room for.
+
+    Args:
+        costs: Of the items, or of the images; there may be none.
+        chunk_size: How many of average cost there is room for, at least the most expensive one.
+        chunk_cost: The room, where it is known.
+
+    Returns:
+        None for a single chunk.
+    """
+    if chunk_cost is not None or chunk_size is None:
+        return chunk_cost
+    return math.ceil(max(*costs, 1, chunk_size * sum(costs) / len(costs))) if costs else 1
 
 
 def cut(lengths: Sequence[int], seeing: Sequence[float], room: int | None) -> list[list[int]]:
@@ -133,7 +153,7 @@ def _judgements(
     for example in examples:
         query = example.query
         queries.setdefault(query.id, query)
-        documents |= {item.id: item for item in (*example.positives, *example.negatives) if item.id not in documents}
+        documents |= {item.id: item for item in example.documents if item.id not in documents}
         for item in example.negatives:
             labels.setdefault((query.id, item.id), -1)
         for item in example.positives:
@@ -146,7 +166,7 @@ def _scores(examples: Sequence[Example], wanted: bool) -> dict[tuple[int, int], 
     """Return a teacher's score for each judged pair of ids: the highest, where examples disagree."""
     scores: dict[tuple[int, int], float] = {}
     for example in examples:
-        query, documents = example.query, (*example.positives, *example.negatives)
+        query, documents = example.query, example.documents
         if wanted != (example.scores is not None):
             raise ValueError(
                 f"{query.origin}: the loss distils a teacher's scores, and there are none. Add a column 'scores' (see "

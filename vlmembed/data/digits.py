@@ -94,20 +94,18 @@ def query(number: int, origin: str) -> Item:
 
 
 class HandwrittenNumbers(Source):
-    """Training rows: a number in words, a fresh picture of it, and perhaps pictures of other numbers.
+    """Training rows: a number in words, and a fresh picture of it.
 
     700 of the 1,000 three-digit numbers come up, in turn; the other 300 belong to ``HandwrittenNumbersEvaluation``.
 
     Args:
         size: Rows. No picture repeats, so one long epoch sees more handwriting than many short ones.
         seed: Draws the pictures.
-        negatives: Pictures of other training numbers in each row, as wrong answers.
     """
 
-    def __init__(self, size: int = 12_800, seed: int = 0, negatives: int = 0) -> None:
+    def __init__(self, size: int = 12_800, seed: int = 0) -> None:
         self.size = size
         self.seed = seed
-        self.negatives = negatives
 
     def __len__(self) -> int:
         return self.size
@@ -116,14 +114,8 @@ class HandwrittenNumbers(Source):
         if not 0 <= index < self.size:
             raise IndexError(f"row {index} of {self.size} handwritten numbers")
         origin = f"HandwrittenNumbers(seed={self.seed}), row {index}"
-        generator = np.random.default_rng([self.seed, index])
-        number = self._number(index)
-        shown = [number]
-        if self.negatives:
-            others = [other for other in numbers("train") if other != number]
-            shown += generator.choice(others, self.negatives, replace=False).tolist()
-        pictures = [Item("document", (Part("image", write(each, "train", generator)),), origin) for each in shown]
-        return Example(query(number, origin), (pictures[0],), tuple(pictures[1:]))
+        picture = write(self._number(index), "train", np.random.default_rng([self.seed, index]))
+        return Example(query(self._number(index), origin), (Item("document", (Part("image", picture),), origin),))
 
     def query_id(self, index: int) -> int:
         """Return the id of a row's query, without drawing its picture."""

@@ -151,13 +151,24 @@ def load_evaluation(path: str, name: str | None = None, split: str = "test") -> 
     return EvaluationRows(Rows(path, split), name).load()
 
 
+def as_evaluation(given: str | Source | EvaluationSource, split: str = "test") -> EvaluationSet:
+    """Read whatever stands for an evaluation set: a path, training rows, or a source of its own.
+
+    Raises:
+        ValueError: If something in it cannot be read, with file and row.
+    """
+    if isinstance(given, str):
+        return load_evaluation(given, split=split)
+    return (EvaluationRows(given) if isinstance(given, Source) else given).load()
+
+
 def is_evaluation_folder(path: str) -> bool:
     """Tell an evaluation folder from training rows."""
     return (Path(path) / "corpus.jsonl").exists() or (Path(path) / "queries.jsonl").exists()
 
 
 def _items(example: Example) -> tuple[Item, ...]:
-    return (example.query, *example.positives, *example.negatives)
+    return (example.query, *example.documents)
 
 
 def _grades(example: Example) -> list[int]:

@@ -70,9 +70,8 @@ class Lists(Source):
 
 def _candidates(example: Example) -> list[tuple[Item, float, float | None]]:
     """Each document with its label and its score."""
-    documents = (*example.positives, *example.negatives)
-    scores = example.scores or (None,) * len(documents)
-    return [*zip(documents, labels_of(example), scores, strict=True)]
+    scores = example.scores or (None,) * len(example.documents)
+    return [*zip(example.documents, labels_of(example), scores, strict=True)]
 
 
 def _scores(scores: list[float | None], example: Example) -> tuple[float, ...] | None:

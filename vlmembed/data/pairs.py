@@ -10,8 +10,8 @@ from dataclasses import replace
 import torch
 from torch.utils.data import Dataset
 
-from vlmembed.data.candidates import candidates_of, documents_of
-from vlmembed.data.collate import PATCH_COST
+from vlmembed.data.candidates import candidates_of
+from vlmembed.data.collate import PATCH_COST, check_chunk_size, room_of
 from vlmembed.losses import Targets
 from vlmembed.types import Example, Inputs, Pair, PairBatch, Prepared, Preprocessor, RankingBatch, RerankingSet
 
@@ -42,8 +42,7 @@ class PairCollator:
         patch_cost: float = PATCH_COST,
         in_batch_negatives: int = 0,
     ) -> None:
-        if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"chunk_size is 1 or more, or null for a single chunk; got {chunk_size}.")
+        check_chunk_size(chunk_size)
         self.preprocessor = preprocessor
         self.targets = targets
         self.chunk_size = chunk_size
@@ -82,10 +81,10 @@ class PairCollator:
         if not self.in_batch_negatives:
             yield from examples
             return
-        documents = {document.id: document for example in examples for document in documents_of(example)}
+        documents = {document.id: document for example in examples for document in example.documents}
         answers: dict[int, set[int]] = {}
         for example in examples:
-            answers.setdefault(example.query.id, set()).update(document.id for document in documents_of(example))
+            answers.setdefault(example.query.id, set()).update(document.id for document in example.documents)
         for example in examples:
             others = [each for each in documents if each not in answers[example.query.id]]
             draw = random.Random(example.query.id)
@@ -146,7 +145,7 @@ def _cut(prepared: Prepared, chunk_size: int | None, chunk_cost: int | None, pat
     order, lengths, patches = prepared.order, prepared.lengths, prepared.patches
     whole = [lengths[row] + patch_cost * patches[row] for row in order]
     new = [cost - shared for cost, shared in zip(whole, prepared.shared(order), strict=True)]
-    room = _room(new, chunk_size, chunk_cost)
+    room = room_of(new, chunk_size, chunk_cost)
     chunks: list[list[int]] = []
     taken = 0.0
     for place, row in enumerate(order):
@@ -160,10 +159,4 @@ def _cut(prepared: Prepared, chunk_size: int | None, chunk_cost: int | None, pat
 
 
 def _images(prepared: Prepared, chunk_size: int | None, chunk_cost: int | None) -> list[Inputs]:
-    return prepared.images(_room([each for each in prepared.patches if each], chunk_size, chunk_cost))
-
-
-def _room(costs: Sequence[float], chunk_size: int | None, chunk_cost: int | None) -> int | None:
-    if chunk_cost is not None or chunk_size is None:
-        return chunk_cost
-    return math.ceil(max(*costs, 1, chunk_size * sum(costs) / len(costs))) if costs else 1
+    return prepared.images(room_of([each for each in prepared.patches if each], chunk_size, chunk_cost))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vlmembed.data.evaluation import EvaluationRows, EvaluationSource, is_evaluation_folder, load_evaluation
+from vlmembed.data.evaluation import EvaluationRows, EvaluationSource, as_evaluation, is_evaluation_folder
 from vlmembed.data.sources import Rows, Source
 from vlmembed.types import EvaluationSet, RerankingSet
 
@@ -54,8 +54,7 @@ class RerankingRun(RerankingSource):
             ValueError: Naming file, row and value: a line that cannot be read, a query or document that the
                 evaluation set does not have, a document that a query has twice.
         """
-        given = self.evaluation
-        evaluation = load_evaluation(given) if isinstance(given, str) else given.load()
+        evaluation = as_evaluation(self.evaluation)
         evaluation = replace(evaluation, name=self.name or evaluation.name)
         run = read_run(Path(self.run), evaluation)
         columns = {name: column for column, name in enumerate(evaluation.document_names)}

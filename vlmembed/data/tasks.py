@@ -9,7 +9,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from vlmembed.data.collate import Collator, ItemCollator
-from vlmembed.data.evaluation import EvaluationRows, EvaluationSource, load_evaluation
+from vlmembed.data.evaluation import EvaluationSource, as_evaluation
 from vlmembed.data.loader import ItemLists, shard
 from vlmembed.data.pairs import EvaluationPairCollator, PairCollator, PairLists
 from vlmembed.data.reranking import RerankingSource, load_reranking
@@ -80,9 +80,7 @@ class Embedding(Task):
         """
         if isinstance(given, RerankingSource):
             raise ValueError(f"{type(given).__name__} is for a cross-encoder; an embedder searches a whole corpus.")
-        if isinstance(given, str):
-            return load_evaluation(given, split=split)
-        return (EvaluationRows(given) if isinstance(given, Source) else given).load()
+        return as_evaluation(given, split)
 
     def loader(
         self,

@@ -15,6 +15,8 @@ from vlmembed.types import Item, Part
 
 #: So many groups of items are in memory at the same time.
 GROUPS = 256
+#: Batches whose images are open at the same time. Sentence Transformers sorts them by length.
+BATCHES = 8
 
 
 @dataclass(frozen=True)

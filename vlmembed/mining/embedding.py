@@ -19,13 +19,11 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from tqdm import tqdm
 
-from vlmembed.mining.contents import DistinctItems, opened
+from vlmembed.mining.contents import BATCHES, DistinctItems, opened
 from vlmembed.types import Role
 
 #: Items of one file of the cache: what an interruption costs at most.
 PIECE = 2048
-#: Batches whose images are open at the same time. The model sorts them by length.
-BATCHES = 8
 
 
 class Embedder:

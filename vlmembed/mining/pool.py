@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 
-from vlmembed.data import EvaluationSource, Rows, Source, load_evaluation
-from vlmembed.data.evaluation import EvaluationRows
+from vlmembed.data import EvaluationSource, Rows, Source
+from vlmembed.data.evaluation import as_evaluation
 from vlmembed.mining.contents import DistinctItems, identified
-from vlmembed.types import EvaluationSet, Example, Item
+from vlmembed.types import Example, Item
 
 Corpus = str | Source | EvaluationSource
 
@@ -47,7 +47,7 @@ def gather(rows: Source, corpus: Corpus | None) -> Pool:
     """
     queries, documents = DistinctItems(), DistinctItems()
     if corpus is not None:
-        items = _evaluation(corpus).corpus
+        items = as_evaluation(corpus).corpus
         for number, (content,) in enumerate(identified((item,) for item in items)):
             documents.add(content, partial(items.__getitem__, number))
     candidates = len(documents)
@@ -83,12 +83,6 @@ def plain(example: Example) -> Example:
             "one has scores, labels, or no right answer. Drop 'scores': Rows(path, columns={scores: null})."
         )
     return example
-
-
-def _evaluation(corpus: Corpus) -> EvaluationSet:
-    if isinstance(corpus, str):
-        return load_evaluation(corpus)
-    return (EvaluationRows(corpus) if isinstance(corpus, Source) else corpus).load()
 
 
 def _groups(example: Example) -> tuple[tuple[Item, ...], ...]:

@@ -12,13 +12,10 @@ from sentence_transformers import CrossEncoder
 from tqdm import tqdm
 
 from vlmembed.data import Source
-from vlmembed.mining.contents import opened
+from vlmembed.mining.contents import BATCHES, opened
 from vlmembed.mining.pool import open_rows, plain
 from vlmembed.mining.writing import RowWriter
-from vlmembed.types import Example, Item
-
-#: Batches whose images are open at the same time. The model sorts them by length.
-BATCHES = 8
+from vlmembed.types import Example
 
 
 def score(model: str, rows: str | Source, output: str, batch_size: int = 32, trust_remote_code: bool = False) -> None:
@@ -48,13 +45,9 @@ def score(model: str, rows: str | Source, output: str, batch_size: int = 32, tru
         for some in _groups(examples, BATCHES * batch_size):
             scores = iter(_score(reranker, some, batch_size))
             for example in some:
-                own = [next(scores) for _ in _documents(example)]
+                own = [next(scores) for _ in example.documents]
                 writer.write(example.query, example.positives, example.negatives, own)
     print(f"{writer.path}: {writer.count} rows with the scores of {model}.")
-
-
-def _documents(example: Example) -> tuple[Item, ...]:
-    return (*example.positives, *example.negatives)
 
 
 def _groups(examples: Iterator[Example], pairs: int) -> Iterator[list[Example]]:
@@ -62,7 +55,7 @@ def _groups(examples: Iterator[Example], pairs: int) -> Iterator[list[Example]]:
     some: list[Example] = []
     for example in examples:
         some.append(example)
-        if sum(len(_documents(each)) for each in some) >= pairs:
+        if sum(len(each.documents) for each in some) >= pairs:
             yield some
             some = []
     if some:
@@ -71,7 +64,7 @@ def _groups(examples: Iterator[Example], pairs: int) -> Iterator[list[Example]]:
 
 def _score(reranker: CrossEncoder, examples: Sequence[Example], batch_size: int) -> list[float]:
     """Return the logit of each example's documents, one example after the other."""
-    pairs = [(example.query, document) for example in examples for document in _documents(example)]
+    pairs = [(example.query, document) for example in examples for document in example.documents]
     shown = {item.id: opened(item) for pair in pairs for item in pair}
     logits = reranker.predict(
         [_pair(shown[query.id], shown[document.id]) for query, document in pairs],

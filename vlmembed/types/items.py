@@ -106,3 +106,8 @@ class Example:
     negatives: tuple[Item, ...] = ()
     scores: tuple[float, ...] | None = None
     labels: tuple[float, ...] | None = None
+
+    @property
+    def documents(self) -> tuple[Item, ...]:
+        """The right answers, and then the wrong ones: in the order of scores and labels."""
+        return self.positives + self.negatives
