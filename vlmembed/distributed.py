@@ -81,6 +81,16 @@ def gather_on_host(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor if world_size() == 1 else gather(tensor.to(device)).cpu()
 
 
+def first_places(numbers: Tensor, count: int) -> Tensor:
+    """Find where each of 0 … count - 1 comes first, on the host: whose row counts where several processes have one.
+
+    Args:
+        numbers: (n,) in which each of them comes; on the CPU.
+        count: How many they are.
+    """
+    return torch.full((count,), len(numbers)).scatter_reduce(0, numbers, torch.arange(len(numbers)), "amin")
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ def joined_candidates(
     targets = distributed.gather_on_host(batch.targets, device)
     pairs = distributed.gather_on_host(torch.stack([batch.queries, batch.documents], dim=1), device)
     distinct, inverse = pairs.unique(dim=0, return_inverse=True)
-    first = torch.full((len(distinct),), len(pairs)).scatter_reduce(0, inverse, torch.arange(len(pairs)), "amin")
+    first = distributed.first_places(inverse, len(distinct))
     highest = torch.full((len(distinct),), -math.inf).scatter_reduce(0, inverse, targets, "amax")
     counts = distinct[:, 0].unique_consecutive(return_counts=True)[1]
     mask = torch.arange(int(counts.max())) < counts[:, None]

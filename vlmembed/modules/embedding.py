@@ -110,6 +110,5 @@ def _distinct(embeddings: Tensor, rows: Tensor, ids: Tensor) -> tuple[Tensor, Te
     device = embeddings.device
     gathered = distributed.gather(embeddings[rows.to(device, non_blocking=True)])
     distinct, inverse = distributed.gather_on_host(ids, device).unique(return_inverse=True)
-    first = torch.full_like(distinct, len(inverse))
-    first = first.scatter_reduce(0, inverse, torch.arange(len(inverse)), "amin")
+    first = distributed.first_places(inverse, len(distinct))
     return gathered[first.to(device, non_blocking=True)], distinct
