@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import signal
 import sys
 from argparse import ArgumentError
-from functools import cache
+from functools import cache, partial
 from typing import Any, cast
 
 from jsonargparse import Namespace
 from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from vlmembed.modules import RetrievalModule
+from vlmembed.runs import LAST, SaveConfiguration, fit_folder, other_folder
 from vlmembed.trainer import Trainer
 
 DESCRIPTION = (
@@ -34,6 +37,8 @@ class CLI(LightningCLI):
             LightningModule,
             LightningDataModule,
             trainer_class=Trainer,
+            save_config_callback=SaveConfiguration,
+            save_config_kwargs={"save_to_log_dir": False},
             trainer_defaults={
                 "exporter": {"class_path": "vlmembed.export.SentenceTransformers"},
                 # The data module shards by itself, in whole batches.
@@ -53,6 +58,19 @@ class CLI(LightningCLI):
         """Return the subcommands, each a method of the trainer, and which of their arguments are not options."""
         return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run the method, in a folder of its own or in that of the run that it goes on with."""
+        arguments = self.config_init[subcommand]
+        path = arguments.get("ckpt_path")
+        if not isinstance(self.trainer.logger, CSVLogger):
+            if path == LAST:
+                raise ValueError("--ckpt_path last looks in the logger's folder, and trainer.logger is false.")
+            super()._run_subcommand(subcommand)
+            return
+        folder = fit_folder if subcommand == "fit" else partial(other_folder, writes=subcommand != "export")
+        with folder(self.trainer, path) as arguments["ckpt_path"]:
+            super()._run_subcommand(subcommand)
+
     def before_fit(self) -> None:
         """Measure the fresh model, unless the run goes on from a checkpoint."""
         if self.trainer.exporter is not None and isinstance(self.model, RetrievalModule):
@@ -68,8 +86,16 @@ class CLI(LightningCLI):
             before = f"{self._before[name]:.3f} before training, " if name in self._before else ""
             if name.endswith("ndcg@10"):
                 print(f"{name}: {first_stage}{before}{value:.3f} after")
-        if self.trainer.exporter is not None and not self.trainer.fast_dev_run:
+        if self.trainer.exporter is not None and not self.trainer.fast_dev_run and not self._was_finished():
             self.trainer.export(self.model, self.datamodule, best)
+
+    def _was_finished(self) -> bool:
+        """Whether the run that was gone on with had nothing left to do, so that scripts may say ``last`` always."""
+        export = self.trainer.export_folder
+        finished = export.exists() and self.trainer.global_step == self.trainer.steps_before
+        if finished:
+            print(f"The run had finished, and its export is in {export}.")
+        return finished
 
     def _measure(self, ckpt_path: str | None = None) -> dict[str, float]:
         """Run every evaluation set that the data module has."""
@@ -152,4 +178,8 @@ def main(args: ArgsType = None) -> None:
 
         run(words[0], words[1:])
     else:
-        CLI(args)
+        try:
+            CLI(args)
+        except SIGTERMException:
+            # Lightning's, while measuring, which leaves a status of success.
+            sys.exit(128 + signal.SIGTERM)

@@ -7,35 +7,90 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-import torch
 import yaml
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 
 from vlmembed.distributed import is_sharded
 from vlmembed.export import Exporter, Run, push, refuse_used
 from vlmembed.modules import RetrievalModule
+from vlmembed.runs import CheckpointFiles, RememberConfiguration, StopSafely, read_checkpoint, refuse_changes
 from vlmembed.sharding import whole_weights
 
 
 class Trainer(lightning.Trainer):
-    """Lightning's trainer, which can also export.
+    """Lightning's trainer, which can also export, and whose runs survive being stopped.
 
     Args:
         *args: As for Lightning's trainer.
         exporter: Writes the trained model for others to open, for ``export`` and at the end of ``fit``; null for not at
             all.
+        allow_changed: Keys of the configuration that may have changed since the run began that ``fit`` goes on with,
+            such as trainer.max_epochs; those below them included.
         **kwargs: As for Lightning's trainer.
     """
 
     fast_dev_run: bool | int
+    callbacks: list[Callback]
 
     #: The run's whole configuration, in YAML.
     run_config = ""
+    #: The steps that the run had done when `fit` went on with it.
+    steps_before = 0
 
-    def __init__(self, *args: Any, exporter: Exporter | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, exporter: Exporter | None = None, allow_changed: list[str] | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.exporter = exporter
+        self.allow_changed = allow_changed or []
+        if type(self.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.strategy.checkpoint_io = CheckpointFiles()
+        # After the others, so that a step at which a run is stopped is one like any other.
+        self.callbacks += [RememberConfiguration(), StopSafely()]
+
+    def fit(
+        self,
+        model: lightning.LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: lightning.LightningDataModule | None = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Train.
+
+        Args:
+            model: What to train.
+            train_dataloaders: As for Lightning's trainer.
+            val_dataloaders: As for Lightning's trainer.
+            datamodule: The data.
+            ckpt_path: A checkpoint to go on from: as if it had never been interrupted, to the bit on a CPU. On the
+                command line, ``last`` goes on with the newest run, in its folder, from its newest whole checkpoint; and
+                begins a new one if there is none.
+            weights_only: Whether to refuse a checkpoint that holds more than tensors and plain values; null for yes.
+
+        Raises:
+            ValueError: If the run began with a configuration that differs in what decides what is learned.
+        """
+        if ckpt_path is not None:
+            checkpoint = read_checkpoint(Path(ckpt_path))
+            self.steps_before = checkpoint["global_step"]
+            if checkpoint.get("config") and self.run_config:
+                refuse_changes(checkpoint["config"], self.run_config, self.allow_changed)
+        super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+
+    def save_checkpoint(self, filepath: Any, weights_only: bool | None = None, storage_options: Any = None) -> None:
+        """Write a checkpoint, and what was logged so far: a run that goes on from it does not log that again."""
+        for logger in self.loggers:
+            logger.save()
+        super().save_checkpoint(filepath, weights_only, storage_options)
+
+    @property
+    def export_folder(self) -> Path:
+        """Where ``export`` writes if nothing else is said: into the run's folder."""
+        return Path(self.log_dir or self.default_root_dir) / "export"
 
     def best_checkpoint(self) -> str | None:
         """Return the best checkpoint of the run, or None where no metric decides which one is."""
@@ -77,12 +132,12 @@ class Trainer(lightning.Trainer):
         weights: Mapping[str, Tensor] | None = None
         if ckpt_path is None and is_sharded(model):
             weights = whole_weights(model)
+        folder = Path(output_dir) if output_dir else self.export_folder  # Which all processes are asked for.
         if not self.is_global_zero:
             return
-        folder = Path(output_dir or Path(self.log_dir or self.default_root_dir) / "export")
         refuse_used(folder)
         if ckpt_path is not None:
-            weights = _weights_of(Path(ckpt_path), weights_only is not False)
+            weights = self._weights_of(Path(ckpt_path), weights_only)
         model.configure_model()
         model.gather()
         if weights is not None:
@@ -105,13 +160,14 @@ class Trainer(lightning.Trainer):
         if push_to_hub is not None:
             print(f"Uploaded: {push(folder, push_to_hub, private, revision)}")
 
-
-def _weights_of(checkpoint: Path, weights_only: bool) -> Mapping[str, Tensor]:
-    if checkpoint.is_dir():
-        raise ValueError(
-            f"The checkpoint {checkpoint} is a folder of shards. Make it one file with `python -m "
-            f"lightning.pytorch.utilities.consolidate_checkpoint {checkpoint}`, or train with "
-            "ModelParallelStrategy(save_distributed_checkpoint=False)."
-        )
-    weights: Mapping[str, Tensor] = torch.load(checkpoint, map_location="cpu", weights_only=weights_only)["state_dict"]
-    return weights
+    def _weights_of(self, checkpoint: Path, weights_only: bool | None) -> Mapping[str, Tensor]:
+        if checkpoint.is_dir():
+            raise ValueError(
+                f"The checkpoint {checkpoint} is a folder of shards. Make it one file with `python -m "
+                f"lightning.pytorch.utilities.consolidate_checkpoint {checkpoint}`, or train with "
+                "ModelParallelStrategy(save_distributed_checkpoint=False)."
+            )
+        weights: Mapping[str, Tensor] = self.strategy.checkpoint_io.load_checkpoint(
+            checkpoint, weights_only=weights_only
+        )["state_dict"]
+        return weights

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import chain, count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -100,10 +101,9 @@ class SentenceTransformers(Exporter):
     def export(self, encoder: Encoder, folder: Path, run: Run) -> Verification:
         """Write and verify the folder; see `Exporter.export`."""
         form = self._form(encoder.pooling, run.dimensions)
-        draft = folder.with_name(folder.name + ".unverified")
-        for place in (folder, draft):
-            refuse_used(place)
-        draft.mkdir(parents=True, exist_ok=True)
+        refuse_used(folder)
+        draft = _unused(folder.with_name(folder.name + ".unverified"))
+        draft.mkdir(parents=True)
         print(f"Writing {folder}", flush=True)
         with TemporaryDirectory() as scratch:
             verification = form.write(encoder, draft, Path(scratch))
@@ -168,6 +168,12 @@ def refuse_used(folder: Path) -> None:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is not empty. Export into another folder, or move this one away.")
+
+
+def _unused(place: Path) -> Path:
+    """Return a place beside what an earlier export has left, which failed or was killed."""
+    numbered = (place.with_name(f"{place.name}.{number}") for number in count(2))
+    return next(each for each in chain([place], numbered) if not each.exists())
 
 
 def _how_to_open(folder: Path) -> str:

@@ -1,0 +1,281 @@
+"""What runs leave on disk: checkpoints, folders and logs; and configurations that have changed."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import pickle
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+
+from vlmembed.runs import CheckpointFiles, fit_folder, other_folder, refuse_changes
+from vlmembed.runs import folder as folders
+from vlmembed.runs.checkpoints import newest_checkpoint
+from vlmembed.runs.metrics import open_log
+from vlmembed.trainer import Trainer
+
+STATE = {"state_dict": {"weight": torch.arange(1000.0)}, "optimizer_states": [], "global_step": 3}
+
+
+# Files
+
+
+def written(path: Path, step: int, age: float, **more: Any) -> Path:
+    CheckpointFiles().save_checkpoint({**STATE, "global_step": step, **more}, path)
+    os.utime(path, (time.time() - age, time.time() - age))
+    return path
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, empty])
+def test_the_newest_whole_checkpoint_is_found(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    written(tmp_path / "a/older.ckpt", 1, age=300)
+    whole = written(tmp_path / "b/newer.ckpt", 2, age=200)
+    written(tmp_path / "a/weights.ckpt", 4, age=50).write_bytes(_only_weights())
+    torn = written(tmp_path / "a/last.ckpt", 3, age=100)
+    damage(torn)
+    os.utime(torn, (time.time(), time.time()))
+    with pytest.warns(UserWarning, match=r"last\.ckpt is not whole: .*\. An earlier one is looked for"):
+        found = newest_checkpoint([tmp_path / "a", tmp_path / "b", tmp_path / "nowhere"])
+    assert found is not None
+    assert found[0] == whole
+    assert found[1]["global_step"] == 2
+
+
+def _only_weights() -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"state_dict": {}}, buffer)
+    return buffer.getvalue()
+
+
+def test_a_full_disk_leaves_the_checkpoint_that_is_there(tmp_path: Path) -> None:
+    path = written(tmp_path / "last.ckpt", 1, age=0)
+    before = path.read_bytes()
+    (tmp_path / "last.ckpt.draft").symlink_to("/dev/full")  # Where it will be written before it is moved.
+    with pytest.raises(
+        OSError, match=r"last\.ckpt could not be written: No space left .* are as they were.*--ckpt_path last"
+    ):
+        CheckpointFiles().save_checkpoint({**STATE, "global_step": 2}, path)
+    assert path.read_bytes() == before
+    assert [each.name for each in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_its_place_never_holds_a_part_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path / "last.ckpt", 1, age=0)
+    before = path.read_bytes()
+    seen = []
+    monkeypatch.setattr(os, "replace", lambda draft, place: seen.append((Path(draft), Path(place).read_bytes())))
+    CheckpointFiles().save_checkpoint({**STATE, "global_step": 2}, path)
+    (draft, there) = seen[0]
+    assert there == before
+    assert draft.parent == path.parent  # Moving it from another file system would be copying it.
+
+
+class Code:
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("run",)
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
+def test_a_checkpoint_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    write({**STATE, "more": Code()}, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match=r"last\.ckpt (holds more than tensors|is not whole)"):
+        CheckpointFiles().load_checkpoint(tmp_path / "last.ckpt")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_from_the_network_is_not_run_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda url, **options: asked.update(options) or STATE)
+    monkeypatch.setattr("fsspec.implementations.http.HTTPFileSystem._exists", _exists, raising=False)
+    CheckpointFiles().load_checkpoint("https://example.org/last.ckpt")
+    assert asked["weights_only"] is True
+
+
+async def _exists(*arguments: Any, **options: Any) -> bool:
+    return True
+
+
+def test_the_trainer_uses_them_unless_others_are_given() -> None:
+    class Own(TorchCheckpointIO):
+        pass
+
+    options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    assert isinstance(Trainer(**options).strategy.checkpoint_io, CheckpointFiles)
+    assert isinstance(Trainer(**options, plugins=[Own()]).strategy.checkpoint_io, Own)
+
+
+# Folders
+
+
+def trainer(folder: Path, version: str | int | None = None, dirpath: Path | None = None) -> Trainer:
+    logger = CSVLogger(folder, "name", version)
+    return Trainer(accelerator="cpu", logger=logger, callbacks=[ModelCheckpoint(dirpath)])
+
+
+def test_runs_that_begin_together_have_folders_of_their_own(tmp_path: Path) -> None:
+    def begin(_: int) -> str:
+        logger = CSVLogger(tmp_path, "name")
+        return folders._claimed(logger).name
+
+    with ThreadPoolExecutor(16) as pool:
+        claimed = [*pool.map(begin, range(64))]
+    assert sorted(claimed) == sorted(f"version_{number}" for number in range(64))
+
+
+@pytest.mark.parametrize("version", ["mine", 3, ""])
+def test_a_folder_with_a_run_is_not_written_over(tmp_path: Path, version: str | int) -> None:
+    first = trainer(tmp_path, version)
+    with fit_folder(first, None):
+        first.loggers[0].log_metrics({"train/loss": 1.0}, 0)
+        first.loggers[0].save()
+    log = Path(first.loggers[0].log_dir, "metrics.csv")
+    before = log.read_text()
+    for again in (fit_folder(trainer(tmp_path, version), None), other_folder(trainer(tmp_path, version), None, True)):
+        with pytest.raises(ValueError, match=r"has a run already, .*--ckpt_path last"), again:
+            pass
+    assert log.read_text() == before
+
+
+def test_one_process_at_a_time_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folders, "PATIENCE", 0.2)
+    with (
+        fit_folder(trainer(tmp_path), None),
+        pytest.raises(TimeoutError, match=r"version_0: another process is at work here"),
+        fit_folder(trainer(tmp_path), "last"),
+    ):
+        pass
+    with fit_folder(trainer(tmp_path), "last") as path:
+        assert path is None
+
+
+def test_last_is_the_newest_fit_and_its_newest_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with fit_folder(trainer(tmp_path), "last") as path:
+        assert path is None
+    assert "There is no run in" in capsys.readouterr().out
+    written(tmp_path / "name/version_0/checkpoints/last.ckpt", 7, age=10)
+    for _ in range(9):  # version_10 is after version_9.
+        with fit_folder(trainer(tmp_path), None):
+            pass
+    newest = written(tmp_path / "elsewhere/step.ckpt", 5, age=5)
+    with other_folder(trainer(tmp_path), None, writes=True):
+        pass  # Of a test, which nobody goes on with.
+    with fit_folder(trainer(tmp_path), "last") as path:
+        assert path is None
+    assert "version_9, from its beginning" in capsys.readouterr().out
+    with fit_folder(trainer(tmp_path, dirpath=tmp_path / "elsewhere"), "last") as path:
+        assert path == str(newest)
+    assert "version_9, after step 5: step.ckpt" in capsys.readouterr().out
+    with other_folder(trainer(tmp_path, 0), "last", writes=False) as path:
+        assert path == str(tmp_path / "name/version_0/checkpoints/last.ckpt")
+
+
+def test_measuring_the_last_of_nothing_is_refused(tmp_path: Path) -> None:
+    folder = other_folder(trainer(tmp_path), "last", True)
+    with pytest.raises(ValueError, match=r"no run in .* has a whole checkpoint"), folder:
+        pass
+
+
+def test_what_was_half_written_is_removed(tmp_path: Path) -> None:
+    with fit_folder(trainer(tmp_path), None):
+        pass
+    kept = written(tmp_path / "name/version_0/checkpoints/last.ckpt", 7, age=10)
+    kept.with_name("epoch=1.ckpt.draft").write_bytes(b"half")
+    with fit_folder(trainer(tmp_path), "last"):
+        assert [path.name for path in kept.parent.iterdir()] == ["last.ckpt"]
+
+
+# The log
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def logger_of(folder: Path) -> CSVLogger:
+    return CSVLogger(folder, "name", "")
+
+
+@pytest.mark.parametrize("killed", [None, "before the log is written again", "after"])
+def test_a_log_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: str | None) -> None:
+    first = logger_of(tmp_path)
+    open_log(first, 0)
+    for step in range(5):
+        first.log_metrics({"train/loss": step / 10}, step)
+    first.log_metrics({"val/ndcg@10": 0.5}, 2)
+    first.save()
+    if killed:
+        with monkeypatch.context() as patch:
+            patch.setattr(*_killed(killed))
+            with pytest.raises(KeyboardInterrupt):
+                open_log(logger_of(tmp_path), 3)
+    second = logger_of(tmp_path)
+    open_log(second, 3)
+    second.log_metrics({"train/loss": 0.9, "lr": 1.0}, 3)
+    second.save()
+    found = rows_of(tmp_path / "name")
+    assert [(row["step"], row["train/loss"], row["val/ndcg@10"], row["lr"]) for row in found] == [
+        ("0", "0.0", "", ""),
+        ("1", "0.1", "", ""),
+        ("2", "0.2", "", ""),
+        ("2", "", "0.5", ""),
+        ("3", "0.9", "", "1.0"),
+    ]
+
+
+def _killed(when: str) -> tuple[Any, str, Any]:
+    def die(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    return (csv.DictWriter, "writerows", die) if when.startswith("before") else (Path, "unlink", die)
+
+
+# Configurations
+
+BEFORE = "data: {init_args: {batch_size: 8, val: a}}\ntrainer: {max_epochs: 1}\nckpt_path: null\n"
+
+
+def test_the_same_configuration_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    refuse_changes(BEFORE, BEFORE.replace("ckpt_path: null", "ckpt_path: last"))
+    assert not capsys.readouterr().out
+
+
+def test_what_changes_no_result_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    refuse_changes(BEFORE, BEFORE.replace("val: a", "val: b"))
+    assert "data.init_args.val: 'a' → 'b'" in capsys.readouterr().out
+
+
+def test_what_makes_two_runs_of_one_is_refused_unless_it_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    after = BEFORE.replace("batch_size: 8", "batch_size: 16").replace("max_epochs: 1", "max_epochs: 2")
+    message = r"batch_size: 8 → 16\n  trainer\.max_epochs: 1 → 2\nGo back .* --trainer\.allow_changed '\[.*\]'"
+    with pytest.raises(ValueError, match=message):
+        refuse_changes(BEFORE, after)
+    with pytest.raises(ValueError, match=r"this one:\n  data\.init_args\.batch_size: 8 → 16\nGo back"):
+        refuse_changes(BEFORE, after, ["trainer"])
+    refuse_changes(BEFORE, after, ["data.init_args.batch_size", "trainer.max_epochs"])
+    assert "max_epochs: 1 → 2" in capsys.readouterr().out
