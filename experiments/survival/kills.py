@@ -4,8 +4,8 @@
 
 Each scenario is run once undisturbed. Then it is run again and again, and killed at moments drawn uniformly over the
 time that the undisturbed run took after it had set up: while it measures, trains, writes checkpoints. The same command
-goes on with it, every time, until it has finished. Then its last checkpoint (weights, optimizer, schedule) must be equal
-to the undisturbed one's to the bit, and so must every row of its metrics.csv.
+goes on with it, every time, until it has finished. Then its last checkpoint (weights, optimizer, schedule) must equal
+the undisturbed one's to the bit, and so must every row of its metrics.csv.
 """
 
 from __future__ import annotations
