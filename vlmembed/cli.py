@@ -15,6 +15,7 @@ from lightning.pytorch.cli import ArgsType, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from vlmembed.distributed import print_once
 from vlmembed.modules import RetrievalModule
 from vlmembed.runs import LAST, SaveConfiguration, fit_folder, other_folder
 from vlmembed.trainer import Trainer
@@ -85,7 +86,7 @@ class CLI(LightningCLI):
             first_stage = f"{after[f'{name}/before']:.3f} before reranking, " if f"{name}/before" in after else ""
             before = f"{self._before[name]:.3f} before training, " if name in self._before else ""
             if name.endswith("ndcg@10"):
-                print(f"{name}: {first_stage}{before}{value:.3f} after")
+                print_once(f"{name}: {first_stage}{before}{value:.3f} after")
         if self.trainer.exporter is not None and not self.trainer.fast_dev_run and not self._was_finished():
             self.trainer.export(self.model, self.datamodule, best)
 
@@ -94,7 +95,7 @@ class CLI(LightningCLI):
         export = self.trainer.export_folder
         finished = export.exists() and self.trainer.global_step == self.trainer.steps_before
         if finished:
-            print(f"The run had finished, and its export is in {export}.")
+            print_once(f"The run had finished, and its export is in {export}.")
         return finished
 
     def _measure(self, ckpt_path: str | None = None) -> dict[str, float]:

@@ -149,9 +149,9 @@ class Life:
             return subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=log, start_new_session=True)
 
     def set_up(self, process: subprocess.Popen) -> None:
-        """Wait until an attempt has got as far as its data: it says so by what it prints of its trainer."""
+        """Wait until an attempt has got as far as its model: transformers says that it loads weights."""
         before = (self.folder / "log.txt").stat().st_size
-        while process.poll() is None and b"GPU available" not in (self.folder / "log.txt").read_bytes()[before:]:
+        while process.poll() is None and b"Loading weights" not in (self.folder / "log.txt").read_bytes()[before:]:
             time.sleep(0.05)
 
     @property
