@@ -17,7 +17,7 @@ from vlmembed.data.mixture import Mixture
 from vlmembed.data.reranking import RerankingSource
 from vlmembed.data.sources import Rows, Source
 from vlmembed.data.tasks import Task
-from vlmembed.signals import ignore_signals
+from vlmembed.signals import leave_stopping_to_parent
 from vlmembed.types import Preprocessor
 
 Training = str | Source | list[str | Source]
@@ -165,7 +165,7 @@ class RetrievalDataModule(LightningDataModule):
     def _loader_options(self) -> dict[str, Any]:
         on_gpu = self._trainer.strategy.root_device.type == "cuda"
         options = {"batch_size": None, "num_workers": self.num_workers, "pin_memory": on_gpu}
-        return {**options, "worker_init_fn": ignore_signals}
+        return {**options, "worker_init_fn": leave_stopping_to_parent}
 
     @property
     def _trainer(self) -> Any:

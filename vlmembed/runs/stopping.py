@@ -1,0 +1,82 @@
+"""Stopping a run from outside without losing a step: SIGTERM, Ctrl-C, and SLURM's signal to requeue."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+from vlmembed import distributed
+from vlmembed.signals import SIGNALS
+
+#: The checkpoint of a run that was told to stop.
+STOPPED = "stopped.ckpt"
+
+
+class StopSafely(Callback):
+    """Ends a fit that is told to stop after the step under way, with a checkpoint of just then.
+
+    Lightning's own handlers end it too, but write no checkpoint, or write it in the middle of a step; and they send
+    messages to other processes from wherever these happen to be. Here all processes agree after a step. A measurement
+    that is under way is finished first. The exit status is 128 and the signal's number, as a shell has it: the run is
+    not done. Ctrl-C a second time ends it at once.
+    """
+
+    def __init__(self) -> None:
+        self._received = 0
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take over from Lightning's handlers, which are in place by now."""
+        self._received = 0
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {each: signal.signal(each, self._receive) for each in SIGNALS}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop, if any process has been told to."""
+        received = distributed.largest(self._received, pl_module.device)
+        if received:
+            self._save(trainer)
+            if received == signal.SIGUSR1:
+                _requeue(trainer)
+            raise SystemExit(128 + received)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the signals back."""
+        for each, handler in self._handlers.items():
+            signal.signal(each, handler)
+        self._handlers = {}
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self._received == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._received = number
+        # Not printed: the signal may have come in the middle of a print.
+        os.write(2, f"\n{signal.Signals(number).name}: stopping after this step.\n".encode())
+
+    @staticmethod
+    def _save(trainer: Trainer) -> None:
+        callback = trainer.checkpoint_callback
+        if not isinstance(callback, ModelCheckpoint) or callback.dirpath is None:
+            distributed.print_once("Stopped. No checkpoint was written, because the trainer writes none.")
+            return
+        place = Path(callback.dirpath) / STOPPED
+        trainer.save_checkpoint(place)
+        distributed.print_once(f"Stopped after step {trainer.global_step}: {place}. Go on with --ckpt_path last.")
+
+
+def _requeue(trainer: Trainer) -> None:
+    """Put a SLURM job back into its queue."""
+    job, array = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_ARRAY_JOB_ID")
+    if trainer.is_global_zero and job is not None:
+        name = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else job
+        subprocess.run(["scontrol", "requeue", name], check=False)
