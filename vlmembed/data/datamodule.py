@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from vlmembed.data.batches import Batches
 from vlmembed.data.collate import PATCH_COST
 from vlmembed.data.evaluation import EvaluationSource
-from vlmembed.data.loader import ExampleLists, ResumableLoader
+from vlmembed.data.loader import ExampleLists, ResumableLoader, own_generator
 from vlmembed.data.mixture import Mixture
 from vlmembed.data.reranking import RerankingSource
 from vlmembed.data.sources import Rows, Source
@@ -163,7 +163,8 @@ class RetrievalDataModule(LightningDataModule):
     @property
     def _loader_options(self) -> dict[str, Any]:
         on_gpu = self._trainer.strategy.root_device.type == "cuda"
-        return {"batch_size": None, "num_workers": self.num_workers, "pin_memory": on_gpu}
+        generator = own_generator(self.seed)
+        return {"batch_size": None, "num_workers": self.num_workers, "pin_memory": on_gpu, "generator": generator}
 
     @property
     def _trainer(self) -> Any:
