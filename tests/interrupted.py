@@ -12,7 +12,7 @@ from typing import Any
 import lightning
 import torch
 from building import module, ranker, trainer, write_rows
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 from peft import LoraConfig
@@ -45,6 +45,15 @@ def reranker(checkpoint: Path) -> RetrievalModule:
     return ranker(checkpoint, SoftmaxCrossEntropy(), adapters=[dropping_lora()], **OPTIMIZER)
 
 
+def watchers(folder: Path) -> list[Callback]:
+    """What watches a metric that stays as it is: the rate is too low to change an order."""
+    best = {"monitor": "val/ndcg@10", "mode": "max"}
+    return [
+        EarlyStopping(**best, patience=2),
+        ModelCheckpoint(folder, "{step}", save_top_k=2, every_n_train_steps=1, enable_version_counter=False, **best),
+    ]
+
+
 @dataclass(frozen=True)
 class Setting:
     """One kind of run.
@@ -55,6 +64,7 @@ class Setting:
         sources: How its training rows are mixed; null for the rows of one file.
         trainer: Options of Lightning's trainer.
         processes: How many there are.
+        callbacks: Makes callbacks that keep files in a folder.
     """
 
     model: Callable[[Path], RetrievalModule] = embedder
@@ -62,6 +72,7 @@ class Setting:
     sources: dict[str, Any] | None = None
     trainer: dict[str, Any] = field(default_factory=dict)
     processes: int = 1
+    callbacks: Callable[[Path], list[Callback]] = lambda folder: []
 
     def data_module(self, folder: Path) -> RetrievalDataModule:
         train: Any = str(folder / "rows.jsonl")
@@ -75,7 +86,7 @@ SETTINGS = {
     "LoRA": Setting(trainer={"val_check_interval": 2}),
     "accumulation": Setting(trainer={"accumulate_grad_batches": 3, "val_check_interval": 2}),
     "limited": Setting(all_weights, trainer={"limit_train_batches": 3, "check_val_every_n_epoch": 2, "max_epochs": 4}),
-    "steps": Setting(trainer={"max_steps": 6, "max_epochs": -1, "val_check_interval": 3}),
+    "steps": Setting(trainer={"max_steps": 6, "max_epochs": -1, "val_check_interval": 2}),
     "mixture": Setting(
         all_weights,
         data={"num_workers": 2},
@@ -83,14 +94,12 @@ SETTINGS = {
         trainer={"val_check_interval": 3},
     ),
     "reranker": Setting(reranker, trainer={"accumulate_grad_batches": 2, "val_check_interval": 3}),
+    "watched": Setting(
+        trainer={"accumulate_grad_batches": 2, "val_check_interval": 3, "max_epochs": 9}, callbacks=watchers
+    ),
     "two processes": Setting(
         data={"batch_size": 1},
-        trainer={
-            "accumulate_grad_batches": 3,
-            "val_check_interval": 2,
-            "devices": 2,
-            "strategy": DDPStrategy(process_group_backend="gloo"),
-        },
+        trainer={"accumulate_grad_batches": 3, "val_check_interval": 2},
         processes=2,
     ),
 }
@@ -156,10 +165,14 @@ def train(setting: Setting, checkpoint: Path, data: Path, folder: Path, resume: 
     saver = SaveEverywhere(folder)
     logger = CSVLogger(folder, name="run")
     options = {"enable_checkpointing": True, "max_epochs": 2, "log_every_n_steps": 1, **setting.trainer}
-    run = trainer(logger=logger, callbacks=[saver], **options)
-    # Whatever else the process has drawn: all but the first of these are another process.
-    torch.manual_seed(1 if resume is None else 2)
-    run.fit(setting.model(checkpoint), datamodule=setting.data_module(data), ckpt_path=resume)
+    if setting.processes > 1:
+        options |= {"devices": setting.processes, "strategy": DDPStrategy(process_group_backend="gloo")}
+    callbacks = [*setting.callbacks(folder.parent / "best"), saver]
+    run = trainer(logger=logger, callbacks=callbacks, **options)
+    model = setting.model(checkpoint)
+    # Processes draw different numbers, and one that resumes has drawn others before.
+    torch.manual_seed(run.global_rank + (10 if resume is None else 20))
+    run.fit(model, datamodule=setting.data_module(data), ckpt_path=resume)
     return Left(saver.losses, read_rows(Path(logger.log_dir)), saver.written)
 
 

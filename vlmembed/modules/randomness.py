@@ -14,7 +14,8 @@ RandomState = dict[str, Any]
 def random_state() -> RandomState:
     """Return the state of all generators that a run may draw from: PyTorch's, Python's and NumPy's."""
     version, words, next_gauss = random.getstate()
-    _, keys, place, has_gauss, gauss = np.random.get_state(legacy=True)
+    # The global one: what a user's own part may draw from.
+    _, keys, place, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
     return {
         "torch": torch.get_rng_state(),
         # This process's own device.
@@ -32,4 +33,4 @@ def restore_random_state(state: RandomState) -> None:
     version, words, next_gauss = state["python"]
     random.setstate((version, tuple(words), next_gauss))
     keys, place, has_gauss, gauss = state["numpy"]
-    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), place, has_gauss, gauss))
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), place, has_gauss, gauss))  # noqa: NPY002

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from vlmembed import distributed
 from vlmembed.modules.randomness import random_state, restore_random_state
+from vlmembed.modules.saving import restore_saving_state, saving_state
 from vlmembed.modules.unfinished import accumulates, finish, moment, settle, unwritten_row
 
 #: Where a checkpoint has what this file is about.
@@ -41,10 +42,12 @@ class ExactResume(Callback):
         """Add to a checkpoint. Every process calls it."""
         checkpoint[KEY] = {
             "moment": moment(trainer),
+            "step": trainer.global_step,
             "random": distributed.collect(random_state()),
             "gradients": _gradients(pl_module) if accumulates(trainer) else None,
             "metrics": {name: value.detach().cpu() for name, value in trainer.callback_metrics.items()},
             "stops": trainer.should_stop,
+            "saving": saving_state(trainer),
             "row": unwritten_row(trainer),
             "rows": _rows(trainer),
         }
@@ -71,6 +74,7 @@ class ExactResume(Callback):
             _restore_gradients(pl_module, state["gradients"])
         trainer._logger_connector._callback_metrics.update(state["metrics"])
         trainer.should_stop = state["stops"]
+        restore_saving_state(trainer, state["saving"], state["step"])
         if state["moment"] == "elsewhere":
             warnings.warn(
                 "The checkpoint was written in the middle of a step, whose batch is lost: the run goes on, but not "
