@@ -11,7 +11,9 @@ from typing import Any
 
 import ddp
 import pytest
-from interrupted import SETTINGS, Left, Setting, differences, load, train, write_data
+from interrupted import SETTINGS, Left, Setting, differences, embedder, load, train, write_data
+
+from vlmembed.modules import EmbeddingModule
 
 #: In each setting, checkpoints with different things left to do.
 CHOSEN = {
@@ -73,6 +75,31 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_been(checkpoint: Path, data: Pa
 
 def test_two_resumed_processes_go_on_as_if_nothing_had_been(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     ddp.run(check_all, "two processes", checkpoint, data, tmp_path, CHOSEN["two processes"])
+
+
+class Estimating(EmbeddingModule):
+    """Asks Lightning how long the run is, as many modules do."""
+
+    def configure_optimizers(self) -> Any:
+        assert self.trainer.estimated_stepping_batches == 8
+        return super().configure_optimizers()
+
+
+def test_lightning_forgets_the_place_in_the_epoch_where_a_module_asks_it_for_the_steps(
+    checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    """Why `total_steps` counts by itself. If this fails, Lightning is mended, and it need not any more."""
+
+    def estimating(checkpoint: Path) -> EmbeddingModule:
+        built = embedder(checkpoint)
+        built.__class__ = Estimating
+        return built
+
+    for setting, forgets in ((Setting(), False), (Setting(estimating), True)):
+        whole = train(setting, checkpoint, data, tmp_path / f"whole {forgets}")
+        path, batches = next((path, batches) for path, batches in whole.written if path.stem == "02 batch")
+        rest = train(setting, checkpoint, data, tmp_path / f"rest {forgets}", path)
+        assert (rest.losses != whole.losses[batches:]) == forgets
 
 
 @pytest.mark.slow
