@@ -20,6 +20,7 @@ from torch.optim import AdamW
 
 from vlmembed.adapters import Freeze, LoRA
 from vlmembed.data import Mixture, RetrievalDataModule, Rows
+from vlmembed.features import FeatureCache, OnDisk
 from vlmembed.losses import InfoNCE, SoftmaxCrossEntropy
 from vlmembed.modules import CosineDecay, RetrievalModule
 from vlmembed.modules.resuming import rows_written
@@ -36,9 +37,15 @@ def embedder(checkpoint: Path) -> RetrievalModule:
     return module(checkpoint, InfoNCE(0.05, learnable_temperature=True), adapters=[dropping_lora()], **OPTIMIZER)
 
 
-def all_weights(checkpoint: Path) -> RetrievalModule:
+def all_weights(checkpoint: Path, **options: Any) -> RetrievalModule:
     torch.manual_seed(0)
-    return module(checkpoint, InfoNCE(0.05), adapters=[Freeze(["vision"])], **OPTIMIZER)
+    return module(checkpoint, InfoNCE(0.05), **OPTIMIZER, **options)
+
+
+def kept_features(checkpoint: Path, cache: FeatureCache | None = None) -> RetrievalModule:
+    """With a frozen tower, whose features all runs of a test session share."""
+    cache = cache or OnDisk(str(checkpoint.parent / "features"), limit_gib=0.1)
+    return all_weights(checkpoint, adapters=[Freeze(["vision", "merger"])], features=cache)
 
 
 def reranker(checkpoint: Path) -> RetrievalModule:
@@ -85,10 +92,11 @@ class Setting:
 SETTINGS = {
     "LoRA": Setting(trainer={"val_check_interval": 2}),
     "accumulation": Setting(trainer={"accumulate_grad_batches": 3, "val_check_interval": 2}),
+    "features": Setting(kept_features, trainer={"val_check_interval": 3}),
     "limited": Setting(all_weights, trainer={"limit_train_batches": 3, "check_val_every_n_epoch": 2, "max_epochs": 4}),
     "steps": Setting(trainer={"max_steps": 6, "max_epochs": -1, "val_check_interval": 2}),
     "mixture": Setting(
-        all_weights,
+        partial(all_weights, graph_memory="auto"),
         data={"num_workers": 2},
         sources={"weights": [2.0, 1.0], "one_source_batches": True},
         trainer={"val_check_interval": 3},

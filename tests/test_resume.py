@@ -6,19 +6,25 @@ holds weights, optimizer, schedule, random states, gradients, loops and callback
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
 import ddp
+import numpy as np
 import pytest
-from interrupted import SETTINGS, Left, Setting, differences, embedder, load, train, write_data
+import torch
+from interrupted import SETTINGS, Left, Setting, differences, embedder, kept_features, load, train, write_data
 
+from vlmembed.features import InMemory
 from vlmembed.modules import EmbeddingModule
+from vlmembed.modules.randomness import random_state, restore_random_state
 
 #: In each setting, checkpoints with different things left to do.
 CHOSEN = {
     "LoRA": ["03 batch", "04 batch", "04 validation", "04 epoch"],
     "accumulation": ["02 batch", "02 validation", "04 batch", "05 batch"],
+    "features": ["02 batch", "03 batch", "04 batch"],
     "limited": ["02 batch", "03 batch", "06 batch", "06 validation"],
     "steps": ["04 epoch", "06 batch", "06 validation"],
     "mixture": ["05 batch", "07 epoch"],
@@ -62,6 +68,9 @@ def comparable(path: Path, rows_before: int = 0) -> dict[str, Any]:
     """What a checkpoint has, if metrics.csv had begun with some rows."""
     found = load(path)
     found["resuming"]["rows"] += rows_before
+    for state in found["resuming"]["random"]:
+        # Checking types at random draws from it, in tests; see below.
+        del state["python"]
     for state in found["callbacks"].values():
         # Of the last save; Lightning writes it down, and neither reads nor uses it.
         state.pop("current_score", None)
@@ -75,6 +84,31 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_been(checkpoint: Path, data: Pa
 
 def test_two_resumed_processes_go_on_as_if_nothing_had_been(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     ddp.run(check_all, "two processes", checkpoint, data, tmp_path, CHOSEN["two processes"])
+
+
+def test_all_generators_go_on_where_they_were(tmp_path: Path) -> None:
+    def draw() -> tuple[Any, ...]:
+        numbers = random.gauss(0, 1), random.random(), np.random.normal(), np.random.random(3).tolist()  # noqa: NPY002
+        return *numbers, torch.randn(3).tolist(), torch.rand(20).tolist()
+
+    # Both keep the second of two Gaussian numbers.
+    draw()
+    torch.save(random_state(), tmp_path / "state.pt")
+    expected = draw()
+    draw()
+    restore_random_state(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert draw() == expected
+
+
+def test_features_in_memory_are_computed_again_and_rounded_otherwise(
+    checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    """Equal images come in other groups, whose products are sums of float32 in another order."""
+    setting = Setting(lambda checkpoint: kept_features(checkpoint, InMemory(limit_gib=0.1)))
+    whole = train(setting, checkpoint, data, tmp_path / "whole")
+    path, batches = whole.written[2]
+    rest = train(setting, checkpoint, data, tmp_path / "rest", path)
+    assert rest.losses == pytest.approx(whole.losses[batches:], rel=1e-5)
 
 
 class Estimating(EmbeddingModule):
