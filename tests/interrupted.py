@@ -9,21 +9,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ddp
 import lightning
 import torch
 from building import module, ranker, trainer, write_rows
 from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from peft import LoraConfig
 from torch.optim import AdamW
 
 from vlmembed.adapters import Freeze, LoRA
+from vlmembed.backbones import Qwen3VL
 from vlmembed.data import Mixture, RetrievalDataModule, Rows
 from vlmembed.features import FeatureCache, OnDisk
 from vlmembed.losses import InfoNCE, SoftmaxCrossEntropy
-from vlmembed.modules import CosineDecay, RetrievalModule
+from vlmembed.modules import CosineDecay, EmbeddingModule, RetrievalModule
 from vlmembed.modules.resuming import rows_written
+from vlmembed.pooling import LastToken
 
 OPTIMIZER = {"optimizer": partial(AdamW, lr=1e-3), "lr_scheduler": partial(CosineDecay, warmup=0.2)}
 
@@ -40,6 +43,13 @@ def embedder(checkpoint: Path) -> RetrievalModule:
 def all_weights(checkpoint: Path, **options: Any) -> RetrievalModule:
     torch.manual_seed(0)
     return module(checkpoint, InfoNCE(0.05), **OPTIMIZER, **options)
+
+
+def fresh(checkpoint: Path) -> RetrievalModule:
+    """Not configured: where weights are cut into shards, that is for the trainer to do."""
+    torch.manual_seed(0)
+    loss = InfoNCE(0.05, learnable_temperature=True)
+    return EmbeddingModule(Qwen3VL(str(checkpoint)), LastToken(), loss, adapters=[Freeze(["vision"])], **OPTIMIZER)
 
 
 def kept_features(checkpoint: Path, cache: FeatureCache | None = None) -> RetrievalModule:
@@ -70,7 +80,7 @@ class Setting:
         data: Options of the data module.
         sources: How its training rows are mixed; null for the rows of one file.
         trainer: Options of Lightning's trainer.
-        processes: How many there are.
+        strategy: Makes the strategy of two processes; null for one process.
         callbacks: Makes callbacks that keep files in a folder.
     """
 
@@ -78,7 +88,7 @@ class Setting:
     data: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, Any] | None = None
     trainer: dict[str, Any] = field(default_factory=dict)
-    processes: int = 1
+    strategy: Callable[[], Strategy] | None = None
     callbacks: Callable[[Path], list[Callback]] = lambda folder: []
 
     def data_module(self, folder: Path) -> RetrievalDataModule:
@@ -108,7 +118,13 @@ SETTINGS = {
     "two processes": Setting(
         data={"batch_size": 1},
         trainer={"accumulate_grad_batches": 3, "val_check_interval": 2},
-        processes=2,
+        strategy=partial(DDPStrategy, process_group_backend="gloo"),
+    ),
+    "shards": Setting(
+        fresh,
+        data={"batch_size": 1, "chunk_size": 2},
+        trainer={"val_check_interval": 3},
+        strategy=partial(ModelParallelStrategy, ddp.WORLD_SIZE, 1, False, process_group_backend="gloo"),
     ),
 }
 
@@ -120,7 +136,7 @@ def write_data(folder: Path) -> None:
 
 
 class SaveEverywhere(Checkpoint):
-    """Writes a checkpoint after every batch, validation and epoch, after all other callbacks.
+    """Writes a checkpoint after every batch, in every validation and after it, and after every epoch.
 
     Args:
         folder: Where to.
@@ -140,6 +156,9 @@ class SaveEverywhere(Checkpoint):
     def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
         self.losses.append(float(trainer.callback_metrics["train/loss"]))
         self.save(trainer, "batch")
+
+    def on_validation_batch_end(self, trainer: lightning.Trainer, pl_module: Any, *_: Any) -> None:
+        self.save(trainer, "validating")
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         self.save(trainer, "validation")
@@ -173,8 +192,8 @@ def train(setting: Setting, checkpoint: Path, data: Path, folder: Path, resume: 
     saver = SaveEverywhere(folder)
     logger = CSVLogger(folder, name="run")
     options = {"enable_checkpointing": True, "max_epochs": 2, "log_every_n_steps": 1, **setting.trainer}
-    if setting.processes > 1:
-        options |= {"devices": setting.processes, "strategy": DDPStrategy(process_group_backend="gloo")}
+    if setting.strategy is not None:
+        options |= {"devices": ddp.WORLD_SIZE, "strategy": setting.strategy()}
     callbacks = [*setting.callbacks(folder.parent / "best"), saver]
     run = trainer(logger=logger, callbacks=callbacks, **options)
     model = setting.model(checkpoint)

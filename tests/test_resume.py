@@ -23,16 +23,18 @@ from vlmembed.modules.randomness import random_state, restore_random_state
 #: In each setting, checkpoints with different things left to do.
 CHOSEN = {
     "LoRA": ["03 batch", "04 batch", "04 validation", "04 epoch"],
-    "accumulation": ["02 batch", "02 validation", "04 batch", "05 batch"],
+    "accumulation": ["02 batch", "02 validating", "02 validation", "04 batch", "05 batch"],
     "features": ["02 batch", "03 batch", "04 batch"],
     "limited": ["02 batch", "03 batch", "06 batch", "06 validation"],
     "steps": ["04 epoch", "06 batch", "06 validation"],
     "mixture": ["05 batch", "07 epoch"],
     "reranker": ["03 batch", "03 validation"],
     "watched": ["03 batch", "05 batch", "07 validation", "11 validation"],
-    "two processes": ["02 batch", "04 batch"],
+    "two processes": ["02 batch", "04 validating"],
+    "shards": ["03 batch", "04 epoch"],
 }
-ALONE = [name for name, setting in SETTINGS.items() if setting.processes == 1]
+ALONE = [name for name, setting in SETTINGS.items() if setting.strategy is None]
+TOGETHER = [name for name in SETTINGS if name not in ALONE]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,8 @@ def check(setting: Setting, checkpoint: Path, data: Path, folder: Path, whole: L
     losses, rows = whole.after(path, batches)
     assert rest.losses == losses, path.stem
     assert rest.rows == rows, path.stem
-    later = whole.written[number + 1 :]
+    # A validation begins anew.
+    later = whole.written[number if path.stem.endswith("validating") else number + 1 :]
     assert len(rest.written) == len(later)
     for (found, _), (expected, _) in zip(rest.written, later, strict=True):
         assert found.name == expected.name
@@ -82,8 +85,9 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_been(checkpoint: Path, data: Pa
     check_all(name, checkpoint, data, tmp_path, CHOSEN[name])
 
 
-def test_two_resumed_processes_go_on_as_if_nothing_had_been(checkpoint: Path, data: Path, tmp_path: Path) -> None:
-    ddp.run(check_all, "two processes", checkpoint, data, tmp_path, CHOSEN["two processes"])
+@pytest.mark.parametrize("name", TOGETHER)
+def test_two_processes_go_on_as_if_nothing_had_been(checkpoint: Path, data: Path, tmp_path: Path, name: str) -> None:
+    ddp.run(check_all, name, checkpoint, data, tmp_path, CHOSEN[name])
 
 
 def test_all_generators_go_on_where_they_were(tmp_path: Path) -> None:
@@ -143,5 +147,6 @@ def test_resumed_from_every_checkpoint(checkpoint: Path, data: Path, tmp_path: P
 
 
 @pytest.mark.slow
-def test_two_processes_resumed_from_every_checkpoint(checkpoint: Path, data: Path, tmp_path: Path) -> None:
-    ddp.run(check_all, "two processes", checkpoint, data, tmp_path, None)
+@pytest.mark.parametrize("name", TOGETHER)
+def test_two_processes_resumed_from_every_checkpoint(checkpoint: Path, data: Path, tmp_path: Path, name: str) -> None:
+    ddp.run(check_all, name, checkpoint, data, tmp_path, None)

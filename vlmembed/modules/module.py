@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning import LightningModule
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -21,17 +19,16 @@ from vlmembed.data import Task
 from vlmembed.encoder import Encoder
 from vlmembed.features import FeatureCache
 from vlmembed.memory import StepPeak, graph_bytes
-from vlmembed.modules import frozen
 from vlmembed.modules.optimization import parameter_groups, refuse_untouched_parameters, total_steps
 from vlmembed.modules.preparation import start_engine
-from vlmembed.modules.resuming import ExactResume
+from vlmembed.modules.resumable import Resumable
 from vlmembed.sharding import refuse_strategy, shard
 from vlmembed.types import Preprocessor
 
 SchedulerCallable = Callable[[Optimizer, int], LRScheduler]
 
 
-class RetrievalModule(LightningModule, ABC):
+class RetrievalModule(Resumable, ABC):
     """Trains an encoder through a gradient cache, and measures it.
 
     Args:
@@ -71,8 +68,6 @@ class RetrievalModule(LightningModule, ABC):
         self._features = features
         self._configured = False
         self._gradients_checked = False
-        #: What is frozen, as it was read; see `frozen.sums`.
-        self.frozen_sums: dict[str, int] = {}
         self._metrics = nn.ModuleList()
 
     @property
@@ -127,7 +122,7 @@ class RetrievalModule(LightningModule, ABC):
         if self.device_mesh is not None:
             shard(self.encoder, self.device_mesh)
         else:
-            self.frozen_sums = frozen.sums(self)
+            self.recognise_frozen()
         self._configured = True
 
     def check(self) -> None:
@@ -148,40 +143,6 @@ class RetrievalModule(LightningModule, ABC):
             return optimizer
         schedule = self._lr_scheduler(optimizer, total_steps(self.trainer))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    # Checkpoints
-
-    def configure_callbacks(self) -> list[Callback]:
-        """Let every run be one that goes on exactly."""
-        return [ExactResume()]
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave out what is frozen; of a model in shards, nothing."""
-        if not distributed.is_sharded(self.encoder):
-            frozen.leave_out(checkpoint, self, self.frozen_sums)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Let frozen weights that a checkpoint left out be this module's own, if they are the same.
-
-        Raises:
-            ValueError: If they are not, or weights are missing.
-        """
-        # Else it has been looked through already.
-        self.strict_loading = frozen.KEY not in checkpoint
-        if not self.strict_loading:
-            checkpoint["state_dict"] = frozen.completed(checkpoint, self, self.frozen_sums)
-
-    def load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the weights of a checkpoint.
-
-        Args:
-            checkpoint: What its file holds.
-
-        Raises:
-            ValueError: If they are not this model's.
-        """
-        self.on_load_checkpoint(checkpoint)
-        self.load_state_dict(checkpoint["state_dict"], strict=self.strict_loading)
 
     # Training
 

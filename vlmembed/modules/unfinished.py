@@ -63,6 +63,9 @@ def settle(loops: dict[str, Any], when: Moment, max_steps: int) -> bool:
     for progress in (loops["epoch_progress"] if when == "epoch" else loops["epoch_loop.batch_progress"]).values():
         if isinstance(progress, dict):
             progress["completed"] = progress["processed"]
+    if when == "validating":
+        begun = loops["epoch_loop.val_loop.batch_progress"]
+        begun["total"] = {name: count - begun["current"][name] for name, count in begun["total"].items()}
     steps = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]
     ends = when != "epoch" and steps["completed"] == max_steps
     steps["completed"] -= ends
