@@ -111,7 +111,9 @@ SETTINGS = {
         sources={"weights": [2.0, 1.0], "one_source_batches": True},
         trainer={"val_check_interval": 3},
     ),
-    "reranker": Setting(reranker, trainer={"accumulate_grad_batches": 2, "val_check_interval": 3}),
+    "reranker": Setting(
+        reranker, trainer={"accumulate_grad_batches": 2, "val_check_interval": 3, "log_every_n_steps": 2}
+    ),
     "watched": Setting(
         trainer={"accumulate_grad_batches": 2, "val_check_interval": 3, "max_epochs": 9}, callbacks=watchers
     ),

@@ -31,7 +31,9 @@ class ExactResume(Callback):
     that is resumed from any checkpoint written after a batch, a validation or an epoch goes on to the bit as it would
     have.
 
-    A source that draws at random in a loader's worker is not covered: let it depend on the row alone.
+    Not covered are a source that draws at random in a loader's worker (let it depend on the row alone), features that
+    are kept in memory (rounded otherwise when they are computed anew; `vlmembed.features.OnDisk` keeps them), and a GPU,
+    whose sums come in any order, and whose memory may run out at another step.
     """
 
     def __init__(self) -> None:
