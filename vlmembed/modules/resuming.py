@@ -32,7 +32,7 @@ class ExactResume(Callback):
     have.
 
     Not covered are a source that draws at random in a loader's worker (let it depend on the row alone), features that
-    are kept in memory (rounded otherwise when they are computed anew; `vlmembed.features.OnDisk` keeps them), and a GPU,
+    are kept in memory (computed anew, they are rounded otherwise; `vlmembed.features.OnDisk` keeps them), and a GPU,
     whose sums come in any order, and whose memory may run out at another step.
     """
 
