@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 
 from vlmembed import distributed
@@ -21,8 +20,8 @@ from vlmembed.modules.unfinished import accumulates, finish, moment, settle, unw
 KEY = "resuming"
 
 
-class ExactResume(Callback):
-    """Keeps in every checkpoint what Lightning does not, and takes it up again. Every module brings it along.
+class Resumption:
+    """Keeps in every checkpoint what Lightning does not, and takes it up again.
 
     That is: the random state of every process; accumulated gradients, where the checkpoint is written before the step
     that they are for; the values that callbacks watch; whether the run was about to stop; the row of ``metrics.csv``
@@ -40,13 +39,14 @@ class ExactResume(Callback):
         self._state: dict[str, Any] = {}
         self._step_was_taken_off = False
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def write(self, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add to a checkpoint. Every process calls it."""
+        trainer = module.trainer
         checkpoint[KEY] = {
             "moment": moment(trainer),
             "step": trainer.global_step,
             "random": distributed.collect(random_state()),
-            "gradients": _gradients(pl_module) if accumulates(trainer) else None,
+            "gradients": _gradients(module) if accumulates(trainer) else None,
             "metrics": {name: value.detach().cpu() for name, value in trainer.callback_metrics.items()},
             "stops": trainer.should_stop,
             "saving": saving_state(trainer),
@@ -54,26 +54,27 @@ class ExactResume(Callback):
             "rows": _rows(trainer),
         }
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Remember what to take up, if training goes on.
+    def read(self, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Remember what to take up, if it is training that goes on.
 
         Raises:
             ValueError: If other processes accumulated gradients than there are now.
         """
-        self._state = checkpoint.get(KEY, {}) if trainer.training else {}
+        self._state = checkpoint.get(KEY, {}) if module.trainer.training else {}
         if self._state:
             _refuse_other_processes(self._state)
             loops = checkpoint["loops"]["fit_loop"]
-            self._step_was_taken_off = settle(loops, self._state["moment"], trainer.max_steps)
+            self._step_was_taken_off = settle(loops, self._state["moment"], module.trainer.max_steps)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take it up, and do what was left to do."""
+    def take_up(self, module: LightningModule) -> None:
+        """Take it up, and do what was left to do, as training begins."""
         state, self._state = self._state, {}
         if not state:
             return
+        trainer = module.trainer
         _restore_random_state(state["random"])
         if state["gradients"] is not None:
-            _restore_gradients(pl_module, state["gradients"])
+            _restore_gradients(module, state["gradients"])
         trainer._logger_connector._callback_metrics.update(state["metrics"])
         trainer.should_stop = state["stops"]
         restore_saving_state(trainer, state["saving"], state["step"])
