@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from building import Recorder, batch, examples, fit, module, relative_difference, trainer, write_rows
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from peft import LoraConfig
 from torch.optim import SGD
@@ -19,7 +18,7 @@ from vlmembed.backbones import Qwen3VL
 from vlmembed.data import RetrievalDataModule
 from vlmembed.losses import InfoNCE, Matryoshka
 from vlmembed.metrics import METRICS
-from vlmembed.modules import CosineDecay, EmbeddingModule
+from vlmembed.modules import EmbeddingModule
 from vlmembed.pooling import LastToken
 
 LEARNING_RATE = 0.01
@@ -155,31 +154,3 @@ def test_names_in_metrics_csv_with_several_sets(checkpoint: Path, tmp_path: Path
     }
     assert found.keys() == expected | {"train/loss", "epoch", "step"}
     assert "val/large/ndcg@10" in found
-
-
-# Resuming
-
-
-def run(checkpoint: Path, rows: Path, folder: Path, resume: Path | None = None) -> Recorder:
-    """Train for two epochs of four batches, or the rest of them, keeping every step."""
-    torch.manual_seed(0)
-    data = RetrievalDataModule(str(rows), batch_size=2, chunk_size=3, num_workers=0)
-    lora = LoRA(LoraConfig(r=2, target_modules=["q_proj", "qkv"], init_lora_weights=False))
-    loss = InfoNCE(0.05, learnable_temperature=True)
-    model = module(checkpoint, loss, adapters=[lora], lr_scheduler=partial(CosineDecay, warmup=0.2))
-    saver = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=1)
-    recorder = Recorder()
-    options = {"enable_checkpointing": True, "callbacks": [saver, recorder], "log_every_n_steps": 1, "max_epochs": 2}
-    trainer(**options).fit(model, datamodule=data, ckpt_path=resume)
-    return recorder
-
-
-def test_a_resumed_run_ends_with_the_same_bits(checkpoint: Path, tmp_path: Path) -> None:
-    rows = write_rows(tmp_path / "rows.jsonl")
-    whole = run(checkpoint, rows, tmp_path / "whole")
-    assert len(whole.losses) == 8
-    for done in (3, 6):
-        rest = run(checkpoint, rows, tmp_path / f"rest {done}", tmp_path / "whole" / f"step={done}.ckpt")
-        assert rest.losses == whole.losses[done:]
-        for name, tensor in whole.weights[-1].items():
-            assert torch.equal(rest.weights[-1][name], tensor)

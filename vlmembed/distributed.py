@@ -26,10 +26,31 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Return which process this is, 0 where there is no process group."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
 def print_once(text: str) -> None:
     """Print in the first process only."""
-    if world_size() == 1 or dist.get_rank() == 0:
+    if rank() == 0:
         print(text)
+
+
+def collect(value: Any) -> list[Any]:
+    """Bring every process's value to the first process.
+
+    Args:
+        value: This process's; tensors in it are best on the CPU.
+
+    Returns:
+        In the first process, all values by rank; nothing in the others.
+    """
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(value, values)
+    return values or []
 
 
 def total(number: int) -> int:

@@ -129,19 +129,19 @@ class Trainer(lightning.Trainer):
         """
         if self.exporter is None:
             raise ValueError("There is nothing to export with: set trainer.exporter.")
-        weights: Mapping[str, Tensor] | None = None
+        checkpoint: dict[str, Any] | None = None
         if ckpt_path is None and is_sharded(model):
-            weights = whole_weights(model)
+            checkpoint = {"state_dict": whole_weights(model)}
         folder = Path(output_dir) if output_dir else self.export_folder  # Which all processes are asked for.
         if not self.is_global_zero:
             return
         refuse_used(folder)
         if ckpt_path is not None:
-            weights = self._weights_of(Path(ckpt_path), weights_only)
+            checkpoint = self._read(Path(ckpt_path), weights_only)
         model.configure_model()
         model.gather()
-        if weights is not None:
-            model.load_state_dict(weights)
+        if checkpoint is not None:
+            model.load_checkpoint(checkpoint)
         model.to(self.strategy.root_device)
         self.exporter.export(
             model.encoder,
@@ -160,14 +160,12 @@ class Trainer(lightning.Trainer):
         if push_to_hub is not None:
             print(f"Uploaded: {push(folder, push_to_hub, private, revision)}")
 
-    def _weights_of(self, checkpoint: Path, weights_only: bool | None) -> Mapping[str, Tensor]:
+    def _read(self, checkpoint: Path, weights_only: bool | None) -> dict[str, Any]:
         if checkpoint.is_dir():
             raise ValueError(
                 f"The checkpoint {checkpoint} is a folder of shards. Make it one file with `python -m "
                 f"lightning.pytorch.utilities.consolidate_checkpoint {checkpoint}`, or train with "
                 "ModelParallelStrategy(save_distributed_checkpoint=False)."
             )
-        weights: Mapping[str, Tensor] = self.strategy.checkpoint_io.load_checkpoint(
-            checkpoint, weights_only=weights_only
-        )["state_dict"]
-        return weights
+        content: dict[str, Any] = self.strategy.checkpoint_io.load_checkpoint(checkpoint, weights_only=weights_only)
+        return content

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import torch
 from lightning import LightningModule
-from torch import Tensor
 
 from vlmembed.ablation.report import html_environment
 from vlmembed.ablation.results import csv_text, write_whole
 from vlmembed.data import Task
 from vlmembed.metrics import METRICS, RetrievalMetrics
-from vlmembed.modules import EmbeddingModule
+from vlmembed.modules import EmbeddingModule, frozen
 from vlmembed.pooling import (
     FirstToken,
     LastToken,
@@ -96,7 +95,7 @@ class Probe(LightningModule):
             return
         self.model.configure_model()
         if self.checkpoint is not None:
-            self.model.encoder.backbone.load_state_dict(_backbone_weights(self.checkpoint))
+            _load_backbone(self.model, self.checkpoint)
         self._read_outs = {name: build() for name, build in READ_OUTS.items()}
         for pooling in self._read_outs.values():
             pooling.template = self.model.encoder.backbone.preprocessor.template
@@ -169,15 +168,15 @@ def _csv(rows: Sequence[Row]) -> str:
     return csv_text(["evaluation set", "pooling", "layer", "dimension", *METRICS], lines)
 
 
-def _backbone_weights(checkpoint: str) -> dict[str, Tensor]:
-    """Read what a run's checkpoint has of the backbone.
+def _load_backbone(model: EmbeddingModule, path: str) -> None:
+    """Take up what a run's checkpoint has of the backbone.
 
     Raises:
-        ValueError: If it has nothing of one.
+        ValueError: If it has nothing of one, or of another one.
     """
-    prefix = "encoder.backbone."
-    weights = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
-    found = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
-    if not found:
-        raise ValueError(f"{checkpoint} has no weights of an embedding module; name a checkpoint that `fit` wrote.")
-    return found
+    prefix, backbone = "encoder.backbone.", model.encoder.backbone
+    checkpoint = frozen.part_of(torch.load(path, map_location="cpu", weights_only=True), prefix)
+    if not any(checkpoint.values()):
+        raise ValueError(f"{path} has no weights of an embedding module; name a checkpoint that `fit` wrote.")
+    weights = frozen.completed(checkpoint, backbone, frozen.within(model.frozen_sums, prefix))
+    backbone.load_state_dict(weights, strict=False)

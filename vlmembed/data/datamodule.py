@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from vlmembed.data.batches import Batches
 from vlmembed.data.collate import PATCH_COST
 from vlmembed.data.evaluation import EvaluationSource
-from vlmembed.data.loader import ExampleLists, ResumableLoader
+from vlmembed.data.loader import ExampleLists, ResumableLoader, own_generator
 from vlmembed.data.mixture import Mixture
 from vlmembed.data.reranking import RerankingSource
 from vlmembed.data.sources import Rows, Source
@@ -164,8 +164,13 @@ class RetrievalDataModule(LightningDataModule):
     @property
     def _loader_options(self) -> dict[str, Any]:
         on_gpu = self._trainer.strategy.root_device.type == "cuda"
-        options = {"batch_size": None, "num_workers": self.num_workers, "pin_memory": on_gpu}
-        return {**options, "worker_init_fn": leave_stopping_to_parent}
+        return {
+            "batch_size": None,
+            "num_workers": self.num_workers,
+            "pin_memory": on_gpu,
+            "generator": own_generator(self.seed),
+            "worker_init_fn": leave_stopping_to_parent,
+        }
 
     @property
     def _trainer(self) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from vlmembed.data.batches import Batches
@@ -57,9 +58,12 @@ class ResumableLoader(DataLoader):
     """
 
     sampler: Batches
+    _batch = 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self._batch = self.sampler.skip
+        # The same in every run that comes to this epoch, resumed or not.
+        self.generator = own_generator(self.sampler.seed, self.sampler.epoch, self.sampler.rank)
         for batch in super().__iter__():
             # Counted when handed out, not when a worker reads ahead; a checkpoint is written after the batch's step.
             self._batch += 1
@@ -67,12 +71,22 @@ class ResumableLoader(DataLoader):
 
     def state_dict(self) -> dict[str, int]:
         """Say which rows of which epoch have been handed out, over all processes."""
-        return {"epoch": self.sampler.epoch, "rows": getattr(self, "_batch", 0) * self.sampler.global_size}
+        return {"epoch": self.sampler.epoch, "rows": self._batch * self.sampler.global_size}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue after them, in the same order if the global batch is of the same size."""
         self.sampler.set_epoch(state["epoch"])
-        self.sampler.skip = state["rows"] // self.sampler.global_size
+        # Of both: another checkpoint may be written before a batch is asked for.
+        self._batch = self.sampler.skip = state["rows"] // self.sampler.global_size
+
+
+def own_generator(*seeds: int) -> torch.Generator:
+    """Return what a loader seeds its workers from, so that starting them draws nothing from the run's random state.
+
+    Args:
+        *seeds: Numbers that make it another one.
+    """
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(seeds).generate_state(1)[0]))
 
 
 def shard(costs: Sequence[int], batch_size: int, rank: int, world_size: int) -> list[list[int]]:

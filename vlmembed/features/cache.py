@@ -163,7 +163,9 @@ class FeatureCache(ABC):
 class InMemory(FeatureCache):
     """Keeps the features in the training process's memory, until it ends.
 
-    Where several processes run, each keeps its own: an image is computed once by every process that meets it.
+    Where several processes run, each keeps its own: an image is computed once by every process that meets it. A run
+    that goes on from a checkpoint computes them anew, with other images beside them, so that they are rounded
+    otherwise; ``OnDisk`` keeps them to the bit.
 
     Args:
         limit_gib: The most to keep, in GiB per process.

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -22,13 +21,14 @@ from vlmembed.features import FeatureCache
 from vlmembed.memory import StepPeak, graph_bytes
 from vlmembed.modules.optimization import parameter_groups, refuse_untouched_parameters, total_steps
 from vlmembed.modules.preparation import start_engine
+from vlmembed.modules.resumable import Resumable
 from vlmembed.sharding import refuse_strategy, shard
 from vlmembed.types import Preprocessor
 
 SchedulerCallable = Callable[[Optimizer, int], LRScheduler]
 
 
-class RetrievalModule(LightningModule, ABC):
+class RetrievalModule(Resumable, ABC):
     """Trains an encoder through a gradient cache, and measures it.
 
     Args:
@@ -121,6 +121,8 @@ class RetrievalModule(LightningModule, ABC):
         self.check()
         if self.device_mesh is not None:
             shard(self.encoder, self.device_mesh)
+        else:
+            self.recognise_frozen()
         self._configured = True
 
     def check(self) -> None:

@@ -14,6 +14,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
+from vlmembed.modules.resuming import rows_written
 from vlmembed.runs.checkpoints import DRAFT, newest_checkpoint
 from vlmembed.runs.configuration import FILE
 from vlmembed.runs.metrics import METRICS, open_log
@@ -51,10 +52,10 @@ def fit_folder(trainer: Trainer, ckpt_path: str | None) -> Iterator[str | None]:
         print(f"There is no run in {logger.root_dir} to go on with: a new one begins.")
         ckpt_path = None
     with _locked(folder or _claimed(logger)):
-        step = 0
+        rows = 0
         if folder is not None:
-            ckpt_path, step = _newest(trainer, logger, folder)
-        open_log(logger, step)
+            ckpt_path, rows = _newest(trainer, logger, folder)
+        open_log(logger, rows)
         yield ckpt_path
 
 
@@ -147,7 +148,7 @@ def _newest(trainer: Trainer, logger: CSVLogger, folder: Path) -> tuple[str | No
         return None, 0
     path, content = found
     print(f"Going on with {folder}, after step {content['global_step']}: {path.name}.")
-    return str(path), content["global_step"]
+    return str(path), rows_written(content) or 0
 
 
 def _checkpoint_folders(trainer: Trainer, folder: Path) -> list[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import warnings
+from itertools import islice
 from pathlib import Path
 
 from lightning.pytorch.loggers import CSVLogger
@@ -15,12 +16,12 @@ METRICS = "metrics.csv"
 KEPT = "metrics.csv.kept"
 
 
-def open_log(logger: CSVLogger, step: int) -> None:
+def open_log(logger: CSVLogger, count: int) -> None:
     """Have a logger begin, or go on with the log that is in its folder, where Lightning's would delete it.
 
     Args:
         logger: Which nothing was logged with.
-        step: Rows of this step and later ones are dropped: they are about to be logged again.
+        count: How many rows of it to keep; later ones are about to be logged again.
     """
     log, kept = Path(logger.log_dir, METRICS), Path(logger.log_dir, KEPT)
     if log.exists():
@@ -33,7 +34,7 @@ def open_log(logger: CSVLogger, step: int) -> None:
     with kept.open(newline="") as file:
         reader = csv.DictReader(file)
         names = [*(reader.fieldnames or ())]
-        rows = [row for row in reader if row["step"] and int(row["step"]) < step]
+        rows = [*islice(reader, count)]
     if rows:
         draft = log.with_suffix(".draft")
         with draft.open("w", newline="") as file:

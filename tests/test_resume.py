@@ -1,0 +1,182 @@
+"""A run that is resumed, from whatever checkpoint, ends with the bits of the one that was not interrupted.
+
+Everything is compared: losses, the rows of metrics.csv, and all of every checkpoint that is written afterwards, which
+holds weights, optimizer, schedule, random states, gradients, loops and callbacks.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import ddp
+import numpy as np
+import pytest
+import torch
+from interrupted import SETTINGS, Left, Setting, differences, embedder, kept_features, load, train, write_data
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from vlmembed.features import InMemory
+from vlmembed.modules import EmbeddingModule
+from vlmembed.modules.randomness import random_state, restore_random_state
+
+#: In each setting, checkpoints with different things left to do.
+CHOSEN = {
+    "LoRA": ["03 batch", "04 batch", "04 validation", "04 epoch"],
+    "accumulation": ["02 batch", "02 validating", "02 validation", "04 batch", "05 batch"],
+    "features": ["02 batch", "03 batch", "04 batch"],
+    "limited": ["02 batch", "03 batch", "06 batch", "06 validation"],
+    "steps": ["04 epoch", "06 batch", "06 validation"],
+    "mixture": ["05 batch", "07 epoch"],
+    "reranker": ["03 batch", "03 validation"],
+    "watched": ["03 batch", "05 batch", "07 validation", "11 validation"],
+    "two processes": ["02 batch", "04 validating"],
+    "shards": ["03 batch"],
+}
+ALONE = [name for name, setting in SETTINGS.items() if setting.strategy is None]
+TOGETHER = [name for name in SETTINGS if name not in ALONE]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_data(folder)
+    return folder
+
+
+def check_all(name: str, checkpoint: Path, data: Path, folder: Path, chosen: list[str] | None) -> None:
+    """Resume from checkpoints of a run: those chosen, or all."""
+    whole = train(SETTINGS[name], checkpoint, data, folder / "whole")
+    written = [path.stem for path, _ in whole.written]
+    for stem in written if chosen is None else chosen:
+        check(SETTINGS[name], checkpoint, data, folder, whole, written.index(stem))
+
+
+def check(setting: Setting, checkpoint: Path, data: Path, folder: Path, whole: Left, number: int) -> None:
+    """Resume from one checkpoint; compare what comes after it, the checkpoints that are written then included."""
+    path, batches = whole.written[number]
+    rest = train(setting, checkpoint, data, folder / f"from {path.stem}", path)
+    losses, rows = whole.after(path, batches)
+    assert rest.losses == losses, path.stem
+    assert rest.rows == rows, path.stem
+    # A validation begins anew.
+    later = whole.written[number if path.stem.endswith("validating") else number + 1 :]
+    assert len(rest.written) == len(later)
+    for (found, _), (expected, _) in zip(rest.written, later, strict=True):
+        assert found.name == expected.name
+        assert differences(comparable(found, len(whole.rows) - len(rows)), comparable(expected)) == [], path.stem
+
+
+def comparable(path: Path, rows_before: int = 0) -> dict[str, Any]:
+    """What a checkpoint has, if metrics.csv had begun with some rows."""
+    found = load(path)
+    found["resuming"]["rows"] += rows_before
+    for state in found["resuming"]["random"]:
+        # Checking types at random draws from it, in tests; see below.
+        del state["python"]
+    for state in found["callbacks"].values():
+        # Of the last save; Lightning writes it down, and neither reads nor uses it.
+        state.pop("current_score", None)
+    return found
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_a_resumed_run_goes_on_as_if_nothing_had_been(checkpoint: Path, data: Path, tmp_path: Path, name: str) -> None:
+    check_all(name, checkpoint, data, tmp_path, CHOSEN[name])
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_two_processes_go_on_as_if_nothing_had_been(checkpoint: Path, data: Path, tmp_path: Path, name: str) -> None:
+    ddp.run(check_all, name, checkpoint, data, tmp_path, CHOSEN[name])
+
+
+@pytest.mark.parametrize(("stem", "complaint"), [("02 batch", "by 2 processes; this run has 1"), ("03 batch", None)])
+def test_other_processes_are_refused_or_warned_of(
+    checkpoint: Path, data: Path, tmp_path: Path, stem: str, complaint: str | None
+) -> None:
+    """Gradients belong to one process each; with other random numbers, a run may well go on."""
+    whole = train(SETTINGS["accumulation"], checkpoint, data, tmp_path / "whole")
+    path = next(path for path, _ in whole.written if path.stem == stem)
+    changed = load(path)
+    changed["resuming"]["random"] *= 2
+    torch.save(changed, path)
+    if complaint:
+        with pytest.raises(ValueError, match=complaint):
+            train(SETTINGS["accumulation"], checkpoint, data, tmp_path / "rest", path)
+    else:
+        with pytest.warns(UserWarning, match="random states of 2 processes, and this run has 1"):
+            train(SETTINGS["accumulation"], checkpoint, data, tmp_path / "rest", path)
+
+
+def test_a_checkpoint_from_the_middle_of_a_step_says_so(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    class Breaks(ModelCheckpoint):
+        def on_before_zero_grad(self, trainer: Any, *_: Any) -> None:
+            trainer.save_checkpoint(tmp_path / "broken.ckpt")
+
+    setting = Setting(callbacks=lambda folder: [Breaks()], trainer={"max_steps": 2})
+    train(setting, checkpoint, data, tmp_path / "whole")
+    with pytest.warns(UserWarning, match="in the middle of a step, whose batch is lost"):
+        train(Setting(), checkpoint, data, tmp_path / "rest", tmp_path / "broken.ckpt")
+
+
+def test_all_generators_go_on_where_they_were(tmp_path: Path) -> None:
+    def draw() -> tuple[Any, ...]:
+        numbers = random.gauss(0, 1), random.random(), np.random.normal(), np.random.random(3).tolist()  # noqa: NPY002
+        return *numbers, torch.randn(3).tolist(), torch.rand(20).tolist()
+
+    # Both keep the second of two Gaussian numbers.
+    draw()
+    torch.save(random_state(), tmp_path / "state.pt")
+    expected = draw()
+    draw()
+    restore_random_state(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert draw() == expected
+
+
+def test_features_in_memory_are_computed_again_and_rounded_otherwise(
+    checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    """Equal images come in other groups, whose products are sums of float32 in another order."""
+    setting = Setting(lambda checkpoint: kept_features(checkpoint, InMemory(limit_gib=0.1)))
+    whole = train(setting, checkpoint, data, tmp_path / "whole")
+    path, batches = whole.written[2]
+    rest = train(setting, checkpoint, data, tmp_path / "rest", path)
+    assert rest.losses == pytest.approx(whole.losses[batches:], rel=1e-5)
+
+
+class Estimating(EmbeddingModule):
+    """Asks Lightning how long the run is, as many modules do."""
+
+    def configure_optimizers(self) -> Any:
+        assert self.trainer.estimated_stepping_batches == 8
+        return super().configure_optimizers()
+
+
+def test_lightning_forgets_the_place_in_the_epoch_where_a_module_asks_it_for_the_steps(
+    checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    """Why `total_steps` counts by itself. If this fails, Lightning is mended, and it need not any more."""
+
+    def estimating(checkpoint: Path) -> EmbeddingModule:
+        built = embedder(checkpoint)
+        built.__class__ = Estimating
+        return built
+
+    for setting, forgets in ((Setting(), False), (Setting(estimating), True)):
+        whole = train(setting, checkpoint, data, tmp_path / f"whole {forgets}")
+        path, batches = next((path, batches) for path, batches in whole.written if path.stem == "02 batch")
+        rest = train(setting, checkpoint, data, tmp_path / f"rest {forgets}", path)
+        assert (rest.losses != whole.losses[batches:]) == forgets
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALONE)
+def test_resumed_from_every_checkpoint(checkpoint: Path, data: Path, tmp_path: Path, name: str) -> None:
+    check_all(name, checkpoint, data, tmp_path, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TOGETHER)
+def test_two_processes_resumed_from_every_checkpoint(checkpoint: Path, data: Path, tmp_path: Path, name: str) -> None:
+    ddp.run(check_all, name, checkpoint, data, tmp_path, None)
