@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from building import Recorder, lists, module, ranker, ranking_batch, trainer, write_rows
+from lightning import LightningModule
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
@@ -26,6 +27,7 @@ from vlmembed.backbones import Qwen3VL
 from vlmembed.data import RetrievalDataModule
 from vlmembed.losses import InfoNCE
 from vlmembed.modules import EmbeddingModule
+from vlmembed.modules.watch import EmbeddingWatch
 from vlmembed.pooling import LastToken
 
 OPTIMIZERS = {
@@ -134,6 +136,22 @@ def test_the_host_asks_the_device_once(checkpoint: Path, monkeypatch: pytest.Mon
     model = module(checkpoint)
     run(model, batches(model, 2), gradient_clip_val=1.0)
     assert asked == [1, 1]
+
+
+def test_guards_change_no_bit(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of gradients that Lightning would clip by itself, among other things."""
+    runs = []
+    for guarded in (True, False):
+        model = module(checkpoint, InfoNCE(0.05, learnable_temperature=True))
+        if not guarded:
+            monkeypatch.setattr(
+                EmbeddingModule, "configure_gradient_clipping", LightningModule.configure_gradient_clipping
+            )
+            monkeypatch.setattr(EmbeddingWatch, "note", lambda *_: None)
+        runs.append(run(model, batches(model, 4), gradient_clip_val=0.5))
+    one, other = runs
+    assert one.losses == other.losses
+    assert same(one.weights[-1], other.weights[-1])
 
 
 # Too many
