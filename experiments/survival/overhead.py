@@ -78,9 +78,7 @@ class Alternate(Callback):
             with_guards, without = (1000 * median(times) for times in zip(*pairs, strict=True))
             low, high = interval(pairs)
             print(f"| {clock} | {with_guards:.1f} ms | {without:.1f} ms | {ratio(pairs):.4f} ({low:.4f}–{high:.4f}) |")
-        print(
-            f"\nMedians of {len(pairs)} pairs of blocks, and a 95 % interval of their ratio, by bootstrap over pairs."
-        )
+        print(f"\nMedians of {len(pairs)} pairs of blocks, and a 95 % interval of the ratio, by bootstrap over pairs.")
 
 
 def interval(pairs: list[tuple[float, float]]) -> tuple[float, float]:
