@@ -74,7 +74,7 @@ def test_the_largest_number_is_known_everywhere() -> None:
 def test_gradients_are_clipped_as_pytorch_does(limit: float) -> None:
     """Where nothing is in shards; `test_sharding` has the rest."""
     found, expected = ([each for each in parameters_of(0) if each.dtype == torch.float32] for _ in range(2))
-    distributed.clip_gradients(found, limit)
+    distributed.clip_gradients(found, limit, distributed.gradient_norm(found))
     nn.utils.clip_grad_norm_(expected, limit)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one.grad, other.grad)

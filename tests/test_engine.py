@@ -7,6 +7,7 @@ import gc
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,9 +37,10 @@ from vlmembed.adapters import Adapter, Freeze, LoRA
 from vlmembed.data import RetrievalDataModule
 from vlmembed.engine import Engine
 from vlmembed.features import FeatureCache, InMemory
-from vlmembed.losses import InfoNCE, Matryoshka
+from vlmembed.losses import BinaryCrossEntropy, InfoNCE, Matryoshka
 from vlmembed.modules import EmbeddingModule
 from vlmembed.modules.embedding import joined_batch
+from vlmembed.modules.watch import EmbeddingWatch, ScoreWatch
 from vlmembed.types import Batch, Example, Inputs
 
 #: Sums in float32 in another order.
@@ -340,6 +342,24 @@ def test_joining_a_batch_never_waits_for_the_device(checkpoint: Path) -> None:
     with NoWaiting():
         queries, documents, _ = joined_batch(embeddings, data)
     assert (len(queries), len(documents)) == (len(data.queries), len(data.documents))
+
+
+@pytest.mark.usefixtures("on_meta")
+def test_watching_never_waits_for_the_device() -> None:
+    """But once in a hundred steps; see `test_numbers` for what a step asks."""
+    scores, mask = (torch.zeros(4, 5, device="meta", dtype=dtype) for dtype in (torch.float32, torch.bool))
+    embeddings = torch.zeros(4, 8, device="meta")
+    fitting: Any = SimpleNamespace(
+        trainer=SimpleNamespace(precision_plugin=SimpleNamespace(train_step_context=contextlib.nullcontext))
+    )
+    for watched, loss, given in (
+        (EmbeddingWatch(), InfoNCE(), (embeddings, embeddings, torch.eye(4, dtype=torch.int8))),
+        (ScoreWatch(), BinaryCrossEntropy(), (scores, scores, mask)),
+    ):
+        with NoWaiting():
+            watched.note(0, given, embeddings.sum())
+            watched.look(fitting, loss)
+        assert len(watched._seen) == 1
 
 
 def on_device(data: Batch, device: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -181,8 +181,14 @@ def test_update_refuses_rows_and_values():
         measured.update(torch.tensor([3, -1, 90]), torch.ones(3, 4))
     embeddings = torch.ones(3, 4)
     embeddings[1, 2] = torch.nan
-    with pytest.raises(ValueError, match=r"rows \[7\]"):
+    with pytest.raises(ValueError, match="embeddings of query 'q7' of evaluation set 'graded' are not finite"):
         measured.update(torch.tensor([3, 7, 2]), embeddings)
+    document = measured.evaluation.document_names[4]
+    with pytest.raises(ValueError, match=f"embeddings of document '{document}' of"):
+        measured.update(torch.tensor([3, 34, 2]), embeddings)
+    broken = "query 'q0', query 'q1', query 'q2', query 'q3', query 'q4' and 2 more"
+    with pytest.raises(ValueError, match=f"embeddings of {broken} of"):
+        measured.update(torch.arange(7), torch.full((7, 4), torch.inf))
 
 
 @pytest.mark.parametrize("dimensions", [(0,), (4, 4)])

@@ -163,7 +163,8 @@ def test_update_refuses_pairs_and_values() -> None:
         measured.update(torch.tensor([[1, column], *foreign]), torch.zeros(6))
     assert str(foreign) in str(error.value)
     for broken in (torch.nan, torch.inf, -torch.inf):
-        with pytest.raises(ValueError, match=rf"scores of candidates \[\[1, {column}\]\] of reranking set 'graded'"):
+        name = reranking.evaluation.document_names[column]
+        with pytest.raises(ValueError, match=f"1 of the scores of .*, such as that of query 'q1', document '{name}':"):
             measured.update(torch.tensor([[1, column]]), torch.tensor([broken]))
 
 

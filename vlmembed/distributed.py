@@ -53,13 +53,29 @@ def collect(value: Any) -> list[Any]:
     return values or []
 
 
+def gather_objects(value: Any) -> list[Any]:
+    """Return every process's value, in the order of ranks: plain values, which are pickled on their way."""
+    values = [value] * world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def total(number: int) -> int:
     """Add a number up over processes."""
-    if world_size() == 1:
-        return number
-    numbers = [0] * world_size()
-    dist.all_gather_object(numbers, number)
-    return sum(numbers)
+    return sum(gather_objects(number))
+
+
+def anywhere(found: Tensor) -> bool:
+    """Whether something is so in any process: what all of them have to decide alike. Waits for the device.
+
+    Args:
+        found: () whether it is in this one, where the processes talk.
+    """
+    if world_size() > 1:
+        found = found.int()
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return bool(found)
 
 
 def largest(number: int, device: torch.device) -> int:
@@ -168,19 +184,36 @@ def reduce_shards(module: nn.Module, now: bool) -> None:
         module.set_requires_gradient_sync(now)
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> None:
+def own_part(tensor: Tensor) -> Tensor:
+    """Return what this process holds of a tensor: a shard, or all of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Return the norm of all gradients together; some parameters may be in shards, others not.
+
+    Args:
+        parameters: The same in every process; one without gradient counts nothing.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    groups = [[each for each in gradients if isinstance(each, DTensor) == sharded] for sharded in (True, False)]
+    norms = [nn.utils.get_total_norm(group) for group in groups if group]
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    return torch.stack(whole).norm() if len(whole) > 1 else whole[0] if whole else torch.zeros(())
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, norm: Tensor) -> None:
     """Scale gradients so that their norm is no larger than a limit; some parameters may be in shards, others not.
 
     Args:
         parameters: The parameters, the same in every process.
         limit: The largest norm, over all of them together.
+        norm: What `gradient_norm` says of them.
     """
     trained = [parameter for parameter in parameters if parameter.grad is not None]
-    groups = [[each for each in trained if isinstance(each, DTensor) == sharded] for sharded in (True, False)]
-    norms = [nn.utils.get_total_norm([each.grad for each in group if each.grad is not None]) for group in groups]
-    total = torch.stack([norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]).norm()
-    for group in groups:
-        nn.utils.clip_grads_with_norm_(group, limit, total)
+    for sharded in (True, False):
+        group = [each for each in trained if isinstance(each, DTensor) == sharded]
+        nn.utils.clip_grads_with_norm_(group, limit, norm)
 
 
 def mean_gradients(parameters: Iterable[nn.Parameter]) -> None:

@@ -152,7 +152,7 @@ def _our_step(folder: Path, template: type, rows: list, frozen: bool, kind: str)
 
     def step() -> float:
         batch = collate(examples)
-        value = module.compute_loss(engine.embed(batch), batch)
+        value = module.loss(*module.joined(engine.embed(batch), batch))
         value.backward()
         engine.replay()
         optimizer.step()

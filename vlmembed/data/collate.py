@@ -73,6 +73,7 @@ class Collator:
             pairs=torch.tensor([*labels], dtype=torch.long).reshape(-1, 2),
             labels=torch.tensor([*labels.values()], dtype=torch.int8),
             scores=torch.tensor([scores[pair] for pair in labels]) if self.wants_scores else None,
+            origins=tuple(example.query.origin for example in examples),
         )
 
 

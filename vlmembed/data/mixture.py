@@ -8,7 +8,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from vlmembed.data.sources import Source
+from vlmembed.data.sources import Source, read
 from vlmembed.types import Example
 
 
@@ -49,8 +49,7 @@ class Mixture(Source):
         return sum(map(len, self.sources))
 
     def __getitem__(self, index: int) -> Example:
-        source, row = self._locate(index)
-        return source[row]
+        return read(*self._locate(index))
 
     def query_id(self, index: int) -> int:
         """See ``Source.query_id``."""

@@ -74,6 +74,7 @@ class PairCollator:
             queries=torch.tensor([query for query, _ in order]),
             documents=torch.tensor([document for _, document in order]),
             targets=torch.tensor([targets[key] for key in order]),
+            origins=tuple(example.query.origin for example in examples),
         )
 
     def _with_negatives(self, examples: Sequence[Example]) -> Iterator[Example]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from vlmembed.data.cells import to_item
 from vlmembed.data.columns import check_columns, to_example
 from vlmembed.data.folder import Folder, folder_of
 from vlmembed.data.tables import Table, open_table
-from vlmembed.types import Example
+from vlmembed.types import Example, Item
 
 
 class Source(ABC):
@@ -35,6 +36,19 @@ class Source(ABC):
     def query_id(self, index: int) -> int:
         """Return ``Item.id`` of the row's query: no batch asks one query twice. Override it where that is cheaper."""
         return self[index].query.id
+
+
+def read(source: Source, index: int) -> Example:
+    """Read a row whose items all say where they came from, whether the source says it or not."""
+    example = source[index]
+    if all(item.origin for item in (example.query, *example.documents)):
+        return example
+
+    def named(item: Item) -> Item:
+        return replace(item, origin=item.origin or f"{source.name}, row {index + 1}")
+
+    positives, negatives = (tuple(map(named, items)) for items in (example.positives, example.negatives))
+    return replace(example, query=named(example.query), positives=positives, negatives=negatives)
 
 
 class Rows(Source):

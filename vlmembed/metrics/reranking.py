@@ -12,7 +12,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
 from vlmembed.metrics.functions import METRICS, judgements, order_keys, ranks
-from vlmembed.metrics.shares import first_rows, gather_rows
+from vlmembed.metrics.shares import first_rows, gather_rows, named
 from vlmembed.types import RerankingSet
 
 
@@ -73,7 +73,11 @@ class RerankingMetrics(Metric):
             raise ValueError(f"reranking set {name!r} has no candidates {foreign} (query number, corpus column)")
         broken = rows[~scores.isfinite()].tolist()
         if broken:
-            raise ValueError(f"scores of candidates {broken} of reranking set {name!r} are not finite")
+            first = named(self.evaluation, [broken[0][0], len(self.evaluation.queries) + broken[0][1]])
+            raise ValueError(
+                f"{len(broken)} of the scores of reranking set {name!r} are not finite, such as that of {first}: look "
+                "at these, or, if all are broken, go on from an earlier checkpoint"
+            )
         self.places.append(self._order[sorted_places, None])
         self.scores.append(scores[:, None])
 

@@ -13,7 +13,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
 from vlmembed.metrics.functions import METRICS, judgements, order_keys, ranks
-from vlmembed.metrics.shares import first_rows, gather_rows
+from vlmembed.metrics.shares import first_rows, gather_rows, named
 from vlmembed.types import EvaluationSet
 
 #: Bounds the memory of scoring: this many query-document scores are looked at together (some 500 MiB with all copies).
@@ -65,7 +65,10 @@ class RetrievalMetrics(Metric):
             raise ValueError(f"evaluation set {self.evaluation.name!r} has {self._items} items, no rows {outside}")
         broken = rows[~embeddings.isfinite().all(1)].tolist()
         if broken:
-            raise ValueError(f"embeddings of rows {broken} of evaluation set {self.evaluation.name!r} are not finite")
+            raise ValueError(
+                f"embeddings of {named(self.evaluation, broken)} of evaluation set {self.evaluation.name!r} are not "
+                "finite: look at these, or, if all are broken, go on from an earlier checkpoint"
+            )
         self.rows.append(rows[:, None])
         self.embeddings.append(embeddings)
 

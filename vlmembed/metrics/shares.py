@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,11 @@ from jaxtyping import Int64
 from torch import Tensor
 from torchmetrics.utilities.data import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
+
+from vlmembed.types import EvaluationSet, Item
+
+#: How many items a message names.
+NAMED = 5
 
 #: Bounds the device memory of gathering, where a whole corpus may not fit: rows of each process sent together.
 ROWS_PER_GATHER = 2**15
@@ -43,3 +49,24 @@ def first_rows(rows: Tensor | list[Tensor], count: int) -> tuple[Int64[Tensor, "
     came = dim_zero_cat(rows)[:, 0] if len(rows) else torch.empty(0, dtype=torch.long)
     first = torch.full((count,), len(came)).scatter_reduce_(0, came, torch.arange(len(came)), "amin")
     return first, int((first == len(came)).sum())
+
+
+def named(evaluation: EvaluationSet, rows: Sequence[int]) -> str:
+    """Name some items of an evaluation set, for a message; the first of them, where there are many.
+
+    Args:
+        evaluation: The set.
+        rows: Their numbers: its queries first, then its corpus.
+    """
+    queries = len(evaluation.queries)
+    names = [
+        _name("query", evaluation.query_names[row], evaluation.queries[row])
+        if row < queries
+        else _name("document", evaluation.document_names[row - queries], evaluation.corpus[row - queries])
+        for row in rows[:NAMED]
+    ]
+    return ", ".join(names) + (f" and {len(rows) - NAMED} more" if len(rows) > NAMED else "")
+
+
+def _name(role: str, name: str, item: Item) -> str:
+    return f"{role} {name!r}" + (f" ({item.origin})" if item.origin else "")

@@ -22,6 +22,7 @@ from vlmembed.metrics import RerankingMetrics
 from vlmembed.modules.module import RetrievalModule
 from vlmembed.modules.prediction import write_reranking
 from vlmembed.modules.recent import RecentFeatures
+from vlmembed.modules.watch import ScoreWatch
 from vlmembed.types import PairBatch, RankingBatch, RerankingSet
 
 
@@ -40,6 +41,7 @@ class CrossEncoderModule(RetrievalModule):
     """
 
     loss: RankingLoss
+    watches = ScoreWatch
 
     def __init__(
         self,
@@ -59,10 +61,9 @@ class CrossEncoderModule(RetrievalModule):
         """To score pairs, with the targets that the loss wants."""
         return Reranking(self.loss.targets, self._template.ends_with_query, self._in_batch_negatives)
 
-    def compute_loss(self, outputs: Tensor, batch: RankingBatch) -> Tensor:
-        """Compute the loss on the scores of all processes."""
-        loss: Tensor = self.loss(*joined_candidates(outputs[:, 0].float(), batch))
-        return loss
+    def joined(self, outputs: Tensor, batch: RankingBatch) -> tuple[Tensor, ...]:
+        """Join the scores of all processes."""
+        return joined_candidates(outputs[:, 0].float(), batch)
 
     def measurement(self, evaluation: RerankingSet) -> RerankingMetrics:
         """Measure the order of each query's candidates."""

@@ -18,6 +18,7 @@ from vlmembed.losses import Loss
 from vlmembed.metrics import RetrievalMetrics
 from vlmembed.modules.module import RetrievalModule
 from vlmembed.modules.prediction import write_predictions
+from vlmembed.modules.watch import EmbeddingWatch
 from vlmembed.pooling import Pooling
 from vlmembed.types import Batch, EvaluationSet, ItemBatch
 
@@ -33,6 +34,7 @@ class EmbeddingModule(RetrievalModule):
     """
 
     loss: Loss
+    watches = EmbeddingWatch
 
     def __init__(self, backbone: VisionLanguageModel, pooling: Pooling, loss: Loss, **options: Any) -> None:
         super().__init__(partial(Encoder, backbone, pooling), loss, **options)
@@ -51,10 +53,9 @@ class EmbeddingModule(RetrievalModule):
                 "Remove the larger ones from the Matryoshka loss's dimensions."
             )
 
-    def compute_loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Compute the loss on the embeddings of all processes."""
-        loss: Tensor = self.loss(*joined_batch(outputs, batch))
-        return loss
+    def joined(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+        """Join the embeddings of all processes."""
+        return joined_batch(outputs, batch)
 
     def measurement(self, evaluation: EvaluationSet) -> RetrievalMetrics:
         """Measure how well queries find their documents in the whole corpus."""

@@ -16,6 +16,7 @@ from vlmembed.engine import Engine
 from vlmembed.gradcache import Room
 from vlmembed.losses.definition import defined_loss
 from vlmembed.modules.embedding import EmbeddingModule
+from vlmembed.modules.finite import FiniteSteps
 from vlmembed.types import Batch
 
 #: How often the gradient without chunks is taken again, rounded otherwise.
@@ -139,15 +140,16 @@ class StepGradients:
     @contextmanager
     def _undone(self) -> Iterator[None]:
         """Leave nothing behind."""
-        module, engine = self._module, self._module.engine
+        module, engine, steps = self._module, self._module.engine, self._module.steps
         kept = [(tensor, tensor.detach().clone()) for tensor in (*module.buffers(), *module.loss.parameters())]
+        module.steps = FiniteSteps()
         vars(module)["log"] = lambda *_, **__: None
         try:
             with torch.random.fork_rng([module.device] if module.device.type == "cuda" else []):
                 yield
         finally:
             del vars(module)["log"]
-            module.engine = engine
+            module.engine, module.steps = engine, steps
             module.zero_grad()
             with torch.no_grad():
                 for tensor, value in kept:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
@@ -19,9 +19,17 @@ from vlmembed.data import Task
 from vlmembed.encoder import Encoder
 from vlmembed.features import FeatureCache
 from vlmembed.memory import StepPeak, graph_bytes
-from vlmembed.modules.optimization import parameter_groups, refuse_untouched_parameters, total_steps
+from vlmembed.modules.finite import FiniteSteps, refuse_broken_weights
+from vlmembed.modules.optimization import (
+    clip,
+    parameter_groups,
+    parameters_of,
+    refuse_untouched_parameters,
+    total_steps,
+)
 from vlmembed.modules.preparation import start_engine
 from vlmembed.modules.resumable import Resumable
+from vlmembed.modules.watch import Watch
 from vlmembed.sharding import refuse_strategy, shard
 from vlmembed.types import Preprocessor
 
@@ -43,7 +51,14 @@ class RetrievalModule(Resumable, ABC):
             number of GiB, ``none``, or ``auto`` for what a step leaves free. Never changes the gradient.
         features: Keeps what a frozen vision tower makes of each image for the next epochs:
             ``vlmembed.features.InMemory`` or ``OnDisk``; null to run the tower once per image and step.
+        max_skipped_steps: How many optimizer steps in a row may be skipped because their loss or gradient is not
+            finite; one more stops the run. They are listed in ``non_finite.jsonl`` in the run's folder.
+
+    Attributes:
+        watches: What warns of outputs that are all alike and of a loss that stays at chance.
     """
+
+    watches: ClassVar[type[Watch]]
 
     def __init__(
         self,
@@ -55,6 +70,7 @@ class RetrievalModule(Resumable, ABC):
         learning_rates: Mapping[str, float] | None = None,
         graph_memory: Literal["auto", "none"] | float = "auto",
         features: FeatureCache | None = None,
+        max_skipped_steps: int = 10,
     ) -> None:
         super().__init__()
         self._make_encoder = make_encoder
@@ -66,6 +82,8 @@ class RetrievalModule(Resumable, ABC):
         self._learning_rates = learning_rates or {}
         self._graph_memory = graph_memory
         self._features = features
+        self.steps = FiniteSteps(max_skipped_steps)
+        self._watch = self.watches()
         self._configured = False
         self._gradients_checked = False
         self._metrics = nn.ModuleList()
@@ -76,8 +94,8 @@ class RetrievalModule(Resumable, ABC):
         """What the data module makes batches for."""
 
     @abstractmethod
-    def compute_loss(self, outputs: Tensor, batch: Any) -> Tensor:
-        """Compute the loss of all processes' batches.
+    def joined(self, outputs: Tensor, batch: Any) -> tuple[Tensor, ...]:
+        """Join all processes' batches into what the loss takes.
 
         Args:
             outputs: (N, D) what the encoder made of this process's batch, in the order of its chunks.
@@ -151,6 +169,11 @@ class RetrievalModule(Resumable, ABC):
         self.engine = start_engine(self, self.encoder, self._graph_memory, self._features)
         self._reduce_gradients = distributed.defer_gradient_reduction(self.trainer.strategy.model)
 
+    def on_train_start(self) -> None:
+        """Go on as if nothing had been: what a resumed run does again is forgotten."""
+        super().on_train_start()
+        self.steps.begin(self)
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Watch what the first step takes on a GPU."""
         self.engine.before_step = False
@@ -158,7 +181,11 @@ class RetrievalModule(Resumable, ABC):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Encode the batch and compute the loss of all processes' batches."""
-        loss = self.compute_loss(self.engine.embed(batch), batch)
+        given = self.joined(self.engine.embed(batch), batch)
+        loss: Tensor = self.loss(*given)
+        self.steps.add(loss, batch.origins)
+        if self.engine.before_step:
+            self._watch.note(self.global_step, given, loss)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch.queries))
         return loss
 
@@ -173,6 +200,7 @@ class RetrievalModule(Resumable, ABC):
         def closure() -> Any:
             self.engine.before_step = True
             loss = optimizer_closure()
+            self._watch.look(self, self.loss)
             if self._reduce_gradients:
                 distributed.mean_gradients(self.parameters())
             return loss
@@ -182,21 +210,29 @@ class RetrievalModule(Resumable, ABC):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clip what is in shards and what is not by one norm, which PyTorch does not."""
-        if not gradient_clip_val or not distributed.is_sharded(self.encoder):
-            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        elif gradient_clip_algorithm in (None, "norm"):
-            distributed.clip_gradients(self.parameters(), gradient_clip_val)
-        else:
-            raise ValueError(f"ModelParallelStrategy clips by norm: gradient_clip_algorithm={gradient_clip_algorithm}.")
+        """Skip a step that is not finite, and clip any other, asking once for the norm of all gradients."""
+        norm = distributed.gradient_norm(parameters_of(optimizer))
+        if self.steps.allow(self, optimizer, norm) and gradient_clip_val:
+            clip(self, optimizer, gradient_clip_val, gradient_clip_algorithm, norm)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """After the first step, and the first with images, refuse to train on if something got no gradient."""
         if self._first_step is not None and self._first_step.bytes:
             self.engine.graph_bytes = graph_bytes(self._graph_memory, self.device, self._first_step.bytes)
-        if self.engine.before_step and not self._gradients_checked:
+        if self.engine.before_step and not self._gradients_checked and not self.steps.in_a_row:
             saw_images = any("pixel_values" in name for chunk in [*batch.chunks, *batch.images] for name in chunk)
             self._gradients_checked = refuse_untouched_parameters(self, self.encoder.backbone, saw_images)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to keep weights that are not finite; keep count of skipped steps, and what a run goes on from."""
+        refuse_broken_weights(self)
+        checkpoint["finite_steps"] = self.steps.state()
+        super().on_save_checkpoint(checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on from it; see `Resumable`."""
+        super().on_load_checkpoint(checkpoint)
+        self.steps.restore(checkpoint.get("finite_steps", self.steps.state()))
 
     def on_train_epoch_end(self) -> None:
         """Refuse to keep features that nobody asks for again."""
@@ -210,8 +246,10 @@ class RetrievalModule(Resumable, ABC):
         self._start_metrics("val")
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Encode a batch of a validation set."""
+        """Encode a batch of an evaluation set."""
         self.measure(batch, self.metrics[dataloader_idx])
+
+    test_step = predict_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
         """Rank and log."""
@@ -221,10 +259,6 @@ class RetrievalModule(Resumable, ABC):
         """Start measuring every test set."""
         self._start_metrics("test")
 
-    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Encode a batch of a test set."""
-        self.validation_step(batch, batch_idx, dataloader_idx)
-
     def on_test_epoch_end(self) -> None:
         """Rank and log."""
         self._log_metrics("test")
@@ -232,10 +266,6 @@ class RetrievalModule(Resumable, ABC):
     def on_predict_epoch_start(self) -> None:
         """Start collecting what to predict."""
         self._start_metrics("predict")
-
-    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Encode a batch to predict."""
-        self.validation_step(batch, batch_idx, dataloader_idx)
 
     def on_predict_epoch_end(self) -> None:
         """Write what was predicted into the run's folder."""

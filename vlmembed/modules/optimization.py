@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from vlmembed import distributed
 from vlmembed.adapters import matching_parameters
 from vlmembed.backbones import VisionLanguageModel
 
@@ -42,6 +45,34 @@ def parameter_groups(
             raise ValueError(f"The learning rate {rate} for {pattern!r} applies to no trainable parameter.")
         groups.append({"params": [remaining.pop(name) for name in chosen], "lr": rate})
     return [{"params": list(remaining.values())}, *groups] if remaining else groups
+
+
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    """Return what an optimizer trains, in its order."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def clip(module: LightningModule, optimizer: Optimizer, limit: float, algorithm: str | None, norm: Tensor) -> None:
+    """Clip gradients; what is in shards and what is not by one norm, which PyTorch does not.
+
+    Args:
+        module: What is trained.
+        optimizer: What is about to step.
+        limit: The largest norm, or the largest value.
+        algorithm: What Lightning calls it.
+        norm: () of all gradients together.
+
+    Raises:
+        ValueError: If shards are to be clipped by value.
+    """
+    sharded, by_norm = distributed.is_sharded(module), algorithm in (None, "norm")
+    if sharded and not by_norm:
+        raise ValueError(f"ModelParallelStrategy clips by norm: gradient_clip_algorithm={algorithm}.")
+    # Lightning knows which optimizers cannot be clipped under a gradient scaler.
+    if by_norm and (sharded or module.trainer.scaler is None):
+        distributed.clip_gradients(parameters_of(optimizer), limit, norm)
+    else:
+        module.clip_gradients(optimizer, gradient_clip_val=limit, gradient_clip_algorithm=algorithm)
 
 
 def total_steps(trainer: Trainer) -> int:

@@ -52,6 +52,7 @@ def reduced(batch: Batch, items: int) -> Batch:
         pairs=batch.pairs[inside],
         labels=batch.labels[inside],
         scores=None if batch.scores is None else batch.scores[inside],
+        origins=batch.origins,
     )
 
 

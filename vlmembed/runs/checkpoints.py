@@ -41,7 +41,9 @@ class CheckpointFiles(TorchCheckpointIO):
             _write(checkpoint, draft)
             os.replace(draft, place)
         except OSError as error:
-            advice = " Make room, and go on with --ckpt_path last." if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+            advice = (
+                " Make room, and go on with --ckpt_path last." if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+            )
             raise OSError(
                 error.errno,
                 f"The checkpoint {place} could not be written: {os.strerror(error.errno or 0)}. Checkpoints that were "

@@ -26,6 +26,7 @@ LOCK = "run.lock"
 #: Seconds to wait for a folder: the loader workers of a process that was killed take some to go.
 PATIENCE = 30.0
 
+
 @contextmanager
 def fit_folder(trainer: Trainer, ckpt_path: str | None) -> Iterator[str | None]:
     """Have a folder to fit in: a new one, or the one of the run that is gone on with.
@@ -152,7 +153,11 @@ def _newest(trainer: Trainer, logger: CSVLogger, folder: Path) -> tuple[str | No
 
 
 def _checkpoint_folders(trainer: Trainer, folder: Path) -> list[Path]:
-    own = [Path(each.dirpath) for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint) and each.dirpath]
+    own = [
+        Path(each.dirpath)
+        for each in trainer.checkpoint_callbacks
+        if isinstance(each, ModelCheckpoint) and each.dirpath
+    ]
     return [folder / "checkpoints", *own]
 
 

@@ -28,6 +28,7 @@ class Batch:
         pairs: (M, 2) judged pairs, as ``(query id, document id)``.
         labels: (M,) 1 where the pair's document is a right answer, -1 where it is a hard negative.
         scores: (M,) a teacher's scores, where the loss distils them.
+        origins: Where each row of the batch came from, for messages.
     """
 
     chunks: list[Inputs]
@@ -39,6 +40,7 @@ class Batch:
     pairs: Int[Tensor, "M 2"]
     labels: Int8[Tensor, " M"]
     scores: Float[Tensor, " M"] | None = None
+    origins: tuple[str, ...] = ()
 
     def pin_memory(self) -> Batch:
         """Lock the chunks in host memory, so that each is copied to the device while the one before it computes."""
@@ -76,6 +78,7 @@ class RankingBatch:
         queries: (N,) ``Item.id`` of each pair's query: pairs of one query are its candidates.
         documents: (N,) ``Item.id`` of each pair's document, so that processes can compare theirs.
         targets: (N,) what each pair's score should say: a label, or a teacher's score.
+        origins: Where each row of the batch came from, for messages.
     """
 
     chunks: list[Inputs]
@@ -83,6 +86,7 @@ class RankingBatch:
     queries: Int[Tensor, " N"]
     documents: Int[Tensor, " N"]
     targets: Float[Tensor, " N"]
+    origins: tuple[str, ...] = ()
 
     def pin_memory(self) -> RankingBatch:
         """See ``Batch.pin_memory``."""
