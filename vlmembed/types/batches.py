@@ -10,6 +10,19 @@ from torch import Tensor
 from vlmembed.types.items import Inputs
 
 
+@dataclass(frozen=True)
+class BadRow:
+    """A training row that was left out of its batch, because it cannot be used.
+
+    Args:
+        row: Its number among all training rows, from 1 on, in the order of their sources.
+        reason: What is wrong with it; names the file and the row in it.
+    """
+
+    row: int
+    reason: str
+
+
 @dataclass
 class Batch:
     """The distinct items of some examples, ready to encode, and who belongs to whom.
@@ -28,6 +41,7 @@ class Batch:
         pairs: (M, 2) judged pairs, as ``(query id, document id)``.
         labels: (M,) 1 where the pair's document is a right answer, -1 where it is a hard negative.
         scores: (M,) a teacher's scores, where the loss distils them.
+        bad_rows: The rows that were left out.
     """
 
     chunks: list[Inputs]
@@ -39,6 +53,7 @@ class Batch:
     pairs: Int[Tensor, "M 2"]
     labels: Int8[Tensor, " M"]
     scores: Float[Tensor, " M"] | None = None
+    bad_rows: tuple[BadRow, ...] = ()
 
     def pin_memory(self) -> Batch:
         """Lock the chunks in host memory, so that each is copied to the device while the one before it computes."""
@@ -76,6 +91,7 @@ class RankingBatch:
         queries: (N,) ``Item.id`` of each pair's query: pairs of one query are its candidates.
         documents: (N,) ``Item.id`` of each pair's document, so that processes can compare theirs.
         targets: (N,) what each pair's score should say: a label, or a teacher's score.
+        bad_rows: The rows that were left out.
     """
 
     chunks: list[Inputs]
@@ -83,6 +99,7 @@ class RankingBatch:
     queries: Int[Tensor, " N"]
     documents: Int[Tensor, " N"]
     targets: Float[Tensor, " N"]
+    bad_rows: tuple[BadRow, ...] = ()
 
     def pin_memory(self) -> RankingBatch:
         """See ``Batch.pin_memory``."""
