@@ -126,8 +126,9 @@ class BadRowFile:
         self._known = written | new.keys()
         if len(self._known) > self.limit:
             raise ValueError(
-                f"{len(self._known)} training rows cannot be used, more than max_bad_rows={self.limit}. {self.path} has "
-                f"them all. Repair or remove them, or raise data.init_args.max_bad_rows. The last: {rows[-1].reason}"
+                f"{len(self._known)} training rows cannot be used, more than max_bad_rows={self.limit}. {self.path} "
+                "has them all. Repair or remove them, or raise data.init_args.max_bad_rows. "
+                f"The last: {rows[-1].reason}"
             )
 
     def _append(self, new: dict[int, BadRow]) -> set[int]:
