@@ -7,6 +7,7 @@ The registry that tests run against has no advisories by version, so they are ke
 from __future__ import annotations
 
 import re
+import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 
 PROJECT = Path(__file__).parent.parent / "pyproject.toml"
+DEPENDENCIES = tomllib.loads(PROJECT.read_text())["project"]["dependencies"]
 REQUIREMENTS = {each.name: each for each in map(Requirement, DEPENDENCIES)}
 
 #: Of each advisory, the package and the last version that has the fault, or the versions.
