@@ -10,10 +10,14 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from vlmembed.data.folder import Folder
-from vlmembed.images import UNREADABLE, open_image
+from vlmembed.images import UNREADABLE, limit, open_image
 from vlmembed.types import Frame, Item, Part, Role
 
 KINDS = ("text", "image", "video")
+
+#: The most bytes, in UTF-8, that a text may have. ``max_length`` cuts it only once all of it has been tokenized, and a
+#: million tokens take two seconds and a gigabyte.
+MAX_TEXT_BYTES = limit("VLMEMBED_MAX_TEXT_BYTES", 2**21)
 
 
 def to_item(cell: Any, role: Role, folder: Folder, origin: str) -> Item:
@@ -110,9 +114,14 @@ def _text(value: Any, origin: str) -> Part:
     if not value.strip():
         raise ValueError(f"{origin}: the text is empty ({value!r:.100}); remove the row, or the key.")
     try:
-        value.encode()
+        size = len(value.encode())
     except UnicodeEncodeError as error:  # Half of a pair of JSON's escapes, such as \ud83d alone.
         raise ValueError(f"{origin}: the text {value!r:.100} has what is no character ({error}).") from error
+    if size > MAX_TEXT_BYTES:
+        raise ValueError(
+            f"{origin}: the text has {size:,} bytes, more than the limit of {MAX_TEXT_BYTES:,}; "
+            "VLMEMBED_MAX_TEXT_BYTES sets it."
+        )
     return Part("text", value)
 
 
