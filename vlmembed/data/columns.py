@@ -170,5 +170,5 @@ def _scores(row: Mapping[str, Any], count: int, origin: str) -> tuple[float, ...
         raise ValueError(f"{place}: expected {count} numbers, one per document of the row; got {scores!r:.100}.")
     for score in scores:
         if not isinstance(score, int | float) or _finite(score) is None:
-            raise ValueError(f"{place}: {score!r} is not a finite number.")
+            raise ValueError(f"{place}: {score!r:.50} is not a finite number of 32 bits.")
     return tuple(map(float, scores))
