@@ -19,6 +19,7 @@ import ddp
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 from building import Recorder as LossRecorder
 from building import lists, module, picture, relative_difference
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -27,6 +28,7 @@ from test_datamodule import Letters, Recorder, attached, trainer
 from torch.optim import SGD
 
 from vlmembed.backbones import Qwen3VL
+from vlmembed.cli import main
 from vlmembed.data import Collator, Lists, Mixture, Reranking, RetrievalDataModule, Rows, Source
 from vlmembed.data.bad_rows import BadRowFile, UsableRows
 from vlmembed.losses import Targets
@@ -168,6 +170,37 @@ def test_a_batch_of_nothing_is_refused_in_words(tmp_path: Path) -> None:
     data = RetrievalDataModule(path, batch_size=1, num_workers=0, on_bad_row="skip")
     with pytest.raises(ValueError, match=r"None of the 1 rows of a batch can be used, .* The first: .*row [234]"):
         trainer(tmp_path, max_epochs=1).fit(recorder(), datamodule=data)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_of_the_command_line_trains_on_the_rest(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["vlmembed"])
+    write(tmp_path / "train.jsonl", 12, {2: BAD["image gone"][0], 7: BAD["not JSON"][0]})
+    model = {
+        "backbone": {"class_path": "vlmembed.backbones.Qwen3VL", "init_args": {"checkpoint": str(checkpoint)}},
+        "pooling": {"class_path": "vlmembed.pooling.LastToken"},
+        "loss": {"class_path": "vlmembed.losses.InfoNCE"},
+    }
+    data = {"train": "train.jsonl", "batch_size": 4, "num_workers": 1, "on_bad_row": "skip"}
+    config = {
+        "seed_everything": 0,
+        "model": {"class_path": "vlmembed.modules.EmbeddingModule", "init_args": model},
+        "data": {"class_path": "vlmembed.data.RetrievalDataModule", "init_args": data},
+        "trainer": {"accelerator": "cpu", "max_epochs": 2, "exporter": None},
+    }
+    Path("run.yaml").write_text(yaml.safe_dump(config))
+    main(["fit", "--config", "run.yaml"])
+    (folder,) = Path("runs/run").iterdir()
+    assert {*left_out(folder)} == {3, 8}
+    assert [*folder.rglob("*.ckpt")]
+    assert yaml.safe_load((folder / "config.yaml").read_text())["data"]["init_args"]["max_bad_rows"] == 100
+    data["max_bad_rows"] = 1
+    Path("run.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(ValueError, match=r"max_bad_rows=1\. runs/run/version_1/bad_rows\.jsonl has them all"):
+        main(["fit", "--config", "run.yaml"])
 
 
 # What is no row's fault

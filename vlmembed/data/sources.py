@@ -22,7 +22,11 @@ UNREAD = -1
 
 
 class Source(ABC):
-    """Training rows by number. Goes to loader workers: it must pickle. Subclass it to train on anything."""
+    """Training rows by number. Goes to loader workers: it must pickle. Subclass it to train on anything.
+
+    A ``ValueError`` of ``__getitem__`` says that the row cannot be used, and names it; see ``on_bad_row`` of the data
+    module.
+    """
 
     @property
     def name(self) -> str:
