@@ -442,6 +442,16 @@ def test_of_pairs_only_the_row_at_fault_is_left_out(checkpoint: Path, negatives:
         collate(given)
 
 
+@pytest.mark.parametrize("kind", BAD)
+def test_of_evaluation_sets_nothing_is_left_out(tmp_path: Path, kind: str) -> None:
+    """A metric over fewer rows is another metric."""
+    line, reason = BAD[kind]
+    path = write(tmp_path / "val.jsonl", 6, {2: line})
+    data = RetrievalDataModule(val=path, num_workers=0, on_bad_row="skip")
+    with pytest.raises(ValueError, match=reason):
+        trainer(tmp_path).validate(recorder(), datamodule=data)
+
+
 def test_bad_options_are_refused() -> None:
     for options in ({"on_bad_row": "ignore"}, {"max_bad_rows": -1}):
         with pytest.raises(ValueError, match="on_bad_row is raise or skip, max_bad_rows 0 or more"):

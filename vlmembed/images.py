@@ -47,6 +47,9 @@ MAX_PIXELS = limit("VLMEMBED_MAX_IMAGE_PIXELS", 100_000_000)
 #: The most bytes that an image file may have.
 MAX_BYTES = limit("VLMEMBED_MAX_IMAGE_BYTES", 2**28)
 
+#: The most pixels that may be taken of a video, all frames together: 6 GB in RGB. 960 frames of Full HD have as many.
+MAX_VIDEO_PIXELS = limit("VLMEMBED_MAX_VIDEO_PIXELS", 2_000_000_000)
+
 # Pillow has one limit for the whole process: it warns above it, and refuses above twice as much.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
