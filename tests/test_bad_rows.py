@@ -241,7 +241,7 @@ def test_what_is_wrong_with_the_configuration_is_not_skipped(checkpoint: Path) -
     """The error names no row, although one row is tried by itself."""
     preprocessor = Qwen3VL(str(checkpoint), max_length=3).preprocessor
     collate = UsableRows(Collator(preprocessor))
-    with pytest.raises(ValueError, match="max_length=3 has no room for a text"):
+    with pytest.raises(ValueError, match=r"^max_length=3 has no room for a text"):
         collate([*enumerate([Faulty(None)[0], Faulty(None)[1]])])
 
 
@@ -381,10 +381,19 @@ def test_two_processes_train_as_one_on_what_is_left(checkpoint: Path, tmp_path: 
     assert {*left_out(tmp_path / "both")} == {3, 8}
 
 
-def add(folder: Path, process: int) -> None:
+def add(folder: Path, process: int, together: Any) -> None:
     warnings.simplefilter("ignore")
+    read = Path.read_text
+
+    def slowly(*arguments: Any, **options: Any) -> str:
+        content = read(*arguments, **options)
+        time.sleep(0.002)  # For another process to write meanwhile.
+        return content
+
+    Path.read_text = slowly  # type: ignore[method-assign]
     file = BadRowFile(folder, 10_000)
     for number in range(100):
+        together.wait(60)
         # Half of the rows are everybody's.
         row = number if number % 2 else process * 1000 + number
         file.add([BadRow(row, f"a reason of more than {row} words. " * 20)])
@@ -392,7 +401,8 @@ def add(folder: Path, process: int) -> None:
 
 def test_processes_share_the_file(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=add, args=(tmp_path / "run", number)) for number in range(4)]
+    together = context.Barrier(4)
+    processes = [context.Process(target=add, args=(tmp_path / "run", number, together)) for number in range(4)]
     for process in processes:
         process.start()
     for process in processes:

@@ -121,7 +121,7 @@ class BadRowFile:
         if not new:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.path.with_name(".bad_rows.lock")):
+        with FileLock(self.path.with_name(".bad_rows.lock")).acquire(poll_interval=0.002):
             written = self._append(new)
         self._known = written | new.keys()
         if len(self._known) > self.limit:
