@@ -10,6 +10,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 import warnings
 import zlib
 from collections.abc import Callable
@@ -262,6 +263,20 @@ def test_a_damaged_file_is_read_or_refused_with_its_row(
 # Texts
 
 
-def test_a_text_of_a_megabyte_is_cut(checkpoint: Path) -> None:
-    cut = Qwen3VL(str(checkpoint), max_length=64).preprocessor([item("many words " * 100_000), item("a")])
+@pytest.mark.parametrize("piece", ["many words ", "a", " ", "7", "\0", "e\u0301", "😀", "<|im_end|>"], ids=ascii)
+def test_a_text_of_a_megabyte_is_cut_within_seconds(checkpoint: Path, piece: str) -> None:
+    """Also where nothing tells a tokenizer that a word ends."""
+    preprocessor = Qwen3VL(str(checkpoint), max_length=64).preprocessor
+    text = "x" + piece * (2**20 // len(piece.encode()))
+    start = time.monotonic()
+    cut = preprocessor([item(text), item("a")])
+    assert time.monotonic() - start < 20  # It takes two.
     assert cut["input_ids"].shape == (2, 64)
+
+
+def test_a_longer_text_is_refused_with_its_row(tmp_path: Path) -> None:
+    for text, size in (("a" * (2**21 + 1), "2,097,153"), ("é" * (2**20 + 1), "2,097,154")):
+        with pytest.raises(ValueError, match=f"the text has {size} bytes, .*VLMEMBED_MAX_TEXT_BYTES") as error:
+            to_item(text, "document", Folder(tmp_path), ORIGIN)
+        assert str(error.value).startswith(ORIGIN)
+    assert to_item("é" * 2**20, "document", Folder(tmp_path), ORIGIN).parts[0].kind == "text"

@@ -10,7 +10,8 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from vlmembed.export.card import CardFacts, escape, mask, write_card
+from vlmembed.export.card import CardFacts, escape, write_card
+from vlmembed.secrets import mask
 
 #: Closes a code span, a table cell, an HTML block, a code block, and the front matter, if it is let through.
 NASTY = "a`b|c</details></code></pre>\n```\n---\n# *d* [e](f) <script>g</script> &lt; {{ h }} $i$"

@@ -10,7 +10,7 @@ import datasets
 import pytest
 from PIL import Image
 
-from vlmembed.data import Rows
+from vlmembed.data import Lists, Rows
 from vlmembed.types import Example, Item
 
 
@@ -240,10 +240,19 @@ def test_bad_lists_of_documents_are_refused(documents: Any, label: Any, message:
         rows[0]
 
 
-def test_the_query_id_of_a_bad_row_is_refused_too(tmp_path: Path) -> None:
-    rows = Rows(write(tmp_path / "t.jsonl", [GOOD, {"positive": "p"}]))
+def test_a_row_whose_query_cannot_be_read_asks_something_of_its_own(tmp_path: Path) -> None:
+    """So it comes up in a batch, and reading it says what is wrong."""
+    rows = Rows(write(tmp_path / "t.jsonl", [GOOD, {"query": None, "positive": "p"}, {"query": 7, "positive": "p"}]))
+    ids = [rows.query_id(index) for index in (0, 1, 2, 1)]
+    assert ids[0] == rows[0].query.id
+    assert ids[1] == ids[3] != ids[2]
+    assert max(ids[1:]) < 0
     with pytest.raises(ValueError, match="row 2, column 'query': the cell is empty"):
-        rows.query_id(1)
+        rows[1]
+    grouped = Lists(rows)
+    assert len(grouped) == 3
+    with pytest.raises(ValueError, match="row 2, column 'query': the cell is empty"):
+        grouped[1]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from vlmembed.distributed import print_once
 from vlmembed.modules import RetrievalModule
 from vlmembed.runs import LAST, SaveConfiguration, fit_folder, other_folder
+from vlmembed.secrets import refuse_secrets, refuse_secrets_in
 from vlmembed.trainer import Trainer
 
 DESCRIPTION = (
@@ -53,6 +54,10 @@ class CLI(LightningCLI):
             parser_kwargs={"description": DESCRIPTION},
             args=args,
         )
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse secrets, before anything is written."""
+        refuse_secrets(self.config.as_dict())
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -169,6 +174,8 @@ def main(args: ArgsType = None) -> None:
         args: The command line, without the program's name; None for the process's own.
     """
     words = sys.argv[1:] if args is None else args
+    if isinstance(words, list):
+        refuse_secrets_in(words)
     if isinstance(words, list) and words[:1] == ["ablate"]:
         # Its locks are POSIX's; the other commands need none.
         from vlmembed.ablation.command import ablate

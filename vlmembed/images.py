@@ -30,7 +30,12 @@ UNREADABLE = (
 )
 
 
-def _limit(variable: str, default: int) -> int:
+def limit(variable: str, default: int) -> int:
+    """Return what an environment variable sets, a whole number above 0.
+
+    Raises:
+        ValueError: If it is something else.
+    """
     value = os.environ.get(variable, str(default))
     if not value.isdecimal() or int(value) < 1:
         raise ValueError(f"The environment variable {variable} is a whole number above 0, got {value!r}.")
@@ -38,9 +43,12 @@ def _limit(variable: str, default: int) -> int:
 
 
 #: The most pixels that an image file may have: 300 MB once it is decoded to RGB. An A3 page at 600 dpi has 70 million.
-MAX_PIXELS = _limit("VLMEMBED_MAX_IMAGE_PIXELS", 100_000_000)
+MAX_PIXELS = limit("VLMEMBED_MAX_IMAGE_PIXELS", 100_000_000)
 #: The most bytes that an image file may have.
-MAX_BYTES = _limit("VLMEMBED_MAX_IMAGE_BYTES", 2**28)
+MAX_BYTES = limit("VLMEMBED_MAX_IMAGE_BYTES", 2**28)
+
+#: The most pixels that may be taken of a video, all frames together: 6 GB in RGB. 960 frames of Full HD have as many.
+MAX_VIDEO_PIXELS = limit("VLMEMBED_MAX_VIDEO_PIXELS", 2_000_000_000)
 
 # Pillow has one limit for the whole process: it warns above it, and refuses above twice as much.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
@@ -62,13 +70,13 @@ def open_image(file: Path | bytes) -> Image.Image:
     size = file.stat().st_size if isinstance(file, Path) else len(file)
     if size > MAX_BYTES:
         raise ValueError(f"{size:,} bytes are more than the limit of {MAX_BYTES:,}; VLMEMBED_MAX_IMAGE_BYTES sets it")
-    limit = f"pixels are more than the limit of {MAX_PIXELS:,}; VLMEMBED_MAX_IMAGE_PIXELS sets it"
+    reason = f"pixels are more than the limit of {MAX_PIXELS:,}; VLMEMBED_MAX_IMAGE_PIXELS sets it"
     try:
         image = Image.open(file if isinstance(file, Path) else io.BytesIO(file), formats=FORMATS)
     except Image.DecompressionBombError as error:
-        raise ValueError(f"its {limit}") from error
+        raise ValueError(f"its {reason}") from error
     width, height = image.size
     if width * height > MAX_PIXELS:
         image.close()
-        raise ValueError(f"{width:,} × {height:,} {limit}")
+        raise ValueError(f"{width:,} × {height:,} {reason}")
     return image

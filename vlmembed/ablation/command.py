@@ -21,6 +21,7 @@ from vlmembed.ablation.report import write_report
 from vlmembed.ablation.results import CONFIGURATION, Result, read_result, write_whole
 from vlmembed.ablation.run import FIT, locked
 from vlmembed.ablation.runner import start, to_do
+from vlmembed.secrets import refuse_secrets_in
 
 #: Says with a ValueError what is wrong with a run's configuration.
 Check = Callable[[dict[str, Any]], None]
@@ -35,8 +36,10 @@ def ablate(args: Sequence[str], check: Check, fit: str = FIT) -> None:
         fit: The command that trains and measures, before the path of its configuration.
 
     Raises:
+        ValueError: If something holds what looks like a token or a password, or cannot be read.
         SystemExit: With status 1, if a run has failed or could not be done.
     """
+    refuse_secrets_in(args)
     made = parser()
     options = made.parse_args(list(args))
     if "probe" in read_mapping(Path(options.config)):

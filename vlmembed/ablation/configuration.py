@@ -12,6 +12,7 @@ import yaml
 from jsonargparse import get_loader
 
 from vlmembed.metrics import METRICS
+from vlmembed.secrets import refuse_secrets
 
 #: The keys of the file, and what each holds.
 KINDS: dict[str, type] = {
@@ -113,7 +114,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     """Read a YAML file as the command line does, which knows more floats (1e-3) and no dates.
 
     Raises:
-        ValueError: If the file is not there, or holds something else than keys and values.
+        ValueError: If the file is not there, holds something else than keys and values, or what looks like a secret.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file.")
@@ -123,6 +124,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: this is not YAML: {error}") from error
     if not isinstance(given, dict):
         raise ValueError(f"{path}: expected keys and values, got {given!r:.100}.")
+    refuse_secrets(given, str(path))
     return given
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from vlmembed.ablation.configuration import Ablation, read_mapping
 from vlmembed.ablation.planned import Run
 from vlmembed.ablation.results import run_folder
+from vlmembed.secrets import refuse_secrets
 
 #: File systems take names of 255 bytes.
 LONGEST_SLUG = 200
@@ -58,10 +59,11 @@ def configuration(ablation: Ablation, base: Mapping[str, Any], setting: Mapping[
     """Return the base with what all runs change, what the setting changes, and the seed.
 
     Raises:
-        ValueError: If a key lies within something that is not a mapping.
+        ValueError: If a key lies within something that is not a mapping, or is for a secret.
     """
     config = copy.deepcopy(dict(base))
     changes = {**ablation.set, **{axis.key: axis.values[setting[name]] for name, axis in ablation.grid.items()}}
+    refuse_secrets(changes, str(ablation.path))
     for key, value in {**changes, **dict.fromkeys(ablation.seed_keys, seed)}.items():
         try:
             place(config, key, value)

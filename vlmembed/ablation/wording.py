@@ -15,7 +15,7 @@ from vlmembed.ablation.answers import QUERIES
 from vlmembed.ablation.statistics import ALPHA
 from vlmembed.ablation.summary import Row, Summary
 from vlmembed.ablation.tables import p_text, score
-from vlmembed.export.card import mask
+from vlmembed.secrets import mask
 
 PACKAGES = ("vlmembed", "torch", "transformers", "lightning", "numpy")
 #: More names than this are counted.

@@ -119,6 +119,8 @@ class VisionLanguageModel(nn.Module):
             dtype=self.dtype,
             attn_implementation=self._attention(config),
             quantization_config=_quantization() if self.load_in_4bit else None,
+            # Not the pickles that old checkpoints are.
+            use_safetensors=True,
             **self._source,
         )
         # Opened for inference, with dropout off; whoever measures turns it off again.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -11,6 +13,7 @@ from transformers import BaseVideoProcessor
 from transformers.utils import requires_backends
 from transformers.video_utils import VideoMetadata, default_sample_indices_fn, read_video_pyav
 
+from vlmembed import images
 from vlmembed.images import UNREADABLE, open_image
 from vlmembed.types import Frame
 
@@ -83,19 +86,36 @@ def load_video(
         The frames (F, height, width, 3), and which ones of the video they are.
 
     Raises:
-        ValueError: If a file is missing, is a playlist or cannot be decoded, or frames differ in size.
+        ValueError: If a file is missing, is a playlist or cannot be decoded, frames differ in size, or they have more
+            pixels than the limit of `vlmembed.images`.
         ImportError: If PyAV is not installed.
     """
     samples = getattr(processor, "do_sample_frames", False)
-    sample = processor.sample_frames if samples else default_sample_indices_fn
+    sample = partial(_sample, processor.sample_frames if samples else default_sample_indices_fn)
     if isinstance(video, tuple):
-        metadata = VideoMetadata(total_num_frames=len(video))
-        metadata.frames_indices = sample(metadata=metadata).tolist()
+        width, height = image_size(video[0], origin)
+        metadata = VideoMetadata(total_num_frames=len(video), width=width, height=height)
+        try:
+            metadata.frames_indices = sample(metadata=metadata).tolist()
+        except ValueError as error:
+            raise _unreadable("video", video[0], origin, error) from error
         return _stack([load_image(video[index], origin) for index in metadata.frames_indices], origin), metadata
     try:
         return read_video_pyav(_container(video), sample)  # type: ignore[arg-type]
-    except (OSError, ValueError, TypeError, IndexError) as error:
+    except UNREADABLE as error:
         raise _unreadable("video", video, origin, error) from error
+
+
+def _sample(choose: Callable[..., np.ndarray], metadata: VideoMetadata, **options: Any) -> np.ndarray:
+    """Choose frames, and refuse more of them than there is room for, before they are decoded."""
+    frames = choose(metadata=metadata, **options)
+    pixels = len(frames) * (metadata.width or 0) * (metadata.height or 0)
+    if pixels > images.MAX_VIDEO_PIXELS:
+        raise ValueError(
+            f"{len(frames)} frames of {metadata.width:,} × {metadata.height:,} are {pixels:,} pixels, more than the "
+            f"limit of {images.MAX_VIDEO_PIXELS:,}; VLMEMBED_MAX_VIDEO_PIXELS sets it"
+        )
+    return frames
 
 
 def _draft(image: Image.Image, resized: Callable[[int, int], tuple[int, int]]) -> None:

@@ -10,10 +10,14 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from vlmembed.data.folder import Folder
-from vlmembed.images import UNREADABLE, open_image
+from vlmembed.images import UNREADABLE, limit, open_image
 from vlmembed.types import Frame, Item, Part, Role
 
 KINDS = ("text", "image", "video")
+
+#: The most bytes, in UTF-8, that a text may have. ``max_length`` cuts it only once all of it has been tokenized, and a
+#: million tokens take two seconds and a gigabyte.
+MAX_TEXT_BYTES = limit("VLMEMBED_MAX_TEXT_BYTES", 2**21)
 
 
 def to_item(cell: Any, role: Role, folder: Folder, origin: str) -> Item:
@@ -34,7 +38,10 @@ def to_item(cell: Any, role: Role, folder: Folder, origin: str) -> Item:
     Raises:
         ValueError: If the cell is empty, has another form, or names a file that does not exist or is outside.
     """
-    parts = tuple(_cell_parts(cell, folder, origin))
+    try:
+        parts = tuple(_cell_parts(cell, folder, origin))
+    except RecursionError as error:
+        raise ValueError(f"{origin}: the cell is nested too deeply.") from error
     if not parts:
         raise ValueError(f"{origin}: the cell is empty ({cell!r}); every item needs a text, an image or a video.")
     return Item(role, parts, origin)
@@ -79,7 +86,7 @@ def _message_parts(message: Mapping[str, Any], folder: Folder, origin: str) -> I
 
 
 def _content_parts(part: Mapping[str, Any], folder: Folder, origin: str) -> Iterator[Part]:
-    kind = part["type"]
+    kind = str(part["type"])
     unused = sorted(key for key, value in part.items() if key not in ("type", kind) and value is not None)
     if part.get(kind) is None or unused:
         raise ValueError(f"{origin}: a content part is {{'type': kind, kind: value}}, got {dict(part)!r:.200}.")
@@ -105,7 +112,16 @@ def _text(value: Any, origin: str) -> Part:
     if not isinstance(value, str):
         raise ValueError(f"{origin}: a text is a string, got {type(value).__name__} {value!r:.100}.")
     if not value.strip():
-        raise ValueError(f"{origin}: the text is empty ({value!r}); remove the row, or the key.")
+        raise ValueError(f"{origin}: the text is empty ({value!r:.100}); remove the row, or the key.")
+    try:
+        size = len(value.encode())
+    except UnicodeEncodeError as error:  # Half of a pair of JSON's escapes, such as \ud83d alone.
+        raise ValueError(f"{origin}: the text {value!r:.100} has what is no character ({error}).") from error
+    if size > MAX_TEXT_BYTES:
+        raise ValueError(
+            f"{origin}: the text has {size:,} bytes, more than the limit of {MAX_TEXT_BYTES:,}; "
+            "VLMEMBED_MAX_TEXT_BYTES sets it."
+        )
     return Part("text", value)
 
 

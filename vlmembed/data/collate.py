@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import chain
 from operator import add
 
 import torch
 
-from vlmembed.types import Batch, Example, Item, ItemBatch, Preprocessor
+from vlmembed.types import Batch, Example, Item, ItemBatch, Preprocessor, RankingBatch
 
 #: What a patch costs where the vision tower is trained. Its activations are about half of a token's in the language
 #: model, by the widths and depths of any Qwen3-VL, and of small ones alike.
 PATCH_COST = 0.5
 
 
-class Collator:
+class ExampleCollator(ABC):
+    """Makes a batch of examples, in a loader worker."""
+
+    @abstractmethod
+    def __call__(self, examples: Sequence[Example]) -> Batch | RankingBatch:
+        """Make a batch."""
+
+    def check(self, example: Example) -> None:
+        """Find out whether an example can be in a batch, whatever the others are.
+
+        Raises:
+            ValueError: If not, naming what of it is wrong.
+        """
+        self([example])
+
+
+class Collator(ExampleCollator):
     """Makes a ``Batch`` of examples, in a loader worker.
 
     Items are sorted by cost, the most expensive first, and cut into chunks of equal cost: the tokens that a chunk's

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import numpy as np
+
 from vlmembed.data.cells import is_content, to_item
 from vlmembed.data.folder import Folder
 from vlmembed.types import Example, Item
+
+#: The largest number of a score or a label: that of float32.
+LARGEST = float(np.finfo(np.float32).max)
 
 KNOWN = re.compile(r"query|positive|document|label|scores|negatives|negative(_[1-9]\d*)?")
 
@@ -141,15 +145,21 @@ def _labels(cell: Any, is_list: bool, count: int, place: str) -> list[float]:
 
 
 def _label(cell: Any, place: str) -> float:
-    try:
-        label = float(cell)  # A CSV file has nothing but strings.
-    except (TypeError, ValueError):
-        label = math.nan
-    if not (math.isfinite(label) and label >= 0):
+    label = _finite(cell)  # A CSV file has nothing but strings.
+    if label is None or label < 0:
         raise ValueError(
             f"{place}: expected a number of 0 (no answer) or above, got {cell!r}; a teacher's scores go in 'scores'."
         )
     return label
+
+
+def _finite(cell: Any) -> float | None:
+    """Return a cell as a number, if it is one in float32 too, in which losses compute."""
+    try:
+        number = float(cell)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if abs(number) <= LARGEST else None
 
 
 def _scores(row: Mapping[str, Any], count: int, origin: str) -> tuple[float, ...] | None:
@@ -159,6 +169,6 @@ def _scores(row: Mapping[str, Any], count: int, origin: str) -> tuple[float, ...
     if not isinstance(scores, list) or len(scores) != count:
         raise ValueError(f"{place}: expected {count} numbers, one per document of the row; got {scores!r:.100}.")
     for score in scores:
-        if not isinstance(score, int | float) or not math.isfinite(score):
-            raise ValueError(f"{place}: {score!r} is not a finite number.")
+        if not isinstance(score, int | float) or _finite(score) is None:
+            raise ValueError(f"{place}: {score!r:.50} is not a finite number of 32 bits.")
     return tuple(map(float, scores))

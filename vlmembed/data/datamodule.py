@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
+from vlmembed.data.bad_rows import BadRowFile, ReadableRows, UsableRows
 from vlmembed.data.batches import Batches
-from vlmembed.data.collate import PATCH_COST
+from vlmembed.data.collate import PATCH_COST, ExampleCollator
 from vlmembed.data.evaluation import EvaluationSource
 from vlmembed.data.loader import ExampleLists, ResumableLoader, own_generator
 from vlmembed.data.mixture import Mixture
@@ -50,6 +51,11 @@ class RetrievalDataModule(LightningDataModule):
         eval_batch_size: Items that go through the model at once when measuring.
         num_workers: Processes per loader that read and preprocess; 0 to do it in the training process.
         seed: Draws the order of the training rows.
+        on_bad_row: What to do with a training row that cannot be used: it is not JSON, a cell has the wrong type, a
+            score is no number, an image is gone or damaged. ``raise`` stops and names it. ``skip`` leaves it out, so
+            that its batch is smaller, and names it in ``bad_rows.jsonl`` in the run's folder. Evaluation sets have no
+            such choice: a metric over fewer rows is another metric.
+        max_bad_rows: How many rows may be left out, over all processes and restarts, before the run stops.
     """
 
     def __init__(
@@ -62,10 +68,16 @@ class RetrievalDataModule(LightningDataModule):
         eval_batch_size: int = 32,
         num_workers: int = 2,
         seed: int = 0,
+        on_bad_row: Literal["raise", "skip"] = "raise",
+        max_bad_rows: int = 100,
     ):
         super().__init__()
         if eval_batch_size < 1:
             raise ValueError(f"eval_batch_size is 1 or more, got {eval_batch_size}.")
+        if on_bad_row not in ("raise", "skip") or max_bad_rows < 0:
+            raise ValueError(
+                f"on_bad_row is raise or skip, max_bad_rows 0 or more; got {on_bad_row!r} and {max_bad_rows}."
+            )
         self.train = train
         self.val = val
         self.test = test
@@ -78,6 +90,8 @@ class RetrievalDataModule(LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
         self.seed = seed
+        self.on_bad_row = on_bad_row
+        self.max_bad_rows = max_bad_rows
         #: Of each stage (``val``, ``test``, ``predict``), its evaluation sets, one per loader.
         self.evaluations: dict[str, list[Any]] = {}
 
@@ -110,15 +124,20 @@ class RetrievalDataModule(LightningDataModule):
         if self._trainer.overfit_batches:
             # Lightning would replace the sampler by one that knows no batches.
             raise ValueError("trainer.overfit_batches is not supported; train on a small file instead.")
+        examples, collate = ExampleLists(self._mixture), self._collator()
+        skips = self.on_bad_row == "skip"
+        if skips:
+            folder = Path(self._trainer.log_dir or self._trainer.default_root_dir)
+            self._bad_rows = BadRowFile(folder, self.max_bad_rows)
         return ResumableLoader(
-            ExampleLists(self._mixture),
+            ReadableRows(examples) if skips else examples,
             sampler=self._batches(),
-            collate_fn=self._collator(),
+            collate_fn=UsableRows(collate) if skips else collate,
             persistent_workers=self.num_workers > 0,
             **self._loader_options,
         )
 
-    def _collator(self) -> Callable[[Any], Any]:
+    def _collator(self) -> ExampleCollator:
         if self.chunk_size != "auto":
             return self._task.collator(self._preprocessor, self.chunk_size, None, self.patch_cost)
         if self.chunk_cost is None:
@@ -144,6 +163,12 @@ class RetrievalDataModule(LightningDataModule):
     def predict_dataloader(self) -> list[DataLoader]:
         """Return a loader for each set to embed."""
         return self._evaluation_loaders("predict")
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Write down the rows that a training batch lacks, when its step begins: not when a worker reads ahead."""
+        if getattr(batch, "bad_rows", ()):
+            self._bad_rows.add(batch.bad_rows)
+        return batch
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
         """Leave the batch on the host: the encoder takes its chunks over one at a time."""

@@ -55,8 +55,9 @@ class Folder:
             )
         path = self.path / value
         try:
+            str(value).encode()
             real, found = Path(os.path.realpath(path)), path.is_file()
-        except (OSError, ValueError) as error:  # Too long; with a null byte.
+        except (OSError, ValueError) as error:  # Too long; with a null byte; with what is no character.
             raise ValueError(f"{origin}: the {kind} file {value!r:.100} cannot be looked for: {error}.") from error
         if not any(real.is_relative_to(allowed) for allowed in self._allowed):
             raise ValueError(

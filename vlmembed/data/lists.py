@@ -61,7 +61,10 @@ class Lists(Source):
 
     @cached_property
     def _groups(self) -> list[list[int]]:
-        """The rows of each query; looked for once, without reading documents where the rows allow it."""
+        """The rows of each query; looked for once, without reading documents where the rows allow it.
+
+        A row whose query cannot be read is a group of its own: see ``Source.query_id``.
+        """
         groups: dict[int, list[int]] = {}
         for row in range(len(self.rows)):
             groups.setdefault(self.rows.query_id(row), []).append(row)

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from vlmembed.data.candidates import candidates_of
-from vlmembed.data.collate import PATCH_COST, check_chunk_size, room_of
+from vlmembed.data.collate import PATCH_COST, ExampleCollator, check_chunk_size, room_of
 from vlmembed.losses import Targets
 from vlmembed.types import Example, Inputs, Pair, PairBatch, Prepared, Preprocessor, RankingBatch, RerankingSet
 
@@ -19,7 +19,7 @@ from vlmembed.types import Example, Inputs, Pair, PairBatch, Prepared, Preproces
 NumberedPair = tuple[int, int, Pair]
 
 
-class PairCollator:
+class PairCollator(ExampleCollator):
     """Makes a ``RankingBatch`` of examples, in a loader worker.
 
     A chunk holds pairs that begin alike, and what they share of their beginning costs nothing again.
@@ -76,6 +76,11 @@ class PairCollator:
             targets=torch.tensor([targets[key] for key in order]),
             origins=tuple(example.query.origin for example in examples),
         )
+
+    def check(self, example: Example) -> None:
+        """See `ExampleCollator.check`: a query that has one candidate by itself gets others from the batch."""
+        several = self.targets.several and not self.in_batch_negatives
+        PairCollator(self.preprocessor, replace(self.targets, several=several))([example])
 
     def _with_negatives(self, examples: Sequence[Example]) -> Iterator[Example]:
         """Give each example documents of the others, the same ones whenever the batch is made."""

@@ -18,9 +18,16 @@ from vlmembed.data.folder import Folder, folder_of
 from vlmembed.data.tables import Table, open_table
 from vlmembed.types import Example, Item
 
+#: Stands for the id of a query that has not been read. Ids are 0 or more.
+UNREAD = -1
+
 
 class Source(ABC):
-    """Training rows by number. Goes to loader workers: it must pickle. Subclass it to train on anything."""
+    """Training rows by number. Goes to loader workers: it must pickle. Subclass it to train on anything.
+
+    A ``ValueError`` of ``__getitem__`` says that the row cannot be used, and names it; see ``on_bad_row`` of the data
+    module.
+    """
 
     @property
     def name(self) -> str:
@@ -34,8 +41,20 @@ class Source(ABC):
     def __getitem__(self, index: int) -> Example: ...
 
     def query_id(self, index: int) -> int:
-        """Return ``Item.id`` of the row's query: no batch asks one query twice. Override it where that is cheaper."""
-        return self[index].query.id
+        """Return ``Item.id`` of the row's query: no batch asks one query twice. Override it where that is cheaper.
+
+        A row whose query cannot be read asks something of its own, so that it comes up, and reading it says what is
+        wrong.
+        """
+        try:
+            return self[index].query.id
+        except ValueError:
+            return own_id(index)
+
+
+def own_id(index: int) -> int:
+    """Return a number that no query has, and no other row of the source."""
+    return UNREAD - 1 - index
 
 
 def read(source: Source, index: int) -> Example:
@@ -107,11 +126,16 @@ class Rows(Source):
 
     def query_id(self, index: int) -> int:
         """See ``Source.query_id``; read once, and without the other columns where the file allows it."""
-        if self._query_ids[index] < 0:
-            row = self._read(self._queries, index)
-            origin = f"{self._origin(index)}, column 'query'"
-            self._query_ids[index] = to_item(row.get(self._query_column), "query", self._folder, origin).id
+        if self._query_ids[index] == UNREAD:
+            self._query_ids[index] = self._ask(index)
         return int(self._query_ids[index])
+
+    def _ask(self, index: int) -> int:
+        try:
+            cell = self._read(self._queries, index).get(self._query_column)
+            return to_item(cell, "query", self._folder, f"{self._origin(index)}, column 'query'").id
+        except ValueError:
+            return own_id(index)
 
     def _origin(self, index: int) -> str:
         return f"{self.path}, row {index + 1}"
@@ -120,7 +144,8 @@ class Rows(Source):
         try:
             return table[index]
         except OSError as error:
-            raise ValueError(f"{self._origin(index)}: cannot be read: {error}") from error
+            # The file's fault, and no row's.
+            raise OSError(f"{self._origin(index)}: cannot be read: {error}") from error
 
     @cached_property
     def _folder(self) -> Folder:
@@ -157,7 +182,7 @@ class Rows(Source):
 
     @cached_property
     def _query_ids(self) -> np.ndarray:
-        return np.full(len(self), -1)  # Ids have 63 bits, so -1 is none of them.
+        return np.full(len(self), UNREAD)
 
 
 def _select(table: Table, columns: list[str]) -> Table:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import datasets
 import numpy as np
@@ -24,6 +25,7 @@ class JSONLines:
 
     Raises:
         ValueError: If the file does not exist, has no rows, or has a blank line between rows.
+        OSError: When reading a row of a file that is another one by now: its rows would be others, unnoticed.
     """
 
     def __init__(self, path: Path):
@@ -37,11 +39,12 @@ class JSONLines:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         with self.path.open("rb") as file:
+            self._refuse_changes(file)
             file.seek(int(self._offsets[index]))
             line = file.readline()
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.path}, row {index + 1}: not JSON ({error}): {line[:100]!r}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{self.path}, row {index + 1}: expected a JSON object, got {line[:100]!r}.")
@@ -56,6 +59,7 @@ class JSONLines:
         offsets: list[int] = []
         position, lines = 0, 0
         with self.path.open("rb") as file:
+            self._version = _version(file)
             for line in file:
                 lines += 1
                 if line.strip():
@@ -67,6 +71,18 @@ class JSONLines:
         if not offsets:
             raise ValueError(f"{self.path}: the file has no rows.")
         return np.array(offsets)
+
+    def _refuse_changes(self, file: BinaryIO) -> None:
+        if _version(file) != self._version:
+            raise OSError(
+                f"{self.path} has changed since it was opened. Write a new version of a data set to another file, and "
+                "start again."
+            )
+
+
+def _version(file: BinaryIO) -> tuple[int, int]:
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns
 
 
 Table: TypeAlias = JSONLines | datasets.Dataset

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any
 
 from torch.utils.data import DataLoader
 
-from vlmembed.data.collate import Collator, ItemCollator
+from vlmembed.data.collate import Collator, ExampleCollator, ItemCollator
 from vlmembed.data.evaluation import EvaluationSource, as_evaluation
 from vlmembed.data.loader import ItemLists, shard
 from vlmembed.data.pairs import EvaluationPairCollator, PairCollator, PairLists
@@ -33,7 +32,7 @@ class Task(ABC):
     @abstractmethod
     def collator(
         self, preprocessor: Preprocessor, chunk_size: int | None, chunk_cost: int | None, patch_cost: float
-    ) -> Callable[[Any], Any]:
+    ) -> ExampleCollator:
         """Return what makes a batch of examples."""
 
     @abstractmethod

@@ -19,12 +19,9 @@ from huggingface_hub.utils import validate_repo_id, yaml_dump
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-TEMPLATE = Path(__file__).with_name("card.md.jinja")
+from vlmembed.secrets import mask
 
-SECRET = re.compile(r"secret|passw|api_?key|access_?key|credential", re.IGNORECASE)
-TOKEN = re.compile(r"token(?!iz)", re.IGNORECASE)
-URL_LOGIN = re.compile(r"(?<=://)[^/\s]+@")
-MASK = "(hidden)"
+TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 DATA_FILES = {".json", ".jsonl", ".parquet", ".csv", ".tsv", ".arrow"}
 
@@ -125,23 +122,6 @@ def escape(value: object) -> Markup:
         return value
     line = " ".join(str(value).split())
     return Markup(re.sub(r"[^\w\s.,:;/@+()=%?'-]", lambda mark: f"&#{ord(mark.group())};", line))
-
-
-def mask(value: Any, path: str = "") -> Any:
-    """Hide what a configuration keeps under a secret's name, and logins within addresses.
-
-    Numbers under a ``token`` key are counts (``max_tokens``), and stay.
-    """
-    if isinstance(value, Mapping):
-        return {str(key): mask(inner, f"{path}.{key}") for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [mask(inner, path) for inner in value]
-    if isinstance(value, bool | None):
-        return value
-    is_number = isinstance(value, int | float)
-    if SECRET.search(path) or (TOKEN.search(path) and not is_number):
-        return MASK
-    return value if is_number else URL_LOGIN.sub(f"{MASK}@", str(value))
 
 
 def _metadata(facts: CardFacts, measurements: Sequence[Measurement]) -> ModelCardData:

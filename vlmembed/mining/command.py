@@ -8,6 +8,7 @@ from jsonargparse import auto_cli
 
 from vlmembed.mining.mining import mine
 from vlmembed.mining.scoring import score
+from vlmembed.secrets import refuse_secrets_in
 
 COMMANDS: dict[str, Callable[..., None]] = {"mine": mine, "score": score}
 
@@ -18,5 +19,9 @@ def run(name: str, args: Sequence[str]) -> None:
     Args:
         name: Which.
         args: The command line after its name; ``--config FILE`` and ``--help`` among others.
+
+    Raises:
+        ValueError: If it holds what looks like a token or a password.
     """
+    refuse_secrets_in(args)
     auto_cli(COMMANDS[name], args=[*args], prog=f"python -m vlmembed {name}", as_positional=False)

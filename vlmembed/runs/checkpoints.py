@@ -17,6 +17,8 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn
 #: What a checkpoint is called while it is being written.
 DRAFT = ".draft"
 
+MAKE_ROOM = " Make room, and go on with --ckpt_path last."
+
 
 class CheckpointFiles(TorchCheckpointIO):
     """Writes a checkpoint beside its place and moves it there, so that its place never holds a part of one.
@@ -41,13 +43,11 @@ class CheckpointFiles(TorchCheckpointIO):
             _write(checkpoint, draft)
             os.replace(draft, place)
         except OSError as error:
-            advice = (
-                " Make room, and go on with --ckpt_path last." if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-            )
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             raise OSError(
                 error.errno,
                 f"The checkpoint {place} could not be written: {os.strerror(error.errno or 0)}. Checkpoints that were "
-                f"there before are as they were.{advice}",
+                f"there before are as they were.{MAKE_ROOM if full else ''}",
             ) from error
         finally:
             draft.unlink(missing_ok=True)
@@ -66,8 +66,8 @@ class CheckpointFiles(TorchCheckpointIO):
             return super().load_checkpoint(path, map_location, weights_only is not False)
         except pickle.UnpicklingError as error:
             raise ValueError(
-                f"The checkpoint {path} holds more than tensors and plain values, which could run code: {error}. If you "
-                "trust who wrote it, give --weights_only false."
+                f"The checkpoint {path} holds more than tensors and plain values, which could run code: {error}. If "
+                "you trust who wrote it, give --weights_only false."
             ) from error
         except (RuntimeError, EOFError) as error:
             raise ValueError(

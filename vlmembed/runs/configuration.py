@@ -23,7 +23,7 @@ class RememberConfiguration(Callback):
 
 
 class SaveConfiguration(SaveConfigCallback):
-    """Writes ``config.yaml`` into the run's folder; what is there of a run that goes on is kept beside a changed one."""
+    """Writes ``config.yaml`` into the run's folder; one that is there, and differs, is kept beside it."""
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write it. Only the first process is here, so nothing is asked that all would have to answer."""

@@ -10,12 +10,13 @@ An *item* is one thing to encode (a query or a document). An *example* is one tr
 distinct item of its examples once, cut into *chunks*; a chunk is what goes through the model in one forward pass.
 """
 
-from vlmembed.types.batches import Batch, ItemBatch, PairBatch, RankingBatch
+from vlmembed.types.batches import BadRow, Batch, ItemBatch, PairBatch, RankingBatch
 from vlmembed.types.evaluation import EvaluationSet, RerankingSet
 from vlmembed.types.items import Example, Frame, Inputs, Item, Pair, Part, Role
 from vlmembed.types.preprocessor import Prepared, Preprocessor
 
 __all__ = [
+    "BadRow",
     "Batch",
     "EvaluationSet",
     "Example",

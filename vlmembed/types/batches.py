@@ -10,6 +10,19 @@ from torch import Tensor
 from vlmembed.types.items import Inputs
 
 
+@dataclass(frozen=True)
+class BadRow:
+    """A training row that was left out of its batch, because it cannot be used.
+
+    Args:
+        row: Its number among all training rows, from 1 on, in the order of their sources.
+        reason: What is wrong with it; names the file and the row in it.
+    """
+
+    row: int
+    reason: str
+
+
 @dataclass
 class Batch:
     """The distinct items of some examples, ready to encode, and who belongs to whom.
@@ -29,6 +42,7 @@ class Batch:
         labels: (M,) 1 where the pair's document is a right answer, -1 where it is a hard negative.
         scores: (M,) a teacher's scores, where the loss distils them.
         origins: Where each row of the batch came from, for messages.
+        bad_rows: The rows that were left out.
     """
 
     chunks: list[Inputs]
@@ -41,6 +55,7 @@ class Batch:
     labels: Int8[Tensor, " M"]
     scores: Float[Tensor, " M"] | None = None
     origins: tuple[str, ...] = ()
+    bad_rows: tuple[BadRow, ...] = ()
 
     def pin_memory(self) -> Batch:
         """Lock the chunks in host memory, so that each is copied to the device while the one before it computes."""
@@ -79,6 +94,7 @@ class RankingBatch:
         documents: (N,) ``Item.id`` of each pair's document, so that processes can compare theirs.
         targets: (N,) what each pair's score should say: a label, or a teacher's score.
         origins: Where each row of the batch came from, for messages.
+        bad_rows: The rows that were left out.
     """
 
     chunks: list[Inputs]
@@ -87,6 +103,7 @@ class RankingBatch:
     documents: Int[Tensor, " N"]
     targets: Float[Tensor, " N"]
     origins: tuple[str, ...] = ()
+    bad_rows: tuple[BadRow, ...] = ()
 
     def pin_memory(self) -> RankingBatch:
         """See ``Batch.pin_memory``."""
