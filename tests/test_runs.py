@@ -225,17 +225,19 @@ def logger_of(folder: Path) -> CSVLogger:
 def test_a_log_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: str | None) -> None:
     first = logger_of(tmp_path)
     open_log(first, 0)
-    for step in range(5):
+    for step in range(3):
         first.log_metrics({"train/loss": step / 10}, step)
     first.log_metrics({"val/ndcg@10": 0.5}, 2)
+    for step in (3, 4):
+        first.log_metrics({"train/loss": step / 10}, step)
     first.save()
     if killed:
         with monkeypatch.context() as patch:
             patch.setattr(*_killed(killed))
             with pytest.raises(KeyboardInterrupt):
-                open_log(logger_of(tmp_path), 3)
+                open_log(logger_of(tmp_path), 4)
     second = logger_of(tmp_path)
-    open_log(second, 3)
+    open_log(second, 4)
     second.log_metrics({"train/loss": 0.9, "lr": 1.0}, 3)
     second.save()
     found = rows_of(tmp_path / "name")

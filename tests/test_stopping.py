@@ -1,0 +1,155 @@
+"""Runs that are told to stop, or killed, and gone on with; `experiments/survival` does it at random moments."""
+
+from __future__ import annotations
+
+import csv
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import yaml
+
+from vlmembed.__main__ import main
+
+STEPS = 16
+
+
+@pytest.fixture(scope="module")
+def config(checkpoint: Path) -> dict[str, Any]:
+    numbers = {"class_path": "vlmembed.data.digits.HandwrittenNumbers", "init_args": {"size": 48}}
+    lora = {"r": 2, "lora_dropout": 0.2, "target_modules": ["q_proj", "v_proj"]}
+    saver = {"every_n_train_steps": 3, "save_last": True}
+    return {
+        "seed_everything": 1,
+        "model": {
+            "class_path": "vlmembed.modules.EmbeddingModule",
+            "init_args": {
+                "backbone": {"class_path": "vlmembed.backbones.Qwen3VL", "init_args": {"checkpoint": str(checkpoint)}},
+                "pooling": {"class_path": "vlmembed.pooling.LastToken"},
+                "loss": {"class_path": "vlmembed.losses.InfoNCE"},
+                "adapters": [
+                    {
+                        "class_path": "vlmembed.adapters.LoRA",
+                        "init_args": {"config": {"class_path": "peft.LoraConfig", "init_args": lora}},
+                    }
+                ],
+                "lr_scheduler": {"class_path": "vlmembed.modules.CosineDecay"},
+            },
+        },
+        "data": {
+            "class_path": "vlmembed.data.RetrievalDataModule",
+            "init_args": {"train": numbers, "val": numbers, "batch_size": 6, "chunk_size": 4, "num_workers": 1},
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "max_epochs": 2,
+            "val_check_interval": 4,
+            "log_every_n_steps": 1,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "exporter": None,
+            "logger": {
+                "class_path": "lightning.pytorch.loggers.CSVLogger",
+                "init_args": {"save_dir": "runs", "name": "run"},
+            },
+            "callbacks": [{"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": saver}],
+        },
+    }
+
+
+def start(folder: Path, config: dict[str, Any]) -> Any:
+    """Run the command in a process of its own, forked from one that has imported everything."""
+    folder.mkdir(exist_ok=True)
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["vlmembed.__main__"])
+    process = context.Process(target=fit, args=(folder,))
+    process.start()
+    return process
+
+
+def fit(folder: Path) -> None:
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    main(["fit", "--config", "run.yaml", "--ckpt_path", "last"])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, config: dict[str, Any]) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    process = start(folder, config)
+    process.join()
+    assert process.exitcode == 0
+    return folder / "runs/run/version_0"
+
+
+def kill(process: Any) -> None:
+    os.kill(process.pid, signal.SIGKILL)
+
+
+def terminate(process: Any) -> None:
+    os.kill(process.pid, signal.SIGTERM)
+
+
+def interrupt(process: Any) -> None:
+    """As a terminal does: loader workers are told as well."""
+    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+        os.kill(each.pid, signal.SIGINT)
+
+
+def kill_worker(process: Any) -> None:
+    psutil.Process(process.pid).children()[0].kill()
+
+
+@pytest.mark.parametrize(
+    ("stop", "status"),
+    [(kill, -signal.SIGKILL), (terminate, 143), (interrupt, 130), (kill_worker, 1)],
+    ids=["SIGKILL", "SIGTERM", "Ctrl-C", "a worker's death"],
+)
+def test_a_run_goes_on_as_if_nothing_had_been(
+    tmp_path: Path, config: dict[str, Any], undisturbed: Path, stop: Callable[[Any], None], status: int
+) -> None:
+    process = start(tmp_path, config)
+    run = tmp_path / "runs/run/version_0"
+    _wait_for(run / "checkpoints/last.ckpt", process)
+    stop(process)
+    process.join(60)
+    assert process.exitcode == status
+    step = torch.load(max((run / "checkpoints").glob("*.ckpt"), key=os.path.getmtime), weights_only=True)["global_step"]
+    assert 0 < step < STEPS
+    again = start(tmp_path, config)
+    again.join(120)
+    assert again.exitcode == 0
+    assert _state(run) == _state(undisturbed)
+    assert _rows(run) == _rows(undisturbed)
+
+
+def _wait_for(path: Path, process: Any) -> None:
+    while not path.exists() and process.is_alive():
+        time.sleep(0.01)
+
+
+def _state(run: Path) -> dict[str, Any]:
+    """The end of a run: every bit of its weights, its optimizer and its schedule, in a form that compares."""
+    content = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    return {name: _bits(content[name]) for name in ("state_dict", "optimizer_states", "lr_schedulers", "global_step")}
+
+
+def _bits(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.dtype, tuple(value.shape), value.numpy().tobytes()
+    if isinstance(value, dict):
+        return {key: _bits(each) for key, each in value.items()}
+    return [*map(_bits, value)] if isinstance(value, list | tuple) else value
+
+
+def _rows(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
