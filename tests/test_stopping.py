@@ -78,6 +78,8 @@ def start(folder: Path, config: dict[str, Any]) -> Any:
 def fit(folder: Path) -> None:
     os.chdir(folder)
     torch.set_num_threads(1)
+    # Loader workers, as in any process that is not itself forked from a server.
+    multiprocessing.set_start_method("fork", force=True)
     main(["fit", "--config", "run.yaml", "--ckpt_path", "last"])
 
 
