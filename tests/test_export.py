@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,12 +42,16 @@ def lora() -> LoRA:
     return LoRA(LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj", "qkv"], init_lora_weights=False))
 
 
-@pytest.fixture(scope="module", params=POOLINGS, ids=lambda pooling: type(pooling).__name__)
-def pooling(request: pytest.FixtureRequest) -> Pooling:
-    return request.param
+def cases() -> Iterator[Any]:
+    """Every pooling; in short, LoRA under the plainest and the largest: it is merged before anything is pooled."""
+    for pooling in POOLINGS:
+        name = type(pooling).__name__
+        yield pytest.param(pooling, False, id=f"{name}-full")
+        marks = [] if name in ("LastToken", "Concatenation") else [pytest.mark.exhaustive]
+        yield pytest.param(pooling, True, id=f"{name}-LoRA", marks=marks)
 
 
-@pytest.mark.parametrize("adapted", [False, True], ids=["full", "LoRA"])
+@pytest.mark.parametrize(("pooling", "adapted"), cases())
 def test_every_pooling_is_served_as_trained(checkpoint: Path, tmp_path: Path, pooling: Pooling, adapted: bool) -> None:
     """Opened by Sentence Transformers in a process that cannot import vlmembed."""
     torch.manual_seed(0)

@@ -170,13 +170,13 @@ def test_lightning_forgets_the_place_in_the_epoch_where_a_module_asks_it_for_the
         assert (rest.losses != whole.losses[batches:]) == forgets
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ALONE)
 def test_resumed_from_every_checkpoint(checkpoint: Path, data: Path, tmp_path: Path, name: str) -> None:
     check_all(name, checkpoint, data, tmp_path, None)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", TOGETHER)
 def test_two_processes_resumed_from_every_checkpoint(checkpoint: Path, data: Path, tmp_path: Path, name: str) -> None:
     ddp.run(check_all, name, checkpoint, data, tmp_path, None)

@@ -22,6 +22,7 @@ from vlmembed.runs import CheckpointFiles, fit_folder, other_folder, refuse_chan
 from vlmembed.runs import folder as folders
 from vlmembed.runs.checkpoints import newest_checkpoint
 from vlmembed.runs.metrics import open_log
+from vlmembed.runs.stopping import _requeue
 from vlmembed.trainer import Trainer
 
 STATE = {"state_dict": {"weight": torch.arange(1000.0)}, "optimizer_states": [], "global_step": 3}
@@ -281,3 +282,19 @@ def test_what_makes_two_runs_of_one_is_refused_unless_it_is_named(capsys: pytest
         refuse_changes(BEFORE, after, ["trainer"])
     refuse_changes(BEFORE, after, ["data.init_args.batch_size", "trainer.max_epochs"])
     assert "max_epochs: 1 → 2" in capsys.readouterr().out
+
+
+# SLURM
+
+
+def test_a_job_is_put_back_into_its_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    _requeue(trainer(tmp_path))  # Not under SLURM: nobody is asked.
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    _requeue(trainer(tmp_path))
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "16")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    _requeue(trainer(tmp_path))
+    assert (tmp_path / "asked").read_text() == "requeue 17\nrequeue 16_3\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -19,6 +20,9 @@ import yaml
 from vlmembed.__main__ import main
 
 STEPS = 16
+
+#: What the run began with, and what it went on with.
+CONFIGURATIONS = ["config.1.yaml", "config.yaml"]
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +135,23 @@ def test_a_run_goes_on_as_if_nothing_had_been(
     assert again.exitcode == 0
     assert _state(run) == _state(undisturbed)
     assert _rows(run) == _rows(undisturbed)
+
+
+def test_a_run_does_not_go_on_as_another(
+    tmp_path: Path, config: dict[str, Any], undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(undisturbed.parents[2], tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    command = ["fit", "--config", "run.yaml", "--ckpt_path", "last"]
+    with pytest.raises(ValueError, match=r"data\.init_args\.batch_size: 6 → 4\n.*--trainer\.allow_changed"):
+        main([*command, "--data.init_args.batch_size=4"])
+    assert _state(tmp_path / "runs/run/version_0") == _state(undisturbed)
+    longer = ["--trainer.max_epochs=3", "--trainer.allow_changed=[trainer.max_epochs]"]
+    main([*command, *longer, "--data.init_args.num_workers=0"])
+    run = tmp_path / "runs/run/version_0"
+    assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] > STEPS
+    assert [yaml.safe_load((run / name).read_text())["trainer"]["max_epochs"] for name in CONFIGURATIONS] == [2, 3]
+    assert _rows(run)[: len(_rows(undisturbed)) - 1] == _rows(undisturbed)[:-1]
 
 
 def _wait_for(path: Path, process: Any) -> None:

@@ -64,10 +64,11 @@ def _refuse_for_shards(chunk_size: int | str | None, graph_memory: GraphMemory) 
 def _tell(module: LightningModule, sentence: str) -> None:
     """Print what was chosen, and keep it in the run's folder."""
     trainer = module.trainer
+    place = trainer.log_dir if trainer.loggers else None  # Which all processes are asked for.
     if trainer.is_global_zero:
         print(sentence)
-        if trainer.loggers and trainer.log_dir is not None:
-            folder = Path(trainer.log_dir)
+        if place is not None:
+            folder = Path(place)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "chunks.yaml").write_text(yaml.safe_dump({"chunk_cost": trainer.datamodule.chunk_cost}))  # type: ignore[attr-defined]
 
