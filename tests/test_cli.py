@@ -190,6 +190,21 @@ def test_an_unknown_key_is_refused(run: dict[str, Any], place: str, capsys: pyte
     assert "temprature" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("written", ["in the file", "on the command line"])
+def test_a_token_is_refused_and_not_repeated(
+    run: dict[str, Any], written: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    token, options = "hf_" + "a1B2" * 9, []
+    if written == "in the file":
+        run["data"]["init_args"]["test"] = token
+    else:
+        options = [f"--data.init_args.test={token}"]
+    with pytest.raises(ValueError, match=r"data\.init_args\.test.*HF_TOKEN") as error:
+        call("fit", run, *options)
+    assert token not in str(error.value) + "".join(capsys.readouterr())
+    assert not Path("runs").exists()
+
+
 def test_a_used_output_folder_is_refused_before_anything_is_done(run: dict[str, Any]) -> None:
     Path("thesis").mkdir()
     Path("thesis/chapter.txt").write_text("mine")
