@@ -98,8 +98,9 @@ def lora() -> dict[str, Any]:
 
 
 def mixed_data() -> dict[str, Any]:
-    """Two sources, four batches to a step, measured in the middle of some."""
+    """Two sources, four batches to a step, measured in the middle of some; ten steps, and the last one is saved."""
     config = base()
+    config["trainer"]["callbacks"][0]["init_args"]["every_n_train_steps"] = 2
     config["data"]["init_args"]["train"] = part(
         "vlmembed.data.Mixture", sources=[numbers(ROWS), numbers(ROWS // 2, seed=1)], weights=[1.0, 2.0]
     )

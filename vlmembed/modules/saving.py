@@ -34,6 +34,8 @@ def restore_saving_state(trainer: Trainer, state: SavingState, now: int) -> None
             own: list[Any] = [callback.last_model_path, *callback.best_k_models]
             saved = any(path and Path(path).resolve() == file for path in own)
             callback._last_global_step_saved = now if saved else step
+            # One that has saved nothing writes a last checkpoint when training ends.
+            callback._last_checkpoint_saved = next(filter(None, own), "")
 
 
 def _callbacks(trainer: Trainer) -> Iterator[ModelCheckpoint]:
