@@ -55,7 +55,11 @@ def step(
 @pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="needs a C++ compiler")
 @pytest.mark.parametrize(
-    "options", [pytest.param({}, id="full"), pytest.param({"adapters": [LoRA(LoraConfig(**DROPOUT))]}, id="dropout")]
+    "options",
+    [
+        pytest.param({"adapters": [LoRA(LoraConfig(**DROPOUT))]}, id="dropout"),
+        pytest.param({}, id="full", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_compiled_layers_embed_and_learn_as_before(checkpoint: Path, options: dict[str, Any]) -> None:
     """With graphs and with replays, whose dropout falls as in the first pass; and compiled once for all shapes."""

@@ -135,6 +135,7 @@ def test_a_run_goes_on_as_if_nothing_had_been(
     assert again.exitcode == 0
     assert _state(run) == _state(undisturbed)
     assert _rows(run) == _rows(undisturbed)
+    assert not (run / "checkpoints/stopped.ckpt").exists()
 
 
 def test_a_run_does_not_go_on_as_another(

@@ -6,8 +6,9 @@ import os
 import signal
 import threading
 
-#: SLURM's jobs get the last one before their time is over, if they ask for it: ``sbatch --signal=USR1@120``.
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+#: SLURM's jobs get this before their time is over, if they ask for it: ``sbatch --signal=USR1@120``. Windows has none.
+REQUEUE: signal.Signals | None = getattr(signal, "SIGUSR1", None)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, *([REQUEUE] if REQUEUE else []))
 
 
 def leave_stopping_to_parent(worker: int) -> None:

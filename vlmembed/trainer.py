@@ -72,7 +72,8 @@ class Trainer(lightning.Trainer):
         Raises:
             ValueError: If the run began with a configuration that differs in what decides what is learned.
         """
-        if ckpt_path is not None:
+        # What is elsewhere, or not to be read without running it, is not looked into before.
+        if ckpt_path is not None and Path(ckpt_path).exists() and weights_only is not False:
             checkpoint = read_checkpoint(Path(ckpt_path))
             self.steps_before = checkpoint["global_step"]
             if checkpoint.get("config") and self.run_config:

@@ -88,8 +88,8 @@ def interval(pairs: list[tuple[float, float]]) -> tuple[float, float]:
 
 
 def ratio(pairs: list[tuple[float, float]]) -> float:
-    guarded, without = zip(*pairs, strict=True)
-    return median(guarded) / median(without)
+    """Of neighbours, because the machine is faster at one time than at another."""
+    return median(guarded / without for guarded, without in pairs)
 
 
 def main() -> None:

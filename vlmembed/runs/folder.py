@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -124,21 +123,26 @@ def _claimed(logger: CSVLogger) -> Path:
                 "choose another name or version for the logger."
             )
         return folder
-    parent = Path(logger.root_dir)
-    parent.mkdir(parents=True, exist_ok=True)
-    for version in count(logger._get_next_version()):
-        folder = parent / f"version_{version}"
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            continue
-        logger._version = version
-        return folder
-    raise AssertionError
+    Path(logger.root_dir).mkdir(parents=True, exist_ok=True)
+    logger._version = logger._get_next_version()
+    while not _is_made(Path(logger.log_dir)):
+        logger._version += 1
+    return Path(logger.log_dir)
+
+
+def _is_made(folder: Path) -> bool:
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        return False
+    return True
 
 
 def _newest(trainer: Trainer, logger: CSVLogger, folder: Path) -> tuple[str | None, int]:
-    """Return a locked folder's newest whole checkpoint, if it has one, and its step; remove what was half-written."""
+    """Return a locked folder's newest whole checkpoint, if it has one, and how many rows of the log were before it.
+
+    What was half-written is removed.
+    """
     logger._version = _number(folder) if logger._version is None else logger._version
     places = _checkpoint_folders(trainer, folder)
     for draft in (path for place in places for path in place.glob(f"*{DRAFT}")):
@@ -165,7 +169,10 @@ def _checkpoint_folders(trainer: Trainer, folder: Path) -> list[Path]:
 def _locked(folder: Path) -> Iterator[None]:
     lock = FileLock(folder / LOCK)
     try:
-        with lock.acquire(timeout=PATIENCE):
-            yield
+        lock.acquire(timeout=PATIENCE)
     except Timeout as error:
         raise TimeoutError(f"{folder}: another process is at work here. Let it finish, or end it.") from error
+    try:
+        yield
+    finally:
+        lock.release()

@@ -14,7 +14,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from vlmembed import distributed
-from vlmembed.signals import SIGNALS
+from vlmembed.signals import REQUEUE, SIGNALS
 
 #: The checkpoint of a run that was told to stop.
 STOPPED = "stopped.ckpt"
@@ -46,9 +46,17 @@ class StopSafely(Callback):
         received = distributed.largest(self._received, pl_module.device)
         if received:
             self._save(trainer)
-            if received == signal.SIGUSR1:
+            if received == REQUEUE:
                 _requeue(trainer)
             raise SystemExit(128 + received)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remove the checkpoint of an earlier stop, if the run has written a later one since."""
+        place = _place(trainer)
+        if place is not None and place.exists() and trainer.is_global_zero:
+            written = place.stat().st_mtime
+            if any(each.stat().st_mtime > written for each in place.parent.glob("*.ckpt")):
+                place.unlink()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the signals back."""
@@ -65,13 +73,18 @@ class StopSafely(Callback):
 
     @staticmethod
     def _save(trainer: Trainer) -> None:
-        callback = trainer.checkpoint_callback
-        if not isinstance(callback, ModelCheckpoint) or callback.dirpath is None:
+        place = _place(trainer)
+        if place is None:
             distributed.print_once("Stopped. No checkpoint was written, because the trainer writes none.")
             return
-        place = Path(callback.dirpath) / STOPPED
         trainer.save_checkpoint(place)
         distributed.print_once(f"Stopped after step {trainer.global_step}: {place}. Go on with --ckpt_path last.")
+
+
+def _place(trainer: Trainer) -> Path | None:
+    callback = trainer.checkpoint_callback
+    folder = callback.dirpath if isinstance(callback, ModelCheckpoint) else None
+    return None if folder is None else Path(folder) / STOPPED
 
 
 def _requeue(trainer: Trainer) -> None:
