@@ -43,12 +43,12 @@ def lora() -> LoRA:
 
 
 def cases() -> Iterator[Any]:
-    """Every pooling; in short, LoRA under one: it is merged before anything is pooled."""
+    """Every pooling; in short, those within the concatenation not alone too, and LoRA, merged before pooling, once."""
+    short = {"FirstToken-full", "LastToken-full", "LastToken-LoRA", "Max-full", "Mean-full", "Concatenation-full"}
     for pooling in POOLINGS:
-        name = type(pooling).__name__
-        yield pytest.param(pooling, False, id=f"{name}-full")
-        marks = [] if name == "LastToken" else [pytest.mark.exhaustive]
-        yield pytest.param(pooling, True, id=f"{name}-LoRA", marks=marks)
+        for adapted in (False, True):
+            name = f"{type(pooling).__name__}-{'LoRA' if adapted else 'full'}"
+            yield pytest.param(pooling, adapted, id=name, marks=[] if name in short else [pytest.mark.exhaustive])
 
 
 @pytest.mark.parametrize(("pooling", "adapted"), cases())
