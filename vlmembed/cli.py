@@ -174,8 +174,6 @@ def main(args: ArgsType = None) -> None:
         args: The command line, without the program's name; None for the process's own.
     """
     words = sys.argv[1:] if args is None else args
-    if isinstance(words, list):
-        refuse_secrets_in(words)
     if isinstance(words, list) and words[:1] == ["ablate"]:
         # Its locks are POSIX's; the other commands need none.
         from vlmembed.ablation.command import ablate
@@ -186,6 +184,8 @@ def main(args: ArgsType = None) -> None:
 
         run(words[0], words[1:])
     else:
+        if isinstance(words, list):
+            refuse_secrets_in(words)
         try:
             CLI(args)
         except SIGTERMException:

@@ -80,12 +80,6 @@ class Trainer(lightning.Trainer):
                 refuse_changes(checkpoint["config"], self.run_config, self.allow_changed)
         super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
 
-    def save_checkpoint(self, filepath: Any, weights_only: bool | None = None, storage_options: Any = None) -> None:
-        """Write a checkpoint, and what was logged so far: a run that goes on from it does not log that again."""
-        for logger in self.loggers:
-            logger.save()
-        super().save_checkpoint(filepath, weights_only, storage_options)
-
     @property
     def export_folder(self) -> Path:
         """Where ``export`` writes if nothing else is said: into the run's folder."""

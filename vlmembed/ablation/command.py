@@ -18,9 +18,10 @@ from vlmembed.ablation.plan import check_runs, plan
 from vlmembed.ablation.planned import Run
 from vlmembed.ablation.probing import probe
 from vlmembed.ablation.report import write_report
-from vlmembed.ablation.results import CONFIGURATION, Result, read_result, write_whole
+from vlmembed.ablation.results import CONFIGURATION, Result, read_result
 from vlmembed.ablation.run import FIT, locked
 from vlmembed.ablation.runner import start, to_do
+from vlmembed.files import write_whole
 from vlmembed.secrets import refuse_secrets_in
 
 #: Says with a ValueError what is wrong with a run's configuration.

@@ -6,8 +6,9 @@ import io
 from collections.abc import Mapping
 from pathlib import Path
 
-from vlmembed.ablation.results import document_path, write_whole
+from vlmembed.ablation.results import document_path
 from vlmembed.backbones.media import load_image
+from vlmembed.files import write_whole
 from vlmembed.types import Item
 
 #: Pixels of the longest side of a picture, and characters of a text.

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmembed.ablation.results import read_json, write_whole
+from vlmembed.ablation.results import read_json
+from vlmembed.files import write_whole
 
 #: In a run's folder: what was planned.
 PLANNED = "planned.json"

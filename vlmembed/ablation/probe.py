@@ -9,8 +9,9 @@ import torch
 from lightning import LightningModule
 
 from vlmembed.ablation.report import html_environment
-from vlmembed.ablation.results import csv_text, write_whole
+from vlmembed.ablation.results import csv_text
 from vlmembed.data import Task
+from vlmembed.files import write_whole
 from vlmembed.metrics import METRICS, RetrievalMetrics
 from vlmembed.modules import EmbeddingModule, frozen
 from vlmembed.pooling import (

@@ -12,7 +12,7 @@ import yaml
 from vlmembed.ablation.configuration import read_mapping
 from vlmembed.ablation.plan import merge, place
 from vlmembed.ablation.planned import csv_logger
-from vlmembed.ablation.results import write_whole
+from vlmembed.files import write_whole
 
 KEYS = {"base", "output_dir", "set", "probe"}
 

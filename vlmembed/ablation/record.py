@@ -18,7 +18,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from vlmembed.ablation.documents import show, words_of
-from vlmembed.ablation.results import QUERY_FOLDER, cost_path, csv_text, per_query_path, top_path, write_whole
+from vlmembed.ablation.results import QUERY_FOLDER, cost_path, csv_text, per_query_path, top_path
+from vlmembed.files import write_whole
 from vlmembed.metrics import RerankingMetrics, RetrievalMetrics
 from vlmembed.types import EvaluationSet, Item
 

@@ -13,9 +13,9 @@ from markupsafe import Markup
 from vlmembed.ablation import wording
 from vlmembed.ablation.answers import answers
 from vlmembed.ablation.figures import figures, styles_of
-from vlmembed.ablation.results import write_whole
 from vlmembed.ablation.summary import Summary, summarize
 from vlmembed.ablation.tables import Table, metrics_table, settings_table, to_csv
+from vlmembed.files import write_whole
 
 FOLDER = Path(__file__).parent
 #: Marks that mean something to Markdown, besides those of HTML.

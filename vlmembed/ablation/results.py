@@ -6,12 +6,12 @@ import csv
 import hashlib
 import io
 import json
-import os
-import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from vlmembed.files import write_whole
 
 #: In the output folder: the configuration as it was run.
 CONFIGURATION = "ablation.yaml"
@@ -122,11 +122,3 @@ def csv_text(header: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
     writer.writerow(header)
     writer.writerows(rows)
     return file.getvalue()
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, whoever else writes the same one at the same time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    beside.write_bytes(content)
-    os.replace(beside, path)

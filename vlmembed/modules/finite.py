@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vlmembed import distributed
+from vlmembed.files import write_whole
 
 #: Where skipped steps are written down, in the run's folder.
 FILE = "non_finite.jsonl"
@@ -106,9 +107,7 @@ class FiniteSteps:
         if path is None or not module.trainer.is_global_zero or not path.exists():
             return
         kept = [line for line in path.read_text(encoding="utf-8").splitlines(True) if _step(line) < module.global_step]
-        beside = path.with_suffix(".part")
-        beside.write_text("".join(kept), encoding="utf-8")
-        beside.replace(path)
+        write_whole(path, "".join(kept).encode())
 
     def _skip(self, module: LightningModule, optimizer: Optimizer, norm: float, batches: list[_Batch]) -> None:
         scaler = module.trainer.scaler

@@ -101,10 +101,11 @@ def rows_written(checkpoint: dict[str, Any]) -> int | None:
 
 
 def _rows(trainer: Trainer) -> int | None:
-    """Count the rows in the first process's file, all of them written out."""
+    """Write out what was logged, which will not be logged again, and count the rows in the first process's file."""
+    for logger in trainer.loggers:
+        logger.save()
     for logger in trainer.loggers if trainer.is_global_zero else []:
         if isinstance(logger, CSVLogger):
-            logger.save()
             path = Path(logger.experiment.metrics_file_path)
             if not path.exists():
                 return 0

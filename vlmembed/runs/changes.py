@@ -11,7 +11,6 @@ from vlmembed import distributed
 
 #: What may change while a run goes on as before: where it runs, what is measured and what is kept of it.
 HARMLESS = (
-    "ckpt_path",
     "config",
     "weights_only",
     "data.init_args.val",
@@ -25,7 +24,6 @@ HARMLESS = (
     "model.init_args.features",
     "model.init_args.max_skipped_steps",
     "trainer.accelerator",
-    "trainer.allow_changed",
     "trainer.barebones",
     "trainer.callbacks",
     "trainer.check_val_every_n_epoch",
@@ -64,7 +62,7 @@ def refuse_changes(before: str, after: str, allowed: Collection[str] = ()) -> No
         ValueError: If anything else has changed that decides what is learned.
     """
     found = changes(before, after)
-    accepted = {key: values for key, values in found.items() if _is_below(key, (*HARMLESS, *allowed))}
+    accepted = {key: values for key, values in found.items() if _is_below(key, (*RESUMING, *HARMLESS, *allowed))}
     refused = {key: values for key, values in found.items() if key not in accepted}
     if refused:
         raise ValueError(

@@ -7,6 +7,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,15 @@ def newest_checkpoint(folders: Iterable[Path]) -> tuple[Path, dict[str, Any]] | 
     return None
 
 
+@cache
+def _refuse_damaged(path: Path, written: int) -> None:
+    """Look through a file, once in a process: gigabytes are read. When it was ``written`` tells it from a later one."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"{damaged} in it is damaged")
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Map a checkpoint from its file, once every byte of it is known to be as written.
 
@@ -116,10 +126,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if path.is_dir():  # Of shards.
         path = path / "meta.pt"
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"{damaged} in it is damaged")
+        _refuse_damaged(path, path.stat().st_mtime_ns)
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise ValueError(f"The checkpoint {path} is not whole: {error}.") from error

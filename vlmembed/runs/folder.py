@@ -45,7 +45,7 @@ def fit_folder(trainer: Trainer, ckpt_path: str | None) -> Iterator[str | None]:
     folder = _last_fit(logger) if ckpt_path == LAST else None
     if not _is_first():
         # The folder is the first process's affair. Nobody writes checkpoints before all processes have got this far.
-        found = newest_checkpoint(_checkpoint_folders(trainer, folder)) if folder else None
+        found = _newest(trainer, folder)
         yield str(found[0]) if found else None if ckpt_path == LAST else ckpt_path
         return
     if ckpt_path == LAST and folder is None:
@@ -54,7 +54,7 @@ def fit_folder(trainer: Trainer, ckpt_path: str | None) -> Iterator[str | None]:
     with _locked(folder or _claimed(logger)):
         rows = 0
         if folder is not None:
-            ckpt_path, rows = _newest(trainer, logger, folder)
+            ckpt_path, rows = _taken_over(trainer, logger, folder)
         open_log(logger, rows)
         yield ckpt_path
 
@@ -76,8 +76,7 @@ def other_folder(trainer: Trainer, ckpt_path: str | None, writes: bool) -> Itera
     """
     logger = _logger(trainer)
     if ckpt_path == LAST:
-        folder = _last_fit(logger)
-        found = newest_checkpoint(_checkpoint_folders(trainer, folder)) if folder else None
+        found = _newest(trainer, _last_fit(logger))
         if found is None:
             raise ValueError(f"--ckpt_path last: no run in {logger.root_dir} has a whole checkpoint.")
         ckpt_path = str(found[0])
@@ -138,22 +137,26 @@ def _is_made(folder: Path) -> bool:
     return True
 
 
-def _newest(trainer: Trainer, logger: CSVLogger, folder: Path) -> tuple[str | None, int]:
+def _taken_over(trainer: Trainer, logger: CSVLogger, folder: Path) -> tuple[str | None, int]:
     """Return a locked folder's newest whole checkpoint, if it has one, and how many rows of the log were before it.
 
     What was half-written is removed.
     """
     logger._version = _number(folder) if logger._version is None else logger._version
-    places = _checkpoint_folders(trainer, folder)
-    for draft in (path for place in places for path in place.glob(f"*{DRAFT}")):
+    for draft in (path for place in _checkpoint_folders(trainer, folder) for path in place.glob(f"*{DRAFT}")):
         draft.unlink()  # Whoever wrote it was killed.
-    found = newest_checkpoint(places)
+    found = _newest(trainer, folder)
     if found is None:
         print(f"Going on with {folder}, from its beginning: it has no checkpoint.")
         return None, 0
     path, content = found
     print(f"Going on with {folder}, after step {content['global_step']}: {path.name}.")
     return str(path), rows_written(content) or 0
+
+
+def _newest(trainer: Trainer, folder: Path | None) -> tuple[Path, dict[str, Any]] | None:
+    """Return the newest whole checkpoint of a run, if there is a run, and it has one."""
+    return None if folder is None else newest_checkpoint(_checkpoint_folders(trainer, folder))
 
 
 def _checkpoint_folders(trainer: Trainer, folder: Path) -> list[Path]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import warnings
 from itertools import islice
 from pathlib import Path
 
 from lightning.pytorch.loggers import CSVLogger
+
+from vlmembed.files import write_whole
 
 METRICS = "metrics.csv"
 
@@ -36,11 +39,10 @@ def open_log(logger: CSVLogger, count: int) -> None:
         names = [*(reader.fieldnames or ())]
         rows = [*islice(reader, count)]
     if rows:
-        draft = log.with_suffix(".draft")
-        with draft.open("w", newline="") as file:
-            table = csv.DictWriter(file, names)
-            table.writeheader()
-            table.writerows(rows)
-        os.replace(draft, log)
+        text = io.StringIO()
+        table = csv.DictWriter(text, names)
+        table.writeheader()
+        table.writerows(rows)
+        write_whole(log, text.getvalue().encode())
         writer.metrics_keys = names
     kept.unlink()
