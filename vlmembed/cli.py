@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from jsonargparse import Namespace
 from lightning import LightningDataModule, LightningModule
-from lightning.pytorch.cli import ArgsType, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -29,6 +29,17 @@ DESCRIPTION = (
 )
 
 
+class Parser(LightningArgumentParser):
+    """Lightning's parser, which opens no file but the one of ``--config``.
+
+    jsonargparse takes a string for the path of a configuration wherever a class may stand, so that a data set named by
+    its path would be parsed as configuration, and could name classes to import and run.
+    """
+
+    def _add_signature_parameter(self, *args: Any, **options: Any) -> None:
+        super()._add_signature_parameter(*args, **{**options, "sub_configs": False})
+
+
 class CLI(LightningCLI):
     """Lightning's command line with ``export``, and with measuring before and exporting after ``fit``."""
 
@@ -39,6 +50,7 @@ class CLI(LightningCLI):
             LightningModule,
             LightningDataModule,
             trainer_class=Trainer,
+            parser_class=Parser,
             save_config_callback=SaveConfiguration,
             save_config_kwargs={"save_to_log_dir": False},
             trainer_defaults={

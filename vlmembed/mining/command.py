@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from jsonargparse import auto_cli
 
+from vlmembed.cli import Parser
 from vlmembed.mining.mining import mine
 from vlmembed.mining.scoring import score
 from vlmembed.secrets import refuse_secrets_in
@@ -24,4 +25,4 @@ def run(name: str, args: Sequence[str]) -> None:
         ValueError: If it holds what looks like a token or a password.
     """
     refuse_secrets_in(args)
-    auto_cli(COMMANDS[name], args=[*args], prog=f"python -m vlmembed {name}", as_positional=False)
+    auto_cli(COMMANDS[name], args=[*args], prog=f"python -m vlmembed {name}", as_positional=False, parser_class=Parser)

@@ -1,0 +1,82 @@
+"""A string that names data is a path: whatever the file holds, nothing of it is parsed, imported or run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from jsonargparse import auto_parser
+
+from vlmembed.cli import CLI, Parser
+from vlmembed.mining.command import COMMANDS
+
+#: Files that are valid configuration, each of another kind.
+PLANTED = {
+    "train.jsonl": '{"class_path": "planted_source.Planted"}\n',
+    "train.json": '{"class_path": "vlmembed.data.Rows", "init_args": {"path": "x", "allow_outside": ["/"]}}',
+    "train.csv": "class_path: planted_source.Planted\n",
+    "train.yaml": "class_path: planted_source.Planted\n",
+    "train": "class_path: planted_source.Planted\n",
+}
+
+
+@pytest.fixture(params=sorted(PLANTED))
+def planted(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a data file in the current folder, which names a class whose import leaves a mark."""
+    (tmp_path / "planted_source.py").write_text(
+        "from pathlib import Path\nPath('imported').touch()\n"
+        "from vlmembed.data import Source\nclass Planted(Source):\n    def __len__(self): return 1\n"
+        "    def __getitem__(self, index): raise ValueError\n"
+    )
+    (tmp_path / request.param).write_text(PLANTED[request.param])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return request.param
+
+
+class ParseOnly(CLI):
+    """The command line up to its parsed configuration."""
+
+    def instantiate_classes(self) -> None: ...
+    def after_instantiate_classes(self) -> None: ...
+    def _run_subcommand(self, subcommand: str) -> None: ...
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "export"])
+def test_no_data_key_of_the_trainer_commands_opens_its_file(command: str, planted: str) -> None:
+    rows = {"class_path": "vlmembed.data.Rows", "init_args": {"path": planted}}
+    mixture = {"class_path": "vlmembed.data.Mixture", "init_args": {"sources": [rows]}}
+    folder = {"class_path": "vlmembed.data.EvaluationFolder", "init_args": {"path": planted}}
+    run = {"class_path": "vlmembed.data.RerankingRun", "init_args": {"evaluation": planted, "run": planted}}
+    config = {
+        "model": {
+            "class_path": "vlmembed.modules.EmbeddingModule",
+            "init_args": {
+                "backbone": {"class_path": "vlmembed.backbones.Qwen3VL", "init_args": {"checkpoint": planted}},
+                "pooling": {"class_path": "vlmembed.pooling.LastToken"},
+                "loss": {"class_path": "vlmembed.losses.InfoNCE"},
+            },
+        },
+        "data": {"class_path": "vlmembed.data.RetrievalDataModule", "init_args": {}},
+    }
+    cases = {"train": (planted, [planted, rows], mixture), "val": (planted, [planted, folder]), "test": (planted, run)}
+    for key, values in cases.items():
+        for value in values:
+            config["data"]["init_args"] = {key: value}
+            Path("run.yaml").write_text(yaml.safe_dump(config))
+            parsed = ParseOnly([command, "--config", "run.yaml"]).config[command].data.init_args[key]
+            assert planted in str(parsed)
+            assert "planted_source" not in str(parsed)
+    on_command_line = ParseOnly([command, "--config", "run.yaml", f"--data.init_args.train={planted}"])
+    assert on_command_line.config[command].data.init_args.train == planted
+    assert not Path("imported").exists()
+
+
+@pytest.mark.parametrize(("command", "keys"), [("mine", ("rows", "corpus", "model")), ("score", ("rows", "model"))])
+def test_no_data_key_of_mine_and_score_opens_its_file(command: str, keys: tuple[str, ...], planted: str) -> None:
+    parser = auto_parser(COMMANDS[command], as_positional=False, parser_class=Parser)
+    words = {"rows": "a.jsonl", "model": "folder", "output": "b.jsonl"} | dict.fromkeys(keys, planted)
+    parsed = parser.parse_args([f"--{key}={value}" for key, value in words.items()])
+    assert [parsed[key] for key in keys] == [planted] * len(keys)
+    assert not Path("imported").exists()
