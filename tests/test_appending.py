@@ -11,7 +11,7 @@ from building import encoder, gradients, item, mixed_items, relative_difference
 from vlmembed.adapters import Freeze
 from vlmembed.backbones import Qwen3VL
 from vlmembed.encoder import Encoder
-from vlmembed.pooling import EndToken, LastToken, Mean, Pooling, Projection, ReadOutTokens
+from vlmembed.pooling import EndToken, LastToken, LearnedTokens, Mean, Pooling, Projection
 from vlmembed.types import Inputs
 
 #: Sums in float32 in another order.
@@ -31,7 +31,7 @@ def test_every_item_ends_with_them(checkpoint: Path, max_length: int | None, gen
     options = {"max_length": max_length, "generation_prompt": generation_prompt}
     for pooling, expected in (
         (EndToken(), ["<|endoftext|>"]),
-        (ReadOutTokens(2), ["<|read_out_0|>", "<|read_out_1|>"]),
+        (LearnedTokens(2), ["<|read_out_0|>", "<|read_out_1|>"]),
         (Projection(EndToken("<|im_end|>"), 8), ["<|im_end|>"]),
     ):
         built = encoder(checkpoint, pooling, **options)
@@ -54,7 +54,7 @@ def test_nothing_else_changes(checkpoint: Path) -> None:
 def test_learned_embeddings_are_what_their_tokens_read(checkpoint: Path, attention: str) -> None:
     """Packed or padded: as if they were rows of the checkpoint's own table."""
     torch.manual_seed(0)
-    built = encoder(checkpoint, ReadOutTokens(3, "concatenation"), attn_implementation=attention)
+    built = encoder(checkpoint, LearnedTokens(3, "concatenation"), attn_implementation=attention)
     inputs = built.backbone.preprocessor(mixed_items())
     found = built(inputs).detach()
     table = built.backbone.model.get_input_embeddings()
@@ -66,7 +66,7 @@ def test_learned_embeddings_are_what_their_tokens_read(checkpoint: Path, attenti
 
 
 def test_learned_embeddings_learn_where_all_else_is_frozen(checkpoint: Path) -> None:
-    built = encoder(checkpoint, ReadOutTokens(2))
+    built = encoder(checkpoint, LearnedTokens(2))
     Freeze(["vision", "merger", "language"]).apply(built.backbone)
     built(built.backbone.preprocessor(mixed_items())).square().sum().backward()
     found = gradients(built)
@@ -76,7 +76,7 @@ def test_learned_embeddings_learn_where_all_else_is_frozen(checkpoint: Path) -> 
 
 def test_their_gradient_is_that_of_rows_of_the_table(checkpoint: Path) -> None:
     torch.manual_seed(0)
-    built = encoder(checkpoint, ReadOutTokens(2))
+    built = encoder(checkpoint, LearnedTokens(2))
     inputs = built.backbone.preprocessor(mixed_items())
     built(inputs).square().sum().backward()
     learned = built.pooling.token_embeddings.grad.clone()
@@ -103,7 +103,7 @@ def test_tokens_that_the_checkpoint_lacks_are_refused(checkpoint: Path, pooling:
 
 
 def test_learned_tokens_are_new_ones(checkpoint: Path) -> None:
-    pooling = ReadOutTokens(1)
+    pooling = LearnedTokens(1)
     pooling.appended = ("<|endoftext|>",)
     built = Encoder(Qwen3VL(str(checkpoint)), pooling)
     with pytest.raises(ValueError, match=r"has already\. Rename"):
@@ -112,6 +112,6 @@ def test_learned_tokens_are_new_ones(checkpoint: Path) -> None:
 
 def test_another_pooling_appends_nothing(checkpoint: Path) -> None:
     backbone = Qwen3VL(str(checkpoint))
-    Encoder(backbone, ReadOutTokens(1))
+    Encoder(backbone, LearnedTokens(1))
     Encoder(backbone, Mean())
     assert (backbone.appended, backbone.learned_tokens) == ((), None)

@@ -191,8 +191,8 @@ def embedded(checkpoint: Path, implementation: Any, dtype: Any) -> tuple[Tensor,
     encoder.configure()
     encoder.cuda()
     prepared = backbone.preprocessor.prepare(mixed_items())
-    if backbone.sees_images_apart:
-        embeddings = encoder(prepared.chunk(range(6)), encoder.see(prepared.images(None)))
+    if backbone.separate_vision_pass:
+        embeddings = encoder(prepared.chunk(range(6)), encoder.encode_images(prepared.images(None)))
     else:
         embeddings = encoder(prepared.chunk(range(6)))
     noise = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(0))

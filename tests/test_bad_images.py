@@ -22,11 +22,10 @@ import torch
 from building import item, picture
 from PIL import Image
 
-from vlmembed import images
+from vlmembed import media as images
 from vlmembed.backbones import Qwen3VL
-from vlmembed.backbones.media import image_size, load_image
 from vlmembed.data import to_item
-from vlmembed.data.folder import Folder
+from vlmembed.media import Folder, image_size, load_image
 from vlmembed.types import Item, Part
 
 ORIGIN = "train.jsonl, row 17, column 'positive'"
@@ -92,7 +91,7 @@ def test_a_refused_image_takes_no_memory(tmp_path: Path) -> None:
     program = """
 import resource, sys, warnings
 from pathlib import Path
-from vlmembed.images import UNREADABLE, open_image
+from vlmembed.media import UNREADABLE, open_image
 warnings.simplefilter("ignore")
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for number, name in enumerate(sys.argv[1:]):
@@ -122,7 +121,7 @@ def test_a_large_file_is_refused_unread(tmp_path: Path) -> None:
 
 def test_the_limits_are_environment_variables(tmp_path: Path) -> None:
     path = tmp_path / "page.png"
-    program = "import sys; from pathlib import Path; from vlmembed import images; images.open_image(Path(sys.argv[1]))"
+    program = "import sys; from pathlib import Path; from vlmembed import media; media.open_image(Path(sys.argv[1]))"
 
     def opened(width: int, **environment: str) -> str:
         path.write_bytes(black(width, 10_000))

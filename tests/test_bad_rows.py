@@ -29,8 +29,8 @@ from torch.optim import SGD
 
 from vlmembed.backbones import Qwen3VL
 from vlmembed.cli import main
-from vlmembed.data import Collator, Lists, Mixture, Reranking, RetrievalDataModule, Rows, Source
-from vlmembed.data.bad_rows import BadRowFile, UsableRows
+from vlmembed.data import Collator, GroupByQuery, Mixture, Reranking, RetrievalDataModule, Rows, Source
+from vlmembed.data.sampling import BadRowFile, SkipBadRows
 from vlmembed.losses import Targets
 from vlmembed.modules import CrossEncoderModule
 from vlmembed.types import BadRow, Batch, Example, Inputs, Item, Part
@@ -138,7 +138,7 @@ def test_rows_are_numbered_over_all_sources(tmp_path: Path) -> None:
 def test_a_query_that_cannot_be_read_is_a_list_of_its_own(tmp_path: Path) -> None:
     path = write(tmp_path / "train.jsonl", 8, {2: BAD["query of a wrong type"][0]})
     model = recorder()
-    data = RetrievalDataModule(Lists(Rows(path)), batch_size=4, num_workers=0, on_bad_row="skip")
+    data = RetrievalDataModule(GroupByQuery(Rows(path)), batch_size=4, num_workers=0, on_bad_row="skip")
     trainer(tmp_path, max_epochs=1).fit(model, datamodule=data)
     assert sum(map(len, model.trained)) == 7
     assert "row 3, column 'query'" in left_out(tmp_path)[3]
@@ -240,7 +240,7 @@ def test_only_a_rows_own_fault_is_skipped(tmp_path: Path, error: Exception, work
 def test_what_is_wrong_with_the_configuration_is_not_skipped(checkpoint: Path) -> None:
     """The error names no row, although one row is tried by itself."""
     preprocessor = Qwen3VL(str(checkpoint), max_length=3).preprocessor
-    collate = UsableRows(Collator(preprocessor))
+    collate = SkipBadRows(Collator(preprocessor))
     with pytest.raises(ValueError, match=r"^max_length=3 has no room for a text"):
         collate([*enumerate([Faulty(None)[0], Faulty(None)[1]])])
 
@@ -443,7 +443,7 @@ def test_of_pairs_only_the_row_at_fault_is_left_out(checkpoint: Path, negatives:
     collate = task.collator(model.preprocessor, 4, None, 0.5)
     single = Example(Item("query", (Part("text", "single"),), "row 7"), (rows[0].positives[0],))
     given = [*rows[:2], bad, *rows[2:], *([single] if negatives else [])]
-    batch = UsableRows(collate)([*enumerate(given)])
+    batch = SkipBadRows(collate)([*enumerate(given)])
     assert [(row.row, "aspect ratio" in row.reason) for row in batch.bad_rows] == [(3, True)]
     expected = collate([example for example in given if example is not bad])
     for name in ("queries", "documents", "targets"):

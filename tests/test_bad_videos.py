@@ -9,7 +9,7 @@ import pytest
 from building import picture
 from videos import film
 
-from vlmembed import images
+from vlmembed import media as images
 from vlmembed.backbones import Qwen3VL
 from vlmembed.types import Item, Part
 

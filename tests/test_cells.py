@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from vlmembed.data import to_item
-from vlmembed.data.folder import Folder
+from vlmembed.media import Folder
 from vlmembed.types import Part
 
 ORIGIN = "train.jsonl, row 17, column 'positive'"

@@ -49,7 +49,7 @@ def config(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "data": {
             "class_path": "vlmembed.data.RetrievalDataModule",
             "init_args": {
-                "train": {"class_path": "vlmembed.data.Lists", "init_args": {"rows": rows}},
+                "train": {"class_path": "vlmembed.data.GroupByQuery", "init_args": {"rows": rows}},
                 "val": run,
                 "test": run,
                 "batch_size": 4,
@@ -178,7 +178,11 @@ def check_predictions(path: Path, expected: Run) -> None:
     ("place", "value", "message"),
     [
         (("data", "val"), "data/evaluation", "RerankingRun"),
-        (("data", "train"), "data/train.jsonl", r"train.jsonl.*the query has one candidate.*vlmembed.data.Lists"),
+        (
+            ("data", "train"),
+            "data/train.jsonl",
+            r"train.jsonl.*the query has one candidate.*vlmembed.data.GroupByQuery",
+        ),
         (("model", "backbone"), {"query_instruction": "Find it."}, "which no pair is read with: give model.template"),
     ],
 )

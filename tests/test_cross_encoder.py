@@ -43,7 +43,7 @@ from vlmembed.heads import Linear
 from vlmembed.losses import BinaryCrossEntropy, LambdaRank, ListNet, RankingLoss, SoftmaxCrossEntropy
 from vlmembed.metrics import METRICS
 from vlmembed.modules import CrossEncoderModule
-from vlmembed.modules.cross_encoder import joined_candidates
+from vlmembed.modules.cross_encoder import gather_candidates
 from vlmembed.pooling import LastToken
 from vlmembed.types import Example, Inputs, Item, Pair, RankingBatch
 
@@ -178,7 +178,7 @@ def test_a_frozen_tower_sees_each_image_of_a_batch_once(
     data = ranking_batch(model, rows, chunk_size)
     shown = {part.digest for row in rows for one in every_item(row) for part in one.parts if part.kind == "image"}
     seen: list[int] = []
-    monkeypatch.setattr(model.encoder.backbone, "see", recorded(model.encoder.backbone.see, seen))
+    monkeypatch.setattr(model.encoder.backbone, "encode_images", recorded(model.encoder.backbone.encode_images, seen))
     fit(model, [data])
     assert sum(len(chunk["images"]) for chunk in data.chunks) > 2 * len(shown)
     assert len(seen) == len(set(seen)) == len(shown) == 4
@@ -204,7 +204,9 @@ def test_kept_features_train_alike(checkpoint: Path, tmp_path: Path, monkeypatch
     for features in (None, InMemory(0.01)):
         model = ranker(checkpoint, adapters=[Freeze(["vision", "merger"])], features=features, optimizer=OPTIMIZER)
         keys: list[int] = []
-        monkeypatch.setattr(model.encoder.backbone, "see", recorded(model.encoder.backbone.see, keys))
+        monkeypatch.setattr(
+            model.encoder.backbone, "encode_images", recorded(model.encoder.backbone.encode_images, keys)
+        )
         data = RetrievalDataModule(str(rows), batch_size=4, chunk_size=3, num_workers=0)
         runs.append(Recorder())
         trainer(callbacks=[runs[-1]], max_epochs=2, log_every_n_steps=1).fit(model, datamodule=data)
@@ -286,7 +288,7 @@ def test_candidates_side_by_side() -> None:
     documents = torch.tensor([1, 2, 3, 2**62 + 1, 2, 2**62, 3, 1, 2])
     scores, targets = (torch.rand(len(queries), generator=generator) for _ in range(2))
     batch = RankingBatch([], [], queries, documents, targets)
-    found, wanted, mask = joined_candidates(scores, batch)
+    found, wanted, mask = gather_candidates(scores, batch)
     expected: dict[int, list[tuple[float, float]]] = {}
     for query, score, target in zip(queries.tolist(), scores.tolist(), targets.tolist(), strict=True):
         expected.setdefault(query, []).append((score, target))
@@ -303,7 +305,7 @@ def test_a_pair_that_comes_twice_is_one_candidate() -> None:
     batch = RankingBatch(
         [], [], torch.tensor([8, 9, 8, 8]), torch.tensor([5, 5, 4, 5]), torch.tensor([0.0, 3.0, 1.0, 2.0])
     )
-    scores, targets, mask = joined_candidates(torch.tensor([0.1, 0.2, 0.3, 0.4]), batch)
+    scores, targets, mask = gather_candidates(torch.tensor([0.1, 0.2, 0.3, 0.4]), batch)
     assert mask.tolist() == [[True, True], [True, False]]
     assert scores[mask].tolist() == pytest.approx([0.3, 0.1, 0.2])
     assert targets[mask].tolist() == [1.0, 2.0, 3.0]

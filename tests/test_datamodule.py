@@ -15,7 +15,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from vlmembed.data import Embedding, EvaluationRows, EvaluationSource, Mixture, RetrievalDataModule, Rows
-from vlmembed.data.loader import shard
+from vlmembed.data.sampling import shard
 from vlmembed.types import Batch, EvaluationSet, Inputs, Item, ItemBatch, Part, Preprocessor
 
 

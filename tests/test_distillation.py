@@ -31,7 +31,7 @@ from vlmembed.losses import (
 )
 from vlmembed.losses.definition import defined_loss
 from vlmembed.modules import ParityCheck
-from vlmembed.modules.embedding import joined_batch
+from vlmembed.modules.embedding import gather_batch
 from vlmembed.types import Example
 
 # Similarities over a temperature reach 20, in float32.
@@ -215,7 +215,7 @@ def test_a_batch_carries_the_scores_of_its_pairs() -> None:
     found = Collator(Letters(), 2, wants_scores=True)(rows)
     assert found.scores is not None
     assert found.scores.shape == found.labels.shape
-    check_scores(joined_batch(torch.zeros(len(found.queries) + len(found.documents), 3), found), rows)
+    check_scores(gather_batch(torch.zeros(len(found.queries) + len(found.documents), 3), found), rows)
     assert Collator(Letters())([Example(rows[0].query, rows[0].positives)]).scores is None
 
 

@@ -14,8 +14,8 @@ from building import encoder, item, picture, ranker
 from torch import Tensor
 
 from vlmembed.backbones import Qwen3VL
-from vlmembed.backbones.media import load_image
 from vlmembed.encoder import Encoder
+from vlmembed.media import load_image
 from vlmembed.memory import GIB
 from vlmembed.modules.recent import RecentFeatures
 from vlmembed.types import EvaluationSet, Inputs, Item, Pair, Part, RerankingSet
@@ -103,7 +103,7 @@ def test_a_batch_reads_each_image_once(checkpoint: Path, tmp_path: Path, monkeyp
     assert len(opened) == 3
     images = prepared.images(None)
     assert len(torch.cat([chunk["keys"] for chunk in images])) == 3
-    assert torch.allclose(model(prepared.chunk(range(len(items))), model.see(images)), alone, atol=1e-5)
+    assert torch.allclose(model(prepared.chunk(range(len(items))), model.encode_images(images)), alone, atol=1e-5)
 
 
 def test_a_text_is_cut_beside_images(checkpoint: Path, tmp_path: Path) -> None:
@@ -144,23 +144,23 @@ def chunks_of(model: Encoder, *seeds: int) -> tuple[list[Inputs], list[int]]:
 def seen(model: Encoder, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The keys of the images that the vision tower runs on."""
     keys: list[int] = []
-    see = model.backbone.see
+    see = model.backbone.encode_images
 
     def record(images: Inputs) -> Any:
         keys.extend(images["keys"].tolist())
         return see(images)
 
-    monkeypatch.setattr(model.backbone, "see", record)
+    monkeypatch.setattr(model.backbone, "encode_images", record)
     return keys
 
 
 @torch.no_grad()
 def test_the_tower_runs_on_what_is_missing(model: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     chunks, keys = chunks_of(model, 1, 2, 3, 4, 5)
-    expected = dict(zip(keys, model.see(chunks), strict=True))
+    expected = dict(zip(keys, model.encode_images(chunks), strict=True))
     kept = {key: torch.full_like(expected[key], key % 7) for key in (keys[0], keys[3], keys[2])}
     ran = seen(model, monkeypatch)
-    found, new = model.see_missing(chunks, kept.get)
+    found, new = model.encode_missing_images(chunks, kept.get)
     assert ran == [keys[1], keys[4]] == [*new]
     assert found.keys() == kept.keys()
     assert all(found[key] is kept[key] for key in kept)
@@ -172,7 +172,7 @@ def test_the_tower_runs_on_what_is_missing(model: Encoder, monkeypatch: pytest.M
 @torch.no_grad()
 def test_the_least_recently_used_goes_first(model: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     chunks, keys = chunks_of(model, *range(10))
-    features = dict(zip(keys, model.see(chunks), strict=True))
+    features = dict(zip(keys, model.encode_images(chunks), strict=True))
     seeds = {chunks_of(model, seed)[1][0]: seed for seed in range(10)}
     size = features[keys[0]].nbytes
     recent = RecentFeatures(model, 3.5 * size / GIB)
@@ -182,7 +182,7 @@ def test_the_least_recently_used_goes_first(model: Encoder, monkeypatch: pytest.
         """Which images the tower ran on, to see these."""
         chunks, keys = chunks_of(model, *wanted)
         ran.clear()
-        for key, found in zip(keys, recent.see(chunks), strict=True):
+        for key, found in zip(keys, recent.encode_images(chunks), strict=True):
             assert torch.allclose(found, features[key], atol=1e-6)
         return sorted(seeds[key] for key in ran)
 

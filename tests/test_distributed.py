@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vlmembed import distributed
 from vlmembed.data import Collator
-from vlmembed.modules.embedding import joined_batch
+from vlmembed.modules.embedding import gather_batch
 from vlmembed.types import Example, Inputs, Item, Preprocessor
 
 # Collectives
@@ -157,7 +157,7 @@ def shares() -> list[list[Example]]:
 
 def joined(chunk_size: int) -> tuple[Tensor, Tensor, Tensor]:
     data = Collator(Lookup(), chunk_size)(shares()[dist.get_rank()])
-    return joined_batch(torch.cat([chunk["embedding"] for chunk in data.chunks]), data)
+    return gather_batch(torch.cat([chunk["embedding"] for chunk in data.chunks]), data)
 
 
 def judged(rows: list[Example]) -> tuple[list[Item], list[Item], Tensor]:
@@ -180,7 +180,7 @@ def test_joined_batches_are_the_batch_of_all_examples(chunk_size: int) -> None:
     queries, documents, relevance = judged(rows)
     assert len(queries) == len(rows) - 1
     data = Collator(Lookup(), chunk_size)(rows)
-    alone = joined_batch(torch.cat([chunk["embedding"] for chunk in data.chunks]), data)
+    alone = gather_batch(torch.cat([chunk["embedding"] for chunk in data.chunks]), data)
     for found in (alone, *ddp.run(joined, chunk_size)):
         assert torch.equal(found[0], torch.stack([embedding_of(query) for query in queries]))
         assert torch.equal(found[1], torch.stack([embedding_of(document) for document in documents]))

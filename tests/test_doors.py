@@ -18,9 +18,8 @@ from PIL import Image
 from videos import film
 
 from vlmembed.backbones import Qwen3VL
-from vlmembed.backbones.media import load_image
 from vlmembed.data import EvaluationFolder, Rows
-from vlmembed.data.folder import folder_of
+from vlmembed.media import folder_of, load_image
 from vlmembed.mining.writing import RowWriter
 from vlmembed.types import Item, Part
 

@@ -39,7 +39,7 @@ from vlmembed.engine import Engine
 from vlmembed.features import FeatureCache, InMemory
 from vlmembed.losses import BinaryCrossEntropy, InfoNCE, Matryoshka
 from vlmembed.modules import EmbeddingModule
-from vlmembed.modules.embedding import joined_batch
+from vlmembed.modules.embedding import gather_batch
 from vlmembed.modules.watch import EmbeddingWatch, ScoreWatch
 from vlmembed.types import Batch, Example, Inputs
 
@@ -89,7 +89,7 @@ class Counts:
 def step(model: EmbeddingModule, engine: Engine, data: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """Embeddings and gradients."""
     embeddings = engine.embed(data)
-    model.loss(*joined_batch(embeddings, data)).backward()
+    model.loss(*gather_batch(embeddings, data)).backward()
     engine.replay()
     found = gradients(model)
     model.zero_grad()
@@ -156,14 +156,14 @@ def test_features_are_gone_after_the_step(
 ) -> None:
     """Else the next step would hold those of two batches, and measuring would hold those of one."""
     model = module(checkpoint, **options)
-    see, seen = model.encoder.backbone.see, []
+    see, seen = model.encoder.backbone.encode_images, []
 
     def watched(images: Inputs) -> Sequence[Tensor]:
         features = see(images)
         seen.extend(StorageWeakRef(each.untyped_storage()) for each in features)
         return features
 
-    monkeypatch.setattr(model.encoder.backbone, "see", watched)
+    monkeypatch.setattr(model.encoder.backbone, "encode_images", watched)
     engine = Engine(model.encoder, graph_bytes)
     step(model, engine, batch(model, rows(), 3))
     gc.collect()
@@ -340,7 +340,7 @@ def test_joining_a_batch_never_waits_for_the_device(checkpoint: Path) -> None:
     count = sum(len(chunk["input_ids"]) for chunk in data.chunks)
     embeddings = torch.randn(count, 64, device="meta", requires_grad=True)
     with NoWaiting():
-        queries, documents, _ = joined_batch(embeddings, data)
+        queries, documents, _ = gather_batch(embeddings, data)
     assert (len(queries), len(documents)) == (len(data.queries), len(data.documents))
 
 
@@ -436,10 +436,10 @@ def test_memory_hardly_grows_with_the_batch(checkpoint: Path, options: dict[str,
             model.zero_grad(set_to_none=False)
             engine = Engine(model.encoder)
             embeddings = engine.embed(data)
-            model.loss(*joined_batch(embeddings, data)).backward()
+            model.loss(*gather_batch(embeddings, data)).backward()
             engine.replay()
         peaks[size] = torch.cuda.max_memory_allocated()
-        features = sum(each.nbytes for each in model.encoder.see(data.images)) if options else 0
+        features = sum(each.nbytes for each in model.encoder.encode_images(data.images)) if options else 0
         # Embeddings come with their gradients, in several copies while the loss is computed.
         kept[size] = 8 * embeddings.nbytes + features
         del embeddings, engine

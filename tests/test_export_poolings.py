@@ -29,6 +29,7 @@ from vlmembed.pooling import (
     LastToken,
     LatentAttention,
     LayerMix,
+    LearnedTokens,
     Max,
     Mean,
     MeanOfImages,
@@ -37,14 +38,13 @@ from vlmembed.pooling import (
     MeanWithoutInstruction,
     Pooling,
     Projection,
-    ReadOutTokens,
     WeightedMean,
 )
 
 #: What makes the pooling, and whether modules of Sentence Transformers serve it. Simple ones are in `test_export`.
 SERVED: dict[str, tuple[Callable[[], Pooling], bool]] = {
     "end token": (EndToken, True),
-    "one read-out": (lambda: ReadOutTokens(1), True),
+    "one read-out": (lambda: LearnedTokens(1), True),
     "earlier layer": (lambda: EarlierLayer(Concatenation([Mean(), LastToken()])), True),
     "layer mix": (lambda: LayerMix(WeightedMean(), 2), True),
     "linear projection": (lambda: Projection(EndToken(), 24), True),
@@ -53,8 +53,8 @@ SERVED: dict[str, tuple[Callable[[], Pooling], bool]] = {
     "images": (MeanOfImages, False),
     "text": (MeanOfText, False),
     "without instruction": (MeanWithoutInstruction, False),
-    "read-outs, mean": (lambda: ReadOutTokens(3), False),
-    "read-outs, concatenated": (lambda: ReadOutTokens(2, "concatenation"), False),
+    "read-outs, mean": (lambda: LearnedTokens(3), False),
+    "read-outs, concatenated": (lambda: LearnedTokens(2, "concatenation"), False),
     "attention": (lambda: EarlierLayer(Attention(2)), False),
     "latent attention": (lambda: LatentAttention(16, 4), False),
     "many": (lambda: Projection(LayerMix(Concatenation([Attention(), MeanOfText(), Mean()]), 2), 24), False),
@@ -126,7 +126,7 @@ def test_a_folder_with_code_survives_being_copied(checkpoint: Path, tmp_path: Pa
 
 
 def test_learned_tokens_are_in_the_vocabulary(checkpoint: Path, tmp_path: Path) -> None:
-    built, folder = trained(checkpoint, ReadOutTokens(1)), tmp_path / "export"
+    built, folder = trained(checkpoint, LearnedTokens(1)), tmp_path / "export"
     SentenceTransformers().export(built, folder, Run())
     rows = json.loads((folder / "config.json").read_text())["text_config"]["vocab_size"]
     assert rows == json.loads((checkpoint / "config.json").read_text())["text_config"]["vocab_size"] + 1

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vlmembed.adapters import LoRA
 from vlmembed.backbones import DocumentFirst, QueryFirst, Qwen3VL, tiny
-from vlmembed.backbones.pairs import PairTemplate
+from vlmembed.backbones.chat_templates import PairTemplate
 from vlmembed.encoder import Encoder, Scorer
 from vlmembed.export import ExportError, Run, SentenceTransformers
 from vlmembed.export.probes import PairProbe, make_pairs, make_probes
@@ -35,12 +35,12 @@ from vlmembed.pooling import (
     EndToken,
     LastToken,
     LayerMix,
+    LearnedTokens,
     Max,
     Mean,
     MeanOfText,
     Pooling,
     Projection,
-    ReadOutTokens,
 )
 from vlmembed.trainer import Trainer
 
@@ -161,7 +161,7 @@ HEADS: dict[str, Callable[[], ScoreHead]] = {
     "MLP": lambda: MLP(EndToken(), 24),
     "MLP of earlier layers": lambda: MLP(LayerMix(Mean(), 2), 24),
     "projection of a projection": lambda: Linear(Projection(LastToken(), 16)),
-    "read-out": lambda: Linear(ReadOutTokens(2)),
+    "read-out": lambda: Linear(LearnedTokens(2)),
     "text": lambda: Linear(MeanOfText()),
     "own": lambda: ScoreHead(Number()),
 }

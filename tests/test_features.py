@@ -10,8 +10,7 @@ import torch
 from kept_features import PAYLOAD, PLENTY, TOWER, bytes_in, features_of, files, on_disk, opened
 from torch import Tensor, nn
 
-from vlmembed.features import FeatureCache, InMemory, Key, OnDisk, fingerprint, refuse_trainable
-from vlmembed.features.cache import GIB
+from vlmembed.features import GIB, FeatureCache, InMemory, Key, OnDisk, fingerprint, refuse_trainable
 
 Make = Callable[[float], FeatureCache]
 SETTINGS = {"max_pixels": 1024, "precision": "bf16"}

@@ -21,9 +21,7 @@ import torch
 from kept_features import PAYLOAD, PLENTY, TOWER, bytes_in, features_of, files, on_disk
 from safetensors.torch import load_file, save_file
 
-from vlmembed.features import OnDisk
-from vlmembed.features.cache import GIB
-from vlmembed.features.disk import STALE_SECONDS
+from vlmembed.features import GIB, STALE_SECONDS, OnDisk
 
 
 def test_the_folder_of_earlier_runs_counts_towards_the_limit(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from vlmembed import gradcache
 from vlmembed.adapters import Freeze, LoRA
 from vlmembed.engine import Engine
 from vlmembed.losses import InfoNCE, Matryoshka
-from vlmembed.modules.embedding import joined_batch
+from vlmembed.modules.embedding import gather_batch
 from vlmembed.types import Batch
 
 # Chunks only change the order of float32 sums.
@@ -155,7 +155,7 @@ def test_whole_model(
     data = batch(model, examples(), size)
 
     def loss_of(embeddings: torch.Tensor, data: Batch) -> torch.Tensor:
-        return model.loss(*joined_batch(embeddings, data))
+        return model.loss(*gather_batch(embeddings, data))
 
     def gradients_of_a_step() -> dict[str, torch.Tensor]:
         torch.manual_seed(3)
@@ -191,7 +191,7 @@ def test_chunk_size_does_not_matter(checkpoint: Path, size: int) -> None:
         model.zero_grad()
         data = batch(model, examples(), chunk_size)
         engine = Engine(model.encoder)
-        model.loss(*joined_batch(engine.embed(data), data)).backward()
+        model.loss(*gather_batch(engine.embed(data), data)).backward()
         engine.replay()
         found[chunk_size] = gradients(model)
     assert relative_difference(found[size], found[None]) < EXACT

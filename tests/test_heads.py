@@ -15,8 +15,8 @@ from torch.nn.functional import gelu, log_softmax
 from transformers import AutoModelForImageTextToText
 
 from vlmembed.backbones import DocumentFirst, QueryFirst, Qwen3VL, TemplateFile, tiny
-from vlmembed.backbones.answers import answer_tokens, head_rows
-from vlmembed.backbones.pairs import PairTemplate
+from vlmembed.backbones.base import head_rows, label_token_ids
+from vlmembed.backbones.chat_templates import PairTemplate
 from vlmembed.encoder import Scorer
 from vlmembed.heads import MLP, Linear, ScoreHead, YesNo
 from vlmembed.pooling import LastToken, Mean, MeanWithoutInstruction
@@ -53,7 +53,7 @@ def test_yes_or_no_is_what_the_language_model_says(checkpoint: Path, untied: Pat
     theirs = AutoModelForImageTextToText.from_pretrained(folder).eval()
     processor = Qwen3VL(str(folder), attn_implementation="sdpa")
     processor.pair_template = QueryFirst()
-    tokens = answer_tokens(processor.preprocessor.processor.tokenizer, ["zero", "one"])
+    tokens = label_token_ids(processor.preprocessor.processor.tokenizer, ["zero", "one"])
     with torch.no_grad():
         found = model(model.backbone.preprocessor(PAIRS))
         for pair, score in zip(PAIRS, found, strict=True):
@@ -71,7 +71,7 @@ def test_yes_or_no_adds_no_weights_where_the_head_is_tied(checkpoint: Path, unti
 
 def test_yes_or_no_trains_the_embeddings_of_both_words(checkpoint: Path) -> None:
     model = scorer(checkpoint)
-    tokens = answer_tokens(model.backbone.preprocessor.processor.tokenizer, ["yes", "no"])
+    tokens = label_token_ids(model.backbone.preprocessor.processor.tokenizer, ["yes", "no"])
     pooled = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
     model.pooling.score(pooled).sum().backward()
     gradient = model.backbone.model.get_input_embeddings().weight.grad

@@ -21,10 +21,10 @@ from transformers.utils import is_liger_kernel_available
 
 from vlmembed.adapters import LoRA
 from vlmembed.backbones import kernels
-from vlmembed.backbones.kernels import compile_layers, use_liger
 from vlmembed.engine import Engine
+from vlmembed.kernels import compile_layers, use_liger
 from vlmembed.modules import EmbeddingModule
-from vlmembed.modules.embedding import joined_batch
+from vlmembed.modules.embedding import gather_batch
 from vlmembed.types import Example
 
 #: Fused operations in float32 round in other places.
@@ -45,7 +45,7 @@ def step(
     data = batch(model, rows, chunk_size)
     engine = Engine(model.encoder, graph_bytes)
     embeddings = engine.embed(data)
-    model.loss(*joined_batch(embeddings, data)).backward()
+    model.loss(*gather_batch(embeddings, data)).backward()
     engine.replay()
     found = gradients(model)
     model.zero_grad()

@@ -112,7 +112,7 @@ def any_cell(random: Random, folder: Path, number: int, depth: int = 0) -> Any:
         lambda: {"image": image(random, folder, name), "text": "a caption"},
         lambda: {"text": ["one", "two"], "image": [image(random, folder, name)]},
         lambda: {"video": [[image(random, folder, name)] * 2]},
-        lambda: [{"type": "text", "text": "see"}, {"type": "image", "image": image(random, folder, name)}],
+        lambda: [{"type": "text", "text": "encode_images"}, {"type": "image", "image": image(random, folder, name)}],
         lambda: [{"role": "user", "content": f"text {number}"}],
         lambda: damaged(random, any_cell(random, folder, number, depth + 1)) if depth < 3 else None,
     ]

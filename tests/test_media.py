@@ -18,8 +18,8 @@ from transformers.video_utils import load_video as decode_video
 from videos import film
 
 from vlmembed.backbones import Qwen3VL, VisionLanguageModel
-from vlmembed.backbones.media import load_image
 from vlmembed.backbones.preprocessing import ChatPreprocessor
+from vlmembed.media import load_image
 from vlmembed.types import Item, Part
 
 ORIGIN = "train.jsonl, row 17, column 'positive'"

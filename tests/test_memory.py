@@ -15,9 +15,9 @@ from vlmembed.adapters import Freeze
 from vlmembed.data import RetrievalDataModule
 from vlmembed.engine import Engine
 from vlmembed.features import InMemory
-from vlmembed.gradcache import Room
+from vlmembed.gradcache import GraphBudget
 from vlmembed.modules import EmbeddingModule, probing
-from vlmembed.modules.embedding import joined_batch
+from vlmembed.modules.embedding import gather_batch
 
 # Sums of float32 in another order.
 EXACT = 1e-5
@@ -105,7 +105,7 @@ def test_a_graph_is_kept_where_there_is_room_for_it(kept: int, calls: int) -> No
         return layer(chunk["numbers"]).tanh()
 
     one_graph = 2 * 4 * 64 * 4  # The inputs, and what tanh returned, in float32.
-    step = gradcache.embed(encode, numbers(4), Room(kept * one_graph, layer.parameters()))
+    step = gradcache.embed(encode, numbers(4), GraphBudget(kept * one_graph, layer.parameters()))
     step.embeddings.sum().backward()
     step.replay()
     assert len(counted) == calls
@@ -114,7 +114,7 @@ def test_a_graph_is_kept_where_there_is_room_for_it(kept: int, calls: int) -> No
 def test_a_graph_is_what_it_owns() -> None:
     """Weights, and what was counted already, take no more memory."""
     layer = torch.nn.Linear(64, 64)
-    room = Room(1e9, layer.parameters())
+    room = GraphBudget(1e9, layer.parameters())
     chunk = torch.randn(4, 64)
     with room.measured():
         (layer(chunk) * layer(chunk)).sum()
@@ -173,7 +173,7 @@ class Scarce:
 
 def step(model: EmbeddingModule, engine: Engine, chunk_size: int) -> dict[str, torch.Tensor]:
     data = batch(model, examples(), chunk_size)
-    model.loss(*joined_batch(engine.embed(data), data)).backward()
+    model.loss(*gather_batch(engine.embed(data), data)).backward()
     engine.replay()
     found = gradients(model)
     model.zero_grad()

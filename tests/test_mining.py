@@ -21,11 +21,11 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import cos_sim, mine_hard_negatives
 from torch import Tensor
 
-from vlmembed.backbones.media import load_image
 from vlmembed.cli import check, main
 from vlmembed.data import Rows, Source
 from vlmembed.data.digits import HandwrittenNumbers
 from vlmembed.export.sentence_transformers import write_folder
+from vlmembed.media import load_image
 from vlmembed.mining import mine
 from vlmembed.mining.contents import identify, opened
 from vlmembed.mining.negatives import Choice, hard_negatives

@@ -20,9 +20,8 @@ from videos import film
 
 from vlmembed import pooling
 from vlmembed.backbones import Qwen3VL
-from vlmembed.backbones.packing import PackedItems
-from vlmembed.backbones.packing_preprocessor import PackingPreprocessor
-from vlmembed.backbones.selection import halve, select
+from vlmembed.backbones.packing import PackedItems, halve, select
+from vlmembed.backbones.preprocessing import PackingPreprocessor
 from vlmembed.data import Collator, Embedding, RetrievalDataModule
 from vlmembed.encoder import Encoder
 from vlmembed.pooling import Concatenation, Pooling
@@ -97,14 +96,14 @@ def test_vision_positions_and_taps_are_those_that_transformers_computes(checkpoi
     )
     assert torch.equal(images["weights"], weights)
     expected = torch.stack([features.pooler_output, *features.deepstack_features], dim=1)
-    torch.testing.assert_close(torch.cat(list(backbone.see(images))), expected, rtol=0, atol=ROUNDING)
+    torch.testing.assert_close(torch.cat(list(backbone.encode_images(images))), expected, rtol=0, atol=ROUNDING)
 
 
 def normalised(backbone: Qwen3VL, images: Inputs) -> Tensor:
     """What the vision tower gets."""
     given: list[Tensor] = []
     hook = backbone.model.visual.register_forward_pre_hook(lambda _, arguments: given.append(arguments[0]))
-    backbone.see(images)
+    backbone.encode_images(images)
     hook.remove()
     return given[0]
 
@@ -257,7 +256,7 @@ def test_packed_items_are_embedded_as_if_each_were_alone(checkpoint: Path, backb
     packed = prepared(backbone, items)
     rows = [[3, 1, 4], [5, 0], [2]]  # The second has no images.
     order = list(chain.from_iterable(rows))
-    features = ours.see(packed.images(28))
+    features = ours.encode_images(packed.images(28))
     found = torch.cat([ours(packed.chunk(chunk), features) for chunk in rows])
     expected = torch.cat([alone(ours, items[row]) for row in order])
     torch.testing.assert_close(found, expected, rtol=0, atol=ROUNDING)
@@ -269,7 +268,7 @@ def test_packed_items_are_embedded_as_if_each_were_alone(checkpoint: Path, backb
 
 def alone(ours: Encoder, one: Item) -> Tensor:
     packed = prepared(ours.backbone, [one])  # type: ignore[arg-type]
-    return ours(packed.chunk([0]), ours.see(packed.images()))
+    return ours(packed.chunk([0]), ours.encode_images(packed.images()))
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
@@ -284,7 +283,7 @@ def test_packed_gradients_are_those_of_the_padded_forward(checkpoint: Path, bidi
         mask = inputs["attention_mask"] == 1
         if attention == "auto":
             packed = prepared(model, items)
-            features = [image for images in packed.images() for image in model.see(images)]
+            features = [image for images in packed.images() for image in model.encode_images(images)]
             hidden[attention] = model(packed.chunk(range(len(items))), layers, features)[:, mask]
         else:
             hidden[attention] = model(inputs, layers)[:, mask]
@@ -299,7 +298,7 @@ def test_packed_gradients_are_those_of_the_padded_forward(checkpoint: Path, bidi
 def test_halves_of_a_chunk_are_the_chunk(backbone: Qwen3VL) -> None:
     packed = prepared(backbone, mixed_items())
     rows = [3, 0, 1, 5, 4]
-    features = [image for images in packed.images() for image in backbone.see(images)]
+    features = [image for images in packed.images() for image in backbone.encode_images(images)]
     whole, halves = packed.chunk(rows), halve(packed.chunk(rows))
     assert [len(half["input_ids"]) for half in halves] == [2, 3]
     states = [backbone(half, features=features)[half["attention_mask"] == 1] for half in halves]

@@ -15,7 +15,7 @@ from test_reranking_metrics import reranking_set
 
 from vlmembed.backbones import DocumentFirst, QueryFirst, Qwen3VL
 from vlmembed.data import Reranking
-from vlmembed.data.pairs import EvaluationPairCollator, PairCollator, PairLists
+from vlmembed.data.collate import EvaluationPairCollator, PairCollator, PairLists
 from vlmembed.losses import Targets
 from vlmembed.types import Example, Inputs, Item, Pair, PairBatch, Preprocessor, RankingBatch
 

@@ -188,15 +188,15 @@ def ignored_temperature(patch: pytest.MonkeyPatch) -> None:
 
 def dropped_columns(patch: pytest.MonkeyPatch) -> None:
     """The loss does not see documents that answer nobody."""
-    joined_batch = embedding.joined_batch
+    gather_batch = embedding.gather_batch
 
     def without_hard_negatives(embeddings: Tensor, data: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        queries, documents, relevance = joined_batch(embeddings, data)
+        queries, documents, relevance = gather_batch(embeddings, data)
         kept = (relevance == 1).any(0)
         assert not kept.all()
         return queries, documents[kept], relevance[:, kept]
 
-    patch.setattr(embedding, "joined_batch", without_hard_negatives)
+    patch.setattr(embedding, "gather_batch", without_hard_negatives)
 
 
 def dropped_negatives(patch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from vlmembed.pooling import (
     LastToken,
     LatentAttention,
     LayerMix,
+    LearnedTokens,
     Max,
     Mean,
     MeanOfImages,
@@ -32,7 +33,6 @@ from vlmembed.pooling import (
     MeanWithoutInstruction,
     Pooling,
     Projection,
-    ReadOutTokens,
     Template,
     WeightedMean,
 )
@@ -123,9 +123,9 @@ CASES = {
     "text": Case(MeanOfText, mean_where(lambda number: number not in (7, 8))),
     "without instruction": Case(MeanWithoutInstruction, behind_the_instruction),
     "end token": Case(EndToken, lambda _, tokens, __: tokens[-1]),
-    "read-outs, mean": Case(lambda: ReadOutTokens(2), lambda _, tokens, __: (tokens[-1] + tokens[-2]) / 2),
+    "read-outs, mean": Case(lambda: LearnedTokens(2), lambda _, tokens, __: (tokens[-1] + tokens[-2]) / 2),
     "read-outs, concatenated": Case(
-        lambda: ReadOutTokens(3, "concatenation"), lambda _, tokens, __: torch.cat(list(tokens[-3:]))
+        lambda: LearnedTokens(3, "concatenation"), lambda _, tokens, __: torch.cat(list(tokens[-3:]))
     ),
     "earlier layer": Case(lambda: EarlierLayer(Max(), -2), lambda _, tokens, __: tokens.amax(0)),
     "layer mix": Case(lambda: LayerMix(Mean(), 3), mixed, layers=3),
@@ -212,9 +212,9 @@ def test_states_before_the_tail_are_not_read(case: Case) -> None:
     pooling = built(case)
     hidden, mask, ids = padded(items(case), "right", 0.0)
     expected = pooling(hidden, mask, ids)
-    if pooling.tail is not None:
+    if pooling.num_last_tokens is not None:
         behind = mask.flip(1).cumsum(1).flip(1)
-        hidden = hidden.masked_fill((behind > pooling.tail)[..., None], float("nan"))
+        hidden = hidden.masked_fill((behind > pooling.num_last_tokens)[..., None], float("nan"))
     assert torch.equal(pooling(hidden, mask, ids), expected)
 
 
@@ -250,7 +250,7 @@ def test_half_precision_weights(case: Case) -> None:
         (lambda: Concatenation([Mean(), EarlierLayer(Mean())]), "same layers"),
         (lambda: Concatenation([Mean(), EndToken()]), "EndToken"),
         (lambda: MeanOfLast(0), "1 or more, got 0"),
-        (lambda: ReadOutTokens(0), "1 or more, got 0"),
+        (lambda: LearnedTokens(0), "1 or more, got 0"),
         (lambda: Attention(0), "1 or more, got 0"),
         (lambda: LayerMix(Mean(), 1), "2 or more, got 1"),
         (lambda: LayerMix(EarlierLayer(Mean())), r"reads layers \(-2,\)"),

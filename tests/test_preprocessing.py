@@ -12,9 +12,9 @@ from building import encoder, item, mixed_items, picture
 from sentence_transformers import SentenceTransformer
 
 from vlmembed.backbones import Qwen3VL
-from vlmembed.backbones.media import image_size
 from vlmembed.backbones.preprocessing import ChatPreprocessor
 from vlmembed.export.sentence_transformers import write_folder
+from vlmembed.media import image_size
 from vlmembed.types import Item, Part, Role
 
 ORIGIN = "train.jsonl, row 17, column 'positive'"

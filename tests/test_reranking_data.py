@@ -15,7 +15,7 @@ from test_reranking_metrics import random_scores, reranking_set, updated
 from vlmembed.data import (
     EvaluationFolder,
     EvaluationSource,
-    Lists,
+    GroupByQuery,
     Mixture,
     Reranking,
     RerankingRows,
@@ -23,7 +23,7 @@ from vlmembed.data import (
     RerankingSource,
     Rows,
 )
-from vlmembed.data.reranking import load_reranking
+from vlmembed.data.evaluation import load_reranking
 from vlmembed.losses import Targets
 from vlmembed.modules.prediction import write_reranking
 from vlmembed.types import EvaluationSet, Example, Item, RerankingSet
@@ -194,7 +194,7 @@ def test_images_are_opened_when_they_are_asked_for(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(Image, "open", refuse)
     found = load_reranking(path, "test")
-    assert Lists(Rows(path))[0].positives[0].parts[0].value == tmp_path / "a.png"
+    assert GroupByQuery(Rows(path))[0].positives[0].parts[0].value == tmp_path / "a.png"
     assert {found.evaluation.corpus[column].parts[0].kind for column in found.candidates[0]} == {"image", "text"}
 
 
@@ -218,7 +218,7 @@ def contents(example: Example) -> tuple[str, list[str], list[str], Any, Any]:
 
 
 def test_lists_join_the_rows_of_a_query(tmp_path: Path) -> None:
-    lists = Lists(Rows(write(tmp_path / "rows.jsonl", ROWS)))
+    lists = GroupByQuery(Rows(write(tmp_path / "rows.jsonl", ROWS)))
     expected = [
         ("q1", ["b", "c"], ["a", "d"], (2.0, 3.0, 0.0, 0.0), None),
         ("q2", [], ["b", "d"], (0.0, 0.0), None),
@@ -233,12 +233,12 @@ def test_lists_join_the_rows_of_a_query(tmp_path: Path) -> None:
 
 def test_lists_of_single_documents_and_of_positives_with_negatives(tmp_path: Path) -> None:
     single = [{"query": "q", "document": name, "label": label} for name, label in (("a", 0), ("b", 1), ("a", 1))]
-    lists = Lists(Rows(write(tmp_path / "single.jsonl", single)))
+    lists = GroupByQuery(Rows(write(tmp_path / "single.jsonl", single)))
     assert [contents(lists[index]) for index in range(len(lists))] == [("q", ["a", "b"], [], (1.0, 1.0), None)]
     mined = [
         {"query": "q", "positive": name, "negative": "n", "scores": [score, -1]} for name, score in (("a", 3), ("b", 2))
     ]
-    lists = Lists(Rows(write(tmp_path / "mined.jsonl", mined)))
+    lists = GroupByQuery(Rows(write(tmp_path / "mined.jsonl", mined)))
     expected = ("q", ["a", "b"], ["n"], (1.0, 1.0, 0.0), (3.0, 2.0, -1.0))
     assert [contents(lists[index]) for index in range(len(lists))] == [expected]
 
@@ -248,13 +248,13 @@ def test_scores_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"twice.jsonl, row 2, column 'positive': score 2.0, and 1.5 in an earlier row"
     ):
-        Lists(Rows(write(tmp_path / "twice.jsonl", rows)))[0]
+        GroupByQuery(Rows(write(tmp_path / "twice.jsonl", rows)))[0]
     scored = Rows(write(tmp_path / "scored.jsonl", rows[:1]))
     plain = Rows(write(tmp_path / "plain.jsonl", [{"query": "q", "positive": "b"}]))
     with pytest.raises(
         ValueError, match=r"scored.jsonl, row 1, column 'query': some rows .* have scores and some have none"
     ):
-        Lists(Mixture([scored, plain]))[0]
+        GroupByQuery(Mixture([scored, plain]))[0]
 
 
 def test_lists_read_only_queries_until_a_list_is_asked_for(tmp_path: Path) -> None:
@@ -266,6 +266,6 @@ def test_lists_read_only_queries_until_a_list_is_asked_for(tmp_path: Path) -> No
             return super().__getitem__(index)
 
     rows = Counted(write(tmp_path / "rows.jsonl", ROWS))
-    lists = Lists(rows)
+    lists = GroupByQuery(rows)
     assert (len(lists), lists.query_id(1) == lists.query_id(2), rows.read) == (3, False, 0)
     assert (contents(lists[0])[0], rows.read) == ("q1", 2)

@@ -12,12 +12,11 @@ import torch
 from building import item, picture
 
 from vlmembed.backbones import DocumentFirst, QueryFirst, Qwen3VL
-from vlmembed.backbones.packing import PackedItems
-from vlmembed.backbones.selection import halve, take
-from vlmembed.backbones.sharing import Sharing, common, kept, neighbours, signature
+from vlmembed.backbones.packing import PackedItems, halve, take
+from vlmembed.backbones.prefix_sharing import Sharing, common, kept, neighbours, signature
 from vlmembed.encoder import Scorer
 from vlmembed.heads import Linear, ScoreHead, YesNo
-from vlmembed.pooling import EarlierLayer, LastToken, LayerMix, Mean, MeanOfLast, ReadOutTokens
+from vlmembed.pooling import EarlierLayer, LastToken, LayerMix, LearnedTokens, Mean, MeanOfLast
 from vlmembed.types import Pair
 
 QUERIES = [
@@ -41,7 +40,7 @@ HEADS = {
     "last three": lambda: Linear(MeanOfLast(3)),
     "earlier layer": lambda: Linear(EarlierLayer(LastToken(), -2)),
     "two layers": lambda: Linear(LayerMix(LastToken(), 2)),
-    "read-outs": lambda: Linear(ReadOutTokens(2, "mean")),
+    "read-outs": lambda: Linear(LearnedTokens(2, "mean")),
 }
 
 
@@ -57,7 +56,7 @@ def one_by_one(model: Scorer, pairs: list[Pair]) -> torch.Tensor:
 
 
 def shared(model: Scorer, prepared: PackedItems, rows: list[int]) -> torch.Tensor:
-    return model(prepared.chunk(rows), model.see(prepared.images()))
+    return model(prepared.chunk(rows), model.encode_images(prepared.images()))
 
 
 @pytest.mark.parametrize("template", [QueryFirst, DocumentFirst])
@@ -87,7 +86,7 @@ def test_a_part_of_a_chunk_shares_what_it_can(checkpoint: Path) -> None:
     model = scorer(checkpoint)
     prepared = model.backbone.preprocessor.prepare(PAIRS)
     rows = prepared.order
-    chunk, features = prepared.chunk(rows), model.see(prepared.images())
+    chunk, features = prepared.chunk(rows), model.encode_images(prepared.images())
     whole = model(chunk, features)
     some = [1, 4, 5, 9, 14]
     assert torch.allclose(model(take(chunk, some), features), whole[some], atol=1e-5)
@@ -114,7 +113,7 @@ def test_where_nothing_can_be_shared_scores_are_the_same_in_any_batch(checkpoint
     assert not any(prepared.shared(prepared.order))
     assert "shared" not in prepared.chunk([0, 1])
     rows = prepared.order
-    found = model(prepared.chunk(rows), model.see(prepared.images(None)))
+    found = model(prepared.chunk(rows), model.encode_images(prepared.images(None)))
     assert torch.allclose(found, one_by_one(model, [PAIRS[row] for row in rows]), atol=1e-5)
 
 

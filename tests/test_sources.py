@@ -10,7 +10,7 @@ import datasets
 import pytest
 from PIL import Image
 
-from vlmembed.data import Lists, Rows
+from vlmembed.data import GroupByQuery, Rows
 from vlmembed.types import Example, Item
 
 
@@ -249,7 +249,7 @@ def test_a_row_whose_query_cannot_be_read_asks_something_of_its_own(tmp_path: Pa
     assert max(ids[1:]) < 0
     with pytest.raises(ValueError, match="row 2, column 'query': the cell is empty"):
         rows[1]
-    grouped = Lists(rows)
+    grouped = GroupByQuery(rows)
     assert len(grouped) == 3
     with pytest.raises(ValueError, match="row 2, column 'query': the cell is empty"):
         grouped[1]

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from vlmembed.adapters import LoRA
 from vlmembed.backbones import Qwen3VL
-from vlmembed.backbones.attention import Bounds, packed_attention
-from vlmembed.backbones.tail import Tail
+from vlmembed.backbones.attention import Bounds, Tail, packed_attention
 from vlmembed.encoder import Encoder
 from vlmembed.pooling import Concatenation, FirstToken, LastToken, Mean, Pooling
 
@@ -28,7 +27,7 @@ class MeanOfLast(Pooling):
 
     def __init__(self, tokens: int, tail: int | None) -> None:
         super().__init__()
-        self.tokens, self.tail = tokens, tail
+        self.tokens, self.num_last_tokens = tokens, tail
 
     def forward(self, hidden: Tensor, mask: Tensor, input_ids: Tensor | None = None) -> Tensor:
         behind = mask.flip(1).cumsum(dim=1).flip(1)
@@ -47,7 +46,7 @@ class Counter:
 def embedded(encoder: Encoder) -> tuple[Tensor, dict[str, Tensor]]:
     """Embeddings of every kind of item in two chunks, one of them without images, and gradients."""
     packed = encoder.backbone.preprocessor.prepare(mixed_items())
-    features = encoder.see(packed.images(28))
+    features = encoder.encode_images(packed.images(28))
     embeddings = torch.cat([encoder(packed.chunk(rows), features) for rows in ([3, 1, 4, 2], [5, 0])])
     noise = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(0))
     encoder.zero_grad()
@@ -76,7 +75,7 @@ def test_the_tail_is_what_it_would_be(checkpoint: Path, tmp_path: Path, options:
     expected, expected_gradients = embedded(encoder)
     every = counter.tokens[:2]
     counter.tokens.clear()
-    encoder.pooling.tail = tokens
+    encoder.pooling.num_last_tokens = tokens
     found, found_gradients = embedded(encoder)
     torch.testing.assert_close(found, expected, rtol=0, atol=ROUNDING)
     assert relative_difference(found_gradients, expected_gradients) < ROUNDING
@@ -91,9 +90,9 @@ def test_what_is_left_out_is_not_a_number(checkpoint: Path) -> None:
     backbone = Qwen3VL(str(checkpoint))
     backbone.configure()
     chunk = backbone.preprocessor.prepare([texts(1)[0].query]).chunk([0])
-    states = backbone(chunk, tail=2)
+    states = backbone(chunk, num_last_tokens=2)
     assert states.isnan().all(dim=-1).tolist() == [[True] * (states.shape[1] - 2) + [False] * 2]
-    assert not backbone(chunk, (-1, 1), tail=2).isnan().any()
+    assert not backbone(chunk, (-1, 1), num_last_tokens=2).isnan().any()
 
 
 def test_images_that_enter_behind_the_last_layer_need_all_of_it(checkpoint: Path) -> None:
@@ -102,13 +101,13 @@ def test_images_that_enter_behind_the_last_layer_need_all_of_it(checkpoint: Path
     chunk = backbone.preprocessor.prepare([texts(1)[0].query]).chunk([0])
     vision = backbone.model.config.vision_config
     vision.deepstack_visual_indexes = list(range(len(backbone.model.language_model.layers)))
-    assert not backbone(chunk, tail=2).isnan().any()
+    assert not backbone(chunk, num_last_tokens=2).isnan().any()
 
 
 def test_poolings_together_read_what_the_longest_reads() -> None:
-    assert Concatenation([LastToken(), MeanOfLast(3, 3)]).tail == 3
-    assert Concatenation([LastToken(), Mean()]).tail is None
-    assert (LastToken().tail, FirstToken().tail) == (1, None)
+    assert Concatenation([LastToken(), MeanOfLast(3, 3)]).num_last_tokens == 3
+    assert Concatenation([LastToken(), Mean()]).num_last_tokens is None
+    assert (LastToken().num_last_tokens, FirstToken().num_last_tokens) == (1, None)
 
 
 def test_places_of_the_last_tokens() -> None:

@@ -10,10 +10,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vlmembed.backbones import VisionLanguageModel
-from vlmembed.backbones.answers import answer_tokens
-from vlmembed.backbones.base import DEFAULT_INSTRUCTION, Features
-from vlmembed.backbones.pairs import PairTemplate
-from vlmembed.backbones.selection import select
+from vlmembed.backbones.base import DEFAULT_INSTRUCTION, Features, label_token_ids
+from vlmembed.backbones.chat_templates import PairTemplate
+from vlmembed.backbones.packing import select
 from vlmembed.heads import ScoreHead
 from vlmembed.pooling import MeanWithoutInstruction, Pooling
 from vlmembed.types import Inputs
@@ -57,7 +56,7 @@ class Encoder(nn.Module):
         """The type of the backbone's weights, such as float32."""
         return str(self.backbone.model.dtype).removeprefix("torch.")
 
-    def see(self, images: Sequence[Inputs]) -> list[Tensor]:
+    def encode_images(self, images: Sequence[Inputs]) -> list[Tensor]:
         """Run the vision tower.
 
         Args:
@@ -66,15 +65,15 @@ class Encoder(nn.Module):
         Returns:
             Of each image, the features that `forward` takes.
         """
-        return [image for chunk in images for image in self.backbone.see(chunk)]
+        return [image for chunk in images for image in self.backbone.encode_images(chunk)]
 
-    def see_missing(
+    def encode_missing_images(
         self, images: Sequence[Inputs], kept: Callable[[int], Tensor | None]
     ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """Run the vision tower on those images whose features are not kept.
 
         Args:
-            images: As for `see`.
+            images: As for `encode_images`.
             kept: Returns the features of an image by its key, if it has them.
 
         Returns:
@@ -87,7 +86,7 @@ class Encoder(nn.Module):
             missing = [place for place, key in enumerate(chunk["keys"].tolist()) if key not in found]
             if missing:
                 rest = select(chunk, missing)
-                new |= zip(rest["keys"].tolist(), self.backbone.see(rest), strict=True)
+                new |= zip(rest["keys"].tolist(), self.backbone.encode_images(rest), strict=True)
         return found, new
 
     def forward(self, inputs: Inputs, features: Features = ()) -> Float[Tensor, "B D"]:
@@ -97,7 +96,7 @@ class Encoder(nn.Module):
             inputs: B items, from the backbone's preprocessor, on any device.
             features: Of each image of the batch, where images come in chunks of their own.
         """
-        hidden = self.backbone(inputs, self.pooling.layers, features, self.pooling.tail)
+        hidden = self.backbone(inputs, self.pooling.layers, features, self.pooling.num_last_tokens)
         mask, tokens = (inputs[name].to(hidden.device, non_blocking=True) for name in ("attention_mask", "input_ids"))
         return self.pooling(hidden, mask, tokens)
 
@@ -137,6 +136,6 @@ class Scorer(Encoder):
             ValueError: If an answer of the head is not one token.
         """
         super().configure()
-        if self.pooling.answers:
-            tokens = answer_tokens(self.backbone.preprocessor.processor.tokenizer, self.pooling.answers)
-            self.pooling.take_answers(self.backbone.answer_rows(tokens), partial(self.backbone.embed, tokens))
+        if self.pooling.label_tokens:
+            tokens = label_token_ids(self.backbone.preprocessor.processor.tokenizer, self.pooling.label_tokens)
+            self.pooling.bind_lm_head(self.backbone.lm_head_rows(tokens), partial(self.backbone.embed, tokens))

@@ -10,10 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vlmembed import distributed, gradcache
-from vlmembed.backbones.selection import halve, picked, select
+from vlmembed.backbones.packing import halve, picked, select
 from vlmembed.encoder import Encoder
 from vlmembed.features import FeatureCache
-from vlmembed.gradcache import CachedStep, Room
+from vlmembed.gradcache import CachedStep, GraphBudget
 from vlmembed.types import Batch, Inputs, RankingBatch
 
 ADVICE = (
@@ -32,7 +32,7 @@ class Engine:
 
     Args:
         encoder: With weights, and adapters applied.
-        graph_bytes: What graphs may take; see `gradcache.Room`.
+        graph_bytes: What graphs may take; see `gradcache.GraphBudget`.
         features: Keeps a frozen tower's features from step to step.
         steps: Per epoch, to predict what ``features`` will take.
     """
@@ -51,7 +51,7 @@ class Engine:
         #: Whether the optimizer steps after this batch, not after another whose gradient is added to its.
         self.before_step = False
         #: What the graphs of the last step took.
-        self.room = Room()
+        self.room = GraphBudget()
         self._frozen = not encoder.backbone.trains_vision
 
     def embed(self, batch: Batch | RankingBatch) -> Float[Tensor, "N D"]:
@@ -78,7 +78,7 @@ class Engine:
         return self.embed(batch)
 
     def _embed(self, batch: Batch | RankingBatch) -> Tensor:
-        self.room = Room(self.graph_bytes, self.encoder.parameters())
+        self.room = GraphBudget(self.graph_bytes, self.encoder.parameters())
         self._texts = gradcache.embed(self._see_images(batch), batch.chunks, self.room)
         return self._texts.embeddings
 
@@ -88,7 +88,7 @@ class Engine:
         if self._frozen:
             features = self._see(batch)
         elif self.graph_bytes:
-            self._images = gradcache.run(self.encoder.backbone.see, batch.images, self.room)
+            self._images = gradcache.run(self.encoder.backbone.encode_images, batch.images, self.room)
             features = self._images.outputs
         else:
             return lambda chunk: self._encode_with_images(chunk, batch.images)
@@ -108,15 +108,15 @@ class Engine:
         shown = set(chunk["images"][:, 1].tolist()) if "images" in chunk else set()
         features: dict[int, Tensor] = {}
         for kind, places in picked(images, shown):
-            features |= zip(places, self.encoder.backbone.see(kind), strict=True)
+            features |= zip(places, self.encoder.backbone.encode_images(kind), strict=True)
         return self.encoder(chunk, features)
 
     @torch.no_grad()
     def _see(self, batch: Batch | RankingBatch) -> list[Tensor]:
         """See all images, or those that are not kept."""
         if self._features is None:
-            return self.encoder.see(batch.images)
-        found, new = self.encoder.see_missing(batch.images, self._features.get)
+            return self.encoder.encode_images(batch.images)
+        found, new = self.encoder.encode_missing_images(batch.images, self._features.get)
         found |= new
         self._predict(sum(image.nbytes for image in found.values()), len(batch.queries))
         for key, features in new.items():

@@ -29,7 +29,7 @@ from vlmembed.types import Inputs
 Forward = Callable[[Inputs], Sequence[Tensor]]
 
 
-class Room:
+class GraphBudget:
     """How much memory the graphs of a step may take.
 
     Args:
@@ -62,7 +62,7 @@ class Room:
             yield
 
 
-def embed(encode: Callable[[Inputs], Tensor], chunks: Sequence[Inputs], room: Room | None = None) -> CachedStep:
+def embed(encode: Callable[[Inputs], Tensor], chunks: Sequence[Inputs], room: GraphBudget | None = None) -> CachedStep:
     """Embed chunks.
 
     Args:
@@ -76,7 +76,7 @@ def embed(encode: Callable[[Inputs], Tensor], chunks: Sequence[Inputs], room: Ro
     return run(lambda chunk: (encode(chunk),), chunks, room)
 
 
-def run(forward: Forward, chunks: Sequence[Inputs], room: Room | None = None) -> CachedStep:
+def run(forward: Forward, chunks: Sequence[Inputs], room: GraphBudget | None = None) -> CachedStep:
     """Compute something of chunks, and cut the graph behind it.
 
     Args:
@@ -85,7 +85,7 @@ def run(forward: Forward, chunks: Sequence[Inputs], room: Room | None = None) ->
         chunks: What to compute it of.
         room: For graphs; none by default.
     """
-    room = room or Room()
+    room = room or GraphBudget()
     pending = []
     for chunk in chunks:
         state = _RandomState()

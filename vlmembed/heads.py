@@ -11,22 +11,22 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vlmembed.pooling import LastToken, Pooling, Projection
-from vlmembed.pooling.base import Around
+from vlmembed.pooling.base import PoolingWrapper
 
 
-class ScoreHead(Around):
+class ScoreHead(PoolingWrapper):
     """A pooling, and a score of what it pools.
 
     Args:
         pooling: What to pool.
 
     Attributes:
-        answers: Words whose weights in the language-model head are wanted: yes and no, or none.
+        label_tokens: Words whose weights in the language-model head are wanted: yes and no, or none.
     """
 
-    answers: tuple[str, ...] = ()
+    label_tokens: tuple[str, ...] = ()
 
-    def take_answers(self, rows: Float[Tensor, "answers H"] | None, embed: Callable[[], Tensor]) -> None:
+    def bind_lm_head(self, rows: Float[Tensor, "answers H"] | None, embed: Callable[[], Tensor]) -> None:
         """Take the weights of the answers; the scorer calls it.
 
         Args:
@@ -68,11 +68,11 @@ class YesNo(ScoreHead):
         super().__init__(LastToken())
         self.yes = yes
         self.no = no
-        self.answers = (yes, no)
+        self.label_tokens = (yes, no)
         self.rows: nn.Parameter | None = None
 
-    def take_answers(self, rows: Float[Tensor, "answers H"] | None, embed: Callable[[], Tensor]) -> None:
-        """Keep the rows, or what they are tied to; see `ScoreHead.take_answers`."""
+    def bind_lm_head(self, rows: Float[Tensor, "answers H"] | None, embed: Callable[[], Tensor]) -> None:
+        """Keep the rows, or what they are tied to; see `ScoreHead.bind_lm_head`."""
         self.rows = None if rows is None else nn.Parameter(rows)
         self._embed = embed
 

@@ -49,7 +49,7 @@ def shard(encoder: Encoder, mesh: DeviceMesh) -> None:
             f"ModelParallelStrategy(tensor_parallel_size={mesh['tensor_parallel'].size()}): layers are not cut, only "
             "what is kept of them. Set tensor_parallel_size: 1, and data_parallel_size to the number of processes."
         )
-    if not backbone.sees_images_apart or backbone.load_in_4bit:
+    if not backbone.separate_vision_pass or backbone.load_in_4bit:
         raise ValueError(
             f"ModelParallelStrategy cannot shard this {type(backbone).__name__}: it takes a vlmembed.backbones.Qwen3VL "
             "with attn_implementation: auto and load_in_4bit: false. Or set trainer.strategy: ddp."

@@ -116,7 +116,7 @@ def _scoring(folder: Path, template: type, rounds: int) -> Race:
         loader = task.loader(RerankingSet(evaluation, found), module.preprocessor, size, 0, 1, batch_size=None)
         recent, total = RecentFeatures(module.encoder), 0.0
         for batch in loader:
-            features = recent.see(batch.images)
+            features = recent.encode_images(batch.images)
             total += sum(module.encoder(chunk, features).abs().sum().item() for chunk in batch.chunks)
         return total / len(asked)
 
@@ -152,7 +152,7 @@ def _our_step(folder: Path, template: type, rows: list, frozen: bool, kind: str)
 
     def step() -> float:
         batch = collate(examples)
-        value = module.loss(*module.joined(engine.embed(batch), batch))
+        value = module.loss(*module.gather_batch(engine.embed(batch), batch))
         value.backward()
         engine.replay()
         optimizer.step()

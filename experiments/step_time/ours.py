@@ -17,7 +17,7 @@ from vlmembed.engine import Engine
 from vlmembed.features import InMemory
 from vlmembed.losses import InfoNCE, Matryoshka
 from vlmembed.modules import EmbeddingModule, probing
-from vlmembed.modules.embedding import joined_batch
+from vlmembed.modules.embedding import gather_batch
 from vlmembed.pooling import LastToken
 from vlmembed.types import Batch, Example, Item, Part
 
@@ -70,7 +70,7 @@ class Ours:
 
     def step(self, batch: Batch) -> float:
         first = memory.StepPeak(self.model.device) if self.setting.retain and not self.steps else None
-        value = self.model.loss(*joined_batch(self.engine.embed(batch), batch))
+        value = self.model.loss(*gather_batch(self.engine.embed(batch), batch))
         value.backward()
         self.engine.replay()
         self.optimizer.step()

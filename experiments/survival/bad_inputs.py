@@ -23,8 +23,7 @@ from torch.utils.data import DataLoader
 
 from vlmembed.backbones import Qwen3VL, tiny
 from vlmembed.data import Collator, Rows
-from vlmembed.data.bad_rows import ReadableRows, UsableRows
-from vlmembed.data.loader import ExampleLists
+from vlmembed.data.sampling import ExampleLists, ReadableRows, UsableRows
 from vlmembed.types import Batch, Preprocessor
 
 #: Of a refusal, what stands in the table.

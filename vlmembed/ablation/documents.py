@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from vlmembed.ablation.results import document_path
-from vlmembed.backbones.media import load_image
 from vlmembed.files import write_whole
+from vlmembed.media import load_image
 from vlmembed.types import Item
 
 #: Pixels of the longest side of a picture, and characters of a text.

@@ -117,7 +117,7 @@ class Probe(LightningModule):
     def test_step(self, batch: ItemBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Encode queries or documents once, and pool them in every way."""
         encoder = self.model.encoder
-        hidden = encoder.backbone(batch.inputs, self.layers, encoder.see(batch.images))
+        hidden = encoder.backbone(batch.inputs, self.layers, encoder.encode_images(batch.images))
         mask, tokens = (batch.inputs[name].to(hidden.device) for name in ("attention_mask", "input_ids"))
         for layer, states in zip(self.layers, hidden if len(self.layers) > 1 else hidden[None], strict=True):
             for name, pooling in self._read_outs.items():

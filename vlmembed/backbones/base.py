@@ -1,27 +1,78 @@
-"""A vision-language model as a backbone: loaded without its language-model head, read as hidden states."""
+"""The two rows of a language-model head that a yes and a no are scored by."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from safetensors import safe_open
+from torch import Tensor, nn, stack
 from transformers import AutoConfig, AutoModel, AutoProcessor, PretrainedConfig, PreTrainedModel, ProcessorMixin
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, is_flash_attn_2_available
 
-from vlmembed.backbones.answers import head_rows
-from vlmembed.backbones.appending import LearnedTokens, append_tokens, learn_tokens
-from vlmembed.backbones.kernels import compile_layers, use_liger
-from vlmembed.backbones.pairs import PairTemplate, check_template
+from vlmembed.backbones.chat_templates import PairTemplate, TokenEmbeddings, append_tokens, check_template, learn_tokens
 from vlmembed.backbones.preprocessing import ChatPreprocessor
+from vlmembed.kernels import compile_layers, use_liger
 from vlmembed.types import Inputs, Role
 
-#: Of each distinct image of a batch, by its place: (tokens, levels, H), what `VisionLanguageModel.see` makes of it.
+HEAD = "lm_head.weight"
+
+
+def label_token_ids(tokenizer: Any, words: Sequence[str]) -> list[int]:
+    """Return the token of each word.
+
+    Raises:
+        ValueError: If a word is not one token, or two words are the same one.
+    """
+    tokens = [tokenizer.encode(word, add_special_tokens=False) for word in words]
+    for word, ids in zip(words, tokens, strict=True):
+        if len(ids) != 1:
+            pieces = tokenizer.convert_ids_to_tokens(ids)
+            raise ValueError(
+                f"The answer {word!r} is {len(ids)} tokens of this checkpoint ({pieces}), and a score needs one. "
+                "Choose another word for the head's yes or no."
+            )
+    if len({ids[0] for ids in tokens}) < len(words):
+        raise ValueError(f"The answers {list(words)} are the same token; a score is the difference of two.")
+    return [ids[0] for ids in tokens]
+
+
+def head_rows(checkpoint: str, tokens: Sequence[int], **source: Any) -> Float[Tensor, "tokens H"]:
+    """Read rows of a checkpoint's language-model head, where it is not its token embeddings, and nothing else.
+
+    Args:
+        checkpoint: A folder, or a Hub id.
+        tokens: Which rows.
+        **source: As for ``from_pretrained``.
+
+    Raises:
+        ValueError: If there is no such head.
+    """
+    source.pop("trust_remote_code", None)
+    index = cached_file(checkpoint, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **source)
+    name = SAFE_WEIGHTS_NAME
+    if index is not None:
+        name = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].get(HEAD, SAFE_WEIGHTS_NAME)
+    path = cached_file(checkpoint, name, _raise_exceptions_for_missing_entries=False, **source)
+    if path is not None:
+        with safe_open(path, framework="pt") as file:
+            if HEAD in [*file.keys()]:
+                rows = file.get_slice(HEAD)
+                return stack([rows[token] for token in tokens])
+    raise ValueError(
+        f"The checkpoint {checkpoint!r} has no {HEAD} in safetensors, so there are no logits of yes and no. Use "
+        "another score head, such as vlmembed.heads.Linear."
+    )
+
+
+#: Of each distinct image of a batch, by its index: (tokens, levels, H), from `VisionLanguageModel.encode_images`.
 Features = Sequence[Tensor] | Mapping[int, Tensor]
 
 #: The default instruction of Qwen3-VL-Embedding (arXiv:2601.04720).
@@ -67,7 +118,7 @@ class VisionLanguageModel(nn.Module):
     #: Tokens that every item gets at its end.
     appended: tuple[str, ...] = ()
     #: Where embeddings are learned for them, which makes them new tokens; else None, and the checkpoint knows them.
-    learned_tokens: LearnedTokens | None = None
+    learned_tokens: TokenEmbeddings | None = None
     #: How pairs are read, where the backbone is a cross-encoder's.
     pair_template: PairTemplate | None = None
 
@@ -198,7 +249,7 @@ class VisionLanguageModel(nn.Module):
         """H, the size of the hidden states."""
         return int(self.model.config.get_text_config().hidden_size)
 
-    def answer_rows(self, tokens: Sequence[int]) -> Float[Tensor, "tokens H"] | None:
+    def lm_head_rows(self, tokens: Sequence[int]) -> Float[Tensor, "tokens H"] | None:
         """Read some rows of the checkpoint's language-model head; None where it is the token embeddings."""
         if self.model.config.tie_word_embeddings:
             return None
@@ -223,11 +274,11 @@ class VisionLanguageModel(nn.Module):
         return any(parameter.requires_grad for _, parameter in self.vision_parameters())
 
     @property
-    def sees_images_apart(self) -> bool:
-        """Whether images come in chunks of their own, for `see`."""
+    def separate_vision_pass(self) -> bool:
+        """Whether images come in chunks of their own, for `encode_images`."""
         return False
 
-    def see(self, images: Inputs) -> Sequence[Tensor]:
+    def encode_images(self, images: Inputs) -> Sequence[Tensor]:
         """Run the vision tower on a chunk of images, where the backbone's preprocessor makes such chunks.
 
         Args:
@@ -245,15 +296,15 @@ class VisionLanguageModel(nn.Module):
         return next(self.parameters()).device
 
     def forward(
-        self, inputs: Inputs, layers: Sequence[int] = (-1,), features: Features = (), tail: int | None = None
+        self, inputs: Inputs, layers: Sequence[int] = (-1,), features: Features = (), num_last_tokens: int | None = None
     ) -> Float[Tensor, "*K B L H"]:
         """Return hidden states.
 
         Args:
             inputs: One chunk, from the `preprocessor`, on any device.
             layers: Which hidden states: -1 is the last one, after the final norm; 0 the token embeddings.
-            features: Of each image of the batch, by its place, where `see` made them.
-            tail: How many of an item's last tokens will be read, if not all; other states may be NaN.
+            features: Of each image of the batch, by its place, where `encode_images` made them.
+            num_last_tokens: How many of an item's last tokens will be read, if not all; other states may be NaN.
 
         Returns:
             (B, L, H), or (K, B, L, H) for K layers.

@@ -13,13 +13,11 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PretrainedConfig, ProcessorMixin
 
-from vlmembed.backbones.attention import Bounds, install
+from vlmembed.backbones.attention import Bounds, Tail, install, shorten
 from vlmembed.backbones.base import Features, VisionLanguageModel
 from vlmembed.backbones.packing import PackedItems, VisionLayout, frame_patches
-from vlmembed.backbones.packing_preprocessor import PackingPreprocessor, check_normalisation
-from vlmembed.backbones.preprocessing import ChatPreprocessor
-from vlmembed.backbones.sharing import Sharing, own_images
-from vlmembed.backbones.tail import Tail, shorten
+from vlmembed.backbones.prefix_sharing import Sharing, own_images
+from vlmembed.backbones.preprocessing import ChatPreprocessor, PackingPreprocessor, check_normalisation
 from vlmembed.types import Inputs
 
 
@@ -60,7 +58,7 @@ class Qwen3VL(VisionLanguageModel):
         self.max_pixels = max_pixels
 
     @property
-    def sees_images_apart(self) -> bool:
+    def separate_vision_pass(self) -> bool:
         """Whether nothing is padded, and images come in chunks of their own."""
         return self.attn_implementation in ("auto", "flash_attention_2")
 
@@ -83,7 +81,7 @@ class Qwen3VL(VisionLanguageModel):
             raise ValueError(
                 f"min_pixels={shortest} is above max_pixels={longest} (one of them is the checkpoint's own). Set both."
             )
-        if self.sees_images_apart:
+        if self.separate_vision_pass:
             check_normalisation(processor, self.checkpoint)
         # In this family's processors an "edge" is a number of pixels.
         processor.image_processor.size = {"shortest_edge": shortest, "longest_edge": longest}
@@ -92,7 +90,7 @@ class Qwen3VL(VisionLanguageModel):
     @cached_property
     def preprocessor(self) -> ChatPreprocessor:
         """The preprocessor of this backbone's inputs; see `VisionLanguageModel.preprocessor`."""
-        if not self.sees_images_apart:
+        if not self.separate_vision_pass:
             return super().preprocessor
         return PackingPreprocessor(VisionLayout.of(self.load_config()), self.shares_beginnings, **self._preprocessing)
 
@@ -105,12 +103,12 @@ class Qwen3VL(VisionLanguageModel):
     def configure(self) -> None:
         """Load the weights; see `VisionLanguageModel.configure`."""
         super().configure()
-        if self.sees_images_apart:
+        if self.separate_vision_pass:
             install(self.model)
             shorten(self.model.language_model.layers[-1])
 
-    def see(self, images: Inputs) -> Sequence[Float[Tensor, "tokens levels H"]]:
-        """Run the vision tower on a chunk of images; see `VisionLanguageModel.see`.
+    def encode_images(self, images: Inputs) -> Sequence[Float[Tensor, "tokens levels H"]]:
+        """Run the vision tower on a chunk of images; see `VisionLanguageModel.encode_images`.
 
         Returns:
             Of each image, the features that stand in for its tokens' embeddings, and those that are added behind each
@@ -133,7 +131,7 @@ class Qwen3VL(VisionLanguageModel):
         return features.split(tokens)
 
     def forward(
-        self, inputs: Inputs, layers: Sequence[int] = (-1,), features: Features = (), tail: int | None = None
+        self, inputs: Inputs, layers: Sequence[int] = (-1,), features: Features = (), num_last_tokens: int | None = None
     ) -> Float[Tensor, "*K B L H"]:
         """Return hidden states; see `VisionLanguageModel.forward`.
 
@@ -141,17 +139,17 @@ class Qwen3VL(VisionLanguageModel):
             inputs: A chunk of `PackedItems`, or what the `preprocessor` returns when it is called.
             layers: Which hidden states.
             features: Of the distinct images of the batch, from `see`; the chunk says which of them it shows.
-            tail: How many of an item's last tokens will be read; the last layer is computed for no others.
+            num_last_tokens: How many of an item's last tokens will be read; the last layer is computed for no others.
         """
-        if not self.sees_images_apart:
+        if not self.separate_vision_pass:
             return super().forward(inputs, layers)
         if "images" not in inputs:
-            return self._forward_unpacked(inputs, layers, tail)
+            return self._forward_unpacked(inputs, layers, num_last_tokens)
         mask = inputs["attention_mask"]
         tokens = mask.flatten().nonzero()[:, 0]
         lengths = mask.sum(dim=1)
         sharing = Sharing.of(lengths, inputs["shared"]) if "shared" in inputs else None
-        last = self._tail(lengths, layers, tail)
+        last = self._tail(lengths, layers, num_last_tokens)
         ids = inputs["input_ids"].flatten()[tokens]
         ids = ids if sharing is None else ids[sharing.own]
         hidden = self.model.language_model.embed_tokens(self._here(ids))[None]
@@ -169,11 +167,11 @@ class Qwen3VL(VisionLanguageModel):
         # flash-attn, as transformers calls it, does not know which keys are shared; ours does.
         return "sdpa" if self.shares_beginnings else super()._attention(config)
 
-    def _forward_unpacked(self, inputs: Inputs, layers: Sequence[int], tail: int | None) -> Tensor:
+    def _forward_unpacked(self, inputs: Inputs, layers: Sequence[int], num_last_tokens: int | None) -> Tensor:
         on_host = {name: tensor.cpu() for name, tensor in inputs.items()}
         items = PackedItems(on_host, VisionLayout.of(self.model.config))
-        features = [image for images in items.images() for image in self.see(images)]
-        return self.forward(items.chunk(range(len(inputs["input_ids"]))), layers, features, tail)
+        features = [image for images in items.images() for image in self.encode_images(images)]
+        return self.forward(items.chunk(range(len(inputs["input_ids"]))), layers, features, num_last_tokens)
 
     def _with_images(self, hidden: Tensor, ids: Tensor, features: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Put features where the image tokens are; return the first level, and what later layers add."""

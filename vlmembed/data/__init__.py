@@ -1,14 +1,19 @@
 """Where rows come from, how they are mixed, and how they become batches."""
 
-from vlmembed.data.batches import Batches
 from vlmembed.data.cells import to_item
 from vlmembed.data.collate import Collator, ItemCollator
 from vlmembed.data.datamodule import RetrievalDataModule
-from vlmembed.data.evaluation import EvaluationFolder, EvaluationRows, EvaluationSource, load_evaluation
-from vlmembed.data.lists import Lists
-from vlmembed.data.mixture import Mixture
-from vlmembed.data.reranking import RerankingRows, RerankingRun, RerankingSource
-from vlmembed.data.sources import Rows, Source
+from vlmembed.data.evaluation import (
+    EvaluationFolder,
+    EvaluationRows,
+    EvaluationSource,
+    RerankingRows,
+    RerankingRun,
+    RerankingSource,
+    load_evaluation,
+)
+from vlmembed.data.sampling import Batches
+from vlmembed.data.sources import GroupByQuery, Mixture, Rows, Source
 from vlmembed.data.tasks import Embedding, Reranking, Task
 
 __all__ = [
@@ -18,8 +23,8 @@ __all__ = [
     "EvaluationFolder",
     "EvaluationRows",
     "EvaluationSource",
+    "GroupByQuery",
     "ItemCollator",
-    "Lists",
     "Mixture",
     "Reranking",
     "RerankingRows",
@@ -32,3 +37,6 @@ __all__ = [
     "load_evaluation",
     "to_item",
 ]
+
+#: The old YAML name, for one release.
+Lists = GroupByQuery

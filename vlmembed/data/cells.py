@@ -9,8 +9,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from vlmembed.data.folder import Folder
-from vlmembed.images import UNREADABLE, limit, open_image
+from vlmembed.media import UNREADABLE, Folder, limit, open_image
 from vlmembed.types import Frame, Item, Part, Role
 
 KINDS = ("text", "image", "video")

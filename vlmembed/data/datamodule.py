@@ -9,14 +9,18 @@ from typing import Any, Literal
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
-from vlmembed.data.bad_rows import BadRowFile, ReadableRows, UsableRows
-from vlmembed.data.batches import Batches
 from vlmembed.data.collate import PATCH_COST, ExampleCollator
-from vlmembed.data.evaluation import EvaluationSource
-from vlmembed.data.loader import ExampleLists, ResumableLoader, own_generator
-from vlmembed.data.mixture import Mixture
-from vlmembed.data.reranking import RerankingSource
-from vlmembed.data.sources import Rows, Source
+from vlmembed.data.evaluation import EvaluationSource, RerankingSource
+from vlmembed.data.sampling import (
+    BadRowFile,
+    Batches,
+    ExampleLists,
+    ReadableRows,
+    ResumableLoader,
+    SkipBadRows,
+    own_generator,
+)
+from vlmembed.data.sources import Mixture, Rows, Source
 from vlmembed.data.tasks import Task
 from vlmembed.signals import leave_stopping_to_parent
 from vlmembed.types import Preprocessor
@@ -132,7 +136,7 @@ class RetrievalDataModule(LightningDataModule):
         return ResumableLoader(
             ReadableRows(examples) if skips else examples,
             sampler=self._batches(),
-            collate_fn=UsableRows(collate) if skips else collate,
+            collate_fn=SkipBadRows(collate) if skips else collate,
             persistent_workers=self.num_workers > 0,
             **self._loader_options,
         )

@@ -7,11 +7,16 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from vlmembed.data.collate import Collator, ExampleCollator, ItemCollator
-from vlmembed.data.evaluation import EvaluationSource, as_evaluation
-from vlmembed.data.loader import ItemLists, shard
-from vlmembed.data.pairs import EvaluationPairCollator, PairCollator, PairLists
-from vlmembed.data.reranking import RerankingSource, load_reranking
+from vlmembed.data.collate import (
+    Collator,
+    EvaluationPairCollator,
+    ExampleCollator,
+    ItemCollator,
+    PairCollator,
+    PairLists,
+)
+from vlmembed.data.evaluation import EvaluationSource, RerankingSource, as_evaluation, load_reranking
+from vlmembed.data.sampling import ItemLists, shard
 from vlmembed.data.sources import Source
 from vlmembed.losses import Targets
 from vlmembed.types import EvaluationSet, Preprocessor, RerankingSet

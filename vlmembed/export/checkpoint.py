@@ -15,9 +15,8 @@ from transformers import PreTrainedModel
 
 from vlmembed import adapters
 from vlmembed.backbones import VisionLanguageModel
-from vlmembed.backbones.answers import HEAD
-from vlmembed.backbones.appending import write_tokens
-from vlmembed.backbones.pairs import NAME
+from vlmembed.backbones.base import HEAD
+from vlmembed.backbones.chat_templates import NAME, write_tokens
 
 
 def write_checkpoint(

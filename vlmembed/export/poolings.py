@@ -16,12 +16,12 @@ from vlmembed.pooling import (
     FirstToken,
     LastToken,
     LayerMix,
+    LearnedTokens,
     Max,
     Mean,
     MeanSqrtLength,
     Pooling,
     Projection,
-    ReadOutTokens,
     WeightedMean,
 )
 
@@ -114,7 +114,7 @@ def _mode(pooling: Pooling) -> str | list[str] | None:
     if type(pooling) is Concatenation:
         modes = [MODES.get(type(each)) for each in pooling.poolings]
         return [mode for mode in modes if mode] if all(modes) else None
-    if type(pooling) is ReadOutTokens and pooling.tokens == 1:
+    if type(pooling) is LearnedTokens and pooling.tokens == 1:
         return "lasttoken"
     return MODES.get(type(pooling))
 

@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vlmembed.backbones import VisionLanguageModel
-from vlmembed.backbones.answers import answer_tokens
-from vlmembed.backbones.pairs import NAME
+from vlmembed.backbones.base import label_token_ids
+from vlmembed.backbones.chat_templates import NAME
 from vlmembed.encoder import Scorer
 from vlmembed.export.checkpoint import write_checkpoint
 from vlmembed.export.heads import check_head, head_modules, of_two_logits, pooling_of
@@ -55,7 +55,7 @@ def _write_dense(scorer: Scorer, folder: Path) -> None:
 
 def _write_logits(scorer: Scorer, folder: Path) -> None:
     backbone, head = scorer.backbone, of_two_logits(scorer.pooling)
-    tokens = answer_tokens(backbone.preprocessor.processor.tokenizer, head.answers)
+    tokens = label_token_ids(backbone.preprocessor.processor.tokenizer, head.label_tokens)
     write_checkpoint(backbone, folder, _language_head(backbone, head, tokens))
     template = {"add_generation_prompt": backbone.generation_prompt, "chat_template": NAME}
     score = {"true_token_id": tokens[0], "false_token_id": tokens[1], "module_input_name": "causal_logits"}
@@ -71,7 +71,7 @@ def _language_head(
     backbone: VisionLanguageModel, head: YesNo, tokens: list[int]
 ) -> Float[Tensor, "vocabulary H"] | None:
     """Return the checkpoint's language-model head with the rows that were trained; None where it has no own weights."""
-    weights = backbone.answer_rows(range(backbone.model.config.get_text_config().vocab_size))
+    weights = backbone.lm_head_rows(range(backbone.model.config.get_text_config().vocab_size))
     if weights is not None:
         weights[tokens] = head.weights.to(weights)
     return weights

@@ -12,7 +12,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
 from vlmembed.metrics.functions import METRICS, judgements, order_keys, ranks
-from vlmembed.metrics.shares import first_rows, gather_rows, named
+from vlmembed.metrics.retrieval import first_rows, gather_rows, named
 from vlmembed.types import RerankingSet
 
 

@@ -10,7 +10,7 @@ from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any
 
-from vlmembed.backbones.media import load_image
+from vlmembed.media import load_image
 from vlmembed.types import Item, Part
 
 #: So many groups of items are in memory at the same time.

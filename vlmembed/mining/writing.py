@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from vlmembed.backbones.media import load_image
+from vlmembed.media import load_image
 from vlmembed.types import Frame, Item, Part
 
 

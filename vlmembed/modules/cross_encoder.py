@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vlmembed import distributed
 from vlmembed.backbones import VisionLanguageModel
-from vlmembed.backbones.pairs import PairTemplate, QueryFirst
+from vlmembed.backbones.chat_templates import PairTemplate, QueryFirst
 from vlmembed.data import Reranking, Task
 from vlmembed.encoder import Scorer
 from vlmembed.heads import ScoreHead, YesNo
@@ -61,9 +61,9 @@ class CrossEncoderModule(RetrievalModule):
         """To score pairs, with the targets that the loss wants."""
         return Reranking(self.loss.targets, self._template.ends_with_query, self._in_batch_negatives)
 
-    def joined(self, outputs: Tensor, batch: RankingBatch) -> tuple[Tensor, ...]:
+    def gather_batch(self, outputs: Tensor, batch: RankingBatch) -> tuple[Tensor, ...]:
         """Join the scores of all processes."""
-        return joined_candidates(outputs[:, 0].float(), batch)
+        return gather_candidates(outputs[:, 0].float(), batch)
 
     def measurement(self, evaluation: RerankingSet) -> RerankingMetrics:
         """Measure the order of each query's candidates."""
@@ -72,7 +72,7 @@ class CrossEncoderModule(RetrievalModule):
 
     def measure(self, batch: PairBatch, metrics: RerankingMetrics) -> None:
         """Score pairs."""
-        features = self._recent.see(batch.images)
+        features = self._recent.encode_images(batch.images)
         scores = torch.cat([self.encoder(chunk, features) for chunk in batch.chunks])
         metrics.update(batch.rows, scores[:, 0])
 
@@ -81,7 +81,7 @@ class CrossEncoderModule(RetrievalModule):
         write_reranking(metrics, folder, self.trainer.is_global_zero)
 
 
-def joined_candidates(
+def gather_candidates(
     scores: Float[Tensor, " N"], batch: RankingBatch
 ) -> tuple[Float[Tensor, "Q C"], Float[Tensor, "Q C"], Bool[Tensor, "Q C"]]:
     """Join all processes' pairs into what a ranking loss takes: the candidates of each query, side by side.

@@ -53,9 +53,9 @@ class EmbeddingModule(RetrievalModule):
                 "Remove the larger ones from the Matryoshka loss's dimensions."
             )
 
-    def joined(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+    def gather_batch(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, ...]:
         """Join the embeddings of all processes."""
-        return joined_batch(outputs, batch)
+        return gather_batch(outputs, batch)
 
     def measurement(self, evaluation: EvaluationSet) -> RetrievalMetrics:
         """Measure how well queries find their documents in the whole corpus."""
@@ -63,14 +63,14 @@ class EmbeddingModule(RetrievalModule):
 
     def measure(self, batch: ItemBatch, metrics: RetrievalMetrics) -> None:
         """Embed queries or documents."""
-        metrics.update(batch.rows, self.encoder(batch.inputs, self.encoder.see(batch.images)))
+        metrics.update(batch.rows, self.encoder(batch.inputs, self.encoder.encode_images(batch.images)))
 
     def write_predictions(self, metrics: RetrievalMetrics, folder: Path) -> None:
         """Write rankings and embeddings."""
         write_predictions(metrics, folder, self.trainer.is_global_zero)
 
 
-def joined_batch(embeddings: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+def gather_batch(embeddings: Tensor, batch: Batch) -> tuple[Tensor, ...]:
     """Join all processes' batches into what a loss takes.
 
     A document, or a query, that several processes hold is kept once, so that the loss is that of one process with

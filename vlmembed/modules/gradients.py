@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vlmembed import distributed
 from vlmembed.engine import Engine
-from vlmembed.gradcache import Room
+from vlmembed.gradcache import GraphBudget
 from vlmembed.losses.definition import defined_loss
 from vlmembed.modules.embedding import EmbeddingModule
 from vlmembed.modules.finite import FiniteSteps
@@ -64,7 +64,7 @@ class StepGradients:
         with self._undone(), torch.no_grad():
             graphless = self._embed().float()
         with self._undone():
-            room = Room(math.inf, self._module.parameters())
+            room = GraphBudget(math.inf, self._module.parameters())
             with room.measured():
                 embeddings = self._embed()
             gradient = self._gradient([self._loss(embeddings, torch.float64)])
@@ -103,7 +103,7 @@ class StepGradients:
             if encoder.backbone.trains_vision and not engine.graph_bytes:
                 # Dropout depends on which images share a pass.
                 return torch.cat([engine._encode_with_images(chunk, batch.images) for chunk in batch.chunks])
-            features = encoder.see(batch.images)
+            features = encoder.encode_images(batch.images)
             return torch.cat([encoder(chunk, features) for chunk in batch.chunks])
 
     def _loss(self, embeddings: Tensor, dtype: torch.dtype) -> Tensor:

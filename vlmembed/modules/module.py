@@ -94,7 +94,7 @@ class RetrievalModule(Resumable, ABC):
         """What the data module makes batches for."""
 
     @abstractmethod
-    def joined(self, outputs: Tensor, batch: Any) -> tuple[Tensor, ...]:
+    def gather_batch(self, outputs: Tensor, batch: Any) -> tuple[Tensor, ...]:
         """Join all processes' batches into what the loss takes.
 
         Args:
@@ -181,7 +181,7 @@ class RetrievalModule(Resumable, ABC):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Encode the batch and compute the loss of all processes' batches."""
-        given = self.joined(self.engine.embed(batch), batch)
+        given = self.gather_batch(self.engine.embed(batch), batch)
         loss: Tensor = self.loss(*given)
         self.steps.add(loss, batch.origins)
         if self.engine.before_step:

@@ -26,7 +26,7 @@ def write_predictions(metrics: RetrievalMetrics, folder: Path, is_writer: bool =
         is_writer: Whether this process writes. All must call, because each holds a share of the embeddings.
     """
     scores, columns = metrics.top_k(DEPTH)
-    embeddings = metrics.joined()
+    embeddings = metrics.gather_embeddings()
     if not is_writer:
         return
     evaluation = metrics.evaluation

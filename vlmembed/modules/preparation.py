@@ -75,7 +75,7 @@ def _tell(module: LightningModule, sentence: str) -> None:
 
 def _open(features: FeatureCache, backbone: VisionLanguageModel, precision: str) -> None:
     """Open the cache for features of this tower, these settings and this precision."""
-    if not backbone.sees_images_apart:
+    if not backbone.separate_vision_pass:
         raise ValueError(
             f"features: {type(backbone).__name__} reads images together with their text, so there is nothing to keep. "
             "Use vlmembed.backbones.Qwen3VL with attn_implementation: auto, or set features: null."

@@ -9,8 +9,7 @@ import torch
 from PIL import Image
 
 from vlmembed import distributed, memory
-from vlmembed.data.collate import PATCH_COST, Collator
-from vlmembed.data.pairs import PairCollator
+from vlmembed.data.collate import PATCH_COST, Collator, PairCollator
 from vlmembed.encoder import Encoder, Scorer
 from vlmembed.engine import Engine
 from vlmembed.losses import Targets

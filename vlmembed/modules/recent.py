@@ -26,9 +26,9 @@ class RecentFeatures:
         self._kept: OrderedDict[int, Tensor] = OrderedDict()
         self._bytes = 0
 
-    def see(self, images: Sequence[Inputs]) -> list[Tensor]:
-        """Return the features of some chunks of images, as `Encoder.see` does."""
-        found, new = self._encoder.see_missing(images, self._kept.get)
+    def encode_images(self, images: Sequence[Inputs]) -> list[Tensor]:
+        """Return the features of some chunks of images, as `Encoder.encode_images` does."""
+        found, new = self._encoder.encode_missing_images(images, self._kept.get)
         for key in found:
             self._kept.move_to_end(key)
         for key, features in new.items():

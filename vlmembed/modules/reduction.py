@@ -6,7 +6,7 @@ from itertools import accumulate
 
 import torch
 
-from vlmembed.backbones.selection import select, take
+from vlmembed.backbones.packing import select, take
 from vlmembed.types import Batch, Inputs
 
 

@@ -4,7 +4,7 @@ A pooling is a module called with ``(hidden, mask, input_ids)``. None of them de
 padded positions hold. To add one, subclass `Pooling` anywhere and name it by ``class_path``.
 """
 
-from vlmembed.pooling.appended import EndToken, ReadOutTokens
+from vlmembed.pooling.appended import EndToken, LearnedTokens
 from vlmembed.pooling.attention import Attention, LatentAttention
 from vlmembed.pooling.base import Pooling, Template
 from vlmembed.pooling.combining import Concatenation, Projection
@@ -22,6 +22,7 @@ __all__ = [
     "LastToken",
     "LatentAttention",
     "LayerMix",
+    "LearnedTokens",
     "Max",
     "Mean",
     "MeanOfImages",
@@ -31,7 +32,9 @@ __all__ = [
     "MeanWithoutInstruction",
     "Pooling",
     "Projection",
-    "ReadOutTokens",
     "Template",
     "WeightedMean",
 ]
+
+#: The old YAML name, for one release.
+ReadOutTokens = LearnedTokens

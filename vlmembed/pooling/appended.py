@@ -19,7 +19,7 @@ class EndToken(Pooling):
         token: A token of the checkpoint's vocabulary.
     """
 
-    tail = 1
+    num_last_tokens = 1
 
     def __init__(self, token: str = "<|endoftext|>") -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class EndToken(Pooling):
         return last_state(hidden, mask)
 
 
-class ReadOutTokens(Pooling):
+class LearnedTokens(Pooling):
     """The states of learned tokens behind every item, which read it out (deep prompts, arXiv:2101.00190).
 
     Their embeddings are learned whatever else of the backbone is frozen; an export writes them into its vocabulary.
@@ -54,10 +54,10 @@ class ReadOutTokens(Pooling):
     def __init__(self, tokens: int = 4, combine: Literal["mean", "concatenation"] = "mean") -> None:
         super().__init__()
         if tokens < 1:
-            raise ValueError(f"ReadOutTokens: tokens is 1 or more, got {tokens}.")
+            raise ValueError(f"LearnedTokens: tokens is 1 or more, got {tokens}.")
         self.tokens = tokens
         self.combine = combine
-        self.tail = tokens
+        self.num_last_tokens = tokens
         self.appended = tuple(f"<|read_out_{index}|>" for index in range(tokens))
         self.learned: nn.Parameter | None = None
 

@@ -32,8 +32,8 @@ class Pooling(nn.Module, ABC):
     Attributes:
         layers: Which of the backbone's hidden states to pool, as indices into its layers with -1 the last one after
             the final norm. With more than one, ``hidden`` has a leading dimension K in this order.
-        tail: How many of an item's last tokens are read, if not all: the others' states need not be computed, and
-            may be NaN.
+        num_last_tokens: How many of an item's last tokens are read, if not all: the others' states need not be
+            computed, and may be NaN.
         appended: Tokens that every item gets at its end, behind all that the chat template writes.
         learns_tokens: Whether these are new tokens, with embeddings of their own.
         reads_template: Whether `template` is wanted.
@@ -41,7 +41,7 @@ class Pooling(nn.Module, ABC):
     """
 
     layers: tuple[int, ...] = (-1,)
-    tail: int | None = None
+    num_last_tokens: int | None = None
     appended: tuple[str, ...] = ()
     learns_tokens: bool = False
     reads_template: bool = False
@@ -73,7 +73,7 @@ class Pooling(nn.Module, ABC):
         """Pool the positions where ``mask`` is 1; ``input_ids`` are there for a pooling that selects by token."""
 
 
-class Around(Pooling, ABC):
+class PoolingWrapper(Pooling, ABC):
     """A pooling that does something before or after another one.
 
     Args:
@@ -84,7 +84,7 @@ class Around(Pooling, ABC):
         super().__init__()
         self.pooling = pooling
         self.layers = pooling.layers
-        self.tail = pooling.tail
+        self.num_last_tokens = pooling.num_last_tokens
         self.appended = pooling.appended
         self.learns_tokens = pooling.learns_tokens
 

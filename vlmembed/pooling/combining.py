@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from vlmembed.pooling.base import Around, Pooling
+from vlmembed.pooling.base import Pooling, PoolingWrapper
 
 
 class Concatenation(Pooling):
@@ -36,8 +36,8 @@ class Concatenation(Pooling):
             )
         self.members = nn.ModuleList(poolings)
         self.layers = poolings[0].layers
-        tails = [pooling.tail for pooling in poolings if pooling.tail is not None]
-        self.tail = max(tails) if len(tails) == len(poolings) else None
+        tails = [pooling.num_last_tokens for pooling in poolings if pooling.num_last_tokens is not None]
+        self.num_last_tokens = max(tails) if len(tails) == len(poolings) else None
 
     @property
     def poolings(self) -> list[Pooling]:
@@ -63,7 +63,7 @@ class Concatenation(Pooling):
         return torch.cat([pooling(hidden, mask, input_ids) for pooling in self.poolings], dim=-1)
 
 
-class Projection(Around):
+class Projection(PoolingWrapper):
     """Another pooling, and a learned map to a dimension of its own: a linear one, or an MLP (SimCLR, arXiv:2002.05709).
 
     Args:

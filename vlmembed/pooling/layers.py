@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from vlmembed.pooling.base import Around, Pooling, at_least_float32
+from vlmembed.pooling.base import Pooling, PoolingWrapper, at_least_float32
 
 
-class EarlierLayer(Around):
+class EarlierLayer(PoolingWrapper):
     """Another pooling, of one earlier layer: the last one is made for predicting words (arXiv:2502.02013).
 
     Args:
@@ -33,7 +33,7 @@ class EarlierLayer(Around):
         return pooled
 
 
-class LayerMix(Around):
+class LayerMix(PoolingWrapper):
     """Another pooling, of a softmax-weighted mean of the last few layers (ELMo, arXiv:1802.05365).
 
     Layers before the last are taken as they are, without the final norm.

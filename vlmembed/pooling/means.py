@@ -65,7 +65,7 @@ class MeanOfLast(Pooling):
         if tokens < 1:
             raise ValueError(f"MeanOfLast: tokens is 1 or more, got {tokens}.")
         self.tokens = tokens
-        self.tail = tokens
+        self.num_last_tokens = tokens
 
     def forward(
         self,

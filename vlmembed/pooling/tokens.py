@@ -25,7 +25,7 @@ class FirstToken(Pooling):
 class LastToken(Pooling):
     """The state of the last token, which alone has seen the whole item under causal attention (arXiv:2401.00368)."""
 
-    tail = 1
+    num_last_tokens = 1
 
     def forward(
         self,

@@ -1,21 +1,176 @@
-"""Opening images and videos, with errors that say which row of which file was at fault."""
+"""Opening an image file that may be anything: which kinds are read, and how much one may take."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+import io
+import os
+import re
+import struct
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
+from huggingface_hub import constants
 from PIL import Image, ImageOps
 from transformers import BaseVideoProcessor
 from transformers.utils import requires_backends
 from transformers.video_utils import VideoMetadata, default_sample_indices_fn, read_video_pyav
 
-from vlmembed import images
-from vlmembed.images import UNREADABLE, open_image
 from vlmembed.types import Frame
+
+#: Raster images that say all there is to see. Among Pillow's others, some have another program interpret the file.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+
+#: What Pillow raises on files that are missing, broken, or no images.
+UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    EOFError,
+    LookupError,
+    ArithmeticError,
+    RuntimeError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+def limit(variable: str, default: int) -> int:
+    """Return what an environment variable sets, a whole number above 0.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    value = os.environ.get(variable, str(default))
+    if not value.isdecimal() or int(value) < 1:
+        raise ValueError(f"The environment variable {variable} is a whole number above 0, got {value!r}.")
+    return int(value)
+
+
+#: The most pixels that an image file may have: 300 MB once it is decoded to RGB. An A3 page at 600 dpi has 70 million.
+MAX_PIXELS = limit("VLMEMBED_MAX_IMAGE_PIXELS", 100_000_000)
+#: The most bytes that an image file may have.
+MAX_BYTES = limit("VLMEMBED_MAX_IMAGE_BYTES", 2**28)
+
+#: The most pixels that may be taken of a video, all frames together: 6 GB in RGB. 960 frames of Full HD have as many.
+MAX_VIDEO_PIXELS = limit("VLMEMBED_MAX_VIDEO_PIXELS", 2_000_000_000)
+
+# Pillow has one limit for the whole process: it warns above it, and refuses above twice as much.
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+
+
+def open_image(file: Path | bytes) -> Image.Image:
+    """Read the header of an image: nothing is decoded, so a file that is refused takes no memory.
+
+    The limits are environment variables, because they hold for everything that opens images, in every process, and
+    because they change no result: they only say what is refused.
+
+    Args:
+        file: A file of one of ``FORMATS``, whatever its name ends in, or the content of one.
+
+    Raises:
+        ValueError: If it is above a limit.
+        OSError: If there is no such file, or it is no such image; or another of ``UNREADABLE`` if it is broken.
+    """
+    size = file.stat().st_size if isinstance(file, Path) else len(file)
+    if size > MAX_BYTES:
+        raise ValueError(f"{size:,} bytes are more than the limit of {MAX_BYTES:,}; VLMEMBED_MAX_IMAGE_BYTES sets it")
+    reason = f"pixels are more than the limit of {MAX_PIXELS:,}; VLMEMBED_MAX_IMAGE_PIXELS sets it"
+    try:
+        image = Image.open(file if isinstance(file, Path) else io.BytesIO(file), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"its {reason}") from error
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        image.close()
+        raise ValueError(f"{width:,} × {height:,} {reason}")
+    return image
+
+
+#: ``https://…``, ``file:/…``, ``data:…``, but not ``figure:1.png``.
+URL = re.compile(r"[a-z][a-z0-9+.-]+:/|(file|data):", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Where the images and videos of a data set are.
+
+    A data set that somebody else wrote could name any file of this machine, to have it embedded, shown in a report or
+    written into another data set. So a path that leads out of the folder is refused, whether it is absolute, goes up,
+    or goes through a link; and nothing is ever downloaded.
+
+    Args:
+        path: Where relative paths start.
+        others: Folders whose files may be named besides.
+    """
+
+    path: Path
+    others: tuple[Path, ...] = ()
+
+    def find(self, value: Any, kind: str, origin: str) -> Path:
+        """Return the file that a cell names.
+
+        Args:
+            value: The path, relative to the folder or absolute.
+            kind: What it should be, for error messages: ``image`` or ``video``.
+            origin: Where the cell came from, for error messages.
+
+        Raises:
+            ValueError: If it is no path, leads out of the folder, or there is no such file.
+        """
+        if not isinstance(value, str | Path) or not str(value):
+            raise ValueError(
+                f"{origin}: expected the path of an {kind} file, got {type(value).__name__} {value!r:.100}."
+            )
+        if URL.match(str(value)):
+            raise ValueError(
+                f"{origin}: the {kind} {value!r:.100} is a URL, and nothing is downloaded. Put the file into "
+                f"{self.path}, and give its path."
+            )
+        path = self.path / value
+        try:
+            str(value).encode()
+            real, found = Path(os.path.realpath(path)), path.is_file()
+        except (OSError, ValueError) as error:  # Too long; with a null byte; with what is no character.
+            raise ValueError(f"{origin}: the {kind} file {value!r:.100} cannot be looked for: {error}.") from error
+        if not any(real.is_relative_to(allowed) for allowed in self._allowed):
+            raise ValueError(
+                f"{origin}: the {kind} file {str(value)!r} leads out of the data set's folder {self.path}, to {real}. "
+                "Move the file there, or if you trust this data set to name files of another folder, allow that one: "
+                f"allow_outside: [{real.parent}] beside 'path' (vlmembed.data.Rows, vlmembed.data.EvaluationFolder)."
+            )
+        if not found:
+            raise ValueError(f"{origin}: the {kind} file {path} does not exist.")
+        return path
+
+    @cached_property
+    def _allowed(self) -> tuple[Path, ...]:
+        return tuple(Path(os.path.realpath(folder)) for folder in (self.path, *self.others))
+
+
+def folder_of(path: Path, allow_outside: Iterable[str] | None) -> Folder:
+    """Return the folder of a data set.
+
+    Args:
+        path: Its file, its folder, or its Hub id. What is not one file may also name what ``datasets`` has downloaded
+            or unpacked, because that is where its own files are.
+        allow_outside: Folders whose files may be named besides.
+    """
+    others = tuple(map(Path, allow_outside or ()))
+    if path.is_file():
+        return Folder(path.parent, others)
+    config = datasets.config
+    downloads = constants.HF_HUB_CACHE, config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH
+    return Folder(path, (*others, *map(Path, downloads)))
+
 
 #: Containers of FFmpeg that hold their pictures themselves; a playlist would name other files, or addresses.
 CONTAINERS = "asf,avi,flv,gif,matroska,mov,mp4,mpeg,mpegts,ogg,webm"
@@ -110,10 +265,10 @@ def _sample(choose: Callable[..., np.ndarray], metadata: VideoMetadata, **option
     """Choose frames, and refuse more of them than there is room for, before they are decoded."""
     frames = choose(metadata=metadata, **options)
     pixels = len(frames) * (metadata.width or 0) * (metadata.height or 0)
-    if pixels > images.MAX_VIDEO_PIXELS:
+    if pixels > MAX_VIDEO_PIXELS:
         raise ValueError(
             f"{len(frames)} frames of {metadata.width:,} × {metadata.height:,} are {pixels:,} pixels, more than the "
-            f"limit of {images.MAX_VIDEO_PIXELS:,}; VLMEMBED_MAX_VIDEO_PIXELS sets it"
+            f"limit of {MAX_VIDEO_PIXELS:,}; VLMEMBED_MAX_VIDEO_PIXELS sets it"
         )
     return frames
 
