@@ -7,6 +7,7 @@ import signal
 import sys
 from argparse import ArgumentError
 from functools import cache, partial
+from importlib import import_module
 from typing import Any, cast
 
 from jsonargparse import Namespace
@@ -17,16 +18,16 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from vlmembed.distributed import print_once
 from vlmembed.modules import RetrievalModule
-from vlmembed.runs import LAST, SaveConfiguration, fit_folder, other_folder
 from vlmembed.secrets import refuse_secrets, refuse_secrets_in
 from vlmembed.trainer import Trainer
+from vlmembed.training.run_folder import LAST, SaveConfiguration, fit_folder, other_folder
 
-DESCRIPTION = (
-    "Turns vision-language models into embedders and rerankers. Besides the subcommands below there is `ablate`, which "
-    "runs a grid of configurations with several seeds, and reports which differences are real; `mine`, which finds "
-    "hard negatives with an embedder; and `score`, which adds a reranker's scores to training rows. See "
-    "`ablate --help`, and so on."
-)
+#: Commands with a parser of their own, in modules that nothing below knows: the module's ``main`` runs them.
+COMMANDS = {
+    "ablate": ("vlmembed.ablation.command", "Run a grid of settings and seeds; report which differences are real."),
+    "mine": ("vlmembed.mining.command", "Find hard negatives for training rows with an embedder."),
+    "score": ("vlmembed.mining.command", "Add a reranker's scores to training rows."),
+}
 
 
 class Parser(LightningArgumentParser):
@@ -38,6 +39,13 @@ class Parser(LightningArgumentParser):
 
     def _add_signature_parameter(self, *args: Any, **options: Any) -> None:
         super()._add_signature_parameter(*args, **{**options, "sub_configs": False})
+
+    def add_subcommands(self, *args: Any, **options: Any) -> Any:
+        """Add those of Lightning, and list those that have a parser of their own."""
+        commands = super().add_subcommands(*args, **options)
+        for name, (_, description) in COMMANDS.items():
+            commands.add_subcommand(name, Parser(description=description), help=description)
+        return commands
 
 
 class CLI(LightningCLI):
@@ -63,7 +71,7 @@ class CLI(LightningCLI):
             subclass_mode_data=True,
             # The modules build their own, after the weights are loaded and the adapters are in.
             auto_configure_optimizers=False,
-            parser_kwargs={"description": DESCRIPTION},
+            parser_kwargs={"description": "Turns vision-language models into embedders and rerankers."},
             args=args,
         )
 
@@ -77,7 +85,7 @@ class CLI(LightningCLI):
         return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run the method, in a folder of its own or in that of the run that it goes on with."""
+        """Run the method, in a folder of its own or in that of the run that it resumes."""
         arguments = self.config_init[subcommand]
         path = arguments.get("ckpt_path")
         if not isinstance(self.trainer.logger, CSVLogger):
@@ -86,17 +94,20 @@ class CLI(LightningCLI):
             super()._run_subcommand(subcommand)
             return
         folder = fit_folder if subcommand == "fit" else partial(other_folder, writes=subcommand != "export")
-        with folder(self.trainer, path) as arguments["ckpt_path"]:
+        with folder(self.trainer, path, self._version_given) as arguments["ckpt_path"]:
             super()._run_subcommand(subcommand)
 
     def before_fit(self) -> None:
-        """Measure the fresh model, unless the run goes on from a checkpoint."""
+        """Measure the fresh model, unless the run is resumed."""
         if self.trainer.exporter is not None and isinstance(self.model, RetrievalModule):
             self.trainer.exporter.check(self.model.encoder.pooling)
         self._before = {} if self._get(self.config_init, "ckpt_path") else self._measure()
 
     def after_fit(self) -> None:
         """Measure and export the best checkpoint, or the last weights where no metric decides."""
+        if not self.trainer.global_step:
+            print_once("Nothing was trained: the run took no step (see trainer.limit_train_batches and max_steps).")
+            return
         best = self.trainer.best_checkpoint()
         after = self._measure(best)
         for name, value in after.items():
@@ -108,7 +119,7 @@ class CLI(LightningCLI):
             self.trainer.export(self.model, self.datamodule, best)
 
     def _was_finished(self) -> bool:
-        """Whether the run that was gone on with had nothing left to do, so that scripts may say ``last`` always."""
+        """Whether the run that was resumed had nothing left to do, so that scripts may say ``last`` always."""
         export = self.trainer.export_folder
         finished = export.exists() and self.trainer.global_step == self.trainer.steps_before
         if finished:
@@ -116,31 +127,39 @@ class CLI(LightningCLI):
         return finished
 
     def _measure(self, ckpt_path: str | None = None) -> dict[str, float]:
-        """Run every evaluation set that the data module has."""
+        """Measure on every evaluation set that the data module has."""
         results: dict[str, float] = {}
         if self.trainer.fast_dev_run:
             return results
         for stage, run in (("val", self.trainer.validate), ("test", self.trainer.test)):
             if getattr(self.datamodule, stage, None):
-                for metrics in run(self.model, self.datamodule, ckpt_path=ckpt_path, verbose=False):
+                for metrics in run(self.model, datamodule=self.datamodule, ckpt_path=ckpt_path, verbose=False):
                     results |= metrics
         return results
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
-        config["logger"] = _with_csv(config.get("logger"))
+        config["logger"] = _with_csv(config.get("logger"), config.get("default_root_dir"))
         trainer = cast(Trainer, super()._instantiate_trainer(config, callbacks))
         trainer.run_config = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
         return trainer
 
+    @property
+    def _version_given(self) -> bool:
+        """Whether the configuration says which version of the CSV logger's folder to write into."""
+        loggers = self.config[self.subcommand].trainer.get("logger")
+        entries = loggers if isinstance(loggers, list) else [loggers]
+        csv = [entry for entry in entries if isinstance(entry, Namespace) and entry.class_path.endswith("CSVLogger")]
+        return any(entry.init_args.get("version") is not None for entry in csv[:1])
 
-def _with_csv(logger: Logger | list[Logger] | bool | None) -> list[Logger] | bool:
+
+def _with_csv(logger: Logger | list[Logger] | bool | None, root: str | None) -> list[Logger] | bool:
     """Put a CSV logger first where there is none: ``metrics.csv`` is always written, and its folder is the run's."""
     if logger is False:
         return False
     loggers = logger if isinstance(logger, list) else [logger] if isinstance(logger, Logger) else []
     if any(isinstance(entry, CSVLogger) for entry in loggers):
         return sorted(loggers, key=lambda entry: not isinstance(entry, CSVLogger))
-    return [CSVLogger("runs", name="run"), *loggers]
+    return [CSVLogger(root or "runs", name="run"), *loggers]
 
 
 class _Checker(CLI):
@@ -186,20 +205,13 @@ def main(args: ArgsType = None) -> None:
         args: The command line, without the program's name; None for the process's own.
     """
     words = sys.argv[1:] if args is None else args
-    if isinstance(words, list) and words[:1] == ["ablate"]:
-        # Its locks are POSIX's; the other commands need none.
-        from vlmembed.ablation.command import ablate
-
-        ablate(words[1:], check)
-    elif isinstance(words, list) and words[:1] in (["mine"], ["score"]):
-        from vlmembed.mining.command import run
-
-        run(words[0], words[1:])
-    else:
-        if isinstance(words, list):
-            refuse_secrets_in(words)
-        try:
-            CLI(args)
-        except SIGTERMException:
-            # Lightning's, while measuring, which leaves a status of success.
-            sys.exit(128 + signal.SIGTERM)
+    if isinstance(words, list):
+        refuse_secrets_in(words)
+    if isinstance(words, list) and words and words[0] in COMMANDS:
+        import_module(COMMANDS[words[0]][0]).main(words)
+        return
+    try:
+        CLI(args)
+    except SIGTERMException:
+        # Lightning's, while measuring, which leaves a status of success.
+        sys.exit(128 + signal.SIGTERM)

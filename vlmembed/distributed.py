@@ -37,20 +37,7 @@ def print_once(text: str) -> None:
         print(text)
 
 
-def collect(value: Any) -> list[Any]:
-    """Bring every process's value to the first process.
-
-    Args:
-        value: This process's; tensors in it are best on the CPU.
-
-    Returns:
-        In the first process, all values by rank; nothing in the others.
-    """
-    if world_size() == 1:
-        return [value]
-    values = [None] * world_size() if rank() == 0 else None
-    dist.gather_object(value, values)
-    return values or []
+# Small values
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -66,30 +53,21 @@ def total(number: int) -> int:
     return sum(gather_objects(number))
 
 
-def anywhere(found: Tensor) -> bool:
-    """Whether something is so in any process: what all of them have to decide alike. Waits for the device.
-
-    Args:
-        found: () whether it is in this one, where the processes talk.
-    """
-    if world_size() > 1:
-        found = found.int()
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return bool(found)
+def any_process(flag: Tensor) -> bool:
+    """Whether a flag () is set in any process: what all of them have to decide alike. Waits for the device."""
+    return bool(largest(int(flag), flag.device)) if world_size() > 1 else bool(flag)
 
 
 def largest(number: int, device: torch.device) -> int:
-    """Return the largest of all processes' numbers.
-
-    Args:
-        number: This process's.
-        device: Where the processes talk.
-    """
+    """Return the largest of all processes' numbers; ``device`` is where the processes talk."""
     if world_size() == 1:
         return number
-    found = torch.tensor(number, device=device)
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return int(found)
+    reduced = torch.tensor(number, device=device)
+    dist.all_reduce(reduced, op=dist.ReduceOp.MAX)
+    return int(reduced)
+
+
+# Rows of a batch
 
 
 def gather(tensor: Tensor) -> Tensor:
@@ -109,22 +87,12 @@ def gather(tensor: Tensor) -> Tensor:
 
 
 def gather_on_host(tensor: Tensor, device: torch.device) -> Tensor:
-    """Gather what the host holds, without gradient; see `gather`.
-
-    Args:
-        tensor: On the host.
-        device: Where the processes talk.
-    """
+    """Gather what the host holds, without gradient; ``device`` is where the processes talk."""
     return tensor if world_size() == 1 else gather(tensor.to(device)).cpu()
 
 
-def first_places(numbers: Tensor, count: int) -> Tensor:
-    """Find where each of 0 … count - 1 comes first, on the host: whose row counts where several processes have one.
-
-    Args:
-        numbers: (n,) in which each of them comes; on the CPU.
-        count: How many they are.
-    """
+def first_indices(numbers: Tensor, count: int) -> Tensor:
+    """Return where each of 0 … count - 1 comes first in (n,) on the host: whose row counts where several have one."""
     return torch.full((count,), len(numbers)).scatter_reduce(0, numbers, torch.arange(len(numbers)), "amin")
 
 
@@ -147,79 +115,26 @@ class _Gather(torch.autograd.Function):
         return gradients[0][ctx.start : ctx.stop] * world_size()
 
 
+# Gradients
+
+
 def defer_gradient_reduction(model: nn.Module | None) -> bool:
     """Stop a ``DistributedDataParallel`` wrapper from reducing gradients during backward.
 
     A step runs one backward per chunk, and the wrapper would reduce (and, meeting a parameter twice, fail) in each.
     The caller reduces once instead, with `mean_gradients`.
 
-    Args:
-        model: What Lightning's strategy trains.
-
     Returns:
-        Whether there is a reduction to make up for.
+        Whether there is a reduction to make up for: under DDP, and for what a sharded model has not in shards.
     """
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = False
         return True
-    # What is not in shards.
     return model is not None and is_sharded(model)
 
 
-def is_sharded(module: nn.Module) -> bool:
-    """Whether a module, or part of it, is in shards (FSDP2)."""
-    return any(isinstance(part, FSDPModule) for part in module.modules())
-
-
-def reduce_shards(module: nn.Module, now: bool) -> None:
-    """Say whether the next backward averages gradients over processes, and cuts them into shards.
-
-    Until one does, they pile up in each process, undivided.
-
-    Args:
-        module: What is in shards as a whole.
-        now: Whether it does.
-    """
-    if isinstance(module, FSDPModule):
-        module.set_requires_gradient_sync(now)
-
-
-def own_part(tensor: Tensor) -> Tensor:
-    """Return what this process holds of a tensor: a shard, or all of it."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Return the norm of all gradients together; some parameters may be in shards, others not.
-
-    Args:
-        parameters: The same in every process; one without gradient counts nothing.
-    """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    groups = [[each for each in gradients if isinstance(each, DTensor) == sharded] for sharded in (True, False)]
-    norms = [nn.utils.get_total_norm(group) for group in groups if group]
-    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    return torch.stack(whole).norm() if len(whole) > 1 else whole[0] if whole else torch.zeros(())
-
-
-def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, norm: Tensor) -> None:
-    """Scale gradients so that their norm is no larger than a limit; some parameters may be in shards, others not.
-
-    Args:
-        parameters: The parameters, the same in every process.
-        limit: The largest norm, over all of them together.
-        norm: What `gradient_norm` says of them.
-    """
-    trained = [parameter for parameter in parameters if parameter.grad is not None]
-    for sharded in (True, False):
-        group = [each for each in trained if isinstance(each, DTensor) == sharded]
-        nn.utils.clip_grads_with_norm_(group, limit, norm)
-
-
 def mean_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace every gradient by its mean over processes, in a few large messages.
-
-    Shards are left alone: theirs is a mean already.
+    """Replace every gradient by its mean over processes, in a few large messages; that of shards is a mean already.
 
     A parameter without gradient counts as zero where another process has one (its batch had images, ours had none),
     and is left alone where none has, as in a single process.
@@ -227,14 +142,14 @@ def mean_gradients(parameters: Iterable[nn.Parameter]) -> None:
     Args:
         parameters: The parameters, in the same order on every process.
     """
-    trained = [each for each in parameters if each.requires_grad and not isinstance(each, DTensor)]
+    trained = [entry for entry in parameters if entry.requires_grad and not isinstance(entry, DTensor)]
     if not trained:
         return
-    seen = torch.tensor([parameter.grad is not None for parameter in trained], device=trained[0].device).int()
-    dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+    used = torch.tensor([parameter.grad is not None for parameter in trained], device=trained[0].device).int()
+    dist.all_reduce(used, op=dist.ReduceOp.MAX)
     gradients = []
-    for parameter, used in zip(trained, seen.tolist(), strict=True):
-        if used:
+    for parameter, is_used in zip(trained, used.tolist(), strict=True):
+        if is_used:
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             gradients.append(parameter.grad)
     for bucket in _buckets(gradients):
@@ -243,6 +158,37 @@ def mean_gradients(parameters: Iterable[nn.Parameter]) -> None:
         flat /= world_size()
         for gradient, mean in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
             gradient.copy_(mean.view_as(gradient))
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Return the norm () of all gradients together; some parameters may be in shards, others not.
+
+    Args:
+        parameters: The same in every process; one without gradient counts nothing.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    groups = [[grad for grad in gradients if isinstance(grad, DTensor) == sharded] for sharded in (True, False)]
+    norms = [nn.utils.get_total_norm(group) for group in groups if group]
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    return torch.stack(whole).norm() if len(whole) > 1 else whole[0] if whole else torch.zeros(())
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, norm: Tensor) -> None:
+    """Scale gradients so that their norm, which is ``norm`` now, is no larger than a limit."""
+    trained = [parameter for parameter in parameters if parameter.grad is not None]
+    for sharded in (True, False):
+        group = [parameter for parameter in trained if isinstance(parameter, DTensor) == sharded]
+        nn.utils.clip_grads_with_norm_(group, limit, norm)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether a module, or part of it, is in shards (FSDP2)."""
+    return any(isinstance(part, FSDPModule) for part in module.modules())
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Return what this process holds of a tensor: a shard, or all of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _buckets(gradients: list[Tensor]) -> Iterable[list[Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 from vlmembed.backbones import VisionLanguageModel
 from vlmembed.backbones.base import DEFAULT_INSTRUCTION, Features, label_token_ids
 from vlmembed.backbones.chat_templates import PairTemplate
-from vlmembed.backbones.packing import select
+from vlmembed.backbones.packing import halve, picked, select
 from vlmembed.heads import ScoreHead
 from vlmembed.pooling import MeanWithoutInstruction, Pooling
-from vlmembed.types import Inputs
+from vlmembed.types import Batch, Inputs, RankingBatch
 
 
 class Encoder(nn.Module):
@@ -88,6 +89,25 @@ class Encoder(nn.Module):
                 rest = select(chunk, missing)
                 new |= zip(rest["keys"].tolist(), self.backbone.encode_images(rest), strict=True)
         return found, new
+
+    def forward_with_images(self, inputs: Inputs, images: Sequence[Inputs]) -> Float[Tensor, "B D"]:
+        """Encode one chunk, and of the batch's images no more than those that it shows."""
+        shown = set(inputs["images"][:, 1].tolist()) if "images" in inputs else set()
+        features: dict[int, Tensor] = {}
+        for chunk, indices in picked(images, shown):
+            features |= zip(indices, self.backbone.encode_images(chunk), strict=True)
+        return self(inputs, features)
+
+    def halve(self, batch: Batch | RankingBatch) -> Batch | RankingBatch:
+        """Cut every chunk in two; items and images keep their order."""
+        images = [
+            select(group, half)
+            for group in batch.images
+            for count in [len(group["keys"])]
+            for half in (range(count // 2), range(count // 2, count))
+            if half
+        ]
+        return replace(batch, chunks=[half for chunk in batch.chunks for half in halve(chunk)], images=images)
 
     def forward(self, inputs: Inputs, features: Features = ()) -> Float[Tensor, "B D"]:
         """Encode one chunk.

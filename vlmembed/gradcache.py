@@ -2,14 +2,14 @@
 
 A contrastive loss needs every embedding of the batch at once, but not every activation (GradCache, arXiv:2101.06983):
 embed all chunks without keeping their graphs, compute the loss on the embeddings, take its gradient there, then embed
-chunk after chunk again and push that gradient through. Here a graph is kept where there is room for it, and its chunk
+chunk after chunk again and push that gradient through. Here a graph is kept where there is memory for it, and its chunk
 is not computed twice; the last chunk's always, because its activations fit anyway. So a batch of one chunk is ordinary
 training, at ordinary cost. Each chunk's random state is restored, so that dropout falls the same way twice.
 
-    step = embed(encoder, chunks)
-    loss = contrastive(step.embeddings)
+    cache = GradCache(encoder)
+    loss = contrastive(cache.embed(batch))
     loss.backward()
-    step.replay()
+    cache.backward()
 """
 
 from __future__ import annotations
@@ -18,15 +18,127 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from vlmembed.types import Inputs
+from vlmembed import distributed
+from vlmembed.types import Batch, Inputs, RankingBatch
+
+if TYPE_CHECKING:
+    from vlmembed.encoder import Encoder
+    from vlmembed.features import FeatureCache
 
 Forward = Callable[[Inputs], Sequence[Tensor]]
+
+OUT_OF_MEMORY = (
+    "Lower data.chunk_size or the backbone's max_pixels, set backbone.gradient_checkpointing: true, or train a LoRA "
+    "instead of all weights."
+)
+
+
+class GradCache:
+    """Embeds batches, and sends the gradient of their embeddings back through the encoder.
+
+    The vision tower encodes each distinct image of a batch once. Of a frozen tower only the features are needed. A
+    trainable tower is chunked like the texts: it collects what all texts send back, and goes backward once for each
+    image. Only where no graph may be kept does it run together with the texts of its images: features of a whole batch
+    would take the memory that was to be saved.
+
+    Args:
+        encoder: With weights, and adapters applied.
+        graph_bytes: What graphs may take; see `GraphBudget`.
+        features: Keeps a frozen tower's features from step to step.
+        steps: Per epoch, to predict what ``features`` will take.
+
+    Attributes:
+        before_step: Whether the optimizer steps after this batch, not after another whose gradient is added to its.
+        budget: What the graphs of the last step took.
+    """
+
+    def __init__(
+        self, encoder: Encoder, graph_bytes: float = 0.0, features: FeatureCache | None = None, steps: int = 0
+    ) -> None:
+        self.encoder = encoder
+        self.graph_bytes = graph_bytes
+        self.before_step = False
+        self.budget = GraphBudget()
+        self._features, self._steps, self._predicted = features, steps, features is None
+        self._short_of_memory = False
+        self._texts: CachedForward | None = None
+        self._images: CachedForward | None = None
+        self._frozen_vision = not encoder.backbone.trains_vision
+
+    def embed(self, batch: Batch | RankingBatch) -> Float[Tensor, "N D"]:
+        """Embed a batch's items, or score its pairs, in the order of its chunks, for a loss to go backward from.
+
+        Where memory runs out, chunks are halved and no graphs are kept from then on; there are no gradients yet that
+        could be lost.
+
+        Raises:
+            RuntimeError: If memory runs out all the same.
+        """
+        try:
+            return self._embed(self.encoder.halve(batch) if self._short_of_memory else batch)
+        except torch.OutOfMemoryError as error:
+            largest = max(tuple(chunk["input_ids"].shape) for chunk in batch.chunks)
+            message = f"Out of memory in {len(batch.chunks)} chunks, the largest of {largest} items and tokens each."
+            if self._short_of_memory or not all("images" in chunk for chunk in batch.chunks):
+                raise RuntimeError(f"{message} {OUT_OF_MEMORY}") from error
+            print(f"{message} Chunks are halved, and no graphs are kept, from now on.")
+        # Outside of the handler, because its traceback holds on to what was computed.
+        self._short_of_memory, self.graph_bytes = True, 0.0
+        self._texts = self._images = None
+        torch.cuda.empty_cache()
+        return self.embed(batch)
+
+    def backward(self) -> None:
+        """Send the gradient of the embeddings through the encoder. Call once, after the loss's backward."""
+        if self._texts is None:
+            raise RuntimeError("Call embed before backward.")
+        self._texts.backward()
+        # All texts have sent their gradients to the features by now; each image goes backward once.
+        if self._images is not None:
+            self._images.backward()
+        self._texts = self._images = None
+
+    def _embed(self, batch: Batch | RankingBatch) -> Tensor:
+        self.budget = GraphBudget(self.graph_bytes, self.encoder.parameters())
+        encode = self._text_encoder(batch)
+        self._texts = forward_chunks(lambda chunk: (encode(chunk),), batch.chunks, self.budget)
+        return self._texts.embeddings
+
+    def _text_encoder(self, batch: Batch | RankingBatch) -> Callable[[Inputs], Tensor]:
+        """Encode the images that can be encoded apart; return what encodes a chunk of texts with them."""
+        self._images = None
+        if self._frozen_vision:
+            features: Sequence[Tensor] = self._frozen_features(batch)
+        elif self.graph_bytes:
+            self._images = forward_chunks(self.encoder.backbone.encode_images, batch.images, self.budget)
+            features = self._images.outputs
+        else:
+            return lambda chunk: self.encoder.forward_with_images(chunk, batch.images)
+        return lambda chunk: self.encoder(chunk, features)
+
+    @torch.no_grad()
+    def _frozen_features(self, batch: Batch | RankingBatch) -> list[Tensor]:
+        """Encode all images, or those whose features are not kept."""
+        if self._features is None:
+            return self.encoder.encode_images(batch.images)
+        features, new = self.encoder.encode_missing_images(batch.images, self._features.get)
+        features |= new
+        if not self._predicted:
+            # In all processes alike: they go by the sum of their first steps.
+            size = distributed.total(sum(image.nbytes for image in features.values()))
+            rows = distributed.total(len(batch.queries))
+            self._features.predict(size / rows, self._steps * rows, announce=distributed.print_once)
+            self._predicted = True
+        for key, image in new.items():
+            self._features.put(key, image)
+        return [features[key] for group in batch.images for key in group["keys"].tolist()]
 
 
 class GraphBudget:
@@ -41,11 +153,6 @@ class GraphBudget:
         self.limit = limit
         self.taken = 0
         self._counted = {weight.untyped_storage().data_ptr() for weight in weights}
-
-    @property
-    def left(self) -> bool:
-        """Whether there may be room for another graph."""
-        return self.taken < self.limit
 
     @contextmanager
     def measured(self) -> Iterator[None]:
@@ -62,46 +169,33 @@ class GraphBudget:
             yield
 
 
-def embed(encode: Callable[[Inputs], Tensor], chunks: Sequence[Inputs], room: GraphBudget | None = None) -> CachedStep:
-    """Embed chunks.
-
-    Args:
-        encode: From a chunk to its embeddings (B, D).
-        chunks: At least one.
-        room: For graphs; none by default.
-
-    Returns:
-        The step: its ``embeddings`` are what to compute a loss on.
-    """
-    return run(lambda chunk: (encode(chunk),), chunks, room)
-
-
-def run(forward: Forward, chunks: Sequence[Inputs], room: GraphBudget | None = None) -> CachedStep:
+def forward_chunks(forward: Forward, chunks: Sequence[Inputs], budget: GraphBudget | None = None) -> CachedForward:
     """Compute something of chunks, and cut the graph behind it.
 
     Args:
-        forward: From a chunk to any number of tensors; called once more by `CachedStep.replay` for a chunk whose graph
-            was not kept.
+        forward: From a chunk to any number of tensors; called once more in `CachedForward.backward` for a chunk whose
+            graph was not kept.
         chunks: What to compute it of.
-        room: For graphs; none by default.
+        budget: For graphs; none by default.
     """
-    room = room or GraphBudget()
+    budget = budget or GraphBudget()
     pending = []
     for chunk in chunks:
         state = _RandomState()
-        last, left = chunk is chunks[-1], room.left
-        counted = room.measured() if left else nullcontext()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and (last or left)), counted:
+        last, has_room = chunk is chunks[-1], budget.taken < budget.limit
+        measured = budget.measured() if has_room else nullcontext()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (last or has_room)), measured:
             outputs = forward(chunk)
-        if room.taken > room.limit and not last:
+        if budget.taken > budget.limit and not last:
             outputs = [output.detach() for output in outputs]
+        # The leaves are where the loss's backward ends; the outputs are where `backward` goes on from.
         leaves = [output.detach().requires_grad_(torch.is_grad_enabled()) for output in outputs]
         pending.append(_Pending(chunk, state, outputs, leaves))
-    return CachedStep([leaf for part in pending for leaf in part.leaves], pending, forward, _current_autocast())
+    return CachedForward([leaf for part in pending for leaf in part.leaves], pending, forward, _current_autocast())
 
 
 @dataclass
-class CachedStep:
+class CachedForward:
     """What was computed of some chunks, and what it takes to send its gradient back.
 
     Args:
@@ -121,26 +215,26 @@ class CachedStep:
         """All outputs, one after the other."""
         return torch.cat(self.outputs)
 
-    def replay(self) -> None:
+    def backward(self) -> None:
         """Send the gradient of the outputs back chunk by chunk. Call once, after the loss's backward."""
         if self.outputs and all(leaf.grad is None for leaf in self.outputs):
-            raise RuntimeError("The loss's gradient did not reach the embeddings: call backward on it before replay.")
+            raise RuntimeError("The loss's gradient did not reach the embeddings: call its backward before this one.")
         # Always the last first, whether graphs were kept or not: sums come out the same, to the bit. It is also the
         # one whose graph is sure to be in memory, and should be gone before another is built.
         while self.pending:
             part = self.pending.pop()
-            kept = any(output.requires_grad for output in part.outputs)
-            outputs = part.outputs if kept else self._again(part)
+            has_graph = any(output.requires_grad for output in part.outputs)
+            outputs = part.outputs if has_graph else self._recompute(part)
             reached = [
-                (output, leaf)
+                (output, leaf.grad)
                 for output, leaf in zip(outputs, part.leaves, strict=True)
                 if output.requires_grad and leaf.grad is not None
             ]
             if reached:
-                torch.autograd.backward([output for output, _ in reached], [leaf.grad for _, leaf in reached])
+                torch.autograd.backward(*map(list, zip(*reached, strict=True)))
             del part, outputs, reached
 
-    def _again(self, part: _Pending) -> Sequence[Tensor]:
+    def _recompute(self, part: _Pending) -> Sequence[Tensor]:
         with part.state.restored(), self.autocast:
             return self.forward(part.chunk)
 
@@ -162,7 +256,7 @@ class _RandomState:
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Start from this state; leave the generators as they were found."""
+        """Start from this state; leave the generators as they were before."""
         with torch.random.fork_rng([] if self._gpu is None else [torch.cuda.current_device()]):
             torch.set_rng_state(self._cpu)
             if self._gpu is not None:

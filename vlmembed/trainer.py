@@ -1,7 +1,8 @@
-"""Lightning's trainer, with a method that exports."""
+"""Lightning's trainer, which can also export, and whose runs survive being stopped."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from vlmembed.distributed import is_sharded
-from vlmembed.export import Exporter, Run, push, refuse_used
+from vlmembed.export import Exporter, ModelInfo, push, refuse_used
 from vlmembed.modules import RetrievalModule
-from vlmembed.runs import CheckpointFiles, RememberConfiguration, StopSafely, read_checkpoint, refuse_changes
-from vlmembed.sharding import whole_weights
+from vlmembed.training.checkpointing import CheckpointFiles, in_window, read_checkpoint
+from vlmembed.training.memory import MeasureMemory
+from vlmembed.training.run_folder import refuse_changes
+from vlmembed.training.sharding import whole_weights
+from vlmembed.training.signals import StopSafely
 
 
 class Trainer(lightning.Trainer):
@@ -24,8 +28,8 @@ class Trainer(lightning.Trainer):
         *args: As for Lightning's trainer.
         exporter: Writes the trained model for others to open, for ``export`` and at the end of ``fit``; null for not at
             all.
-        allow_changed: Keys of the configuration that may have changed since the run began that ``fit`` goes on with,
-            such as trainer.max_epochs; those below them included.
+        allow_changed: Keys of the configuration that may have changed since the run that is resumed began, such as
+            trainer.max_epochs; those below them included.
         **kwargs: As for Lightning's trainer.
     """
 
@@ -34,7 +38,7 @@ class Trainer(lightning.Trainer):
 
     #: The run's whole configuration, in YAML.
     run_config = ""
-    #: The steps that the run had done when `fit` went on with it.
+    #: The steps that the run had done when it was resumed.
     steps_before = 0
 
     def __init__(
@@ -43,10 +47,13 @@ class Trainer(lightning.Trainer):
         super().__init__(*args, **kwargs)
         self.exporter = exporter
         self.allow_changed = allow_changed or []
+        _refuse_worst(self.callbacks)
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:
             self.strategy.checkpoint_io = CheckpointFiles()
         # After the others, so that a step at which a run is stopped is one like any other.
-        self.callbacks += [RememberConfiguration(), StopSafely()]
+        self.callbacks += [MeasureMemory(), _RunState(), StopSafely()]
+
+    # The data module is handed what makes batches before Lightning sets anything up; it never reads the module.
 
     def fit(
         self,
@@ -57,21 +64,22 @@ class Trainer(lightning.Trainer):
         ckpt_path: str | Path | None = None,
         weights_only: bool | None = None,
     ) -> None:
-        """Train.
+        """Train, measuring before and after, and export.
 
         Args:
             model: What to train.
             train_dataloaders: As for Lightning's trainer.
             val_dataloaders: As for Lightning's trainer.
             datamodule: The data.
-            ckpt_path: A checkpoint to go on from: as if it had never been interrupted, to the bit on a CPU. On the
-                command line, ``last`` goes on with the newest run, in its folder, from its newest whole checkpoint; and
+            ckpt_path: A checkpoint to resume from: as if there had been no interruption, to the bit on a CPU. On the
+                command line, ``last`` resumes the newest run, in its folder, from its newest whole checkpoint; and
                 begins a new one if there is none.
             weights_only: Whether to refuse a checkpoint that holds more than tensors and plain values; null for yes.
 
         Raises:
             ValueError: If the run began with a configuration that differs in what decides what is learned.
         """
+        _connect(model, datamodule)
         # What is elsewhere, or not to be read without running it, is not looked into before.
         if ckpt_path is not None and Path(ckpt_path).exists() and weights_only is not False:
             checkpoint = read_checkpoint(Path(ckpt_path))
@@ -79,6 +87,29 @@ class Trainer(lightning.Trainer):
             if checkpoint.get("config") and self.run_config:
                 refuse_changes(checkpoint["config"], self.run_config, self.allow_changed)
         super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+
+    def validate(self, model: Any = None, dataloaders: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Measure on ``data.val``; see Lightning's trainer."""
+        _connect(model, kwargs.get("datamodule", dataloaders))
+        return super().validate(model, dataloaders, *args, **kwargs)
+
+    def test(self, model: Any = None, dataloaders: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Measure on ``data.test``; see Lightning's trainer."""
+        _connect(model, kwargs.get("datamodule", dataloaders))
+        return super().test(model, dataloaders, *args, **kwargs)
+
+    def predict(self, model: Any = None, dataloaders: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Write rankings of ``data.test`` as a TREC run, and the embeddings; see Lightning's trainer."""
+        _connect(model, kwargs.get("datamodule", dataloaders))
+        return super().predict(model, dataloaders, *args, **kwargs)
+
+    def save_checkpoint(self, filepath: Any, weights_only: bool | None = None, storage_options: Any = None) -> None:
+        """Write a checkpoint; between batches whose gradients are added up, after the step that ends them."""
+        files = self.strategy.checkpoint_io
+        if isinstance(files, CheckpointFiles) and in_window(self):
+            files.postponed.append(partial(super().save_checkpoint, filepath, weights_only, storage_options))
+        else:
+            super().save_checkpoint(filepath, weights_only, storage_options)
 
     @property
     def export_folder(self) -> Path:
@@ -134,22 +165,18 @@ class Trainer(lightning.Trainer):
         model.configure_model()
         model.gather()
         if checkpoint is not None:
-            model.load_checkpoint(checkpoint)
+            model.checkpointing.load_weights(model, checkpoint)
         model.to(self.strategy.root_device)
-        self.exporter.export(
-            model.encoder,
-            folder,
-            Run(
-                name=(push_to_hub or output_dir or self.loggers[0].name or "model").rstrip("/").split("/")[-1],
-                address=push_to_hub,
-                # A cross-encoder's loss has none.
-                dimensions=getattr(model.loss, "dimensions", ()),
-                metrics={
-                    name: float(value) for name, value in self.callback_metrics.items() if name[:4] in ("val/", "test")
-                },
-                config=yaml.safe_load(self.run_config) or {},
-            ),
+        info = ModelInfo(
+            name=(push_to_hub or output_dir or self.loggers[0].name or "model").rstrip("/").split("/")[-1],
+            address=push_to_hub,
+            dimensions=getattr(model.loss, "dimensions", ()),  # A cross-encoder's loss has none.
+            metrics={
+                name: float(value) for name, value in self.callback_metrics.items() if name[:4] in ("val/", "test")
+            },
+            config=yaml.safe_load(self.run_config) or {},
         )
+        self.exporter.export(model.encoder, folder, info)
         if push_to_hub is not None:
             print(f"Uploaded: {push(folder, push_to_hub, private, revision)}")
 
@@ -162,3 +189,34 @@ class Trainer(lightning.Trainer):
             )
         content: dict[str, Any] = self.strategy.checkpoint_io.load_checkpoint(checkpoint, weights_only=weights_only)
         return content
+
+
+class _RunState(Callback):
+    """Writes the configuration into checkpoints, and those that waited for a step after it."""
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Add the configuration, so that a run cannot be resumed with another one unnoticed."""
+        checkpoint["config"] = getattr(trainer, "run_config", "")
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        """Write what has waited; see `CheckpointFiles`."""
+        files = trainer.strategy.checkpoint_io
+        if isinstance(files, CheckpointFiles) and not in_window(trainer):
+            files.write_postponed()
+
+
+def _connect(model: Any, data: Any) -> None:
+    """Hand the data module what makes this model's batches."""
+    if hasattr(model, "collator") and hasattr(data, "collator"):
+        data.collator = model.collator()
+
+
+def _refuse_worst(callbacks: list[Callback]) -> None:
+    """Refuse callbacks that would keep the worst model: every metric that is logged is better when larger."""
+    for callback in callbacks:
+        monitor = getattr(callback, "monitor", None)
+        if isinstance(monitor, str) and monitor.startswith(("val/", "test/")) and getattr(callback, "mode", "") == "min":
+            raise ValueError(
+                f"{type(callback).__name__}(monitor: {monitor}) has mode: min, Lightning's default, which would prefer "
+                "the worst model: the metric is better when it is larger. Add mode: max."
+            )

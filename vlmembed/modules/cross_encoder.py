@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vlmembed import distributed
-from vlmembed.backbones import VisionLanguageModel
-from vlmembed.backbones.chat_templates import PairTemplate, QueryFirst
-from vlmembed.data import Reranking, Task
+from vlmembed.backbones import PairTemplate, QueryFirst, VisionLanguageModel
+from vlmembed.data import PairCollator
 from vlmembed.encoder import Scorer
+from vlmembed.features import RecentFeatures
 from vlmembed.heads import ScoreHead, YesNo
 from vlmembed.losses import RankingLoss
 from vlmembed.metrics import RerankingMetrics
-from vlmembed.modules.module import RetrievalModule
-from vlmembed.modules.prediction import write_reranking
-from vlmembed.modules.recent import RecentFeatures
-from vlmembed.modules.watch import ScoreWatch
+from vlmembed.modules.base import RetrievalModule, write_run
+from vlmembed.training.guards import CollapseMonitor
 from vlmembed.types import PairBatch, RankingBatch, RerankingSet
 
 
@@ -35,13 +32,13 @@ class CrossEncoderModule(RetrievalModule):
         head: From its hidden states to a score; null for ``vlmembed.heads.YesNo``.
         template: How a query and a document become one input; null for ``vlmembed.backbones.QueryFirst``, the layout
             of Qwen3-VL-Reranker.
-        in_batch_negatives: How many documents of other rows of the batch each query gets as wrong answers, besides its
+        in_batch_negatives: How many documents of other rows of the batch each query gets as negatives, besides its
             own, in each process by itself. Cheap where the template puts the document first: each is read once.
         **options: As for `RetrievalModule`.
     """
 
     loss: RankingLoss
-    watches = ScoreWatch
+    encoder: Scorer
 
     def __init__(
         self,
@@ -52,33 +49,38 @@ class CrossEncoderModule(RetrievalModule):
         in_batch_negatives: int = 0,
         **options: Any,
     ) -> None:
-        self._template = template or QueryFirst()
-        self._in_batch_negatives = in_batch_negatives
-        super().__init__(partial(Scorer, backbone, head or YesNo(), self._template), loss, **options)
+        self.in_batch_negatives = in_batch_negatives
+        super().__init__(Scorer(backbone, head or YesNo(), template or QueryFirst()), loss, **options)
 
-    @property
-    def task(self) -> Task:
-        """To score pairs, with the targets that the loss wants."""
-        return Reranking(self.loss.targets, self._template.ends_with_query, self._in_batch_negatives)
+    def collator(self) -> PairCollator:
+        """Score pairs, with the labels that the loss wants."""
+        by_document = self.encoder.template.ends_with_query
+        return PairCollator(self.preprocessor, self.loss.label_spec, self.in_batch_negatives, by_document)
+
+    def collapse_monitor(self) -> CollapseMonitor:
+        """Watch the spread of a batch's scores."""
+        return CollapseMonitor.of_scores()
 
     def gather_batch(self, outputs: Tensor, batch: RankingBatch) -> tuple[Tensor, ...]:
         """Join the scores of all processes."""
         return gather_candidates(outputs[:, 0].float(), batch)
 
-    def measurement(self, evaluation: RerankingSet) -> RerankingMetrics:
+    def metric(self, evaluation: RerankingSet) -> RerankingMetrics:
         """Measure the order of each query's candidates."""
         self._recent = RecentFeatures(self.encoder)
         return RerankingMetrics(evaluation)
 
-    def measure(self, batch: PairBatch, metrics: RerankingMetrics) -> None:
+    def measure(self, batch: PairBatch, metric: RerankingMetrics) -> None:
         """Score pairs."""
         features = self._recent.encode_images(batch.images)
-        scores = torch.cat([self.encoder(chunk, features) for chunk in batch.chunks])
-        metrics.update(batch.rows, scores[:, 0])
+        scores = torch.cat([self.encoder(chunk, features) for chunk in batch.chunks])  # (N, 1)
+        metric.update(batch.rows, scores[:, 0])
 
-    def write_predictions(self, metrics: RerankingMetrics, folder: Path) -> None:
-        """Write the candidates in their new order."""
-        write_reranking(metrics, folder, self.trainer.is_global_zero)
+    def write_predictions(self, metric: RerankingMetrics, folder: Path) -> None:
+        """Write each query's candidates in their new order, with logits as scores."""
+        scores, columns = metric.top_k(metric.candidates.shape[1])
+        if self.trainer.is_global_zero:
+            write_run(metric.evaluation, scores, columns, folder)
 
 
 def gather_candidates(
@@ -101,12 +103,13 @@ def gather_candidates(
     targets = distributed.gather_on_host(batch.targets, device)
     pairs = distributed.gather_on_host(torch.stack([batch.queries, batch.documents], dim=1), device)
     distinct, inverse = pairs.unique(dim=0, return_inverse=True)
-    first = distributed.first_places(inverse, len(distinct))
+    first = distributed.first_indices(inverse, len(distinct))
     highest = torch.full((len(distinct),), -math.inf).scatter_reduce(0, inverse, targets, "amax")
+    # From one row per pair to one row per query: cell (q, c) is there if query q has more than c candidates.
     counts = distinct[:, 0].unique_consecutive(return_counts=True)[1]
     mask = torch.arange(int(counts.max())) < counts[:, None]
-    # Each place's pair; the places where there is none look at the first of all, and nobody looks at them.
-    places = torch.zeros(mask.shape, dtype=torch.long).masked_scatter(mask, first)
-    wanted = torch.zeros(mask.shape).masked_scatter(mask, highest)
-    here, wanted_here, mask_here = (each.to(device, non_blocking=True) for each in (places, wanted, mask))
-    return gathered[here], wanted_here, mask_here
+    # Empty cells read the first pair's score, which the mask hides.
+    indices = torch.zeros(mask.shape, dtype=torch.long).masked_scatter(mask, first)
+    padded = torch.zeros(mask.shape).masked_scatter(mask, highest)
+    indices, padded, mask = (tensor.to(device, non_blocking=True) for tensor in (indices, padded, mask))
+    return gathered[indices], padded, mask

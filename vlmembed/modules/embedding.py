@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from vlmembed import distributed
 from vlmembed.backbones import VisionLanguageModel
-from vlmembed.data import Embedding, Task
+from vlmembed.data import ItemCollator
 from vlmembed.encoder import Encoder
 from vlmembed.losses import Loss
 from vlmembed.metrics import RetrievalMetrics
-from vlmembed.modules.module import RetrievalModule
-from vlmembed.modules.prediction import write_predictions
-from vlmembed.modules.watch import EmbeddingWatch
+from vlmembed.modules.base import DEPTH, RetrievalModule, write_run
 from vlmembed.pooling import Pooling
+from vlmembed.training.guards import CollapseMonitor
 from vlmembed.types import Batch, EvaluationSet, ItemBatch
 
 
@@ -34,15 +33,17 @@ class EmbeddingModule(RetrievalModule):
     """
 
     loss: Loss
-    watches = EmbeddingWatch
 
     def __init__(self, backbone: VisionLanguageModel, pooling: Pooling, loss: Loss, **options: Any) -> None:
-        super().__init__(partial(Encoder, backbone, pooling), loss, **options)
+        super().__init__(Encoder(backbone, pooling), loss, **options)
 
-    @property
-    def task(self) -> Task:
-        """To embed items, each on its own."""
-        return Embedding(self.loss.wants_scores)
+    def collator(self) -> ItemCollator:
+        """Embed items, each on its own."""
+        return ItemCollator(self.preprocessor, teacher_scores=self.loss.wants_scores)
+
+    def collapse_monitor(self) -> CollapseMonitor:
+        """Watch the cosines of a batch's embeddings."""
+        return CollapseMonitor.of_embeddings()
 
     def check(self) -> None:
         """Refuse Matryoshka dimensions that the embedding does not have."""
@@ -57,17 +58,27 @@ class EmbeddingModule(RetrievalModule):
         """Join the embeddings of all processes."""
         return gather_batch(outputs, batch)
 
-    def measurement(self, evaluation: EvaluationSet) -> RetrievalMetrics:
+    def metric(self, evaluation: EvaluationSet) -> RetrievalMetrics:
         """Measure how well queries find their documents in the whole corpus."""
         return RetrievalMetrics(evaluation, self.loss.dimensions)
 
-    def measure(self, batch: ItemBatch, metrics: RetrievalMetrics) -> None:
+    def measure(self, batch: ItemBatch, metric: RetrievalMetrics) -> None:
         """Embed queries or documents."""
-        metrics.update(batch.rows, self.encoder(batch.inputs, self.encoder.encode_images(batch.images)))
+        metric.update(batch.rows, self.encoder(batch.inputs, self.encoder.encode_images(batch.images)))
 
-    def write_predictions(self, metrics: RetrievalMetrics, folder: Path) -> None:
-        """Write rankings and embeddings."""
-        write_predictions(metrics, folder, self.trainer.is_global_zero)
+    def write_predictions(self, metric: RetrievalMetrics, folder: Path) -> None:
+        """Write rankings, and ``NAME.safetensors``.
+
+        It has the tensors ``queries`` (Q, D) and ``documents`` (P, D), not normalised, in the order of the set's files.
+        """
+        scores, columns = metric.top_k(DEPTH)
+        embeddings = metric.gather_embeddings()
+        if self.trainer.is_global_zero:
+            evaluation = metric.evaluation
+            write_run(evaluation, scores, columns, folder)
+            queries, documents = embeddings.split([len(evaluation.queries), len(evaluation.corpus)])
+            tensors = {"queries": queries.contiguous(), "documents": documents.contiguous()}
+            save_file(tensors, folder / f"{evaluation.name}.safetensors")
 
 
 def gather_batch(embeddings: Tensor, batch: Batch) -> tuple[Tensor, ...]:
@@ -82,17 +93,16 @@ def gather_batch(embeddings: Tensor, batch: Batch) -> tuple[Tensor, ...]:
 
     Returns:
         Queries (Q, D), documents (P, D), relevance (Q, P) and, if the batch has them, a teacher's scores (Q, P), the
-        same on every process. Who belongs to whom stays on the host, which knows it already: nobody waits for the
-        device.
+        same on every process. Relevance stays on the host, which knows it already: nobody waits for the device.
     """
-    queries, query_ids = _distinct(embeddings, batch.queries, batch.query_ids)
-    documents, document_ids = _distinct(embeddings, batch.documents, batch.document_ids)
+    queries, query_ids = _gather_distinct(embeddings, batch.queries, batch.query_ids)
+    documents, document_ids = _gather_distinct(embeddings, batch.documents, batch.document_ids)
     pairs = distributed.gather_on_host(batch.pairs, embeddings.device)
     labels = distributed.gather_on_host(batch.labels, embeddings.device)
     rows = torch.searchsorted(query_ids, pairs[:, 0].contiguous())
     columns = torch.searchsorted(document_ids, pairs[:, 1].contiguous())
     shape = len(queries), len(documents)
-    # Where examples disagree about a pair, it is a right answer.
+    # Where examples disagree about a pair, it is a positive.
     joined = [queries, documents, _matrix(shape, rows, columns, labels, empty=0)]
     if batch.scores is not None:
         scores = distributed.gather_on_host(batch.scores, embeddings.device)
@@ -101,15 +111,15 @@ def gather_batch(embeddings: Tensor, batch: Batch) -> tuple[Tensor, ...]:
 
 
 def _matrix(shape: tuple[int, int], rows: Tensor, columns: Tensor, values: Tensor, empty: float) -> Tensor:
-    """Put values in their places, the largest where several have the same."""
+    """Put values (M,) into a matrix (Q, P), the largest where several have the same cell."""
     matrix = torch.full(shape, empty, dtype=values.dtype).flatten()
     return matrix.scatter_reduce(0, rows * shape[1] + columns, values, "amax", include_self=False).view(shape)
 
 
-def _distinct(embeddings: Tensor, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+def _gather_distinct(embeddings: Tensor, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Gather some rows, and keep the first of each id; they come back in the order of ids."""
     device = embeddings.device
     gathered = distributed.gather(embeddings[rows.to(device, non_blocking=True)])
     distinct, inverse = distributed.gather_on_host(ids, device).unique(return_inverse=True)
-    first = distributed.first_places(inverse, len(distinct))
+    first = distributed.first_indices(inverse, len(distinct))
     return gathered[first.to(device, non_blocking=True)], distinct

@@ -1,18 +1,28 @@
-"""What modules share about optimizers: which parameters, at which rate, for how long, and whether all are reached."""
+"""What modules share about optimizers: which parameters, at which rate, on which schedule, and whether all are reached."""
 
 from __future__ import annotations
 
+import inspect
+import math
 import re
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from lightning import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from vlmembed import distributed
 from vlmembed.adapters import matching_parameters
 from vlmembed.backbones import VisionLanguageModel
+
+SchedulerCallable = Callable[[Optimizer], LRScheduler]
+
+#: Parameters of schedules that mean the run's number of optimizer steps. They are given where the YAML does not.
+STEP_PARAMETERS = ("total_steps", "T_max", "num_training_steps")
 
 
 def parameter_groups(
@@ -38,18 +48,13 @@ def parameter_groups(
     for pattern, rate in learning_rates.items():
         if pattern in backbone.groups:
             members = {id(parameter) for _, parameter in matching_parameters(backbone, pattern)}
-            chosen = [name for name, parameter in remaining.items() if id(parameter) in members]
+            names = [name for name, parameter in remaining.items() if id(parameter) in members]
         else:
-            chosen = [name for name in remaining if re.search(pattern, name)]
-        if not chosen:
+            names = [name for name in remaining if re.search(pattern, name)]
+        if not names:
             raise ValueError(f"The learning rate {rate} for {pattern!r} applies to no trainable parameter.")
-        groups.append({"params": [remaining.pop(name) for name in chosen], "lr": rate})
+        groups.append({"params": [remaining.pop(name) for name in names], "lr": rate})
     return [{"params": list(remaining.values())}, *groups] if remaining else groups
-
-
-def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
-    """Return what an optimizer trains, in its order."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def clip(module: LightningModule, optimizer: Optimizer, limit: float, algorithm: str | None, norm: Tensor) -> None:
@@ -75,11 +80,67 @@ def clip(module: LightningModule, optimizer: Optimizer, limit: float, algorithm:
         module.clip_gradients(optimizer, gradient_clip_val=limit, gradient_clip_algorithm=algorithm)
 
 
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    """Return what an optimizer trains, in its order."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def refuse_untouched_parameters(module: LightningModule, backbone: VisionLanguageModel, saw_images: bool) -> bool:
+    """Check that a backward reached every trainable parameter.
+
+    Args:
+        module: The module, after a backward.
+        backbone: Its backbone.
+        saw_images: Whether the batch had images; one without says nothing about the vision tower.
+
+    Returns:
+        Whether everything was reached; False asks to check again after the next batch.
+
+    Raises:
+        RuntimeError: If a trainable parameter cannot be reached, with the names.
+    """
+    untouched = [
+        name for name, parameter in module.named_parameters() if parameter.requires_grad and parameter.grad is None
+    ]
+    blamed = untouched if saw_images else [name for name in untouched if backbone.group_of(name) == "language"]
+    if blamed:
+        raise RuntimeError(
+            f"{len(blamed)} trainable parameters got no gradient from this batch, such as {blamed[0]} and "
+            f"{blamed[-1]}: its loss does not depend on them. Freeze them with vlmembed.adapters.Freeze."
+        )
+    return not untouched
+
+
+# Schedules
+
+
+def build_schedule(make: SchedulerCallable, optimizer: Optimizer, trainer: Trainer) -> LRScheduler:
+    """Build a schedule, and tell it the run's number of steps if one of its parameters means that.
+
+    Args:
+        make: A class, or one with arguments of its own.
+        optimizer: Whose rate it sets.
+        trainer: Knows the run's length.
+
+    Raises:
+        ValueError: If the schedule goes by a metric, or the run's length is not known.
+    """
+    # jsonargparse makes partials of a function of its own, and the class is its argument.
+    parts = (make.func, *make.args) if isinstance(make, partial) else (make,)
+    target = next((part for part in parts if isinstance(part, type)), make)
+    if isinstance(target, type) and issubclass(target, ReduceLROnPlateau):
+        raise ValueError("lr_scheduler: ReduceLROnPlateau goes by a metric, and schedules here go by steps. Use another.")
+    values = make.keywords if isinstance(make, partial) else {}
+    names = [name for name in inspect.signature(target).parameters if name in STEP_PARAMETERS]
+    steps = {name: total_steps(trainer) for name in names if values.get(name) is None and not values.get("epochs")}
+    return make(optimizer, **steps)
+
+
 def total_steps(trainer: Trainer) -> int:
     """Return the run's optimizer steps.
 
     ``trainer.estimated_stepping_batches`` says the same, but a module that reads it while its optimizers are built
-    makes Lightning 2.6 forget a stateful loader's place in the epoch on resume.
+    makes Lightning 2.6 forget a stateful loader's position in the epoch when the run is resumed.
 
     Raises:
         ValueError: If the run has no end, or nothing says how many batches an epoch has.
@@ -112,27 +173,58 @@ def batches_per_epoch(data: Any) -> int:
     return batches
 
 
-def refuse_untouched_parameters(module: LightningModule, backbone: VisionLanguageModel, saw_images: bool) -> bool:
-    """Check that a backward reached every trainable parameter.
+class Warmup(LambdaLR, ABC):
+    """Warms up linearly from zero; what comes then is the subclass's.
 
     Args:
-        module: The module, after a backward.
-        backbone: Its backbone.
-        saw_images: Whether the batch had images; one without says nothing about the vision tower.
-
-    Returns:
-        Whether everything was reached; False asks to check again after the next batch.
+        optimizer: Given by the module.
+        total_steps: The run's optimizer steps; given by the module where null.
+        warmup: The share of the steps to warm up for, 0 to 1.
 
     Raises:
-        RuntimeError: If a trainable parameter cannot be reached, with the names.
+        ValueError: If ``warmup`` is not a share, or ``total_steps`` is not given by anyone.
     """
-    untouched = [
-        name for name, parameter in module.named_parameters() if parameter.requires_grad and parameter.grad is None
-    ]
-    blamed = untouched if saw_images else [name for name in untouched if backbone.group_of(name) == "language"]
-    if blamed:
-        raise RuntimeError(
-            f"{len(blamed)} trainable parameters got no gradient from this batch, such as {blamed[0]} and "
-            f"{blamed[-1]}: its loss does not depend on them. Freeze them with vlmembed.adapters.Freeze."
-        )
-    return not untouched
+
+    def __init__(self, optimizer: Optimizer, total_steps: int | None = None, warmup: float = 0.1) -> None:
+        if total_steps is None:
+            raise ValueError(f"{type(self).__name__} needs total_steps, the run's optimizer steps.")
+        if not 0 <= warmup <= 1:
+            raise ValueError(f"warmup is a share of the steps, between 0 and 1; got {warmup}.")
+        length, start = total_steps, round(total_steps * warmup)
+
+        # A function, as a checkpoint keeps neither those nor what they close over: a resumed run takes its own length.
+        def factor(step: int) -> float:
+            # The first step already moves.
+            warmed = min(1.0, (step + 1) / max(1, start))
+            done = min(1.0, max(0.0, (step - start) / max(1, length - start)))
+            return warmed * self.decay(done)
+
+        super().__init__(optimizer, factor)
+
+    @abstractmethod
+    def decay(self, done: float) -> float:
+        """Return the factor of the learning rate, given the share of the steps after the warm-up that are done."""
+
+
+class LinearDecay(Warmup):
+    """Warms up linearly from zero, then decays linearly to zero."""
+
+    def decay(self, done: float) -> float:
+        """Fall linearly."""
+        return 1 - done
+
+
+class CosineDecay(Warmup):
+    """Warms up linearly from zero, then follows half a cosine to zero (SGDR without restarts, arXiv:1608.03983)."""
+
+    def decay(self, done: float) -> float:
+        """Fall as a cosine does from its top to its bottom."""
+        return (1 + math.cos(math.pi * done)) / 2
+
+
+class Constant(Warmup):
+    """Warms up linearly from zero, then stays."""
+
+    def decay(self, done: float) -> float:
+        """Stay."""
+        return 1.0

@@ -14,8 +14,11 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from vlmembed import distributed
-from vlmembed.signals import REQUEUE, SIGNALS
+from vlmembed.training.checkpointing import in_window
 
+#: SLURM's jobs get this before their time is over, if they ask for it: ``sbatch --signal=USR1@120``. Windows has none.
+REQUEUE: signal.Signals | None = getattr(signal, "SIGUSR1", None)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, *([REQUEUE] if REQUEUE else []))
 #: The checkpoint of a run that was told to stop.
 STOPPED = "stopped.ckpt"
 
@@ -24,7 +27,7 @@ class StopSafely(Callback):
     """Ends a fit that is told to stop after the step under way, with a checkpoint of just then.
 
     Lightning's own handlers end it too, but write no checkpoint, or write it in the middle of a step; and they send
-    messages to other processes from wherever these happen to be. Here all processes agree after a step. A measurement
+    messages to other processes from wherever these happen to be. Here all processes agree after a step. A validation
     that is under way is finished first. The exit status is 128 and the signal's number, as a shell has it: the run is
     not done. Ctrl-C a second time ends it at once.
     """
@@ -34,15 +37,17 @@ class StopSafely(Callback):
         self._handlers: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take over from Lightning's handlers, which are in place by now."""
+        """Take over from Lightning's handlers, which are installed by now."""
         self._received = 0
         if threading.current_thread() is threading.main_thread():
-            self._handlers = {each: signal.signal(each, self._receive) for each in SIGNALS}
+            self._handlers = {number: signal.signal(number, self._receive) for number in SIGNALS}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop, if any process has been told to."""
+        """Stop, if any process has been told to, and no gradients wait for another batch's."""
+        if in_window(trainer):
+            return
         received = distributed.largest(self._received, pl_module.device)
         if received:
             self._save(trainer)
@@ -52,16 +57,16 @@ class StopSafely(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove the checkpoint of an earlier stop, if the run has written a later one since."""
-        place = _place(trainer)
-        if place is not None and place.exists() and trainer.is_global_zero:
-            written = place.stat().st_mtime
-            if any(each.stat().st_mtime > written for each in place.parent.glob("*.ckpt")):
-                place.unlink()
+        path = _stopped_path(trainer)
+        if path is not None and path.exists() and trainer.is_global_zero:
+            written = path.stat().st_mtime
+            if any(other.stat().st_mtime > written for other in path.parent.rglob("*.ckpt")):
+                path.unlink()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the signals back."""
-        for each, handler in self._handlers.items():
-            signal.signal(each, handler)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
         self._handlers = {}
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
@@ -73,15 +78,37 @@ class StopSafely(Callback):
 
     @staticmethod
     def _save(trainer: Trainer) -> None:
-        place = _place(trainer)
-        if place is None:
+        path = _stopped_path(trainer)
+        if path is None:
             distributed.print_once("Stopped. No checkpoint was written, because the trainer writes none.")
             return
-        trainer.save_checkpoint(place)
-        distributed.print_once(f"Stopped after step {trainer.global_step}: {place}. Go on with --ckpt_path last.")
+        trainer.save_checkpoint(path)
+        distributed.print_once(f"Stopped after step {trainer.global_step}: {path}. Resume with --ckpt_path last.")
 
 
-def _place(trainer: Trainer) -> Path | None:
+def leave_stopping_to_parent(worker: int) -> None:
+    """Have a loader worker outlive what everybody is told, as by Ctrl-C and by SLURM, until its parent is done.
+
+    The parent ends its workers by SIGTERM, too, so what counts is who sends it.
+
+    Args:
+        worker: Which one this is; not used.
+    """
+    for number in SIGNALS:
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # Elsewhere SIGTERM ends a worker, whoever sends it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+def _stopped_path(trainer: Trainer) -> Path | None:
     callback = trainer.checkpoint_callback
     folder = callback.dirpath if isinstance(callback, ModelCheckpoint) else None
     return None if folder is None else Path(folder) / STOPPED

@@ -1,0 +1,344 @@
+"""Training an encoder through a gradient cache, and measuring it: what embedders and cross-encoders have in common.
+
+Five hooks carry the training, in this order: `configure_model` loads the weights, `configure_optimizers` builds what
+steps, `training_step` embeds a batch and computes the loss of all processes' batches, `backward` sends its gradient
+through the gradient cache, and `configure_gradient_clipping` looks at the gradients once before the optimizer steps.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torchmetrics import Metric
+
+from vlmembed import distributed
+from vlmembed.adapters import Adapter
+from vlmembed.data import Collator
+from vlmembed.encoder import Encoder
+from vlmembed.features import FeatureCache
+from vlmembed.gradcache import GradCache
+from vlmembed.modules.optimization import (
+    SchedulerCallable,
+    batches_per_epoch,
+    build_schedule,
+    clip,
+    parameter_groups,
+    parameters_of,
+    refuse_untouched_parameters,
+)
+from vlmembed.training.checkpointing import Checkpointing, refuse_split_windows, step_follows
+from vlmembed.training.guards import CollapseMonitor, NonFiniteGuard, refuse_broken_weights
+from vlmembed.training.memory import graph_bytes, open_features
+from vlmembed.training.sharding import ShardedGradCache, refuse_strategy, shard
+from vlmembed.types import Preprocessor
+
+#: Documents per query in a ranking that is written, as TREC runs have them.
+DEPTH = 1000
+
+
+class RetrievalModule(LightningModule, ABC):
+    """Trains an encoder through a gradient cache, and measures it.
+
+    Args:
+        encoder: What is trained, without weights.
+        loss: What to train with.
+        adapters: What of the backbone is trained, and through what: LoRA, Freeze; applied in this order. Empty for all.
+        optimizer: Any torch optimizer; null for AdamW with torch's defaults.
+        lr_scheduler: Any torch schedule that goes by steps; null for a constant rate. A parameter that means the number
+            of steps (total_steps, num_training_steps) is given the run's own where the YAML gives none.
+        learning_rates: Learning rates other than the optimizer's: for ``vision``, ``merger`` or ``language``, or for
+            parameters whose name contains a match of a regular expression. The first that matches decides.
+        graph_memory: How much memory the graphs of chunks may take, so that their chunks are not computed twice: a
+            number of GiB, ``none``, or ``auto`` for what a step leaves free. Never changes the gradient.
+        features: Keeps what a frozen vision tower makes of each image for the next epochs:
+            ``vlmembed.features.InMemory`` or ``OnDisk``; null to run the tower once per image and step.
+        max_skipped_steps: How many optimizer steps in a row may be skipped because their loss or gradient is not
+            finite; one more stops the run. They are listed in ``non_finite.jsonl`` in the run's folder.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        loss: nn.Module,
+        adapters: Sequence[Adapter] = (),
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: SchedulerCallable | None = None,
+        learning_rates: Mapping[str, float] | None = None,
+        graph_memory: Literal["auto", "none"] | float = "auto",
+        features: FeatureCache | None = None,
+        max_skipped_steps: int = 10,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.loss = loss
+        self.adapters = adapters
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.learning_rates = learning_rates or {}
+        self.graph_memory = graph_memory
+        self.features = features
+        self.guard = NonFiniteGuard(max_skipped_steps)
+        self.monitor = self.collapse_monitor()
+        self.checkpointing = Checkpointing()
+        self._configured = False
+        self._reached_everything = self._saw_images = False
+        #: Batches since the optimizer's last step.
+        self._accumulated = 0
+        self._metrics = nn.ModuleList()
+
+    # What differs between kinds of models
+
+    @abstractmethod
+    def collator(self) -> Collator:
+        """Return what makes batches for this model; it needs no weights."""
+
+    @abstractmethod
+    def gather_batch(self, outputs: Tensor, batch: Any) -> tuple[Tensor, ...]:
+        """Join all processes' batches into what the loss takes.
+
+        Args:
+            outputs: (N, D) what the encoder made of this process's batch, in the order of its chunks.
+            batch: This process's batch.
+        """
+
+    @abstractmethod
+    def metric(self, evaluation: Any) -> Metric:
+        """Return what measures on an evaluation set."""
+
+    @abstractmethod
+    def measure(self, batch: Any, metric: Any) -> None:
+        """Encode a batch of an evaluation set, and update its metric."""
+
+    @abstractmethod
+    def write_predictions(self, metric: Any, folder: Path) -> None:
+        """Write what was predicted. All processes call it."""
+
+    @abstractmethod
+    def collapse_monitor(self) -> CollapseMonitor:
+        """Return what warns of outputs that are all alike and of a loss that stays at chance."""
+
+    def check(self) -> None:
+        """Refuse what does not fit together, once weights are there."""
+
+    @property
+    def preprocessor(self) -> Preprocessor:
+        """The preprocessor of this model's inputs."""
+        return self.encoder.backbone.preprocessor
+
+    # Set-up
+
+    def setup(self, stage: str) -> None:
+        """Refuse to train in a way that would lose gradients, before weights are loaded."""
+        if stage == "fit":
+            refuse_strategy(self.trainer.strategy)
+            data = getattr(self.trainer, "datamodule", None)
+            refuse_split_windows(self.trainer, getattr(data, "steps_per_epoch", None))
+
+    def configure_model(self) -> None:
+        """Load the weights and apply the adapters. Does nothing the second time."""
+        if self._configured:
+            return
+        self._load_weights()
+        if self.device_mesh is not None:
+            shard(self.encoder, self.device_mesh)
+        else:
+            self.checkpointing.recognise_frozen(self)
+        self._configured = True
+
+    def gather(self) -> None:
+        """Become whole in this process, with fresh weights, where the model was in shards."""
+        if distributed.is_sharded(self.encoder):
+            self.encoder = self.encoder.fresh()
+            self._load_weights()
+            self.checkpointing.recognise_frozen(self)
+
+    def _load_weights(self) -> None:
+        self.encoder.configure()
+        for adapter in self.adapters:
+            adapter.apply(self.encoder.backbone)
+        self.check()
+
+    def configure_optimizers(self) -> Any:
+        """Build the optimizer over what is trainable, and the schedule."""
+        optimizer = (self.optimizer or AdamW)(parameter_groups(self, self.encoder.backbone, self.learning_rates))
+        if self.lr_scheduler is None:
+            return optimizer
+        schedule = build_schedule(self.lr_scheduler, optimizer, self.trainer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        """Make the gradient cache, and take over the gradient reduction from data-parallel training."""
+        steps = 0
+        if self.features is not None:
+            open_features(self.features, self.encoder.backbone, str(self.trainer.precision))
+            steps = batches_per_epoch(self.trainer.datamodule)  # type: ignore[attr-defined]
+        if distributed.is_sharded(self.encoder):
+            if self.graph_memory not in ("auto", "none"):
+                raise ValueError("With ModelParallelStrategy graph_memory is auto or none: no graphs are kept.")
+            self.grad_cache: GradCache = ShardedGradCache(self.encoder, self.features, steps)
+        else:
+            limit = graph_bytes(self.graph_memory, self.device)
+            self.grad_cache = GradCache(self.encoder, limit, self.features, steps)
+        self._reduce_gradients = distributed.defer_gradient_reduction(self.trainer.strategy.model)
+
+    # Training
+
+    def on_train_start(self) -> None:
+        """Resume a run as if it had not been interrupted."""
+        self.checkpointing.resume(self)
+        self.guard.begin(self)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """See `Checkpointing.align`."""
+        self.checkpointing.align(self.trainer)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Encode the batch and compute the loss of all processes' batches."""
+        self.grad_cache.before_step = step_follows(self.trainer, batch_idx)
+        outputs = self.grad_cache.embed(batch)  # (N, D) of this process
+        arguments = self.gather_batch(outputs, batch)  # embeddings (Q, D), (P, D) or scores (Q, C), of all processes
+        loss: Tensor = self.loss(*arguments)
+        self._accumulated += 1
+        self._saw_images |= any("pixel_values" in name for chunk in [*batch.chunks, *batch.images] for name in chunk)
+        self.guard.add(loss, batch.origins)
+        if self.grad_cache.before_step:
+            self.monitor.note(self.global_step, arguments, loss)
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch.queries))
+        return loss
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Send the loss's gradient to the embeddings, and from there through the encoder."""
+        super().backward(loss, *args, **kwargs)
+        self.grad_cache.backward()
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Complete the gradients, skip a step that is not finite, and clip any other, by one norm of all gradients."""
+        self.monitor.check(self, self.loss)
+        if self._reduce_gradients:
+            distributed.mean_gradients(self.parameters())
+        self._average_partial_window()
+        norm = distributed.gradient_norm(parameters_of(optimizer))
+        if self.guard.check(self, optimizer, norm):
+            # After the first step, and the first with images, refuse to train on if something got no gradient.
+            if not self._reached_everything:
+                backbone = self.encoder.backbone
+                self._reached_everything = refuse_untouched_parameters(self, backbone, self._saw_images)
+            if gradient_clip_val:
+                clip(self, optimizer, gradient_clip_val, gradient_clip_algorithm, norm)
+        self._saw_images = False
+
+    def _average_partial_window(self) -> None:
+        """Make the gradient the mean of the batches there were: Lightning divides by accumulate_grad_batches always."""
+        window, self._accumulated = self._accumulated, 0
+        factor = self.trainer.accumulate_grad_batches / max(1, window)
+        if factor != 1:
+            for parameter in self.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
+
+    def on_train_epoch_end(self) -> None:
+        """Refuse to keep features that nobody asks for again."""
+        self.checkpointing.align(self.trainer)
+        if self.features is not None:
+            self.features.end_epoch(distributed.total)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to write weights that are not finite; add what a resumed run needs."""
+        refuse_broken_weights(self)
+        checkpoint["non_finite"] = self.guard.state()
+        self.checkpointing.save(self, checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take weights and state from a checkpoint; see `Checkpointing.load`."""
+        self.checkpointing.load(self, checkpoint)
+        if "non_finite" in checkpoint:
+            self.guard.restore(checkpoint["non_finite"])
+
+    # Measuring: validation, test and predict alike
+
+    @property
+    def metrics(self) -> list[Metric]:
+        """What is being measured: one for each evaluation set of the running stage."""
+        return [metric for metric in self._metrics if isinstance(metric, Metric)]
+
+    def start_metrics(self) -> None:
+        """Start measuring every evaluation set of the stage."""
+        sets = self.trainer.datamodule.evaluations[self._stage]  # type: ignore[attr-defined]
+        if self._stage == "predict":
+            for evaluation in sets:
+                _refuse_names_with_spaces(evaluation)
+        self._names = [evaluation.name for evaluation in sets]
+        self._metrics = nn.ModuleList(map(self.metric, sets)).to(self.device)
+
+    on_validation_epoch_start = on_test_epoch_start = on_predict_epoch_start = start_metrics
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Encode a batch of an evaluation set."""
+        self.measure(batch, self.metrics[dataloader_idx])
+
+    test_step = predict_step = validation_step
+
+    def log_metrics(self) -> None:
+        """Rank, and log every metric of every set; not where a smoke test has cut the sets short."""
+        if self.trainer.fast_dev_run or self.trainer.sanity_checking:
+            return
+        for name, metric in zip(self._names, self.metrics, strict=True):
+            prefix = f"{self._stage}/{name}/" if len(self._names) > 1 else f"{self._stage}/"
+            values = {prefix + label: value for label, value in metric.compute().items()}
+            # Equal on all processes; the largest of equal values is exact, a mean may round.
+            self.log_dict(values, sync_dist=True, reduce_fx="max")
+
+    on_validation_epoch_end = on_test_epoch_end = log_metrics
+
+    def on_predict_epoch_end(self) -> None:
+        """Write what was predicted into the run's folder."""
+        folder = Path(self.trainer.log_dir or ".") / "predictions"
+        for metric in self.metrics:
+            self.write_predictions(metric, folder)
+        distributed.print_once(f"Predictions are in {folder}")
+
+    @property
+    def _stage(self) -> str:
+        """val, test or predict."""
+        stage = self.trainer.state.stage
+        return "" if stage is None else str(stage.dataloader_prefix)
+
+
+def write_run(evaluation: Any, scores: Tensor, columns: Tensor, folder: Path) -> None:
+    """Write rankings as a TREC run, ``NAME.trec``: lines ``query Q0 document rank score vlmembed``.
+
+    Args:
+        evaluation: The evaluation set.
+        scores: (Q, K) the best first.
+        columns: (Q, K) of the documents in the corpus; those from the first -1 on are not written.
+        folder: Where to write; made if it is not there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{evaluation.name}.trec").open("w", encoding="utf-8") as file:
+        for query, row, documents in zip(evaluation.query_names, scores.tolist(), columns.tolist(), strict=True):
+            for rank, (score, column) in enumerate(zip(row, documents, strict=True), start=1):
+                if column < 0:
+                    break
+                # Nine digits bring every float32 back: whoever reads the run gets this order from it.
+                file.write(f"{query} Q0 {evaluation.document_names[column]} {rank} {score:.9g} vlmembed\n")
+
+
+def _refuse_names_with_spaces(evaluation: Any) -> None:
+    evaluation = getattr(evaluation, "evaluation", evaluation)
+    for kind, names in (("query", evaluation.query_names), ("document", evaluation.document_names)):
+        for name in names:
+            if len(name.split()) != 1:
+                raise ValueError(
+                    f"{evaluation.name}: {kind} id {name!r} has white space in it, which a TREC run cannot hold. "
+                    "Replace it in the data set before predicting."
+                )

@@ -1,0 +1,508 @@
+"""Checkpoints: exact, small, and there whole or not at all.
+
+*Exact*: a run resumed from a checkpoint that was written after an optimizer step, a validation or an epoch goes on as if
+it had not been interrupted; on a CPU to the bit. `Checkpointing` keeps what Lightning does not: the random state of
+every process, the metrics that callbacks watch, what `ModelCheckpoint` keeps to itself, and the row of ``metrics.csv``
+that is written after the checkpoint. Not covered are a source that draws at random in a loader's worker, features that
+are kept in memory (computed anew, they are rounded otherwise), and a GPU, whose sums come in any order.
+
+*Small*: frozen weights are left out, and recognised by a sum over their bytes.
+
+All that is known of Lightning from inside is in this file: five private attributes.
+"""
+
+from __future__ import annotations
+
+import csv
+import errno
+import os
+import pickle
+import random
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache, partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from lightning import LightningModule
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+
+from vlmembed import distributed
+
+#: Where a checkpoint has what `Checkpointing` adds, and what it left out: name → sum, and the type it was used in.
+STATE, FROZEN = "resume", "frozen"
+#: What a checkpoint is called while it is being written.
+DRAFT = ".draft"
+#: What ModelCheckpoint does not say of itself: the step it saved at, whether it waits for a validation, and where to.
+HIDDEN = ("_last_global_step_saved", "_defer_save_until_validation", "_last_checkpoint_saved")
+
+
+class Checkpointing:
+    """Writes into every checkpoint what a resumed run needs, and takes it from there."""
+
+    def __init__(self) -> None:
+        self._state: dict[str, Any] = {}
+        self._sums: dict[str, int] = {}
+        self._step_taken_off = False
+
+    def recognise_frozen(self, module: nn.Module) -> None:
+        """Remember which weights are frozen, and what they are. Call it when the weights are loaded."""
+        self._sums = {name: _sum(weight) for name, weight in _parameters(module) if not weight.requires_grad}
+
+    def save(self, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Leave frozen weights out of a checkpoint, and add what Lightning leaves out. All processes call it."""
+        if not distributed.is_sharded(module):
+            _leave_out_frozen(checkpoint, module, self._sums)
+        if "optimizer_states" not in checkpoint:  # Weights for others; no run is resumed from them.
+            return
+        trainer = module.trainer
+        for logger in trainer.loggers:
+            logger.save()
+        moment = moment_of(trainer)
+        checkpoint[STATE] = {
+            "moment": moment,
+            "step": trainer.global_step,
+            "random": distributed.gather_objects(_random_state()),
+            "metrics": {name: value.detach().cpu() for name, value in trainer.callback_metrics.items()},
+            "stops": trainer.should_stop,
+            "callbacks": {
+                callback.state_key: {name: getattr(callback, name) for name in HIDDEN}
+                for callback in _model_checkpoints(trainer)
+            },
+            "row": _unwritten_row(trainer) if moment == "batch" else {},
+            "rows": _count_rows(trainer),
+        }
+
+    def load_weights(self, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Let a module have the weights of a checkpoint.
+
+        Raises:
+            ValueError: If they are not this model's.
+        """
+        self._complete(module, checkpoint)
+        module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
+
+    def load(self, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Complete a checkpoint's weights by frozen ones, and put its loops into a form that Lightning resumes rightly.
+
+        Raises:
+            ValueError: If frozen weights are others, or weights are missing.
+        """
+        self._complete(module, checkpoint)
+        trainer = module.trainer
+        self._state = checkpoint.get(STATE, {}) if trainer.training else {}
+        if self._state:
+            loops, moment = checkpoint["loops"]["fit_loop"], self._state["moment"]
+            self._step_taken_off = _settle(loops, moment, trainer.max_steps)
+
+    def resume(self, module: LightningModule) -> None:
+        """Take the state of a checkpoint, as training begins."""
+        state, self._state = self._state, {}
+        if not state:
+            return
+        trainer, loop = module.trainer, module.trainer.fit_loop.epoch_loop
+        _restore_random_states(state["random"])
+        trainer.callback_metrics.update(state["metrics"])
+        trainer.should_stop = state["stops"]
+        _restore_callbacks(trainer, state)
+        if state["moment"] == "elsewhere":
+            warnings.warn(
+                "The checkpoint was written in the middle of a step, whose batch is lost: the run is resumed, but not "
+                "exactly.",
+                stacklevel=2,
+            )
+        elif state["moment"] == "epoch":
+            loop.restarting = False
+        elif state["moment"] == "batch":
+            # See `_settle`: a validation that is due has been made to look interrupted.
+            loop.val_loop.batch_progress.total.ready -= 1
+            loop.val_loop.batch_progress.total.started -= 1
+        loop.automatic_optimization.optim_progress.optimizer.step.total.completed += self._step_taken_off
+        for logger in trainer.loggers if state["row"] else []:
+            logger.log_metrics(state["row"] | {"epoch": trainer.current_epoch}, step=state["step"] - 1)
+            logger.save()
+        # Else ModelCheckpoint would never remove the file that the run was resumed from.
+        trainer.ckpt_path = None
+
+    def align(self, trainer: lightning.Trainer) -> None:
+        """Let the loop count the steps that there were: it forgets one where a checkpoint was written after a batch."""
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
+    def _complete(self, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # Where weights were left out, they are compared by name here, and not by torch.
+        module.strict_loading = FROZEN not in checkpoint
+        if FROZEN in checkpoint:
+            checkpoint["state_dict"] = complete_frozen(checkpoint, module, self._sums)
+
+
+def step_follows(trainer: lightning.Trainer, batch_idx: int) -> bool:
+    """Whether the optimizer steps after a batch of the epoch, and not after another whose gradient is added to its."""
+    ends_window = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+    return ends_window or trainer.is_last_batch or batch_idx + 1 == trainer.num_training_batches
+
+
+def refuse_split_windows(trainer: lightning.Trainer, batches: int | None) -> None:
+    """Refuse validations between batches whose gradients are added up: no checkpoint there could be resumed exactly.
+
+    Args:
+        trainer: About to train.
+        batches: Of an epoch, where known.
+
+    Raises:
+        ValueError: Saying which interval would do.
+    """
+    window, interval = trainer.accumulate_grad_batches, trainer.val_check_interval
+    if window == 1 or not isinstance(interval, int | float) or not trainer.limit_val_batches:
+        return
+    if isinstance(interval, float):
+        if batches is None or interval == 1.0:
+            return
+        interval = max(1, int(batches * interval))
+    across_epochs = trainer.check_val_every_n_epoch is None and batches is not None and batches % window
+    if (interval % window and interval != batches) or across_epochs:
+        raise ValueError(
+            f"trainer.val_check_interval is {trainer.val_check_interval} ({interval} batches), and "
+            f"trainer.accumulate_grad_batches {window}: a validation would come between batches whose gradients are "
+            f"added up, and its checkpoint could not be resumed exactly. Let it be a multiple of {window}."
+        )
+
+
+# Where a run is
+
+
+def moment_of(trainer: lightning.Trainer) -> str:
+    """Say when a checkpoint is being written.
+
+    Returns:
+        ``batch`` after an optimizer step; ``validation`` after a validation; ``epoch`` after an epoch, or when no
+        training is under way; ``elsewhere`` in the middle of something, where nothing can be resumed exactly.
+    """
+    fit = trainer.fit_loop
+    epoch, batch = fit.epoch_progress.total, fit.epoch_loop.batch_progress.total
+    if epoch.processed == epoch.ready:  # type: ignore[attr-defined]
+        return "epoch"
+    if epoch.started < epoch.ready or batch.processed < batch.ready:  # type: ignore[attr-defined]
+        return "elsewhere"
+    if batch.completed < batch.processed:  # type: ignore[attr-defined]
+        return "batch"
+    validation = fit.epoch_loop.val_loop.batch_progress
+    measured = validation.is_last_batch and validation.current.completed == validation.current.ready
+    return "validation" if measured else "elsewhere"
+
+
+def in_window(trainer: lightning.Trainer) -> bool:
+    """Whether gradients of the last batch wait for those of the next."""
+    index = trainer.fit_loop.epoch_loop.batch_progress.current.ready - 1
+    return bool(trainer.training) and moment_of(trainer) == "batch" and not step_follows(trainer, index)
+
+
+def _settle(loops: dict[str, Any], moment: str, max_steps: int) -> bool:
+    """Put the loops' state into a form from which Lightning does what was still to do, and counts nothing twice.
+
+    After a batch, its row of the log, a validation and the end of the epoch may be due. Lightning 2.6 would continue
+    with the next batch and leave these out. It goes back to a validation that looks interrupted, if one is due; so it
+    is made to look so, before its first batch.
+
+    Args:
+        loops: The state of the fit loop in a checkpoint; changed in place.
+        moment: When it was written.
+        max_steps: Where the run ends; -1 for nowhere.
+
+    Returns:
+        Whether the last step of the run was taken off, because nothing would run at all; `resume` adds it again.
+    """
+    if moment == "elsewhere":
+        return False
+    for progress in loops["epoch_progress" if moment == "epoch" else "epoch_loop.batch_progress"].values():
+        if isinstance(progress, dict):
+            progress["completed"] = progress["processed"]
+    if moment == "batch":
+        validation = loops["epoch_loop.val_loop.batch_progress"]
+        done = validation["total"]["completed"]
+        validation["total"] = {"ready": done + 1, "started": done + 1, "processed": done, "completed": done}
+        validation["current"] = dict.fromkeys(validation["current"], 0)
+    steps = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]
+    ends = moment != "epoch" and steps["completed"] == max_steps
+    steps["completed"] -= ends
+    return bool(ends)
+
+
+def _unwritten_row(trainer: lightning.Trainer) -> dict[str, float]:
+    """Return what the step that has just been taken will log once the checkpoint is written."""
+    if trainer.global_step % trainer.log_every_n_steps and not trainer.should_stop:
+        return {}
+    return {name: float(value) for name, value in trainer.logged_metrics.items() if not name.startswith("val/")}
+
+
+def _count_rows(trainer: lightning.Trainer) -> int:
+    """Count the rows in the first process's ``metrics.csv``; those that come later will come again."""
+    for logger in trainer.loggers if trainer.is_global_zero else []:
+        if isinstance(logger, CSVLogger):
+            path = Path(logger.experiment.metrics_file_path)
+            if path.exists():
+                with path.open(newline="") as file:
+                    return sum(1 for _ in csv.DictReader(file))
+    return 0
+
+
+def _restore_callbacks(trainer: lightning.Trainer, state: dict[str, Any]) -> None:
+    """Tell each ModelCheckpoint what it does not keep; the one whose file this is was saving it at this step."""
+    file = Path(str(trainer.ckpt_path)).resolve()
+    for callback in _model_checkpoints(trainer):
+        hidden = state["callbacks"].get(callback.state_key)
+        if hidden is None:
+            continue
+        paths = [str(path) for path in (callback.last_model_path, *callback.best_k_models) if path]
+        saved = any(Path(path).resolve() == file for path in paths)
+        step = state["step"] if saved else hidden[HIDDEN[0]]
+        # After a validation nobody waits for one: a callback that is just saving forgets it a moment later.
+        waits = hidden[HIDDEN[1]] and state["moment"] != "validation"
+        vars(callback).update(zip(HIDDEN, (step, waits, next(iter(paths), "")), strict=True))
+
+
+def _model_checkpoints(trainer: lightning.Trainer) -> Iterator[ModelCheckpoint]:
+    return (callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint))
+
+
+# Random numbers
+
+
+def _random_state() -> dict[str, Any]:
+    """Return the state of all generators that a run may draw from, as a checkpoint can hold it."""
+    version, words, next_gauss = random.getstate()
+    # The global one: what a user's own part may draw from.
+    _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
+    return {
+        "torch": torch.get_rng_state(),
+        # This process's own device.
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+        "python": [version, list(words), next_gauss],
+        "numpy": [torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss],
+    }
+
+
+def _restore_random_states(states: list[dict[str, Any]]) -> None:
+    if len(states) != distributed.world_size():
+        rank_zero_warn(
+            f"The checkpoint has the random states of {len(states)} processes, and this run has "
+            f"{distributed.world_size()}: what it draws at random (dropout) is not what it would have been."
+        )
+        return
+    state = states[distributed.rank()]
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    version, words, next_gauss = state["python"]
+    random.setstate((version, tuple(words), next_gauss))
+    keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
+
+
+# Frozen weights
+
+
+def _leave_out_frozen(checkpoint: dict[str, Any], module: nn.Module, sums: Mapping[str, int]) -> None:
+    """Take frozen weights out of a checkpoint, in place, and write down which they were."""
+    frozen = {
+        name: [sums[name], str(weight.dtype).removeprefix("torch.")]
+        for name, weight in _parameters(module)
+        if name in sums and not weight.requires_grad
+    }
+    if frozen:
+        weights = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: weights[name] for name in weights if not _belongs(name, frozen)}
+        checkpoint[FROZEN] = frozen
+
+
+def complete_frozen(checkpoint: Mapping[str, Any], module: nn.Module, sums: Mapping[str, int]) -> dict[str, Tensor]:
+    """Return a checkpoint's weights, and those frozen ones of a module that have to be rounded as in training.
+
+    Args:
+        checkpoint: That left frozen weights out.
+        module: With its frozen weights loaded.
+        sums: Of its frozen weights.
+
+    Raises:
+        ValueError: If it has weights that the module lacks, or lacks what is trained, or if what is frozen is not what
+            the checkpoint was trained with.
+    """
+    weights, frozen, present = checkpoint["state_dict"], checkpoint[FROZEN], module.state_dict()
+    complaints = {
+        "lacks weights": [name for name in present if name not in weights and not _belongs(name, frozen)],
+        "has weights that this model lacks": [name for name in (*weights, *frozen) if name not in present],
+        "was trained with other frozen weights": [name for name in frozen if sums.get(name) != frozen[name][0]],
+    }
+    for complaint, names in complaints.items():
+        if names:
+            raise ValueError(
+                f"The checkpoint {complaint}: {len(names)} of them, such as {names[0]}. It belongs to a run with "
+                "another model, or with other adapters; give the config.yaml of its own run, and the model that this "
+                "one names."
+            )
+    types = {name: getattr(torch, used) for name, (_, used) in frozen.items()}
+    return weights | {name: present[name].to(used) for name, used in types.items() if present[name].dtype != used}
+
+
+def _parameters(module: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
+    # Tied weights come under each of their names, as they do in a checkpoint.
+    return module.named_parameters(remove_duplicate=False)
+
+
+def _sum(tensor: Tensor) -> int:
+    """Add up a tensor's bytes, eight at a time: a gigabyte takes some hundredths of a second."""
+    content = tensor.detach().reshape(-1).view(torch.uint8)
+    words = len(content) // 8 * 8
+    return int(content[:words].view(torch.int64).sum() + content[words:].sum())
+
+
+def _belongs(name: str, frozen: Mapping[str, Any]) -> bool:
+    """Whether a name is a frozen parameter's, or of something that goes with one: 4-bit weights come with scales."""
+    return any(start in frozen for start in accumulate(name.split("."), "{}.{}".format))
+
+
+# Files
+
+
+class CheckpointFiles(TorchCheckpointIO):
+    """Writes a checkpoint beside its path and moves it there, so that the path never holds a part of one.
+
+    Lightning's own writes it into the folder for temporary files; where that is another file system, it is then copied,
+    and a process that is killed while copying leaves a torn file. What is asked for in the middle of an accumulation
+    window waits in ``postponed`` until the step that ends it, removals of older files behind it included.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.postponed: list[Callable[[], None]] = []
+
+    def write_postponed(self) -> None:
+        """Do what has waited."""
+        actions, self.postponed = self.postponed, []
+        for action in actions:
+            action()
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove a checkpoint, once those that are to be written before are there."""
+        if self.postponed:
+            self.postponed.append(partial(super().remove_checkpoint, path))
+        else:
+            super().remove_checkpoint(path)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            OSError: If there is no room for it, or it cannot be written. What was there before is as it was.
+        """
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(path.name + DRAFT)
+        try:
+            with draft.open("wb") as file:
+                _write(checkpoint, file)
+            os.replace(draft, path)
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            raise OSError(
+                error.errno,
+                f"The checkpoint {path} could not be written: {os.strerror(error.errno or 0)}. Checkpoints that were "
+                f"there before are as they were.{' Make room, and resume with --ckpt_path last.' if full else ''}",
+            ) from error
+        finally:
+            draft.unlink(missing_ok=True)
+
+    def load_checkpoint(
+        self, path: Any, map_location: Callable | None = lambda storage, _: storage, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint; one that holds more than tensors and plain values only if that is asked for.
+
+        Raises:
+            FileNotFoundError: If there is none.
+            ValueError: If it is torn, or would run code.
+        """
+        try:
+            # Lightning would run the code in one that comes from a URL.
+            return super().load_checkpoint(path, map_location, weights_only is not False)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"The checkpoint {path} holds more than tensors and plain values, which could run code: {error}. If "
+                "you trust who wrote it, give --weights_only false."
+            ) from error
+        except (RuntimeError, EOFError) as error:
+            raise ValueError(
+                f"The checkpoint {path} is not whole: {error}. `--ckpt_path last` takes a run's newest one that is."
+            ) from error
+
+
+def _write(checkpoint: dict[str, Any], file: Any) -> None:
+    try:
+        torch.save(checkpoint, file)
+    except RuntimeError as error:
+        # torch's writer stumbles over the end of what it could not write.
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def newest_checkpoint(folders: Iterable[Path], weights_only: bool = False) -> tuple[Path, dict[str, Any]] | None:
+    """Find the newest whole checkpoint of a run.
+
+    Args:
+        folders: Where the run's checkpoints are; their names may have folders in them.
+        weights_only: Whether one from which no run can be resumed will do.
+
+    Returns:
+        Its path and its content, mapped from the file; None where there is none.
+    """
+    paths = {path for folder in folders for path in folder.rglob("*.ckpt")}
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            content = read_checkpoint(path)
+        except ValueError as error:
+            rank_zero_warn(f"{error} An earlier one is looked for.")
+            continue
+        if weights_only or "optimizer_states" in content:
+            return path, content
+    return None
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Map a checkpoint from its file, once every byte of it is known to be as written.
+
+    Raises:
+        ValueError: If it is torn or damaged, or would run code.
+    """
+    if path.is_dir():  # Of shards.
+        path = path / "meta.pt"
+    try:
+        _refuse_damaged(path, path.stat().st_mtime_ns)
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise ValueError(f"The checkpoint {path} is not whole: {error}.") from error
+    return content
+
+
+@cache
+def _refuse_damaged(path: Path, written: int) -> None:
+    """Look through a file, once in a process: gigabytes are read. When it was ``written`` tells it from a later one."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"{damaged} in it is damaged")
+
+
+def set_version(logger: CSVLogger, version: int | str) -> None:
+    """Let a logger write into the folder of a version, which it chooses by itself otherwise."""
+    logger._version = version

@@ -1,0 +1,202 @@
+"""Memory: how much there is, what a chunk may hold, and how much of it the graphs of a step may take."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import psutil
+import torch
+import transformers
+import yaml
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from PIL import Image
+
+from vlmembed import distributed
+from vlmembed.backbones import VisionLanguageModel
+from vlmembed.data import Collator
+from vlmembed.encoder import Encoder
+from vlmembed.features import FeatureCache, fingerprint, refuse_trainable
+from vlmembed.gradcache import GradCache
+from vlmembed.types import PATCH_COST, Batch, Chunking, Example, Item, Part, RankingBatch
+
+GIB = 2**30
+
+#: The rest is left alone: for what an allocator cannot use, and for batches larger than the first.
+SAFE_SHARE = {"cuda": 0.9, "cpu": 0.5}
+#: Tokens of a chunk. A larger one is no faster: the device is busy, or the processor's caches are full.
+MOST_TOKENS, FEWEST_TOKENS = {"cuda": 65_536, "cpu": 8_192}, 1_024
+#: Of the free memory, what one chunk may take. The rest is for the graphs of other chunks.
+CHUNK_SHARE = 0.25
+PATCHES_PER_TOKEN, IMAGE_SIDE = 4, 256
+
+GraphMemory = Literal["auto", "none"] | float
+
+
+def free_bytes(device: torch.device) -> float:
+    """Return the bytes that this process may still take on a device."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + unused)
+    return float(psutil.virtual_memory().available)
+
+
+def graph_bytes(wanted: GraphMemory, device: torch.device, step: float | None = None) -> float:
+    """Return the bytes that graphs may take.
+
+    Args:
+        wanted: A number of GiB, ``auto`` or ``none``.
+        device: Where the graphs are.
+        step: The bytes that a step without graphs takes at its peak; None before there was one. A GPU keeps no graphs
+            until then; in main memory nobody counts, and half of what is free is safe enough.
+
+    Raises:
+        ValueError: If ``wanted`` is something else.
+    """
+    if wanted == "none":
+        return 0.0
+    if wanted == "auto":
+        if device.type == "cuda":
+            return 0.0 if step is None else max(0.0, SAFE_SHARE["cuda"] * (free_bytes(device) - step))
+        return SAFE_SHARE["cpu"] * free_bytes(device)
+    if not isinstance(wanted, int | float) or wanted < 0:
+        raise ValueError(f"graph_memory is auto, none, or a number of GiB, got {wanted!r}.")
+    return wanted * GIB
+
+
+class StepPeak:
+    """The most bytes that are taken on a device from now on, beyond what is taken now; 0 where nobody counts."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._before = 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self._before = torch.cuda.memory_allocated(device)
+
+    @property
+    def bytes(self) -> int:
+        """The most so far."""
+        return torch.cuda.max_memory_allocated(self._device) - self._before if self._device.type == "cuda" else 0
+
+
+class MeasureMemory(Callback):
+    """Tells the data module what a chunk may hold, and on a GPU the gradient cache what the first step left free."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure, where ``chunk_size`` is ``auto``, before the training loader is made."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if not hasattr(data, "set_chunking") or not hasattr(pl_module, "encoder"):
+            return
+        encoder, tokens = pl_module.encoder, data.chunking.tokens
+        if data.chunk_size == "auto" and tokens is None:
+            if distributed.is_sharded(encoder):
+                raise ValueError("With ModelParallelStrategy, data.chunk_size is a number: processes go in step.")
+            with trainer.precision_plugin.forward_context():
+                tokens = tokens_per_chunk(encoder, data.collator)
+            _report(trainer, tokens)
+        # A frozen tower keeps no activations, so its patches cost nothing.
+        data.set_chunking(tokens, PATCH_COST if encoder.backbone.trains_vision else 0.0)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Begin to count, before the first step."""
+        first = not hasattr(self, "_peak") and hasattr(pl_module, "grad_cache")
+        self._peak: StepPeak | None = StepPeak(pl_module.device) if first else None
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Give what the first step has left free to the graphs of later ones."""
+        if self._peak is not None and self._peak.bytes:
+            module: Any = pl_module
+            module.grad_cache.graph_bytes = graph_bytes(module.graph_memory, module.device, self._peak.bytes)
+
+
+def tokens_per_chunk(encoder: Encoder, collator: Collator) -> int:
+    """Find how many tokens a chunk may have: measured on the user's own model, once, before training.
+
+    Two chunks of images and words, one twice as long as the other, go forward and back; what a further token takes is
+    the difference.
+
+    Args:
+        encoder: With weights and adapters, where it will be trained.
+        collator: Makes its batches.
+
+    Returns:
+        The same number in every process, for the one that has the least memory.
+    """
+    device = encoder.device
+    (few, small), (many, large) = (_try(encoder, collator, tokens) for tokens in (FEWEST_TOKENS, 2 * FEWEST_TOKENS))
+    bytes_per_token = max(1.0, (large - small) / (many - few))
+    affordable = int(CHUNK_SHARE * free_bytes(device) / bytes_per_token)
+    tokens = max(FEWEST_TOKENS, min(affordable, MOST_TOKENS[device.type]))
+    return -distributed.largest(-tokens, device)
+
+
+def _try(encoder: Encoder, collator: Collator, tokens: int) -> tuple[int, float]:
+    """Send a chunk of about so many tokens forward and back; return how many it had, and the bytes it took."""
+    patch_cost = PATCH_COST if encoder.backbone.trains_vision else 0.0
+    batch = _batch(collator, tokens / (1 + PATCHES_PER_TOKEN * patch_cost))
+    cache = GradCache(encoder, graph_bytes=math.inf)
+    peak = StepPeak(encoder.device)
+    with torch.random.fork_rng():
+        cache.embed(batch).sum().backward()
+        cache.backward()
+    encoder.zero_grad()
+    # In main memory only what is saved for the backward is known: about half of what is there at the peak.
+    taken = peak.bytes or 2 * cache.budget.taken
+    count = sum(chunk["input_ids"].numel() for chunk in batch.chunks)
+    patches = sum(len(images["pixel_values"]) for images in batch.images)
+    return count + int(patch_cost * patches), taken
+
+
+def _batch(collator: Collator, tokens: float) -> Batch | RankingBatch:
+    """Make one chunk of images and words."""
+    draw = np.random.default_rng(0)
+    examples: list[Example] = []
+    while sum(collator.preprocessor.cost(example.positives[0]) for example in examples) < tokens:
+        image = Image.fromarray(draw.integers(0, 256, (IMAGE_SIDE, IMAGE_SIDE, 3), dtype=np.uint8))
+        number, origin = str(len(examples)), "measuring chunk_size: auto"
+        document = Item("document", (Part("image", image), Part("text", number)), origin)
+        scores = (1.0, 0.0) if collator.teacher_scores else None
+        negative = Item("document", (Part("text", "no"),), origin)
+        examples.append(Example(Item("query", (Part("text", number),), origin), (document,), (negative,), scores))
+    chunking, collator.chunking = collator.chunking, Chunking()
+    try:
+        return collator(examples)
+    finally:
+        collator.chunking = chunking
+
+
+def _report(trainer: Trainer, tokens: int) -> None:
+    """Print what was measured, and keep it in the run's folder."""
+    folder = trainer.log_dir if trainer.loggers else None  # Which all processes are asked for.
+    if trainer.is_global_zero:
+        print(f"chunk_size: auto. A chunk may have {tokens:,} tokens.")
+        if folder is not None:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            Path(folder, "chunks.yaml").write_text(yaml.safe_dump({"tokens": tokens}))
+
+
+def open_features(features: FeatureCache, backbone: VisionLanguageModel, precision: str) -> None:
+    """Open a cache for features of this tower, these settings and this precision.
+
+    Raises:
+        ValueError: If there are none to keep, or the tower is trained.
+    """
+    if not backbone.separate_vision_pass:
+        raise ValueError(
+            f"features: {type(backbone).__name__} reads images together with their text, so there is nothing to keep. "
+            "Use vlmembed.backbones.Qwen3VL with attn_implementation: auto, or set features: null."
+        )
+    refuse_trainable(backbone.vision_parameters())
+    settings = {
+        "processor": backbone.preprocessor.processor.image_processor.to_dict(),
+        "precision": precision,
+        "device": backbone.device.type,
+        "versions": [torch.__version__, transformers.__version__],
+    }
+    # A LoRA in the language model gives the tower's weights longer names, and nothing else.
+    weights = ((name.replace("base_model.model.", ""), weight) for name, weight in backbone.vision_parameters())
+    features.open(fingerprint(weights, settings))

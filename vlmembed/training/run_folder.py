@@ -1,0 +1,263 @@
+"""The folder of a run: one process has it at a time, and a resumed run continues in it."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pandas
+import yaml
+from filelock import FileLock, Timeout
+from jsonargparse import dict_to_namespace
+from lightning import LightningModule, Trainer
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger
+
+from vlmembed import distributed
+from vlmembed.training.checkpointing import DRAFT, STATE, newest_checkpoint, set_version
+
+#: For ``ckpt_path``: the newest whole checkpoint of the newest fit.
+LAST = "last"
+CONFIG, METRICS = "config.yaml", "metrics.csv"
+#: In the folder of a fit, and locked while it runs.
+LOCK = "run.lock"
+#: Seconds to wait for a folder: the loader workers of a process that was killed take some to end.
+PATIENCE = 30.0
+
+#: What may change when a run is resumed: where it runs, what is measured and what is logged.
+HARMLESS = (
+    *("config", "weights_only", "model.init_args.graph_memory", "model.init_args.features"),
+    "model.init_args.max_skipped_steps",
+    *(f"data.init_args.{key}" for key in ("val", "test", "chunk_size", "eval_batch_size", "num_workers")),
+    *("data.init_args.on_bad_row", "data.init_args.max_bad_rows"),
+    *(f"trainer.{key}" for key in ("accelerator", "barebones", "callbacks", "check_val_every_n_epoch")),
+    *(f"trainer.{key}" for key in ("default_root_dir", "detect_anomaly", "exporter", "inference_mode", "logger")),
+    *(f"trainer.enable_{key}" for key in ("checkpointing", "model_summary", "progress_bar")),
+    *(f"trainer.limit_{stage}_batches" for stage in ("predict", "test", "val")),
+    *(f"trainer.{key}" for key in ("log_every_n_steps", "max_time", "num_sanity_val_steps", "plugins", "profiler")),
+    "trainer.val_check_interval",
+)
+#: What says how a run is resumed, and nothing about the run.
+RESUMING = ("ckpt_path", "trainer.allow_changed")
+
+
+@contextmanager
+def fit_folder(trainer: Trainer, ckpt_path: str | None, version_given: bool) -> Iterator[str | None]:
+    """Have a folder to fit in: a new one, or that of the run that is resumed.
+
+    Args:
+        trainer: Its first logger says where.
+        ckpt_path: A checkpoint to begin with; ``last`` to resume the last run, if there is one.
+        version_given: Whether the configuration names the logger's version.
+
+    Yields:
+        The checkpoint to load, if any.
+
+    Raises:
+        ValueError: If the folder was asked for by its version, and has a run already.
+        TimeoutError: If another process is at work in it.
+    """
+    logger: Any = trainer.loggers[0]
+    folder = _last_fit(trainer, logger, version_given) if ckpt_path == LAST else None
+    if not _is_first_process():
+        # The folder is the first process's affair. Nobody writes checkpoints before all processes are here.
+        newest = folder and newest_checkpoint(_checkpoint_folders(trainer, folder))
+        yield str(newest[0]) if newest else None if ckpt_path == LAST else ckpt_path
+        return
+    if ckpt_path == LAST and folder is None:
+        print(f"There is no run in {logger.root_dir} to resume: a new one begins.")
+        ckpt_path = None
+    with _locked(folder or _claim(logger, version_given)):
+        rows = 0
+        if folder is not None:
+            if not version_given:
+                set_version(logger, _number(folder))
+            ckpt_path, rows = _take_over(trainer, folder)
+        _open_log(logger, rows)
+        yield ckpt_path
+
+
+@contextmanager
+def other_folder(trainer: Trainer, ckpt_path: str | None, version_given: bool, writes: bool) -> Iterator[str | None]:
+    """Have a folder for what measures or predicts; see `fit_folder`.
+
+    Args:
+        trainer: Its first logger says where.
+        ckpt_path: A checkpoint; ``last`` for the last run's.
+        version_given: Whether the configuration names the logger's version.
+        writes: Whether anything is logged.
+
+    Raises:
+        ValueError: If there is no such checkpoint, or the folder was asked for by its version, and has a run already.
+    """
+    logger: Any = trainer.loggers[0]
+    if ckpt_path == LAST:
+        folder = _last_fit(trainer, logger, version_given)
+        newest = folder and newest_checkpoint(_checkpoint_folders(trainer, folder), weights_only=True)
+        if not newest:
+            raise ValueError(f"--ckpt_path last: no run in {logger.root_dir} has a whole checkpoint.")
+        ckpt_path = str(newest[0])
+    if writes and _is_first_process():
+        _claim(logger, version_given)
+    yield ckpt_path
+
+
+def _is_first_process() -> bool:
+    """Whether this is the first process, or will be: they do not know each other yet."""
+    return not getattr(rank_zero_only, "rank", 0)
+
+
+def _last_fit(trainer: Trainer, logger: CSVLogger, version_given: bool) -> Path | None:
+    """Return the folder of the newest fit that has a checkpoint, or of the newest; or of the version asked for."""
+    folders = [Path(logger.log_dir)] if version_given else sorted(Path(logger.root_dir).glob("version_*"), key=_number)
+    fits = [folder for folder in folders if (folder / LOCK).exists()]
+    with_checkpoint = (
+        folder for folder in reversed(fits) if any(any(place.rglob("*.ckpt")) for place in _checkpoint_folders(trainer, folder))
+    )
+    return next(with_checkpoint, fits[-1] if fits else None)
+
+
+def _number(folder: Path) -> int:
+    digits = folder.name.removeprefix("version_")
+    return int(digits) if digits.isdecimal() else -1
+
+
+def _claim(logger: CSVLogger, version_given: bool) -> Path:
+    """Make a folder that nobody else has: of two processes that begin at the same time, one gets the next version."""
+    folder = Path(logger.log_dir)
+    if version_given:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any((folder / name).exists() for name in (CONFIG, METRICS, LOCK)):
+            raise ValueError(
+                f"{folder} has a run already, which would be written over. Resume it (fit --ckpt_path last), or "
+                "choose another name or version for the logger."
+            )
+        return folder
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            set_version(logger, _number(folder) + 1)
+            folder = Path(logger.log_dir)
+
+
+def _take_over(trainer: Trainer, folder: Path) -> tuple[str | None, int]:
+    """Return a locked folder's newest whole checkpoint, if any, and how many rows of the log were before it."""
+    folders = _checkpoint_folders(trainer, folder)
+    for draft in (path for place in folders for path in place.rglob(f"*{DRAFT}")):
+        draft.unlink()  # Half-written; whoever wrote it was killed.
+    newest = newest_checkpoint(folders)
+    if newest is None:
+        print(f"Resuming {folder} from its beginning: it has no checkpoint that a run can be resumed from.")
+        return None, 0
+    path, content = newest
+    print(f"Resuming {folder} after step {content['global_step']}: {path.name}.")
+    return str(path), content.get(STATE, {}).get("rows", 0)
+
+
+def _checkpoint_folders(trainer: Trainer, folder: Path) -> list[Path]:
+    callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    return [folder / "checkpoints", *(Path(callback.dirpath) for callback in callbacks if callback.dirpath)]
+
+
+def _open_log(logger: CSVLogger, count: int) -> None:
+    """Let a logger continue the log that is in its folder, which Lightning's would delete.
+
+    Args:
+        logger: Which nothing was logged with.
+        count: How many rows of it to keep; later ones are about to be logged again.
+    """
+    log, draft = Path(logger.log_dir, METRICS), Path(logger.log_dir, f"{METRICS}{DRAFT}")
+    source = log if log.exists() and log.stat().st_size else draft
+    table = None
+    if count and source.exists():
+        table = pandas.read_csv(source, dtype=str, keep_default_na=False, nrows=count)
+    if count and (table is None or len(table) < count):
+        warnings.warn(f"{log} has {0 if table is None else len(table)} of {count} rows: the others are lost.", stacklevel=2)
+    if table is not None:
+        table.to_csv(draft, index=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Experiment logs directory")
+        writer = logger.experiment
+    if table is not None:
+        os.replace(draft, log)
+        writer.metrics_keys = list(table.columns)
+    draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=PATIENCE)
+    except Timeout as error:
+        raise TimeoutError(f"{folder}: another process is at work here. Let it finish, or end it.") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+# The run's configuration
+
+
+class SaveConfiguration(SaveConfigCallback):
+    """Writes ``config.yaml`` into the run's folder; one that is there, and differs, is kept beside it."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write it. Only the first process is here, so nothing is asked that all would have to answer."""
+        folder = Path((trainer.loggers and trainer.loggers[0].log_dir) or trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        path, text = folder / CONFIG, self.parser.dump(self.config, skip_none=False)
+        if path.exists():
+            if changes(path.read_text(), text).keys() <= set(RESUMING):
+                return
+            earlier = len(list(folder.glob("config.*.yaml"))) + 1
+            path.rename(path.with_name(f"config.{earlier}.yaml"))
+        path.write_text(text)
+
+
+def refuse_changes(before: str, after: str, allowed: Collection[str] = ()) -> None:
+    """Say what has changed, and refuse what would make two runs of one.
+
+    Args:
+        before: The configuration that the run began with, in YAML.
+        after: The one that it is to be resumed with.
+        allowed: Keys that may have changed all the same, those below them included.
+
+    Raises:
+        ValueError: If anything else has changed that decides what is learned.
+    """
+    changed = changes(before, after)
+    accepted = (*RESUMING, *HARMLESS, *allowed)
+    refused = {key: values for key, values in changed.items() if not _is_below(key, accepted)}
+    if refused:
+        raise ValueError(
+            f"The run began with another configuration, and would not be one run if it were resumed with this one:\n"
+            f"{_listed(refused)}\nGo back to what it began with, begin a new run (without --ckpt_path), or allow it by "
+            f"name: --trainer.allow_changed '[{', '.join(refused)}]'."
+        )
+    harmless = {key: values for key, values in changed.items() if not _is_below(key, RESUMING)}
+    if harmless:
+        distributed.print_once(f"Changed since the run began:\n{_listed(harmless)}")
+
+
+def changes(before: str, after: str) -> dict[str, tuple[Any, Any]]:
+    """Return what two configurations in YAML say differently: dotted key → both values, None where there is none."""
+    old, new = (dict(dict_to_namespace(yaml.safe_load(text) or {}).items()) for text in (before, after))
+    return {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}
+
+
+def _is_below(key: str, parents: Collection[str]) -> bool:
+    return any(key == parent or key.startswith(f"{parent}.") for parent in parents)
+
+
+def _listed(changed: dict[str, tuple[Any, Any]]) -> str:
+    return "\n".join(f"  {key}: {before!r:.100} → {after!r:.100}" for key, (before, after) in changed.items())
