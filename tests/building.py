@@ -15,13 +15,12 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from vlmembed.backbones import Qwen3VL
-from vlmembed.data import Collator
-from vlmembed.data.collate import PATCH_COST
 from vlmembed.encoder import Encoder
 from vlmembed.losses import BinaryCrossEntropy, InfoNCE, Loss, RankingLoss
 from vlmembed.modules import CrossEncoderModule, EmbeddingModule, RetrievalModule
 from vlmembed.pooling import LastToken, Pooling
-from vlmembed.types import Batch, Example, Item, Part, RankingBatch, Role
+from vlmembed.trainer import Trainer
+from vlmembed.types import Batch, Chunking, Example, Item, Part, RankingBatch, Role
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -75,7 +74,7 @@ def module(checkpoint: Path, loss: Loss | None = None, **options: Any) -> Embedd
 
 
 def batch(model: EmbeddingModule, rows: list[Example], chunk_size: int | None = None) -> Batch:
-    return Collator(model.preprocessor, chunk_size, wants_scores=model.loss.wants_scores)(rows)
+    return _chunked(model, chunk_size)(rows)
 
 
 def lists(count: int = 5, largest: float = 1.0) -> list[Example]:
@@ -109,8 +108,13 @@ def ranker(checkpoint: Path, loss: RankingLoss | None = None, **options: Any) ->
 
 
 def ranking_batch(model: CrossEncoderModule, rows: list[Example], chunk_size: int | None = None) -> RankingBatch:
-    made: RankingBatch = model.task.collator(model.preprocessor, chunk_size, None, PATCH_COST)(rows)
-    return made
+    return _chunked(model, chunk_size)(rows)
+
+
+def _chunked(model: RetrievalModule, chunk_size: int | None) -> Any:
+    collator = model.collator()
+    collator.chunking = Chunking(chunk_size)
+    return collator
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -196,7 +200,7 @@ def trainer(**options: Any) -> lightning.Trainer:
         "enable_model_summary": False,
     }
     fixed = {"accelerator": "cpu", "use_distributed_sampler": False, "num_sanity_val_steps": 0}
-    return lightning.Trainer(**{**quiet, **fixed, "max_epochs": 1, **options})
+    return Trainer(**{**quiet, **fixed, "max_epochs": 1, **options})
 
 
 def fit(model: RetrievalModule, batches: list[Any], **options: Any) -> Recorder:

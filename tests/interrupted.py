@@ -25,7 +25,7 @@ from vlmembed.data import Mixture, RetrievalDataModule, Rows
 from vlmembed.features import FeatureCache, OnDisk
 from vlmembed.losses import InfoNCE, SoftmaxCrossEntropy
 from vlmembed.modules import CosineDecay, EmbeddingModule, RetrievalModule
-from vlmembed.modules.resuming import rows_written
+from vlmembed.training.checkpointing import STATE, in_window
 from vlmembed.pooling import LastToken
 
 OPTIMIZER = {"optimizer": partial(AdamW, lr=1e-3), "lr_scheduler": partial(CosineDecay, warmup=0.2)}
@@ -101,7 +101,7 @@ class Setting:
 
 SETTINGS = {
     "LoRA": Setting(trainer={"val_check_interval": 2}),
-    "accumulation": Setting(trainer={"accumulate_grad_batches": 3, "val_check_interval": 2}),
+    "accumulation": Setting(trainer={"accumulate_grad_batches": 2, "val_check_interval": 2}),
     "features": Setting(kept_features, trainer={"val_check_interval": 3}),
     "limited": Setting(all_weights, trainer={"limit_train_batches": 3, "check_val_every_n_epoch": 2, "max_epochs": 4}),
     "steps": Setting(trainer={"max_steps": 6, "max_epochs": -1, "val_check_interval": 2}),
@@ -112,14 +112,14 @@ SETTINGS = {
         trainer={"val_check_interval": 3},
     ),
     "reranker": Setting(
-        reranker, trainer={"accumulate_grad_batches": 2, "val_check_interval": 3, "log_every_n_steps": 2}
+        reranker, trainer={"accumulate_grad_batches": 2, "val_check_interval": 2, "log_every_n_steps": 2}
     ),
     "watched": Setting(
-        trainer={"accumulate_grad_batches": 2, "val_check_interval": 3, "max_epochs": 9}, callbacks=watchers
+        trainer={"accumulate_grad_batches": 2, "val_check_interval": 2, "max_epochs": 9}, callbacks=watchers
     ),
     "two processes": Setting(
         data={"batch_size": 1},
-        trainer={"accumulate_grad_batches": 3, "val_check_interval": 2},
+        trainer={"accumulate_grad_batches": 2, "val_check_interval": 2},
         strategy=partial(DDPStrategy, process_group_backend="gloo"),
     ),
     "shards": Setting(
@@ -138,7 +138,7 @@ def write_data(folder: Path) -> None:
 
 
 class SaveEverywhere(Checkpoint):
-    """Writes a checkpoint after every batch, in every validation and after it, and after every epoch.
+    """Writes a checkpoint after every step, every validation after every epoch.
 
     Args:
         folder: Where to.
@@ -157,10 +157,8 @@ class SaveEverywhere(Checkpoint):
 
     def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
         self.losses.append(float(trainer.callback_metrics["train/loss"]))
-        self.save(trainer, "batch")
-
-    def on_validation_batch_end(self, trainer: lightning.Trainer, pl_module: Any, *_: Any) -> None:
-        self.save(trainer, "validating")
+        if not in_window(trainer):
+            self.save(trainer, "batch")
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         self.save(trainer, "validation")
@@ -185,7 +183,7 @@ class Left:
 
     def after(self, path: Path, batches: int) -> tuple[list[float], list[dict[str, str]]]:
         """Return the losses and rows that came after a checkpoint."""
-        return self.losses[batches:], self.rows[rows_written(load(path)) or 0 :]
+        return self.losses[batches:], self.rows[load(path)[STATE]["rows"] :]
 
 
 def train(setting: Setting, checkpoint: Path, data: Path, folder: Path, resume: Path | None = None) -> Left:

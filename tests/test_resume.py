@@ -19,19 +19,19 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from vlmembed.features import InMemory
 from vlmembed.modules import EmbeddingModule
-from vlmembed.modules.randomness import random_state, restore_random_state
+from vlmembed.training.checkpointing import _random_state, _restore_random_states
 
 #: In each setting, checkpoints with different things left to do.
 CHOSEN = {
     "LoRA": ["03 batch", "04 batch", "04 validation", "04 epoch"],
-    "accumulation": ["02 batch", "02 validating", "02 validation", "04 batch", "05 batch"],
+    "accumulation": ["02 batch", "02 validation", "04 batch", "04 epoch"],
     "features": ["02 batch", "03 batch", "04 batch"],
     "limited": ["02 batch", "03 batch", "06 batch", "06 validation"],
     "steps": ["04 epoch", "06 batch", "06 validation"],
     "mixture": ["05 batch", "07 epoch"],
-    "reranker": ["03 batch", "03 validation"],
-    "watched": ["03 batch", "05 batch", "07 validation", "11 validation"],
-    "two processes": ["02 batch", "04 validating"],
+    "reranker": ["02 batch", "02 validation", "04 batch"],
+    "watched": ["04 batch", "06 batch", "06 validation", "10 validation"],
+    "two processes": ["02 batch", "04 validation"],
     "shards": ["03 batch"],
 }
 ALONE = [name for name, setting in SETTINGS.items() if setting.strategy is None]
@@ -71,8 +71,8 @@ def check(setting: Setting, checkpoint: Path, data: Path, folder: Path, whole: L
 def comparable(path: Path, rows_before: int = 0) -> dict[str, Any]:
     """What a checkpoint has, if metrics.csv had begun with some rows."""
     found = load(path)
-    found["resuming"]["rows"] += rows_before
-    for state in found["resuming"]["random"]:
+    found["resume"]["rows"] += rows_before
+    for state in found["resume"]["random"]:
         # Checking types at random draws from it, in tests; see below.
         del state["python"]
     for state in found["callbacks"].values():
@@ -99,7 +99,7 @@ def test_other_processes_are_refused_or_warned_of(
     whole = train(SETTINGS["accumulation"], checkpoint, data, tmp_path / "whole")
     path = next(path for path, _ in whole.written if path.stem == stem)
     changed = load(path)
-    changed["resuming"]["random"] *= 2
+    changed["resume"]["random"] *= 2
     torch.save(changed, path)
     if complaint:
         with pytest.raises(ValueError, match=complaint):

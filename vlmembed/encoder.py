@@ -90,6 +90,9 @@ class Encoder(nn.Module):
                 new |= zip(rest["keys"].tolist(), self.backbone.encode_images(rest), strict=True)
         return found, new
 
+    def fresh(self):
+        return Encoder(self.backbone, self.pooling)
+
     def forward_with_images(self, inputs: Inputs, images: Sequence[Inputs]) -> Float[Tensor, "B D"]:
         """Encode one chunk, and of the batch's images no more than those that it shows."""
         shown = set(inputs["images"][:, 1].tolist()) if "images" in inputs else set()
@@ -148,6 +151,7 @@ class Scorer(Encoder):
             )
         backbone.instructions = {"query": None, "document": None}
         backbone.pair_template = template
+        self.template = template
 
     def configure(self) -> None:
         """Load the backbone's weights and create the head's.

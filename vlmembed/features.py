@@ -15,6 +15,9 @@ read them. Four things could make that wrong, and each is refused or cannot happ
 """
 
 from __future__ import annotations
+from collections import OrderedDict
+from collections.abc import Sequence
+from vlmembed.types import Inputs
 
 import errno
 import hashlib
@@ -406,3 +409,32 @@ class OnDisk(FeatureCache):
     def _locked(self) -> AbstractContextManager:
         """Let one process at a time change the folder. The lock of a killed process is free again."""
         return FileLock(self.folder / "lock").acquire(poll_interval=0.002)
+
+
+class RecentFeatures:
+    """Keeps the features of the images that were asked for last, in main memory.
+
+    Args:
+        encoder: Whose vision tower makes them; its weights stay as they are.
+        limit_gib: The most to keep, in GiB.
+    """
+
+    def __init__(self, encoder, limit_gib: float = 1.0) -> None:
+        self._encoder = encoder
+        self._limit = limit_gib * GIB
+        self._kept: OrderedDict[int, Tensor] = OrderedDict()
+        self._bytes = 0
+
+    def encode_images(self, images: Sequence[Inputs]) -> list[Tensor]:
+        """Return the features of some chunks of images, as `Encoder.encode_images` does."""
+        found, new = self._encoder.encode_missing_images(images, self._kept.get)
+        for key in found:
+            self._kept.move_to_end(key)
+        for key, features in new.items():
+            # A copy, so that one image does not keep its whole chunk in memory.
+            self._kept[key] = features.to("cpu", copy=True)
+            self._bytes += features.nbytes
+        while self._bytes > self._limit:
+            self._bytes -= self._kept.popitem(last=False)[1].nbytes
+        found |= new
+        return [found[key] for chunk in images for key in chunk["keys"].tolist()]

@@ -21,8 +21,8 @@ from vlmembed.data.sampling import (
     own_generator,
 )
 from vlmembed.data.sources import Mixture, Rows, Source
-from vlmembed.data.tasks import Task
-from vlmembed.signals import leave_stopping_to_parent
+from vlmembed.types import Chunking
+from vlmembed.training.signals import leave_stopping_to_parent
 from vlmembed.types import Preprocessor
 
 Training = str | Source | list[str | Source]
@@ -88,9 +88,9 @@ class RetrievalDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.chunk_size = chunk_size
         #: What ``auto`` turned out to be: the tokens of a chunk. The module that is trained measures it.
-        self.chunk_cost: int | None = None
+        self.collator = None
+        self.chunking = Chunking(chunk_size if isinstance(chunk_size, int) else None)
         #: What a patch costs; the module that is trained knows whether its vision tower is.
-        self.patch_cost = PATCH_COST
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
         self.seed = seed
@@ -105,9 +105,7 @@ class RetrievalDataModule(LightningDataModule):
         Raises:
             ValueError: If something is missing, cannot be read, or two evaluation sets of a stage have one name.
         """
-        module = self._trainer.lightning_module
-        self._preprocessor: Preprocessor = module.preprocessor
-        self._task: Task = module.task
+        self._task = self.collator
         if stage == "fit":
             self._mixture = as_mixture(self.train)
         if stage == "validate" or (stage == "fit" and self.val is not None):
@@ -141,20 +139,20 @@ class RetrievalDataModule(LightningDataModule):
             **self._loader_options,
         )
 
-    def _collator(self) -> ExampleCollator:
-        if self.chunk_size != "auto":
-            return self._task.collator(self._preprocessor, self.chunk_size, None, self.patch_cost)
-        if self.chunk_cost is None:
-            raise ValueError("chunk_size: auto needs a vlmembed module to measure it; give a number, or null.")
-        return self._task.collator(self._preprocessor, None, self.chunk_cost, self.patch_cost)
+    def set_chunking(self, tokens, patch_cost):
+        self.chunking = Chunking(self.chunking.size, tokens, patch_cost)
+
+    def _collator(self):
+        self.collator.chunking = self.chunking
+        return self.collator
 
     def state_dict(self) -> dict[str, Any]:
         """Keep the size of chunks, so that a resumed run cuts the same."""
-        return {"chunk_cost": self.chunk_cost}
+        return {"tokens": self.chunking.tokens}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what a checkpoint says."""
-        self.chunk_cost = state_dict["chunk_cost"]
+        self.chunking = Chunking(self.chunking.size, state_dict["tokens"], self.chunking.patch_cost)
 
     def val_dataloader(self) -> list[DataLoader]:
         """Return a loader for each validation set: its queries and corpus, sorted by cost."""
@@ -186,7 +184,7 @@ class RetrievalDataModule(LightningDataModule):
     def _evaluation_loaders(self, stage: str) -> list[DataLoader]:
         rank, world_size = self._trainer.global_rank, self._trainer.world_size
         return [
-            self._task.loader(each, self._preprocessor, self.eval_batch_size, rank, world_size, **self._loader_options)
+            self._task.loader(each, self.eval_batch_size, rank, world_size, **self._loader_options)
             for each in self.evaluations.get(stage, [])
         ]
 
@@ -221,7 +219,7 @@ def as_mixture(train: Training | None) -> Mixture:
     return sources[0] if len(sources) == 1 and isinstance(sources[0], Mixture) else Mixture(sources)
 
 
-def load_evaluations(task: Task, given: Evaluations | None, split: str) -> list[Any]:
+def load_evaluations(task, given: Evaluations | None, split: str) -> list[Any]:
     """Load the evaluation sets of a stage.
 
     Args:

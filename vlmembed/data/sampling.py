@@ -229,7 +229,7 @@ class ResumableLoader(DataLoader):
         """Continue after them, in the same order if the global batch is of the same size."""
         self.sampler.set_epoch(state["epoch"])
         # Of both: another checkpoint may be written before a batch is asked for.
-        self._batch = self.sampler.skip = state["rows"] // self.sampler.global_size
+        self._batch = self.sampler.skip = min(state["rows"] // self.sampler.global_size, len(self.sampler))
 
 
 def own_generator(*seeds: int) -> torch.Generator:

@@ -21,7 +21,7 @@ from torchmetrics import Metric
 
 from vlmembed import distributed
 from vlmembed.adapters import Adapter
-from vlmembed.data import Collator
+from vlmembed.data.interim import Collator
 from vlmembed.encoder import Encoder
 from vlmembed.features import FeatureCache
 from vlmembed.gradcache import GradCache
@@ -196,10 +196,6 @@ class RetrievalModule(LightningModule, ABC):
         self.checkpointing.resume(self)
         self.guard.begin(self)
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """See `Checkpointing.align`."""
-        self.checkpointing.align(self.trainer)
-
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Encode the batch and compute the loss of all processes' batches."""
         self.grad_cache.before_step = step_follows(self.trainer, batch_idx)
@@ -248,7 +244,7 @@ class RetrievalModule(LightningModule, ABC):
 
     def on_train_epoch_end(self) -> None:
         """Refuse to keep features that nobody asks for again."""
-        self.checkpointing.align(self.trainer)
+        self.checkpointing.count_last_step(self.trainer)
         if self.features is not None:
             self.features.end_epoch(distributed.total)
 
@@ -273,6 +269,7 @@ class RetrievalModule(LightningModule, ABC):
 
     def start_metrics(self) -> None:
         """Start measuring every evaluation set of the stage."""
+        self.checkpointing.count_last_step(self.trainer)
         sets = self.trainer.datamodule.evaluations[self._stage]  # type: ignore[attr-defined]
         if self._stage == "predict":
             for evaluation in sets:

@@ -8,16 +8,18 @@ are kept in memory (computed anew, they are rounded otherwise), and a GPU, whose
 
 *Small*: frozen weights are left out, and recognised by a sum over their bytes.
 
-All that is known of Lightning from inside is in this file: five private attributes.
+All that is known of Lightning from inside is in this file: four private attributes, and its loops' state.
 """
 
 from __future__ import annotations
 
 import csv
 import errno
+import math
 import os
 import pickle
 import random
+import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -67,9 +69,11 @@ class Checkpointing:
         trainer = module.trainer
         for logger in trainer.loggers:
             logger.save()
-        moment = moment_of(trainer)
+        moment, index = moment_of(trainer), trainer.fit_loop.epoch_loop.batch_idx
         checkpoint[STATE] = {
             "moment": moment,
+            "validation_due": moment == "batch" and _is_validation_due(trainer),
+            "epoch_ends": moment == "batch" and _is_last_of_epoch(trainer, index),
             "step": trainer.global_step,
             "random": distributed.gather_objects(_random_state()),
             "metrics": {name: value.detach().cpu() for name, value in trainer.callback_metrics.items()},
@@ -101,8 +105,7 @@ class Checkpointing:
         trainer = module.trainer
         self._state = checkpoint.get(STATE, {}) if trainer.training else {}
         if self._state:
-            loops, moment = checkpoint["loops"]["fit_loop"], self._state["moment"]
-            self._step_taken_off = _settle(loops, moment, trainer.max_steps)
+            self._step_taken_off = _settle(checkpoint["loops"]["fit_loop"], self._state, trainer.max_steps)
 
     def resume(self, module: LightningModule) -> None:
         """Take the state of a checkpoint, as training begins."""
@@ -123,19 +126,21 @@ class Checkpointing:
         elif state["moment"] == "epoch":
             loop.restarting = False
         elif state["moment"] == "batch":
-            # See `_settle`: a validation that is due has been made to look interrupted.
+            # See `_settle`: a validation that is due has been made to look interrupted, and begins anew.
             loop.val_loop.batch_progress.total.ready -= 1
             loop.val_loop.batch_progress.total.started -= 1
-        loop.automatic_optimization.optim_progress.optimizer.step.total.completed += self._step_taken_off
+            loop.val_loop.restarting = False
         for logger in trainer.loggers if state["row"] else []:
             logger.log_metrics(state["row"] | {"epoch": trainer.current_epoch}, step=state["step"] - 1)
             logger.save()
         # Else ModelCheckpoint would never remove the file that the run was resumed from.
         trainer.ckpt_path = None
 
-    def align(self, trainer: lightning.Trainer) -> None:
-        """Let the loop count the steps that there were: it forgets one where a checkpoint was written after a batch."""
-        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+    def count_last_step(self, trainer: lightning.Trainer) -> None:
+        """Count the run's last step again, which `load` has taken off; training is under way by now, and ends."""
+        optimization = trainer.fit_loop.epoch_loop.automatic_optimization
+        optimization.optim_progress.optimizer.step.total.completed += self._step_taken_off
+        self._step_taken_off = False
 
     def _complete(self, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         # Where weights were left out, they are compared by name here, and not by torch.
@@ -146,8 +151,11 @@ class Checkpointing:
 
 def step_follows(trainer: lightning.Trainer, batch_idx: int) -> bool:
     """Whether the optimizer steps after a batch of the epoch, and not after another whose gradient is added to its."""
-    ends_window = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-    return ends_window or trainer.is_last_batch or batch_idx + 1 == trainer.num_training_batches
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or _is_last_of_epoch(trainer, batch_idx)
+
+
+def _is_last_of_epoch(trainer: lightning.Trainer, batch_idx: int) -> bool:
+    return trainer.is_last_batch or batch_idx + 1 == trainer.num_training_batches
 
 
 def refuse_split_windows(trainer: lightning.Trainer, batches: int | None) -> None:
@@ -201,25 +209,37 @@ def moment_of(trainer: lightning.Trainer) -> str:
 
 def in_window(trainer: lightning.Trainer) -> bool:
     """Whether gradients of the last batch wait for those of the next."""
-    index = trainer.fit_loop.epoch_loop.batch_progress.current.ready - 1
+    index = trainer.fit_loop.epoch_loop.batch_idx
     return bool(trainer.training) and moment_of(trainer) == "batch" and not step_follows(trainer, index)
 
 
-def _settle(loops: dict[str, Any], moment: str, max_steps: int) -> bool:
+def _is_validation_due(trainer: lightning.Trainer) -> bool:
+    """Whether a validation follows the batch that has just been trained on; what Lightning's loop asks afterwards."""
+    loop, every = trainer.fit_loop.epoch_loop, trainer.check_val_every_n_epoch
+    if not trainer.enable_validation or (every is not None and (trainer.current_epoch + 1) % every):
+        return False
+    if trainer.should_stop or trainer.val_check_batch == math.inf:
+        return trainer.should_stop or trainer.is_last_batch
+    index = loop.total_batch_idx if every is None else loop.batch_idx
+    return trainer.val_check_batch is not None and (index + 1) % trainer.val_check_batch == 0
+
+
+def _settle(loops: dict[str, Any], state: dict[str, Any], max_steps: int) -> bool:
     """Put the loops' state into a form from which Lightning does what was still to do, and counts nothing twice.
 
     After a batch, its row of the log, a validation and the end of the epoch may be due. Lightning 2.6 would continue
     with the next batch and leave these out. It goes back to a validation that looks interrupted, if one is due; so it
-    is made to look so, before its first batch.
+    is made to look so, before its first batch. Where the epoch or the run ends, the loader is made to have no more.
 
     Args:
         loops: The state of the fit loop in a checkpoint; changed in place.
-        moment: When it was written.
+        state: What `Checkpointing.save` added.
         max_steps: Where the run ends; -1 for nowhere.
 
     Returns:
-        Whether the last step of the run was taken off, because nothing would run at all; `resume` adds it again.
+        Whether the last step of the run was taken off, because nothing would run at all.
     """
+    moment = state["moment"]
     if moment == "elsewhere":
         return False
     for progress in loops["epoch_progress" if moment == "epoch" else "epoch_loop.batch_progress"].values():
@@ -229,11 +249,15 @@ def _settle(loops: dict[str, Any], moment: str, max_steps: int) -> bool:
         validation = loops["epoch_loop.val_loop.batch_progress"]
         done = validation["total"]["completed"]
         validation["total"] = {"ready": done + 1, "started": done + 1, "processed": done, "completed": done}
-        validation["current"] = dict.fromkeys(validation["current"], 0)
+        # Counted after a validation, or here.
+        loops["epoch_loop.state_dict"]["_batches_that_stepped"] += not state["validation_due"]
     steps = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]
-    ends = moment != "epoch" and steps["completed"] == max_steps
-    steps["completed"] -= ends
-    return bool(ends)
+    run_ends = moment != "epoch" and steps["completed"] == max_steps
+    steps["completed"] -= run_ends
+    if run_ends or (state["epoch_ends"] and not state["validation_due"]):
+        for loader in loops["state_dict"]["combined_loader"]:
+            loader["rows"] = sys.maxsize
+    return bool(run_ends)
 
 
 def _unwritten_row(trainer: lightning.Trainer) -> dict[str, float]:
@@ -266,7 +290,8 @@ def _restore_callbacks(trainer: lightning.Trainer, state: dict[str, Any]) -> Non
         step = state["step"] if saved else hidden[HIDDEN[0]]
         # After a validation nobody waits for one: a callback that is just saving forgets it a moment later.
         waits = hidden[HIDDEN[1]] and state["moment"] != "validation"
-        vars(callback).update(zip(HIDDEN, (step, waits, next(iter(paths), "")), strict=True))
+        path = str(trainer.ckpt_path) if saved else hidden[HIDDEN[2]]
+        vars(callback).update(zip(HIDDEN, (step, waits, path), strict=True))
 
 
 def _model_checkpoints(trainer: lightning.Trainer) -> Iterator[ModelCheckpoint]:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from vlmembed import distributed
 from vlmembed.backbones import VisionLanguageModel
-from vlmembed.data import Collator
+from vlmembed.data.interim import Collator
 from vlmembed.encoder import Encoder
 from vlmembed.features import FeatureCache, fingerprint, refuse_trainable
 from vlmembed.gradcache import GradCache
