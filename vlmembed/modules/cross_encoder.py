@@ -59,7 +59,7 @@ class CrossEncoderModule(RetrievalModule):
     @property
     def task(self) -> Task:
         """To score pairs, with the targets that the loss wants."""
-        return Reranking(self.loss.targets, self._template.ends_with_query, self._in_batch_negatives)
+        return Reranking(self.loss.label_spec, self._template.ends_with_query, self._in_batch_negatives)
 
     def joined(self, outputs: Tensor, batch: RankingBatch) -> tuple[Tensor, ...]:
         """Join the scores of all processes."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from vlmembed import distributed
 from vlmembed.engine import Engine
 from vlmembed.gradcache import Room
-from vlmembed.losses.definition import defined_loss
+from vlmembed.modules.definition import defined_loss
 from vlmembed.modules.embedding import EmbeddingModule
 from vlmembed.modules.finite import FiniteSteps
 from vlmembed.types import Batch

@@ -13,7 +13,7 @@ from vlmembed.data.collate import PATCH_COST, Collator
 from vlmembed.data.pairs import PairCollator
 from vlmembed.encoder import Encoder, Scorer
 from vlmembed.engine import Engine
-from vlmembed.losses import Targets
+from vlmembed.losses import LabelSpec
 from vlmembed.types import Batch, Example, Item, Part, RankingBatch
 
 #: A larger chunk is no faster: the device is busy, or the processor's caches are full.
@@ -79,5 +79,5 @@ def _batch(encoder: Encoder, tokens: float) -> Batch | RankingBatch:
         shown = Item("document", (Part("image", picture), Part("text", number)), origin="probing for chunk_size: auto")
         examples.append(Example(Item("query", (Part("text", number),)), (shown,)))
     if isinstance(encoder, Scorer):
-        return PairCollator(preprocessor, Targets())(examples)
+        return PairCollator(preprocessor, LabelSpec())(examples)
     return Collator(preprocessor)(examples)

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from vlmembed.losses.candidates import cleared
+from vlmembed.losses.base import masked
 
 #: A step is looked at after so many, and after so many looks they are judged: 100 steps.
 EVERY, LOOKS = 10, 10
@@ -163,4 +163,4 @@ class ScoreWatch(Watch):
 
 
 def _mean(scores: Tensor, mask: Tensor) -> Tensor:
-    return cleared(scores, mask).sum() / mask.sum()
+    return masked(scores, mask).sum() / mask.sum()
