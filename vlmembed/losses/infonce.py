@@ -57,9 +57,8 @@ class InfoNCE(Loss):
         directions: Where negatives come from; at least one of the four above.
         softmax: ``joint`` takes one softmax over all directions' candidates; ``per_direction`` one softmax per
             direction, and averages. The second needs directions that contain the positive pair.
-        false_negative_margin: Drop a negative that is more similar than the positive pair by more than this, as it
-            is probably an unlabelled positive (0.1 in Qwen3-Embedding, arXiv:2506.05176). Applies to hard negatives
-            too. None keeps all.
+        false_negative_margin: Drop a negative, in-batch or hard, that is more similar than the pair by more than this, as
+            probably an unlabelled positive (0.1 in Qwen3-Embedding, arXiv:2506.05176). None keeps all.
         hardness: Add this times the (detached) cosine similarity to the ``query_to_document`` logits of negatives,
             so that similar ones weigh more (9 in LLaVE, arXiv:2503.04812; 5 in EmbeddingGemma, arXiv:2509.20354).
         hardness_on: Which negatives ``hardness`` weighs: other queries' documents, the query's hard negatives, or both.
@@ -106,7 +105,8 @@ class InfoNCE(Loss):
     @property
     def temperature(self) -> float:
         """The temperature in use now."""
-        return 1 / float(self._scale())
+        with torch.no_grad():
+            return 1 / float(self._scale())
 
     def _scale(self) -> Tensor | float:
         if self.log_scale is None:

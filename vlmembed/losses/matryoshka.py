@@ -40,6 +40,9 @@ class Matryoshka(Loss):
         largest, available = self.dimensions[0], queries.shape[1]
         if largest > available:
             raise ValueError(f"Matryoshka dimension {largest} is above the embedding's, which is {available}")
+        # Converted once, so that half-precision embeddings get a gradient that was added up over dimensions in float32.
+        precision = torch.promote_types(queries.dtype, torch.float32)
+        queries, documents = queries.to(precision), documents.to(precision)
         teacher = () if scores is None else (scores,)
         losses = [
             weight * self.loss(queries[:, :dimension], documents[:, :dimension], relevance, *teacher)

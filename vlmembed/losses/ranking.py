@@ -11,9 +11,6 @@ from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
 from vlmembed.losses.base import LabelSpec, RankingLoss, check_positive, masked, masked_log_softmax
 
-#: 2 to this power, squared and added up, is still finite in float32.
-LARGEST_GRADE = 50.0
-
 
 class BinaryCrossEntropy(RankingLoss):
     """Binary cross-entropy of each pair's label: is this document a positive of this query?
@@ -42,9 +39,8 @@ class BinaryCrossEntropy(RankingLoss):
 class SoftmaxCrossEntropy(RankingLoss):
     """Softmax cross-entropy over a query's candidates: a positive should take the whole of the softmax.
 
-    Several positives share it in proportion to their labels, and labels of 0 get nothing. Averaged over queries. With
-    one positive per query this is what Qwen3-Reranker and most others train listwise with (localized contrastive
-    estimation, arXiv:2101.08751).
+    Positives share it in proportion to their labels; labels of 0 get nothing. Averaged over queries. With one positive
+    per query: localized contrastive estimation (arXiv:2101.08751), as Qwen3-Reranker and most others train listwise.
 
     Args:
         temperature: Scores are divided by it; above 0, else ValueError.
@@ -107,7 +103,8 @@ class LambdaRank(RankingLoss):
         k: How many ranks NDCG looks at; 1 or more, else ValueError.
     """
 
-    label_spec = LabelSpec(largest=LARGEST_GRADE, needs_positive=True, needs_several=True)
+    # 2^50, squared and added up, is still finite in float32.
+    label_spec = LabelSpec(largest=50.0, needs_positive=True, needs_several=True)
 
     def __init__(self, k: int = 10) -> None:
         super().__init__()
