@@ -57,8 +57,8 @@ class InfoNCE(Loss):
         directions: Where negatives come from; at least one of the four above.
         softmax: ``joint`` takes one softmax over all directions' candidates; ``per_direction`` one softmax per
             direction, and averages. The second needs directions that contain the positive pair.
-        false_negative_margin: Drop a negative, in-batch or hard, that is more similar than the pair by more than this, as
-            probably an unlabelled positive (0.1 in Qwen3-Embedding, arXiv:2506.05176). None keeps all.
+        false_negative_margin: Drop a negative, in-batch or hard, that is more similar than the pair by more than this:
+            it is probably an unlabelled positive (0.1 in Qwen3-Embedding, arXiv:2506.05176). None keeps all.
         hardness: Add this times the (detached) cosine similarity to the ``query_to_document`` logits of negatives,
             so that similar ones weigh more (9 in LLaVE, arXiv:2503.04812; 5 in EmbeddingGemma, arXiv:2509.20354).
         hardness_on: Which negatives ``hardness`` weighs: other queries' documents, the query's hard negatives, or both.
@@ -158,11 +158,11 @@ class InfoNCE(Loss):
             elif direction == "document_to_query":
                 similarities, is_negative = p @ queries.T, relevance.T[document] != 1
             elif direction == "query_to_query":
-                answered = (relevance == 1).float()
-                similarities, is_negative = q @ queries.T, answered[query] @ answered.T == 0
+                similarities = q @ queries.T
+                is_negative = (relevance[query] == 1).float() @ (relevance == 1).float().T == 0  # No shared positive.
             else:
-                judged = (relevance != 0).float()
-                similarities, is_negative = p @ documents.T, judged.T[document] @ judged == 0
+                similarities = p @ documents.T
+                is_negative = (relevance.T[document] != 0).float() @ (relevance != 0).float() == 0  # No query for both.
             if self.false_negative_margin is not None:
                 is_negative = is_negative & (similarities <= similarity + self.false_negative_margin)
             logits = scale * similarities
