@@ -104,8 +104,7 @@ def assert_as_defined(loss: Loss, batch: EmbeddedBatch) -> None:
     """In value, and in the gradient of everything."""
     ours = value_and_gradients(loss, batch, *loss.parameters())
     definition = value_and_gradients(lambda *tensors: defined_loss(loss, *tensors), batch, *loss.parameters())
-    for tensor, expected in zip(ours, definition, strict=True):
-        torch.testing.assert_close(tensor, expected, **CLOSE, check_dtype=False)
+    torch.testing.assert_close(ours, definition, **CLOSE, check_dtype=False)
 
 
 # Sentence Transformers
@@ -115,14 +114,17 @@ def assert_equals_sentence_transformers(loss: Loss, negatives: int, temperature:
     ours, theirs = ([column.requires_grad_() for column in columns(negatives)] for _ in range(2))
     options["directions"] = tuple(name.replace("document", "doc") for name in options["directions"])
     stock = MultipleNegativesRankingLoss(model=None, scale=1 / temperature, **options)
-    compare(loss(*shuffled(ours)), ours, stock.compute_loss_from_embeddings(theirs, labels=torch.empty(0)), theirs)
+    reference = stock.compute_loss_from_embeddings(theirs, labels=torch.empty(0))
+    compare(loss(*shuffled(ours)), ours, reference, theirs, least_gradient=0.0)  # Some batches are easy.
 
 
-def compare(value: Tensor, ours: list[Tensor], reference: Tensor, theirs: list[Tensor]) -> None:
+def compare(
+    value: Tensor, ours: list[Tensor], reference: Tensor, theirs: list[Tensor], least_gradient: float = 1e-4
+) -> None:
     torch.testing.assert_close(value, reference, **CLOSE)
     gradients = torch.autograd.grad(value, ours), torch.autograd.grad(reference, theirs)
-    for gradient, expected in zip(*gradients, strict=True):
-        torch.testing.assert_close(gradient, expected, **CLOSE)
+    assert all(expected.abs().max() > least_gradient for expected in gradients[1])
+    torch.testing.assert_close(*gradients, **CLOSE)
 
 
 @pytest.mark.parametrize("negatives", [0, 1, 3])
@@ -235,40 +237,20 @@ def test_hardness_takes_no_gradient():
     torch.testing.assert_close(documents.grad, copy.grad, **CLOSE)
 
 
-class UserLoss(Loss):
-    """A user's loss, which does not know of Matryoshka."""
-
-    def __init__(self, inner: Loss) -> None:
-        super().__init__()
-        self.inner = inner
+class Quadratic(Loss):
+    """A user's loss, which knows nothing of Matryoshka."""
 
     def forward(self, queries: Tensor, documents: Tensor, relevance: Tensor) -> Tensor:
-        return self.inner(queries, documents, relevance) + queries.square().mean()
+        return (queries @ documents.T - relevance).square().mean()
 
 
-class Regularised(InfoNCE):
-    """A user's change of InfoNCE."""
-
-    def forward(self, queries: Tensor, documents: Tensor, relevance: Tensor) -> Tensor:
-        return super().forward(queries, documents, relevance) + queries.square().mean()
-
-
-@pytest.mark.parametrize("loss", [UserLoss(InfoNCE(0.1)), Regularised(0.1)])
-def test_matryoshka_calls_any_other_loss_once_per_dimension(loss):
-    def expected(queries: Tensor, documents: Tensor, relevance: Tensor) -> Tensor:
-        squares = [w * queries[:, :d].square().mean() for d, w in zip(DIMENSIONS, WEIGHTS, strict=True)]
-        infonce = defined_loss(Matryoshka(InfoNCE(0.1), DIMENSIONS, WEIGHTS), queries, documents, relevance)
-        return infonce + torch.stack(squares).sum()
-
-    ours = value_and_gradients(Matryoshka(loss, DIMENSIONS, WEIGHTS), graded_batch())
-    for tensor, reference in zip(ours, value_and_gradients(expected, graded_batch()), strict=True):
-        torch.testing.assert_close(tensor, reference, **CLOSE, check_dtype=False)
-
-
-def test_matryoshka_weights_default_to_one():
-    queries, documents, relevance = shuffled(columns(negatives=1))
-    parts = [InfoNCE()(queries[:, :d], documents[:, :d], relevance) for d in (12, 5)]
-    torch.testing.assert_close(Matryoshka(InfoNCE(), [12, 5])(queries, documents, relevance), sum(parts), **CLOSE)
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
+def test_matryoshka_is_the_weighted_sum_of_any_loss(weights):
+    queries, documents, relevance = graded_batch()
+    parts = [Quadratic()(queries[:, :d], documents[:, :d], relevance) for d in DIMENSIONS]
+    expected = torch.stack(parts) @ torch.tensor(weights or [1.0, 1.0, 1.0])
+    value = Matryoshka(Quadratic(), DIMENSIONS, weights)(queries, documents, relevance)
+    torch.testing.assert_close(value, expected, **CLOSE)
 
 
 # Edges
@@ -469,7 +451,7 @@ def test_memory_is_bounded(monkeypatch, options):
     """Neither all similarities are stored, nor those of one dimension beside another's."""
     matrix = 4 * 128 * 256
     assert operations(128, [4], options).peak > 3 * matrix
-    monkeypatch.setattr(infonce, "BLOCK_BYTES", matrix // 16)
+    monkeypatch.setattr(infonce, "BLOCK_BYTES", matrix // 32)
     one, several = (operations(128, dimensions, options).peak for dimensions in ([4], [4, 3, 2]))
     # Relevance in float32, for directions that compare queries with queries or documents with documents.
     assert one < (1 if set(options["directions"]) <= set(CROSS) else 3) * matrix
