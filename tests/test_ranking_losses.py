@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import combinations, permutations
 from pathlib import Path
 from typing import Any
@@ -423,25 +424,22 @@ def test_similarities_are_float32_under_autocast() -> None:
 
 def test_a_sum_is_the_sum_of_its_losses() -> None:
     queries, documents, relevance, scores = scored_batch()
-    losses: list[Loss] = [Matryoshka(InfoNCE(0.1), [12, 4]), ScoreDistillation(MarginMSE()), InfoNCE(0.5)]
+    learnable = InfoNCE(0.5, learnable_temperature=True)
+    losses: list[Loss] = [Matryoshka(InfoNCE(0.1), [12, 4]), ScoreDistillation(MarginMSE()), learnable]
     summed = WeightedSum(losses, [1.0, 0.25, 2.0])
     expected = losses[0](queries, documents, relevance) + 2 * losses[2](queries, documents, relevance)
     expected = expected + 0.25 * losses[1](queries, documents, relevance, scores)
-    torch.testing.assert_close(summed(queries, documents, relevance, scores), expected, **CLOSE)
-    torch.testing.assert_close(defined_loss(summed, queries, documents, relevance, scores).float(), expected, **CLOSE)
+    for function in (summed, partial(defined_loss, summed)):
+        value = function(queries, documents, relevance, scores).float()
+        torch.testing.assert_close(value, expected, **CLOSE)
+        (gradient,) = torch.autograd.grad(value, learnable.log_scale)
+        assert gradient != 0
+    assert [*summed.parameters()] == [learnable.log_scale]
     assert summed.dimensions == (12, 4)
     assert summed.wants_scores
     assert Matryoshka(summed, [12]).wants_scores
     assert not WeightedSum([InfoNCE()]).wants_scores
     assert not Matryoshka(InfoNCE(), [12]).wants_scores
-
-
-def test_a_sum_trains_what_its_losses_learn() -> None:
-    summed = WeightedSum([InfoNCE(learnable_temperature=True), ScoreDistillation()])
-    summed(*scored_batch()).backward()
-    (parameter,) = summed.parameters()
-    assert parameter.grad is not None
-    assert parameter.grad != 0
 
 
 # The batch
