@@ -31,7 +31,7 @@ from vlmembed.backbones import Qwen3VL
 from vlmembed.cli import main
 from vlmembed.data import Collator, GroupByQuery, Mixture, Reranking, RetrievalDataModule, Rows, Source
 from vlmembed.data.sampling import BadRowFile, SkipBadRows
-from vlmembed.losses import Targets
+from vlmembed.losses import LabelSpec
 from vlmembed.modules import CrossEncoderModule
 from vlmembed.types import BadRow, Batch, Example, Inputs, Item, Part
 
@@ -439,7 +439,7 @@ def test_of_pairs_only_the_row_at_fault_is_left_out(checkpoint: Path, negatives:
     strip = Item("document", (Part("image", picture(1, 400)),), "row 3, column 'positive'")
     bad = Example(Item("query", (Part("text", "strip"),), "row 3"), (strip,), (Item("document", (Part("text", "a"),)),))
     model = CrossEncoderModule(Qwen3VL(str(checkpoint)), loss=torch.nn.Identity())  # type: ignore[arg-type]
-    task = Reranking(Targets(several=True), in_batch_negatives=negatives)
+    task = Reranking(LabelSpec(needs_several=True), in_batch_negatives=negatives)
     collate = task.collator(model.preprocessor, 4, None, 0.5)
     single = Example(Item("query", (Part("text", "single"),), "row 7"), (rows[0].positives[0],))
     given = [*rows[:2], bad, *rows[2:], *([single] if negatives else [])]

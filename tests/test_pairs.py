@@ -16,12 +16,12 @@ from test_reranking_metrics import reranking_set
 from vlmembed.backbones import DocumentFirst, QueryFirst, Qwen3VL
 from vlmembed.data import Reranking
 from vlmembed.data.collate import EvaluationPairCollator, PairCollator, PairLists
-from vlmembed.losses import Targets
+from vlmembed.losses import LabelSpec
 from vlmembed.types import Example, Inputs, Item, Pair, PairBatch, Preprocessor, RankingBatch
 
-LABELS = Targets()
-LISTWISE = Targets(positive=True, several=True)
-SCORES = Targets(scores=True)
+LABELS = LabelSpec()
+LISTWISE = LabelSpec(needs_positive=True, needs_several=True)
+SCORES = LabelSpec(teacher_scores=True)
 
 
 class Named(Preprocessor):
@@ -183,18 +183,18 @@ def test_a_patch_costs_as_much_as_is_said(checkpoint: Path) -> None:
             LISTWISE,
             r"row 7: none of the query's 2 candidates has a label above",
         ),
-        (row("7", "a", "bb", labels=(2.0, 0.0)), Targets(largest=1.0), r"row 7: label 2 is outside of .* 0 to 1\."),
+        (row("7", "a", "bb", labels=(2.0, 0.0)), LabelSpec(largest=1.0), r"row 7: label 2 is outside of .* 0 to 1\."),
         (row("7", "a", "bb", labels=(1.0, -0.5)), LABELS, r"row 7: label -0.5 is outside of .* 0 to inf"),
         (row("7", "a", "bb", labels=(float("nan"), 0.0)), LABELS, r"row 7: label nan is outside"),
     ],
 )
-def test_what_a_loss_cannot_use_is_refused(example: Example, wanted: Targets, message: str) -> None:
+def test_what_a_loss_cannot_use_is_refused(example: Example, wanted: LabelSpec, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PairCollator(Named(), wanted)([row("fine", "a", "bb") if not wanted.scores else example, example])
 
 
 def test_what_a_pointwise_loss_can_use_is_not() -> None:
-    batch = PairCollator(Named(), Targets(largest=1.0))([row("one", "", "a", labels=(0.0,)), row("two", "a")])
+    batch = PairCollator(Named(), LabelSpec(largest=1.0))([row("one", "", "a", labels=(0.0,)), row("two", "a")])
     assert sorted(batch.targets.tolist()) == [0.0, 1.0]
 
 

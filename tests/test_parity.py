@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +21,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from peft import LoraConfig
-from test_losses import CLOSE, CROSS, DIRECTIONS, HARDNESS, graded_batch, slow_infonce
+from test_losses import CROSS, DIRECTIONS
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -33,8 +32,6 @@ from vlmembed.engine import Engine
 from vlmembed.features import InMemory
 from vlmembed.gradcache import CachedStep
 from vlmembed.losses import InfoNCE, Loss, Matryoshka
-from vlmembed.losses.definition import defined_loss
-from vlmembed.losses.pairs import Pairs
 from vlmembed.modules import EmbeddingModule, ParityCheck, embedding
 from vlmembed.modules.parity import _compared
 from vlmembed.modules.reduction import reduced
@@ -183,7 +180,8 @@ def test_another_loss_is_taken_as_it_is(
 
 
 def ignored_temperature(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(InfoNCE, "_scale", lambda self: 1.0)
+    forward = InfoNCE.forward
+    patch.setattr(InfoNCE, "forward", lambda self, *batch: forward(InfoNCE(temperature=1.0), *batch))
 
 
 def dropped_columns(patch: pytest.MonkeyPatch) -> None:
@@ -201,7 +199,14 @@ def dropped_columns(patch: pytest.MonkeyPatch) -> None:
 
 def dropped_negatives(patch: pytest.MonkeyPatch) -> None:
     """Other queries' documents do not count."""
-    patch.setattr(Pairs, "negatives", lambda self, direction: self.judgements.relevance[self.query] == -1)
+    forward = InfoNCE.forward
+
+    def alone(self: InfoNCE, queries: Tensor, documents: Tensor, relevance: Tensor) -> Tensor:
+        judged = relevance != 0
+        rows = zip(queries.split(1), judged, relevance.split(1), strict=True)
+        return torch.stack([forward(self, query, documents[row], grades[:, row]) for query, row, grades in rows]).mean()
+
+    patch.setattr(InfoNCE, "forward", alone)
 
 
 def wrong_scale(patch: pytest.MonkeyPatch, factor: float = 2.0) -> None:
@@ -342,52 +347,6 @@ def test_errors_between_processes_are_caught(checkpoint: Path, plant: Any, advic
     (first,), (second,) = ddp.run(check_here, checkpoint, plant, "LoRA")
     assert advice in first
     assert advice in second
-
-
-# What it compares with
-
-
-def same_value_and_gradients(loss: Loss, expected: Callable[..., Tensor]) -> None:
-    *vectors, relevance = graded_batch()
-    ours, theirs = ([each.clone().requires_grad_() for each in vectors] for _ in range(2))
-    value, reference = defined_loss(loss, *ours, relevance), expected(*theirs, relevance)
-    torch.testing.assert_close(value, reference, rtol=1e-9, atol=0)
-    value.backward()
-    reference.backward()
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one.grad, other.grad, **CLOSE)
-
-
-@pytest.mark.parametrize(
-    ("directions", "softmax"),
-    [(names, "joint") for count in range(1, 5) for names in combinations(DIRECTIONS, count)]
-    + [(names, "per_direction") for names in (CROSS[:1], CROSS[1:], CROSS)],
-)
-def test_infonce_is_computed_from_its_definition(directions: tuple[str, ...], softmax: str) -> None:
-    for margin in (None, 0.1, -0.2):
-        options = {"directions": directions, "softmax": softmax, "false_negative_margin": margin}
-        same_value_and_gradients(InfoNCE(0.1, **options), partial(slow_infonce, **options))
-    if directions[0] == "query_to_document":
-        for kind in HARDNESS:
-            options = {"directions": directions, "softmax": softmax, "hardness": 5.0, "hardness_on": kind}
-            same_value_and_gradients(InfoNCE(0.1, **options), partial(slow_infonce, **options))
-
-
-def test_matryoshka_is_computed_from_its_definition() -> None:
-    def expected(queries: Tensor, documents: Tensor, relevance: Tensor) -> Tensor:
-        cuts = [(6, 1.0), (2, 0.3)]
-        return sum(weight * slow_infonce(queries[:, :d], documents[:, :d], relevance, CROSS[:1]) for d, weight in cuts)
-
-    same_value_and_gradients(Matryoshka(InfoNCE(0.1), [2, 6], [0.3, 1.0]), expected)
-
-
-def test_a_learnable_temperature_is_used_and_gets_its_gradient() -> None:
-    loss = InfoNCE(0.1, learnable_temperature=True)
-    with torch.no_grad():
-        loss.log_scale.fill_(1.5)
-    log_scale = torch.tensor(1.5, requires_grad=True)
-    same_value_and_gradients(loss, partial(slow_infonce, directions=CROSS[:1], log_scale=log_scale))
-    torch.testing.assert_close(loss.log_scale.grad, log_scale.grad)
 
 
 # What it is computed on

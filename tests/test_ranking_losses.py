@@ -1,39 +1,59 @@
-"""Losses of a cross-encoder are their definition, one query's candidates at a time, and Sentence Transformers' own."""
+"""Losses of scores are their definition, one query's candidates at a time, and Sentence Transformers' own; so is the
+distillation of a teacher's scores into an embedder: the losses, what a batch carries, and over two processes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from itertools import combinations, permutations
+from pathlib import Path
 from typing import Any
 
+import ddp
 import pytest
 import torch
+import torch.distributed as dist
+from building import Recorder, batch, item, module, picture, trainer
+from lightning.pytorch.strategies import DDPStrategy
+from scenarios import OPTIMIZER, Scenario, check_trained_as_one
 from sentence_transformers.cross_encoder import CrossEncoder
 from sentence_transformers.cross_encoder import losses as stock
 from sentence_transformers.cross_encoder.losses.lambda_loss import LambdaRankScheme
+from sentence_transformers.sentence_transformer import losses as stock_embedding
+from test_collate import Letters
+from test_losses import CLOSE, columns, compare, shuffled
 from torch import Tensor
+from torch.utils.data import DataLoader
 
+from vlmembed.data import Collator
 from vlmembed.losses import (
     BinaryCrossEntropy,
+    InfoNCE,
     KLDivergence,
     LambdaRank,
     ListNet,
+    Loss,
     MarginMSE,
+    Matryoshka,
     RankingLoss,
     RankNet,
+    ScoreDistillation,
     SoftmaxCrossEntropy,
+    WeightedSum,
 )
-
-# Sums of some ten float32 numbers of size 10 or less, in another order.
-CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
+from vlmembed.modules import ParityCheck
+from vlmembed.modules.definition import defined_loss
+from vlmembed.modules.embedding import gather_batch
+from vlmembed.types import Example
 
 #: Candidates of each query: ragged, and with more than LambdaRank's k.
 COUNTS = (4, 2, 7, 3)
 
 
 def lists(kind: str) -> tuple[list[Tensor], list[Tensor]]:
-    """Scores and targets of each query's candidates: binary, graded, or a teacher's; right answers at any place."""
+    """Scores and targets of each query's candidates: binary, graded, or a teacher's; positives at any rank."""
     generator = torch.Generator().manual_seed(1)
     scores = [3 * torch.randn(count, generator=generator) for count in COUNTS]
     targets = {
@@ -41,29 +61,33 @@ def lists(kind: str) -> tuple[list[Tensor], list[Tensor]]:
         "graded": ([0, 2, 1, 0.5], [3, 1], [0, 0, 4, 1, 0, 2, 2], [1, 0, 0]),
         "teacher": ([-3.5, 2, 8, 0.1], [1, -4], [0, -2, -9, 4, 3, 3, -1], [-2, -2.5, -7]),
     }[kind]
-    return scores, [torch.tensor(each, dtype=torch.float32) for each in targets]
+    return scores, [torch.tensor(row, dtype=torch.float32) for row in targets]
 
 
-def side_by_side(scores: list[Tensor], targets: list[Tensor], empty: float = math.nan) -> tuple[Tensor, Tensor, Tensor]:
+def padded(scores: list[Tensor], targets: list[Tensor], empty: float = math.nan) -> tuple[Tensor, Tensor, Tensor]:
     """As a loss takes them, the candidates not always first."""
     width = max(map(len, scores)) + 1
     matrices = [torch.full((len(scores), width), empty, dtype=scores[0].dtype) for _ in range(2)]
     mask = torch.zeros(len(scores), width, dtype=torch.bool)
     generator = torch.Generator().manual_seed(2)
-    for row, each in enumerate(zip(scores, targets, strict=True)):
-        places = torch.randperm(width, generator=generator)[: len(each[0])]
-        mask[row, places] = True
-        for matrix, values in zip(matrices, each, strict=True):
-            matrix[row, places] = values.to(matrix.dtype)
+    for row, lists_of_query in enumerate(zip(scores, targets, strict=True)):
+        columns = torch.randperm(width, generator=generator)[: len(lists_of_query[0])]
+        mask[row, columns] = True
+        for matrix, values in zip(matrices, lists_of_query, strict=True):
+            matrix[row, columns] = values.to(matrix.dtype)
     return matrices[0], matrices[1], mask
+
+
+# The definitions
 
 
 def sigmoid(number: float) -> float:
     return 1 / (1 + math.exp(-number))
 
 
-def shares(numbers: list[float]) -> list[float]:
-    return [math.exp(number) / sum(map(math.exp, numbers)) for number in numbers]
+def shares(numbers: list[float], temperature: float = 1.0) -> list[float]:
+    powers = [math.exp(number / temperature) for number in numbers]
+    return [power / sum(powers) for power in powers]
 
 
 def mean(numbers: Any) -> float:
@@ -82,37 +106,27 @@ def slow_binary_cross_entropy(queries: Lists, weight: float) -> float:
     )
 
 
+def cross_entropy(wanted: list[float], predicted: list[float]) -> float:
+    return sum(-one * math.log(other) for one, other in zip(wanted, predicted, strict=True))
+
+
 def slow_softmax(queries: Lists, temperature: float) -> float:
     return mean(
-        sum(
-            -label / sum(labels) * math.log(share)
-            for share, label in zip(shares([score / temperature for score in scores]), labels, strict=True)
-        )
+        cross_entropy([label / sum(labels) for label in labels], shares(scores, temperature))
         for scores, labels in queries
     )
 
 
 def slow_list_net(queries: Lists) -> float:
+    return mean(cross_entropy(shares(labels), shares(scores)) for scores, labels in queries)
+
+
+def slow_kl_divergence(queries: Lists, temperature: float, teacher_temperature: float) -> float:
+    teachers = [shares(targets, teacher_temperature) for _, targets in queries]
     return mean(
-        sum(-wanted * math.log(share) for share, wanted in zip(shares(scores), shares(labels), strict=True))
-        for scores, labels in queries
+        cross_entropy(teacher, shares(scores, temperature)) - cross_entropy(teacher, teacher)
+        for teacher, (scores, _) in zip(teachers, queries, strict=True)
     )
-
-
-def slow_lambda_rank(queries: Lists, k: int | None) -> float:
-    """RankNet where k is None."""
-    losses = []
-    for scores, labels in queries:
-        ranking = sorted(range(len(scores)), key=lambda place: -scores[place])
-        ideal = sum((2**label - 1) / math.log2(2 + r) for r, label in enumerate(sorted(labels, reverse=True)[:k]))
-        for better, worse in permutations(range(len(scores)), 2):
-            first, second = ranking.index(better), ranking.index(worse)
-            if labels[better] > labels[worse] and (k is None or min(first, second) < k):
-                gain = (2 ** labels[better] - 2 ** labels[worse]) / ideal
-                discount = abs(1 / math.log2(2 + first) - 1 / math.log2(2 + second))
-                weight = 1.0 if k is None else gain * discount
-                losses.append(-weight * math.log2(sigmoid(scores[better] - scores[worse])))
-    return mean(losses)
 
 
 def slow_margin_mse(queries: Lists) -> float:
@@ -125,34 +139,36 @@ def slow_margin_mse(queries: Lists) -> float:
     )
 
 
-def slow_kl_divergence(queries: Lists, temperature: float, teacher_temperature: float) -> float:
-    return mean(
-        sum(
-            wanted * math.log(wanted / share)
-            for share, wanted in zip(
-                shares([score / temperature for score in scores]),
-                shares([teacher / teacher_temperature for teacher in teachers]),
-                strict=True,
-            )
-        )
-        for scores, teachers in queries
-    )
+def slow_lambda_rank(queries: Lists, k: int | None) -> float:
+    """RankNet where k is None."""
+    losses = []
+    for scores, labels in queries:
+        ranking = sorted(range(len(scores)), key=lambda row: -scores[row])
+        ideal = sum((2**label - 1) / math.log2(2 + r) for r, label in enumerate(sorted(labels, reverse=True)[:k]))
+        for better, worse in permutations(range(len(scores)), 2):
+            first, second = ranking.index(better), ranking.index(worse)
+            if labels[better] > labels[worse] and (k is None or min(first, second) < k):
+                gain = (2 ** labels[better] - 2 ** labels[worse]) / ideal
+                discount = abs(1 / math.log2(2 + first) - 1 / math.log2(2 + second))
+                weight = 1.0 if k is None else gain * discount
+                losses.append(-weight * math.log2(sigmoid(scores[better] - scores[worse])))
+    return mean(losses)
 
 
 Case = tuple[RankingLoss, str, Callable[[Lists], float]]
 
 CASES: dict[str, Case] = {
-    "binary cross-entropy": (BinaryCrossEntropy(), "binary", lambda lists: slow_binary_cross_entropy(lists, 1.0)),
-    "weighted": (BinaryCrossEntropy(3.5), "binary", lambda lists: slow_binary_cross_entropy(lists, 3.5)),
-    "softmax": (SoftmaxCrossEntropy(), "binary", lambda lists: slow_softmax(lists, 1.0)),
-    "graded softmax": (SoftmaxCrossEntropy(0.3), "graded", lambda lists: slow_softmax(lists, 0.3)),
+    "binary cross-entropy": (BinaryCrossEntropy(), "binary", lambda queries: slow_binary_cross_entropy(queries, 1.0)),
+    "weighted": (BinaryCrossEntropy(3.5), "binary", lambda queries: slow_binary_cross_entropy(queries, 3.5)),
+    "softmax": (SoftmaxCrossEntropy(), "binary", lambda queries: slow_softmax(queries, 1.0)),
+    "graded softmax": (SoftmaxCrossEntropy(0.3), "graded", lambda queries: slow_softmax(queries, 0.3)),
     "ListNet": (ListNet(), "graded", slow_list_net),
-    "RankNet": (RankNet(), "graded", lambda lists: slow_lambda_rank(lists, None)),
-    "LambdaRank": (LambdaRank(), "graded", lambda lists: slow_lambda_rank(lists, 10)),
-    "LambdaRank at 2": (LambdaRank(2), "graded", lambda lists: slow_lambda_rank(lists, 2)),
-    "LambdaRank at 1": (LambdaRank(1), "binary", lambda lists: slow_lambda_rank(lists, 1)),
+    "RankNet": (RankNet(), "graded", lambda queries: slow_lambda_rank(queries, None)),
+    "LambdaRank": (LambdaRank(), "graded", lambda queries: slow_lambda_rank(queries, 10)),
+    "LambdaRank at 2": (LambdaRank(2), "graded", lambda queries: slow_lambda_rank(queries, 2)),
+    "LambdaRank at 1": (LambdaRank(1), "binary", lambda queries: slow_lambda_rank(queries, 1)),
     "margin-MSE": (MarginMSE(), "teacher", slow_margin_mse),
-    "KL": (KLDivergence(0.5, 2.0), "teacher", lambda lists: slow_kl_divergence(lists, 0.5, 2.0)),
+    "KL": (KLDivergence(0.5, 2.0), "teacher", lambda queries: slow_kl_divergence(queries, 0.5, 2.0)),
 }
 
 
@@ -161,7 +177,10 @@ def test_losses_are_their_definition(name: str) -> None:
     loss, kind, slow = CASES[name]
     scores, targets = lists(kind)
     expected = slow([(one.tolist(), other.tolist()) for one, other in zip(scores, targets, strict=True)])
-    assert float(loss(*side_by_side(scores, targets))) == pytest.approx(expected, rel=1e-5)
+    assert float(loss(*padded(scores, targets))) == pytest.approx(expected, rel=1e-5)
+
+
+# Sentence Transformers
 
 
 class GivenScores(CrossEncoder):
@@ -189,55 +208,50 @@ LISTWISE: dict[str, tuple[RankingLoss, str, Callable[[Any], Any]]] = {
 }
 
 
-def check_equal(ours: Tensor, leaves: list[Tensor], theirs: Tensor, their_leaves: list[Tensor]) -> None:
-    torch.testing.assert_close(ours, theirs, **CLOSE)
-    gradients = torch.autograd.grad(ours, leaves)
-    for one, other in zip(gradients, torch.autograd.grad(theirs, their_leaves), strict=True):
-        assert one.abs().max() > 1e-4
-        torch.testing.assert_close(one, other, **CLOSE)
-
-
 @pytest.mark.parametrize("name", LISTWISE)
 def test_listwise_losses_and_gradients_equal_sentence_transformers(name: str) -> None:
     loss, kind, make = LISTWISE[name]
     scores, targets = lists(kind)
-    ours, theirs = ([each.clone().requires_grad_() for each in scores] for _ in range(2))
-    expected = make(GivenScores())([["a query"] * len(scores), [[*each] for each in theirs]], targets)
-    check_equal(loss(*side_by_side(ours, targets)), ours, expected, theirs)
+    ours, theirs = ([row.clone().requires_grad_() for row in scores] for _ in range(2))
+    expected = make(GivenScores())([["a query"] * len(scores), [[*row] for row in theirs]], targets)
+    compare(loss(*padded(ours, targets)), ours, expected, theirs)
 
 
 @pytest.mark.parametrize("weight", [1.0, 3.5])
 def test_binary_cross_entropy_equals_sentence_transformers(weight: float) -> None:
     scores, targets = lists("binary")
-    ours, theirs = ([each.clone().requires_grad_() for each in scores] for _ in range(2))
+    ours, theirs = ([row.clone().requires_grad_() for row in scores] for _ in range(2))
     their_loss = stock.BinaryCrossEntropyLoss(GivenScores(), pos_weight=torch.tensor(weight))
     documents = [*torch.cat(theirs)]
     expected = their_loss([["a query"] * len(documents), documents], torch.cat(targets))
-    check_equal(BinaryCrossEntropy(weight)(*side_by_side(ours, targets)), ours, expected, theirs)
+    compare(BinaryCrossEntropy(weight)(*padded(ours, targets)), ours, expected, theirs)
 
 
 def test_margin_mse_of_two_candidates_equals_sentence_transformers() -> None:
-    scores, targets = ([each[:2] for each in kind] for kind in lists("teacher"))
-    ours, theirs = ([each.clone().requires_grad_() for each in scores] for _ in range(2))
-    columns = [[each[place] for each in theirs] for place in range(2)]
+    scores, targets = ([row[:2] for row in kind] for kind in lists("teacher"))
+    ours, theirs = ([row.clone().requires_grad_() for row in scores] for _ in range(2))
+    columns = [[row[column] for row in theirs] for column in range(2)]
     expected = stock.MarginMSELoss(GivenScores())([["a query"] * 4, *columns], torch.stack(targets))
-    check_equal(MarginMSE()(*side_by_side(ours, targets)), ours, expected, theirs)
+    compare(MarginMSE()(*padded(ours, targets)), ours, expected, theirs)
 
 
-def test_softmax_of_one_right_answer_is_torchs_cross_entropy() -> None:
+def test_softmax_of_one_positive_is_torchs_cross_entropy() -> None:
     generator = torch.Generator().manual_seed(4)
-    scores, right = torch.randn(5, 6, generator=generator), torch.tensor([3, 0, 5, 5, 2])
-    labels = torch.nn.functional.one_hot(right, 6).float()
+    scores, positives = torch.randn(5, 6, generator=generator), torch.tensor([3, 0, 5, 5, 2])
+    labels = torch.nn.functional.one_hot(positives, 6).float()
     value = SoftmaxCrossEntropy(0.1)(scores, labels, torch.ones(5, 6, dtype=torch.bool))
-    torch.testing.assert_close(value, torch.nn.functional.cross_entropy(scores / 0.1, right), **CLOSE)
+    torch.testing.assert_close(value, torch.nn.functional.cross_entropy(scores / 0.1, positives), **CLOSE)
+
+
+# What holds for every loss of scores
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_are_those_of_the_function(name: str) -> None:
     loss, kind, _ = CASES[name]
-    scores, targets, mask = side_by_side(*lists(kind), empty=0.0)
+    scores, targets, mask = padded(*lists(kind), empty=0.0)
     scores = scores.double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda given: loss(given, targets.double(), mask), (scores,))
+    assert torch.autograd.gradcheck(lambda leaf: loss(leaf, targets.double(), mask), (scores,))
 
 
 @pytest.mark.parametrize("empty", [math.nan, math.inf, -math.inf, 1e30])
@@ -246,7 +260,7 @@ def test_what_stands_where_there_is_no_candidate_does_nothing(name: str, empty: 
     loss, kind, _ = CASES[name]
     results = []
     for filling in (0.0, empty):
-        scores, targets, mask = side_by_side(*lists(kind), empty=filling)
+        scores, targets, mask = padded(*lists(kind), empty=filling)
         value = loss(scores.requires_grad_(), targets, mask)
         value.backward()
         assert scores.grad is not None
@@ -260,7 +274,7 @@ def test_what_stands_where_there_is_no_candidate_does_nothing(name: str, empty: 
 def test_large_logits_give_numbers(name: str) -> None:
     loss, kind, _ = CASES[name]
     scores, targets = lists(kind)
-    matrix, targets, mask = side_by_side([1e4 * each.sign() for each in scores], targets)
+    matrix, targets, mask = padded([1e4 * row.sign() for row in scores], targets)
     value = loss(matrix.requires_grad_(), targets * 1e3 if kind == "teacher" else targets, mask)
     value.backward()
     assert value.isfinite()
@@ -271,7 +285,7 @@ def test_large_logits_give_numbers(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_half_precision_is_computed_in_float32(name: str) -> None:
     loss, kind, _ = CASES[name]
-    scores, targets, mask = side_by_side(*lists(kind))
+    scores, targets, mask = padded(*lists(kind))
     half = scores.bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         value = loss(half, targets, mask)
@@ -282,7 +296,7 @@ def test_half_precision_is_computed_in_float32(name: str) -> None:
 # At small k it depends on the scores how many pairs of a query count.
 @pytest.mark.parametrize("name", [name for name in CASES if "at" not in name.split()])
 def test_a_batch_is_the_mean_of_its_queries(name: str) -> None:
-    """Of queries with equally many candidates and right answers, as losses of pairs average over pairs."""
+    """Of queries with equally many candidates and positives, as losses of pairs average over pairs."""
     loss, kind, _ = CASES[name]
     generator = torch.Generator().manual_seed(5)
     scores = torch.randn(3, 4, generator=generator)
@@ -312,14 +326,205 @@ def test_labels_without_difference_give_no_gradient(loss: RankingLoss) -> None:
         (lambda: KLDivergence(math.nan), "^temperature.*nan"),
         (lambda: KLDivergence(teacher_temperature=0.0), "teacher_temperature.*0.0"),
         (lambda: LambdaRank(0), "k is 1 or more, got 0"),
+        (lambda: WeightedSum([InfoNCE()], [1.0, 2.0]), r"one per loss \(1\), got \[1.0, 2.0\]"),
+        (lambda: WeightedSum([]), "one or more, got none"),
+        (lambda: ScoreDistillation(BinaryCrossEntropy()), "BinaryCrossEntropy wants labels"),
+        (lambda: ScoreDistillation(temperature=0.0), r"temperature.*0\.0"),
+        (lambda: ScoreDistillation()(*scored_batch()[:3]), "needs a teacher's scores"),
     ],
 )
-def test_bad_arguments_are_refused(make: Callable[[], RankingLoss], message: str) -> None:
+def test_bad_arguments_are_refused(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
 
 
 def test_losses_say_what_they_want() -> None:
-    assert BinaryCrossEntropy.targets.largest == 1
-    assert all(loss.targets.positive and loss.targets.several for loss in (SoftmaxCrossEntropy, ListNet, LambdaRank))
-    assert all(loss.targets.scores and loss.targets.several for loss in (KLDivergence, MarginMSE))
+    assert BinaryCrossEntropy.label_spec.largest == 1
+    specs = [loss.label_spec for loss in (SoftmaxCrossEntropy, ListNet, RankNet, LambdaRank)]
+    assert all(spec.needs_positive and spec.needs_several for spec in specs)
+    assert all(loss.label_spec.teacher_scores and loss.label_spec.needs_several for loss in (KLDivergence, MarginMSE))
+
+
+# Distillation into an embedder
+
+
+def scored_batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Queries with different numbers of scored documents, one of them shared, and one document that is not scored."""
+    scores = torch.full((3, 7), math.nan)
+    rows, columns = [0, 0, 0, 1, 1, 2, 2, 2, 2], [1, 3, 5, 0, 4, 1, 2, 3, 5]
+    scores[rows, columns] = torch.tensor([4.0, -2.0, 1.5, -6.0, 3.0, 0.5, 2.5, -1.0, 7.0])
+    relevance = torch.zeros(3, 7, dtype=torch.int8)
+    relevance[[0, 1, 2], [1, 4, 5]] = 1
+    relevance[(relevance == 0) & ~scores.isnan()] = -1
+    generator = torch.Generator().manual_seed(0)
+    queries, documents = (torch.randn(count, 12, generator=generator) for count in (3, 7))
+    return queries, documents, relevance, scores
+
+
+@pytest.mark.parametrize("dimensions", [[12], [12, 5]])
+@pytest.mark.parametrize(
+    ("loss", "slow"),
+    [
+        (KLDivergence(teacher_temperature=2.0), lambda queries: slow_kl_divergence(queries, 1.0, 2.0)),
+        (MarginMSE(), slow_margin_mse),
+    ],
+)
+def test_distillation_is_its_definition_at_every_dimension(loss: Any, slow: Any, dimensions: list[int]) -> None:
+    queries, documents, relevance, scores = scored_batch()
+
+    def expected(size: int) -> float:
+        cosines = torch.cosine_similarity(queries[:, None, :size].double(), documents[None, :, :size].double(), dim=2)
+        pairs = zip(cosines / 0.1, scores, ~scores.isnan(), strict=True)
+        return slow([(logits[scored].tolist(), teacher[scored].tolist()) for logits, teacher, scored in pairs])
+
+    ours = Matryoshka(ScoreDistillation(loss, temperature=0.1), dimensions)
+    value = float(ours(queries, documents, relevance, scores))
+    assert value == pytest.approx(sum(map(expected, dimensions)), rel=1e-5)
+
+
+def scored_columns(embeddings: list[Tensor], teacher: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sentence Transformers' columns as a loss takes them, with a teacher's score of each query's documents."""
+    queries, documents, relevance = shuffled(embeddings)
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(7))  # As in `shuffled`.
+    scores = torch.cat([torch.diag(column) for column in teacher.T], dim=1)[:, order]
+    return queries, documents, relevance, scores.masked_fill(relevance == 0, math.nan)
+
+
+def test_distillation_equals_sentence_transformers() -> None:
+    teacher = 3 * torch.randn(4, 3, generator=torch.Generator().manual_seed(3))
+    ours, theirs = ([column.requires_grad_() for column in columns(2, 4)] for _ in range(2))
+    loss: Loss = ScoreDistillation(KLDivergence(teacher_temperature=2.0), temperature=0.2)
+    temperatures = {"student_temperature": 0.2, "teacher_temperature": 2.0}
+    divergence = stock_embedding.DistillKLDivLoss(None, torch.cosine_similarity, **temperatures)
+    expected = divergence.compute_loss_from_embeddings(theirs, teacher) / 0.2**2
+    compare(loss(*scored_columns(ours, teacher)), ours, expected, theirs)
+    # Their margin-MSE is of two documents.
+    loss = ScoreDistillation(MarginMSE(), temperature=0.1)
+    margins = stock_embedding.MarginMSELoss(None, lambda one, other: torch.cosine_similarity(one, other) / 0.1)
+    expected = margins.compute_loss_from_embeddings(theirs[:3], teacher[:, :2])
+    compare(loss(*scored_columns(ours[:3], teacher[:, :2])), ours[:3], expected, theirs[:3])
+
+
+def test_documents_without_score_get_no_gradient() -> None:
+    queries, documents, relevance, scores = scored_batch()
+    documents.requires_grad_()
+    ScoreDistillation()(queries, documents, relevance, scores).backward()
+    assert documents.grad is not None
+    assert documents.grad[:6].abs().amax(1).min() > 1e-4
+    assert not documents.grad[6].any()
+
+
+def test_similarities_are_float32_under_autocast() -> None:
+    queries, documents, *rest = scored_batch()
+    half = queries.bfloat16(), documents.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        value = ScoreDistillation()(*half, *rest)
+    assert torch.equal(value, ScoreDistillation()(*(tensor.float() for tensor in half), *rest))
+
+
+def test_a_sum_is_the_sum_of_its_losses() -> None:
+    queries, documents, relevance, scores = scored_batch()
+    learnable = InfoNCE(0.5, learnable_temperature=True)
+    losses: list[Loss] = [Matryoshka(InfoNCE(0.1), [12, 4]), ScoreDistillation(MarginMSE()), learnable]
+    summed = WeightedSum(losses, [1.0, 0.25, 2.0])
+    expected = losses[0](queries, documents, relevance) + 2 * losses[2](queries, documents, relevance)
+    expected = expected + 0.25 * losses[1](queries, documents, relevance, scores)
+    for function in (summed, partial(defined_loss, summed)):
+        value = function(queries, documents, relevance, scores).float()
+        torch.testing.assert_close(value, expected, **CLOSE)
+        (gradient,) = torch.autograd.grad(value, learnable.log_scale)
+        assert gradient != 0
+    assert [*summed.parameters()] == [learnable.log_scale]
+    assert summed.dimensions == (12, 4)
+    assert summed.wants_scores
+    assert Matryoshka(summed, [12]).wants_scores
+    assert not WeightedSum([InfoNCE()]).wants_scores
+    assert not Matryoshka(InfoNCE(), [12]).wants_scores
+
+
+# The batch
+
+
+def scored(number: int, negatives: int = 2) -> Example:
+    """A query, an image or a text as positive, and negatives; no two scores are the same."""
+    query = item(f"query number {number}", role="query")
+    positive = item(picture(32, 64, number)) if number % 2 else item(f"answer {number}")
+    others = (*(item(f"wrong {number} {index}") for index in range(negatives - 1)), item("wrong for all"))
+    scores = (3.0 + number / 7, *(-1.0 - number - index / 3 for index in range(negatives)))
+    return Example(query, (positive,), others, scores=scores)
+
+
+ROWS = [scored(number, 1 + number % 3) for number in range(5)]
+
+
+def test_a_batch_carries_the_scores_of_its_pairs() -> None:
+    rows = [scored(number) for number in (0, 2, 4)]
+    data = Collator(Letters(), 2, wants_scores=True)(rows)
+    assert data.scores is not None
+    assert data.scores.shape == data.labels.shape
+    *_, relevance, scores = gather_batch(torch.zeros(len(data.queries) + len(data.documents), 3), data)
+    query_ids = sorted({row.query.id for row in rows})
+    document_ids = sorted({document.id for row in rows for document in row.documents})
+    expected = torch.full((len(query_ids), len(document_ids)), math.nan)
+    for row in rows:
+        for document, score in zip(row.documents, row.scores or (), strict=True):
+            expected[query_ids.index(row.query.id), document_ids.index(document.id)] = score
+    torch.testing.assert_close(scores, expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(scores.isnan(), relevance == 0)
+    assert Collator(Letters())([Example(rows[0].query, rows[0].positives)]).scores is None
+
+
+def test_of_two_scores_for_a_pair_the_higher_counts() -> None:
+    row = scored(0)
+    other = Example(row.query, row.positives, row.negatives, scores=(9.0, -9.0, -9.0))
+    for rows in ([row, other], [other, row]):
+        scores = Collator(Letters(), wants_scores=True)(rows).scores
+        assert scores is not None
+        assert sorted(scores.tolist()) == pytest.approx([-4 / 3, -1.0, 9.0])
+
+
+def test_rows_that_do_not_fit_the_loss_are_refused() -> None:
+    query = replace(item("q", role="query"), origin="rows.jsonl, row 3, column 'query'")
+    positive, negative = (item("positive"),), (item("negative"),)
+    for example, wants_scores, message in (
+        (Example(query, positive, negative), True, "there are none. Add a column 'scores'"),
+        (Example(query, positive, negative, scores=(1.0, 0.0)), False, "scores given but unused"),
+        (Example(query, positive, scores=(1.0,)), True, "the row has one"),
+    ):
+        with pytest.raises(ValueError, match=f"rows.jsonl, row 3.*{message}"):
+            Collator(Letters(), wants_scores=wants_scores)([example])
+
+
+# Training
+
+
+def combined() -> Loss:
+    # Warm, as steps of a steep loss multiply what is rounded otherwise.
+    distillation = ScoreDistillation(KLDivergence(teacher_temperature=2.0), temperature=0.5)
+    return Matryoshka(WeightedSum([InfoNCE(0.2), distillation], [1.0, 0.5]), [64, 16])
+
+
+def train(checkpoint: Path, rank: int | None, chunk_size: int | None) -> Recorder:
+    """Train three steps as one of two processes, or alone."""
+    steps = [([scored(step)], [scored(step + 1, 3), scored(step + 2, 1)]) for step in range(3)]
+
+    def build(scenario: Scenario) -> Any:
+        return module(checkpoint, scenario.loss, optimizer=OPTIMIZER)
+
+    parallel = {} if rank is None else {"devices": 2, "strategy": DDPStrategy(process_group_backend="gloo")}
+    return Scenario(steps, combined()).train(build, rank, chunk_size, **parallel)
+
+
+def train_as_one_of_two(checkpoint: Path, chunk_size: int) -> Recorder:
+    return train(checkpoint, dist.get_rank(), chunk_size)
+
+
+def test_two_processes_distil_as_one(checkpoint: Path) -> None:
+    alone = train(checkpoint, None, None)
+    check_trained_as_one(*ddp.run(train_as_one_of_two, checkpoint, 2), alone)
+
+
+def test_the_step_of_a_distillation_is_its_gradient(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = module(checkpoint, combined())
+    trainer(callbacks=[ParityCheck()]).fit(model, DataLoader([batch(model, ROWS, 2)], batch_size=None))
+    assert "(ScoreDistillation is taken as it is)" in capsys.readouterr().out

@@ -24,7 +24,7 @@ from vlmembed.data import (
     Rows,
 )
 from vlmembed.data.evaluation import load_reranking
-from vlmembed.losses import Targets
+from vlmembed.losses import LabelSpec
 from vlmembed.modules.prediction import write_reranking
 from vlmembed.types import EvaluationSet, Example, Item, RerankingSet
 
@@ -121,7 +121,7 @@ def test_candidates_of_nobody_are_refused() -> None:
             return replace(reranking_set(), candidates=[[] for _ in reranking_set().candidates])
 
     with pytest.raises(ValueError, match="no query has a candidate"):
-        Reranking(Targets()).load(Nothing(), "test")
+        Reranking(LabelSpec()).load(Nothing(), "test")
 
 
 class Given(EvaluationSource):

@@ -107,7 +107,7 @@ def _scoring(folder: Path, template: type, rounds: int) -> Race:
     corpus = [Item("document", (Part("image", picture),)) for picture in pictures]
     names = [str(number) for number in range(PICTURES)]
     evaluation = EvaluationSet("pictures", queries, corpus, names[:QUERIES], names, {})
-    task, module = Reranking(BinaryCrossEntropy.targets, template.ends_with_query), _module(folder, template).eval()
+    task, module = Reranking(BinaryCrossEntropy.label_spec, template.ends_with_query), _module(folder, template).eval()
     theirs = CrossEncoder(str(folder), device="cpu")
     asked = [(texts[query], pictures[column]) for query, row in enumerate(found) for column in row]
 

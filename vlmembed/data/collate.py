@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from vlmembed.data.columns import candidates_of
-from vlmembed.losses import Targets
+from vlmembed.losses import LabelSpec
 from vlmembed.types import (
     Batch,
     Example,
@@ -239,7 +239,7 @@ class PairCollator(ExampleCollator):
     def __init__(
         self,
         preprocessor: Preprocessor,
-        targets: Targets,
+        targets: LabelSpec,
         chunk_size: int | None = None,
         chunk_cost: int | None = None,
         patch_cost: float = PATCH_COST,
@@ -282,8 +282,8 @@ class PairCollator(ExampleCollator):
 
     def check(self, example: Example) -> None:
         """See `ExampleCollator.check`: a query that has one candidate by itself gets others from the batch."""
-        several = self.targets.several and not self.in_batch_negatives
-        PairCollator(self.preprocessor, replace(self.targets, several=several))([example])
+        several = self.targets.needs_several and not self.in_batch_negatives
+        PairCollator(self.preprocessor, replace(self.targets, needs_several=several))([example])
 
     def _with_negatives(self, examples: Sequence[Example]) -> Iterator[Example]:
         """Give each example documents of the others, the same ones whenever the batch is made."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vlmembed.data.cells import is_content, to_item
-from vlmembed.losses import Targets
+from vlmembed.losses import LabelSpec
 from vlmembed.media import Folder
 from vlmembed.types import Example, Item
 
@@ -185,7 +185,7 @@ UNUSED_SCORES = (
 )
 
 
-def candidates_of(example: Example, wanted: Targets) -> Iterator[tuple[Item, float]]:
+def candidates_of(example: Example, wanted: LabelSpec) -> Iterator[tuple[Item, float]]:
     """Yield each candidate of a query with its target, once they are known to be what a loss wants.
 
     Args:
@@ -196,25 +196,25 @@ def candidates_of(example: Example, wanted: Targets) -> Iterator[tuple[Item, flo
         ValueError: Naming the row, and what of it the loss cannot use.
     """
     origin, documents = example.query.origin, example.documents
-    if wanted.scores != (example.scores is not None):
-        raise ValueError(f"{origin}: {NO_SCORES if wanted.scores else UNUSED_SCORES}")
-    if wanted.several and len(documents) < 2:
+    if wanted.teacher_scores != (example.scores is not None):
+        raise ValueError(f"{origin}: {NO_SCORES if wanted.teacher_scores else UNUSED_SCORES}")
+    if wanted.needs_several and len(documents) < 2:
         raise ValueError(
             f"{origin}: the query has one candidate, and this loss compares several. Add negatives, or group the rows "
             "of a query with vlmembed.data.GroupByQuery."
         )
     labels = labels_of(example)
-    if not wanted.scores:
+    if not wanted.teacher_scores:
         _check_labels(documents, labels, wanted, origin)
     yield from zip(documents, example.scores or labels, strict=True)
 
 
-def _check_labels(documents: Sequence[Item], labels: Sequence[float], wanted: Targets, origin: str) -> None:
+def _check_labels(documents: Sequence[Item], labels: Sequence[float], wanted: LabelSpec, origin: str) -> None:
     for document, label in zip(documents, labels, strict=True):
         if not 0 <= label <= wanted.largest:
             where, range_ = document.origin or origin, f"0 to {wanted.largest:g}"
             raise ValueError(f"{where}: label {label:g} is outside of what this loss takes, {range_}.")
-    if wanted.positive and not any(label > 0 for label in labels):
+    if wanted.needs_positive and not any(label > 0 for label in labels):
         raise ValueError(
             f"{origin}: none of the query's {len(documents)} candidates has a label above 0, and this loss needs a "
             "positive. Remove the row, group the rows of a query with vlmembed.data.GroupByQuery, or take a pointwise "

@@ -18,7 +18,7 @@ from vlmembed.data.collate import (
 from vlmembed.data.evaluation import EvaluationSource, RerankingSource, as_evaluation, load_reranking
 from vlmembed.data.sampling import ItemLists, shard
 from vlmembed.data.sources import Source
-from vlmembed.losses import Targets
+from vlmembed.losses import LabelSpec
 from vlmembed.types import EvaluationSet, Preprocessor, RerankingSet
 
 #: So many chunks of pairs are read at once: an image that several of them show is preprocessed, and seen, once.
@@ -116,8 +116,8 @@ class Reranking(Task):
 
     distinct_queries = False
 
-    def __init__(self, targets: Targets, by_document: bool = False, in_batch_negatives: int = 0) -> None:
-        if in_batch_negatives and targets.scores:
+    def __init__(self, targets: LabelSpec, by_document: bool = False, in_batch_negatives: int = 0) -> None:
+        if in_batch_negatives and targets.teacher_scores:
             raise ValueError(
                 f"in_batch_negatives={in_batch_negatives}: the loss distils a teacher's scores, and it has none of "
                 "other rows' documents. Set in_batch_negatives: 0."

@@ -1,20 +1,16 @@
-"""Losses: functions of embeddings, or of scores, and of judgements; and of nothing else."""
+"""Losses: functions of embeddings and relevance, or of scores and labels; of nothing else."""
 
+from vlmembed.losses.base import LabelSpec, Loss, RankingLoss
 from vlmembed.losses.distillation import KLDivergence, MarginMSE, ScoreDistillation
 from vlmembed.losses.infonce import InfoNCE
-from vlmembed.losses.listwise import ListNet, SoftmaxCrossEntropy
-from vlmembed.losses.loss import Loss
-from vlmembed.losses.matryoshka import Matryoshka
-from vlmembed.losses.pairwise import LambdaRank, RankNet
-from vlmembed.losses.pointwise import BinaryCrossEntropy
-from vlmembed.losses.ranking import RankingLoss, Targets
-from vlmembed.losses.similarity import SimilarityLoss
-from vlmembed.losses.weighted_sum import WeightedSum
+from vlmembed.losses.matryoshka import Matryoshka, WeightedSum
+from vlmembed.losses.ranking import BinaryCrossEntropy, LambdaRank, ListNet, RankNet, SoftmaxCrossEntropy
 
 __all__ = [
     "BinaryCrossEntropy",
     "InfoNCE",
     "KLDivergence",
+    "LabelSpec",
     "LambdaRank",
     "ListNet",
     "Loss",
@@ -23,8 +19,6 @@ __all__ = [
     "RankNet",
     "RankingLoss",
     "ScoreDistillation",
-    "SimilarityLoss",
     "SoftmaxCrossEntropy",
-    "Targets",
     "WeightedSum",
 ]

@@ -4,55 +4,64 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int, Int8
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import normalize
+from torch.utils.checkpoint import checkpoint
 
-from vlmembed.losses.pairs import CROSS_DIRECTIONS, Direction, Negatives, Pairs
-from vlmembed.losses.similarity import SimilarityLoss
+from vlmembed.losses.base import Loss, check_positive
+
+Direction = Literal["query_to_document", "document_to_query", "query_to_query", "document_to_document"]
+Negatives = Literal["in_batch_negatives", "hard_negatives", "all_negatives"]
+
+#: The directions whose candidates include the positive pair itself.
+CROSS_DIRECTIONS = frozenset(("query_to_document", "document_to_query"))
+
+#: The relevance of the candidates that each choice of ``hardness_on`` leaves alone.
+UNWEIGHED = {"in_batch_negatives": -1, "hard_negatives": 0, "all_negatives": 1}
 
 #: CLIP's bound on 1 / temperature: beyond it training is unstable.
 MAXIMUM_SCALE = 100.0
 
-LOWEST = torch.finfo(torch.float32).min
+#: Bytes of the similarities that a direction computes at once; with logits and gradients a block takes about six times
+#: as much per direction. Larger batches are computed in several blocks, once more in the backward pass.
+BLOCK_BYTES = 8 * 2**20
 
 
-class InfoNCE(SimilarityLoss):
-    """Softmax cross-entropy of each right answer against everything else in the batch.
+class InfoNCE(Loss):
+    """Softmax cross-entropy of each positive against everything else in the batch.
 
     For each pair of a query and one of its positives: minus the log of the pair's share in a softmax over the pair and
     its negatives, on cosine similarities over a temperature, in float32 whatever the precision. The query's other
-    positives are left out of that softmax. Pairs are averaged per query, then queries are averaged. See
-    arXiv:1807.03748.
+    positives are left out. Pairs are averaged per query, then queries are averaged. See arXiv:1807.03748.
 
     A direction says which similarities serve as negatives of the pair (q, p):
 
-    - ``query_to_document``: q with every document that does not answer it;
-    - ``document_to_query``: p with every query that it does not answer;
+    - ``query_to_document``: q with every document that is not a positive of q;
+    - ``document_to_query``: p with every query that p is not a positive of;
     - ``query_to_query``: q with every query that shares no positive with it;
     - ``document_to_document``: p with every document that no query has been judged on together with p.
 
-    Common choices: the default; symmetric InfoNCE (both cross directions, ``softmax="per_direction"``, as in CLIP);
-    all four directions in one joint softmax (GTE, arXiv:2308.03281). The pair itself is a candidate once per cross
-    direction, so a joint softmax over both counts it twice, as in GTE and Sentence Transformers.
+    Common choices: the default; both cross directions ``per_direction`` (CLIP); all four in one joint softmax (GTE,
+    arXiv:2308.03281). The pair itself is a candidate once per cross direction, so a joint softmax over both counts it
+    twice, as in GTE and Sentence Transformers.
 
     Args:
         temperature: Similarities are divided by it.
-        learnable_temperature: Train the logarithm of 1 / temperature, kept at or below log 100 as in CLIP
+        learnable_temperature: Train the logarithm of 1 / temperature, held at or below log 100 as in CLIP
             (arXiv:2103.00020).
         directions: Where negatives come from; at least one of the four above.
         softmax: ``joint`` takes one softmax over all directions' candidates; ``per_direction`` one softmax per
             direction, and averages. The second needs directions that contain the positive pair.
-        false_negative_margin: Drop a negative that is more similar than the positive pair by more than this, as it
-            is probably an unlabelled right answer (0.1 in Qwen3-Embedding, arXiv:2506.05176). Applies to hard
-            negatives too. None keeps all.
+        false_negative_margin: Drop a negative, in-batch or hard, that is more similar than the pair by more than this:
+            it is probably an unlabelled positive (0.1 in Qwen3-Embedding, arXiv:2506.05176). None keeps all.
         hardness: Add this times the (detached) cosine similarity to the ``query_to_document`` logits of negatives,
             so that similar ones weigh more (9 in LLaVE, arXiv:2503.04812; 5 in EmbeddingGemma, arXiv:2509.20354).
-        hardness_on: Which negatives ``hardness`` weighs: those of other queries, the query's own hard negatives, or
-            both.
+        hardness_on: Which negatives ``hardness`` weighs: other queries' documents, the query's hard negatives, or both.
 
     Raises:
         ValueError: If an argument is outside its range, or could have no effect.
@@ -69,9 +78,18 @@ class InfoNCE(SimilarityLoss):
         hardness_on: Negatives = "all_negatives",
     ) -> None:
         super().__init__()
-        _check_temperature(temperature, learnable_temperature)
+        check_positive(temperature=temperature)
+        if learnable_temperature and temperature < 1 / MAXIMUM_SCALE:
+            raise ValueError(f"a learnable temperature cannot start below {1 / MAXIMUM_SCALE}, got {temperature}")
         _check_directions(directions, softmax)
-        _check_hardness(hardness, hardness_on, directions)
+        if not 0 <= hardness < math.inf:
+            raise ValueError(f"hardness must be 0 or above and finite, got {hardness}")
+        if hardness_on not in get_args(Negatives):
+            raise ValueError(f"hardness_on must be one of {get_args(Negatives)}, got {hardness_on!r}")
+        if hardness > 0 and "query_to_document" not in directions:
+            raise ValueError(
+                f"hardness={hardness} weighs 'query_to_document' only, which directions={directions!r} lacks"
+            )
         if false_negative_margin is not None and not math.isfinite(false_negative_margin):
             raise ValueError(f"false_negative_margin must be finite, or null to keep all, got {false_negative_margin}")
         self.directions = tuple(directions)
@@ -90,17 +108,6 @@ class InfoNCE(SimilarityLoss):
         with torch.no_grad():
             return 1 / float(self._scale())
 
-    def pair_losses(self, pairs: Pairs) -> Float[Tensor, "T M"]:
-        """See ``SimilarityLoss.pair_losses``."""
-        scale = self._scale()
-        similarities = pairs.similarities(self.directions).items()
-        losses = [self._direction_losses(pairs, *each, scale) for each in similarities]
-        if self.softmax == "per_direction":
-            return torch.stack(losses).mean(0)
-        if not CROSS_DIRECTIONS.intersection(self.directions):
-            losses.append(torch.zeros_like(losses[0]))
-        return torch.stack(losses).logsumexp(0)
-
     def _scale(self) -> Tensor | float:
         if self.log_scale is None:
             return self.fixed_scale
@@ -109,31 +116,65 @@ class InfoNCE(SimilarityLoss):
             self.log_scale.clamp_(max=math.log(MAXIMUM_SCALE))
         return self.log_scale.exp()
 
-    def _direction_losses(
-        self, pairs: Pairs, direction: Direction, similarity: Float[Tensor, "T M C"], scale: Tensor | float
-    ) -> Float[Tensor, "T M"]:
-        """Log of a direction's sum in the softmax, over the pair's own term, which cross directions include."""
-        is_negative = pairs.negatives(direction)
-        if self.false_negative_margin is not None:
-            is_negative = is_negative & (similarity <= pairs.similarity[:, :, None] + self.false_negative_margin)
-        logits = scale * similarity
-        if self.hardness > 0 and direction == "query_to_document":
-            logits = logits + self.hardness * similarity.detach() * pairs.query_negatives(self.hardness_on)
-        # Added, because autograd would pass over a filled matrix twice more; finite, because a row may have none.
-        mask = torch.zeros_like(is_negative, dtype=logits.dtype).masked_fill_(~is_negative, LOWEST)
-        if direction not in CROSS_DIRECTIONS:
-            return logits.add_(mask).logsumexp(2) - scale * pairs.similarity
-        own = pairs.document if direction == "query_to_document" else pairs.query
-        logits.add_(mask.scatter_(-1, own.expand(mask.shape[:-1])[..., None], 0.0))
-        own = own.expand(logits.shape[:-1])
-        return cross_entropy(logits.flatten(0, 1), own.flatten(), reduction="none").view_as(own)
+    def forward(
+        self,
+        queries: Float[Tensor, "Q D"],
+        documents: Float[Tensor, "P D"],
+        relevance: Int8[Tensor, "Q P"],
+        scores: Float[Tensor, "Q P"] | None = None,
+    ) -> Float[Tensor, ""]:
+        """See `Loss.forward`; scores are ignored. Raises ValueError for a query without a positive."""
+        device = queries.device
+        # Counted on the host, where relevance is in training: then nothing waits for a GPU. Otherwise this does, once.
+        is_positive = relevance.cpu() == 1
+        positives = is_positive.sum(1)
+        if not positives.all():
+            missing = (positives == 0).nonzero()[:, 0].tolist()
+            raise ValueError(f"every query needs a positive; relevance has no 1 in rows {missing}")
+        pairs = is_positive.nonzero()  # (M, 2): row and column of each positive
+        weights = 1 / (positives[pairs[:, 0]] * len(queries)).float()  # (M,): the mean over queries of means over pairs
+        pairs, weights, relevance = (tensor.to(device, non_blocking=True) for tensor in (pairs, weights, relevance))
+        with torch.autocast(device.type, enabled=False):
+            batch = normalize(queries.float()), normalize(documents.float()), relevance, self._scale()
+            blocks = pairs.split(max(1, BLOCK_BYTES // (4 * max(relevance.shape))))
+            if len(blocks) == 1:
+                return self._pair_losses(*batch, pairs) @ weights
+            # The (R, C) matrices of a block are not stored but computed again, when its gradient is.
+            block_losses = partial(checkpoint, self._pair_losses, *batch, use_reentrant=False, preserve_rng_state=False)
+            return torch.cat([block_losses(block) for block in blocks]) @ weights
 
-
-def _check_temperature(temperature: float, learnable: bool) -> None:
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be above 0 and finite, got {temperature}")
-    if learnable and temperature < 1 / MAXIMUM_SCALE:
-        raise ValueError(f"a learnable temperature cannot start below {1 / MAXIMUM_SCALE}, got {temperature}")
+    def _pair_losses(
+        self, queries: Tensor, documents: Tensor, relevance: Tensor, scale: Tensor | float, pairs: Int[Tensor, "R 2"]
+    ) -> Float[Tensor, " R"]:
+        """Compute minus the log of each pair's share in a softmax over itself and its negatives."""
+        query, document = pairs.T
+        q, p = queries.index_select(0, query), documents.index_select(0, document)  # (R, D): of the pairs themselves
+        similarity = (q * p).sum(1, keepdim=True)  # (R, 1)
+        positive, negatives = scale * similarity, []
+        for direction in self.directions:
+            # (R, C) similarities of each pair's query or document with all C queries or documents.
+            if direction == "query_to_document":
+                similarities, is_negative = q @ documents.T, relevance[query] != 1
+            elif direction == "document_to_query":
+                similarities, is_negative = p @ queries.T, relevance.T[document] != 1
+            elif direction == "query_to_query":
+                similarities = q @ queries.T
+                is_negative = (relevance[query] == 1).float() @ (relevance == 1).float().T == 0  # No shared positive.
+            else:
+                similarities = p @ documents.T
+                is_negative = (relevance.T[document] != 0).float() @ (relevance != 0).float() == 0  # No query for both.
+            if self.false_negative_margin is not None:
+                is_negative = is_negative & (similarities <= similarity + self.false_negative_margin)
+            logits = scale * similarities
+            if self.hardness > 0 and direction == "query_to_document":
+                weighed = relevance[query] != UNWEIGHED[self.hardness_on]
+                logits = logits + self.hardness * similarities.detach() * weighed
+            negatives.append(logits.masked_fill(~is_negative, -math.inf))  # Masks the query's positives as well.
+        if self.softmax == "per_direction":
+            shares = [torch.cat([positive, logits], 1).log_softmax(1)[:, 0] for logits in negatives]
+            return -torch.stack(shares).mean(0)
+        count = max(1, len(CROSS_DIRECTIONS.intersection(self.directions)))
+        return -torch.cat([positive] * count + negatives, 1).log_softmax(1)[:, 0]
 
 
 def _check_directions(directions: Sequence[str], softmax: str) -> None:
@@ -146,12 +187,3 @@ def _check_directions(directions: Sequence[str], softmax: str) -> None:
     if softmax == "per_direction" and not CROSS_DIRECTIONS.issuperset(directions):
         same_type = sorted(set(directions) - CROSS_DIRECTIONS)
         raise ValueError(f"{same_type} do not contain the positive pair: use softmax='joint', not 'per_direction'")
-
-
-def _check_hardness(hardness: float, hardness_on: str, directions: Sequence[str]) -> None:
-    if not 0 <= hardness < math.inf:
-        raise ValueError(f"hardness must be 0 or above and finite, got {hardness}")
-    if hardness_on not in get_args(Negatives):
-        raise ValueError(f"hardness_on must be one of {get_args(Negatives)}, got {hardness_on!r}")
-    if hardness > 0 and "query_to_document" not in directions:
-        raise ValueError(f"hardness={hardness} weighs 'query_to_document' only, which directions={directions!r} lacks")

@@ -1,15 +1,14 @@
-"""Train the first d numbers of an embedding to be an embedding themselves."""
+"""Losses made of other losses: one at several dimensions, or several at once."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int8
-from torch import Tensor
+from torch import Tensor, nn
 
-from vlmembed.losses.loss import Loss
-from vlmembed.losses.similarity import SimilarityLoss
+from vlmembed.losses.base import Loss
 
 
 class Matryoshka(Loss):
@@ -33,39 +32,55 @@ class Matryoshka(Loss):
         if len(weights) != len(dimensions):
             raise ValueError(f"weights must be one per dimension ({len(dimensions)}), got {weights!r}")
         self.loss = loss
-        self.weights = dict(sorted(zip(dimensions, weights, strict=True), reverse=True))
+        self.weights = dict(sorted(zip(dimensions, weights, strict=True), reverse=True))  # Largest dimension first.
+        self.dimensions, self.wants_scores = tuple(self.weights), loss.wants_scores
 
-    @property
-    def dimensions(self) -> tuple[int, ...]:
-        """The dimensions trained, largest first."""
-        return tuple(self.weights)
-
-    @property
-    def wants_scores(self) -> bool:
-        """Whether the wrapped loss does."""
-        return self.loss.wants_scores
-
-    def forward(
-        self,
-        queries: Float[Tensor, "Q D"],
-        documents: Float[Tensor, "P D"],
-        relevance: Int8[Tensor, "Q P"],
-        scores: Float[Tensor, "Q P"] | None = None,
-    ) -> Float[Tensor, ""]:
-        """See ``Loss.forward``.
-
-        Raises:
-            ValueError: If a dimension is above the embedding's.
-        """
+    def forward(self, queries: Tensor, documents: Tensor, relevance: Tensor, scores: Tensor | None = None) -> Tensor:
+        """See `Loss.forward`; raises ValueError for a dimension above the embedding's."""
         largest, available = self.dimensions[0], queries.shape[1]
         if largest > available:
             raise ValueError(f"Matryoshka dimension {largest} is above the embedding's, which is {available}")
-        # One that changes forward wants to be called, like any other loss.
-        if isinstance(self.loss, SimilarityLoss) and type(self.loss).forward is SimilarityLoss.forward:
-            return self.loss.weighted_sum(queries, documents, relevance, self.weights)
+        # Converted once, so that half-precision embeddings get a gradient that was added up over dimensions in float32.
+        precision = torch.promote_types(queries.dtype, torch.float32)
+        queries, documents = queries.to(precision), documents.to(precision)
         teacher = () if scores is None else (scores,)
         losses = [
             weight * self.loss(queries[:, :dimension], documents[:, :dimension], relevance, *teacher)
             for dimension, weight in self.weights.items()
         ]
+        return torch.stack(losses).sum()
+
+
+class WeightedSum(Loss):
+    """Sum of several losses, each with a weight: such as InfoNCE, and the distillation of a teacher's scores.
+
+    Args:
+        losses: What to add up.
+        weights: What each counts, in their order; 1 each by default.
+
+    Raises:
+        ValueError: If there are no losses, or not one weight for each.
+    """
+
+    def __init__(self, losses: Sequence[Loss], weights: Sequence[float] | None = None) -> None:
+        super().__init__()
+        if not losses:
+            raise ValueError("losses must be a list of one or more, got none")
+        weights = [1.0] * len(losses) if weights is None else list(weights)
+        if len(weights) != len(losses):
+            raise ValueError(f"weights must be one per loss ({len(losses)}), got {weights!r}")
+        self.losses = nn.ModuleList(losses)
+        self.weights = weights
+        self.dimensions = tuple(sorted({dimension for loss in losses for dimension in loss.dimensions}, reverse=True))
+        self.wants_scores = any(loss.wants_scores for loss in losses)
+
+    @property
+    def terms(self) -> list[tuple[Any, float]]:
+        """The losses, each with its weight."""
+        return list(zip(self.losses, self.weights, strict=True))
+
+    def forward(self, queries: Tensor, documents: Tensor, relevance: Tensor, scores: Tensor | None = None) -> Tensor:
+        """See `Loss.forward`."""
+        batch = queries, documents, relevance
+        losses = [weight * (loss(*batch, scores) if loss.wants_scores else loss(*batch)) for loss, weight in self.terms]
         return torch.stack(losses).sum()

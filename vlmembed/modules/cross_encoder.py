@@ -55,7 +55,7 @@ class CrossEncoderModule(RetrievalModule):
     def collator(self) -> PairCollator:
         """Score pairs, with the labels that the loss wants."""
         by_document = self.encoder.template.ends_with_query
-        return PairCollator(self.preprocessor, self.loss.targets, self.in_batch_negatives, by_document)
+        return PairCollator(self.preprocessor, self.loss.label_spec, self.in_batch_negatives, by_document)
 
     def collapse_monitor(self) -> CollapseMonitor:
         """Watch the spread of a batch's scores."""

@@ -10,7 +10,7 @@ from lightning import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from vlmembed.losses.candidates import cleared
+from vlmembed.losses.base import masked as cleared
 
 import json
 import math

@@ -1,0 +1,108 @@
+"""The two kinds of loss, of embeddings and of scores, and what their families share."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Int8
+from torch import Tensor, nn
+
+
+class Loss(nn.Module, ABC):
+    """An embedder's loss: a number to minimise, from the embeddings of a batch and their relevance to each other.
+
+    A loss sees the whole batch, of all processes together, and knows nothing of how the embeddings were made.
+
+    Attributes:
+        dimensions: Truncated embedding dimensions that it trains, and that are therefore worth measuring as well.
+        wants_scores: Whether it distils a teacher's scores, which each training row then must have.
+    """
+
+    dimensions: tuple[int, ...] = ()
+    wants_scores: bool = False
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Loss:
+        # Follow to a device, never to another precision: a learnable temperature's steps round to nothing in bfloat16.
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_precision, recurse)
+
+    @abstractmethod
+    def forward(
+        self,
+        queries: Float[Tensor, "Q D"],
+        documents: Float[Tensor, "P D"],
+        relevance: Int8[Tensor, "Q P"],
+        scores: Float[Tensor, "Q P"] | None = None,
+    ) -> Float[Tensor, ""]:
+        """Compute the loss.
+
+        Args:
+            queries: Embeddings as the model made them: any float type, not normalised.
+            documents: The same for the documents; each distinct document of the batch is one row.
+            relevance: 1 where the document is a positive of the query, -1 where it is a hard negative of that query, 0
+                where the pair is not judged (another query's document). On the host in training, whatever the device.
+            scores: A teacher's, NaN where there is none. None, and may be left out, unless the loss ``wants_scores``.
+        """
+
+
+@dataclass(frozen=True)
+class LabelSpec:
+    """What a ranking loss needs to know of each candidate.
+
+    Args:
+        teacher_scores: Whether it learns from a teacher's scores instead of labels.
+        largest: The largest label that has a meaning; the smallest is 0.
+        needs_positive: Whether each query needs a candidate with a label above 0.
+        needs_several: Whether each query needs at least two candidates.
+    """
+
+    teacher_scores: bool = False
+    largest: float = math.inf
+    needs_positive: bool = False
+    needs_several: bool = False
+
+
+class RankingLoss(nn.Module, ABC):
+    """A cross-encoder's loss: a number to minimise, from the scores of some queries' candidates.
+
+    Attributes:
+        label_spec: What it needs to know of each candidate; the collator checks it, and names the row.
+    """
+
+    label_spec: ClassVar[LabelSpec] = LabelSpec()
+
+    @abstractmethod
+    def forward(self, scores: Float[Tensor, "Q C"], targets: Float[Tensor, "Q C"], mask: Bool[Tensor, "Q C"]) -> Tensor:
+        """Compute the loss.
+
+        Args:
+            scores: Logits as the model made them; anything where the mask is false.
+            targets: A label or a teacher's score of each candidate; anything where the mask is false.
+            mask: True where there is a candidate: queries may have different numbers of them, at least one each.
+        """
+
+
+def masked(values: Float[Tensor, "Q C"], mask: Bool[Tensor, "Q C"], fill: float = 0.0) -> Float[Tensor, "Q C"]:
+    """Return values in at least float32, with ``fill`` where the mask is false."""
+    # Filled, not multiplied by zero: padding may be NaN, and its gradient must still be zero.
+    return values.to(torch.promote_types(values.dtype, torch.float32)).masked_fill(~mask, fill)
+
+
+def masked_log_softmax(logits: Float[Tensor, "Q C"], mask: Bool[Tensor, "Q C"], temperature: float = 1.0) -> Tensor:
+    """Return the log-softmax of logits / temperature over each query's candidates; 0 where the mask is false."""
+    return (masked(logits, mask, -math.inf) / temperature).log_softmax(1).masked_fill(~mask, 0.0)
+
+
+def check_positive(**arguments: float) -> None:
+    """Refuse arguments that are not above 0 and finite, naming the first."""
+    for name, value in arguments.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be above 0 and finite, got {value}")
