@@ -211,9 +211,13 @@ class ResumableLoader(DataLoader):
 
     sampler: Batches
     _batch = 0
+    _exhausted = False
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self._batch = self.sampler.skip
+        if self._exhausted:
+            self._exhausted = False
+            return
         # The same in every run that comes to this epoch, resumed or not.
         self.generator = own_generator(self.sampler.seed, self.sampler.epoch, self.sampler.rank)
         for batch in super().__iter__():
@@ -229,7 +233,8 @@ class ResumableLoader(DataLoader):
         """Continue after them, in the same order if the global batch is of the same size."""
         self.sampler.set_epoch(state["epoch"])
         # Of both: another checkpoint may be written before a batch is asked for.
-        self._batch = self.sampler.skip = min(state["rows"] // self.sampler.global_size, len(self.sampler))
+        self._batch = self.sampler.skip = state["rows"] // self.sampler.global_size
+        self._exhausted = state.get("exhausted", False)
 
 
 def own_generator(*seeds: int) -> torch.Generator:

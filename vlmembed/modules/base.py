@@ -244,7 +244,7 @@ class RetrievalModule(LightningModule, ABC):
 
     def on_train_epoch_end(self) -> None:
         """Refuse to keep features that nobody asks for again."""
-        self.checkpointing.count_last_step(self.trainer)
+        self.checkpointing.end_resumed(self.trainer)
         if self.features is not None:
             self.features.end_epoch(distributed.total)
 
@@ -269,7 +269,7 @@ class RetrievalModule(LightningModule, ABC):
 
     def start_metrics(self) -> None:
         """Start measuring every evaluation set of the stage."""
-        self.checkpointing.count_last_step(self.trainer)
+        self.checkpointing.end_resumed(self.trainer)
         sets = self.trainer.datamodule.evaluations[self._stage]  # type: ignore[attr-defined]
         if self._stage == "predict":
             for evaluation in sets:

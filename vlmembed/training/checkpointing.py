@@ -19,7 +19,6 @@ import math
 import os
 import pickle
 import random
-import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -54,7 +53,7 @@ class Checkpointing:
     def __init__(self) -> None:
         self._state: dict[str, Any] = {}
         self._sums: dict[str, int] = {}
-        self._step_taken_off = False
+        self._step_taken_off = self._stops = False
 
     def recognise_frozen(self, module: nn.Module) -> None:
         """Remember which weights are frozen, and what they are. Call it when the weights are loaded."""
@@ -115,7 +114,8 @@ class Checkpointing:
         trainer, loop = module.trainer, module.trainer.fit_loop.epoch_loop
         _restore_random_states(state["random"])
         trainer.callback_metrics.update(state["metrics"])
-        trainer.should_stop = state["stops"]
+        # In the middle of an epoch it would keep even the end of the epoch from coming.
+        trainer.should_stop, self._stops = state["stops"] and state["moment"] == "epoch", state["stops"]
         _restore_callbacks(trainer, state)
         if state["moment"] == "elsewhere":
             warnings.warn(
@@ -136,11 +136,12 @@ class Checkpointing:
         # Else ModelCheckpoint would never remove the file that the run was resumed from.
         trainer.ckpt_path = None
 
-    def count_last_step(self, trainer: lightning.Trainer) -> None:
-        """Count the run's last step again, which `load` has taken off; training is under way by now, and ends."""
+    def end_resumed(self, trainer: lightning.Trainer) -> None:
+        """Let a run end that was resumed at its end: training is under way by now, and what was due is being done."""
         optimization = trainer.fit_loop.epoch_loop.automatic_optimization
         optimization.optim_progress.optimizer.step.total.completed += self._step_taken_off
-        self._step_taken_off = False
+        trainer.should_stop |= self._stops
+        self._step_taken_off = self._stops = False
 
     def _complete(self, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         # Where weights were left out, they are compared by name here, and not by torch.
@@ -254,9 +255,9 @@ def _settle(loops: dict[str, Any], state: dict[str, Any], max_steps: int) -> boo
     steps = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]
     run_ends = moment != "epoch" and steps["completed"] == max_steps
     steps["completed"] -= run_ends
-    if run_ends or (state["epoch_ends"] and not state["validation_due"]):
+    if run_ends or state["stops"] or (state["epoch_ends"] and not state["validation_due"]):
         for loader in loops["state_dict"]["combined_loader"]:
-            loader["rows"] = sys.maxsize
+            loader["exhausted"] = True
     return bool(run_ends)
 
 
