@@ -1,9 +1,10 @@
-"""Hard negatives: those of a slow search, none of them a right answer, in rows that can be trained on."""
+"""Hard negatives: those of a slow search, none of them a positive, in rows that can be trained on."""
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,6 @@ import torch
 import yaml
 from building import encoder, item, picture
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import cos_sim, mine_hard_negatives
 from torch import Tensor
@@ -27,9 +27,8 @@ from vlmembed.data.digits import HandwrittenNumbers
 from vlmembed.export.sentence_transformers import write_folder
 from vlmembed.media import load_image
 from vlmembed.mining import mine
-from vlmembed.mining.contents import identify, opened
-from vlmembed.mining.negatives import Choice, hard_negatives
-from vlmembed.mining.pool import Pool, gather
+from vlmembed.mining.embedding import identify, model_input
+from vlmembed.mining.mining import Choice, Pool, gather, hard_negatives
 from vlmembed.types import Example, Item, Part
 
 
@@ -42,7 +41,7 @@ def embedder(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-class Given(Source):
+class Listed(Source):
     """Examples as they are."""
 
     def __init__(self, examples: list[Example]) -> None:
@@ -64,36 +63,34 @@ def asked(number: int) -> Item:
 
 @pytest.fixture
 def searched() -> tuple[Pool, Tensor, Tensor]:
-    """Six queries, one of them in two rows, with one to three right answers among thirty documents."""
-    right = [[0], [1, 2], [3], [4, 5, 6], [7], [8]]
-    rows = [
-        Example(asked(query), tuple(item(f"text {number}") for number in found)) for query, found in enumerate(right)
-    ]
-    rows.append(Example(asked(0), (item("text 9"),), tuple(item(f"text {number}") for number in range(10, 30))))
+    """Six queries, one of them in two rows, with one to three positives among thirty documents."""
+    texts = [item(f"text {number}") for number in range(30)]
+    positives = [texts[0:1], texts[1:3], texts[3:4], texts[4:7], texts[7:8], texts[8:9]]
+    rows = [Example(asked(query), tuple(documents)) for query, documents in enumerate(positives)]
+    rows.append(Example(asked(0), (texts[9],), tuple(texts[10:])))
     generator = torch.Generator().manual_seed(0)
     queries = torch.randn(6, 8, generator=generator)
     documents = torch.randn(30, 8, generator=generator)
-    pool = gather(Given(rows), None)
-    for query, found in enumerate(pool.answers):
-        for number in found:
-            documents[number] += 1.5 * queries[query]
+    pool = gather(Listed(rows), None)
+    for query, indices in enumerate(pool.positives):
+        documents[[*indices]] += 1.5 * queries[query]
     return pool, queries, documents
 
 
 def slow(pool: Pool, queries: Tensor, documents: Tensor, choice: Choice) -> Iterator[list[int]]:
     """One query and one document at a time."""
-    for query, answers in enumerate(pool.answers):
+    for query, positives in enumerate(pool.positives):
         scores = [float(torch.cosine_similarity(queries[query], document, dim=0)) for document in documents]
-        positive = min(scores[answer] for answer in answers)
-        wrong = sorted({*range(len(documents))} - answers, key=lambda number: -scores[number])[: choice.depth]
+        positive = min(scores[index] for index in positives)
+        ranked = sorted({*range(len(documents))} - positives, key=lambda index: -scores[index])[: choice.depth]
         if choice.margin is not None:
-            wrong = [number for number in wrong if scores[number] <= positive - choice.margin]
+            ranked = [index for index in ranked if scores[index] <= positive - choice.margin]
         if choice.relative_margin is not None:
             limit = positive * (1 - choice.relative_margin) if positive > 0 else positive * (1 + choice.relative_margin)
-            wrong = [number for number in wrong if scores[number] <= limit]
+            ranked = [index for index in ranked if scores[index] <= limit]
         if choice.max_score is not None:
-            wrong = [number for number in wrong if scores[number] <= choice.max_score]
-        yield wrong[choice.skip : choice.skip + choice.count]
+            ranked = [index for index in ranked if scores[index] <= choice.max_score]
+        yield ranked[choice.skip : choice.skip + choice.count]
 
 
 PLAIN = Choice(count=3, depth=10, skip=0, margin=None, relative_margin=None, max_score=None)
@@ -120,7 +117,7 @@ def test_hard_negatives_are_those_of_a_slow_search(
     expected = [*slow(*searched, choice)]
     assert hard_negatives(*searched, cos_sim, choice)[0] == expected
     # Two queries at a time.
-    monkeypatch.setattr("vlmembed.mining.negatives.TILE_BYTES", 2 * 4 * 30)
+    monkeypatch.setattr("vlmembed.mining.mining.TILE_BYTES", 2 * 4 * 30)
     assert hard_negatives(*searched, cos_sim, choice)[0] == expected
     if options.keys() & {"margin", "relative_margin", "max_score", "skip"}:
         assert expected != [*slow(*searched, PLAIN)]
@@ -151,7 +148,7 @@ def test_text_is_mined_as_by_sentence_transformers(embedder: Path, tmp_path: Pat
     assert 2 < len(full) < 12
 
 
-def test_nothing_with_the_picture_of_a_right_answer_is_a_negative(embedder: Path, tmp_path: Path) -> None:
+def test_nothing_with_the_image_of_a_positive_is_a_negative(embedder: Path, tmp_path: Path) -> None:
     """Whatever file it is in, and whatever is written under it."""
     for name in ("one.png", "two.png", "other.bmp"):
         picture(64, 32, 5 if name == "other.bmp" else 1).save(tmp_path / name)
@@ -165,16 +162,16 @@ def test_nothing_with_the_picture_of_a_right_answer_is_a_negative(embedder: Path
         Example(asked(0), (item("an answer in words"),)),
     ]
     # The second file is no document of its own.
-    assert len(gather(Given(rows), None).documents) == 6
+    assert len(gather(Listed(rows), None).documents) == 6
     output = tmp_path / "mined" / "rows.jsonl"
-    mine(str(embedder), Given(rows), str(output), negatives=9, margin=None, relative_margin=None)
+    mine(str(embedder), Listed(rows), str(output), negatives=9, margin=None, relative_margin=None)
     mined = Rows(str(output), allow_outside=[str(tmp_path)])
     found = [[identify(negative) for negative in mined[row].negatives] for row in range(len(mined))]
     # Of six documents in four kinds: two pictures, with and without caption; an answer in words; a question.
     assert [len(row) for row in found] == [2, 3, 3, 2, 2, 2]
     for row, example in enumerate(rows):
-        right = {identify(each).pictures for each in example.positives} - {""}
-        shown = [content.pictures for content in found[row] if content.pictures]
+        right = {identify(each).images for each in example.positives} - {""}
+        shown = [content.images for content in found[row] if content.images]
         assert not right & {*shown}
         assert len({*shown}) == len(shown)
         assert identify(example.query).whole not in {content.whole for content in found[row]}
@@ -196,7 +193,7 @@ def test_negatives_come_from_a_corpus_and_after_those_that_are_there(embedder: P
     (corpus / "queries.jsonl").write_text(json.dumps({"id": "q", "text": "anything"}) + "\n")
     (corpus / "qrels.tsv").write_text("q\t0\t1\n")
     output = tmp_path / "mined.jsonl"
-    mine(str(embedder), Given(rows), str(output), str(corpus), 9, margin=None, relative_margin=None)
+    mine(str(embedder), Listed(rows), str(output), str(corpus), 9, margin=None, relative_margin=None)
     first, second = map(json.loads, output.open())
     assert first["negatives"][:2] == ["corpus 3", "given"]
     assert sorted(first["negatives"][2:]) == [f"corpus {number}" for number in (0, 1, 2, 4)]
@@ -222,14 +219,14 @@ def test_rows_that_cannot_be_mined_are_refused(embedder: Path, tmp_path: Path) -
     query = replace(asked(0), origin="rows.jsonl, row 4")
     scored = Example(query, (item("a"),), (item("b"),), scores=(1.0, 0.0))
     with pytest.raises(ValueError, match=r"rows.jsonl, row 4: rows to mine.*Drop 'scores'"):
-        gather(Given([scored]), None)
+        gather(Listed([scored]), None)
     (tmp_path / "broken.png").write_bytes(b"no image")
     broken = Item("document", (Part("image", tmp_path / "broken.png"),), "rows.jsonl, row 5, column 'positive'")
     with pytest.raises(ValueError, match=r"row 5, column 'positive': cannot read the image .*broken.png"):
-        gather(Given([Example(query, (broken,))]), None)
+        gather(Listed([Example(query, (broken,))]), None)
     output = tmp_path / "mined.jsonl"
-    with pytest.raises(ValueError, match="No row of given has a negative among 1 documents"):
-        mine(str(embedder), Given([Example(query, (item("a"),))]), str(output))
+    with pytest.raises(ValueError, match="No row of listed has a negative among 1 documents"):
+        mine(str(embedder), Listed([Example(query, (item("a"),))]), str(output))
     assert [path.name for path in tmp_path.iterdir()] == ["broken.png"]
 
 
@@ -247,19 +244,19 @@ def test_contents_are_what_is_shown(tmp_path: Path) -> None:
     assert identify(items[0]) != identify(item(picture(40, 30, 4)))
     assert identify(item("a", "bc")) != identify(item("ab", "c"))
     assert identify(item("same")) == identify(item("same", role="query"))
-    assert identify(item("only text")).pictures == ""
-    assert identify(item(image, "x")).pictures == identify(item(image)).pictures != ""
+    assert identify(item("only text")).images == ""
+    assert identify(item(image, "x")).images == identify(item(image)).images != ""
 
 
 def test_sentence_transformers_gets_the_kinds_in_order() -> None:
     first, second = picture(8, 8, 1), picture(8, 8, 2)
-    assert opened(item("words.png")) == {"text": "words.png"}
-    assert opened(item(first, second, "caption")) == {"image": [first, second], "text": "caption"}
-    assert [*opened(item("caption", first))] == ["text", "image"]
+    assert model_input(item("words.png")) == {"text": "words.png"}
+    assert model_input(item(first, second, "caption")) == {"image": [first, second], "text": "caption"}
+    assert [*model_input(item("caption", first))] == ["text", "image"]
     video = Item("document", (Part("video", (first, second)), Part("text", "t")))
-    assert opened(video) == {"video": [first, second], "text": "t"}
+    assert model_input(video) == {"video": [first, second], "text": "t"}
     with pytest.raises(ValueError, match=r"by turns \(text, image, text\)"):
-        opened(item("a", first, "b"))
+        model_input(item("a", first, "b"))
 
 
 # What is kept
@@ -284,12 +281,12 @@ def test_embeddings_are_kept_by_content_and_by_model(
 ) -> None:
     rows = [Example(asked(number), (item(picture(32, 32, number)),)) for number in range(3)]
     calls = counted(monkeypatch)
-    monkeypatch.setattr("vlmembed.mining.embedding.PIECE", 2)
+    monkeypatch.setattr("vlmembed.mining.embedding.BATCHES", 1)
 
     def run(rows: list[Example], model: Path = embedder) -> tuple[str, int]:
         calls.clear()
         cache = str(tmp_path / "cache")
-        mine(str(model), Given(rows), str(tmp_path / "m.jsonl"), margin=None, relative_margin=None, cache=cache)
+        mine(str(model), Listed(rows), str(tmp_path / "m.jsonl"), margin=None, relative_margin=None, batch_size=2, cache=cache)
         return (tmp_path / "m.jsonl").read_text(), sum(calls)
 
     first, count = run(rows)
@@ -297,12 +294,7 @@ def test_embeddings_are_kept_by_content_and_by_model(
     assert run(rows) == (first, 0)
     more = [*rows, Example(asked(3), (item("new"),))]
     assert run(more)[1] == 4  # The second pieces have grown; the first are as they were.
-    other = tmp_path / "other"
-    other.mkdir()
-    for path in embedder.rglob("*"):
-        if path.is_file():
-            (other / path.relative_to(embedder)).parent.mkdir(parents=True, exist_ok=True)
-            (other / path.relative_to(embedder)).write_bytes(path.read_bytes())
+    other = Path(shutil.copytree(embedder, tmp_path / "other"))
     assert run(rows, other)[1] == 0  # The same files in another place.
     config = json.loads((other / "config_sentence_transformers.json").read_text())
     config["prompts"]["query"] = "Another prompt."
@@ -314,7 +306,7 @@ def test_embeddings_are_kept_by_content_and_by_model(
 def test_broken_files_of_the_cache_are_noticed(
     embedder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
-    rows = Given([Example(asked(number), (item(f"answer {number}"),)) for number in range(3)])
+    rows = Listed([Example(asked(number), (item(f"answer {number}"),)) for number in range(3)])
     options: dict[str, Any] = {"margin": None, "relative_margin": None, "cache": str(tmp_path / "cache")}
     mine(str(embedder), rows, str(tmp_path / "a.jsonl"), **options)
     files = sorted((tmp_path / "cache").iterdir())
@@ -326,9 +318,9 @@ def test_broken_files_of_the_cache_are_noticed(
         content[-3] ^= 1
         files[0].write_bytes(content)
     else:
-        save_file(load_file(files[1]), files[0], {"key": "another"})
+        shutil.copy(files[1], files[0])
     calls = counted(monkeypatch)
-    with pytest.warns(UserWarning, match=rf"{files[0].name} is not used .*embedded again"):
+    with pytest.warns(UserWarning, match=rf"{files[0].name} is damaged, or another's.*computed again"):
         mine(str(embedder), rows, str(tmp_path / "b.jsonl"), **options)
     assert sum(calls) == 3
     assert (tmp_path / "a.jsonl").read_text() == (tmp_path / "b.jsonl").read_text()
@@ -341,7 +333,7 @@ def test_broken_files_of_the_cache_are_noticed(
 
 
 def test_the_command_writes_rows_that_can_be_trained_on(embedder: Path, tmp_path: Path) -> None:
-    """From a source without files: its pictures are written, each once."""
+    """From a source without files: its images are written, each once."""
     config = tmp_path / "mine.yaml"
     config.write_text(
         "rows:\n  class_path: vlmembed.data.digits.HandwrittenNumbers\n  init_args: {size: 12, seed: 3}\n"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from building import item, picture
-from test_mining import Given, asked
+from test_mining import Listed, asked
 
 from vlmembed.backbones import QueryFirst, Qwen3VL
 from vlmembed.cli import main
@@ -40,7 +40,7 @@ def reranker(scorer: Scorer, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 EXAMPLES = [
     Example(
-        asked(0), (item(picture(64, 32, 1)), item("another right answer")), (item("wrong"), item("wrong, and long"))
+        asked(0), (item(picture(64, 32, 1)), item("another positive")), (item("wrong"), item("wrong, and long"))
     ),
     Example(item(picture(32, 32, 2), "and this?", role="query"), (item(picture(32, 64, 3), "caption"),)),
     Example(asked(2), (item("right"),), (item(picture(64, 32, 1)), item(picture(32, 32, 4), picture(32, 32, 5)))),
@@ -119,7 +119,7 @@ def test_two_texts_are_given_as_such_and_in_order(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr("vlmembed.mining.scoring.CrossEncoder", Recording)
     rows = [Example(asked(number), (item("1" * number),), (item("22" * number),)) for number in range(1, 30)]
-    score("stub", Given(rows), str(tmp_path / "scored.jsonl"), batch_size=2)
+    score("stub", Listed(rows), str(tmp_path / "scored.jsonl"), batch_size=2)
     found = [json.loads(line)["scores"] for line in (tmp_path / "scored.jsonl").open()]
     assert found == [[number, 2 * number] for number in range(1, 30)]
     assert seen[:2] == [("question 1", "1"), ("question 1", "22")]
@@ -130,16 +130,16 @@ def test_what_cannot_be_scored_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("vlmembed.mining.scoring.CrossEncoder", Stub)
     bad = replace(item("bad"), origin="rows.jsonl, row 2, column 'positive'")
     with pytest.raises(ValueError, match=r"row 2, column 'positive': the reranker's score is nan"):
-        score("stub", Given([Example(asked(0), (item("good"),)), Example(asked(1), (bad,))]), output)
+        score("stub", Listed([Example(asked(0), (item("good"),)), Example(asked(1), (bad,))]), output)
     labelled = Example(asked(0), (item("a"),), (), labels=(3.0,))
-    with pytest.raises(ValueError, match="has scores, labels, or no right answer"):
-        score("stub", Given([labelled]), output)
+    with pytest.raises(ValueError, match="has scores, labels, or no positive"):
+        score("stub", Listed([labelled]), output)
     by_turns = item("a", picture(8, 8), "b")
     with pytest.raises(ValueError, match="by turns"):
-        score("stub", Given([Example(asked(0), (by_turns,))]), output)
+        score("stub", Listed([Example(asked(0), (by_turns,))]), output)
     monkeypatch.setattr(Stub, "num_labels", 3)
     with pytest.raises(ValueError, match="stub gives 3 scores for a pair"):
-        score("stub", Given([Example(asked(0), (item("a"),))]), output)
+        score("stub", Listed([Example(asked(0), (item("a"),))]), output)
     assert not [*tmp_path.iterdir()]
 
 
@@ -147,7 +147,7 @@ def test_videos_are_named_by_their_frames(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("vlmembed.mining.scoring.CrossEncoder", Stub)
     frames = tuple(picture(16, 16, seed) for seed in range(3))
     document = Item("document", (Part("video", frames), Part("text", "of three frames")))
-    score("stub", Given([Example(asked(0), (document,))]), str(tmp_path / "scored.jsonl"))
+    score("stub", Listed([Example(asked(0), (document,))]), str(tmp_path / "scored.jsonl"))
     (positive,) = Rows(str(tmp_path / "scored.jsonl"))[0].positives
     assert [part.kind for part in positive.parts] == ["video", "text"]
     assert len(positive.parts[0].frames) == 3

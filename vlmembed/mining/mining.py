@@ -1,15 +1,28 @@
-"""``python -m vlmembed mine``: hard negatives, found by an embedder."""
+"""The command ``mine``: hard negatives of training rows, chosen by an embedder's similarities."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from vlmembed.data import EvaluationSource, Source
-from vlmembed.mining.embedding import Embedder
-from vlmembed.mining.negatives import Choice, hard_negatives
-from vlmembed.mining.pool import Pool, gather, open_rows
-from vlmembed.mining.writing import RowWriter
+from jaxtyping import Float
+from torch import Tensor
+
+from vlmembed.data import EvaluationSource, Rows, Source
+from vlmembed.data.evaluation import as_evaluation
+from vlmembed.mining.embedding import DistinctItems, Embedder, identify
+from vlmembed.mining.scoring import unscored, write_rows
+from vlmembed.types import Example, Item
+
+#: Rows, or documents of a corpus, whose items are in memory at the same time.
+ROWS = 64
+#: What the similarities of some queries with all documents may take.
+TILE_BYTES = 256 * 2**20
 
 
 def mine(
@@ -29,9 +42,9 @@ def mine(
 ) -> None:
     """Find hard negatives of training rows with an embedder, and write the rows with them.
 
-    For each query, the documents that the embedder finds most similar to it, without its right answers, whatever shows
-    the same pictures as one of them (the pixels count, not the files), and whatever is so similar that it probably is a
-    right answer that nobody labelled: see ``margin`` and ``relative_margin``, which are NV-Retriever's positive-aware
+    For each query, the documents that the embedder finds most similar to it, without its positives, whatever shows the
+    same images as one of them (the pixels count, not the files), and whatever is so similar that it probably is a
+    positive that nobody labelled: see ``margin`` and ``relative_margin``, which are NV-Retriever's positive-aware
     thresholds (arXiv:2407.15831). Negatives that a row has already stay, before those that are found. A row of which
     none are left is not written.
 
@@ -47,9 +60,9 @@ def mine(
         negatives: How many to find for each row, at most.
         depth: How many of the most similar documents to look at.
         skip: How many that could be taken to leave out, from the most similar one on.
-        margin: How much less similar than the query's right answer a negative must be; than the least similar one, if
+        margin: How much less similar than the query's positive a negative must be; than the least similar one, if
             there are several. Null for no such limit.
-        relative_margin: The same, as a share of the right answer's similarity.
+        relative_margin: The same, as a share of the positive's similarity.
         max_score: The largest similarity of a negative; null for no such limit.
         batch_size: Items that go through the model at once.
         cache: A folder to keep embeddings in: the same content, embedded with the same files of a model, is not
@@ -60,38 +73,190 @@ def mine(
         ValueError: If something cannot be read, or no row has a negative.
     """
     choice = Choice(negatives, depth, skip, margin, relative_margin, max_score)
-    source = open_rows(rows)
+    source = Rows(rows) if isinstance(rows, str) else rows
     pool = gather(source, corpus)
     embedder = Embedder(model, batch_size, cache, trust_remote_code)
     queries, documents = embedder.embed(pool.queries, "query"), embedder.embed(pool.documents, "document")
     chosen, reasons = hard_negatives(pool, queries, documents, embedder.model.similarity, choice)
-    with RowWriter(Path(output)) as writer:
-        _write(writer, source, pool, chosen)
-        if not writer.count:
-            raise ValueError(
-                f"No row of {source.name} has a negative among {pool.candidates} documents. Lower margin and "
-                "relative_margin, raise max_score or depth, or give a larger corpus."
-            )
-    _report(writer, pool, chosen, reasons, choice)
-
-
-def _write(writer: RowWriter, rows: Source, pool: Pool, chosen: list[list[int]]) -> None:
-    contents = pool.documents.contents
-    for row, query in enumerate(pool.query_of_row):
-        example = rows[row]
-        new = [number for number in chosen[query] if contents[number].whole not in pool.given[row]]
-        if example.negatives or new:
-            found = [pool.documents[number] for number in new]
-            writer.write(example.query, example.positives, (*example.negatives, *found))
-
-
-def _report(writer: RowWriter, pool: Pool, chosen: list[list[int]], reasons: Counter[str], choice: Choice) -> None:
-    fewer = sum(len(each) < choice.count for each in chosen)
+    count = write_rows(Path(output), _with_negatives(source, pool, chosen))
     print(
-        f"{writer.path}: {writer.count} of {len(pool.query_of_row)} rows, with {sum(map(len, chosen))} hard negatives "
-        f"of {len(pool.queries)} queries among {pool.candidates} distinct documents."
+        f"{output}: {count} of {len(source)} rows, with {sum(map(len, chosen))} hard negatives of "
+        f"{len(pool.queries)} queries among {pool.candidates} distinct documents."
     )
     for reason, count in reasons.most_common():
         print(f"  {count} candidates were left out: {reason}.")
-    if fewer:
-        print(f"  {fewer} queries have fewer than {choice.count}; a row without any is not written.")
+    if fewer := sum(len(documents) < negatives for documents in chosen):
+        print(f"  {fewer} queries have fewer than {negatives}; a row without any is not written.")
+
+
+def _with_negatives(rows: Source, pool: Pool, chosen: list[list[int]]) -> Iterator[Example]:
+    count = 0
+    for row, query in enumerate(pool.query_of_row):
+        example = rows[row]
+        new = [index for index in chosen[query] if pool.documents.contents[index].whole not in pool.negatives[row]]
+        if example.negatives or new:
+            yield replace(example, negatives=(*example.negatives, *(pool.documents[index] for index in new)))
+            count += 1
+    if not count:
+        raise ValueError(
+            f"No row of {rows.name} has a negative among {pool.candidates} documents. Lower margin and "
+            "relative_margin, raise max_score or depth, or give a larger corpus."
+        )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How hard negatives are chosen among a query's candidates; see the arguments of `mine`."""
+
+    count: int
+    depth: int
+    skip: int
+    margin: float | None
+    relative_margin: float | None
+    max_score: float | None
+
+    def __post_init__(self) -> None:
+        if min(self.count, self.depth) < 1 or self.skip < 0:
+            raise ValueError(
+                f"negatives and depth are 1 or more, skip is 0 or more; got {self.count}, {self.depth}, {self.skip}."
+            )
+        if self.depth < self.skip + self.count:
+            raise ValueError(f"depth {self.depth} has no room for {self.skip} to skip and {self.count} to take.")
+        for name in ("margin", "relative_margin"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name} is 0 or more, or null; got {value}.")
+
+    def ceiling(self, positive: float) -> float:
+        """Return the largest similarity of a negative, given that of the positive."""
+        ceilings = [math.inf if self.max_score is None else self.max_score]
+        if self.margin is not None:
+            ceilings.append(positive - self.margin)
+        if self.relative_margin is not None:
+            # A share of the size, so that a similarity below zero gets a lower ceiling too.
+            ceilings.append(positive - abs(positive) * self.relative_margin)
+        return min(ceilings)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Queries and documents, each content once.
+
+    Args:
+        queries: The distinct queries of training rows.
+        documents: The candidates, and then positives that are none.
+        candidates: How many of the documents are candidates.
+        positives: Of each query, the indices of its positives: those of all rows that ask it.
+        query_of_row: Of each row, the index of its query.
+        negatives: Of each row, what identifies the negatives that it has already.
+    """
+
+    queries: DistinctItems
+    documents: DistinctItems
+    candidates: int
+    positives: list[set[int]]
+    query_of_row: list[int]
+    negatives: list[set[str]]
+
+
+def gather(rows: Source, corpus: str | Source | EvaluationSource | None) -> Pool:
+    """Read all rows and all documents once; those of all rows where there is no corpus.
+
+    Raises:
+        ValueError: If rows have scores or labels, which would not fit their new negatives, or an item cannot be read.
+    """
+    queries, documents = DistinctItems(), DistinctItems()
+    pool = Pool(queries, documents, 0, [], [], [])
+    candidates = 0
+    with ThreadPoolExecutor() as threads:  # Decoding images leaves Python's lock to others.
+        if corpus is not None:
+            items = as_evaluation(corpus).corpus
+            for start in range(0, len(items), ROWS):
+                some = [items[index] for index in range(start, min(start + ROWS, len(items)))]
+                for index, content in enumerate(threads.map(identify, some), start):
+                    documents.add(content, partial(items.__getitem__, index))
+            candidates = len(documents)
+        for start in range(0, len(rows), ROWS):
+            examples = [unscored(rows[row]) for row in range(start, min(start + ROWS, len(rows)))]
+            contents = threads.map(
+                identify, [item for example in examples for item in (example.query, *example.documents)]
+            )
+            for row, example in enumerate(examples, start):
+                query = queries.add(next(contents), partial(_item, rows, row, 0))
+                if query == len(pool.positives):
+                    pool.positives.append(set())
+                pool.query_of_row.append(query)
+                pool.negatives.append(set())
+                for rank in range(1, 1 + len(example.documents)):
+                    content, read = next(contents), partial(_item, rows, row, rank)
+                    if rank <= len(example.positives):
+                        pool.positives[query].add(documents.add(content, read))
+                        continue
+                    pool.negatives[row].add(content.whole)
+                    if corpus is None:
+                        documents.add(content, read)
+    return replace(pool, candidates=len(documents) if corpus is None else candidates)
+
+
+def _item(rows: Source, row: int, rank: int) -> Item:
+    """Read a row's query (0), or its document of that rank."""
+    example = rows[row]
+    return (example.query, *example.documents)[rank]
+
+
+def hard_negatives(
+    pool: Pool,
+    queries: Float[Tensor, "Q D"],
+    documents: Float[Tensor, "P D"],
+    similarity: Callable[[Tensor, Tensor], Tensor],
+    choice: Choice,
+) -> tuple[list[list[int]], Counter[str]]:
+    """Choose the hard negatives of each query.
+
+    Args:
+        pool: What was embedded.
+        queries: Embeddings of its queries.
+        documents: Embeddings of its documents.
+        similarity: The model's.
+        choice: How to choose.
+
+    Returns:
+        Of each query, the indices of its hard negatives; and how many candidates were left out, and why.
+    """
+    chosen: list[list[int]] = []
+    reasons: Counter[str] = Counter()
+    # Positives are among the most similar, and are not looked at.
+    seen = min(pool.candidates, choice.depth + max(map(len, pool.positives)))
+    for tile in queries.split(max(1, TILE_BYTES // (4 * len(documents)))):
+        similarities = similarity(tile, documents)  # (tile, P)
+        top = similarities[:, : pool.candidates].topk(seen)
+        for row, scores, indices in zip(similarities, top.values.tolist(), top.indices.tolist(), strict=True):
+            positives = pool.positives[len(chosen)]
+            # Below the least similar positive: a candidate above it would be ranked above a positive.
+            ceiling = choice.ceiling(float(row[[*positives]].min()))
+            ranked = [pair for pair in zip(indices, scores, strict=True) if pair[0] not in positives][: choice.depth]
+            chosen.append(_choose(pool, len(chosen), ranked, ceiling, choice, reasons))
+    return chosen, reasons
+
+
+def _choose(
+    pool: Pool, query: int, ranked: list[tuple[int, float]], ceiling: float, choice: Choice, reasons: Counter[str]
+) -> list[int]:
+    """Take what is neither too similar nor the same as a positive, the query, or what was taken before."""
+    contents = pool.documents.contents
+    taken: list[int] = []
+    shown = {contents[positive].images for positive in pool.positives[query]} - {""}
+    for document, score in ranked:
+        content = contents[document]
+        if content.whole == pool.queries.contents[query].whole:
+            reasons["the query itself"] += 1
+        elif content.images in shown:
+            reasons["the same images as a positive, or as a negative that was taken"] += 1
+        elif score > ceiling:
+            reasons["so similar that they may be positives"] += 1
+        else:
+            taken.append(document)
+            shown |= {content.images} - {""}
+        if len(taken) == choice.skip + choice.count:
+            break
+    return taken[choice.skip :]

@@ -16,12 +16,12 @@ from vlmembed.backbones import VisionLanguageModel
 from vlmembed.backbones.chat_templates import PairTemplate, QueryFirst
 from vlmembed.data import Reranking, Task
 from vlmembed.encoder import Scorer
+from vlmembed.features import RecentFeatures
 from vlmembed.heads import ScoreHead, YesNo
 from vlmembed.losses import RankingLoss
 from vlmembed.metrics import RerankingMetrics
 from vlmembed.modules.module import RetrievalModule
 from vlmembed.modules.prediction import write_reranking
-from vlmembed.modules.recent import RecentFeatures
 from vlmembed.modules.watch import ScoreWatch
 from vlmembed.types import PairBatch, RankingBatch, RerankingSet
 
