@@ -34,4 +34,4 @@ def files(folder: Path, suffix: str = ".safetensors") -> list[Path]:
 
 
 def bytes_in(folder: Path) -> int:
-    return sum(path.stat().st_size for path in [*files(folder), *files(folder, ".tmp")])
+    return sum(path.stat().st_size for path in [*files(folder), *files(folder, ".draft")])

@@ -10,7 +10,7 @@ import torch
 from kept_features import PAYLOAD, PLENTY, TOWER, bytes_in, features_of, files, on_disk, opened
 from torch import Tensor, nn
 
-from vlmembed.features import GIB, FeatureCache, InMemory, Key, OnDisk, fingerprint, refuse_trainable
+from vlmembed.features import GIB, FeatureCache, InMemory, OnDisk, fingerprint, refuse_trainable
 
 Make = Callable[[float], FeatureCache]
 SETTINGS = {"max_pixels": 1024, "precision": "bf16"}
@@ -35,8 +35,8 @@ def epoch(cache: FeatureCache, images: range) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("key", [b"\x00\x9f content", 2**63 - 1, 0], ids=["bytes", "large", "zero"])
-def test_what_was_kept_comes_back_bit_by_bit(make: Make, dtype: torch.dtype, key: Key) -> None:
+@pytest.mark.parametrize("key", [2**63 - 1, 0])
+def test_what_was_kept_comes_back_bit_by_bit(make: Make, dtype: torch.dtype, key: int) -> None:
     kept = features_of(1, dtype=dtype)
     kept[0, 0, :4] = torch.tensor([float("nan"), -0.0, float("inf"), 1e-7])
     cache = opened(make(PLENTY))
@@ -80,7 +80,7 @@ def test_no_more_than_the_limit_is_kept(make: Make, tmp_path: Path) -> None:
     cache.put(1, features_of(1))
     cache.put(2, features_of(2))
     with pytest.warns(
-        UserWarning, match=r"full: 3 images were kept in this run, and 0.47 KiB more do not fit \(limit 1.4"
+        UserWarning, match=r"full: 3 images were kept in this run, and the next one does not fit \(limit"
     ):
         cache.put(3, features_of(3))
     cache.put(4, features_of(4, tokens=1))
@@ -94,36 +94,26 @@ def test_a_limit_is_above_zero(make: Make) -> None:
             make(limit)
 
 
-def test_the_prediction_says_how_much_how_many_and_where(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_prediction_says_how_much_how_many_and_where(make: Make, tmp_path: Path) -> None:
     cache = make(8)
     cache.open(TOWER)
-    cache.predict(2**20 * 5 / 8, 5120)
-    said = capsys.readouterr().out
+    sentences: list[str] = []
+    cache.predict(2**20 * 5 / 8, 5120, sentences.append)
+    (sentence,) = sentences
     # 5120 × 0.625 MiB = 3200 MiB = 3.125 GiB, which rounds to even.
-    assert said.startswith(
-        "Feature cache: about 3.12 GiB predicted (5,120 training rows × 0.62 MiB), limit 8.00 GiB, in "
-    )
-    assert said.endswith("memory.\n" if isinstance(cache, InMemory) else "/features.\n")
-    assert said.count("\n") == 1
+    words = "about 3.12 GiB predicted (5,120 training rows × 0.62 MiB), limit 8.00 GiB, in "
+    assert words + ("memory" if isinstance(cache, InMemory) else f"{tmp_path}/features") in sentence
+    assert not list(tmp_path.iterdir())
 
 
-def test_too_large_a_prediction_is_refused(make: Make) -> None:
+def test_too_large_a_prediction_is_refused_and_nothing_is_written(make: Make, tmp_path: Path) -> None:
     cache = make(2)
     cache.open(TOWER)
-    advice = r"3.12 GiB predicted .* limit 2.00 GiB.* limit_gib to 3.2 or more, make the images smaller, or remove"
-    with pytest.raises(ValueError, match=advice):
+    with pytest.raises(ValueError, match=r"3.12 GiB predicted .* room for 2.00 GiB.* Raise limit_gib.* or remove"):
         cache.predict(2**20 * 5 / 8, 5120)
-    with pytest.raises(RuntimeError, match="Call predict"):
-        cache.put(1, features_of(1))
-
-
-def test_nothing_is_written_before_the_prediction(make: Make, tmp_path: Path) -> None:
-    cache = make(PLENTY)
-    cache.open(TOWER)
     assert cache.get(1) is None
     with pytest.raises(RuntimeError, match="Call predict before the first put"):
         cache.put(1, features_of(1))
-    cache.predict(PAYLOAD, 1)
     assert not list(tmp_path.iterdir())
 
 

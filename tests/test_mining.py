@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -286,7 +290,15 @@ def test_embeddings_are_kept_by_content_and_by_model(
     def run(rows: list[Example], model: Path = embedder) -> tuple[str, int]:
         calls.clear()
         cache = str(tmp_path / "cache")
-        mine(str(model), Listed(rows), str(tmp_path / "m.jsonl"), margin=None, relative_margin=None, batch_size=2, cache=cache)
+        mine(
+            str(model),
+            Listed(rows),
+            str(tmp_path / "m.jsonl"),
+            margin=None,
+            relative_margin=None,
+            batch_size=2,
+            cache=cache,
+        )
         return (tmp_path / "m.jsonl").read_text(), sum(calls)
 
     first, count = run(rows)
@@ -350,6 +362,31 @@ def test_the_command_writes_rows_that_can_be_trained_on(embedder: Path, tmp_path
         assert len(mined[row].negatives) == 4
         (frame,) = mined[row].positives[0].parts[0].frames
         assert np.array_equal(np.asarray(load_image(frame)), np.asarray(source[row].positives[0].parts[0].value))
+
+
+KILLED = """
+import os, pathlib, signal, sys
+from vlmembed.files import whole_file
+with whole_file(pathlib.Path(sys.argv[1])) as draft:
+    draft.write_text("half a")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_drafts_of_a_killed_run_are_cleared_by_the_next(embedder: Path, tmp_path: Path) -> None:
+    """Of the rows, their images and the embeddings; not those of a process that lives."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    for name in ("mined.jsonl", "mined_images/a.png", "cache/b.safetensors"):
+        killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / name)], env=environment, check=False)
+        assert killed.returncode == -signal.SIGKILL
+    assert len([*tmp_path.rglob("*.draft")]) == 3
+    living = tmp_path / f".mined.jsonl.0123.{os.getppid()}.draft"
+    living.touch()
+    rows = Listed([Example(asked(number), (item(f"answer {number}"),)) for number in range(3)])
+    options: dict[str, Any] = {"margin": None, "relative_margin": None, "cache": str(tmp_path / "cache")}
+    mine(str(embedder), rows, str(tmp_path / "mined.jsonl"), **options)
+    assert [*tmp_path.rglob("*.draft")] == [living]
+    assert len((tmp_path / "mined.jsonl").read_text().splitlines()) == 3
 
 
 def test_the_commands_explain_themselves(capsys: pytest.CaptureFixture[str]) -> None:

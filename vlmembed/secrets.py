@@ -7,10 +7,11 @@ from pathlib import Path
 
 import yaml
 
-#: Keys of secrets (``hub_token``, not ``end_token``); what issuers put before theirs, and logins in addresses.
-KEY = r"(?i)secret|passw|credential|(api|access|private)_?key|(hf|hub|lab|wandb|auth|access|api|bearer|login)_?token$"
-VALUE = r"""(?x) \b(hf_[a-zA-Z0-9]{30} | sk-[\w-]{32} | gh[pousr]_\w{36} | github_pat_\w{36} | glpat-[\w-]{20}
-    | xox[abprs]-[\w-]{10} | AIza[\w-]{30} | AKIA[0-9A-Z]{16} | eyJ[\w-]{10,}\.[\w-]{10}) | ://[^/\s:@]+:(?!\$)[^/\s@]+@"""
+#: A ``key=value``: by the key (``hub_token``, not ``end_token``), by what issuers put first, by a login in an address.
+SECRET = r"""(?x) ^[^=]*(?i:(secret|passw|credential|(api|access|private)_?key)[^=]*|(hf|hub|hugging_?face|(?<!di)git
+    |gitlab|wandb|auth|access|api|bearer|login)_?token)= | ^([^=]*\.)?(token|key)=(?=\S*\d)(?=\S*[a-zA-Z])[\w=+/-]{16,}$
+    | \b(hf_[a-zA-Z0-9]{30} | sk-[\w-]{32} | gh[pousr]_\w{36} | github_pat_\w{36} | glpat-[\w-]{20} | AKIA[0-9A-Z]{16}
+    | AIza[\w-]{30} | xox[abprs]-[\w-]{10} | eyJ[\w-]{10,}\.[\w-]{10}) | ://[^/\s:@]+:(?!\$)[^/\s@]+@"""
 
 
 def refuse_secrets(config: object, file: str = "", key: str = "") -> None:
@@ -19,7 +20,7 @@ def refuse_secrets(config: object, file: str = "", key: str = "") -> None:
         for name, value in config.items() if isinstance(config, Mapping) else (("", value) for value in config):
             refuse_secrets(str(name), file, key)  # A token may be a key.
             refuse_secrets(value, file, f"{key}.{name}".strip("."))
-    elif not isinstance(config, bool | None) and str(config) and (re.search(KEY, key) or re.search(VALUE, str(config))):
+    elif not isinstance(config, bool | None) and config != "" and re.search(SECRET, f"{key}={config}"):
         raise ValueError(
             f"{f'{file}: {key}'.strip(': ')} holds what looks like a token, a password or a login. Remove it, and set "
             "HF_TOKEN or WANDB_API_KEY in the environment; if it was shared already, have a new one issued."
@@ -46,5 +47,5 @@ def mask(value: object, path: str = "") -> object:
     if isinstance(value, list | tuple):
         return [mask(inner, path) for inner in value]
     if isinstance(value, bool | None | int | float):
-        return value if not re.search(KEY, path) or isinstance(value, bool | None) else "(hidden)"
-    return "(hidden)" if re.search(KEY, path) else re.sub(VALUE, "(hidden)", str(value))
+        return value if not re.search(SECRET, f"{path}=1") or isinstance(value, bool | None) else "(hidden)"
+    return "(hidden)" if re.search(SECRET, f"{path}=1") else re.sub(SECRET, "(hidden)", str(value))
