@@ -76,14 +76,17 @@ def searched() -> tuple[Pool, Tensor, Tensor]:
     queries = torch.randn(6, 8, generator=generator)
     documents = torch.randn(30, 8, generator=generator)
     pool = gather(Listed(rows), None)
-    for query, indices in enumerate(pool.positives):
-        documents[[*indices]] += 1.5 * queries[query]
+    names = [*pool.documents]
+    for query, positives in enumerate(pool.positives.values()):
+        documents[[names.index(positive) for positive in positives]] += 1.5 * queries[query]
     return pool, queries, documents
 
 
-def slow(pool: Pool, queries: Tensor, documents: Tensor, choice: Choice) -> Iterator[list[int]]:
+def slow(pool: Pool, queries: Tensor, documents: Tensor, choice: Choice) -> Iterator[list[str]]:
     """One query and one document at a time."""
-    for query, positives in enumerate(pool.positives):
+    names = [*pool.documents]
+    for query, contents in enumerate(pool.positives.values()):
+        positives = {names.index(content) for content in contents}
         scores = [float(torch.cosine_similarity(queries[query], document, dim=0)) for document in documents]
         positive = min(scores[index] for index in positives)
         ranked = sorted({*range(len(documents))} - positives, key=lambda index: -scores[index])[: choice.depth]
@@ -94,7 +97,7 @@ def slow(pool: Pool, queries: Tensor, documents: Tensor, choice: Choice) -> Iter
             ranked = [index for index in ranked if scores[index] <= limit]
         if choice.max_score is not None:
             ranked = [index for index in ranked if scores[index] <= choice.max_score]
-        yield ranked[choice.skip : choice.skip + choice.count]
+        yield [names[index] for index in ranked[choice.skip : choice.skip + choice.count]]
 
 
 PLAIN = Choice(count=3, depth=10, skip=0, margin=None, relative_margin=None, max_score=None)
@@ -119,10 +122,10 @@ def test_hard_negatives_are_those_of_a_slow_search(
 ) -> None:
     choice = replace(PLAIN, **options)
     expected = [*slow(*searched, choice)]
-    assert hard_negatives(*searched, cos_sim, choice)[0] == expected
+    assert [*hard_negatives(*searched, cos_sim, choice)[0].values()] == expected
     # Two queries at a time.
     monkeypatch.setattr("vlmembed.mining.mining.TILE_BYTES", 2 * 4 * 30)
-    assert hard_negatives(*searched, cos_sim, choice)[0] == expected
+    assert [*hard_negatives(*searched, cos_sim, choice)[0].values()] == expected
     if options.keys() & {"margin", "relative_margin", "max_score", "skip"}:
         assert expected != [*slow(*searched, PLAIN)]
 
@@ -170,19 +173,17 @@ def test_nothing_with_the_image_of_a_positive_is_a_negative(embedder: Path, tmp_
     output = tmp_path / "mined" / "rows.jsonl"
     mine(str(embedder), Listed(rows), str(output), negatives=9, margin=None, relative_margin=None)
     mined = Rows(str(output), allow_outside=[str(tmp_path)])
-    found = [[identify(negative) for negative in mined[row].negatives] for row in range(len(mined))]
-    # Of six documents in four kinds: two pictures, with and without caption; an answer in words; a question.
-    assert [len(row) for row in found] == [2, 3, 3, 2, 2, 2]
-    for row, example in enumerate(rows):
-        right = {identify(each).images for each in example.positives} - {""}
-        shown = [content.images for content in found[row] if content.images]
-        assert not right & {*shown}
+    negatives = [[identify(negative) for negative in mined[row].negatives] for row in range(len(mined))]
+    # Of six documents in four kinds: two images, with and without caption; an answer in words; a question.
+    assert [len(row) for row in negatives] == [2, 3, 3, 2, 2, 2]
+    for example, row in zip(rows, negatives, strict=True):
+        shown = [images for _, images in row if images]
         assert len({*shown}) == len(shown)
-        assert identify(example.query).whole not in {content.whole for content in found[row]}
+        assert not {identify(positive)[1] for positive in example.positives} & {*shown}
+        assert identify(example.query) not in row
     # The same question in two rows: neither's answer is a negative of the other.
-    words = identify(item("an answer in words")).whole
-    assert all(words not in {content.whole for content in found[row]} for row in (0, 5))
-    assert words in {content.whole for content in found[1]}
+    words = identify(item("an answer in words"))
+    assert [words in row for row in negatives] == [False, True, True, True, True, False]
 
 
 def test_negatives_come_from_a_corpus_and_after_those_that_are_there(embedder: Path, tmp_path: Path) -> None:
@@ -248,8 +249,8 @@ def test_contents_are_what_is_shown(tmp_path: Path) -> None:
     assert identify(items[0]) != identify(item(picture(40, 30, 4)))
     assert identify(item("a", "bc")) != identify(item("ab", "c"))
     assert identify(item("same")) == identify(item("same", role="query"))
-    assert identify(item("only text")).images == ""
-    assert identify(item(image, "x")).images == identify(item(image)).images != ""
+    assert identify(item("only text"))[1] == ""
+    assert identify(item(image, "x"))[1] == identify(item(image))[1] != ""
 
 
 def test_sentence_transformers_gets_the_kinds_in_order() -> None:

@@ -26,18 +26,25 @@ from vlmembed.types import Item, Part, Role
 BATCHES = 8
 
 
-class Content(NamedTuple):
-    """What identifies an item: what it shows and says, whatever its files are called."""
+class Entry(NamedTuple):
+    """A distinct item, which is read when it is asked for."""
 
-    whole: str  #: Equal for items of equal texts, pixels and videos, in the same order.
+    read: Callable[[], Item]
     images: str  #: Equal for items that show the same images or videos, whatever they say; empty where there are none.
 
 
-def identify(item: Item) -> Content:
-    """Return what identifies an item; a ValueError names an item with an image that cannot be read."""
+#: Distinct items by what they show and say, whatever their files are called, in the order of their embeddings.
+DistinctItems = dict[str, Entry]
+
+
+def identify(item: Item) -> tuple[str, str]:
+    """Return what identifies an item: its texts, pixels and videos in order, and its images and videos alone.
+
+    Raises:
+        ValueError: If an image cannot be read, naming the item.
+    """
     digests = [(part.kind, _digest(part, item.origin)) for part in item.parts]
-    shown = sorted(part for kind, part in digests if kind != "text")
-    return Content(digest(part for _, part in digests), " ".join(shown))
+    return digest(part for _, part in digests), " ".join(sorted(part for kind, part in digests if kind != "text"))
 
 
 def _digest(part: Part, origin: str) -> str:
@@ -79,29 +86,6 @@ def model_input(item: Item) -> dict[str, Any]:
     return {kind: values[0] if len(values) == 1 else values for kind, values in content.items()}
 
 
-class DistinctItems:
-    """Items of different content, in the order of their first appearance; each is read when it is asked for."""
-
-    def __init__(self) -> None:
-        self.contents: list[Content] = []
-        self._indices: dict[str, int] = {}
-        self._readers: list[Callable[[], Item]] = []
-
-    def add(self, content: Content, read: Callable[[], Item]) -> int:
-        """Return the index of the item with this content: a new one, if there was none."""
-        index = self._indices.setdefault(content.whole, len(self.contents))
-        if index == len(self.contents):
-            self.contents.append(content)
-            self._readers.append(read)
-        return index
-
-    def __len__(self) -> int:
-        return len(self.contents)
-
-    def __getitem__(self, index: int) -> Item:
-        return self._readers[index]()
-
-
 class Embedder:
     """Embeds items with a Sentence Transformers model, with its own prompts for queries and for documents.
 
@@ -117,6 +101,7 @@ class Embedder:
         self.model = SentenceTransformer(model, trust_remote_code=trust_remote_code)
         self.batch_size = batch_size
         self._cache = None if cache is None else Path(cache)
+        self._version = ""
         if self._cache is not None:
             clear_drafts(self._cache)
             self._version = f"{model_version(model)} by sentence-transformers {version('sentence-transformers')}"
@@ -124,19 +109,18 @@ class Embedder:
     def embed(self, items: DistinctItems, role: Role) -> Float[Tensor, "N D"]:
         """Embed items as queries or as documents, in float32, where the model is."""
         encode = self.model.encode_query if role == "query" else self.model.encode_document
-        pieces, size = [], BATCHES * self.batch_size
+        contents, size, pieces = [*items], BATCHES * self.batch_size, []
         for start in tqdm(range(0, len(items), size), desc=f"Embedding {len(items)} distinct items ({role})"):
-            indices = range(start, min(start + size, len(items)))
-            piece = None
-            if self._cache is not None:
-                key = digest([self._version, role, *(items.contents[index].whole for index in indices)])
-                piece = read_tensor(self._cache / f"{key}.safetensors", key)
+            some = contents[start : start + size]
+            key = digest([self._version, role, *some])
+            path = None if self._cache is None else self._cache / f"{key}.safetensors"
+            piece = None if path is None else read_tensor(path, key)
             if piece is None:
-                inputs = [model_input(items[index]) for index in indices]
+                inputs = [model_input(items[content].read()) for content in some]
                 piece = encode(inputs, batch_size=self.batch_size, convert_to_tensor=True, show_progress_bar=False)
                 piece = piece.float().cpu()
-                if self._cache is not None:
-                    write_whole(self._cache / f"{key}.safetensors", save({signed(key, piece): piece}))
+                if path is not None:
+                    write_whole(path, save({signed(key, piece): piece}))
             pieces.append(piece)
         return torch.cat(pieces).to(self.model.device)
 

@@ -6,8 +6,9 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from jaxtyping import Float
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from vlmembed.data import EvaluationSource, Rows, Source
 from vlmembed.data.evaluation import as_evaluation
-from vlmembed.mining.embedding import DistinctItems, Embedder, identify
+from vlmembed.mining.embedding import DistinctItems, Embedder, Entry, identify
 from vlmembed.mining.scoring import unscored, write_rows
 from vlmembed.types import Example, Item
 
@@ -80,22 +81,22 @@ def mine(
     chosen, reasons = hard_negatives(pool, queries, documents, embedder.model.similarity, choice)
     count = write_rows(Path(output), _with_negatives(source, pool, chosen))
     print(
-        f"{output}: {count} of {len(source)} rows, with {sum(map(len, chosen))} hard negatives of "
+        f"{output}: {count} of {len(source)} rows, with {sum(map(len, chosen.values()))} hard negatives of "
         f"{len(pool.queries)} queries among {pool.candidates} distinct documents."
     )
     for reason, count in reasons.most_common():
         print(f"  {count} candidates were left out: {reason}.")
-    if fewer := sum(len(documents) < negatives for documents in chosen):
+    if fewer := sum(len(documents) < negatives for documents in chosen.values()):
         print(f"  {fewer} queries have fewer than {negatives}; a row without any is not written.")
 
 
-def _with_negatives(rows: Source, pool: Pool, chosen: list[list[int]]) -> Iterator[Example]:
+def _with_negatives(rows: Source, pool: Pool, chosen: dict[str, list[str]]) -> Iterator[Example]:
     count = 0
-    for row, query in enumerate(pool.query_of_row):
+    for row, (query, present) in enumerate(pool.rows):
         example = rows[row]
-        new = [index for index in chosen[query] if pool.documents.contents[index].whole not in pool.negatives[row]]
+        new = tuple(pool.documents[content].read() for content in chosen[query] if content not in present)
         if example.negatives or new:
-            yield replace(example, negatives=(*example.negatives, *(pool.documents[index] for index in new)))
+            yield replace(example, negatives=example.negatives + new)
             count += 1
     if not count:
         raise ValueError(
@@ -138,25 +139,15 @@ class Choice:
         return min(ceilings)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pool:
-    """Queries and documents, each content once.
+    """What is mined: distinct queries and documents, each by what identifies its content."""
 
-    Args:
-        queries: The distinct queries of training rows.
-        documents: The candidates, and then positives that are none.
-        candidates: How many of the documents are candidates.
-        positives: Of each query, the indices of its positives: those of all rows that ask it.
-        query_of_row: Of each row, the index of its query.
-        negatives: Of each row, what identifies the negatives that it has already.
-    """
-
-    queries: DistinctItems
-    documents: DistinctItems
-    candidates: int
-    positives: list[set[int]]
-    query_of_row: list[int]
-    negatives: list[set[str]]
+    queries: DistinctItems = field(default_factory=dict)
+    documents: DistinctItems = field(default_factory=dict)  #: The candidates, and then positives that are none.
+    candidates: int = 0
+    positives: dict[str, set[str]] = field(default_factory=dict)  #: Of each query, those of all rows that ask it.
+    rows: list[tuple[str, set[str]]] = field(default_factory=list)  #: The query of each row, and its own negatives.
 
 
 def gather(rows: Source, corpus: str | Source | EvaluationSource | None) -> Pool:
@@ -165,37 +156,32 @@ def gather(rows: Source, corpus: str | Source | EvaluationSource | None) -> Pool
     Raises:
         ValueError: If rows have scores or labels, which would not fit their new negatives, or an item cannot be read.
     """
-    queries, documents = DistinctItems(), DistinctItems()
-    pool = Pool(queries, documents, 0, [], [], [])
-    candidates = 0
+    pool = Pool()
     with ThreadPoolExecutor() as threads:  # Decoding images leaves Python's lock to others.
         if corpus is not None:
             items = as_evaluation(corpus).corpus
             for start in range(0, len(items), ROWS):
                 some = [items[index] for index in range(start, min(start + ROWS, len(items)))]
-                for index, content in enumerate(threads.map(identify, some), start):
-                    documents.add(content, partial(items.__getitem__, index))
-            candidates = len(documents)
+                for index, (content, images) in enumerate(threads.map(identify, some), start):
+                    pool.documents.setdefault(content, Entry(partial(items.__getitem__, index), images))
+            pool.candidates = len(pool.documents)
         for start in range(0, len(rows), ROWS):
             examples = [unscored(rows[row]) for row in range(start, min(start + ROWS, len(rows)))]
-            contents = threads.map(
-                identify, [item for example in examples for item in (example.query, *example.documents)]
-            )
+            found = threads.map(identify, [item for each in examples for item in (each.query, *each.documents)])
             for row, example in enumerate(examples, start):
-                query = queries.add(next(contents), partial(_item, rows, row, 0))
-                if query == len(pool.positives):
-                    pool.positives.append(set())
-                pool.query_of_row.append(query)
-                pool.negatives.append(set())
-                for rank in range(1, 1 + len(example.documents)):
-                    content, read = next(contents), partial(_item, rows, row, rank)
-                    if rank <= len(example.positives):
-                        pool.positives[query].add(documents.add(content, read))
-                        continue
-                    pool.negatives[row].add(content.whole)
-                    if corpus is None:
-                        documents.add(content, read)
-    return replace(pool, candidates=len(documents) if corpus is None else candidates)
+                query, *documents = (
+                    (content, Entry(partial(_item, rows, row, rank), images))
+                    for rank, (content, images) in enumerate(islice(found, 1 + len(example.documents)))
+                )
+                positives, negatives = dict(documents[: len(example.positives)]), documents[len(example.positives) :]
+                pool.queries.setdefault(*query)
+                pool.positives.setdefault(query[0], set()).update(positives)
+                pool.rows.append((query[0], {content for content, _ in negatives}))
+                for content, entry in documents if corpus is None else positives.items():
+                    pool.documents.setdefault(content, entry)
+    if corpus is None:
+        pool.candidates = len(pool.documents)
+    return pool
 
 
 def _item(rows: Source, row: int, rank: int) -> Item:
@@ -210,7 +196,7 @@ def hard_negatives(
     documents: Float[Tensor, "P D"],
     similarity: Callable[[Tensor, Tensor], Tensor],
     choice: Choice,
-) -> tuple[list[list[int]], Counter[str]]:
+) -> tuple[dict[str, list[str]], Counter[str]]:
     """Choose the hard negatives of each query.
 
     Args:
@@ -221,42 +207,37 @@ def hard_negatives(
         choice: How to choose.
 
     Returns:
-        Of each query, the indices of its hard negatives; and how many candidates were left out, and why.
+        Of each query its hard negatives, by content; and how many candidates were left out, and why.
     """
-    chosen: list[list[int]] = []
-    reasons: Counter[str] = Counter()
+    names, contents = [*pool.queries], [*pool.documents]
+    indices = {content: index for index, content in enumerate(contents)}
+    chosen, reasons = dict[str, list[str]](), Counter[str]()
     # Positives are among the most similar, and are not looked at.
-    seen = min(pool.candidates, choice.depth + max(map(len, pool.positives)))
-    for tile in queries.split(max(1, TILE_BYTES // (4 * len(documents)))):
+    seen = min(pool.candidates, choice.depth + max(map(len, pool.positives.values())))
+    for tile in queries.split(max(1, TILE_BYTES // (4 * len(contents)))):
         similarities = similarity(tile, documents)  # (tile, P)
         top = similarities[:, : pool.candidates].topk(seen)
-        for row, scores, indices in zip(similarities, top.values.tolist(), top.indices.tolist(), strict=True):
-            positives = pool.positives[len(chosen)]
+        for row, scores, ranks in zip(similarities, top.values.tolist(), top.indices.tolist(), strict=True):
+            query = names[len(chosen)]
+            positives = pool.positives[query]
             # Below the least similar positive: a candidate above it would be ranked above a positive.
-            ceiling = choice.ceiling(float(row[[*positives]].min()))
-            ranked = [pair for pair in zip(indices, scores, strict=True) if pair[0] not in positives][: choice.depth]
-            chosen.append(_choose(pool, len(chosen), ranked, ceiling, choice, reasons))
+            ceiling = choice.ceiling(float(row[[indices[content] for content in positives]].min()))
+            ranked = [(contents[index], score) for index, score in zip(ranks, scores, strict=True)]
+            ranked = [pair for pair in ranked if pair[0] not in positives][: choice.depth]
+            taken = list[str]()
+            shown = {pool.documents[content].images for content in positives}
+            for content, score in ranked:
+                images = pool.documents[content].images
+                if content == query:
+                    reasons["the query itself"] += 1
+                elif images and images in shown:
+                    reasons["the same images as a positive, or as a negative that was taken"] += 1
+                elif score > ceiling:
+                    reasons["so similar that they may be positives"] += 1
+                else:
+                    taken.append(content)
+                    shown.add(images)
+                if len(taken) == choice.skip + choice.count:
+                    break
+            chosen[query] = taken[choice.skip :]
     return chosen, reasons
-
-
-def _choose(
-    pool: Pool, query: int, ranked: list[tuple[int, float]], ceiling: float, choice: Choice, reasons: Counter[str]
-) -> list[int]:
-    """Take what is neither too similar nor the same as a positive, the query, or what was taken before."""
-    contents = pool.documents.contents
-    taken: list[int] = []
-    shown = {contents[positive].images for positive in pool.positives[query]} - {""}
-    for document, score in ranked:
-        content = contents[document]
-        if content.whole == pool.queries.contents[query].whole:
-            reasons["the query itself"] += 1
-        elif content.images in shown:
-            reasons["the same images as a positive, or as a negative that was taken"] += 1
-        elif score > ceiling:
-            reasons["so similar that they may be positives"] += 1
-        else:
-            taken.append(document)
-            shown |= {content.images} - {""}
-        if len(taken) == choice.skip + choice.count:
-            break
-    return taken[choice.skip :]
