@@ -38,11 +38,7 @@ DistinctItems = dict[str, Entry]
 
 
 def identify(item: Item) -> tuple[str, str]:
-    """Return what identifies an item: its texts, pixels and videos in order, and its images and videos alone.
-
-    Raises:
-        ValueError: If an image cannot be read, naming the item.
-    """
+    """Return what identifies an item: its texts, pixels and videos in order, and its images and videos alone."""
     digests = [(part.kind, _digest(part, item.origin)) for part in item.parts]
     return digest(part for _, part in digests), " ".join(sorted(part for kind, part in digests if kind != "text"))
 
@@ -126,11 +122,7 @@ class Embedder:
 
 
 def model_version(model: str) -> str:
-    """Return what identifies the files of a model that has been loaded, of a folder or of the Hub: their content.
-
-    Raises:
-        ValueError: If they are not to be found.
-    """
+    """Return what identifies the files of a model that has been loaded, of a folder or of the Hub: their content."""
     try:
         folder = Path(model if Path(model).is_dir() else snapshot_download(model, local_files_only=True))
     except ValueError as error:

@@ -46,11 +46,8 @@ def mine(
     For each query, the documents that the embedder finds most similar to it, without its positives, whatever shows the
     same images as one of them (the pixels count, not the files), and whatever is so similar that it probably is a
     positive that nobody labelled: see ``margin`` and ``relative_margin``, which are NV-Retriever's positive-aware
-    thresholds (arXiv:2407.15831). Negatives that a row has already stay, before those that are found. A row of which
-    none are left is not written.
-
-    Sentence Transformers' ``mine_hard_negatives`` does this for strings only: it compares and groups documents as keys
-    of a dictionary, which mappings cannot be and open images are by identity, and its cache knows a model by its name.
+    thresholds (arXiv:2407.15831). Negatives that a row has already stay, before the new ones; a row without any is not
+    written. Sentence Transformers' ``mine_hard_negatives`` does this for strings only.
 
     Args:
         model: The embedder: a folder written by ``export``, or anything that Sentence Transformers opens.
@@ -61,13 +58,11 @@ def mine(
         negatives: How many to find for each row, at most.
         depth: How many of the most similar documents to look at.
         skip: How many that could be taken to leave out, from the most similar one on.
-        margin: How much less similar than the query's positive a negative must be; than the least similar one, if
-            there are several. Null for no such limit.
+        margin: How much less similar than the query's (least similar) positive a negative must be; null for no limit.
         relative_margin: The same, as a share of the positive's similarity.
         max_score: The largest similarity of a negative; null for no such limit.
         batch_size: Items that go through the model at once.
-        cache: A folder to keep embeddings in: the same content, embedded with the same files of a model, is not
-            embedded twice. Null to keep none.
+        cache: A folder of embeddings: the same content is not embedded twice with the same files of a model.
         trust_remote_code: Whether to run code that the model brings.
 
     Raises:
@@ -123,8 +118,7 @@ class Choice:
             )
         if self.depth < self.skip + self.count:
             raise ValueError(f"depth {self.depth} has no room for {self.skip} to skip and {self.count} to take.")
-        for name in ("margin", "relative_margin"):
-            value = getattr(self, name)
+        for name, value in (("margin", self.margin), ("relative_margin", self.relative_margin)):
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"{name} is 0 or more, or null; got {value}.")
 
@@ -151,11 +145,7 @@ class Pool:
 
 
 def gather(rows: Source, corpus: str | Source | EvaluationSource | None) -> Pool:
-    """Read all rows and all documents once; those of all rows where there is no corpus.
-
-    Raises:
-        ValueError: If rows have scores or labels, which would not fit their new negatives, or an item cannot be read.
-    """
+    """Read all rows once, and the corpus; without one, the rows' documents are the candidates."""
     pool = Pool()
     with ThreadPoolExecutor() as threads:  # Decoding images leaves Python's lock to others.
         if corpus is not None:
@@ -197,14 +187,7 @@ def hard_negatives(
     similarity: Callable[[Tensor, Tensor], Tensor],
     choice: Choice,
 ) -> tuple[dict[str, list[str]], Counter[str]]:
-    """Choose the hard negatives of each query.
-
-    Args:
-        pool: What was embedded.
-        queries: Embeddings of its queries.
-        documents: Embeddings of its documents.
-        similarity: The model's.
-        choice: How to choose.
+    """Choose hard negatives by the similarities of a pool's embeddings.
 
     Returns:
         Of each query its hard negatives, by content; and how many candidates were left out, and why.
