@@ -1,4 +1,4 @@
-"""Hard negatives: those of a slow search, none of them a positive, in rows that can be trained on."""
+"""Hard negatives are those of a slow search, scores are a reranker's logits; rows with both can be trained on."""
 
 from __future__ import annotations
 
@@ -25,15 +25,19 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import cos_sim, mine_hard_negatives
 from torch import Tensor
 
+from vlmembed.backbones import QueryFirst, Qwen3VL
 from vlmembed.cli import check, main
-from vlmembed.data import Rows, Source
+from vlmembed.data import Collator, Rows, Source
 from vlmembed.data.digits import HandwrittenNumbers
+from vlmembed.encoder import Scorer
+from vlmembed.export.reranker import write_reranker
 from vlmembed.export.sentence_transformers import write_folder
+from vlmembed.heads import YesNo
 from vlmembed.media import load_image
-from vlmembed.mining import mine
+from vlmembed.mining import mine, score, write_rows
 from vlmembed.mining.embedding import identify, model_input
 from vlmembed.mining.mining import Choice, Pool, gather, hard_negatives
-from vlmembed.types import Example, Item, Part
+from vlmembed.types import Example, Item, Pair, Part
 
 
 @pytest.fixture(scope="module")
@@ -342,7 +346,112 @@ def test_broken_files_of_the_cache_are_noticed(
     assert not calls
 
 
-# The command
+# Scores
+
+
+@pytest.fixture(scope="module")
+def scorer(checkpoint: Path) -> Scorer:
+    torch.manual_seed(0)
+    built = Scorer(Qwen3VL(str(checkpoint)), YesNo(), QueryFirst())
+    built.configure()
+    return built.eval()
+
+
+@pytest.fixture(scope="module")
+def reranker(scorer: Scorer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that Sentence Transformers opens."""
+    folder = tmp_path_factory.mktemp("reranker")
+    write_reranker(scorer, folder)
+    return folder
+
+
+EXAMPLES = [
+    Example(asked(0), (item(picture(64, 32, 1)), item("another")), (item("wrong"), item("wrong, and long"))),
+    Example(item(picture(32, 32, 2), "and this?", role="query"), (item(picture(32, 64, 3), "caption"),)),
+    Example(asked(2), (item("right"),), (item(picture(64, 32, 1)), item(picture(32, 32, 4), picture(32, 32, 5)))),
+]
+
+
+def test_scores_are_the_logits_of_the_reranker(
+    checkpoint: Path, scorer: Scorer, reranker: Path, tmp_path: Path
+) -> None:
+    write_rows(tmp_path / "rows.jsonl", EXAMPLES)
+    rows, output = (str(tmp_path / name) for name in ("rows.jsonl", "scored.jsonl"))
+    main(["score", "--model", str(reranker), "--rows", rows, "--output", output, "--batch_size", "3"])
+    scored = Rows(output)
+    preprocessor = scorer.backbone.preprocessor
+    for row, example in enumerate(EXAMPLES):
+        with torch.no_grad():
+            expected = [float(scorer(preprocessor([Pair(example.query, document)]))) for document in example.documents]
+        assert len({*expected}) == len(expected)
+        # What exports are held to.
+        assert scored[row].scores == pytest.approx(expected, abs=1e-5)
+        for one, other in zip(scored[row].documents, example.documents, strict=True):
+            assert identify(one) == identify(other)
+    assert len([*tmp_path.rglob("*.png")]) == 5
+    batch = Collator(Qwen3VL(str(checkpoint)).preprocessor, wants_scores=True)([scored[0], scored[2]])
+    assert batch.scores is not None
+    assert len(batch.scores) == 7
+
+
+class Stub:
+    """A reranker in name only."""
+
+    num_labels = 1
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def predict(self, pairs: list[Any], **options: Any) -> torch.Tensor:
+        assert isinstance(options["activation_fn"], torch.nn.Identity)
+        return torch.tensor([float("nan") if "bad" in str(pair) else float(len(str(pair[1]))) for pair in pairs])
+
+
+def test_two_texts_are_given_as_such_and_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reranker of text takes nothing else."""
+    seen: list[Any] = []
+
+    class Recording(Stub):
+        def predict(self, pairs: list[Any], **options: Any) -> torch.Tensor:
+            seen.extend(pairs)
+            return super().predict(pairs, **options)
+
+    monkeypatch.setattr("vlmembed.mining.scoring.CrossEncoder", Recording)
+    rows = [Example(asked(number), (item("1" * number),), (item("22" * number),)) for number in range(1, 30)]
+    score("stub", Listed(rows), str(tmp_path / "scored.jsonl"), batch_size=2)
+    scores = [json.loads(line)["scores"] for line in (tmp_path / "scored.jsonl").open()]
+    assert scores == [[number, 2 * number] for number in range(1, 30)]
+    assert seen[:2] == [("question 1", "1"), ("question 1", "22")]
+
+
+def test_what_cannot_be_scored_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = str(tmp_path / "scored.jsonl")
+    monkeypatch.setattr("vlmembed.mining.scoring.CrossEncoder", Stub)
+    bad = replace(item("bad"), origin="rows.jsonl, row 2, column 'positive'")
+    with pytest.raises(ValueError, match=r"row 2, column 'positive': the reranker's score is nan"):
+        score("stub", Listed([Example(asked(0), (item("good"),)), Example(asked(1), (bad,))]), output)
+    labelled = Example(asked(0), (item("a"),), (), labels=(3.0,))
+    with pytest.raises(ValueError, match="has scores, labels, or no positive"):
+        score("stub", Listed([labelled]), output)
+    by_turns = item("a", picture(8, 8), "b")
+    with pytest.raises(ValueError, match="by turns"):
+        score("stub", Listed([Example(asked(0), (by_turns,))]), output)
+    monkeypatch.setattr(Stub, "num_labels", 3)
+    with pytest.raises(ValueError, match="stub gives 3 scores for a pair"):
+        score("stub", Listed([Example(asked(0), (item("a"),))]), output)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_videos_are_named_by_their_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlmembed.mining.scoring.CrossEncoder", Stub)
+    frames = tuple(picture(16, 16, seed) for seed in range(3))
+    document = Item("document", (Part("video", frames), Part("text", "of three frames")))
+    score("stub", Listed([Example(asked(0), (document,))]), str(tmp_path / "scored.jsonl"))
+    (positive,) = Rows(str(tmp_path / "scored.jsonl"))[0].positives
+    assert [part.kind for part in positive.parts] == ["video", "text"]
+    assert len(positive.parts[0].frames) == 3
+
+
+# The commands
 
 
 def test_the_command_writes_rows_that_can_be_trained_on(embedder: Path, tmp_path: Path) -> None:
