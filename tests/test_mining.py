@@ -122,14 +122,13 @@ PLAIN = Choice(count=3, depth=10, skip=0, margin=None, relative_margin=None, max
     ],
 )
 def test_hard_negatives_are_those_of_a_slow_search(
-    searched: tuple[Pool, Tensor, Tensor], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    searched: tuple[Pool, Tensor, Tensor], options: dict[str, Any]
 ) -> None:
     choice = replace(PLAIN, **options)
     expected = [*slow(*searched, choice)]
-    assert [*hard_negatives(*searched, cos_sim, choice)[0].values()] == expected
-    # Two queries at a time.
-    monkeypatch.setattr("vlmembed.mining.mining.TILE_BYTES", 2 * 4 * 30)
-    assert [*hard_negatives(*searched, cos_sim, choice)[0].values()] == expected
+    # All at once, and two queries at a time.
+    for tile_bytes in (2**20, 2 * 4 * 30):
+        assert [*hard_negatives(*searched, cos_sim, choice, tile_bytes)[0].values()] == expected
     if options.keys() & {"margin", "relative_margin", "max_score", "skip"}:
         assert expected != [*slow(*searched, PLAIN)]
 
@@ -271,7 +270,8 @@ def test_sentence_transformers_gets_the_kinds_in_order() -> None:
 # What is kept
 
 
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many items each call embeds."""
     calls: list[int] = []
     for name in ("encode_query", "encode_document"):
@@ -285,65 +285,42 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-def test_embeddings_are_kept_by_content_and_by_model(
-    embedder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = [Example(asked(number), (item(picture(32, 32, number)),)) for number in range(3)]
-    calls = counted(monkeypatch)
-    monkeypatch.setattr("vlmembed.mining.embedding.BATCHES", 1)
+def cached(folder: Path, model: Path, rows: list[Example]) -> str:
+    options: dict[str, Any] = {"margin": None, "relative_margin": None, "cache": str(folder / "cache")}
+    mine(str(model), Listed(rows), str(folder / "mined.jsonl"), batch_size=1, **options)
+    return (folder / "mined.jsonl").read_text()
 
-    def run(rows: list[Example], model: Path = embedder) -> tuple[str, int]:
-        calls.clear()
-        cache = str(tmp_path / "cache")
-        mine(
-            str(model),
-            Listed(rows),
-            str(tmp_path / "m.jsonl"),
-            margin=None,
-            relative_margin=None,
-            batch_size=2,
-            cache=cache,
-        )
-        return (tmp_path / "m.jsonl").read_text(), sum(calls)
 
-    first, count = run(rows)
-    assert count == 6
-    assert run(rows) == (first, 0)
-    more = [*rows, Example(asked(3), (item("new"),))]
-    assert run(more)[1] == 4  # The second pieces have grown; the first are as they were.
+def test_embeddings_are_kept_by_content_and_by_model(embedder: Path, tmp_path: Path, calls: list[int]) -> None:
+    rows = [Example(asked(number), (item(picture(32, 32, number)),)) for number in range(10)]
+    first = cached(tmp_path, embedder, rows)
+    assert calls == [8, 2, 8, 2]
+    assert cached(tmp_path, embedder, rows) == first
+    assert calls == [8, 2, 8, 2]
+    # The second pieces have grown; the first are as they were.
+    cached(tmp_path, embedder, [*rows, Example(asked(10), (item("new"),))])
+    assert calls[4:] == [3, 3]
     other = Path(shutil.copytree(embedder, tmp_path / "other"))
-    assert run(rows, other)[1] == 0  # The same files in another place.
+    assert cached(tmp_path, other, rows) == first  # The same files in another folder.
+    assert calls[6:] == []
     config = json.loads((other / "config_sentence_transformers.json").read_text())
     config["prompts"]["query"] = "Another prompt."
     (other / "config_sentence_transformers.json").write_text(json.dumps(config))
-    assert run(rows, other)[1] == 6
+    cached(tmp_path, other, rows)
+    assert calls[6:] == [8, 2, 8, 2]
 
 
-@pytest.mark.parametrize("damage", ["cut", "changed", "foreign"])
-def test_broken_files_of_the_cache_are_noticed(
-    embedder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
-) -> None:
-    rows = Listed([Example(asked(number), (item(f"answer {number}"),)) for number in range(3)])
-    options: dict[str, Any] = {"margin": None, "relative_margin": None, "cache": str(tmp_path / "cache")}
-    mine(str(embedder), rows, str(tmp_path / "a.jsonl"), **options)
+@pytest.mark.parametrize("damage", ["cut", "foreign"])
+def test_broken_files_of_the_cache_are_noticed(embedder: Path, tmp_path: Path, calls: list[int], damage: str) -> None:
+    rows = [Example(asked(number), (item(f"answer {number}"),)) for number in range(3)]
+    first = cached(tmp_path, embedder, rows)
     files = sorted((tmp_path / "cache").iterdir())
     assert len(files) == 2
-    if damage == "cut":
-        files[0].write_bytes(files[0].read_bytes()[:-5])
-    elif damage == "changed":
-        content = bytearray(files[0].read_bytes())
-        content[-3] ^= 1
-        files[0].write_bytes(content)
-    else:
-        shutil.copy(files[1], files[0])
-    calls = counted(monkeypatch)
+    files[0].write_bytes(files[0].read_bytes()[:-5] if damage == "cut" else files[1].read_bytes())
     with pytest.warns(UserWarning, match=rf"{files[0].name} is damaged, or another's.*computed again"):
-        mine(str(embedder), rows, str(tmp_path / "b.jsonl"), **options)
-    assert sum(calls) == 3
-    assert (tmp_path / "a.jsonl").read_text() == (tmp_path / "b.jsonl").read_text()
-    calls.clear()
-    mine(str(embedder), rows, str(tmp_path / "b.jsonl"), **options)
-    assert not calls
+        assert cached(tmp_path, embedder, rows) == first
+    assert cached(tmp_path, embedder, rows) == first
+    assert calls == [3, 3, 3]
 
 
 # Scores
@@ -415,7 +392,7 @@ def test_two_texts_are_given_as_such_and_in_order(tmp_path: Path, monkeypatch: p
             seen.extend(pairs)
             return super().predict(pairs, **options)
 
-    monkeypatch.setattr("vlmembed.mining.scoring.CrossEncoder", Recording)
+    monkeypatch.setattr("sentence_transformers.CrossEncoder", Recording)
     rows = [Example(asked(number), (item("1" * number),), (item("22" * number),)) for number in range(1, 30)]
     score("stub", Listed(rows), str(tmp_path / "scored.jsonl"), batch_size=2)
     scores = [json.loads(line)["scores"] for line in (tmp_path / "scored.jsonl").open()]
@@ -425,7 +402,7 @@ def test_two_texts_are_given_as_such_and_in_order(tmp_path: Path, monkeypatch: p
 
 def test_what_cannot_be_scored_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = str(tmp_path / "scored.jsonl")
-    monkeypatch.setattr("vlmembed.mining.scoring.CrossEncoder", Stub)
+    monkeypatch.setattr("sentence_transformers.CrossEncoder", Stub)
     bad = replace(item("bad"), origin="rows.jsonl, row 2, column 'positive'")
     with pytest.raises(ValueError, match=r"row 2, column 'positive': the reranker's score is nan"):
         score("stub", Listed([Example(asked(0), (item("good"),)), Example(asked(1), (bad,))]), output)
@@ -442,7 +419,7 @@ def test_what_cannot_be_scored_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_videos_are_named_by_their_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlmembed.mining.scoring.CrossEncoder", Stub)
+    monkeypatch.setattr("sentence_transformers.CrossEncoder", Stub)
     frames = tuple(picture(16, 16, seed) for seed in range(3))
     document = Item("document", (Part("video", frames), Part("text", "of three frames")))
     score("stub", Listed([Example(asked(0), (document,))]), str(tmp_path / "scored.jsonl"))
@@ -492,11 +469,8 @@ def test_drafts_of_a_killed_run_are_cleared_by_the_next(embedder: Path, tmp_path
     assert len([*tmp_path.rglob("*.draft")]) == 3
     living = tmp_path / f".mined.jsonl.0123.{os.getppid()}.draft"
     living.touch()
-    rows = Listed([Example(asked(number), (item(f"answer {number}"),)) for number in range(3)])
-    options: dict[str, Any] = {"margin": None, "relative_margin": None, "cache": str(tmp_path / "cache")}
-    mine(str(embedder), rows, str(tmp_path / "mined.jsonl"), **options)
+    cached(tmp_path, embedder, [Example(asked(number), (item(f"answer {number}"),)) for number in range(3)])
     assert [*tmp_path.rglob("*.draft")] == [living]
-    assert len((tmp_path / "mined.jsonl").read_text().splitlines()) == 3
 
 
 def test_the_commands_explain_themselves(capsys: pytest.CaptureFixture[str]) -> None:

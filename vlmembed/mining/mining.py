@@ -22,8 +22,6 @@ from vlmembed.types import Example, Item
 
 #: Rows, or documents of a corpus, whose items are in memory at the same time.
 ROWS = 64
-#: What the similarities of some queries with all documents may take.
-TILE_BYTES = 256 * 2**20
 
 
 def mine(
@@ -186,8 +184,9 @@ def hard_negatives(
     documents: Float[Tensor, "P D"],
     similarity: Callable[[Tensor, Tensor], Tensor],
     choice: Choice,
+    tile_bytes: int = 2**28,
 ) -> tuple[dict[str, list[str]], Counter[str]]:
-    """Choose hard negatives by the similarities of a pool's embeddings.
+    """Choose hard negatives by the similarities of a pool's embeddings, ``tile_bytes`` of similarities at a time.
 
     Returns:
         Of each query its hard negatives, by content; and how many candidates were left out, and why.
@@ -197,7 +196,7 @@ def hard_negatives(
     chosen, reasons = dict[str, list[str]](), Counter[str]()
     # Positives are among the most similar, and are not looked at.
     seen = min(pool.candidates, choice.depth + max(map(len, pool.positives.values())))
-    for tile in queries.split(max(1, TILE_BYTES // (4 * len(contents)))):
+    for tile in queries.split(max(1, tile_bytes // (4 * len(contents)))):
         similarities = similarity(tile, documents)  # (tile, P)
         top = similarities[:, : pool.candidates].topk(seen)
         for row, scores, ranks in zip(similarities, top.values.tolist(), top.indices.tolist(), strict=True):

@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import sentence_transformers
 import torch
-from sentence_transformers import CrossEncoder
 from tqdm import tqdm
 
 from vlmembed.data import Rows, Source
@@ -40,14 +40,14 @@ def score(model: str, rows: str | Source, output: str, batch_size: int = 32, tru
         ValueError: If something cannot be read, the model gives several scores, or one that is no finite number.
     """
     source = Rows(rows) if isinstance(rows, str) else rows
-    reranker = CrossEncoder(model, trust_remote_code=trust_remote_code)
+    reranker = sentence_transformers.CrossEncoder(model, trust_remote_code=trust_remote_code)
     if reranker.num_labels != 1:
         raise ValueError(f"{model} gives {reranker.num_labels} scores for a pair; a teacher gives one.")
     count = write_rows(Path(output), _scored(reranker, source, batch_size))
     print(f"{output}: {count} rows with the scores of {model}.")
 
 
-def _scored(reranker: CrossEncoder, source: Source, batch_size: int) -> Iterator[Example]:
+def _scored(reranker: sentence_transformers.CrossEncoder, source: Source, batch_size: int) -> Iterator[Example]:
     examples: list[Example] = []
     for row in tqdm(range(len(source)), desc="Scoring rows"):
         examples.append(unscored(source[row]))
@@ -60,7 +60,7 @@ def _scored(reranker: CrossEncoder, source: Source, batch_size: int) -> Iterator
             examples = []
 
 
-def _logits(reranker: CrossEncoder, examples: Sequence[Example], batch_size: int) -> list[float]:
+def _logits(reranker: sentence_transformers.CrossEncoder, examples: Sequence[Example], batch_size: int) -> list[float]:
     """Return the logit of each example's documents, one example after the other."""
     pairs = [(example.query, document) for example in examples for document in example.documents]
     # Each distinct item is opened once.
