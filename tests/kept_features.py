@@ -29,6 +29,11 @@ def features_of(image: int, tokens: int = 5, dtype: torch.dtype = torch.float32)
     return torch.randn(tokens, 3, 8, generator=torch.Generator().manual_seed(image)).to(dtype)
 
 
+def serves(cache: FeatureCache, image: int, tokens: int = 5) -> bool:
+    features = cache.get(image)
+    return features is not None and torch.equal(features, features_of(image, tokens))
+
+
 def files(folder: Path, suffix: str = ".safetensors") -> list[Path]:
     return sorted(path for path in folder.rglob(f"*{suffix}") if path.is_file())
 
