@@ -65,7 +65,7 @@ class FeatureCache(ABC):
         limit_gib: The most to keep, in GiB; above 0.
     """
 
-    place: str  #: Where the features are, in messages.
+    location: str  #: Where the features are, in messages.
     fingerprint: str = ""  #: Says what makes the features; none before `open`.
 
     def __init__(self, limit_gib: float) -> None:
@@ -92,7 +92,7 @@ class FeatureCache(ABC):
         present, others, free = self._occupied()
         sentence = (
             f"about {_size(predicted)} predicted ({examples:,} training rows × {_size(bytes_per_example)}), limit "
-            f"{_size(self.limit)}, in {self.place} ({_size(present)} are there, {_size(others)} of other weights)"
+            f"{_size(self.limit)}, in {self.location} ({_size(present)} are there, {_size(others)} of other weights)"
         )
         room = min(self.limit - others, present + free)
         if predicted > room:
@@ -136,7 +136,7 @@ class FeatureCache(ABC):
         if self._full:
             warnings.warn(
                 f"The feature cache is full: {self._written:,} images were kept in this run, and the next one does not "
-                f"fit (limit {_size(self.limit)}, in {self.place}). Further images are computed in every epoch.",
+                f"fit (limit {_size(self.limit)}, in {self.location}). Further images are computed in every epoch.",
                 stacklevel=2,
             )
 
@@ -181,7 +181,7 @@ class InMemory(FeatureCache):
         limit_gib: The most to keep, in GiB per process.
     """
 
-    place = "memory"
+    location = "memory"
 
     def open(self, fingerprint: str) -> None:
         """Start a run; see `FeatureCache.open`."""
@@ -219,7 +219,7 @@ class OnDisk(FeatureCache):
     def __init__(self, folder: str, limit_gib: float) -> None:
         super().__init__(limit_gib)
         self.folder = Path(folder)
-        self.place = folder
+        self.location = folder
         self._count = self.folder / "bytes"  # In the folder, for all processes that write there.
         self._counted = False
 
@@ -255,7 +255,7 @@ class OnDisk(FeatureCache):
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            warnings.warn(f"The disk of {self.place} is full: {error}", stacklevel=3)
+            warnings.warn(f"The disk of {self.location} is full: {error}", stacklevel=3)
             return False
 
     def _total(self) -> int:

@@ -147,19 +147,21 @@ def gather(rows: Source, corpus: str | Source | EvaluationSource | None) -> Pool
     pool = Pool()
     with ThreadPoolExecutor() as threads:  # Decoding images leaves Python's lock to others.
         if corpus is not None:
-            items = as_evaluation(corpus).corpus
-            for start in range(0, len(items), ROWS):
-                some = [items[index] for index in range(start, min(start + ROWS, len(items)))]
-                for index, (content, images) in enumerate(threads.map(identify, some), start):
-                    pool.documents.setdefault(content, Entry(partial(items.__getitem__, index), images))
+            sequence = as_evaluation(corpus).corpus
+            for start in range(0, len(sequence), ROWS):
+                items = [sequence[index] for index in range(start, min(start + ROWS, len(sequence)))]
+                for index, (content, images) in enumerate(threads.map(identify, items), start):
+                    pool.documents.setdefault(content, Entry(partial(sequence.__getitem__, index), images))
             pool.candidates = len(pool.documents)
         for start in range(0, len(rows), ROWS):
             examples = [unscored(rows[row]) for row in range(start, min(start + ROWS, len(rows)))]
-            found = threads.map(identify, [item for each in examples for item in (each.query, *each.documents)])
+            items = [item for example in examples for item in (example.query, *example.documents)]
+            identities = threads.map(identify, items)
             for row, example in enumerate(examples, start):
+                # Of the query and of each document: its content, and how to read it again.
                 query, *documents = (
                     (content, Entry(partial(_item, rows, row, rank), images))
-                    for rank, (content, images) in enumerate(islice(found, 1 + len(example.documents)))
+                    for rank, (content, images) in enumerate(islice(identities, 1 + len(example.documents)))
                 )
                 positives, negatives = dict(documents[: len(example.positives)]), documents[len(example.positives) :]
                 pool.queries.setdefault(*query)
