@@ -105,11 +105,7 @@ class FeatureCache(ABC):
         self._predicted = True
 
     def get(self, key: int) -> Float[Tensor, "L K H"] | None:
-        """Return an image's features, on the CPU and not to be changed in place; None where they are not kept.
-
-        Args:
-            key: A hash of the image as the tower sees it: of its resized pixels and their grid.
-        """
+        """Return the features of an image, by a hash of what the tower sees of it: on the CPU, not to be changed."""
         features = self._read(f"{key:016x}")
         self.hits += features is not None
         self.misses += features is None
@@ -118,10 +114,7 @@ class FeatureCache(ABC):
     def put(self, key: int, features: Float[Tensor, "L K H"]) -> None:
         """Keep an image's features, unless the cache is full.
 
-        Args:
-            key: As for `get`.
-            features: Of its L tokens, what stands in for their embeddings and what later layers add (DeepStack), K
-                vectors in all. Of any type, on any device.
+        Of its L tokens, they are what stands in for their embeddings and what later layers add (DeepStack): K vectors.
         """
         if not self._predicted:
             raise RuntimeError("Call predict before the first put: nothing is written that was not announced.")
