@@ -32,6 +32,7 @@ from vlmembed.data.digits import HandwrittenNumbers
 from vlmembed.encoder import Scorer
 from vlmembed.export.reranker import write_reranker
 from vlmembed.export.sentence_transformers import write_folder
+from vlmembed.files import HOST
 from vlmembed.heads import YesNo
 from vlmembed.mining import mine, score, write_rows
 from vlmembed.mining.embedding import identify, model_input
@@ -453,10 +454,12 @@ def test_drafts_of_a_killed_run_are_cleared_by_the_next(embedder: Path, tmp_path
         killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / name)], env=environment, check=False)
         assert killed.returncode == -signal.SIGKILL
     assert len([*tmp_path.rglob("*.draft")]) == 3
-    living = tmp_path / f".mined.jsonl.0123.{os.getppid()}.draft"
-    living.touch()
+    # Of a process of this machine, and of one of another.
+    living = {tmp_path / f".mined.jsonl.{'01' * 16}.{writer}.draft" for writer in (f"{HOST}.{os.getppid()}", "node7.1")}
+    for draft in living:
+        draft.touch()
     cached(tmp_path, embedder, [Example(asked(number), (item(f"answer {number}"),)) for number in range(3)])
-    assert [*tmp_path.rglob("*.draft")] == [living]
+    assert {*tmp_path.rglob("*.draft")} == living
 
 
 def test_the_commands_explain_themselves(capsys: pytest.CaptureFixture[str]) -> None:

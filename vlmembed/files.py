@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
+import time
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
+
+HOST = platform.node().replace(".", "-")
 
 
 def digest(pieces: Iterable[str | bytes | memoryview]) -> str:
@@ -26,7 +30,7 @@ def digest(pieces: Iterable[str | bytes | memoryview]) -> str:
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield the path of a draft, which takes the name ``path`` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.{os.getpid()}.draft")
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.{HOST}.{os.getpid()}.draft")
     try:
         yield draft
         os.replace(draft, path)
@@ -41,10 +45,14 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def clear_drafts(folder: Path, name: str = "") -> None:
-    """Remove what killed processes of this machine had begun to write: of one file, or all in a folder."""
-    for draft in folder.glob(".*.draft"):
-        pid = draft.name.split(".")[-2]
-        # In a container that was started again, the killed process may have had our own number.
-        ended = pid.isdecimal() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid)))
-        if ended and draft.name.startswith(f".{name}"):
-            draft.unlink(missing_ok=True)
+    """Remove what killed processes had begun to write: of one file, or of all in a folder."""
+    for draft in folder.glob(f".*.{'[0-9a-f]' * 32}.*.[0-9]*.draft"):
+        host, pid = draft.name.split(".")[-3:-1]
+        with suppress(FileNotFoundError):  # Its writer has finished it.
+            if host == HOST:
+                # In a container that was started again, the killed process may have had our own number.
+                ended = int(pid) == os.getpid() or not psutil.pid_exists(int(pid))
+            else:
+                ended = time.time() - draft.stat().st_mtime > 3600  # Of another machine.
+            if ended and draft.name.startswith(f".{name}"):
+                draft.unlink()
