@@ -38,14 +38,3 @@ def refuse_secrets_in(words: Sequence[str]) -> None:
         with suppress(yaml.YAMLError):  # The parser says later what is wrong with it.
             config = yaml.safe_load(text)
         refuse_secrets(config if is_file else {option: config}, word if is_file else "The command line")
-
-
-def mask(value: object, path: str = "") -> object:
-    """Hide secrets: goes once the card and the ablation's report no longer use it."""
-    if isinstance(value, Mapping):
-        return {str(key): mask(inner, f"{path}.{key}") for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [mask(inner, path) for inner in value]
-    if isinstance(value, bool | None | int | float):
-        return value if not re.search(SECRET, f"{path}=1") or isinstance(value, bool | None) else "(hidden)"
-    return "(hidden)" if re.search(SECRET, f"{path}=1") else re.sub(SECRET, "(hidden)", str(value))
