@@ -29,9 +29,14 @@ def features_of(image: int, tokens: int = 5, dtype: torch.dtype = torch.float32)
     return torch.randn(tokens, 3, 8, generator=torch.Generator().manual_seed(image)).to(dtype)
 
 
+def serves(cache: FeatureCache, image: int, tokens: int = 5) -> bool:
+    features = cache.get(image)
+    return features is not None and torch.equal(features, features_of(image, tokens))
+
+
 def files(folder: Path, suffix: str = ".safetensors") -> list[Path]:
     return sorted(path for path in folder.rglob(f"*{suffix}") if path.is_file())
 
 
 def bytes_in(folder: Path) -> int:
-    return sum(path.stat().st_size for path in [*files(folder), *files(folder, ".tmp")])
+    return sum(path.stat().st_size for path in [*files(folder), *files(folder, ".draft")])

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from vlmembed.backbones import Qwen3VL
 from vlmembed.encoder import Encoder
+from vlmembed.features import RecentFeatures
 from vlmembed.media import load_image
 from vlmembed.memory import GIB
-from vlmembed.modules.recent import RecentFeatures
 from vlmembed.types import EvaluationSet, Inputs, Item, Pair, Part, RerankingSet
 
 
@@ -200,7 +200,7 @@ def test_the_least_recently_used_goes_first(model: Encoder, monkeypatch: pytest.
 
 def held(recent: RecentFeatures) -> int:
     """What is kept takes no more memory than it says: none is a view of a whole chunk."""
-    kept: list[Tensor] = [*recent._kept.values()]
+    kept: list[Tensor] = [*recent._features.values()]
     return sum(tensor.untyped_storage().nbytes() for tensor in kept)
 
 

@@ -20,8 +20,8 @@ from videos import film
 from vlmembed.backbones import Qwen3VL
 from vlmembed.data import EvaluationFolder, Rows
 from vlmembed.media import folder_of, load_image
-from vlmembed.mining.writing import RowWriter
-from vlmembed.types import Item, Part
+from vlmembed.mining import write_rows
+from vlmembed.types import Example, Item, Part
 
 ROOT = Path(__file__).parent.parent
 
@@ -202,12 +202,10 @@ def test_images_in_a_saved_data_set_need_no_file(folder: Path, tmp_path: Path) -
 
 def test_written_rows_say_what_must_be_allowed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inside, outside = (Item("document", (Part("image", folder / name),)) for name in ("a.png", "link.png"))
-    with RowWriter(folder / "mined.jsonl") as writer:
-        writer.write(item("q", role="query"), [inside], [])
+    write_rows(folder / "mined.jsonl", [Example(item("q", role="query"), (inside,))])
     assert not capsys.readouterr().out
     assert images(Rows(str(folder / "mined.jsonl"))[0]) == [folder / "a.png"]
-    with RowWriter(folder / "mined.jsonl") as writer:
-        writer.write(item("q", role="query"), [outside], [])
+    write_rows(folder / "mined.jsonl", [Example(item("q", role="query"), (outside,))])
     private = folder.parent / "private"
     assert f"allow_outside: [{private}]" in capsys.readouterr().out
     with pytest.raises(ValueError, match="leads out"):

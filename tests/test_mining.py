@@ -1,13 +1,18 @@
-"""Hard negatives: those of a slow search, none of them a right answer, in rows that can be trained on."""
+"""Hard negatives are those of a slow search, scores are a reranker's logits; rows with both can be trained on."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import numpy as np
@@ -16,21 +21,23 @@ import torch
 import yaml
 from building import encoder, item, picture
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import cos_sim, mine_hard_negatives
 from torch import Tensor
 
+from vlmembed.backbones import QueryFirst, Qwen3VL
 from vlmembed.cli import check, main
 from vlmembed.data import Rows, Source
 from vlmembed.data.digits import HandwrittenNumbers
+from vlmembed.encoder import Scorer
+from vlmembed.export.reranker import write_reranker
 from vlmembed.export.sentence_transformers import write_folder
-from vlmembed.media import load_image
-from vlmembed.mining import mine
-from vlmembed.mining.contents import identify, opened
-from vlmembed.mining.negatives import Choice, hard_negatives
-from vlmembed.mining.pool import Pool, gather
-from vlmembed.types import Example, Item, Part
+from vlmembed.files import HOST
+from vlmembed.heads import YesNo
+from vlmembed.mining import mine, score, write_rows
+from vlmembed.mining.embedding import identify, model_input
+from vlmembed.mining.mining import Choice, Pool, gather, hard_negatives
+from vlmembed.types import Example, Item, Pair, Part
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +49,7 @@ def embedder(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-class Given(Source):
+class Listed(Source):
     """Examples as they are."""
 
     def __init__(self, examples: list[Example]) -> None:
@@ -64,36 +71,37 @@ def asked(number: int) -> Item:
 
 @pytest.fixture
 def searched() -> tuple[Pool, Tensor, Tensor]:
-    """Six queries, one of them in two rows, with one to three right answers among thirty documents."""
-    right = [[0], [1, 2], [3], [4, 5, 6], [7], [8]]
-    rows = [
-        Example(asked(query), tuple(item(f"text {number}") for number in found)) for query, found in enumerate(right)
-    ]
-    rows.append(Example(asked(0), (item("text 9"),), tuple(item(f"text {number}") for number in range(10, 30))))
+    """Six queries, one of them in two rows, with one to three positives among thirty documents."""
+    texts = [item(f"text {number}") for number in range(30)]
+    groups = [texts[0:1], texts[1:3], texts[3:4], texts[4:7], texts[7:8], texts[8:9]]
+    rows = [Example(asked(query), tuple(group)) for query, group in enumerate(groups)]
+    rows.append(Example(asked(0), (texts[9],), tuple(texts[10:])))
     generator = torch.Generator().manual_seed(0)
     queries = torch.randn(6, 8, generator=generator)
     documents = torch.randn(30, 8, generator=generator)
-    pool = gather(Given(rows), None)
-    for query, found in enumerate(pool.answers):
-        for number in found:
-            documents[number] += 1.5 * queries[query]
+    pool = gather(Listed(rows), None)
+    names = [*pool.documents]
+    for query, positives in enumerate(pool.positives.values()):
+        documents[[names.index(positive) for positive in positives]] += 1.5 * queries[query]
     return pool, queries, documents
 
 
-def slow(pool: Pool, queries: Tensor, documents: Tensor, choice: Choice) -> Iterator[list[int]]:
+def slow(pool: Pool, queries: Tensor, documents: Tensor, choice: Choice) -> Iterator[list[str]]:
     """One query and one document at a time."""
-    for query, answers in enumerate(pool.answers):
+    names = [*pool.documents]
+    for query, contents in enumerate(pool.positives.values()):
+        positives = {names.index(content) for content in contents}
         scores = [float(torch.cosine_similarity(queries[query], document, dim=0)) for document in documents]
-        positive = min(scores[answer] for answer in answers)
-        wrong = sorted({*range(len(documents))} - answers, key=lambda number: -scores[number])[: choice.depth]
+        positive = min(scores[index] for index in positives)
+        ranked = sorted({*range(len(documents))} - positives, key=lambda index: -scores[index])[: choice.depth]
         if choice.margin is not None:
-            wrong = [number for number in wrong if scores[number] <= positive - choice.margin]
+            ranked = [index for index in ranked if scores[index] <= positive - choice.margin]
         if choice.relative_margin is not None:
             limit = positive * (1 - choice.relative_margin) if positive > 0 else positive * (1 + choice.relative_margin)
-            wrong = [number for number in wrong if scores[number] <= limit]
+            ranked = [index for index in ranked if scores[index] <= limit]
         if choice.max_score is not None:
-            wrong = [number for number in wrong if scores[number] <= choice.max_score]
-        yield wrong[choice.skip : choice.skip + choice.count]
+            ranked = [index for index in ranked if scores[index] <= choice.max_score]
+        yield [names[index] for index in ranked[choice.skip : choice.skip + choice.count]]
 
 
 PLAIN = Choice(count=3, depth=10, skip=0, margin=None, relative_margin=None, max_score=None)
@@ -114,14 +122,13 @@ PLAIN = Choice(count=3, depth=10, skip=0, margin=None, relative_margin=None, max
     ],
 )
 def test_hard_negatives_are_those_of_a_slow_search(
-    searched: tuple[Pool, Tensor, Tensor], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    searched: tuple[Pool, Tensor, Tensor], options: dict[str, Any]
 ) -> None:
     choice = replace(PLAIN, **options)
     expected = [*slow(*searched, choice)]
-    assert hard_negatives(*searched, cos_sim, choice)[0] == expected
-    # Two queries at a time.
-    monkeypatch.setattr("vlmembed.mining.negatives.TILE_BYTES", 2 * 4 * 30)
-    assert hard_negatives(*searched, cos_sim, choice)[0] == expected
+    # All at once, and two queries at a time.
+    for tile_bytes in (2**20, 2 * 4 * 30):
+        assert [*hard_negatives(*searched, cos_sim, choice, tile_bytes)[0].values()] == expected
     if options.keys() & {"margin", "relative_margin", "max_score", "skip"}:
         assert expected != [*slow(*searched, PLAIN)]
 
@@ -146,12 +153,12 @@ def test_text_is_mined_as_by_sentence_transformers(embedder: Path, tmp_path: Pat
         corpus_prompt_name="document",
         verbose=False,
     )
-    full = {query: found for query, found in ours.items() if len(found) == 3}
+    full = {query: negatives for query, negatives in ours.items() if len(negatives) == 3}
     assert full == {row["query"]: [row[f"negative_{number}"] for number in (1, 2, 3)] for row in theirs}
     assert 2 < len(full) < 12
 
 
-def test_nothing_with_the_picture_of_a_right_answer_is_a_negative(embedder: Path, tmp_path: Path) -> None:
+def test_nothing_with_the_image_of_a_positive_is_a_negative(embedder: Path, tmp_path: Path) -> None:
     """Whatever file it is in, and whatever is written under it."""
     for name in ("one.png", "two.png", "other.bmp"):
         picture(64, 32, 5 if name == "other.bmp" else 1).save(tmp_path / name)
@@ -165,23 +172,21 @@ def test_nothing_with_the_picture_of_a_right_answer_is_a_negative(embedder: Path
         Example(asked(0), (item("an answer in words"),)),
     ]
     # The second file is no document of its own.
-    assert len(gather(Given(rows), None).documents) == 6
+    assert len(gather(Listed(rows), None).documents) == 6
     output = tmp_path / "mined" / "rows.jsonl"
-    mine(str(embedder), Given(rows), str(output), negatives=9, margin=None, relative_margin=None)
+    mine(str(embedder), Listed(rows), str(output), negatives=9, margin=None, relative_margin=None)
     mined = Rows(str(output), allow_outside=[str(tmp_path)])
-    found = [[identify(negative) for negative in mined[row].negatives] for row in range(len(mined))]
-    # Of six documents in four kinds: two pictures, with and without caption; an answer in words; a question.
-    assert [len(row) for row in found] == [2, 3, 3, 2, 2, 2]
-    for row, example in enumerate(rows):
-        right = {identify(each).pictures for each in example.positives} - {""}
-        shown = [content.pictures for content in found[row] if content.pictures]
-        assert not right & {*shown}
+    negatives = [[identify(negative) for negative in mined[row].negatives] for row in range(len(mined))]
+    # Of six documents in four kinds: two images, with and without caption; an answer in words; a question.
+    assert [len(row) for row in negatives] == [2, 3, 3, 2, 2, 2]
+    for example, row in zip(rows, negatives, strict=True):
+        shown = [images for _, images in row if images]
         assert len({*shown}) == len(shown)
-        assert identify(example.query).whole not in {content.whole for content in found[row]}
+        assert not {identify(positive)[1] for positive in example.positives} & {*shown}
+        assert identify(example.query) not in row
     # The same question in two rows: neither's answer is a negative of the other.
-    words = identify(item("an answer in words")).whole
-    assert all(words not in {content.whole for content in found[row]} for row in (0, 5))
-    assert words in {content.whole for content in found[1]}
+    words = identify(item("an answer in words"))
+    assert [words in row for row in negatives] == [False, True, True, True, True, False]
 
 
 def test_negatives_come_from_a_corpus_and_after_those_that_are_there(embedder: Path, tmp_path: Path) -> None:
@@ -196,7 +201,7 @@ def test_negatives_come_from_a_corpus_and_after_those_that_are_there(embedder: P
     (corpus / "queries.jsonl").write_text(json.dumps({"id": "q", "text": "anything"}) + "\n")
     (corpus / "qrels.tsv").write_text("q\t0\t1\n")
     output = tmp_path / "mined.jsonl"
-    mine(str(embedder), Given(rows), str(output), str(corpus), 9, margin=None, relative_margin=None)
+    mine(str(embedder), Listed(rows), str(output), str(corpus), 9, margin=None, relative_margin=None)
     first, second = map(json.loads, output.open())
     assert first["negatives"][:2] == ["corpus 3", "given"]
     assert sorted(first["negatives"][2:]) == [f"corpus {number}" for number in (0, 1, 2, 4)]
@@ -222,14 +227,14 @@ def test_rows_that_cannot_be_mined_are_refused(embedder: Path, tmp_path: Path) -
     query = replace(asked(0), origin="rows.jsonl, row 4")
     scored = Example(query, (item("a"),), (item("b"),), scores=(1.0, 0.0))
     with pytest.raises(ValueError, match=r"rows.jsonl, row 4: rows to mine.*Drop 'scores'"):
-        gather(Given([scored]), None)
+        gather(Listed([scored]), None)
     (tmp_path / "broken.png").write_bytes(b"no image")
     broken = Item("document", (Part("image", tmp_path / "broken.png"),), "rows.jsonl, row 5, column 'positive'")
     with pytest.raises(ValueError, match=r"row 5, column 'positive': cannot read the image .*broken.png"):
-        gather(Given([Example(query, (broken,))]), None)
+        gather(Listed([Example(query, (broken,))]), None)
     output = tmp_path / "mined.jsonl"
-    with pytest.raises(ValueError, match="No row of given has a negative among 1 documents"):
-        mine(str(embedder), Given([Example(query, (item("a"),))]), str(output))
+    with pytest.raises(ValueError, match="No row of listed has a negative among 1 documents"):
+        mine(str(embedder), Listed([Example(query, (item("a"),))]), str(output))
     assert [path.name for path in tmp_path.iterdir()] == ["broken.png"]
 
 
@@ -243,29 +248,30 @@ def test_contents_are_what_is_shown(tmp_path: Path) -> None:
     on_its_side[274] = 6
     image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "b.png", exif=on_its_side)
     items = [Item("document", (Part("image", value),)) for value in (image, tmp_path / "a.png", tmp_path / "b.png")]
-    assert len({identify(each) for each in items}) == 1
+    assert len({*map(identify, items)}) == 1
     assert identify(items[0]) != identify(item(picture(40, 30, 4)))
     assert identify(item("a", "bc")) != identify(item("ab", "c"))
     assert identify(item("same")) == identify(item("same", role="query"))
-    assert identify(item("only text")).pictures == ""
-    assert identify(item(image, "x")).pictures == identify(item(image)).pictures != ""
+    assert identify(item("only text"))[1] == ""
+    assert identify(item(image, "x"))[1] == identify(item(image))[1] != ""
 
 
 def test_sentence_transformers_gets_the_kinds_in_order() -> None:
     first, second = picture(8, 8, 1), picture(8, 8, 2)
-    assert opened(item("words.png")) == {"text": "words.png"}
-    assert opened(item(first, second, "caption")) == {"image": [first, second], "text": "caption"}
-    assert [*opened(item("caption", first))] == ["text", "image"]
+    assert model_input(item("words.png")) == {"text": "words.png"}
+    assert model_input(item(first, second, "caption")) == {"image": [first, second], "text": "caption"}
+    assert [*model_input(item("caption", first))] == ["text", "image"]
     video = Item("document", (Part("video", (first, second)), Part("text", "t")))
-    assert opened(video) == {"video": [first, second], "text": "t"}
+    assert model_input(video) == {"video": [first, second], "text": "t"}
     with pytest.raises(ValueError, match=r"by turns \(text, image, text\)"):
-        opened(item("a", first, "b"))
+        model_input(item("a", first, "b"))
 
 
 # What is kept
 
 
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many items each call embeds."""
     calls: list[int] = []
     for name in ("encode_query", "encode_document"):
@@ -279,69 +285,143 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-def test_embeddings_are_kept_by_content_and_by_model(
-    embedder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = [Example(asked(number), (item(picture(32, 32, number)),)) for number in range(3)]
-    calls = counted(monkeypatch)
-    monkeypatch.setattr("vlmembed.mining.embedding.PIECE", 2)
+def cached(folder: Path, model: Path, rows: list[Example]) -> str:
+    options: dict[str, Any] = {"margin": None, "relative_margin": None, "cache": str(folder / "cache")}
+    mine(str(model), Listed(rows), str(folder / "mined.jsonl"), batch_size=1, **options)
+    return (folder / "mined.jsonl").read_text()
 
-    def run(rows: list[Example], model: Path = embedder) -> tuple[str, int]:
-        calls.clear()
-        cache = str(tmp_path / "cache")
-        mine(str(model), Given(rows), str(tmp_path / "m.jsonl"), margin=None, relative_margin=None, cache=cache)
-        return (tmp_path / "m.jsonl").read_text(), sum(calls)
 
-    first, count = run(rows)
-    assert count == 6
-    assert run(rows) == (first, 0)
-    more = [*rows, Example(asked(3), (item("new"),))]
-    assert run(more)[1] == 4  # The second pieces have grown; the first are as they were.
-    other = tmp_path / "other"
-    other.mkdir()
-    for path in embedder.rglob("*"):
-        if path.is_file():
-            (other / path.relative_to(embedder)).parent.mkdir(parents=True, exist_ok=True)
-            (other / path.relative_to(embedder)).write_bytes(path.read_bytes())
-    assert run(rows, other)[1] == 0  # The same files in another place.
+def test_embeddings_are_kept_by_content_and_by_model(embedder: Path, tmp_path: Path, calls: list[int]) -> None:
+    rows = [Example(asked(number), (item(picture(32, 32, number)),)) for number in range(10)]
+    first = cached(tmp_path, embedder, rows)
+    assert calls == [8, 2, 8, 2]
+    assert cached(tmp_path, embedder, rows) == first
+    assert calls == [8, 2, 8, 2]
+    # The second pieces have grown; the first are as they were.
+    cached(tmp_path, embedder, [*rows, Example(asked(10), (item("new"),))])
+    assert calls[4:] == [3, 3]
+    other = Path(shutil.copytree(embedder, tmp_path / "other"))
+    assert cached(tmp_path, other, rows) == first  # The same files in another folder.
+    assert calls[6:] == []
     config = json.loads((other / "config_sentence_transformers.json").read_text())
     config["prompts"]["query"] = "Another prompt."
     (other / "config_sentence_transformers.json").write_text(json.dumps(config))
-    assert run(rows, other)[1] == 6
+    cached(tmp_path, other, rows)
+    assert calls[6:] == [8, 2, 8, 2]
 
 
-@pytest.mark.parametrize("damage", ["cut", "changed", "foreign"])
-def test_broken_files_of_the_cache_are_noticed(
-    embedder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
-) -> None:
-    rows = Given([Example(asked(number), (item(f"answer {number}"),)) for number in range(3)])
-    options: dict[str, Any] = {"margin": None, "relative_margin": None, "cache": str(tmp_path / "cache")}
-    mine(str(embedder), rows, str(tmp_path / "a.jsonl"), **options)
+@pytest.mark.parametrize("damage", ["cut", "foreign"])
+def test_broken_files_of_the_cache_are_noticed(embedder: Path, tmp_path: Path, calls: list[int], damage: str) -> None:
+    rows = [Example(asked(number), (item(f"answer {number}"),)) for number in range(3)]
+    first = cached(tmp_path, embedder, rows)
     files = sorted((tmp_path / "cache").iterdir())
     assert len(files) == 2
-    if damage == "cut":
-        files[0].write_bytes(files[0].read_bytes()[:-5])
-    elif damage == "changed":
-        content = bytearray(files[0].read_bytes())
-        content[-3] ^= 1
-        files[0].write_bytes(content)
-    else:
-        save_file(load_file(files[1]), files[0], {"key": "another"})
-    calls = counted(monkeypatch)
-    with pytest.warns(UserWarning, match=rf"{files[0].name} is not used .*embedded again"):
-        mine(str(embedder), rows, str(tmp_path / "b.jsonl"), **options)
-    assert sum(calls) == 3
-    assert (tmp_path / "a.jsonl").read_text() == (tmp_path / "b.jsonl").read_text()
-    calls.clear()
-    mine(str(embedder), rows, str(tmp_path / "b.jsonl"), **options)
-    assert not calls
+    files[0].write_bytes(files[0].read_bytes()[:-5] if damage == "cut" else files[1].read_bytes())
+    with pytest.warns(UserWarning, match=rf"{files[0].name} is damaged, or another's.*computed again"):
+        assert cached(tmp_path, embedder, rows) == first
+    assert cached(tmp_path, embedder, rows) == first
+    assert calls == [3, 3, 3]
 
 
-# The command
+# Scores
+
+
+@pytest.fixture(scope="module")
+def scorer(checkpoint: Path) -> Scorer:
+    torch.manual_seed(0)
+    built = Scorer(Qwen3VL(str(checkpoint)), YesNo(), QueryFirst())
+    built.configure()
+    return built.eval()
+
+
+@pytest.fixture(scope="module")
+def reranker(scorer: Scorer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that Sentence Transformers opens."""
+    folder = tmp_path_factory.mktemp("reranker")
+    write_reranker(scorer, folder)
+    return folder
+
+
+EXAMPLES = [
+    Example(asked(0), (item(picture(64, 32, 1)), item("another")), (item("wrong"), item("wrong, and long"))),
+    Example(item(picture(32, 32, 2), "and this?", role="query"), (item(picture(32, 64, 3), "caption"),)),
+    Example(asked(2), (item("right"),), (item(picture(64, 32, 1)), item(picture(32, 32, 4), picture(32, 32, 5)))),
+]
+
+
+def test_scores_are_the_logits_of_the_reranker(scorer: Scorer, reranker: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", EXAMPLES)
+    rows, output = (str(tmp_path / name) for name in ("rows.jsonl", "scored.jsonl"))
+    main(["score", "--model", str(reranker), "--rows", rows, "--output", output, "--batch_size", "3"])
+    scored = Rows(output)
+    preprocessor = scorer.backbone.preprocessor
+    for row, example in enumerate(EXAMPLES):
+        with torch.no_grad():
+            expected = [float(scorer(preprocessor([Pair(example.query, document)]))) for document in example.documents]
+        assert len({*expected}) == len(expected)
+        # What exports are held to.
+        assert scored[row].scores == pytest.approx(expected, abs=1e-5)
+        for one, other in zip(scored[row].documents, example.documents, strict=True):
+            assert identify(one) == identify(other)
+    assert len([*tmp_path.rglob("*.png")]) == 5
+
+
+class Stub:
+    """A reranker in name only."""
+
+    num_labels = 1
+    pairs: ClassVar[list[Any]] = []
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.pairs.clear()
+
+    def predict(self, pairs: list[Any], **options: Any) -> torch.Tensor:
+        assert isinstance(options["activation_fn"], torch.nn.Identity)
+        self.pairs.extend(pairs)
+        return torch.tensor([float("nan") if "bad" in str(pair) else float(len(str(pair[1]))) for pair in pairs])
+
+
+def test_two_texts_are_given_as_such_and_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reranker of text takes nothing else."""
+    monkeypatch.setattr("sentence_transformers.CrossEncoder", Stub)
+    rows = [Example(asked(number), (item("1" * number),), (item("22" * number),)) for number in range(1, 30)]
+    score("stub", Listed(rows), str(tmp_path / "scored.jsonl"), batch_size=2)
+    scores = [json.loads(line)["scores"] for line in (tmp_path / "scored.jsonl").open()]
+    assert scores == [[number, 2 * number] for number in range(1, 30)]
+    assert Stub.pairs[:2] == [("question 1", "1"), ("question 1", "22")]
+
+
+def test_what_cannot_be_scored_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sentence_transformers.CrossEncoder", Stub)
+    bad = replace(item("bad"), origin="rows.jsonl, row 2, column 'positive'")
+    cases = {
+        r"row 2, column 'positive': the reranker's score is nan": Example(asked(1), (bad,)),
+        "has scores, labels, or no positive": Example(asked(0), (item("a"),), (), labels=(3.0,)),
+        "by turns": Example(asked(0), (item("a", picture(8, 8), "b"),)),
+        "stub gives 3 scores for a pair": Example(asked(0), (item("a"),)),
+    }
+    for message, example in cases.items():
+        monkeypatch.setattr(Stub, "num_labels", 3 if "stub gives 3" in message else 1)
+        with pytest.raises(ValueError, match=message):
+            score("stub", Listed([Example(asked(0), (item("good"),)), example]), str(tmp_path / "scored.jsonl"))
+    assert not [*tmp_path.iterdir()]
+
+
+def test_videos_are_named_by_their_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sentence_transformers.CrossEncoder", Stub)
+    frames = tuple(picture(16, 16, seed) for seed in range(3))
+    document = Item("document", (Part("video", frames), Part("text", "of three frames")))
+    score("stub", Listed([Example(asked(0), (document,))]), str(tmp_path / "scored.jsonl"))
+    (positive,) = Rows(str(tmp_path / "scored.jsonl"))[0].positives
+    assert [part.kind for part in positive.parts] == ["video", "text"]
+    assert len(positive.parts[0].frames) == 3
+
+
+# The commands
 
 
 def test_the_command_writes_rows_that_can_be_trained_on(embedder: Path, tmp_path: Path) -> None:
-    """From a source without files: its pictures are written, each once."""
+    """From a source without files: its images are written, each once."""
     config = tmp_path / "mine.yaml"
     config.write_text(
         "rows:\n  class_path: vlmembed.data.digits.HandwrittenNumbers\n  init_args: {size: 12, seed: 3}\n"
@@ -356,8 +436,30 @@ def test_the_command_writes_rows_that_can_be_trained_on(embedder: Path, tmp_path
         assert mined[row].query == source[row].query
         assert identify(mined[row].positives[0]) == identify(source[row].positives[0])
         assert len(mined[row].negatives) == 4
-        (frame,) = mined[row].positives[0].parts[0].frames
-        assert np.array_equal(np.asarray(load_image(frame)), np.asarray(source[row].positives[0].parts[0].value))
+
+
+KILLED = """
+import os, pathlib, signal, sys
+from vlmembed.files import whole_file
+with whole_file(pathlib.Path(sys.argv[1])) as draft:
+    draft.write_text("half a")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_drafts_of_a_killed_run_are_cleared_by_the_next(embedder: Path, tmp_path: Path) -> None:
+    """Of the rows, their images and the embeddings; not those of a process that lives."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    for name in ("mined.jsonl", "mined_images/a.png", "cache/b.safetensors"):
+        killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / name)], env=environment, check=False)
+        assert killed.returncode == -signal.SIGKILL
+    assert len([*tmp_path.rglob("*.draft")]) == 3
+    # Of a process of this machine, and of one of another.
+    living = {tmp_path / f".mined.jsonl.{'01' * 16}.{writer}.draft" for writer in (f"{HOST}.{os.getppid()}", "node7.1")}
+    for draft in living:
+        draft.touch()
+    cached(tmp_path, embedder, [Example(asked(number), (item(f"answer {number}"),)) for number in range(3)])
+    assert {*tmp_path.rglob("*.draft")} == living
 
 
 def test_the_commands_explain_themselves(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,15 +1,58 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and one hash for what is compared by its content."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import platform
+import time
 import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import psutil
+
+HOST = platform.node().replace(".", "-")
+
+
+def digest(pieces: Iterable[str | bytes | memoryview]) -> str:
+    """Return 32 hexadecimal digits: others where a piece, the order or the number of pieces is another."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for piece in pieces:
+        content = memoryview(piece.encode() if isinstance(piece, str) else piece)
+        hashed.update(content.nbytes.to_bytes(8, "big"))  # Where a piece ends: "ab", "c" is not "a", "bc".
+        hashed.update(content)
+    return hashed.hexdigest()
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield the path of a draft, which takes the name ``path`` when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.{HOST}.{os.getpid()}.draft")
+    try:
+        yield draft
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file whole or not at all, whoever else writes the same one at the same time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    beside.write_bytes(content)
-    os.replace(beside, path)
+    with whole_file(path) as draft:
+        draft.write_bytes(content)
+
+
+def clear_drafts(folder: Path, name: str = "") -> None:
+    """Remove what killed processes had begun to write: of one file, or of all in a folder."""
+    for draft in folder.glob(f".*.{'[0-9a-f]' * 32}.*.[0-9]*.draft"):
+        host, pid = draft.name.split(".")[-3:-1]
+        with suppress(FileNotFoundError):  # Its writer has finished it.
+            if host == HOST:
+                # In a container that was started again, the killed process may have had our own number.
+                ended = int(pid) == os.getpid() or not psutil.pid_exists(int(pid))
+            else:
+                ended = time.time() - draft.stat().st_mtime > 3600  # Of another machine.
+            if ended and draft.name.startswith(f".{name}"):
+                draft.unlink()

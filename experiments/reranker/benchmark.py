@@ -38,10 +38,10 @@ from vlmembed.backbones import DocumentFirst, QueryFirst, Qwen3VL
 from vlmembed.data import Reranking
 from vlmembed.engine import Engine
 from vlmembed.export.reranker import write_reranker
+from vlmembed.features import RecentFeatures
 from vlmembed.heads import Linear
 from vlmembed.losses import BinaryCrossEntropy, ListNet
 from vlmembed.modules import CrossEncoderModule
-from vlmembed.modules.recent import RecentFeatures
 from vlmembed.pooling import LastToken
 from vlmembed.types import EvaluationSet, Example, Item, Part, RerankingSet
 

@@ -1,15 +1,27 @@
-"""``python -m vlmembed mine``: hard negatives, found by an embedder."""
+"""The command ``mine``: hard negatives of training rows, chosen by an embedder's similarities."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
-from vlmembed.data import EvaluationSource, Source
-from vlmembed.mining.embedding import Embedder
-from vlmembed.mining.negatives import Choice, hard_negatives
-from vlmembed.mining.pool import Pool, gather, open_rows
-from vlmembed.mining.writing import RowWriter
+from jaxtyping import Float
+from torch import Tensor
+
+from vlmembed.data import EvaluationSource, Rows, Source
+from vlmembed.data.evaluation import as_evaluation
+from vlmembed.mining.embedding import DistinctItems, Embedder, Entry, identify
+from vlmembed.mining.scoring import unscored, write_rows
+from vlmembed.types import Example, Item
+
+#: Rows, or documents of a corpus, whose items are in memory at the same time.
+ROWS = 64
 
 
 def mine(
@@ -29,14 +41,11 @@ def mine(
 ) -> None:
     """Find hard negatives of training rows with an embedder, and write the rows with them.
 
-    For each query, the documents that the embedder finds most similar to it, without its right answers, whatever shows
-    the same pictures as one of them (the pixels count, not the files), and whatever is so similar that it probably is a
-    right answer that nobody labelled: see ``margin`` and ``relative_margin``, which are NV-Retriever's positive-aware
-    thresholds (arXiv:2407.15831). Negatives that a row has already stay, before those that are found. A row of which
-    none are left is not written.
-
-    Sentence Transformers' ``mine_hard_negatives`` does this for strings only: it compares and groups documents as keys
-    of a dictionary, which mappings cannot be and open images are by identity, and its cache knows a model by its name.
+    For each query, the documents that the embedder finds most similar to it, without its positives, whatever shows the
+    same images as one of them (the pixels count, not the files), and whatever is so similar that it probably is a
+    positive that nobody labelled: see ``margin`` and ``relative_margin``, which are NV-Retriever's positive-aware
+    thresholds (arXiv:2407.15831). Negatives that a row has already stay, before the new ones; a row without any is not
+    written. Sentence Transformers' ``mine_hard_negatives`` does this for strings only.
 
     Args:
         model: The embedder: a folder written by ``export``, or anything that Sentence Transformers opens.
@@ -47,51 +56,172 @@ def mine(
         negatives: How many to find for each row, at most.
         depth: How many of the most similar documents to look at.
         skip: How many that could be taken to leave out, from the most similar one on.
-        margin: How much less similar than the query's right answer a negative must be; than the least similar one, if
-            there are several. Null for no such limit.
-        relative_margin: The same, as a share of the right answer's similarity.
+        margin: How much less similar than the query's (least similar) positive a negative must be; null for no limit.
+        relative_margin: The same, as a share of the positive's similarity.
         max_score: The largest similarity of a negative; null for no such limit.
         batch_size: Items that go through the model at once.
-        cache: A folder to keep embeddings in: the same content, embedded with the same files of a model, is not
-            embedded twice. Null to keep none.
+        cache: A folder of embeddings: the same content is not embedded twice with the same files of a model.
         trust_remote_code: Whether to run code that the model brings.
 
     Raises:
         ValueError: If something cannot be read, or no row has a negative.
     """
     choice = Choice(negatives, depth, skip, margin, relative_margin, max_score)
-    source = open_rows(rows)
+    source = Rows(rows) if isinstance(rows, str) else rows
     pool = gather(source, corpus)
     embedder = Embedder(model, batch_size, cache, trust_remote_code)
     queries, documents = embedder.embed(pool.queries, "query"), embedder.embed(pool.documents, "document")
     chosen, reasons = hard_negatives(pool, queries, documents, embedder.model.similarity, choice)
-    with RowWriter(Path(output)) as writer:
-        _write(writer, source, pool, chosen)
-        if not writer.count:
-            raise ValueError(
-                f"No row of {source.name} has a negative among {pool.candidates} documents. Lower margin and "
-                "relative_margin, raise max_score or depth, or give a larger corpus."
-            )
-    _report(writer, pool, chosen, reasons, choice)
-
-
-def _write(writer: RowWriter, rows: Source, pool: Pool, chosen: list[list[int]]) -> None:
-    contents = pool.documents.contents
-    for row, query in enumerate(pool.query_of_row):
-        example = rows[row]
-        new = [number for number in chosen[query] if contents[number].whole not in pool.given[row]]
-        if example.negatives or new:
-            found = [pool.documents[number] for number in new]
-            writer.write(example.query, example.positives, (*example.negatives, *found))
-
-
-def _report(writer: RowWriter, pool: Pool, chosen: list[list[int]], reasons: Counter[str], choice: Choice) -> None:
-    fewer = sum(len(each) < choice.count for each in chosen)
+    count = write_rows(Path(output), _with_negatives(source, pool, chosen))
     print(
-        f"{writer.path}: {writer.count} of {len(pool.query_of_row)} rows, with {sum(map(len, chosen))} hard negatives "
-        f"of {len(pool.queries)} queries among {pool.candidates} distinct documents."
+        f"{output}: {count} of {len(source)} rows, with {sum(map(len, chosen.values()))} hard negatives of "
+        f"{len(pool.queries)} queries among {pool.candidates} distinct documents."
     )
     for reason, count in reasons.most_common():
         print(f"  {count} candidates were left out: {reason}.")
-    if fewer:
-        print(f"  {fewer} queries have fewer than {choice.count}; a row without any is not written.")
+    if fewer := sum(len(documents) < negatives for documents in chosen.values()):
+        print(f"  {fewer} queries have fewer than {negatives}; a row without any is not written.")
+
+
+def _with_negatives(rows: Source, pool: Pool, chosen: dict[str, list[str]]) -> Iterator[Example]:
+    count = 0
+    for row, (query, present) in enumerate(pool.rows):
+        example = rows[row]
+        new = tuple(pool.documents[content].read() for content in chosen[query] if content not in present)
+        if example.negatives or new:
+            yield replace(example, negatives=example.negatives + new)
+            count += 1
+    if not count:
+        raise ValueError(
+            f"No row of {rows.name} has a negative among {pool.candidates} documents. Lower margin and "
+            "relative_margin, raise max_score or depth, or give a larger corpus."
+        )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How hard negatives are chosen among a query's candidates; see the arguments of `mine`."""
+
+    count: int
+    depth: int
+    skip: int
+    margin: float | None
+    relative_margin: float | None
+    max_score: float | None
+
+    def __post_init__(self) -> None:
+        if min(self.count, self.depth) < 1 or self.skip < 0:
+            raise ValueError(
+                f"negatives and depth are 1 or more, skip is 0 or more; got {self.count}, {self.depth}, {self.skip}."
+            )
+        if self.depth < self.skip + self.count:
+            raise ValueError(f"depth {self.depth} has no room for {self.skip} to skip and {self.count} to take.")
+        for name, value in (("margin", self.margin), ("relative_margin", self.relative_margin)):
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name} is 0 or more, or null; got {value}.")
+
+    def ceiling(self, positive: float) -> float:
+        """Return the largest similarity of a negative, given that of the positive."""
+        ceilings = [math.inf if self.max_score is None else self.max_score]
+        if self.margin is not None:
+            ceilings.append(positive - self.margin)
+        if self.relative_margin is not None:
+            # A share of the size, so that a similarity below zero gets a lower ceiling too.
+            ceilings.append(positive - abs(positive) * self.relative_margin)
+        return min(ceilings)
+
+
+@dataclass
+class Pool:
+    """What is mined: distinct queries and documents, each by what identifies its content."""
+
+    queries: DistinctItems = field(default_factory=dict)
+    documents: DistinctItems = field(default_factory=dict)  #: The candidates, and then positives that are none.
+    candidates: int = 0
+    positives: dict[str, set[str]] = field(default_factory=dict)  #: Of each query, those of all rows that ask it.
+    rows: list[tuple[str, set[str]]] = field(default_factory=list)  #: The query of each row, and its own negatives.
+
+
+def gather(rows: Source, corpus: str | Source | EvaluationSource | None) -> Pool:
+    """Read all rows once, and the corpus; without one, the rows' documents are the candidates."""
+    pool = Pool()
+    with ThreadPoolExecutor() as threads:  # Decoding images leaves Python's lock to others.
+        if corpus is not None:
+            sequence = as_evaluation(corpus).corpus
+            for start in range(0, len(sequence), ROWS):
+                items = [sequence[index] for index in range(start, min(start + ROWS, len(sequence)))]
+                for index, (content, images) in enumerate(threads.map(identify, items), start):
+                    pool.documents.setdefault(content, Entry(partial(sequence.__getitem__, index), images))
+            pool.candidates = len(pool.documents)
+        for start in range(0, len(rows), ROWS):
+            examples = [unscored(rows[row]) for row in range(start, min(start + ROWS, len(rows)))]
+            items = [item for example in examples for item in (example.query, *example.documents)]
+            identities = threads.map(identify, items)
+            for row, example in enumerate(examples, start):
+                # Of the query and of each document: its content, and how to read it again.
+                query, *documents = (
+                    (content, Entry(partial(_item, rows, row, rank), images))
+                    for rank, (content, images) in enumerate(islice(identities, 1 + len(example.documents)))
+                )
+                positives, negatives = dict(documents[: len(example.positives)]), documents[len(example.positives) :]
+                pool.queries.setdefault(*query)
+                pool.positives.setdefault(query[0], set()).update(positives)
+                pool.rows.append((query[0], {content for content, _ in negatives}))
+                for content, entry in documents if corpus is None else positives.items():
+                    pool.documents.setdefault(content, entry)
+    if corpus is None:
+        pool.candidates = len(pool.documents)
+    return pool
+
+
+def _item(rows: Source, row: int, rank: int) -> Item:
+    """Read a row's query (0), or its document of that rank."""
+    example = rows[row]
+    return (example.query, *example.documents)[rank]
+
+
+def hard_negatives(
+    pool: Pool,
+    queries: Float[Tensor, "Q D"],
+    documents: Float[Tensor, "P D"],
+    similarity: Callable[[Tensor, Tensor], Tensor],
+    choice: Choice,
+    tile_bytes: int = 2**28,
+) -> tuple[dict[str, list[str]], Counter[str]]:
+    """Choose hard negatives by the similarities of a pool's embeddings, ``tile_bytes`` of similarities at a time.
+
+    Returns:
+        Of each query its hard negatives, by content; and how many candidates were left out, and why.
+    """
+    names, contents = [*pool.queries], [*pool.documents]
+    indices = {content: index for index, content in enumerate(contents)}
+    chosen, reasons = dict[str, list[str]](), Counter[str]()
+    # Positives are among the most similar, and are not looked at.
+    seen = min(pool.candidates, choice.depth + max(map(len, pool.positives.values())))
+    for tile in queries.split(max(1, tile_bytes // (4 * len(contents)))):
+        similarities = similarity(tile, documents)  # (tile, P)
+        top = similarities[:, : pool.candidates].topk(seen)
+        for row, scores, ranks in zip(similarities, top.values.tolist(), top.indices.tolist(), strict=True):
+            query = names[len(chosen)]
+            positives = pool.positives[query]
+            # Below the least similar positive: a candidate above it would be ranked above a positive.
+            ceiling = choice.ceiling(float(row[[indices[content] for content in positives]].min()))
+            ranked = [(contents[index], score) for index, score in zip(ranks, scores, strict=True)]
+            ranked = [pair for pair in ranked if pair[0] not in positives][: choice.depth]
+            taken = list[str]()
+            shown = {pool.documents[content].images for content in positives}
+            for content, score in ranked:
+                images = pool.documents[content].images
+                if content == query:
+                    reasons["the query itself"] += 1
+                elif images and images in shown:
+                    reasons["the same images as a positive, or as a negative that was taken"] += 1
+                elif score > ceiling:
+                    reasons["so similar that they may be positives"] += 1
+                else:
+                    taken.append(content)
+                    shown.add(images)
+                if len(taken) == choice.skip + choice.count:
+                    break
+            chosen[query] = taken[choice.skip :]
+    return chosen, reasons

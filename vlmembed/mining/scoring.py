@@ -1,21 +1,24 @@
-"""``python -m vlmembed score``: a reranker's scores of the documents of training rows."""
+"""The command ``score``, a reranker's scores in training rows; and the writing of training rows."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import sentence_transformers
 import torch
-from sentence_transformers import CrossEncoder
 from tqdm import tqdm
 
-from vlmembed.data import Source
-from vlmembed.mining.contents import BATCHES, opened
-from vlmembed.mining.pool import open_rows, plain
-from vlmembed.mining.writing import RowWriter
-from vlmembed.types import Example
+from vlmembed.data import Rows, Source
+from vlmembed.files import clear_drafts, whole_file
+from vlmembed.media import load_image
+from vlmembed.mining.embedding import BATCHES, model_input
+from vlmembed.types import Example, Frame, Item, Part
 
 
 def score(model: str, rows: str | Source, output: str, batch_size: int = 32, trust_remote_code: bool = False) -> None:
@@ -36,38 +39,38 @@ def score(model: str, rows: str | Source, output: str, batch_size: int = 32, tru
     Raises:
         ValueError: If something cannot be read, the model gives several scores, or one that is no finite number.
     """
-    source = open_rows(rows)
-    reranker = CrossEncoder(model, trust_remote_code=trust_remote_code)
+    source = Rows(rows) if isinstance(rows, str) else rows
+    reranker = sentence_transformers.CrossEncoder(model, trust_remote_code=trust_remote_code)
     if reranker.num_labels != 1:
         raise ValueError(f"{model} gives {reranker.num_labels} scores for a pair; a teacher gives one.")
-    with RowWriter(Path(output)) as writer:
-        examples = (plain(source[row]) for row in tqdm(range(len(source)), desc="Scoring rows"))
-        for some in _groups(examples, BATCHES * batch_size):
-            scores = iter(_score(reranker, some, batch_size))
-            for example in some:
-                own = [next(scores) for _ in example.documents]
-                writer.write(example.query, example.positives, example.negatives, own)
-    print(f"{writer.path}: {writer.count} rows with the scores of {model}.")
+    count = write_rows(Path(output), _scored(reranker, source, batch_size))
+    print(f"{output}: {count} rows with the scores of {model}.")
 
 
-def _groups(examples: Iterator[Example], pairs: int) -> Iterator[list[Example]]:
-    """Gather examples until they have so many pairs."""
-    some: list[Example] = []
-    for example in examples:
-        some.append(example)
-        if sum(len(each.documents) for each in some) >= pairs:
-            yield some
-            some = []
-    if some:
-        yield some
+def _scored(reranker: sentence_transformers.CrossEncoder, source: Source, batch_size: int) -> Iterator[Example]:
+    examples: list[Example] = []
+    for row in tqdm(range(len(source)), desc="Scoring rows"):
+        examples.append(unscored(source[row]))
+        # Several batches at a time, which Sentence Transformers sorts by length.
+        full = sum(len(example.documents) for example in examples) >= BATCHES * batch_size
+        if full or row == len(source) - 1:
+            scores = iter(_logits(reranker, examples, batch_size))
+            for example in examples:
+                yield replace(example, scores=tuple(next(scores) for _ in example.documents))
+            examples = []
 
 
-def _score(reranker: CrossEncoder, examples: Sequence[Example], batch_size: int) -> list[float]:
+def _logits(reranker: sentence_transformers.CrossEncoder, examples: Sequence[Example], batch_size: int) -> list[float]:
     """Return the logit of each example's documents, one example after the other."""
     pairs = [(example.query, document) for example in examples for document in example.documents]
-    shown = {item.id: opened(item) for pair in pairs for item in pair}
+    # Each distinct item is opened once.
+    opened = {key: model_input(item) for key, item in {item.id: item for pair in pairs for item in pair}.items()}
+    inputs: list[Any] = [(opened[query.id], opened[document.id]) for query, document in pairs]
+    for index, (query, document) in enumerate(inputs):
+        if query.keys() == document.keys() == {"text"}:
+            inputs[index] = query["text"], document["text"]  # Rerankers of text take nothing else.
     logits = reranker.predict(
-        [_pair(shown[query.id], shown[document.id]) for query, document in pairs],
+        inputs,
         batch_size=batch_size,
         activation_fn=torch.nn.Identity(),
         convert_to_tensor=True,
@@ -80,8 +83,64 @@ def _score(reranker: CrossEncoder, examples: Sequence[Example], batch_size: int)
     return numbers
 
 
-def _pair(query: dict[str, Any], document: dict[str, Any]) -> tuple[Any, Any]:
-    """Two texts as such, which rerankers of text want."""
-    if query.keys() == document.keys() == {"text"}:
-        return query["text"], document["text"]
-    return query, document
+def unscored(example: Example) -> Example:
+    """Return an example, and refuse it with a ValueError if it has scores or labels, or no positive."""
+    if example.scores is not None or example.labels is not None or not example.positives:
+        raise ValueError(
+            f"{example.query.origin}: rows to mine or to score have a query, positives and perhaps negatives; this one "
+            "has scores, labels, or no positive. Drop 'scores': Rows(path, columns={scores: null})."
+        )
+    return example
+
+
+def write_rows(path: Path, examples: Iterable[Example]) -> int:
+    """Write training rows that ``vlmembed.data.Rows`` reads; the file is there once all of them are.
+
+    Images and videos in files are named by their path relative to the written file; where one is outside of its
+    folder, it is said how to allow that. Open images are written as PNG into a folder beside it, each once.
+
+    Returns:
+        How many rows there are.
+    """
+    outside: set[Path] = set()
+
+    def cell(item: Item) -> Any:
+        if [part.kind for part in item.parts] == ["text"]:
+            return item.parts[0].value
+        return [{"type": part.kind, part.kind: _value(part.value, path, outside)} for part in item.parts]
+
+    clear_drafts(path.parent, path.name)
+    clear_drafts(_image_folder(path))
+    count = 0
+    with whole_file(path) as draft, draft.open("w", encoding="utf-8") as lines:
+        for example in examples:
+            row = {"query": cell(example.query), "positive": [*map(cell, example.positives)]}
+            row |= {"negatives": [*map(cell, example.negatives)]}
+            row |= {} if example.scores is None else {"scores": example.scores}
+            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
+    if outside:
+        common = os.path.commonpath(outside)
+        print(f"{path} names files of {common}: read it with Rows(path, allow_outside: [{common}]).")
+    return count
+
+
+def _value(content: str | Frame | tuple[Frame, ...], path: Path, outside: set[Path]) -> Any:
+    """Return a text, or the path of a file relative to the written one's; note the folder of one outside of it."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, tuple):
+        return [_value(frame, path, outside) for frame in content]
+    if not isinstance(content, Path):
+        image, content = content, _image_folder(path) / f"{Part('image', content).digest.hex()}.png"
+        if not content.exists():
+            with whole_file(content) as draft:
+                load_image(image).save(draft, "PNG")  # Upright: PNG would lose which side is up.
+    file, folder = content.resolve(), path.parent.resolve()
+    if not file.is_relative_to(folder):
+        outside.add(file.parent)
+    return Path(os.path.relpath(file, folder)).as_posix()
+
+
+def _image_folder(path: Path) -> Path:
+    return path.parent / f"{path.stem}_images"

@@ -38,11 +38,10 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
 from vlmembed import distributed
+from vlmembed.files import whole_file
 
 #: Where a checkpoint has what `Checkpointing` adds, and what it left out: name → sum, and the type it was used in.
 STATE, FROZEN = "resume", "frozen"
-#: What a checkpoint is called while it is being written.
-DRAFT = ".draft"
 #: What ModelCheckpoint does not say of itself: the step it saved at, whether it waits for a validation, and where to.
 HIDDEN = ("_last_global_step_saved", "_defer_save_until_validation", "_last_checkpoint_saved")
 
@@ -433,12 +432,9 @@ class CheckpointFiles(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(path.name + DRAFT)
         try:
-            with draft.open("wb") as file:
+            with whole_file(path) as draft, draft.open("wb") as file:
                 _write(checkpoint, file)
-            os.replace(draft, path)
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             raise OSError(
@@ -446,8 +442,6 @@ class CheckpointFiles(TorchCheckpointIO):
                 f"The checkpoint {path} could not be written: {os.strerror(error.errno or 0)}. Checkpoints that were "
                 f"there before are as they were.{' Make room, and resume with --ckpt_path last.' if full else ''}",
             ) from error
-        finally:
-            draft.unlink(missing_ok=True)
 
     def load_checkpoint(
         self, path: Any, map_location: Callable | None = lambda storage, _: storage, weights_only: bool | None = None

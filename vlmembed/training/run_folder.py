@@ -20,7 +20,8 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 
 from vlmembed import distributed
-from vlmembed.training.checkpointing import DRAFT, STATE, newest_checkpoint, set_version
+from vlmembed.files import clear_drafts
+from vlmembed.training.checkpointing import STATE, newest_checkpoint, set_version
 
 #: For ``ckpt_path``: the newest whole checkpoint of the newest fit.
 LAST = "last"
@@ -151,8 +152,9 @@ def _claim(logger: CSVLogger, version_given: bool) -> Path:
 def _take_over(trainer: Trainer, folder: Path) -> tuple[str | None, int]:
     """Return a locked folder's newest whole checkpoint, if any, and how many rows of the log were before it."""
     folders = _checkpoint_folders(trainer, folder)
-    for draft in (path for place in folders for path in place.rglob(f"*{DRAFT}")):
-        draft.unlink()  # Half-written; whoever wrote it was killed.
+    for place in folders:
+        for parent in {path.parent for path in place.rglob("*.draft")}:
+            clear_drafts(parent)  # Half-written; whoever wrote it was killed.
     newest = newest_checkpoint(folders)
     if newest is None:
         print(f"Resuming {folder} from its beginning: it has no checkpoint that a run can be resumed from.")
@@ -174,7 +176,7 @@ def _open_log(logger: CSVLogger, count: int) -> None:
         logger: Which nothing was logged with.
         count: How many rows of it to keep; later ones are about to be logged again.
     """
-    log, draft = Path(logger.log_dir, METRICS), Path(logger.log_dir, f"{METRICS}{DRAFT}")
+    log, draft = Path(logger.log_dir, METRICS), Path(logger.log_dir, f"{METRICS}.draft")
     source = log if log.exists() and log.stat().st_size else draft
     table = None
     if count and source.exists():
