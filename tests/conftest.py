@@ -15,7 +15,7 @@ install_import_hook(
         "vlmembed.backbones.attention",
         "vlmembed.backbones.packing",
         "vlmembed.encoder",
-        "vlmembed.engine",
+        
         "vlmembed.features",
         "vlmembed.gradcache",
         "vlmembed.losses",

@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_leaves
 
 from vlmembed.adapters import Adapter, Freeze, LoRA
 from vlmembed.data import RetrievalDataModule
-from vlmembed.engine import Engine
+from vlmembed.gradcache import GradCache
 from vlmembed.features import FeatureCache, InMemory
 from vlmembed.losses import BinaryCrossEntropy, InfoNCE, Matryoshka
 from vlmembed.modules import EmbeddingModule
@@ -86,11 +86,11 @@ class Counts:
         self.backward += len(gradient)
 
 
-def step(model: EmbeddingModule, engine: Engine, data: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+def step(model: EmbeddingModule, grad_cache: GradCache, data: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """Embeddings and gradients."""
-    embeddings = engine.embed(data)
+    embeddings = grad_cache.embed(data)
     model.loss(*gather_batch(embeddings, data)).backward()
-    engine.replay()
+    grad_cache.backward()
     found = gradients(model)
     model.zero_grad()
     return embeddings.detach(), found
@@ -118,7 +118,7 @@ def test_the_tower_sees_each_image_once(
 ) -> None:
     model = module(checkpoint, **options)
     counts = Counts(model)
-    step(model, Engine(model.encoder, graph_bytes), batch(model, rows(), chunk_size))
+    step(model, GradCache(model.encoder, graph_bytes), batch(model, rows(), chunk_size))
     every = patches(model, rows())
     assert counts.forward == every
     assert counts.backward == (0 if options else every)
@@ -129,7 +129,7 @@ def test_with_little_room_a_trainable_tower_sees_images_twice_and_goes_back_once
     model = module(checkpoint)
     counts = Counts(model)
     data = batch(model, rows(), chunk_size=1)
-    step(model, Engine(model.encoder, graph_bytes=1.0), data)
+    step(model, GradCache(model.encoder, graph_bytes=1.0), data)
     every = patches(model, rows())
     assert len(data.images) > 1
     assert counts.forward == 2 * every - int(data.images[-1]["grid_thw"].prod(dim=1).sum())
@@ -142,7 +142,7 @@ def test_without_graphs_a_trainable_tower_sees_what_each_chunk_shows_twice(check
     model = module(checkpoint)
     counts = Counts(model)
     data = batch(model, rows(), chunk_size)
-    step(model, Engine(model.encoder), data)
+    step(model, GradCache(model.encoder), data)
     sizes = torch.cat([images["grid_thw"].prod(dim=1) for images in data.images])
     shown = [int(sizes[chunk["images"][:, 1].unique()].sum()) for chunk in data.chunks]
     assert counts.forward == 2 * sum(shown) - shown[-1]
@@ -164,8 +164,8 @@ def test_features_are_gone_after_the_step(
         return features
 
     monkeypatch.setattr(model.encoder.backbone, "encode_images", watched)
-    engine = Engine(model.encoder, graph_bytes)
-    step(model, engine, batch(model, rows(), 3))
+    grad_cache = GradCache(model.encoder, graph_bytes)
+    step(model, grad_cache, batch(model, rows(), 3))
     gc.collect()
     assert seen
     assert all(storage.expired() for storage in seen)
@@ -184,13 +184,13 @@ def test_kept_features_are_never_computed_again(checkpoint: Path, cache: Feature
     model = module(checkpoint, **FROZEN)
     counts = Counts(model)
     data = batch(model, rows(), chunk_size)
-    without = step(model, Engine(model.encoder), data)
+    without = step(model, GradCache(model.encoder), data)
     counts.forward = 0
-    engine = Engine(model.encoder, features=cache, steps=1)
-    first = step(model, engine, data)
+    grad_cache = GradCache(model.encoder, features=cache, steps=1)
+    first = step(model, grad_cache, data)
     assert counts.forward == patches(model, rows())
-    second = step(model, engine, batch(model, rows()[::-1], chunk_size))
-    again = step(model, engine, data)
+    second = step(model, grad_cache, batch(model, rows()[::-1], chunk_size))
+    again = step(model, grad_cache, data)
     assert counts.forward == patches(model, rows())
     for embeddings, found in (first, again):
         assert torch.equal(embeddings, without[0])
@@ -201,11 +201,11 @@ def test_kept_features_are_never_computed_again(checkpoint: Path, cache: Feature
 
 def test_only_new_images_are_seen(checkpoint: Path, cache: FeatureCache) -> None:
     model = module(checkpoint, **FROZEN)
-    engine = Engine(model.encoder, features=cache, steps=1)
-    step(model, engine, batch(model, examples(), 2))
-    expected = step(model, Engine(model.encoder), batch(model, rows(), 2))
+    grad_cache = GradCache(model.encoder, features=cache, steps=1)
+    step(model, grad_cache, batch(model, examples(), 2))
+    expected = step(model, GradCache(model.encoder), batch(model, rows(), 2))
     counts = Counts(model)
-    embeddings, found = step(model, engine, batch(model, rows(), 2))
+    embeddings, found = step(model, grad_cache, batch(model, rows(), 2))
     assert counts.forward == patches(model, rows()) - patches(model, examples())
     # Images were seen in other company, which changes the order of sums.
     torch.testing.assert_close(embeddings, expected[0], rtol=0, atol=1e-5)
@@ -217,10 +217,10 @@ def test_the_first_step_predicts_what_an_epoch_will_take(checkpoint: Path, monke
     model = module(checkpoint, **FROZEN)
     cache, given = opened(InMemory(1.0)), []
     monkeypatch.setattr(cache, "predict", lambda *numbers, announce: given.append(numbers))
-    engine = Engine(model.encoder, features=cache, steps=7)
+    grad_cache = GradCache(model.encoder, features=cache, steps=7)
     data = batch(model, rows(), 2)
     for _ in range(2):
-        step(model, engine, data)
+        step(model, grad_cache, data)
     levels = 1 + len(model.encoder.backbone.model.visual.deepstack_visual_indexes)
     floats = patches(model, rows()) // 4 * levels * 64
     assert given == [(4 * floats / len(rows()), 7 * len(rows()))]
@@ -324,11 +324,11 @@ def test_a_step_never_waits_for_the_device(checkpoint: Path, options: dict[str, 
     data = batch(model, [*rows(), Example(mixed_items()[0], (mixed_items()[4],))], 3)
     queries, documents, relevance = on_device(data, "meta")
     model.to("meta")
-    engine = Engine(model.encoder, graph_bytes)
+    grad_cache = GradCache(model.encoder, graph_bytes)
     with NoWaiting():
-        embeddings = engine.embed(data)
+        embeddings = grad_cache.embed(data)
         model.loss(embeddings[queries], embeddings[documents], relevance).backward()
-        engine.replay()
+        grad_cache.backward()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert all(parameter.grad is not None for parameter in trained)
 
@@ -415,12 +415,12 @@ def test_a_step_never_waits_for_a_gpu(
     data = batch(model, rows(), 3).pin_memory()
     queries, documents, relevance = on_device(data, "cuda")
     relevance = relevance.pin_memory()
-    engine = Engine(model.encoder, graph_bytes)
-    step(model, engine, data)  # What is set up once may wait.
+    grad_cache = GradCache(model.encoder, graph_bytes)
+    step(model, grad_cache, data)  # What is set up once may wait.
     request.getfixturevalue("_no_waiting_on_a_gpu")
-    embeddings = engine.embed(data)
+    embeddings = grad_cache.embed(data)
     model.loss(embeddings[queries], embeddings[documents], relevance).backward()
-    engine.replay()
+    grad_cache.backward()
 
 
 @pytest.mark.gpu
@@ -434,13 +434,13 @@ def test_memory_hardly_grows_with_the_batch(checkpoint: Path, options: dict[str,
         for _ in range(2):  # The first time, gradients are allocated.
             torch.cuda.reset_peak_memory_stats()
             model.zero_grad(set_to_none=False)
-            engine = Engine(model.encoder)
-            embeddings = engine.embed(data)
+            grad_cache = GradCache(model.encoder)
+            embeddings = grad_cache.embed(data)
             model.loss(*gather_batch(embeddings, data)).backward()
-            engine.replay()
+            grad_cache.backward()
         peaks[size] = torch.cuda.max_memory_allocated()
         features = sum(each.nbytes for each in model.encoder.encode_images(data.images)) if options else 0
         # Embeddings come with their gradients, in several copies while the loss is computed.
         kept[size] = 8 * embeddings.nbytes + features
-        del embeddings, engine
+        del embeddings, cache
     assert peaks[64] - kept[64] < 1.1 * (peaks[8] - kept[8])

@@ -12,7 +12,7 @@ from torch import nn
 
 from vlmembed import gradcache
 from vlmembed.adapters import Freeze, LoRA
-from vlmembed.engine import Engine
+from vlmembed.gradcache import GradCache
 from vlmembed.losses import InfoNCE, Matryoshka
 from vlmembed.modules.embedding import gather_batch
 from vlmembed.types import Batch
@@ -48,9 +48,9 @@ def toy_loss(embeddings: torch.Tensor) -> torch.Tensor:
 
 
 def step(encoder: nn.Module, chunks: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    cached = gradcache.embed(encoder, chunks)
+    cached = gradcache.forward_chunks(lambda chunk: (encoder(chunk),), chunks)
     toy_loss(cached.embeddings).backward()
-    cached.replay()
+    cached.backward()
     return gradients(encoder)
 
 
@@ -72,7 +72,7 @@ def test_gradients_equal_those_without_a_cache(size: int, dropout: float) -> Non
 def test_dropout_falls_differently_in_each_chunk() -> None:
     """Else the test above would pass with every chunk replayed from one state."""
     encoder, chunk = Toy(0.5), {"numbers": torch.ones(2, 6)}
-    embeddings = gradcache.embed(encoder, [chunk, chunk]).embeddings
+    embeddings = gradcache.forward_chunks(lambda chunk: (encoder(chunk),), [chunk, chunk]).embeddings
     assert not torch.equal(embeddings[:2], embeddings[2:])
 
 
@@ -99,31 +99,31 @@ def test_replay_enters_the_first_pass_precision() -> None:
         expected = unchunked(encoder, toy_chunks(3))
     encoder.zero_grad()
     with torch.autocast("cpu", torch.bfloat16):
-        cached = gradcache.embed(encoder, toy_chunks(3))
+        cached = gradcache.forward_chunks(lambda chunk: (encoder(chunk),), toy_chunks(3))
         loss = toy_loss(cached.embeddings)
     loss.backward()
-    cached.replay()
+    cached.backward()
     # bfloat16 keeps 8 bits: sums of chunks may round differently.
     assert relative_difference(gradients(encoder), expected) < 2e-2
 
 
 def test_nothing_trainable_is_no_error() -> None:
     encoder = Toy().requires_grad_(False)
-    cached = gradcache.embed(encoder, toy_chunks(3))
+    cached = gradcache.forward_chunks(lambda chunk: (encoder(chunk),), toy_chunks(3))
     toy_loss(cached.embeddings).backward()
-    cached.replay()
+    cached.backward()
     assert not gradients(encoder)
 
 
 def test_replay_without_backward_is_refused() -> None:
     with pytest.raises(RuntimeError, match="backward"):
-        gradcache.embed(Toy(), toy_chunks(3)).replay()
+        gradcache.forward_chunks(lambda chunk: (Toy()(chunk),), toy_chunks(3)).backward()
 
 
 def test_without_gradients_it_only_embeds() -> None:
     encoder = Toy()
     with torch.no_grad():
-        embeddings = gradcache.embed(encoder, toy_chunks(3)).embeddings
+        embeddings = gradcache.forward_chunks(lambda chunk: (encoder(chunk),), toy_chunks(3)).embeddings
     assert not embeddings.requires_grad
     torch.testing.assert_close(embeddings, torch.cat([encoder(chunk) for chunk in toy_chunks(3)]))
 
@@ -159,28 +159,23 @@ def test_whole_model(
 
     def gradients_of_a_step() -> dict[str, torch.Tensor]:
         torch.manual_seed(3)
-        engine = Engine(model.encoder, graph_bytes)
-        loss_of(engine.embed(data), data).backward()
-        engine.replay()
+        grad_cache = GradCache(model.encoder, graph_bytes)
+        loss_of(grad_cache.embed(data), data).backward()
+        grad_cache.backward()
         found = gradients(model)
         model.zero_grad()
         return found
 
     actual = gradients_of_a_step()
-    monkeypatch.setattr("vlmembed.engine.gradcache", OrdinaryAutograd)
+    monkeypatch.setattr(gradcache, "forward_chunks", ordinary_autograd)
     assert relative_difference(actual, gradients_of_a_step()) < EXACT
 
 
-class OrdinaryAutograd:
+def ordinary_autograd(forward: Any, chunks: list[Any], budget: Any = None) -> SimpleNamespace:
     """The gradient cache's interface, without a cache."""
-
-    @staticmethod
-    def embed(encode: Any, chunks: list[Any], room: Any = None) -> SimpleNamespace:
-        return SimpleNamespace(embeddings=torch.cat([encode(chunk) for chunk in chunks]), replay=lambda: None)
-
-    @staticmethod
-    def run(forward: Any, chunks: list[Any], room: Any = None) -> SimpleNamespace:
-        return SimpleNamespace(outputs=[output for chunk in chunks for output in forward(chunk)], replay=lambda: None)
+    outputs = [output for chunk in chunks for output in forward(chunk)]
+    embeddings = torch.cat(outputs) if outputs and outputs[0].ndim == 2 else None
+    return SimpleNamespace(outputs=outputs, embeddings=embeddings, backward=lambda: None)
 
 
 @pytest.mark.parametrize("size", [1, 5])
@@ -190,9 +185,9 @@ def test_chunk_size_does_not_matter(checkpoint: Path, size: int) -> None:
     for chunk_size in (size, None):
         model.zero_grad()
         data = batch(model, examples(), chunk_size)
-        engine = Engine(model.encoder)
-        model.loss(*gather_batch(engine.embed(data), data)).backward()
-        engine.replay()
+        grad_cache = GradCache(model.encoder)
+        model.loss(*gather_batch(grad_cache.embed(data), data)).backward()
+        grad_cache.backward()
         found[chunk_size] = gradients(model)
     assert relative_difference(found[size], found[None]) < EXACT
 

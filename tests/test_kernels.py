@@ -21,7 +21,7 @@ from transformers.utils import is_liger_kernel_available
 
 from vlmembed.adapters import LoRA
 from vlmembed.backbones import kernels
-from vlmembed.engine import Engine
+from vlmembed.gradcache import GradCache
 from vlmembed.kernels import compile_layers, use_liger
 from vlmembed.modules import EmbeddingModule
 from vlmembed.modules.embedding import gather_batch
@@ -43,13 +43,13 @@ def step(
     """Embeddings, gradients, and the bytes that graphs took."""
     torch.manual_seed(1)
     data = batch(model, rows, chunk_size)
-    engine = Engine(model.encoder, graph_bytes)
-    embeddings = engine.embed(data)
+    grad_cache = GradCache(model.encoder, graph_bytes)
+    embeddings = grad_cache.embed(data)
     model.loss(*gather_batch(embeddings, data)).backward()
-    engine.replay()
+    grad_cache.backward()
     found = gradients(model)
     model.zero_grad()
-    return embeddings.detach(), found, engine.room.taken
+    return embeddings.detach(), found, grad_cache.budget.taken
 
 
 @pytest.mark.slow

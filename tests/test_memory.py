@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from vlmembed import gradcache, memory
 from vlmembed.adapters import Freeze
 from vlmembed.data import RetrievalDataModule
-from vlmembed.engine import Engine
+from vlmembed.gradcache import GradCache
 from vlmembed.features import InMemory
 from vlmembed.gradcache import GraphBudget
 from vlmembed.modules import EmbeddingModule, probing
@@ -105,9 +105,9 @@ def test_a_graph_is_kept_where_there_is_room_for_it(kept: int, calls: int) -> No
         return layer(chunk["numbers"]).tanh()
 
     one_graph = 2 * 4 * 64 * 4  # The inputs, and what tanh returned, in float32.
-    step = gradcache.embed(encode, numbers(4), GraphBudget(kept * one_graph, layer.parameters()))
+    step = gradcache.forward_chunks(lambda chunk: (encode(chunk),), numbers(4), GraphBudget(kept * one_graph, layer.parameters()))
     step.embeddings.sum().backward()
-    step.replay()
+    step.backward()
     assert len(counted) == calls
 
 
@@ -171,10 +171,10 @@ class Scarce:
         monkeypatch.setattr(model.encoder, "forward", limited)
 
 
-def step(model: EmbeddingModule, engine: Engine, chunk_size: int) -> dict[str, torch.Tensor]:
+def step(model: EmbeddingModule, grad_cache: GradCache, chunk_size: int) -> dict[str, torch.Tensor]:
     data = batch(model, examples(), chunk_size)
-    model.loss(*gather_batch(engine.embed(data), data)).backward()
-    engine.replay()
+    model.loss(*gather_batch(grad_cache.embed(data), data)).backward()
+    grad_cache.backward()
     found = gradients(model)
     model.zero_grad()
     return found
@@ -187,11 +187,11 @@ def test_one_halving_saves_the_step_and_those_after_it(
     model = module(checkpoint, adapters=[Freeze(["vision", "merger"])] if frozen else [])
     data = batch(model, examples(), 4)
     largest = max(chunk["input_ids"].numel() for chunk in data.chunks)
-    expected = step(model, Engine(model.encoder), 4)
+    expected = step(model, GradCache(model.encoder), 4)
     scarce = Scarce(model, largest - 1, monkeypatch)
-    engine = Engine(model.encoder, 1e9)
+    grad_cache = GradCache(model.encoder, 1e9)
     for _ in range(2):
-        assert relative_difference(step(model, engine, 4), expected) < EXACT
+        assert relative_difference(step(model, grad_cache, 4), expected) < EXACT
     assert scarce.refused == 1
     assert capsys.readouterr().out.count("Chunks are halved, and no graphs are kept, from now on.") == 1
 
@@ -202,7 +202,7 @@ def test_too_little_memory_for_half_a_chunk_fails_with_advice(
     model = module(checkpoint)
     Scarce(model, 10, monkeypatch)
     with pytest.raises(RuntimeError, match=r"Out of memory while embedding \d+ chunks.*Lower data.chunk_size"):
-        step(model, Engine(model.encoder), 4)
+        step(model, GradCache(model.encoder), 4)
 
 
 # Features

@@ -36,7 +36,7 @@ from transformers.utils import logging
 from vlmembed.adapters import Freeze
 from vlmembed.backbones import DocumentFirst, QueryFirst, Qwen3VL
 from vlmembed.data import Reranking
-from vlmembed.engine import Engine
+from vlmembed.gradcache import GradCache
 from vlmembed.export.reranker import write_reranker
 from vlmembed.features import RecentFeatures
 from vlmembed.heads import Linear
@@ -147,14 +147,14 @@ def _our_step(folder: Path, template: type, rows: list, frozen: bool, kind: str)
     ]
     weights = [weight for weight in module.parameters() if weight.requires_grad]
     optimizer = torch.optim.SGD(weights, LEARNING_RATE)
-    engine = Engine(module.encoder, graph_bytes=4 * 2**30)
+    grad_cache = GradCache(module.encoder, graph_bytes=4 * 2**30)
     collate = module.task.collator(module.preprocessor, 16, None, 0.0 if frozen else 0.5)
 
     def step() -> float:
         batch = collate(examples)
-        value = module.loss(*module.gather_batch(engine.embed(batch), batch))
+        value = module.loss(*module.gather_batch(grad_cache.embed(batch), batch))
         value.backward()
-        engine.replay()
+        grad_cache.backward()
         optimizer.step()
         optimizer.zero_grad()
         return value.item()

@@ -1,4 +1,4 @@
-"""Our side. The only file that knows vlmembed's engine."""
+"""Our side. The only file that knows vlmembed's cache."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vlmembed import memory
 from vlmembed.adapters import Adapter, Freeze, LoRA
 from vlmembed.backbones import Qwen3VL
 from vlmembed.data import Collator
-from vlmembed.engine import Engine
+from vlmembed.gradcache import GradCache
 from vlmembed.features import InMemory
 from vlmembed.losses import InfoNCE, Matryoshka
 from vlmembed.modules import EmbeddingModule, probing
@@ -24,10 +24,10 @@ from vlmembed.types import Batch, Example, Item, Part
 
 @dataclass(frozen=True)
 class Setting:
-    """What a user of the engine would choose.
+    """What a user of the cache would choose.
 
     Args:
-        chunk: The size of chunks, in items of average cost; None for what the engine measures.
+        chunk: The size of chunks, in items of average cost; None for what the cache measures.
         retain: Whether the graphs of as many chunks are kept as there is memory for, or none.
         keep_features: Whether a frozen tower's features are kept from epoch to epoch.
     """
@@ -55,7 +55,7 @@ class Ours:
         if features is not None:
             features.open("this run")
         limit = memory.graph_bytes("auto" if setting.retain else "none", self.model.device)
-        self.engine = Engine(self.model.encoder, limit, features, steps=1)
+        self.grad_cache = GradCache(self.model.encoder, limit, features, steps=1)
         self.steps = 0
 
     def prepare(self, pairs: Sequence[Pair]) -> Batch:
@@ -70,13 +70,13 @@ class Ours:
 
     def step(self, batch: Batch) -> float:
         first = memory.StepPeak(self.model.device) if self.setting.retain and not self.steps else None
-        value = self.model.loss(*gather_batch(self.engine.embed(batch), batch))
+        value = self.model.loss(*gather_batch(self.grad_cache.embed(batch), batch))
         value.backward()
-        self.engine.replay()
+        self.grad_cache.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         if first is not None and first.bytes:  # On a GPU, where the first step shows how much is left for graphs.
-            self.engine.graph_bytes = memory.graph_bytes("auto", self.model.device, first.bytes)
+            self.grad_cache.graph_bytes = memory.graph_bytes("auto", self.model.device, first.bytes)
         self.steps += 1
         return value.item()
 
