@@ -233,13 +233,13 @@ def test_trials_share_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [share["CUDA_VISIBLE_DEVICES"] for share in shares_of_machine(2)] == ["4", "7"]
 
 
-#: Runs the script that it is given once for each task of the array, as SLURM would, and counts one that fails as done.
+#: Runs the script that it is given once for each task of the array, after it has returned, as SLURM would.
 SBATCH = """#!/bin/bash
 cp "${@: -1}" submitted
-for SLURM_ARRAY_TASK_ID in 0 1 2 3; do
-  SLURM_JOB_ID=7_$SLURM_ARRAY_TASK_ID SLURM_ARRAY_JOB_ID=7 SLURM_ARRAY_TASK_ID=$SLURM_ARRAY_TASK_ID SLURM_NTASKS=1 \\
-    SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0 SLURM_JOB_NODELIST=here bash "${@: -1}" >> output 2>&1
-done
+(for task in 0 1 2 3; do
+  SLURM_JOB_ID=7 SLURM_ARRAY_JOB_ID=7 SLURM_ARRAY_TASK_ID=$task SLURM_NTASKS=1 SLURM_JOB_NUM_NODES=1 SLURM_PROCID=0 \\
+    SLURM_LOCALID=0 SLURM_NODEID=0 SLURM_JOB_NODELIST=here bash submitted
+done) > output 2>&1 &
 echo "Submitted batch job 7"
 """
 
