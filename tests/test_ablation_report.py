@@ -144,7 +144,6 @@ def test_headings_and_charts_are_for_every_reader(page: str) -> None:
     assert [label.split(",")[0] for label in labels] == [
         "test/ndcg@10 of each setting",
         "test/ndcg@10 by seconds per training step",
-        "test/ndcg@10 by bytes per embedding",
         "val/ndcg@10 by training step",
     ]
     # Charts have the page's text colour, on its ground.

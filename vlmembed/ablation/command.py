@@ -44,11 +44,8 @@ def ablate(args: Sequence[str], check: Callable[[dict[str, Any]], None], fit: st
         run_probe(Path(options.config), options.output_dir)
         return
     ablation = read_ablation(Path(options.config))
-    ablation = replace(
-        ablation,
-        output_dir=ablation.output_dir if options.output_dir is None else Path(options.output_dir),
-        jobs=ablation.jobs if options.jobs is None else int(options.jobs),
-    )
+    output_dir, jobs = Path(options.output_dir or ablation.output_dir), int(options.jobs or ablation.jobs)
+    ablation = replace(ablation, output_dir=output_dir, jobs=jobs)
     if options.report_only:
         print(f"Report: {write_report(ablation.output_dir)}")
         return
@@ -73,27 +70,15 @@ def parser() -> ArgumentParser:
         "ordinary run of `fit`, in a folder of its own. After an interruption, the same command resumes. With a "
         "`probe` in place of a `grid`, score every pooling without weights of one model, in one pass.",
     )
-    command_line.add_argument(
-        "--config",
-        type=str,
-        required=True,
-        help="the ablation: base, grid, seeds, metric, output_dir; or base, probe, output_dir",
-    )
+    files = "the ablation: base, grid, seeds, metric, output_dir; or base, probe, output_dir"
+    where = "where trials run: Local, Ray, Slurm, or your own; `--executor Slurm --executor.options '[--gpus=1]'`"
+    command_line.add_argument("--config", type=str, required=True, help=files)
     command_line.add_argument("--output_dir", type=str | None, help="where to write, instead of what the file says")
-    command_line.add_argument(
-        "--jobs", type=PositiveInt | None, help="trials at the same time, instead of what the file says"
-    )
+    command_line.add_argument("--jobs", type=PositiveInt | None, help="trials at the same time, instead of the file's")
     command_line.add_argument("--dry_run", action="store_true", help="list the trials and estimate their time")
     command_line.add_argument("--retry_failed", action="store_true", help="run failed trials again")
-    command_line.add_argument(
-        "--report_only", action="store_true", help="write the report of what has ended; no training"
-    )
-    command_line.add_subclass_arguments(
-        Executor,
-        "executor",
-        default=lazy_instance(Local),
-        help="where trials run: Local, Ray, Slurm, or your own; `--executor Slurm --executor.options '[--gpus=1]'`",
-    )
+    command_line.add_argument("--report_only", action="store_true", help="report what has ended; train nothing")
+    command_line.add_subclass_arguments(Executor, "executor", default=lazy_instance(Local), help=where)
     return command_line
 
 
@@ -119,10 +104,7 @@ def _dry_run(trials: Sequence[Trial], left: Sequence[Trial], ablation: Ablation,
 
 
 def time_trial(trial: Trial, output_dir: Path, executor: Executor, fit: str) -> tuple[float, str]:
-    """Time a few steps of a trial, with all measuring before and after, and add what its other steps would take.
-
-    Returns:
-        Seconds of the trial, and how they were estimated.
+    """Estimate the seconds of a trial, and say how: a few steps, with all measuring, and the others at their pace.
 
     Raises:
         RuntimeError: If the attempt fails, as the trial would.
@@ -141,10 +123,8 @@ def time_trial(trial: Trial, output_dir: Path, executor: Executor, fit: str) -> 
         raise RuntimeError(f"An attempt at {trial} failed: {result.error if result else 'it left no result'}")
     left = max(0.0, planned_steps(trainer, result.cost["steps_per_epoch"]) - STEPS)
     step = result.cost["seconds_per_step"]
-    source = (
-        f"an attempt at {trial} took {result.seconds:.0f} s with {STEPS} steps, and {left:.0f} more take {step:.3f} s"
-    )
-    return result.seconds + step * left, f"{source} each; measuring while it trains is not counted"
+    source = f"an attempt at {trial} took {result.seconds:.0f} s with {STEPS} steps, and {left:.0f} more take "
+    return result.seconds + step * left, f"{source}{step:.3f} s each; measuring while it trains is not counted"
 
 
 def planned_steps(trainer: Mapping[str, Any], steps_per_epoch: float) -> float:

@@ -44,31 +44,18 @@ class Axis(NamedTuple):
 
 @dataclass(frozen=True)
 class Ablation:
-    """The content of ``ablation.yaml``.
+    """The content of ``ablation.yaml``."""
 
-    Args:
-        path: The file, for error messages.
-        base: The configuration of ``fit`` that trials differ from; relative to the file.
-        output_dir: Where everything is written; relative to the working directory.
-        metric: The logged name that settings are compared by, such as ``test/ndcg@10``; higher is better.
-        grid: Axis by name; a setting is one label per axis.
-        baseline: The label, on some axes, that the other settings are compared to.
-        seeds: Each setting is run with each of these.
-        seed_keys: The keys that the seed is set at.
-        set: Dotted keys of the configuration that all trials change.
-        jobs: Trials at the same time.
-    """
-
-    path: Path
-    base: Path
+    path: Path  # the file, for error messages
+    base: Path  # the configuration of `fit` that trials differ from; in the file, relative to it
     output_dir: Path
-    metric: str
-    grid: Mapping[str, Axis]
-    baseline: Mapping[str, str]
-    seeds: list[int]
-    seed_keys: list[str]
-    set: Mapping[str, Any]
-    jobs: int
+    metric: str  # the logged name that settings are compared by, such as test/ndcg@10; higher is better
+    grid: Mapping[str, Axis]  # a setting is one label per axis
+    baseline: Mapping[str, str]  # axis → label, of some axes: what the other settings are compared to
+    seeds: list[int]  # each setting is run with each of these
+    seed_keys: list[str]  # the keys that the seed is set at
+    set: Mapping[str, Any]  # dotted key → value, for all trials
+    jobs: int  # trials at the same time
 
     @property
     def settings(self) -> list[dict[str, str]]:
@@ -78,10 +65,9 @@ class Ablation:
 
     def to_yaml(self) -> str:
         """Write what is run, with nothing left to defaults."""
-        fields = {name: value for name, value in vars(self).items() if name != "path"}
-        fields |= {"base": str(self.base), "output_dir": str(self.output_dir)}
-        fields["grid"] = {name: axis._asdict() for name, axis in self.grid.items()}
-        return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
+        grid = {name: axis._asdict() for name, axis in self.grid.items()}
+        fields = vars(self) | {"base": str(self.base), "output_dir": str(self.output_dir), "grid": grid}
+        return yaml.safe_dump({key: fields[key] for key in KINDS}, sort_keys=False, allow_unicode=True)
 
 
 def read_ablation(path: Path) -> Ablation:
@@ -161,11 +147,7 @@ def check_trials(trials: list[Trial], check: Callable[[dict[str, Any]], None], p
 
 
 def configuration(ablation: Ablation, base: Mapping[str, Any], setting: Mapping[str, str], seed: int) -> dict[str, Any]:
-    """Return the base with what all trials change, then what the setting changes, then the seed.
-
-    Raises:
-        ValueError: If a key lies within something that is not a mapping, or is for a secret.
-    """
+    """Return the base with what all trials change, then what the setting changes, then the seed; raises as ``plan``."""
     config = copy.deepcopy(dict(base))
     changes = {**ablation.set, **{axis.key: axis.values[setting[name]] for name, axis in ablation.grid.items()}}
     refuse_secrets(changes, str(ablation.path))
@@ -257,13 +239,11 @@ def _slugs(ablation: Ablation) -> dict[str, dict[str, str]]:
     slugs: dict[str, dict[str, str]] = {}
     for setting in ablation.settings:
         slug = "_".join(re.sub(r"[^\w.+-]+", "-", f"{axis}-{label}") for axis, label in setting.items())
-        if len(slug.encode()) > LONGEST_SLUG:
-            raise ValueError(f"{ablation.path}: the folder of {setting} would be {slug!r}; give it shorter labels.")
+        fits = len(slug.encode()) <= LONGEST_SLUG
+        _expect(fits, ablation.path, "grid", setting, f"its folder would be {slug!r}: give it shorter labels")
         # Some file systems do not tell a from A.
-        for other in [other for other in slugs if other.casefold() == slug.casefold()]:
-            raise ValueError(
-                f"{ablation.path}: {slugs[other]} and {setting} would share the folder {slug!r}; rename a label."
-            )
+        same = [other for other in slugs if other.casefold() == slug.casefold()]
+        _expect(not same, ablation.path, "grid", setting, f"another would share the folder {slug!r}; rename a label")
         slugs[slug] = setting
     return slugs
 

@@ -88,7 +88,7 @@ class Record(Callback):
             "embedding_dimension": encoder.dimension,
             "embedding_bytes": 4 * encoder.dimension,
         }
-        folder = _folder(trainer)
+        folder = Path(trainer.log_dir or ".")  # All processes ask: they agree on it.
         if trainer.is_global_zero:
             write_whole(folder / "cost.json", json.dumps(cost, indent=1).encode())
 
@@ -104,7 +104,7 @@ class Record(Callback):
 
     def _write(self, trainer: Trainer, measured: Iterable[RetrievalMetrics | RerankingMetrics]) -> None:
         """Write scores and top documents; those of the fresh model are not recorded."""
-        folder = _folder(trainer)
+        folder = Path(trainer.log_dir or ".")
         for metrics in measured if self._has_trained else ():
             # Each process has a share of the embeddings or scores, so all of them ask.
             values, (scores, columns) = metrics.per_query(), metrics.top_k(DOCUMENTS)  # (Q,) each; (Q, 5)
@@ -116,15 +116,14 @@ class Record(Callback):
             text = table.set_index(pd.Index(evaluation.query_names, name="query")).to_csv()
             write_whole(measured_folder / "per_query.csv", text.encode())
             # The same queries in every trial: the first by name.
-            names = evaluation.query_names
+            names, documents = evaluation.query_names, self.documents / evaluation.name
             rows = sorted(range(len(names)), key=names.__getitem__)[:QUERIES]
             found = {names[row]: _found(evaluation, row, scores[row].tolist(), columns[row].tolist()) for row in rows}
             write_whole(measured_folder / "top.json", json.dumps(found).encode())
-            shown = {name for entry in found.values() for name, *_ in entry["top"]}
-            shown.update(name for entry in found.values() for name in [*entry["relevant"]][:DOCUMENTS])
+            shown = {name for entry in found.values() for name, *_ in [*entry["top"], *entry["relevant"].items()]}
             for name, document in zip(evaluation.document_names, evaluation.corpus, strict=True):
                 if name in shown:
-                    show(document, self.documents / evaluation.name, name)
+                    show(document, documents, name)
             for row in rows:
                 show(evaluation.queries[row], self.documents / "queries" / evaluation.name, names[row])
 
@@ -132,14 +131,12 @@ class Record(Callback):
 def show(item: Item, folder: Path, name: str) -> None:
     """Write an item's first image, made small, and its texts, unless another trial has."""
     image_path, text_path = (content_path(folder, name, kind) for kind in ("jpg", "txt"))
-    if image_path.exists() or text_path.exists():
-        return
     frames = [frame for part in item.parts for frame in part.frames]
     # A video file is shown by its name.
     words = [getattr(part.value, "name", str(part.value)) for part in item.parts if not part.frames]
-    if words:
+    if words and not text_path.exists():
         write_whole(text_path, "\n".join(words)[:CHARACTERS].encode())
-    if frames:
+    if frames and not image_path.exists():
         image, file = load_image(frames[0], item.origin), io.BytesIO()
         image.thumbnail((SIDE, SIDE))
         image.save(file, "JPEG", quality=80)
@@ -158,8 +155,3 @@ def _found(evaluation: EvaluationSet, row: int, scores: list[float], columns: li
     names = [evaluation.document_names[column] for column in columns if column >= 0]
     top = [[name, score, grades.get(name, 0)] for name, score in zip(names, scores, strict=False)]
     return {"top": top, "relevant": {name: grade for name, grade in grades.items() if grade > 0}}
-
-
-def _folder(trainer: Trainer) -> Path:
-    """Return the trial's folder. All processes call: they agree on it."""
-    return Path(trainer.log_dir or ".")

@@ -70,26 +70,15 @@ class Section:
 
 @dataclass(frozen=True)
 class Summary:
-    """An ablation, as far as it has come.
-
-    Args:
-        folder: Its output folder.
-        ablation: What was asked for.
-        ended: The trials that were asked for and have ended; the best setting's first.
-        missing: Those that have not ended.
-        surplus: How many other trials the folder holds.
-        evaluation: The evaluation set of the metric that settings are compared by.
-        scores: That metric: a row per finished trial, indexed by setting and seed; a column per query.
-        pairs: How every setting compares to every other.
-    """
+    """An ablation, as far as it has come."""
 
     folder: Path
     ablation: Ablation
-    ended: Sequence[Result]
-    missing: Sequence[str]
-    surplus: int
-    evaluation: str = ""
-    scores: pd.DataFrame = field(default_factory=pd.DataFrame)
+    ended: Sequence[Result]  # the trials that were asked for and have ended; the best setting's first
+    missing: Sequence[str]  # those that have not ended
+    surplus: int  # how many other trials the folder holds
+    evaluation: str = ""  # the evaluation set of the metric that settings are compared by
+    scores: pd.DataFrame = field(default_factory=pd.DataFrame)  # that metric: row (setting, seed), column query
     pairs: Mapping[tuple[int, int], PairwiseComparison] = field(default_factory=dict)
 
     @property
@@ -228,10 +217,8 @@ def settings_table(summary: Summary, numbers: pd.DataFrame) -> pd.DataFrame:
         for title in ("best", "baseline"):
             difference, high, p, verdict = (row[f"{title}_{part}"] for part in ("difference", "high", "p", "verdict"))
             shown = isinstance(verdict, str)
-            texts[f"to the {title}"] = (
-                f"{difference:+.4f} ± {high - difference:.4f}".replace("-", "−") if shown else "–"
-            )
-            texts[f"p, {title}"] = f"{p_text(p)}, {verdict}" if shown else "–"
+            interval = f"{difference:+.4f} ± {high - difference:.4f}".replace("-", "−") if shown else "–"
+            texts |= {f"to the {title}": interval, f"p, {title}": f"{p_text(p)}, {verdict}" if shown else "–"}
         for cost, (heading, form, divisor) in COSTS.items():
             texts[heading] = form.format(row[cost] / divisor).replace("nan", "–")
         rows[f"{name} (baseline)" if summary.baseline_of(name) == name else name] = texts
@@ -292,7 +279,7 @@ def _shown_queries(summary: Summary) -> list[Section]:
     Shown are the best setting, the baseline, and those with the highest and the lowest score of the query, each by its
     first finished seed.
     """
-    names, documents = list(summary.settings), summary.folder / "documents"
+    names, documents = list(summary.settings), summary.folder / "documents" / summary.evaluation
     first = {name_of(trial.setting): trial.folder for trial in reversed(summary.finished)}
     paths = [first[name] / "measured" / summary.evaluation / "top.json" for name in names]
     tops = [json.loads(path.read_text(encoding="utf-8")) if path.exists() else {} for path in paths]
@@ -309,14 +296,11 @@ def _shown_queries(summary: Summary) -> list[Section]:
         for column in np.argsort(key, kind="stable")[:QUERIES].tolist():
             query, values, found = recorded[column], scores[:, column], []
             for index in sorted({0, baseline, int(values.argmax()), int(values.argmin())}):
-                top = [
-                    (_content(documents / summary.evaluation, document), score, grade)
-                    for document, score, grade in tops[index][query]["top"]
-                ]
+                top = [(_content(documents, name), score, grade) for name, score, grade in tops[index][query]["top"]]
                 found.append((f"{names[index]}: {values[index]:.3f}", top))
             relevant = [*tops[0][query]["relevant"]]
-            positives = [_content(documents / summary.evaluation, document) for document in relevant[:POSITIVES]]
-            asked = _content(documents / "queries" / summary.evaluation, query)
+            positives = [_content(documents, name) for name in relevant[:POSITIVES]]
+            asked = _content(summary.folder / "documents" / "queries" / summary.evaluation, query)
             queries.append({"asked": asked, "positives": positives, "count": len(relevant), "found": found})
         note = f"{summary.ablation.metric} and the first documents. A tick and a thick frame mark positives."
         sections.append(Section(heading, note, queries=queries))
@@ -346,20 +330,15 @@ def _charts(summary: Summary, numbers: pd.DataFrame) -> Section:
     axes.invert_yaxis()
     logs = {trial.folder: pd.read_csv(trial.folder / "metrics.csv") for trial in summary.finished}
     validation = validation_name(metric, [column for log in logs.values() for column in log])
-    stem = re.sub(r"/\d+$", "", metric)
-    seconds, sizes, learning = {}, {}, {}
+    seconds, learning = {}, {}
     for name, row in numbers.iterrows():
         seconds[name] = pd.DataFrame({"mean": [row["mean"]]}, index=[row["seconds_per_step"]])
-        # The embedding at every dimension that it was cut to, in float32, and whole.
-        cut = {4 * int(key.split("/")[-1]): value for key, value in row.items() if re.fullmatch(rf"{stem}/\d+", key)}
-        cut[row["embedding_bytes"]] = row.get(stem)
-        sizes[name] = pd.DataFrame({"mean": pd.Series(cut, dtype=float)}).dropna().sort_index()
         if validation:
             own = [logs[trial.folder] for trial in summary.finished if name_of(trial.setting) == name]
             values = pd.concat(own).reindex(columns=["step", validation]).dropna()
             learning[name] = values.groupby("step")[validation].agg(["mean", "min", "max"])
     charts = [to_svg(figure, f"{metric} of each setting, best first; the numbers are in the table")]
-    charts += [line_chart(seconds, "seconds per training step", metric), line_chart(sizes, "bytes per embedding", stem)]
+    charts.append(line_chart(seconds, "seconds per training step", metric))
     charts += [line_chart(learning, "training step", validation)] if validation else []
     note = "Dots are single seeds, bars the 95 % interval of the difference from the best, shades the range over seeds."
     return Section("Charts", note, charts=charts)

@@ -47,21 +47,13 @@ ERROR_LINES = 20
 
 @dataclass(frozen=True)
 class Trial:
-    """One setting with one seed, as planned.
+    """One setting with one seed, as planned."""
 
-    Args:
-        folder: Where it is written: ``settings/<setting>/seed-<n>`` of the output folder.
-        setting: The label on each axis.
-        seed: The seed.
-        metric: The name that it must have logged.
-        config: The configuration of ``fit``, without what depends on the folder.
-    """
-
-    folder: Path
-    setting: Mapping[str, str]
+    folder: Path  # settings/<setting>/seed-<n> of the output folder
+    setting: Mapping[str, str]  # axis → label
     seed: int
-    metric: str
-    config: dict[str, Any]
+    metric: str  # the name that it must have logged
+    config: dict[str, Any]  # of `fit`, without what depends on the folder
 
     def __str__(self) -> str:
         return ", ".join([*(f"{axis}={label}" for axis, label in self.setting.items()), f"seed {self.seed}"])
@@ -78,41 +70,25 @@ class Trial:
     def configuration(self) -> dict[str, Any]:
         """Return the configuration of ``fit`` with the log in this folder, and with a `Record` of what is measured."""
         trainer = self.config.get("trainer") or {}
-        loggers = [
-            logger
-            for logger in _listed(trainer.get("logger"))
-            if not str(logger["class_path"] if isinstance(logger, dict) else logger).endswith("CSVLogger")
-        ]
+        loggers = [logger for logger in _listed(trainer.get("logger")) if "CSVLogger" not in str(logger)]
         options = {"documents": str(self.folder.parents[2] / "documents"), "stage": self.metric.split("/")[0]}
         record = {"class_path": "vlmembed.ablation.record.Record", "init_args": options}
-        callbacks = [*_listed(trainer.get("callbacks")), record]
-        return self.config | {
-            "trainer": trainer | {"logger": [csv_logger(self.folder), *loggers], "callbacks": callbacks}
-        }
+        changes = {"logger": [csv_logger(self.folder), *loggers]}
+        changes["callbacks"] = [*_listed(trainer.get("callbacks")), record]
+        return self.config | {"trainer": trainer | changes}
 
 
 @dataclass(frozen=True)
 class Result:
-    """A trial that has ended: ``result.json`` of its folder.
+    """A trial that has ended: ``result.json`` of its folder."""
 
-    Args:
-        setting: The label on each axis.
-        seed: The seed.
-        status: Whether it ran to its end.
-        error: The last lines of what a failed trial printed.
-        seconds: Wall-clock time of the whole trial.
-        metrics: Logged name (``test/ndcg@10``) → value of the trained model.
-        cost: What `Record` writes at the end of training; empty where that was not reached.
-        folder: The trial's folder; not in the file.
-    """
-
-    setting: Mapping[str, str]
+    setting: Mapping[str, str]  # axis → label
     seed: int
     status: Literal["finished", "failed"]
-    error: str | None
-    seconds: float
-    metrics: Mapping[str, float]
-    cost: Mapping[str, float]
+    error: str | None  # the last lines of what a failed trial printed
+    seconds: float  # of the whole trial
+    metrics: Mapping[str, float]  # logged name → value of the trained model
+    cost: Mapping[str, float]  # what `Record` writes at the end of training
     folder: Path
 
     def write(self) -> None:
@@ -182,14 +158,10 @@ def perform(folder: Path, fit: str = FIT) -> Result:
 
 @contextmanager
 def locked(folder: Path, patience: float = 60.0) -> Iterator[int]:
-    """Hold the lock of a folder, and yield its file descriptor.
+    """Hold the lock of a folder, and yield its file descriptor; wait some seconds for killed processes to end.
 
     It is not `filelock`'s, because a child process must be able to inherit it: this one is free when the last process
     that has it has ended.
-
-    Args:
-        folder: The folder.
-        patience: Seconds to wait, because killed processes may take some to end.
 
     Raises:
         TimeoutError: If another process still holds it.
@@ -239,12 +211,7 @@ class Executor(ABC):
 
     @abstractmethod
     def run(self, commands: Sequence[Sequence[str]], jobs: int) -> None:
-        """Run each command in the current folder. One that fails does not stop the others.
-
-        Args:
-            commands: One for each trial, which writes its own result.
-            jobs: How many run at the same time.
-        """
+        """Run each command in the current folder, ``jobs`` at a time; each writes its own result, or fails alone."""
 
 
 class Local(Executor):
@@ -330,9 +297,9 @@ def start(trials: Sequence[Trial], executor: Executor, jobs: int, fit: str = FIT
     """Perform trials, ``jobs`` at a time, each in a process of its own, and wait for them."""
     for trial in trials:
         trial.write()
-    program = [sys.executable, "-m", "vlmembed.ablation.run"]
-    if trials:
-        executor.run([[*program, str(trial.folder), "--fit", fit] for trial in trials], jobs)
+    commands = [[sys.executable, "-m", "vlmembed.ablation.run", str(trial.folder), "--fit", fit] for trial in trials]
+    if commands:
+        executor.run(commands, jobs)
 
 
 def shares_of_machine(jobs: int) -> list[dict[str, str]]:
@@ -376,12 +343,6 @@ def _run_there(command: Sequence[str], folder: str) -> None:
         run_tied(command, pipe, {}, folder)
 
 
-def _end_with_parent() -> None:
-    """Wait until the pipe of ``tie`` closes, and end this process and all that it has started."""
-    os.read(sys.stdin.fileno(), 1)
-    os.killpg(os.getpgrp(), signal.SIGKILL)
-
-
 def main() -> None:
     """Perform the trial of a folder; the exit status is 1 if it fails."""
     parser = argparse.ArgumentParser(prog="python -m vlmembed.ablation.run", description=main.__doc__)
@@ -390,7 +351,12 @@ def main() -> None:
     parser.add_argument("--tied", action="store_true", help="end, and the training with it, when standard input closes")
     options = parser.parse_args()
     if options.tied:
-        threading.Thread(target=_end_with_parent, daemon=True).start()
+        # Standard input closes when the parent ends, however it does: then this whole process group does too.
+        def end_with_parent() -> None:
+            os.read(0, 1)
+            os.killpg(os.getpgrp(), signal.SIGKILL)
+
+        threading.Thread(target=end_with_parent, daemon=True).start()
     result = perform(options.folder, options.fit)
     trial = Trial.read(options.folder)
     if result.error is not None:

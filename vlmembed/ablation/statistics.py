@@ -39,20 +39,12 @@ ROUNDING = 1e-12
 
 @dataclass(frozen=True)
 class PairwiseComparison:
-    """How a setting compares to another.
+    """How a setting compares to another."""
 
-    Args:
-        difference: The setting's mean less the other's.
-        margin: The 95 % interval of the difference reaches this far to both sides. It excludes 0 where ``p_value`` is
-            below 0.05.
-        p_value: Two-sided, of this pair by itself.
-        corrected: The same after Holm, for the family of all pairs.
-    """
-
-    difference: float
-    margin: float
-    p_value: float
-    corrected: float
+    difference: float  # the setting's mean less the other's
+    margin: float  # its 95 % interval reaches this far to both sides; it excludes 0 where p_value is below 0.05
+    p_value: float  # two-sided, of this pair by itself
+    corrected: float  # the same after Holm, for the family of all pairs
 
     @property
     def verdict(self) -> str:
