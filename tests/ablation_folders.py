@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from vlmembed.ablation.record import content_path
 from vlmembed.ablation.report import write_report
-from vlmembed.ablation.run import Result
+from vlmembed.ablation.run import Trial
 
 #: Would run, or break a table or a tag, if it were let through.
 HOSTILE = "<script>alert(1)</script>|`*x*`\"'&"
@@ -56,8 +57,9 @@ def build_unfinished(folder: Path) -> Path:
     build(folder)
     failed = trial_folder(folder, "latent attention", 2)
     shutil.rmtree(failed)
-    error = f"exit status 1\nRuntimeError: {HOSTILE}"
-    Result({"pooling": "latent attention"}, 2, "failed", error, 3.0, {}, {}, failed).write()
+    trial = Trial(failed, {"pooling": "latent attention"}, 2, "test/ndcg@10", {})
+    trial.write()
+    replace(trial, status="failed", error=f"exit status 1\nRuntimeError: {HOSTILE}").write()
     shutil.rmtree(trial_folder(folder, "first", 1))
     write_report(folder)
     return folder
@@ -103,7 +105,9 @@ def write_trial(
         "embedding_bytes": 4 * dimension,
     }
     metrics = {f"test/{name}": float(values.mean()) for name, values in columns.items()}
-    Result(setting, seed, "finished", None, 160.0, metrics, cost, trial).write()
+    planned = Trial(trial, setting, seed, "test/ndcg@10", {})
+    planned.write()
+    replace(planned, status="finished", seconds=160.0, metrics=metrics, cost=cost).write()
     measured = trial / "measured" / "numbers"
     measured.mkdir(parents=True)
     queries = pd.Index([f"q{index}" for index in range(QUERIES)], name="query")

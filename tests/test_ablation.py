@@ -18,7 +18,7 @@ import yaml
 from ablating import FIT, started, write
 
 from vlmembed.ablation.command import ablate
-from vlmembed.ablation.run import Executor, Result, locked, read_results, shares_of_machine
+from vlmembed.ablation.run import Executor, Trial, locked, read_trials, shares_of_machine
 from vlmembed.cli import main
 
 BROKEN: dict[str, Any] = {
@@ -34,9 +34,9 @@ def run(path: Path, *options: str) -> None:
 def scores(folder: Path) -> dict[str, float]:
     """Of each trial that has finished, by setting and seed."""
     return {
-        f"{result.folder.parent.name} {result.folder.name}": result.metrics["test/ndcg@10"]
-        for result in read_results(folder)
-        if result.status == "finished"
+        f"{trial.folder.parent.name} {trial.folder.name}": trial.metrics["test/ndcg@10"]
+        for trial in read_trials(folder)
+        if trial.status == "finished"
     }
 
 
@@ -54,10 +54,11 @@ def test_all_trials_are_done_and_none_twice(tmp_path: Path) -> None:
     assert started(tmp_path) == order
     # The last value is the trained model's, and the loss is no result.
     assert scores(tmp_path / "out") == dict(zip(order, [0.25, 0.75, 0.26, 0.76], strict=True))
-    result = Result.read(tmp_path / "out" / "settings" / "part-other" / "seed-1")
-    assert result is not None
-    assert (result.setting, result.seed, result.error) == ({"part": "other"}, 1, None)
-    assert result.cost["seconds_per_step"] == 0.5
+    trial = Trial.read(tmp_path / "out" / "settings" / "part-other" / "seed-1").ended()
+    assert (trial.setting, trial.seed, trial.error) == ({"part": "other"}, 1, None)
+    assert trial.cost["seconds_per_step"] == 0.5
+    fields = json.loads((trial.folder / "result.json").read_text())
+    assert fields.keys() == {"setting", "seed", "status", "error", "seconds", "metrics", "cost"}
     assert (tmp_path / "out" / "report.html").exists()
     written = yaml.safe_load((tmp_path / "out" / "ablation.yaml").read_text())
     assert written["base"] == str(tmp_path / "base.yaml")
@@ -72,7 +73,7 @@ def test_a_failed_trial_is_recorded_and_the_others_go_on(tmp_path: Path, capsys:
         run(path)
     assert stopped.value.code == 1
     assert "part=broken, seed 0 has failed" in capsys.readouterr().err
-    failed, fine = read_results(tmp_path / "out")
+    failed, fine = read_trials(tmp_path / "out")
     assert (failed.status, fine.status) == ("failed", "finished")
     assert failed.error is not None
     assert failed.error.startswith("exit status 1\n")
@@ -87,7 +88,7 @@ def test_a_failed_trial_is_recorded_and_the_others_go_on(tmp_path: Path, capsys:
 def test_a_metric_that_nobody_logged_is_a_failure(tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         run(write(tmp_path, metric="test/ndcg@10/64", seeds=[0]))
-    assert read_results(tmp_path / "out")[0].error == (
+    assert read_trials(tmp_path / "out")[0].error == (
         "'test/ndcg@10/64' was not logged, only ['test/ndcg@10']; change the metric, or what is measured."
     )
 
@@ -209,12 +210,6 @@ def test_help_explains_the_command(capsys: pytest.CaptureFixture[str], monkeypat
     assert "`ablate --help`" in printed[1]
 
 
-def test_results_are_whole(tmp_path: Path) -> None:
-    run(write(tmp_path, seeds=[0]))
-    fields: dict[str, Any] = json.loads(next((tmp_path / "out").rglob("result.json")).read_text())
-    assert fields.keys() == {"setting", "seed", "status", "error", "seconds", "metrics", "cost"}
-
-
 def events(folder: Path) -> list[str]:
     return [line.split()[0] for line in (folder / "tally").read_text().splitlines()]
 
@@ -258,7 +253,7 @@ def test_slurm_runs_an_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     flags = re.findall(r"#SBATCH --(.*)", (tmp_path / "submitted").read_text())
     assert {"array=0-3%3", "partition=gpu", "gpus=1", "exclusive", "job-name=vlmembed-ablate"} <= {*flags}
     assert not any(flag.startswith("time") for flag in flags)
-    assert [result.status for result in read_results(tmp_path / "out")] == ["finished"] * 4
+    assert [trial.status for trial in read_trials(tmp_path / "out")] == ["finished"] * 4
 
 
 class Idle(Executor):
@@ -282,4 +277,4 @@ def test_ray_runs_two_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     finally:
         ray.shutdown()
     assert events(tmp_path)[:2] == ["start", "start"]
-    assert [result.status for result in read_results(tmp_path / "out")] == ["finished"] * 4
+    assert [trial.status for trial in read_trials(tmp_path / "out")] == ["finished"] * 4

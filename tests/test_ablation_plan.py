@@ -16,8 +16,10 @@ from vlmembed.ablation.run import Trial
 from vlmembed.cli import check
 
 ROOT = Path(__file__).parent.parent
-#: Arguments of the base's class, one of which names a class.
-OWN, IN = {"score": 0.5, "width": 3}, {"class_path": "A", "init_args": {"n": 1}}
+#: A class in the base, and its arguments, one of which is a class.
+IN = {"class_path": "A", "init_args": {"n": 1}}
+OWN = {"score": 0.5, "in": IN}
+PLAIN = {"class_path": "Plain"}
 
 
 def test_every_setting_meets_every_seed(tmp_path: Path) -> None:
@@ -46,25 +48,13 @@ def test_every_setting_meets_every_seed(tmp_path: Path) -> None:
     [
         # Naming a class, even the same one, replaces the mapping: no argument of an earlier class survives.
         ("part", {"class_path": "Other"}, {"class_path": "Other"}),
-        (
-            "part",
-            {"class_path": "Plain", "init_args": {"score": 1}},
-            {"class_path": "Plain", "init_args": {"score": 1}},
-        ),
+        ("part", {"class_path": "Plain", "init_args": {"n": 1}}, {"class_path": "Plain", "init_args": {"n": 1}}),
         ("part.class_path", "Other", {"class_path": "Other"}),
         # Arguments alone are merged into the base's class, down to those that name one.
-        ("part", {"init_args": {"score": 1}}, {"class_path": "Plain", "init_args": {"score": 1, "width": 3, "in": IN}}),
-        (
-            "part.init_args.in",
-            {"class_path": "B"},
-            {"class_path": "Plain", "init_args": OWN | {"in": {"class_path": "B"}}},
-        ),
-        (
-            "part.init_args.in.init_args.n",
-            2,
-            {"class_path": "Plain", "init_args": OWN | {"in": IN | {"init_args": {"n": 2}}}},
-        ),
-        ("part.init_args.in", "module.B", {"class_path": "Plain", "init_args": OWN | {"in": "module.B"}}),
+        ("part", {"init_args": {"score": 1}}, PLAIN | {"init_args": OWN | {"score": 1}}),
+        ("part.init_args.in", {"class_path": "B"}, PLAIN | {"init_args": OWN | {"in": {"class_path": "B"}}}),
+        ("part.init_args.in.init_args.n", 2, PLAIN | {"init_args": OWN | {"in": IN | {"init_args": {"n": 2}}}}),
+        ("part.init_args.in", "module.B", PLAIN | {"init_args": OWN | {"in": "module.B"}}),
         ("part", None, None),
     ],
 )
@@ -75,7 +65,7 @@ def test_a_class_brings_its_own_arguments_and_nothing_else(
     grid = {"part": {"key": key if way == "grid" else "other", "values": {"one": value}}}
     path = write(tmp_path, grid=grid, set={key: value} if way == "set" else {})
     base = yaml.safe_load((tmp_path / "base.yaml").read_text())
-    base["part"]["init_args"] = OWN | {"in": IN}
+    base["part"]["init_args"] = OWN
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
     assert plan(read_ablation(path))[0].config["part"] == expected
 

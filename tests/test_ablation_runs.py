@@ -21,7 +21,7 @@ from PIL import Image
 from transformers import AutoModel
 
 from vlmembed.ablation.record import Record, content_path, show
-from vlmembed.ablation.run import Result, read_results
+from vlmembed.ablation.run import Trial, read_trials
 from vlmembed.data import load_evaluation
 from vlmembed.types import Item, Part
 
@@ -96,15 +96,15 @@ def finish(process: subprocess.Popen[str]) -> str:
     return printed
 
 
-def check_record(result: Result, rows: str) -> None:
+def check_record(trial: Trial, rows: str) -> None:
     """What is written of each query agrees with the metrics, and with itself; what can be shown is there."""
     evaluation = load_evaluation(rows)
-    measured, documents = result.folder / "measured" / evaluation.name, result.folder.parents[2] / "documents"
+    measured, documents = trial.folder / "measured" / evaluation.name, trial.folder.parents[2] / "documents"
     queries = pd.read_csv(measured / "per_query.csv", index_col="query", dtype={"query": str})
     assert list(queries.index) == evaluation.query_names
     for name in ("ndcg@10", "map", "ndcg@10/16"):
         # Logged values are float32.
-        assert queries[name].mean() == pytest.approx(result.metrics[f"test/{name}"], rel=1e-6)
+        assert queries[name].mean() == pytest.approx(trial.metrics[f"test/{name}"], rel=1e-6)
     found = json.loads((measured / "top.json").read_text())
     assert [*found] == sorted(evaluation.query_names)
     for name, entry in found.items():
@@ -132,13 +132,13 @@ def test_an_ablation_that_is_killed_ends_as_one_that_is_not(folder: Path, monkey
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert [result.setting["pooling"] for result in read_results(folder / "killed")] == ["mean"]
+    assert [trial.setting["pooling"] for trial in read_trials(folder / "killed")] == ["mean"]
     printed = finish(start(folder, "--output_dir", "killed"))
     assert "pooling=mine, seed 0: started" in printed
     assert "pooling=mean, seed 0: started" not in printed
     finish(start(folder))
-    killed, whole = read_results(folder / "killed"), read_results(folder / "out")
-    assert [result.metrics for result in killed] == [result.metrics for result in whole]
+    killed, whole = read_trials(folder / "killed"), read_trials(folder / "out")
+    assert [trial.metrics for trial in killed] == [trial.metrics for trial in whole]
     mean, mine = whole
     # Twice the mean is the mean, under a cosine; a power of two rounds nothing.
     assert mean.metrics == mine.metrics

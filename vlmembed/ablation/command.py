@@ -17,7 +17,7 @@ from jsonargparse.typing import PositiveInt
 from vlmembed.ablation.plan import Ablation, check_trials, plan, read_ablation, read_mapping, remaining
 from vlmembed.ablation.probe import run_probe
 from vlmembed.ablation.report import write_report
-from vlmembed.ablation.run import FIT, Executor, Local, Result, Trial, locked, start
+from vlmembed.ablation.run import FIT, Executor, Local, Trial, locked, start
 from vlmembed.files import write_whole
 from vlmembed.secrets import refuse_secrets_in
 
@@ -84,14 +84,12 @@ def parser() -> ArgumentParser:
 
 def _dry_run(trials: Sequence[Trial], left: Sequence[Trial], ablation: Ablation, executor: Executor, fit: str) -> None:
     """List the trials, and estimate how long those take that are left."""
-    results = {trial.folder: Result.read(trial.folder) for trial in trials}
     for trial in trials:
-        result = results[trial.folder]
-        print(f"{'to do' if trial in left or result is None else result.status:>8}  {trial}")
+        print(f"{'to do' if trial in left else trial.ended().status:>8}  {trial}")
     print(f"{len(trials)} trials, {len(left)} to do.")
     if not left:
         return
-    finished = [result.seconds for result in results.values() if result and result.status == "finished"]
+    finished = [trial.ended().seconds for trial in trials if trial.ended().status == "finished"]
     if finished:
         seconds, source = mean(finished), f"the mean of {len(finished)} that have finished is {mean(finished):.0f} s"
     else:
@@ -115,16 +113,17 @@ def time_trial(trial: Trial, output_dir: Path, executor: Executor, fit: str) -> 
     wanted = trainer.get("max_steps") or -1
     short = {**trial.config, "trainer": {**trainer, "max_steps": STEPS if wanted < 0 else min(STEPS, wanted)}}
     try:
-        start([replace(trial, folder=folder, config=short)], executor, 1, fit)
-        result = Result.read(folder)
+        attempted = replace(trial, folder=folder, config=short)
+        start([attempted], executor, 1, fit)
+        attempted = attempted.ended()
     finally:
         shutil.rmtree(attempt, ignore_errors=True)
-    if result is None or result.error is not None:
-        raise RuntimeError(f"An attempt at {trial} failed: {result.error if result else 'it left no result'}")
-    left = max(0.0, planned_steps(trainer, result.cost["steps_per_epoch"]) - STEPS)
-    step = result.cost["seconds_per_step"]
-    source = f"an attempt at {trial} took {result.seconds:.0f} s with {STEPS} steps, and {left:.0f} more take "
-    return result.seconds + step * left, f"{source}{step:.3f} s each; measuring while it trains is not counted"
+    if attempted.status != "finished":
+        raise RuntimeError(f"An attempt at {trial} failed: {attempted.error or 'it left no result'}")
+    left = max(0.0, planned_steps(trainer, attempted.cost["steps_per_epoch"]) - STEPS)
+    step = attempted.cost["seconds_per_step"]
+    source = f"an attempt at {trial} took {attempted.seconds:.0f} s with {STEPS} steps, and {left:.0f} more take "
+    return attempted.seconds + step * left, f"{source}{step:.3f} s each; measuring while it trains is not counted"
 
 
 def planned_steps(trainer: Mapping[str, Any], steps_per_epoch: float) -> float:
@@ -137,13 +136,13 @@ def planned_steps(trainer: Mapping[str, Any], steps_per_epoch: float) -> float:
 
 def _conclude(trials: Sequence[Trial], output_dir: Path) -> None:
     """Report, and fail if a trial has failed."""
-    results = [Result.read(trial.folder) for trial in trials]
-    if any(result and result.status == "finished" for result in results):
+    ended = [trial.ended() for trial in trials]
+    if any(trial.status == "finished" for trial in ended):
         print(f"Report: {write_report(output_dir)}")
-    for trial, result in zip(trials, results, strict=True):
-        if result is None:
+    for trial in ended:
+        if trial.status == "planned":
             print(f"{trial} was not done.", file=sys.stderr)
-        elif result.error is not None:
+        elif trial.status == "failed":
             print(f"{trial} has failed, see {trial.folder / 'log.txt'}; --retry_failed runs it again.", file=sys.stderr)
-    if any(result is None or result.error is not None for result in results):
+    if any(trial.status != "finished" for trial in ended):
         sys.exit(1)

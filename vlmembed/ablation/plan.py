@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import yaml
 from jsonargparse import get_loader
 
-from vlmembed.ablation.run import Result, Trial, read_results
+from vlmembed.ablation.run import Trial, read_trials
 from vlmembed.metrics import METRICS
 from vlmembed.secrets import refuse_secrets
 
@@ -194,12 +194,10 @@ def remaining(trials: Sequence[Trial], retry_failed: bool = False) -> list[Trial
     Raises:
         ValueError: If a trial has ended that is not what is planned now.
     """
-    results = {trial.folder: result for trial in trials if (result := Result.read(trial.folder)) is not None}
-    ended = {folder for folder, result in results.items() if not (retry_failed and result.status == "failed")}
-    for trial in trials:
-        if trial.folder not in ended:
-            continue
-        changed, status = differences(Trial.read(trial.folder), trial), results[trial.folder].status
+    states = [trial.ended().status for trial in trials]
+    left = [status == "planned" or (retry_failed and status == "failed") for status in states]
+    for trial, status, is_left in zip(trials, states, left, strict=True):
+        changed = [] if is_left else differences(Trial.read(trial.folder), trial)
         if changed:
             retry = ", run with --retry_failed" if status == "failed" else ""
             raise ValueError(
@@ -209,14 +207,14 @@ def remaining(trials: Sequence[Trial], retry_failed: bool = False) -> list[Trial
             )
     # A report would show trials that the configuration does not have any more.
     output = trials[0].folder.parents[2]
-    unplanned = sorted({result.folder for result in read_results(output)} - {trial.folder for trial in trials})
+    unplanned = sorted({trial.folder for trial in read_trials(output)} - {trial.folder for trial in trials})
     if unplanned:
         names = ", ".join(str(folder.relative_to(output)) for folder in unplanned[:3])
         raise ValueError(
             f"{output} has {len(unplanned)} trials that are not in the configuration (any more), such as {names}. Put "
             "them back into its grid or seeds, delete their folders, or give another --output_dir."
         )
-    return [trial for trial in trials if trial.folder not in ended]
+    return [trial for trial, is_left in zip(trials, left, strict=True) if is_left]
 
 
 def differences(before: Trial, now: Trial) -> list[str]:

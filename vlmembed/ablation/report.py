@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 from vlmembed.ablation.plan import Ablation, read_ablation
 from vlmembed.ablation.record import content_path
-from vlmembed.ablation.run import Result, read_results
+from vlmembed.ablation.run import Trial, read_trials
 from vlmembed.ablation.statistics import ALPHA, PairwiseComparison, compare, seed_variance
 from vlmembed.files import write_whole
 
@@ -74,7 +74,7 @@ class Summary:
 
     folder: Path
     ablation: Ablation
-    ended: Sequence[Result]  # the trials that were asked for and have ended; the best setting's first
+    ended: Sequence[Trial]  # the trials that were asked for and have ended; the best setting's first
     missing: Sequence[str]  # those that have not ended
     surplus: int  # how many other trials the folder holds
     evaluation: str = ""  # the evaluation set of the metric that settings are compared by
@@ -82,14 +82,14 @@ class Summary:
     pairs: Mapping[tuple[int, int], PairwiseComparison] = field(default_factory=dict)
 
     @property
-    def finished(self) -> list[Result]:
+    def finished(self) -> list[Trial]:
         """The trials that the rows of the scores are of."""
-        return [result for result in self.ended if result.status == "finished"]
+        return [trial for trial in self.ended if trial.status == "finished"]
 
     @property
     def settings(self) -> dict[str, Mapping[str, str]]:
         """The settings with a finished trial by name, best first."""
-        return {name_of(result.setting): result.setting for result in self.finished}
+        return {name_of(trial.setting): trial.setting for trial in self.finished}
 
     def baseline_of(self, name: str) -> str | None:
         """Return what a setting is compared to: the baseline's labels, and the setting's own where that has none."""
@@ -131,18 +131,18 @@ def write_report(folder: Path) -> Path:
 def summarize(folder: Path) -> Summary:
     """Read an output folder and compare its settings; raises as ``write_report`` does."""
     ablation = read_ablation(folder / "ablation.yaml")
-    results = {(name_of(result.setting), result.seed): result for result in read_results(folder)}
+    known = {(name_of(trial.setting), trial.seed): trial for trial in read_trials(folder)}
     planned = [(name_of(setting), seed) for setting in ablation.settings for seed in ablation.seeds]
-    ended = [results[key] for key in planned if key in results]
-    missing = [f"“{name}” (seed {seed})" for name, seed in planned if (name, seed) not in results]
-    summary = Summary(folder, ablation, ended, missing, len(results) - len(ended))
+    ended = [known[key] for key in planned if key in known]
+    missing = [f"“{name}” (seed {seed})" for name, seed in planned if (name, seed) not in known]
+    summary = Summary(folder, ablation, ended, missing, len(known) - len(ended))
     if not summary.finished:
         return summary
     evaluation, scores = read_scores(ablation.metric, summary.finished)
     best_first = scores.mean(axis=1).groupby(level=0).mean().sort_values(ascending=False).index
     scores = scores.loc[best_first]
     ranks = {name: rank for rank, name in enumerate(best_first)}
-    ended.sort(key=lambda result: ranks.get(name_of(result.setting), len(ranks)))
+    ended.sort(key=lambda trial: ranks.get(name_of(trial.setting), len(ranks)))
     pairs = compare(_arrays(scores))
     return replace(summary, evaluation=evaluation, scores=scores, pairs=pairs)
 
@@ -152,15 +152,15 @@ def name_of(setting: Mapping[str, str]) -> str:
     return " · ".join(setting.values())
 
 
-def read_scores(metric: str, results: Sequence[Result]) -> tuple[str, pd.DataFrame]:
+def read_scores(metric: str, trials: Sequence[Trial]) -> tuple[str, pd.DataFrame]:
     """Read a metric by its logged name: the evaluation set, and a row per trial with a column per query.
 
     Raises:
         ValueError: If a trial has not measured it, or on other queries than the first.
     """
     name, rows = metric.partition("/")[2], list[pd.Series]()
-    for result in results:
-        measured, columns = result.folder / "measured", []
+    for trial in trials:
+        measured, columns = trial.folder / "measured", []
         for path in measured.rglob("per_query.csv"):
             # Ids such as 007 and NA are texts.
             reading: Any = {"index_col": "query", "dtype": {"query": str}, "keep_default_na": False}
@@ -173,8 +173,8 @@ def read_scores(metric: str, results: Sequence[Result]) -> tuple[str, pd.DataFra
             raise ValueError(f"{measured}: metric {metric!r} means {len(meant)} of the columns, which are {known}")
         ((evaluation, _, row),) = meant
         if rows and list(row.index) != list(rows[0].index):
-            raise ValueError(f"{measured / evaluation}: other queries than in {results[0].folder}, so not comparable")
-        rows.append(row.rename((name_of(result.setting), result.seed)))
+            raise ValueError(f"{measured / evaluation}: other queries than in {trials[0].folder}, so not comparable")
+        rows.append(row.rename((name_of(trial.setting), trial.seed)))
     return evaluation, pd.DataFrame(rows, pd.MultiIndex.from_tuples([row.name for row in rows]))
 
 

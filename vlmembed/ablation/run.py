@@ -29,7 +29,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Literal
@@ -47,25 +47,38 @@ ERROR_LINES = 20
 
 @dataclass(frozen=True)
 class Trial:
-    """One setting with one seed, as planned."""
+    """One setting with one seed: what is planned and, once it has ended, what came of it."""
 
     folder: Path  # settings/<setting>/seed-<n> of the output folder
     setting: Mapping[str, str]  # axis → label
     seed: int
     metric: str  # the name that it must have logged
     config: dict[str, Any]  # of `fit`, without what depends on the folder
+    status: Literal["planned", "finished", "failed"] = "planned"
+    error: str | None = None  # the last lines of what a failed trial printed
+    seconds: float = 0.0  # of the whole trial
+    metrics: Mapping[str, float] = field(default_factory=dict)  # logged name → value of the trained model
+    cost: Mapping[str, float] = field(default_factory=dict)  # what `Record` writes at the end of training
 
     def __str__(self) -> str:
         return ", ".join([*(f"{axis}={label}" for axis, label in self.setting.items()), f"seed {self.seed}"])
 
     def write(self) -> None:
-        """Write ``planned.json``."""
-        _write(self, "planned.json")
+        """Write ``planned.json`` or, once it has ended, ``result.json``: whole or not at all."""
+        outcome = ("status", "error", "seconds", "metrics", "cost")
+        name, keys = ("planned.json", ("metric", "config")) if self.status == "planned" else ("result.json", outcome)
+        fields = {key: getattr(self, key) for key in ("setting", "seed", *keys)}
+        write_whole(self.folder / name, json.dumps(fields, indent=1).encode())
 
     @staticmethod
     def read(folder: Path) -> Trial:
-        """Read ``planned.json``."""
+        """Read what was planned for a folder."""
         return Trial(folder, **json.loads((folder / "planned.json").read_text(encoding="utf-8")))
+
+    def ended(self) -> Trial:
+        """Return this trial with what came of it; as it is, if it has not ended."""
+        path = self.folder / "result.json"
+        return replace(self, **json.loads(path.read_text(encoding="utf-8"))) if path.exists() else self
 
     def configuration(self) -> dict[str, Any]:
         """Return the configuration of ``fit`` with the log in this folder, and with a `Record` of what is measured."""
@@ -78,34 +91,10 @@ class Trial:
         return self.config | {"trainer": trainer | changes}
 
 
-@dataclass(frozen=True)
-class Result:
-    """A trial that has ended: ``result.json`` of its folder."""
-
-    setting: Mapping[str, str]  # axis → label
-    seed: int
-    status: Literal["finished", "failed"]
-    error: str | None  # the last lines of what a failed trial printed
-    seconds: float  # of the whole trial
-    metrics: Mapping[str, float]  # logged name → value of the trained model
-    cost: Mapping[str, float]  # what `Record` writes at the end of training
-    folder: Path
-
-    def write(self) -> None:
-        """Write ``result.json``."""
-        _write(self, "result.json")
-
-    @staticmethod
-    def read(folder: Path) -> Result | None:
-        """Read the result of a trial, None if it has not ended."""
-        path = folder / "result.json"
-        return Result(**json.loads(path.read_text(encoding="utf-8")), folder=folder) if path.exists() else None
-
-
-def read_results(output: Path) -> list[Result]:
+def read_trials(output: Path) -> list[Trial]:
     """Read every trial of an output folder that has ended, sorted by setting and seed."""
-    results = [Result.read(path.parent) for path in output.glob("settings/*/seed-*/result.json")]
-    return sorted((result for result in results if result), key=lambda result: (result.folder.parent.name, result.seed))
+    trials = [Trial.read(path.parent).ended() for path in output.glob("settings/*/seed-*/result.json")]
+    return sorted(trials, key=lambda trial: (trial.folder.parent.name, trial.seed))
 
 
 def csv_logger(folder: Path) -> dict[str, Any]:
@@ -119,22 +108,16 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None or isinstance(value, bool) else [value]
 
 
-def _write(record: Trial | Result, name: str) -> None:
-    fields = {key: value for key, value in vars(record).items() if key != "folder"}
-    write_whole(record.folder / name, json.dumps(fields, indent=1).encode())
-
-
-def perform(folder: Path, fit: str = FIT) -> Result:
+def perform(folder: Path, fit: str = FIT) -> Trial:
     """Perform the planned trial of a folder from its start, unless it has finished already.
 
     Raises:
         TimeoutError: If another process works in the folder.
     """
     with locked(folder) as lock:
-        before = Result.read(folder)
-        if before and before.status == "finished":
-            return before
         trial = Trial.read(folder)
+        if trial.ended().status == "finished":
+            return trial.ended()
         # An interrupted attempt leaves nothing behind; its result goes first, because it vouches for the rest.
         (folder / "result.json").unlink(missing_ok=True)
         for path in folder.iterdir():
@@ -151,9 +134,9 @@ def perform(folder: Path, fit: str = FIT) -> Result:
             command = [*shlex.split(fit), str(config)]
             streams: Any = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
             status = subprocess.run(command, pass_fds=[lock], check=False, **streams).returncode
-        result = _result(trial, status, time.monotonic() - start)
-        result.write()
-    return result
+        trial = replace(trial, seconds=time.monotonic() - start, **_outcome(trial, status))
+        trial.write()
+    return trial
 
 
 @contextmanager
@@ -184,7 +167,7 @@ def locked(folder: Path, patience: float = 60.0) -> Iterator[int]:
         os.close(lock)
 
 
-def _result(trial: Trial, status: int, seconds: float) -> Result:
+def _outcome(trial: Trial, status: int) -> dict[str, Any]:
     """Judge a trial by its exit status and by what it logged."""
     metrics: dict[str, float] = {}
     path, cost = trial.folder / "metrics.csv", trial.folder / "cost.json"
@@ -202,8 +185,7 @@ def _result(trial: Trial, status: int, seconds: float) -> Result:
     elif trial.metric not in metrics:
         error = f"{trial.metric!r} was not logged, only {sorted(metrics)}; change the metric, or what is measured."
     costs = json.loads(cost.read_text(encoding="utf-8")) if cost.exists() else {}
-    outcome: Literal["finished", "failed"] = "failed" if error else "finished"
-    return Result(trial.setting, trial.seed, outcome, error, seconds, metrics, costs, trial.folder)
+    return {"status": "failed" if error else "finished", "error": error, "metrics": metrics, "cost": costs}
 
 
 class Executor(ABC):
@@ -357,11 +339,10 @@ def main() -> None:
             os.killpg(os.getpgrp(), signal.SIGKILL)
 
         threading.Thread(target=end_with_parent, daemon=True).start()
-    result = perform(options.folder, options.fit)
-    trial = Trial.read(options.folder)
-    if result.error is not None:
-        sys.exit(f"{trial}: failed after {result.seconds:.0f} s: {result.error.splitlines()[-1]}")
-    print(f"{trial}: {trial.metric} {result.metrics[trial.metric]:.4f}, {result.seconds:.0f} s", flush=True)
+    trial = perform(options.folder, options.fit)
+    if trial.error is not None:
+        sys.exit(f"{trial}: failed after {trial.seconds:.0f} s: {trial.error.splitlines()[-1]}")
+    print(f"{trial}: {trial.metric} {trial.metrics[trial.metric]:.4f}, {trial.seconds:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
