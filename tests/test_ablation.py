@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +40,6 @@ def scores(folder: Path) -> dict[str, float]:
     }
 
 
-def wait(met: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not met():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def test_all_trials_are_done_and_none_twice(tmp_path: Path) -> None:
     path = write(tmp_path)
     run(path)
@@ -59,12 +52,14 @@ def test_all_trials_are_done_and_none_twice(tmp_path: Path) -> None:
     assert trial.cost["seconds_per_step"] == 0.5
     fields = json.loads((trial.folder / "result.json").read_text())
     assert fields.keys() == {"setting", "seed", "status", "error", "seconds", "metrics", "cost"}
-    assert (tmp_path / "out" / "report.html").exists()
     written = yaml.safe_load((tmp_path / "out" / "ablation.yaml").read_text())
     assert written["base"] == str(tmp_path / "base.yaml")
     run(path)
     run(path, "--retry_failed", "--jobs", "2")
     assert started(tmp_path) == order
+    (tmp_path / "out" / "report.html").unlink()
+    run(path, "--report_only")
+    assert (tmp_path / "out" / "report.html").exists()
 
 
 def test_a_failed_trial_is_recorded_and_the_others_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,23 +140,15 @@ def test_nobody_else_works_in_a_locked_folder(tmp_path: Path) -> None:
     assert started(tmp_path) == []
 
 
-@pytest.fixture
-def interrupted(tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
-    """An ablation in the middle of its second run."""
+@pytest.mark.parametrize("end", [os.kill, os.killpg])
+def test_a_killed_ablation_takes_its_trials_along_and_resumes(end: Callable[[int, int], None], tmp_path: Path) -> None:
+    """Killed in the middle of its second trial."""
     path = write(tmp_path, set={"seconds": 1.0})
     code = f"from vlmembed.ablation.command import ablate; ablate(['--config', {str(path)!r}], lambda c: None, {FIT!r})"
     process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
-    wait(lambda: len(started(tmp_path)) == 2, 60)
-    yield path, process
-    process.kill()
-    process.wait()
-
-
-@pytest.mark.parametrize("end", [os.kill, os.killpg])
-def test_a_killed_ablation_takes_its_trials_along_and_resumes(
-    interrupted: tuple[Path, subprocess.Popen[bytes]], end: Callable[[int, int], None], tmp_path: Path
-) -> None:
-    path, process = interrupted
+    while len(started(tmp_path)) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
     end(process.pid, signal.SIGKILL)
     process.wait()
     # The lock is free as soon as the last of the trial's processes is gone.

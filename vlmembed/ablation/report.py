@@ -212,8 +212,10 @@ def settings_table(summary: Summary, numbers: pd.DataFrame) -> pd.DataFrame:
     """Write the main table's texts, which are the same in HTML and in Markdown."""
     rows = {}
     for name, row in numbers.to_dict("index").items():
+        spread = f"±{row['standard_deviation']:.4f}, n {len(row['seeds'].split())}".replace("±nan, ", "")
+        # Time stands beside quality, the other costs at the end.
         texts = {"rank": str(row["rank"]), summary.ablation.metric: f"{row['mean']:.4f}"}
-        texts["over seeds"] = f"±{row['standard_deviation']:.4f}, n {len(row['seeds'].split())}".replace("±nan, ", "")
+        texts |= {"over seeds": spread, "s per step": "–"}
         for title in ("best", "baseline"):
             difference, high, p, verdict = (row[f"{title}_{part}"] for part in ("difference", "high", "p", "verdict"))
             shown = isinstance(verdict, str)
