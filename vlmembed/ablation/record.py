@@ -18,6 +18,7 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 
 from vlmembed.backbones.media import load_image
 from vlmembed.files import write_whole
@@ -118,9 +119,10 @@ class Record(Callback):
             # The same queries in every trial: the first by name.
             names, documents = evaluation.query_names, self.documents / evaluation.name
             rows = sorted(range(len(names)), key=names.__getitem__)[:QUERIES]
-            found = {names[row]: _found(evaluation, row, scores[row].tolist(), columns[row].tolist()) for row in rows}
-            write_whole(measured_folder / "top.json", json.dumps(found).encode())
-            shown = {name for entry in found.values() for name, *_ in [*entry["top"], *entry["relevant"].items()]}
+            tops = {names[row]: _top_documents(evaluation, row, scores[row], columns[row]) for row in rows}
+            write_whole(measured_folder / "top.json", json.dumps(tops).encode())
+            shown = {name for entry in tops.values() for name, *_ in entry["top"]}
+            shown |= {name for entry in tops.values() for name in [*entry["relevant"]][:DOCUMENTS]}
             for name, document in zip(evaluation.document_names, evaluation.corpus, strict=True):
                 if name in shown:
                     show(document, documents, name)
@@ -148,10 +150,10 @@ def content_path(folder: Path, name: str, kind: str) -> Path:
     return folder / f"{hashlib.sha1(name.encode()).hexdigest()[:16]}.{kind}"
 
 
-def _found(evaluation: EvaluationSet, row: int, scores: list[float], columns: list[int]) -> dict[str, Any]:
+def _top_documents(evaluation: EvaluationSet, row: int, scores: Tensor, columns: Tensor) -> dict[str, Any]:
     """Return what the report shows of a query: its first documents, and its positives."""
     grades = evaluation.qrels[evaluation.query_names[row]]
     # A reranker's list of candidates may be shorter than others, and -1 fills it up.
-    names = [evaluation.document_names[column] for column in columns if column >= 0]
-    top = [[name, score, grades.get(name, 0)] for name, score in zip(names, scores, strict=False)]
+    names = [evaluation.document_names[column] for column in columns.tolist() if column >= 0]
+    top = [[name, score, grades.get(name, 0)] for name, score in zip(names, scores.tolist(), strict=False)]
     return {"top": top, "relevant": {name: grade for name, grade in grades.items() if grade > 0}}

@@ -296,14 +296,14 @@ def _shown_queries(summary: Summary) -> list[Section]:
     for heading, key in kinds.items():
         queries = []
         for column in np.argsort(key, kind="stable")[:QUERIES].tolist():
-            query, values, found = recorded[column], scores[:, column], []
+            query, values, sides = recorded[column], scores[:, column], []
             for index in sorted({0, baseline, int(values.argmax()), int(values.argmin())}):
                 top = [(_content(documents, name), score, grade) for name, score, grade in tops[index][query]["top"]]
-                found.append((f"{names[index]}: {values[index]:.3f}", top))
+                sides.append((f"{names[index]}: {values[index]:.3f}", top))
             relevant = [*tops[0][query]["relevant"]]
             positives = [_content(documents, name) for name in relevant[:POSITIVES]]
             asked = _content(summary.folder / "documents" / "queries" / summary.evaluation, query)
-            queries.append({"asked": asked, "positives": positives, "count": len(relevant), "found": found})
+            queries.append({"asked": asked, "positives": positives, "count": len(relevant), "sides": sides})
         note = f"{summary.ablation.metric} and the first documents. A tick and a thick frame mark positives."
         sections.append(Section(heading, note, queries=queries))
     return sections
@@ -336,8 +336,8 @@ def _charts(summary: Summary, numbers: pd.DataFrame) -> Section:
     for name, row in numbers.iterrows():
         seconds[name] = pd.DataFrame({"mean": [row["mean"]]}, index=[row["seconds_per_step"]])
         if validation:
-            own = [logs[trial.folder] for trial in summary.finished if name_of(trial.setting) == name]
-            values = pd.concat(own).reindex(columns=["step", validation]).dropna()
+            tables = [logs[trial.folder] for trial in summary.finished if name_of(trial.setting) == name]
+            values = pd.concat(tables).reindex(columns=["step", validation]).dropna()
             learning[name] = values.groupby("step")[validation].agg(["mean", "min", "max"])
     charts = [to_svg(figure, f"{metric} of each setting, best first; the numbers are in the table")]
     charts.append(line_chart(seconds, "seconds per training step", metric))
