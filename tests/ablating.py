@@ -16,8 +16,8 @@ QUERIES = 4
 
 
 def fit(config: Any) -> None:
-    place = config["trainer"]["logger"][0]["init_args"]
-    folder = Path(place["save_dir"], place["name"], place["version"])
+    logger = config["trainer"]["logger"][0]["init_args"]
+    folder = Path(logger["save_dir"], logger["name"], logger["version"])
     left = sorted(path.name for path in folder.iterdir())
     _tally(config, f"start {folder.parent.name} {folder.name} {left}")
     time.sleep(config.get("seconds", 0))

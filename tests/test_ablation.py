@@ -1,4 +1,4 @@
-"""Running an ablation: what is done, what is not done again, and how it ends."""
+"""Running an ablation: what is done, what is not done again, how it ends, and where trials run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,7 @@ import yaml
 from ablating import FIT, started, write
 
 from vlmembed.ablation.command import ablate
-from vlmembed.ablation.results import read_result, read_results
-from vlmembed.ablation.run import locked
+from vlmembed.ablation.run import Executor, Trial, locked, read_trials, shares_of_machine
 from vlmembed.cli import main
 
 BROKEN: dict[str, Any] = {
@@ -33,47 +32,43 @@ def run(path: Path, *options: str) -> None:
 
 
 def scores(folder: Path) -> dict[str, float]:
-    """Of each run that has finished, by setting and seed."""
+    """Of each trial that has finished, by setting and seed."""
     return {
-        f"{result.folder.parent.name} {result.folder.name}": result.metrics["test/ndcg@10"]
-        for result in read_results(folder)
-        if result.status == "finished"
+        f"{trial.folder.parent.name} {trial.folder.name}": trial.metrics["test/ndcg@10"]
+        for trial in read_trials(folder)
+        if trial.status == "finished"
     }
 
 
-def wait(met: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not met():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def test_all_runs_are_done_and_none_twice(tmp_path: Path) -> None:
+def test_all_trials_are_done_and_none_twice(tmp_path: Path) -> None:
     path = write(tmp_path)
     run(path)
     order = ["part-plain seed-0", "part-other seed-0", "part-plain seed-1", "part-other seed-1"]
     assert started(tmp_path) == order
     # The last value is the trained model's, and the loss is no result.
     assert scores(tmp_path / "out") == dict(zip(order, [0.25, 0.75, 0.26, 0.76], strict=True))
-    result = read_result(tmp_path / "out" / "settings" / "part-other" / "seed-1")
-    assert result is not None
-    assert (result.setting, result.seed, result.error) == ({"part": "other"}, 1, None)
-    assert result.cost["seconds_per_step"] == 0.5
-    assert (tmp_path / "out" / "report.html").exists()
+    trial = Trial.read(tmp_path / "out" / "settings" / "part-other" / "seed-1").ended()
+    assert (trial.setting, trial.seed, trial.error) == ({"part": "other"}, 1, None)
+    assert trial.cost["seconds_per_step"] == 0.5
+    fields = json.loads((trial.folder / "result.json").read_text())
+    assert fields.keys() == {"setting", "seed", "status", "error", "seconds", "metrics", "cost"}
     written = yaml.safe_load((tmp_path / "out" / "ablation.yaml").read_text())
     assert written["base"] == str(tmp_path / "base.yaml")
     run(path)
     run(path, "--retry_failed", "--jobs", "2")
     assert started(tmp_path) == order
+    (tmp_path / "out" / "report.html").unlink()
+    run(path, "--report_only")
+    assert (tmp_path / "out" / "report.html").exists()
 
 
-def test_a_failed_run_is_recorded_and_the_others_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_trial_is_recorded_and_the_others_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path, grid={"part": BROKEN}, seeds=[0])
     with pytest.raises(SystemExit) as stopped:
         run(path)
     assert stopped.value.code == 1
     assert "part=broken, seed 0 has failed" in capsys.readouterr().err
-    failed, fine = read_results(tmp_path / "out")
+    failed, fine = read_trials(tmp_path / "out")
     assert (failed.status, fine.status) == ("failed", "finished")
     assert failed.error is not None
     assert failed.error.startswith("exit status 1\n")
@@ -88,7 +83,7 @@ def test_a_failed_run_is_recorded_and_the_others_go_on(tmp_path: Path, capsys: p
 def test_a_metric_that_nobody_logged_is_a_failure(tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         run(write(tmp_path, metric="test/ndcg@10/64", seeds=[0]))
-    assert read_results(tmp_path / "out")[0].error == (
+    assert read_trials(tmp_path / "out")[0].error == (
         "'test/ndcg@10/64' was not logged, only ['test/ndcg@10']; change the metric, or what is measured."
     )
 
@@ -120,14 +115,14 @@ def test_a_change_is_not_passed_off_as_what_ran(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match='measured on was "test", is "val"'):
         run(path)
     write(tmp_path, seeds=[1, 2])
-    with pytest.raises(ValueError, match=r"2 runs that are not in the configuration.* settings/part-other/seed-0"):
+    with pytest.raises(ValueError, match=r"2 trials that are not in the configuration.* settings/part-other/seed-0"):
         run(path)
     write(tmp_path, seeds=[0, 1, 2])
     run(path)
     assert started(tmp_path)[4:] == ["part-plain seed-2", "part-other seed-2"]
 
 
-def test_a_failed_run_may_be_mended(tmp_path: Path) -> None:
+def test_a_failed_trial_may_be_mended(tmp_path: Path) -> None:
     path = write(tmp_path, grid={"part": BROKEN}, seeds=[0])
     with pytest.raises(SystemExit):
         run(path)
@@ -145,26 +140,18 @@ def test_nobody_else_works_in_a_locked_folder(tmp_path: Path) -> None:
     assert started(tmp_path) == []
 
 
-@pytest.fixture
-def interrupted(tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
-    """An ablation in the middle of its second run."""
+@pytest.mark.parametrize("end", [os.kill, os.killpg])
+def test_a_killed_ablation_takes_its_trials_along_and_resumes(end: Callable[[int, int], None], tmp_path: Path) -> None:
+    """Killed in the middle of its second trial."""
     path = write(tmp_path, set={"seconds": 1.0})
     code = f"from vlmembed.ablation.command import ablate; ablate(['--config', {str(path)!r}], lambda c: None, {FIT!r})"
     process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
-    wait(lambda: len(started(tmp_path)) == 2, 60)
-    yield path, process
-    process.kill()
-    process.wait()
-
-
-@pytest.mark.parametrize("end", [os.kill, os.killpg])
-def test_a_killed_ablation_takes_its_runs_along_and_goes_on_where_it_was(
-    interrupted: tuple[Path, subprocess.Popen[bytes]], end: Callable[[int, int], None], tmp_path: Path
-) -> None:
-    path, process = interrupted
+    while len(started(tmp_path)) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
     end(process.pid, signal.SIGKILL)
     process.wait()
-    # The lock is free as soon as the last of the run's processes is gone.
+    # The lock is free as soon as the last of the trial's processes is gone.
     with locked(tmp_path / "out" / "settings" / "part-other" / "seed-0", patience=5):
         pass
     assert len((tmp_path / "tally").read_text().splitlines()) == 3
@@ -181,10 +168,10 @@ def test_a_dry_run_trains_nothing_and_says_how_long_the_rest_takes(
     run(path, "--dry_run")
     printed = capfd.readouterr().out
     assert printed.count("to do  part=") == 4
-    assert "4 runs, 4 to do" in printed
-    # The trial takes 6 of the 106 steps, of half a second each: 50 seconds of each run are left, 3.3 minutes in all.
+    assert "4 trials, 4 to do" in printed
+    # The attempt takes 6 of 106 steps, of half a second each: 50 seconds of each trial are left, 3.3 minutes in all.
     minutes = re.search(
-        r"About (3\.\d) min for 4 runs, 1 at the same time: a trial of part=plain, seed 0 took", printed
+        r"About (3\.\d) min for 4 trials, 1 at the same time: an attempt at part=plain, seed 0 took", printed
     )
     assert minutes
     assert 3.3 <= float(minutes[1]) < 3.8
@@ -195,7 +182,7 @@ def test_a_dry_run_trains_nothing_and_says_how_long_the_rest_takes(
     printed = capfd.readouterr().out
     assert "finished  part=other, seed 0" in printed
     assert "2 to do.\n" in printed
-    assert "for 2 runs, 2 at the same time: the mean of 2 that have finished is" in printed
+    assert "for 2 trials, 2 at the same time: the mean of 2 that have finished is" in printed
 
 
 def test_help_explains_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,11 +193,75 @@ def test_help_explains_the_command(capsys: pytest.CaptureFixture[str], monkeypat
             main(words)
         assert stopped.value.code == 0
         printed.append(" ".join(capsys.readouterr().out.split()))
-    assert "--retry_failed run those again that have failed" in printed[0]
+    assert "--retry_failed run failed trials again" in printed[0]
     assert "`ablate --help`" in printed[1]
 
 
-def test_results_are_whole(tmp_path: Path) -> None:
-    run(write(tmp_path, seeds=[0]))
-    fields: dict[str, Any] = json.loads(next((tmp_path / "out").rglob("result.json")).read_text())
-    assert fields.keys() == {"setting", "seed", "status", "error", "seconds", "metrics", "cost"}
+def events(folder: Path) -> list[str]:
+    return [line.split()[0] for line in (folder / "tally").read_text().splitlines()]
+
+
+def test_trials_share_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(write(tmp_path, set={"seconds": 1.0}), "--jobs", "2")
+    assert events(tmp_path)[:3] == ["start", "start", "end"]
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(12))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    assert shares_of_machine(1) == [{}]
+    assert [share["OMP_NUM_THREADS"] for share in shares_of_machine(3)] == ["4"] * 3
+    assert [share["CUDA_VISIBLE_DEVICES"] for share in shares_of_machine(3)] == ["0", "1", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    assert [share["CUDA_VISIBLE_DEVICES"] for share in shares_of_machine(2)] == ["4", "7"]
+
+
+#: Runs the script that it is given once for each task of the array, after it has returned, as SLURM would.
+SBATCH = """#!/bin/bash
+cp "${@: -1}" submitted
+(for task in 0 1 2 3; do
+  SLURM_JOB_ID=7 SLURM_ARRAY_JOB_ID=7 SLURM_ARRAY_TASK_ID=$task SLURM_NTASKS=1 SLURM_JOB_NUM_NODES=1 SLURM_PROCID=0 \\
+    SLURM_LOCALID=0 SLURM_NODEID=0 SLURM_JOB_NODELIST=here bash submitted
+done) > output 2>&1 &
+echo "Submitted batch job 7"
+"""
+
+
+def test_slurm_runs_an_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("submitit")
+    for name, script in (("sbatch", SBATCH), ("srun", "#!/bin/bash"), ("sacct", "#!/bin/bash")):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(script)
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    monkeypatch.chdir(tmp_path)
+    options = ["--executor", "Slurm", "--executor.options", "[--partition=gpu, --gpus=1, --exclusive]", "--jobs", "3"]
+    run(write(tmp_path), *options)
+    flags = re.findall(r"#SBATCH --(.*)", (tmp_path / "submitted").read_text())
+    assert {"array=0-3%3", "partition=gpu", "gpus=1", "exclusive", "job-name=vlmembed-ablate"} <= {*flags}
+    assert not any(flag.startswith("time") for flag in flags)
+    assert [trial.status for trial in read_trials(tmp_path / "out")] == ["finished"] * 4
+
+
+class Idle(Executor):
+    """A cluster that runs nothing."""
+
+    def run(self, commands: Any, jobs: int) -> None:
+        pass
+
+
+def test_a_cluster_that_runs_nothing_is_noticed(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        run(write(tmp_path), "--executor", f"{__name__}.Idle")
+
+
+def test_ray_runs_two_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=2, include_dashboard=False)
+    try:
+        run(write(tmp_path, set={"seconds": 1.0}), "--executor", "Ray")
+    finally:
+        ray.shutdown()
+    assert events(tmp_path)[:2] == ["start", "start"]
+    assert [trial.status for trial in read_trials(tmp_path / "out")] == ["finished"] * 4

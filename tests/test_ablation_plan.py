@@ -1,4 +1,4 @@
-"""From ``ablation.yaml`` to configurations of runs, and what is refused on the way."""
+"""From ``ablation.yaml`` to configurations of trials, and what is refused on the way."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ import pytest
 import yaml
 from ablating import write
 
-from vlmembed.ablation.configuration import read_ablation
-from vlmembed.ablation.estimate import planned_steps
-from vlmembed.ablation.plan import check_runs, merge, plan
-from vlmembed.ablation.planned import Run
+from vlmembed.ablation.command import planned_steps
+from vlmembed.ablation.plan import check_trials, plan, read_ablation
+from vlmembed.ablation.run import Trial
 from vlmembed.cli import check
 
 ROOT = Path(__file__).parent.parent
+#: A class in the base, and its arguments, one of which is a class.
+IN = {"class_path": "A", "init_args": {"n": 1}}
+OWN = {"score": 0.5, "in": IN}
+PLAIN = {"class_path": "Plain"}
 
 
 def test_every_setting_meets_every_seed(tmp_path: Path) -> None:
@@ -25,14 +28,14 @@ def test_every_setting_meets_every_seed(tmp_path: Path) -> None:
         "rate": {"key": "part.init_args.rate", "values": {"low": 0.1, "high": 0.2}},
     }
     ablation = read_ablation(write(tmp_path, grid=grid, seeds=[5, 3], set={"trainer.max_epochs": 7}))
-    runs = plan(ablation)
-    assert [(run.seed, *run.setting.values()) for run in runs] == [
+    trials = plan(ablation)
+    assert [(trial.seed, *trial.setting.values()) for trial in trials] == [
         (seed, part, rate) for seed in (5, 3) for part in ("a b", "2") for rate in ("low", "high")
     ]
-    last = runs[-1]
+    last = trials[-1]
     assert last.folder == tmp_path / "out" / "settings" / "part-2_rate-high" / "seed-3"
     assert last.config == {
-        "part": {"class_path": "B", "init_args": {"score": 0.5, "width": 3, "rate": 0.2}},
+        "part": {"class_path": "B", "init_args": {"rate": 0.2}},
         "tally": str(tmp_path / "tally"),
         "trainer": {"max_epochs": 7},
         "seed": 3,
@@ -40,16 +43,31 @@ def test_every_setting_meets_every_seed(tmp_path: Path) -> None:
     assert str(last) == "part=2, rate=high, seed 3"
 
 
-def test_a_class_brings_its_own_arguments_and_nothing_else(tmp_path: Path) -> None:
-    run = plan(read_ablation(write(tmp_path)))[0]
-    assert run.config["part"] == {"class_path": "Plain", "init_args": {"score": 0.25}}
-    assert merge({"a": {"x": 1, "y": {"z": 2}}, "b": 3}, {"a": {"y": {"w": 4}}}) == {
-        "a": {"x": 1, "y": {"z": 2, "w": 4}},
-        "b": 3,
-    }
-    assert merge({"x": {"class_path": "A", "init_args": {"n": 1}}}, {"x": {"class_path": "A"}}) == {
-        "x": {"class_path": "A"}
-    }
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        # Naming a class, even the same one, replaces the mapping: no argument of an earlier class survives.
+        ("part", {"class_path": "Other"}, {"class_path": "Other"}),
+        ("part", {"class_path": "Plain", "init_args": {"n": 1}}, {"class_path": "Plain", "init_args": {"n": 1}}),
+        ("part.class_path", "Other", {"class_path": "Other"}),
+        # Arguments alone are merged into the base's class, down to those that name one.
+        ("part", {"init_args": {"score": 1}}, PLAIN | {"init_args": OWN | {"score": 1}}),
+        ("part.init_args.in", {"class_path": "B"}, PLAIN | {"init_args": OWN | {"in": {"class_path": "B"}}}),
+        ("part.init_args.in.init_args.n", 2, PLAIN | {"init_args": OWN | {"in": IN | {"init_args": {"n": 2}}}}),
+        ("part.init_args.in", "module.B", PLAIN | {"init_args": OWN | {"in": "module.B"}}),
+        ("part", None, None),
+    ],
+)
+@pytest.mark.parametrize("way", ["grid", "set"])
+def test_a_class_brings_its_own_arguments_and_nothing_else(
+    tmp_path: Path, way: str, key: str, value: Any, expected: Any
+) -> None:
+    grid = {"part": {"key": key if way == "grid" else "other", "values": {"one": value}}}
+    path = write(tmp_path, grid=grid, set={key: value} if way == "set" else {})
+    base = yaml.safe_load((tmp_path / "base.yaml").read_text())
+    base["part"]["init_args"] = OWN
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    assert plan(read_ablation(path))[0].config["part"] == expected
 
 
 def test_numbers_are_read_as_the_command_line_reads_them(tmp_path: Path) -> None:
@@ -58,21 +76,21 @@ def test_numbers_are_read_as_the_command_line_reads_them(tmp_path: Path) -> None
     assert plan(read_ablation(path))[0].config["part"]["init_args"]["rate"] == 0.001
 
 
-def test_the_run_logs_into_its_folder_and_keeps_other_loggers(tmp_path: Path) -> None:
+def test_a_trial_logs_into_its_folder_and_keeps_other_loggers(tmp_path: Path) -> None:
     folder = tmp_path / "settings" / "part-a" / "seed-4"
     board = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "boards"}}
     other = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "elsewhere"}}
     callback = {"class_path": "vlmembed.modules.ParityCheck"}
     config = {"trainer": {"logger": [other, board], "callbacks": callback, "max_steps": 3}, "x": 1}
-    located = Run(folder, {"part": "a"}, 4, "val/ndcg@10", config).located()
-    log, kept = located["trainer"]["logger"]
+    configuration = Trial(folder, {"part": "a"}, 4, "val/ndcg@10", config).configuration()
+    log, second = configuration["trainer"]["logger"]
     assert Path(*log["init_args"].values()) == folder
-    assert kept == board
-    assert located["trainer"]["callbacks"][0] == callback
-    record = located["trainer"]["callbacks"][1]["init_args"]
-    assert record == {"documents": str(tmp_path / "documents"), "stage": "val"}
-    assert located["x"] == 1
-    assert located["trainer"]["max_steps"] == 3
+    assert second == board
+    first, record = configuration["trainer"]["callbacks"]
+    assert first == callback
+    assert record["init_args"] == {"documents": str(tmp_path / "documents"), "stage": "val"}
+    assert configuration["x"] == 1
+    assert configuration["trainer"]["max_steps"] == 3
 
 
 AXIS = {"key": "part", "values": {"plain": 1}}
@@ -94,6 +112,15 @@ AXIS = {"key": "part", "values": {"plain": 1}}
         ({"grid": {"part": {"key": "part"}}}, "grid.part is {'key': 'part'}; it has key and values"),
         ({"grid": {"part": {"key": "part", "values": {True: 1}}}}, "grid.part.values is True; a label is a text"),
         ({"grid": {"a": AXIS, "b": AXIS}}, "grid.b is 'part'; it overwrites 'part' of grid.a"),
+        (
+            {
+                "grid": {
+                    "a": {"key": "part.init_args.n", "values": {"x": 1}},
+                    "b": {"key": "part.class_path", "values": {"x": 1}},
+                }
+            },
+            "grid.b is 'part.class_path'; it overwrites 'part.init_args.n' of grid.a",
+        ),
         ({"set": {"part.init_args.score": 1}}, "grid.part is 'part'; it overwrites 'part.init_args.score' of set"),
         ({"set": {"seed": 1}}, "seed_keys is 'seed'; it overwrites 'seed' of set"),
     ],
@@ -113,7 +140,7 @@ def test_a_bad_file_is_refused(tmp_path: Path, changes: dict[str, Any], message:
         ({"set": {"seed.deep": 1}, "seed_keys": ["other"]}, "seed.deep cannot be 1: seed is 9 in the base"),
     ],
 )
-def test_what_cannot_become_runs_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_what_cannot_become_trials_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     ablation = read_ablation(write(tmp_path, **changes))
     with pytest.raises(ValueError, match=re.escape(message)):
         plan(ablation)
@@ -145,15 +172,15 @@ def test_a_typo_in_a_configuration_shows_before_anything_runs(
     path = write(tmp_path, base=str(ROOT / "configs" / "quickstart.yaml"), seed_keys=["seed_everything"])
     given = yaml.safe_load(path.read_text()) | {"grid": {"part": {"key": key, "values": values}}}
     path.write_text(yaml.safe_dump(given, sort_keys=False))
-    runs = plan(read_ablation(path))
+    trials = plan(read_ablation(path))
     with pytest.raises(ValueError, match=f"(?s){message}"):
-        check_runs([run for run in runs if run.setting["part"] == "bad"], check, path)
+        check_trials([trial for trial in trials if trial.setting["part"] == "bad"], check, path)
 
 
 @pytest.mark.parametrize("path", [*(ROOT / "experiments").rglob("ablation.yaml")], ids=lambda path: path.parent.name)
 def test_every_ablation_of_the_repository_is_one(path: Path) -> None:
     ablation = read_ablation(path)
-    check_runs(plan(ablation), check, path)
+    check_trials(plan(ablation), check, path)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,15 @@
+"""The report of an ablation: its numbers, in all three forms, and what it says of what is missing."""
+
 from __future__ import annotations
 
-import csv
+import html
 import re
 import shutil
-from html.parser import HTMLParser
-from itertools import combinations, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from ablation_folders import (
     HOSTILE,
@@ -17,196 +19,137 @@ from ablation_folders import (
     build,
     build_unfinished,
     configure,
-    run_folder,
-    write_run,
+    trial_folder,
+    write_trial,
 )
 
-from vlmembed.ablation import answers as answers_module
-from vlmembed.ablation.answers import most_telling
-from vlmembed.ablation.curves import validation_name
-from vlmembed.ablation.drawing import Scale, place_labels, spread
-from vlmembed.ablation.report import write_report
-from vlmembed.ablation.results import QUERY_FOLDER, document_path, per_query_path
-from vlmembed.ablation.scatter import Point, pareto_front
+from vlmembed.ablation.record import content_path
+from vlmembed.ablation.report import validation_name, write_report
 from vlmembed.ablation.statistics import compare
-from vlmembed.ablation.summary import summarize
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_unfinished(tmp_path_factory.mktemp("runs") / "pooling")
+    return build_unfinished(tmp_path_factory.mktemp("trials") / "pooling")
 
 
-class Tables(HTMLParser):
-    """Collects the tables of a page: of each cell, what it shows and what it sorts by."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tables: list[list[list[tuple[str, str | None]]]] = []
-        self.tags: list[str] = []
-        self.addresses: list[str] = []
-        self._cell: list[str] | None = None
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        given = dict(attributes)
-        self.tags.append(tag)
-        self.addresses += [given[name] or "" for name in ("src", "href", "xlink:href", "action") if name in given]
-        if tag == "table":
-            self.tables.append([])
-        elif tag == "tr":
-            self.tables[-1].append([])
-        elif tag in ("td", "th"):
-            self._cell, self._value = [], given.get("data-value")
-
-    def handle_data(self, data: str) -> None:
-        if self._cell is not None and data.strip():
-            self._cell.append(data.strip())
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in ("td", "th") and self._cell is not None:
-            text, *notes = self._cell
-            self.tables[-1][-1].append((" ".join([text, *(f"({note})" for note in notes)]), self._value))
-            self._cell = None
+@pytest.fixture(scope="module")
+def page(folder: Path) -> str:
+    return (folder / "report.html").read_text()
 
 
-def read_csv(folder: Path) -> list[dict[str, str]]:
-    with (folder / "report.csv").open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+def numbers(folder: Path) -> pd.DataFrame:
+    return pd.read_csv(folder / "report.csv", index_col="pooling", float_precision="round_trip")
 
 
-def read_markdown(folder: Path) -> list[list[list[str]]]:
-    """Read the tables as GitHub would: cells part at bars that nothing escapes, entities and escapes are undone."""
-    tables: list[list[list[str]]] = []
-    before = ""
-    for line in (folder / "report.md").read_text().splitlines():
-        if line.startswith("| "):
-            if not before.startswith("| "):
-                tables.append([])
-            cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-            tables[-1].append([plain(cell) for cell in cells])
-        before = line
-    return [[table[0], *table[2:]] for table in tables]
-
-
-def plain(cell: str) -> str:
-    marks = {"&lt;": "<", "&gt;": ">", "&amp;": "&"}
-    return re.sub(r"\\(.)|&\w+;", lambda mark: mark.group(1) or marks[mark.group()], cell)
-
-
-def test_the_numbers_are_those_of_the_runs(folder: Path) -> None:
-    rows = {row["pooling"]: row for row in read_csv(folder)}
+def scores_of(folder: Path) -> dict[str, np.ndarray]:
     scores = {}
     for pooling in POOLINGS:
-        runs = [run_folder(folder, pooling, seed) for seed in SEEDS]
-        files = [path for path in (per_query_path(run, "numbers") for run in runs) if path.exists()]
-        scores[pooling] = np.array([[float(row["ndcg@10"]) for row in csv.DictReader(path.open())] for path in files])
-    best = max(scores, key=lambda pooling: scores[pooling].mean())
-    assert [row["pooling"] for row in read_csv(folder)] == sorted(scores, key=lambda each: -scores[each].mean())
-    for pooling, own in scores.items():
-        row = rows[pooling]
-        assert float(row["mean"]) == pytest.approx(own.mean())
-        assert float(row["standard_deviation"]) == pytest.approx(own.mean(1).std(ddof=1))
-        assert float(row["least"]) == pytest.approx(own.mean(1).min())
-        for other, name in ((best, "best"), ("mean", "baseline")):
-            found = row[f"{name}_difference"]
-            assert (found == "") == (pooling == other)
-            assert float(found or 0) == pytest.approx(own.mean() - scores[other].mean(), abs=1e-12)
-    assert rows["first"]["seeds"] == "0 2"
-    assert float(rows["mean"]["seconds_per_step"]) == pytest.approx(0.205 * 1.01)  # the median of three
+        paths = [trial_folder(folder, pooling, seed) / "measured" / "numbers" / "per_query.csv" for seed in SEEDS]
+        scores[pooling] = np.array([pd.read_csv(path)["ndcg@10"] for path in paths if path.exists()])
+    return scores
 
 
-def test_intervals_and_p_values_are_those_of_all_pairs(folder: Path) -> None:
-    summary = summarize(folder)
-    assert summary.scores is not None
-    expected = compare(summary.scores.settings)
-    names = [row.name for row in summary.rows]
-    for index, row in enumerate(read_csv(folder)):
+def test_numbers_are_those_of_the_trials(folder: Path) -> None:
+    """Means, spread, and for all pairs what `compare` says."""
+    scores, table = scores_of(folder), numbers(folder)
+    assert list(table.index) == sorted(scores, key=lambda pooling: -scores[pooling].mean())
+    names, expected = list(table.index), compare([scores[pooling] for pooling in table.index])
+    for index, (pooling, row) in enumerate(table.iterrows()):
+        assert row["rank"] == index + 1
+        assert row["mean"] == pytest.approx(scores[pooling].mean())
+        assert row["standard_deviation"] == pytest.approx(scores[pooling].mean(1).std(ddof=1))
+        assert row["least"] == pytest.approx(scores[pooling].mean(1).min())
         for other, name in ((0, "best"), (names.index("mean"), "baseline")):
             if index == other:
-                assert row[f"{name}_p"] == row[f"{name}_verdict"] == ""
+                assert row.filter(like=f"{name}_").isna().all()
                 continue
-            margin = expected.margins[index, other]
-            assert float(row[f"{name}_low"]) == pytest.approx(expected.differences[index, other] - margin)
-            assert float(row[f"{name}_high"]) == pytest.approx(expected.differences[index, other] + margin)
-            assert float(row[f"{name}_p"]) == expected.corrected[index, other]
-            noise = expected.corrected[index, other] >= 0.05
-            assert (row[f"{name}_verdict"] == "within noise") == noise
-    verdicts = {row["best_verdict"] for row in read_csv(folder)}
-    assert verdicts == {"", "worse", "within noise"}
+            pair = expected[index, other]
+            ends = [pair.difference - pair.margin, pair.difference + pair.margin]
+            assert row[[f"{name}_low", f"{name}_high"]].tolist() == pytest.approx(ends)
+            assert row[f"{name}_difference"] == pytest.approx(scores[pooling].mean() - scores[names[other]].mean())
+            assert row[f"{name}_p"] == pytest.approx(pair.corrected)
+            assert (row[f"{name}_verdict"] == "within noise") == (pair.corrected >= 0.05)
+    assert set(table["best_verdict"].dropna()) == {"worse", "within noise"}
+    assert table.loc["first", "seeds"] == "0 2"
+    assert table.loc["mean", "seconds_per_step"] == pytest.approx(0.205 * 1.01)  # the median of three
 
 
-def test_the_three_forms_hold_the_same_numbers(folder: Path) -> None:
-    pages = Tables((folder / "report.html").read_text()).tables
-    sheets, rows = read_markdown(folder), read_csv(folder)
-    assert len(pages) == len(sheets) == 2
-    for page, sheet in zip(pages, sheets, strict=True):
-        assert [[text for text, _ in line] for line in page] == sheet
-        assert len(page) == 1 + len(POOLINGS)
-    keys = {
-        "test/ndcg@10": "mean",
-        "over seeds": "standard_deviation",
-        "to the best": "best_difference",
-        "p, best": "best_p",
-        "to the baseline": "baseline_difference",
-        "p, baseline": "baseline_p",
-        "s per step": "seconds_per_step",
-        "peak MiB": "peak_memory_bytes",
-        "trained parameters": "trained_parameters",
-        "of the pooling": "pooling_parameters",
-        "bytes per embedding": "embedding_bytes",
-    }
-    headings = [text for text, _ in pages[0][0]]
-    assert headings == ["rank", "pooling", *keys]
-    for line, row in zip(pages[0][1:], rows, strict=True):
-        assert [value for _, value in line] == [row["rank"], row["pooling"], *(row[key] for key in keys.values())]
-        assert line[2][0] == f"{float(row['mean']):.4f}"
-    for line, row in zip(pages[1][1:], rows, strict=True):
-        assert [value for _, value in line[2:]] == [row[text] for text, _ in pages[1][0][2:]]
+def tables(page: str) -> list[list[list[str]]]:
+    """The texts of the tables of a page."""
+    rows = [re.findall(r"<tr.*?</tr>", table, re.DOTALL) for table in re.findall(r"<table.*?</table>", page, re.DOTALL)]
+    return [
+        [[html.unescape(cell) for cell in re.findall(r"<t[hd]>(.*?)</t[hd]>", row)] for row in table] for table in rows
+    ]
 
 
-def test_names_cannot_break_the_page(folder: Path) -> None:
-    page = (folder / "report.html").read_text()
+def sheets(text: str) -> list[list[list[str]]]:
+    """The texts of the tables of a Markdown file, read as GitHub does: cells part at bars that nothing escapes."""
+    blocks = [block.splitlines() for block in text.split("\n\n") if block.startswith("| ")]
+    rows = [[re.split(r"(?<!\\)\|", line)[1:-1] for line in block] for block in blocks]
+    return [[[html.unescape(re.sub(r"\\(.)", r"\1", cell.strip())) for cell in row] for row in block] for block in rows]
+
+
+def test_three_forms_hold_the_same_numbers(folder: Path, page: str) -> None:
+    pages, marked, sheet = tables(page), sheets((folder / "report.md").read_text()), numbers(folder)
+    assert [[head, *rows] for head, _, *rows in marked] == pages
+    headings = ["setting", "rank", "test/ndcg@10", "over seeds", "s per step", "to the best", "p, best"]
+    headings += ["to the baseline", "p, baseline", "peak MiB", "trained parameters", "of the pooling"]
+    headings.append("bytes per embedding")
+    assert pages[0][0] == headings
+    for row, (name, line) in zip(pages[0][1:], sheet.iterrows(), strict=True):
+        texts = dict(zip(headings, row, strict=True))
+        assert row[:3] == [f"{name} (baseline)" if name == "mean" else name, str(line["rank"]), f"{line['mean']:.4f}"]
+        assert texts["over seeds"] == f"±{line['standard_deviation']:.4f}, n {len(line['seeds'].split())}"
+        assert float(texts["s per step"]) == pytest.approx(line["seconds_per_step"], abs=5e-4)
+        assert texts["trained parameters"] == f"{line['trained_parameters']:,.0f}"
+        if name != "mean":
+            margin = line["baseline_high"] - line["baseline_difference"]
+            assert texts["to the baseline"].replace("−", "-") == f"{line['baseline_difference']:+.4f} ± {margin:.4f}"
+            assert texts["p, baseline"].endswith(line["baseline_verdict"])
+    for row, (name, line) in zip(pages[1][1:], sheet.iterrows(), strict=True):
+        assert row == [name, *(f"{line[metric]:.4f}" for metric in pages[1][0][1:])]
+
+
+def test_names_cannot_break_the_page(folder: Path, page: str) -> None:
     assert HOSTILE not in page
-    assert "<script>alert" not in page
-    assert "<script>alert" not in (folder / "report.md").read_text()
-    assert Tables(page).tags.count("script") == 2  # the answers, and the code that shows them
-    assert page.count("</script") == 2
+    assert "<script>alert" not in page + (folder / "report.md").read_text()
+    assert page.count("<script") == page.count("</script") == 1
 
 
-def test_the_page_loads_nothing(folder: Path) -> None:
-    page = (folder / "report.html").read_text()
-    assert all(address.startswith(("#", "data:")) for address in Tables(page).addresses)
-    assert not re.search(r"""url\(|@import|https?://|\bfetch\(|XMLHttpRequest|import\(""", page)
+def test_the_page_loads_nothing(page: str) -> None:
+    addresses = re.findall(r"""(?:src|href|action)=["']([^"']*)""", page)
+    assert addresses
+    assert all(address.startswith(("#", "data:image/jpeg;base64,")) for address in addresses)
+    assert not re.search(r"@import|https?://|\bfetch\(|XMLHttpRequest|import\(|url\((?!#)", page)
     assert "default-src 'none'" in page
 
 
-def test_the_page_says_how_far_it_has_come(folder: Path) -> None:
-    for form in ("report.html", "report.md"):
-        text = (folder / form).read_text()
-        assert "22 of 24 runs finished" in text
-        assert "1 run failed" in text
-        assert "1 run not there yet: “first” (seed 1)" in text
+def test_it_says_how_far_the_ablation_has_come(folder: Path, page: str) -> None:
+    for text in (page, (folder / "report.md").read_text()):
+        assert "22 of 24 trials finished" in text
+        assert "1 failed" in text
+        assert "1 not there yet: “first” (seed 1)" in text
         assert "Fewer seeds than the others: “latent attention”, “first”" in text
         assert "RuntimeError: &lt;script&gt;" in text
+        assert "class_path: vlmembed.pooling.Mean" in text
         assert "How to read this" in text
-        assert "all pairs" in text
-        assert "Python 3" in text
 
 
-def test_headings_are_in_order(folder: Path) -> None:
-    levels = [int(tag[1]) for tag in Tables((folder / "report.html").read_text()).tags if re.fullmatch(r"h\d", tag)]
+def test_headings_and_charts_are_for_every_reader(page: str) -> None:
+    levels = [int(level) for level in re.findall(r"<h(\d)", page)]
     assert levels[0] == 1
     assert levels.count(1) == 1
     assert all(after <= before + 1 for before, after in pairwise(levels))
-
-
-def test_every_figure_is_drawn_and_told(folder: Path) -> None:
-    charts = re.findall(r'<svg class="chart"[^>]*role="img" aria-label="([^"]+)"', (folder / "report.html").read_text())
-    subjects = ["val/ndcg@10 by training step", "test/ndcg@10 by embedding dimension"]
-    subjects += ["test/ndcg@10 by seconds per training step", "test/ndcg@10 by bytes per embedding"]
-    assert [chart.split(":")[0].split(".")[0] for chart in charts] == subjects
-    assert all("attention, 4 queries" in chart for chart in charts)
+    labels = re.findall(r'<svg viewBox="[^"]+" role="img" aria-label="([^"]+)"', page)
+    assert [label.split(",")[0] for label in labels] == [
+        "test/ndcg@10 of each setting",
+        "test/ndcg@10 by seconds per training step",
+        "val/ndcg@10 by training step",
+    ]
+    # Charts have the page's text colour, on its ground.
+    assert "currentColor" in page
+    assert "fill: #ffffff" not in page
 
 
 def test_a_report_can_be_written_again(folder: Path) -> None:
@@ -216,132 +159,98 @@ def test_a_report_can_be_written_again(folder: Path) -> None:
     assert not list(folder.glob(".report*"))
 
 
-def test_one_seed(tmp_path: Path) -> None:
-    page = write_report(build(tmp_path, seeds=[7])).read_text()
-    assert "One seed each" in page
-    assert "no setting has two seeds" in page
-    assert {row["standard_deviation"] for row in read_csv(tmp_path)} == {""}
+def test_one_seed_and_one_setting(tmp_path: Path) -> None:
+    text = write_report(build(tmp_path / "seed", seeds=[7])).read_text()
+    assert "One seed each" in text
+    assert numbers(tmp_path / "seed")["standard_deviation"].isna().all()
+    text = write_report(build(tmp_path / "setting", poolings=["mean"], baseline=None)).read_text()
+    assert "One setting alone" in text
+    assert "to the best" not in text
+    assert len(numbers(tmp_path / "setting")) == 1
 
 
-def test_one_setting(tmp_path: Path) -> None:
-    page = write_report(build(tmp_path, poolings=["mean"], baseline=None)).read_text()
-    assert "One setting alone" in page
-    assert "to the best" not in page
-    assert 'id="answers"' not in page
-    assert len(read_csv(tmp_path)) == 1
-
-
-def test_no_run_yet(tmp_path: Path) -> None:
+def test_no_trial_yet(tmp_path: Path) -> None:
     configure(tmp_path, list(POOLINGS), SEEDS)
-    page = write_report(tmp_path).read_text()
-    assert "No run has finished yet." in page
-    assert "0 of 24 runs finished" in page
-    assert read_csv(tmp_path) == []
+    text = write_report(tmp_path).read_text()
+    assert "No trial has finished yet." in text
+    assert "0 of 24 trials finished" in text
 
 
-def test_runs_that_nobody_asked_for_are_left_out(tmp_path: Path) -> None:
+def test_trials_that_nobody_asked_for_are_left_out(tmp_path: Path) -> None:
     build(tmp_path, poolings=["mean", "last", "first"])
     configure(tmp_path, ["mean", "last"], [0, 1])
-    assert "5 runs in the folder" in write_report(tmp_path).read_text()
-    assert {row["pooling"]: row["seeds"] for row in read_csv(tmp_path)} == {"last": "0 1", "mean": "0 1"}
+    assert "5 more in the folder" in write_report(tmp_path).read_text()
+    assert numbers(tmp_path)["seeds"].to_dict() == {"last": "0 1", "mean": "0 1"}
 
 
-def test_a_baseline_that_has_not_finished_is_not_compared_with(tmp_path: Path) -> None:
-    build(tmp_path, poolings=["mean", "last", "first"])
-    for seed in SEEDS:
-        shutil.rmtree(run_folder(tmp_path, "mean", seed))
-    assert "to the baseline" not in write_report(tmp_path).read_text()
+def test_a_baseline_that_is_missing_or_the_best_is_not_shown(tmp_path: Path) -> None:
+    build(tmp_path / "missing", poolings=["mean", "last", "first"])
+    shutil.rmtree(trial_folder(tmp_path / "missing", "mean", 0).parent)
+    assert "to the baseline" not in write_report(tmp_path / "missing").read_text()
+    text = write_report(build(tmp_path / "best", poolings=["mean", "first"])).read_text()
+    assert "to the best" in text
+    assert "to the baseline" not in text
+    row = numbers(tmp_path / "best").loc["first"]
+    assert row["baseline_difference"] == row["best_difference"] < 0
 
 
-def test_a_baseline_that_is_the_best_is_not_shown_twice(tmp_path: Path) -> None:
-    page = write_report(build(tmp_path, poolings=["mean", "first"])).read_text()
-    assert "to the best" in page
-    assert "to the baseline" not in page
-    rows = read_csv(tmp_path)
-    assert rows[1]["baseline_difference"] == rows[1]["best_difference"] != ""
-
-
-def test_runs_measured_on_other_queries_are_refused(tmp_path: Path) -> None:
+def test_other_queries_and_an_unmeasured_metric_are_refused(tmp_path: Path) -> None:
     build(tmp_path, poolings=["mean", "last"])
-    path = per_query_path(run_folder(tmp_path, "last", 1), "numbers")
-    path.write_text(path.read_text().replace("q7,", "q700,"))
-    with pytest.raises(ValueError, match=r"last/seed-1/measured/numbers/per_query\.csv has other queries than"):
+    path, config = (
+        trial_folder(tmp_path, "last", 1) / "measured" / "numbers" / "per_query.csv",
+        tmp_path / "ablation.yaml",
+    )
+    text = path.read_text()
+    path.write_text(text.replace("q7,", "q700,"))
+    with pytest.raises(ValueError, match=r"last/seed-1/measured/numbers: other queries than in .*mean/seed-0"):
         write_report(tmp_path)
-
-
-def test_a_metric_that_was_not_measured_is_refused(tmp_path: Path) -> None:
-    build(tmp_path, poolings=["mean"])
-    path = tmp_path / "ablation.yaml"
-    path.write_text(path.read_text().replace("test/ndcg@10", "test/mrr@10"))
-    with pytest.raises(ValueError, match=r"'test/mrr@10' means 0 of the columns measured in .*numbers/recall@1"):
+    path.write_text(text)
+    config.write_text(config.read_text().replace("test/ndcg@10", "test/mrr@10"))
+    with pytest.raises(ValueError, match=r"'test/mrr@10' means 0 of the columns, which are .*numbers/recall@1"):
         write_report(tmp_path)
 
 
 def test_an_axis_that_the_baseline_leaves_open_is_matched(tmp_path: Path) -> None:
-    """With two axes and a baseline of one, each setting has its own: the same label on the other axis."""
+    """With two axes and a baseline of one, each setting has its own; an axis may be called like one of our columns."""
     configure(tmp_path, ["mean", "last"], [0], "mean")
     text = (tmp_path / "ablation.yaml").read_text()
-    rates = "  rate: {key: model.init_args.optimizer.init_args.lr, values: {small: 0.1, large: 0.2}}\n"
-    (tmp_path / "ablation.yaml").write_text(f"{text}{rates}")
+    ranks = "  rank: {key: model.init_args.adapters, values: {small: 1, large: 2}}\n"
+    (tmp_path / "ablation.yaml").write_text(f"{text}{ranks}")
     generator = np.random.default_rng(0)
     means = {("mean", "small"): 0.5, ("mean", "large"): 0.6, ("last", "small"): 0.7, ("last", "large"): 0.4}
-    for (pooling, rate), mean in means.items():
+    for (pooling, rank), mean in means.items():
         scores = generator.normal(mean, 0.1, QUERIES).clip(0, 1)
-        write_run(tmp_path / rate, {"pooling": pooling, "rate": rate}, 0, scores, generator)
-        shutil.move(run_folder(tmp_path / rate, pooling, 0), tmp_path / "settings" / f"{pooling}-{rate}" / "seed-0")
+        write_trial(tmp_path / rank, {"pooling": pooling, "rank": rank}, 0, scores, generator)
+        shutil.move(trial_folder(tmp_path / rank, pooling, 0), tmp_path / "settings" / f"{pooling}-{rank}" / "seed-0")
     write_report(tmp_path)
-    rows = {(row["pooling"], row["rate"]): row for row in read_csv(tmp_path)}
-    for rate in ("small", "large"):
-        expected = float(rows["last", rate]["mean"]) - float(rows["mean", rate]["mean"])
-        assert float(rows["last", rate]["baseline_difference"]) == pytest.approx(expected)
-        assert rows["mean", rate]["baseline_difference"] == ""
+    rows = pd.read_csv(tmp_path / "report.csv").set_index(["pooling", "rank"])
+    for rank in ("small", "large"):
+        expected = rows.loc[("last", rank), "mean"] - rows.loc[("mean", rank), "mean"]
+        assert rows.loc[("last", rank), "baseline_difference"] == pytest.approx(expected)
+        assert np.isnan(rows.loc[("mean", rank), "baseline_difference"])
 
 
-def test_pictures_end_where_the_room_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_queries_are_shown_where_settings_differ_and_at_both_ends(folder: Path, page: str) -> None:
+    """By the first seed of each setting, with images, texts, and a mark for positives."""
+    first = np.array([scores[0] for scores in scores_of(folder).values()])
+    for heading, key in (("differ most", -np.ptp(first, axis=0)), ("Best", -first.mean(0)), ("Worst", first.mean(0))):
+        section = re.split(r"<section>", page.split(heading)[1])[0]
+        asked = re.findall(r'<figure><div class="shown">(q\d+)</div>', re.sub(r"\s*\n\s*", "", section))
+        assert asked == [f"q{index}" for index in np.argsort(key, kind="stable")[:4]]
+    assert re.search(r'<img src="data:image/jpeg;base64,[^"]+" alt="positive doc \d+">', page)
+    assert re.search(r'<img src="data:image/jpeg;base64,[^"]+" alt="negative doc \d+">', page)
+
+
+def test_a_query_is_shown_with_its_image_and_its_text(tmp_path: Path) -> None:
     build(tmp_path, poolings=["mean", "last"])
-    monkeypatch.setattr(answers_module, "MOST_BYTES", 10_000)
-    page = write_report(tmp_path).read_text()
-    assert 0 < sum(map(len, re.findall(r"data:image/jpeg;base64,[^\"]+", page))) <= 10_000
-
-
-def test_a_query_that_is_a_picture_is_shown(tmp_path: Path) -> None:
-    build(tmp_path, poolings=["mean", "last"])
-    first, *_ = (query["id"] for query in answers_module.answers(summarize(tmp_path))["queries"])
-    asked = document_path(tmp_path / "documents" / QUERY_FOLDER, "numbers", first, "jpg")
-    asked.parent.mkdir(parents=True)
-    shutil.copy(document_path(tmp_path / "documents", "numbers", "doc 1", "jpg"), asked)
-    queries = answers_module.answers(summarize(tmp_path))["queries"]
-    assert [query["id"] for query in queries if query.get("image", "").startswith("data:image/jpeg")] == [first]
-
-
-def test_every_pair_of_settings_has_its_most_telling_query_early() -> None:
-    scores = np.random.default_rng(0).random((5, 100))
-    scores[:, ::10] = 0.5
-    order = most_telling(scores)
-    assert sorted(order) == list(range(100))
-    tops = {int(abs(scores[i] - scores[j]).argmax()) for i, j in combinations(range(5), 2)}
-    assert set(order[: len(tops)]) == tops
-    assert set(order[-10:]) == set(range(0, 100, 10))
-    widest = [max(abs(scores[i, query] - scores[j, query]) for i, j in combinations(range(5), 2)) for query in order]
-    assert widest[0] == max(widest)
-
-
-def test_the_front_is_what_nobody_beats() -> None:
-    generator = np.random.default_rng(0)
-    points = [Point(str(n), "", *generator.integers(0, 12, 2).tolist()) for n in range(60)]
-    expected = {
-        point
-        for point in points
-        if not any(
-            other.cost <= point.cost
-            and other.quality >= point.quality
-            and (other.cost, other.quality) != (point.cost, point.quality)
-            for other in points
+    asked = tmp_path / "documents" / "queries" / "numbers"
+    asked.mkdir(parents=True)
+    for index in range(QUERIES):
+        shutil.copy(
+            content_path(tmp_path / "documents" / "numbers", "doc 1", "jpg"), content_path(asked, f"q{index}", "jpg")
         )
-    }
-    front = pareto_front(points)
-    assert set(front) == expected
-    assert [point.cost for point in front] == sorted(point.cost for point in front)
+        content_path(asked, f"q{index}", "txt").write_text(f"the same, but {index}")
+    assert re.search(r'alt="query q(\d+)">the same, but \1</div>', write_report(tmp_path).read_text())
 
 
 @pytest.mark.parametrize(
@@ -352,35 +261,8 @@ def test_the_front_is_what_nobody_beats() -> None:
         ("test/ndcg@10/32", ["val/ndcg@10"], "val/ndcg@10"),
         ("test/birds/ndcg@10", ["val/pages/ndcg@10", "val/birds/ndcg@10"], "val/birds/ndcg@10"),
         ("test/birds/ndcg@10", ["test/pages/ndcg@10", "val/pages/ndcg@10"], "val/pages/ndcg@10"),
-        ("test/ndcg@10", ["train/loss", "val/recall@1"], None),
+        ("test/ndcg@10", ["train/loss", "val/recall@1"], ""),
     ],
 )
-def test_validation_is_what_comes_closest(metric: str, names: list[str], expected: str | None) -> None:
+def test_validation_is_what_comes_closest(metric: str, names: list[str], expected: str) -> None:
     assert validation_name(metric, names) == expected
-
-
-def test_ticks_are_round_and_within() -> None:
-    assert Scale(0.613, 0.998, 0, 1).ticks() == pytest.approx([0.7, 0.8, 0.9])
-    assert Scale(0, 240, 0, 1).ticks() == pytest.approx([0, 50, 100, 150, 200])
-    assert Scale(32, 128, 0, 100, logarithmic=True)(64) == pytest.approx(50)
-
-
-def test_labels_stay_apart_and_in_order() -> None:
-    places = [50.0, 51.0, 10.0, 99.0, 98.0, 50.5]
-    moved = spread(places, 0, 100, 13)
-    assert [index for index, _ in sorted(enumerate(moved), key=lambda pair: pair[1])] == [2, 0, 5, 1, 4, 3]
-    assert np.diff(sorted(moved)).min() >= 13 - 1e-9
-    assert 0 <= min(moved) <= max(moved) <= 100
-    crowd = spread([50.0] * 30, 0, 100, 13)
-    assert -1e-9 <= min(crowd) <= max(crowd) <= 100 + 1e-9
-
-
-def test_labels_of_points_cover_nothing() -> None:
-    generator = np.random.default_rng(0)
-    points = [(float(x), float(y)) for x, y in generator.uniform((50, 30), (440, 250), (25, 2))]
-    labels = [label for label in place_labels(points, [("a longer name", "#1")] * 25, (46, 20, 480, 256)) if label]
-    boxes = [label.box for label in labels]
-    assert len(labels) > 15
-    for a, b in combinations(boxes, 2):
-        assert a[0] >= b[2] or b[0] >= a[2] or a[1] >= b[3] or b[1] >= a[3]
-    assert all(left >= 46 and top >= 20 and right <= 480 and bottom <= 256 for left, top, right, bottom in boxes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import signal
@@ -13,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -20,10 +20,10 @@ from building import write_rows
 from PIL import Image
 from transformers import AutoModel
 
-from vlmembed.ablation.record import Record
-from vlmembed.ablation.results import Result, document_path, per_query_path, read_results, top_path
+from vlmembed.ablation.record import Record, content_path, show
+from vlmembed.ablation.run import Trial, read_trials
 from vlmembed.data import load_evaluation
-from vlmembed.types import EvaluationSet
+from vlmembed.types import Item, Part
 
 OWN_POOLING = """
 from vlmembed.pooling import Mean
@@ -96,39 +96,31 @@ def finish(process: subprocess.Popen[str]) -> str:
     return printed
 
 
-def check_record(result: Result, rows: str) -> None:
-    """What is written of each query agrees with the metrics, and with itself."""
+def check_record(trial: Trial, rows: str) -> None:
+    """What is written of each query agrees with the metrics, and with itself; what can be shown is there."""
     evaluation = load_evaluation(rows)
-    with per_query_path(result.folder, evaluation.name).open() as file:
-        queries = {
-            row.pop("query"): {name: float(value) for name, value in row.items()} for row in csv.DictReader(file)
-        }
-    assert [*queries] == evaluation.query_names
+    measured, documents = trial.folder / "measured" / evaluation.name, trial.folder.parents[2] / "documents"
+    queries = pd.read_csv(measured / "per_query.csv", index_col="query", dtype={"query": str})
+    assert list(queries.index) == evaluation.query_names
     for name in ("ndcg@10", "map", "ndcg@10/16"):
-        mean = sum(values[name] for values in queries.values()) / len(queries)
         # Logged values are float32.
-        assert mean == pytest.approx(result.metrics[f"test/{name}"], rel=1e-6)
-    found = json.loads(top_path(result.folder, evaluation.name).read_text())
-    assert [*found] == sorted(queries)
-    for name, each in found.items():
-        assert each["query"] == evaluation.queries[evaluation.query_names.index(name)].parts[0].value
-        assert each["relevant"] == {key: grade for key, grade in evaluation.qrels[name].items() if grade > 0}
-        assert [score for _, score, _ in each["top"]] == sorted((score for _, score, _ in each["top"]), reverse=True)
-        assert [grade for _, _, grade in each["top"]] == [each["relevant"].get(key, 0) for key, *_ in each["top"]]
-        assert len(each["top"]) == 5
-        assert queries[name]["recall@1"] == pytest.approx(each["top"][0][2] / len(each["relevant"]))
-        check_shown(result.folder.parents[2] / "documents", evaluation, [key for key, *_ in each["top"]])
-
-
-def check_shown(documents: Path, evaluation: EvaluationSet, keys: list[str]) -> None:
-    for key in keys:
-        content = evaluation.corpus[evaluation.document_names.index(key)].parts[0]
-        if content.kind == "text":
-            assert document_path(documents, evaluation.name, key, "txt").read_text() == content.value
-        else:
-            shown = Image.open(document_path(documents, evaluation.name, key, "jpg"))
-            assert shown.size == Image.open(content.value).size
-            assert shown.format == "JPEG"
+        assert queries[name].mean() == pytest.approx(trial.metrics[f"test/{name}"], rel=1e-6)
+    found = json.loads((measured / "top.json").read_text())
+    assert [*found] == sorted(evaluation.query_names)
+    for name, entry in found.items():
+        top, relevant = entry["top"], entry["relevant"]
+        asked = evaluation.queries[evaluation.query_names.index(name)].parts[0].value
+        assert content_path(documents / "queries" / evaluation.name, name, "txt").read_text() == asked
+        assert relevant == {key: grade for key, grade in evaluation.qrels[name].items() if grade > 0}
+        assert [score for _, score, _ in top] == sorted((score for _, score, _ in top), reverse=True)
+        assert [grade for _, _, grade in top] == [relevant.get(key, 0) for key, *_ in top]
+        assert len(top) == 5
+        assert queries.loc[name, "recall@1"] == pytest.approx(top[0][2] / len(relevant))
+        for key, *_ in top:
+            content = evaluation.corpus[evaluation.document_names.index(key)].parts[0]
+            path = content_path(documents / evaluation.name, key, "txt" if content.kind == "text" else "jpg")
+            assert content.kind != "text" or path.read_text() == content.value
+            assert content.kind == "text" or Image.open(path).size == Image.open(content.value).size
 
 
 @pytest.mark.slow
@@ -140,20 +132,18 @@ def test_an_ablation_that_is_killed_ends_as_one_that_is_not(folder: Path, monkey
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert [result.setting["pooling"] for result in read_results(folder / "killed")] == ["mean"]
+    assert [trial.setting["pooling"] for trial in read_trials(folder / "killed")] == ["mean"]
     printed = finish(start(folder, "--output_dir", "killed"))
     assert "pooling=mine, seed 0: started" in printed
     assert "pooling=mean, seed 0: started" not in printed
     finish(start(folder))
-    killed, whole = read_results(folder / "killed"), read_results(folder / "out")
-    assert [result.metrics for result in killed] == [result.metrics for result in whole]
+    killed, whole = read_trials(folder / "killed"), read_trials(folder / "out")
+    assert [trial.metrics for trial in killed] == [trial.metrics for trial in whole]
     mean, mine = whole
     # Twice the mean is the mean, under a cosine; a power of two rounds nothing.
     assert mean.metrics == mine.metrics
-    with (mean.folder / "metrics.csv").open() as file:
-        measured = [row["test/ndcg@10"] for row in csv.DictReader(file) if row["test/ndcg@10"]]
-    assert len(measured) == 2
-    assert float(measured[1]) == mean.metrics["test/ndcg@10"] != float(measured[0])
+    fresh, trained = pd.read_csv(mean.folder / "metrics.csv", float_precision="round_trip")["test/ndcg@10"].dropna()
+    assert trained == mean.metrics["test/ndcg@10"] != fresh
     check_record(mean, "data/rows.jsonl")
     check_cost(mean.cost, folder)
 
@@ -171,26 +161,30 @@ def check_cost(cost: Any, folder: Path) -> None:
     assert 1e8 < cost["peak_memory_bytes"] < 4e9
 
 
-class Clock:
-    """Says what it is told to, one call after the other."""
+class Clocked(Record):
+    """Reads its times from a list."""
 
-    def __init__(self, *times: float) -> None:
-        self.times = [*times]
+    times: list[int]
 
-    def __call__(self, device: torch.device) -> float:
+    def now(self, device: torch.device) -> float:
         return self.times.pop(0)
 
 
-def test_a_step_is_what_its_batches_take_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_is_what_its_batches_take_together() -> None:
     """Batches of 1, 2, 3 … seconds, two to a step: 3, 7, 11, 15 and 19 seconds, of which the first two do not count."""
-    recorded = Record("documents")
-    times = [value for batch in range(1, 11) for value in (100 * batch, 101 * batch)]
-    monkeypatch.setattr("vlmembed.ablation.record._now", Clock(*times))
+    recorded = Clocked("documents")
+    recorded.times = [value for batch in range(1, 11) for value in (100 * batch, 101 * batch)]
     trainer, model = SimpleNamespace(global_step=4), SimpleNamespace(device=torch.device("cpu"))
     recorded.on_train_start(trainer, model)
     for batch in range(10):
         recorded.on_train_batch_start(trainer, model, None, batch)
         trainer.global_step += batch % 2
         recorded.on_train_batch_end(trainer, model, None, None, batch)
-    assert recorded._steps == [3, 7, 11, 15, 19]
     assert recorded.seconds_per_step == 15
+
+
+def test_an_item_is_shown_by_its_image_made_small_and_its_text(tmp_path: Path) -> None:
+    parts = (Part("image", Image.new("RGB", (640, 320))), Part("text", "but in red"), Part("video", Path("crane.mp4")))
+    show(Item("query", parts, "row 3"), tmp_path, "a/b")
+    assert Image.open(content_path(tmp_path, "a/b", "jpg")).size == (160, 80)
+    assert content_path(tmp_path, "a/b", "txt").read_text() == "but in red\ncrane.mp4"

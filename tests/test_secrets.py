@@ -13,8 +13,7 @@ from hub_server import Hub, Refusal, serve
 from test_hub import connect
 
 from vlmembed.ablation.command import ablate
-from vlmembed.ablation.configuration import read_ablation
-from vlmembed.ablation.plan import plan
+from vlmembed.ablation.plan import plan, read_ablation
 from vlmembed.cli import main
 from vlmembed.export.hub import PushError, push
 from vlmembed.mining.command import run as mine

@@ -1,7 +1,9 @@
-"""What a run of an ablation leaves besides its log: what it cost, and what each query found."""
+"""The Lightning callback that records what a trial cost, and what each query found."""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import resource
 import statistics
@@ -11,30 +13,31 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+import pandas as pd
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
+from torch import Tensor
 
-from vlmembed.ablation.documents import show, words_of
-from vlmembed.ablation.results import QUERY_FOLDER, cost_path, csv_text, per_query_path, top_path
+from vlmembed.media import load_image
 from vlmembed.files import write_whole
 from vlmembed.metrics import RerankingMetrics, RetrievalMetrics
 from vlmembed.types import EvaluationSet, Item
 
 #: Documents of each query, and queries of each evaluation set, that the report can show.
 DOCUMENTS, QUERIES = 5, 200
-
+#: Pixels of the longest side of an image, and characters of a text.
+SIDE, CHARACTERS = 160, 2_000
 #: Steps that are slower than the others: kernels are chosen and memory is found.
 FIRST_STEPS = 2
 
 
 class Record(Callback):
-    """Records what a run costs, and what the trained model finds for each query; ``ablate`` adds it to its runs.
+    """Records cost, scores per query and top documents; ``ablate`` adds it to its trials.
 
     Args:
-        documents: Where documents are kept to be shown, for all runs together.
+        documents: The folder of the documents that can be shown, for all trials together.
         stage: Which evaluation sets are recorded.
     """
 
@@ -50,110 +53,107 @@ class Record(Callback):
         """The median of a step, without the first ones if there are others."""
         return statistics.median(self._steps[FIRST_STEPS:] or self._steps or [0.0])
 
+    def now(self, device: torch.device) -> float:
+        """Return seconds, once the device has done its work."""
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Note where training starts; a run may go on from a checkpoint."""
+        """Note the first step, which is not 0 where training is resumed."""
         self._last_step = trainer.global_step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Start the clock."""
-        self._start = _now(pl_module.device)
+        self._start = self.now(pl_module.device)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop it; a step of several batches takes what they take together."""
-        self._elapsed += _now(pl_module.device) - self._start
+        self._elapsed += self.now(pl_module.device) - self._start
         if trainer.global_step > self._last_step:
             self._steps.append(self._elapsed)
             self._elapsed, self._last_step = 0.0, trainer.global_step
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Write what training took."""
+        """Write ``cost.json``."""
         self._has_trained = True
-        pooling, dimension = pl_module.encoder.pooling, pl_module.encoder.dimension
+        encoder, device = pl_module.encoder, pl_module.device
+        # Main memory: in kilobytes, but on a Mac in bytes.
+        main_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         cost = {
             "seconds_per_step": self.seconds_per_step,
             "steps_per_epoch": -(-trainer.num_training_batches // trainer.accumulate_grad_batches),
-            "peak_memory_bytes": _peak_memory(pl_module.device),
-            "trained_parameters": _count(each for each in pl_module.parameters() if each.requires_grad),
-            "pooling_parameters": _count(pooling.parameters()),
-            "embedding_dimension": dimension,
-            "embedding_bytes": 4 * dimension,
+            "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else main_memory,
+            "trained_parameters": sum(weight.numel() for weight in pl_module.parameters() if weight.requires_grad),
+            "pooling_parameters": sum(weight.numel() for weight in encoder.pooling.parameters()),
+            "embedding_dimension": encoder.dimension,
+            "embedding_bytes": 4 * encoder.dimension,
         }
-        folder = _folder(trainer)
+        folder = Path(trainer.log_dir or ".")  # All processes ask: they agree on it.
         if trainer.is_global_zero:
-            write_whole(cost_path(folder), json.dumps(cost, indent=1).encode())
+            write_whole(folder / "cost.json", json.dumps(cost, indent=1).encode())
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Keep what the trained model finds in the validation sets."""
+        """Record what the trained model finds in the validation sets."""
         if self.stage == "val" and trainer.state.fn == TrainerFn.VALIDATING:
-            self._keep(trainer, pl_module.metrics)
+            self._write(trainer, pl_module.metrics)
 
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Keep what the trained model finds in the test sets."""
+        """Record what the trained model finds in the test sets."""
         if self.stage == "test":
-            self._keep(trainer, pl_module.metrics)
+            self._write(trainer, pl_module.metrics)
 
-    def _keep(self, trainer: Trainer, measured: Iterable[RetrievalMetrics | RerankingMetrics]) -> None:
-        """Write what each query found; what the fresh model finds is not kept."""
-        folder = _folder(trainer)
+    def _write(self, trainer: Trainer, measured: Iterable[RetrievalMetrics | RerankingMetrics]) -> None:
+        """Write scores and top documents; those of the fresh model are not recorded."""
+        folder = Path(trainer.log_dir or ".")
         for metrics in measured if self._has_trained else ():
             # Each process has a share of the embeddings or scores, so all of them ask.
-            values, (scores, columns) = metrics.per_query(), metrics.top_k(DOCUMENTS)
-            if trainer.is_global_zero:
-                evaluation = metrics.evaluation
-                lines = zip(evaluation.query_names, *(each.tolist() for each in values.values()), strict=True)
-                write_whole(per_query_path(folder, evaluation.name), csv_text(["query", *values], lines).encode())
-                found = {
-                    evaluation.query_names[row]: _found(evaluation, row, scores[row].tolist(), columns[row].tolist())
-                    for row in _first_queries(evaluation)
-                }
-                write_whole(top_path(folder, evaluation.name), json.dumps(found).encode())
-                show(_shown(evaluation, found), evaluation.name, self.documents)
-                asked = {evaluation.query_names[row]: evaluation.queries[row] for row in _first_queries(evaluation)}
-                show(asked, evaluation.name, self.documents / QUERY_FOLDER)
+            values, (scores, columns) = metrics.per_query(), metrics.top_k(DOCUMENTS)  # (Q,) each; (Q, 5)
+            if not trainer.is_global_zero:
+                continue
+            evaluation = metrics.evaluation
+            measured_folder = folder / "measured" / evaluation.name
+            table = pd.DataFrame({name: column.tolist() for name, column in values.items()})
+            text = table.set_index(pd.Index(evaluation.query_names, name="query")).to_csv()
+            write_whole(measured_folder / "per_query.csv", text.encode())
+            # The same queries in every trial: the first by name.
+            names, documents = evaluation.query_names, self.documents / evaluation.name
+            rows = sorted(range(len(names)), key=names.__getitem__)[:QUERIES]
+            tops = {names[row]: _top_documents(evaluation, row, scores[row], columns[row]) for row in rows}
+            write_whole(measured_folder / "top.json", json.dumps(tops).encode())
+            shown = {name for entry in tops.values() for name, *_ in entry["top"]}
+            shown |= {name for entry in tops.values() for name in [*entry["relevant"]][:DOCUMENTS]}
+            for name, document in zip(evaluation.document_names, evaluation.corpus, strict=True):
+                if name in shown:
+                    show(document, documents, name)
+            for row in rows:
+                show(evaluation.queries[row], self.documents / "queries" / evaluation.name, names[row])
 
 
-def _first_queries(evaluation: EvaluationSet) -> list[int]:
-    """The same queries in every run: the first by name."""
-    return sorted(range(len(evaluation.queries)), key=evaluation.query_names.__getitem__)[:QUERIES]
+def show(item: Item, folder: Path, name: str) -> None:
+    """Write an item's first image, made small, and its texts, unless another trial has."""
+    image_path, text_path = (content_path(folder, name, kind) for kind in ("jpg", "txt"))
+    frames = [frame for part in item.parts for frame in part.frames]
+    # A video file is shown by its name.
+    words = [getattr(part.value, "name", str(part.value)) for part in item.parts if not part.frames]
+    if words and not text_path.exists():
+        write_whole(text_path, "\n".join(words)[:CHARACTERS].encode())
+    if frames and not image_path.exists():
+        image, file = load_image(frames[0], item.origin), io.BytesIO()
+        image.thumbnail((SIDE, SIDE))
+        image.save(file, "JPEG", quality=80)
+        write_whole(image_path, file.getvalue())
 
 
-def _found(evaluation: EvaluationSet, row: int, scores: list[float], columns: list[int]) -> dict[str, Any]:
-    """What the report shows of a query: itself, its first documents, and the right ones."""
+def content_path(folder: Path, name: str, kind: str) -> Path:
+    """Return where a document or query is shown, as ``jpg`` or ``txt``; its id may hold any character."""
+    return folder / f"{hashlib.sha1(name.encode()).hexdigest()[:16]}.{kind}"
+
+
+def _top_documents(evaluation: EvaluationSet, row: int, scores: Tensor, columns: Tensor) -> dict[str, Any]:
+    """Return what the report shows of a query: its first documents, and its positives."""
     grades = evaluation.qrels[evaluation.query_names[row]]
     # A reranker's list of candidates may be shorter than others, and -1 fills it up.
-    names = [evaluation.document_names[column] for column in columns if column >= 0]
-    top = [[name, score, grades.get(name, 0)] for name, score in zip(names, scores, strict=False)]
-    relevant = {name: grade for name, grade in grades.items() if grade > 0}
-    return {"query": words_of(evaluation.queries[row]), "top": top, "relevant": relevant}
-
-
-def _shown(evaluation: EvaluationSet, found: dict[str, dict[str, Any]]) -> dict[str, Item]:
-    """The documents that the report may show: what was found, and a query's first right answers."""
-    names = {name for each in found.values() for name, *_ in each["top"]}
-    for each in found.values():
-        names.update([*each["relevant"]][:DOCUMENTS])
-    documents = zip(evaluation.document_names, evaluation.corpus, strict=True)
-    return {name: document for name, document in documents if name in names}
-
-
-def _folder(trainer: Trainer) -> Path:
-    """The run's folder. All processes call: they agree on it."""
-    return Path(trainer.log_dir or ".")
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def _count(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(parameter.numel() for parameter in parameters)
-
-
-def _peak_memory(device: torch.device) -> int:
-    """The most bytes on the GPU since training began, or of this process in main memory since it began."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    # Kilobytes, but on a Mac bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    names = [evaluation.document_names[column] for column in columns.tolist() if column >= 0]
+    top = [[name, score, grades.get(name, 0)] for name, score in zip(names, scores.tolist(), strict=False)]
+    return {"top": top, "relevant": {name: grade for name, grade in grades.items() if grade > 0}}

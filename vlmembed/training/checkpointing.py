@@ -84,14 +84,13 @@ class Checkpointing:
             "rows": _count_rows(trainer),
         }
 
-    def load_weights(self, module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Let a module have the weights of a checkpoint.
+    def load_weights(self, module: nn.Module, checkpoint: dict[str, Any], prefix: str = "") -> None:
+        """Let a module have the weights of a checkpoint, or those of them whose names begin with a prefix.
 
         Raises:
             ValueError: If they are not this model's.
         """
-        self._complete(module, checkpoint)
-        module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
+        module.load_state_dict(complete_frozen(checkpoint, module, self._sums, prefix), strict=False)
 
     def load(self, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Complete a checkpoint's weights by frozen ones, and put its loops into a form that Lightning resumes rightly.
@@ -348,19 +347,25 @@ def _leave_out_frozen(checkpoint: dict[str, Any], module: nn.Module, sums: Mappi
         checkpoint[FROZEN] = frozen
 
 
-def complete_frozen(checkpoint: Mapping[str, Any], module: nn.Module, sums: Mapping[str, int]) -> dict[str, Tensor]:
+def complete_frozen(
+    checkpoint: Mapping[str, Any], module: nn.Module, sums: Mapping[str, int], prefix: str = ""
+) -> dict[str, Tensor]:
     """Return a checkpoint's weights, and those frozen ones of a module that have to be rounded as in training.
 
     Args:
         checkpoint: That left frozen weights out.
         module: With its frozen weights loaded.
         sums: Of its frozen weights.
+        prefix: Which of the weights to look at, by the beginning of their names.
 
     Raises:
         ValueError: If it has weights that the module lacks, or lacks what is trained, or if what is frozen is not what
             the checkpoint was trained with.
     """
-    weights, frozen, present = checkpoint["state_dict"], checkpoint[FROZEN], module.state_dict()
+    weights, frozen, present = (
+        {name: value for name, value in values.items() if name.startswith(prefix)}
+        for values in (checkpoint["state_dict"], checkpoint.get(FROZEN, {}), module.state_dict())
+    )
     complaints = {
         "lacks weights": [name for name in present if name not in weights and not _belongs(name, frozen)],
         "has weights that this model lacks": [name for name in (*weights, *frozen) if name not in present],
