@@ -11,7 +11,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from vlmembed.distributed import is_sharded
-from vlmembed.export import Exporter, Run, push, refuse_used
+from vlmembed.export import Exporter, ModelInfo, push, refuse_used
 from vlmembed.modules import RetrievalModule
 from vlmembed.runs import CheckpointFiles, RememberConfiguration, StopSafely, read_checkpoint, refuse_changes
 from vlmembed.sharding import whole_weights
@@ -139,7 +139,7 @@ class Trainer(lightning.Trainer):
         self.exporter.export(
             model.encoder,
             folder,
-            Run(
+            ModelInfo(
                 name=(push_to_hub or output_dir or self.loggers[0].name or "model").rstrip("/").split("/")[-1],
                 address=push_to_hub,
                 # A cross-encoder's loss has none.
