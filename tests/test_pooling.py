@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import gelu, layer_norm
 
-from vlmembed.export.poolings import MODES
+from vlmembed.export.modules import MODES
 from vlmembed.pooling import (
     Attention,
     Concatenation,

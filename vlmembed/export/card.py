@@ -19,8 +19,6 @@ from huggingface_hub.utils import validate_repo_id, yaml_dump
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from vlmembed.secrets import mask
-
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 DATA_FILES = {".json", ".jsonl", ".parquet", ".csv", ".tsv", ".arrow"}
@@ -38,7 +36,7 @@ class CardFacts:
         datasets: What it was trained on, as named in the run; Hub ids become metadata.
         metrics: Measured values under their logged names, ``val/ndcg@10``, ``val/NAME/ndcg@10/64``, or
             ``val/ndcg@10/before`` of a reranker.
-        config: The whole configuration of the run. Secrets in it are hidden.
+        config: The whole configuration of the run; one with secrets was refused before it ran.
         verification: What was compared with the trained model, how far it was off, and how far it might have been.
         versions: Library → version, of those that took part in the verification.
         opens_with: The Sentence Transformers class that reads the folder.
@@ -109,7 +107,7 @@ def write_card(folder: Path, facts: CardFacts) -> Path:
         source=Markup(repr(facts.source)),
         dimensions=_dimensions(measurements),
         rows=_rows(measurements),
-        config=Markup(html.escape(yaml_dump(mask(facts.config), sort_keys=False), quote=False)),
+        config=Markup(html.escape(yaml_dump(dict(facts.config), sort_keys=False), quote=False)),
     )
     path = folder / "README.md"
     ModelCard(text).save(path)
@@ -129,14 +127,16 @@ def _metadata(facts: CardFacts, measurements: Sequence[Measurement]) -> ModelCar
         EvalResult(
             task_type="information-retrieval",
             task_name="Information Retrieval",
-            dataset_type=each.evaluation_set,
-            dataset_name=each.evaluation_set,
-            metric_type=each.metric,
-            metric_name=each.metric if each.dimension is None else f"{each.metric} at {each.dimension} dimensions",
-            metric_value=each.value,
+            dataset_type=measured.evaluation_set,
+            dataset_name=measured.evaluation_set,
+            metric_type=measured.metric,
+            metric_name=measured.metric
+            if measured.dimension is None
+            else f"{measured.metric} at {measured.dimension} dimensions",
+            metric_value=measured.value,
         )
-        for each in measurements
-        if not each.before
+        for measured in measurements
+        if not measured.before
     ]
     return ModelCardData(
         library_name="sentence-transformers",
@@ -161,12 +161,12 @@ def _on_hub(name: str) -> bool:
 
 def _dimensions(measurements: Sequence[Measurement]) -> list[int | None]:
     """List the table's columns: the whole embedding, then ever shorter ones."""
-    return sorted({each.dimension for each in measurements}, key=lambda cut: (cut is not None, -(cut or 0)))
+    return sorted({measured.dimension for measured in measurements}, key=lambda cut: (cut is not None, -(cut or 0)))
 
 
 def _rows(measurements: Sequence[Measurement]) -> dict[tuple[str, str], dict[int | None, float]]:
     rows: dict[tuple[str, str], dict[int | None, float]] = {}
-    for each in measurements:
-        metric = f"{each.metric} before reranking" if each.before else each.metric
-        rows.setdefault((each.evaluation_set, metric), {})[each.dimension] = each.value
+    for measured in measurements:
+        metric = f"{measured.metric} before reranking" if measured.before else measured.metric
+        rows.setdefault((measured.evaluation_set, metric), {})[measured.dimension] = measured.value
     return rows

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from itertools import chain, count
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, ClassVar, Literal, cast
 
-from vlmembed.encoder import Encoder
+from vlmembed.encoder import Encoder, Scorer
 from vlmembed.export.card import CardFacts, write_card
-from vlmembed.export.forms import EmbedderForm, Form, RerankerForm
-from vlmembed.export.reranker import Scoring
-from vlmembed.export.verify import ExportError, Verification, brings_code
+from vlmembed.export.modules import check_head, check_servable, yes_no_head
+from vlmembed.export.sentence_transformers import Scoring, write_folder, write_reranker
+from vlmembed.export.verify import Check, ExportError, Verification, brings_code, expect, verify
 from vlmembed.heads import ScoreHead
 from vlmembed.pooling import Pooling
 
@@ -23,8 +23,8 @@ LIBRARIES = ("vlmembed", "sentence-transformers", "transformers", "torch")
 
 
 @dataclass(frozen=True)
-class Run:
-    """What a run tells about the model that it made.
+class ModelInfo:
+    """What is known of a model besides its weights.
 
     Args:
         name: The model's name, for its card.
@@ -52,13 +52,13 @@ class Exporter(ABC):
         """
 
     @abstractmethod
-    def export(self, encoder: Encoder, folder: Path, run: Run) -> Verification:
+    def export(self, encoder: Encoder, folder: Path, info: ModelInfo) -> Verification:
         """Write and verify the folder.
 
         Args:
             encoder: A configured encoder. Its adapters are merged, for good.
             folder: Where; empty, or not there yet.
-            run: Where the encoder comes from.
+            info: What is known of the model.
 
         Raises:
             FileExistsError: If the folder is not empty.
@@ -66,19 +66,106 @@ class Exporter(ABC):
         """
 
 
+class ExportFormat(ABC):
+    """One kind of model of Sentence Transformers.
+
+    Attributes:
+        opens_with: The class that reads the folder.
+        task: What the Hub lists it under.
+        usage: A line that tries it, as ``model``.
+    """
+
+    opens_with: ClassVar[Literal["SentenceTransformer", "CrossEncoder"]]
+    task: ClassVar[str]
+    usage: ClassVar[str]
+
+    @abstractmethod
+    def refuse(self, pooling: Pooling) -> None:
+        """Refuse a pooling or a head that could not be written.
+
+        Raises:
+            ValueError: If it could not.
+        """
+
+    @abstractmethod
+    def expect(self, encoder: Encoder, scratch: Path) -> Check:
+        """Compute what the folder will have to, with images drawn into a scratch folder."""
+
+    @abstractmethod
+    def write(self, encoder: Encoder, folder: Path) -> None:
+        """Write the encoder, whose adapters are merged for good, into an existing, empty folder."""
+
+
+class EmbedderFormat(ExportFormat):
+    """A ``SentenceTransformer``.
+
+    Args:
+        truncate_dim: Keep this many leading dimensions only; None for all.
+        dimensions: The dimensions that embeddings were trained to be truncated to.
+    """
+
+    opens_with = "SentenceTransformer"
+    task = "feature-extraction"
+    usage = 'print(model.similarity(model.encode_query("a question"), model.encode_document(["a text", "another"])))'
+
+    def __init__(self, truncate_dim: int | None = None, dimensions: Sequence[int] = ()) -> None:
+        self.truncate_dim = truncate_dim
+        self.dimensions = dimensions
+
+    def refuse(self, pooling: Pooling) -> None:
+        check_servable(pooling)
+
+    def expect(self, encoder: Encoder, scratch: Path) -> Check:
+        return expect(encoder, scratch, self._served_dimensions(encoder))
+
+    def write(self, encoder: Encoder, folder: Path) -> None:
+        dimensions = self._served_dimensions(encoder) if self.dimensions else ()
+        write_folder(encoder, folder, self.truncate_dim, dimensions)
+
+    def _served_dimensions(self, encoder: Encoder) -> list[int]:
+        full = self.truncate_dim or encoder.dimension
+        return [full, *(dimension for dimension in self.dimensions if dimension < full)]
+
+
+class RerankerFormat(ExportFormat):
+    """A ``CrossEncoder``.
+
+    Args:
+        scoring: How it scores.
+    """
+
+    opens_with = "CrossEncoder"
+    task = "text-ranking"
+    usage = 'print(model.rank("a question", ["a text", "another"]))'
+
+    def __init__(self, scoring: Scoring = "dense") -> None:
+        self.scoring = scoring
+
+    def refuse(self, pooling: Pooling) -> None:
+        (check_head if self.scoring == "dense" else yes_no_head)(cast(ScoreHead, pooling))
+
+    def expect(self, encoder: Encoder, scratch: Path) -> Check:
+        # Logits are taken at the last position, where a token has to be.
+        sides = ("left", "right") if self.scoring == "dense" else ("left",)
+        return expect(encoder, scratch, sides=sides)
+
+    def write(self, encoder: Encoder, folder: Path) -> None:
+        write_reranker(cast(Scorer, encoder), folder, self.scoring)
+
+
 class SentenceTransformers(Exporter):
     """Writes a folder that stock Sentence Transformers opens: an embedder's, or a cross-encoder's.
 
-    It is written beside its final place, opened in a process that cannot import vlmembed, compared with the trained
-    model, and moved there if the two agree.
+    It is written as a draft beside its final path, opened in a process that cannot import vlmembed, compared with the
+    trained model, and moved to its path if the two agree.
 
     Args:
         truncate_dim: Export this many leading dimensions of an embedder only, normalised anew; null for all.
         reranker_scoring: How a reranker's folder scores. ``dense`` serves every head, and is cheaper: one layer on what
             is pooled. ``logits`` keeps the whole language-model head and takes the difference of the two words' logits,
-            for whoever wants the language model too; of ``vlmembed.heads.YesNo`` only, to the same scores.
+            for those who want the language model too; of ``vlmembed.heads.YesNo`` only, to the same scores.
         license: The model's license for its card, as the Hub names it, such as apache-2.0.
-        pipeline_tag: The task under which the Hub lists the model, such as visual-document-retrieval for pictures of
+        pipeline_tag: The task under which the Hub lists the model, such as visual-document-retrieval for images of
             pages; null for feature-extraction of an embedder, and text-ranking of a reranker.
     """
 
@@ -96,68 +183,76 @@ class SentenceTransformers(Exporter):
 
     def check(self, pooling: Pooling) -> None:
         """Refuse poolings whose code no folder can bring along, and what a reranker lacks; see `Exporter.check`."""
-        self._form(pooling).check(pooling)
+        self._format(pooling).refuse(pooling)
 
-    def export(self, encoder: Encoder, folder: Path, run: Run) -> Verification:
+    def export(self, encoder: Encoder, folder: Path, info: ModelInfo) -> Verification:
         """Write and verify the folder; see `Exporter.export`."""
-        form = self._form(encoder.pooling, run.dimensions)
+        export_format = self._format(encoder.pooling, info.dimensions)
         refuse_used(folder)
-        draft = _unused(folder.with_name(folder.name + ".unverified"))
+        draft = folder.with_name(folder.name + ".unverified")
+        if draft.is_dir():
+            print(f"Removing {draft}, which an export that failed or was killed has left.", flush=True)
+            shutil.rmtree(draft)
         draft.mkdir(parents=True)
         print(f"Writing {folder}", flush=True)
         with TemporaryDirectory() as scratch:
-            verification = form.write(encoder, draft, Path(scratch))
+            # Before adapters are merged: what they did in training is what the folder is compared with.
+            check = export_format.expect(encoder, Path(scratch))
+            export_format.write(encoder, draft)
+            [verification] = verify({draft: check})
         if not verification.passed:
             raise ExportError(f"The export does not serve what was trained. {verification}. It is left in {draft}.")
-        write_card(draft, self._facts(encoder, run, form, brings_code(draft), run.address or str(folder), verification))
+        write_card(draft, self._facts(encoder, info, export_format, draft, info.address or str(folder), verification))
         if folder.exists():
             folder.rmdir()
         draft.rename(folder)
-        print(f"Verified: {verification}\n\n{_how_to_open(folder)}\n\n{_snippet(folder, form)}")
+        print(f"Verified: {verification}\n\n{_how_to_open(folder, export_format)}")
         return verification
 
-    def _form(self, pooling: Pooling, dimensions: Sequence[int] = ()) -> Form:
+    def _format(self, pooling: Pooling, dimensions: Sequence[int] = ()) -> ExportFormat:
         """Return what the folder will be, once it is known that the settings are meant for it."""
         ranks = isinstance(pooling, ScoreHead)
         if ranks and self.truncate_dim is not None:
             raise ValueError(f"truncate_dim={self.truncate_dim} is for embeddings, and a reranker has none. Remove it.")
         if not ranks and self.reranker_scoring != "dense":
             raise ValueError(f"reranker_scoring={self.reranker_scoring} is for rerankers, not embedders. Remove it.")
-        return RerankerForm(self.reranker_scoring) if ranks else EmbedderForm(self.truncate_dim, dimensions)
+        return RerankerFormat(self.reranker_scoring) if ranks else EmbedderFormat(self.truncate_dim, dimensions)
 
     def _facts(
-        self, encoder: Encoder, run: Run, form: Form, brings_code: bool, address: str, verification: Verification
+        self,
+        encoder: Encoder,
+        info: ModelInfo,
+        export_format: ExportFormat,
+        draft: Path,
+        address: str,
+        verification: Verification,
     ) -> CardFacts:
-        model = run.config.get("model", {}).get("init_args", {})
-        data = run.config.get("data", {}).get("init_args", {})
-        told = {part.capitalize(): model.get(part) for part in ("pooling", "head", "template", "loss", "adapters")}
+        model, data = (info.config.get(part, {}).get("init_args", {}) for part in ("model", "data"))
+        parts = {part.capitalize(): model.get(part) for part in ("pooling", "head", "template", "loss", "adapters")}
+        train = data.get("train")
         return CardFacts(
-            title=run.name,
+            title=info.name,
             source=address,
             base_model=encoder.backbone.checkpoint,
-            training={label: describe(value) for label, value in told.items() if value},
-            datasets=[name for name in _as_list(data.get("train")) if isinstance(name, str)],
-            metrics=run.metrics,
-            config=run.config,
+            training={label: summarize(part) for label, part in parts.items() if part},
+            datasets=[name for name in (train if isinstance(train, list) else [train]) if isinstance(name, str)],
+            metrics=info.metrics,
+            config=info.config,
             verification=str(verification),
-            opens_with=form.opens_with,
-            trust_remote_code=brings_code,
+            opens_with=export_format.opens_with,
+            trust_remote_code=brings_code(draft),
             versions={library: version(library) for library in LIBRARIES},
             license=self.license,
-            pipeline_tag=self.pipeline_tag or form.task,
+            pipeline_tag=self.pipeline_tag or export_format.task,
         )
 
 
-def describe(value: Any) -> str:
+def summarize(value: Any) -> str:
     """Say in one line what a part of a configuration builds: ``InfoNCE(temperature=0.05)``."""
     if isinstance(value, Mapping) and "class_path" in value:
-        arguments = (f"{name}={describe(each)}" for name, each in value.get("init_args", {}).items())
+        arguments = (f"{name}={summarize(argument)}" for name, argument in value.get("init_args", {}).items())
         return f"{value['class_path'].rsplit('.', 1)[-1]}({', '.join(arguments)})"
-    return f"[{', '.join(map(describe, value))}]" if isinstance(value, list) else str(value)
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+    return f"[{', '.join(map(summarize, value))}]" if isinstance(value, list) else str(value)
 
 
 def refuse_used(folder: Path) -> None:
@@ -170,23 +265,12 @@ def refuse_used(folder: Path) -> None:
         raise FileExistsError(f"{folder} is not empty. Export into another folder, or move this one away.")
 
 
-def _unused(place: Path) -> Path:
-    """Return a place beside what an earlier export has left, which failed or was killed."""
-    numbered = (place.with_name(f"{place.name}.{number}") for number in count(2))
-    return next(each for each in chain([place], numbered) if not each.exists())
-
-
-def _how_to_open(folder: Path) -> str:
+def _how_to_open(folder: Path, export_format: ExportFormat) -> str:
+    """Say what the folder needs, and show three lines that try it."""
+    code, trust = "Modules of Sentence Transformers do all of it; it brings no code along.", ""
     if brings_code(folder):
-        return "It brings the pooling's code along, and is opened with trust_remote_code=True."
-    return "Modules of Sentence Transformers do all of it; it brings no code along."
-
-
-def _snippet(folder: Path, form: Form) -> str:
-    """Return three lines that try a folder."""
-    trust = ", trust_remote_code=True" if brings_code(folder) else ""
-    return (
-        f"from sentence_transformers import {form.opens_with}\n"
-        f"model = {form.opens_with}({str(folder)!r}{trust})\n"
-        f"{form.usage}"
-    )
+        code = "It brings the pooling's code along, and is opened with trust_remote_code=True."
+        trust = ", trust_remote_code=True"
+    name = export_format.opens_with
+    opened = f"model = {name}({str(folder)!r}{trust})"
+    return f"{code}\n\nfrom sentence_transformers import {name}\n{opened}\n{export_format.usage}"

@@ -1,27 +1,50 @@
-"""Writing the folder that stock Sentence Transformers opens: the Hugging Face checkpoint plus a few JSON files."""
+"""Writing the folder that stock Sentence Transformers opens, of an embedder and of a reranker.
+
+The checkpoint under its fresh names, and beside it the JSON files that make a model of it.
+"""
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import transformers
+from jaxtyping import Float
 from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
 
+from vlmembed import adapters
 from vlmembed.backbones import VisionLanguageModel
-from vlmembed.encoder import Encoder
-from vlmembed.export.checkpoint import return_all_layers, write_checkpoint, write_json
-from vlmembed.export.code import standalone_code
-from vlmembed.export.poolings import CODE, ServedModule, Sizes, dense, is_stock, pooling_modules
+from vlmembed.backbones.base import HEAD, label_token_ids
+from vlmembed.backbones.chat_templates import NAME, write_tokens
+from vlmembed.encoder import Encoder, Scorer
+from vlmembed.export.modules import (
+    CODE,
+    ModuleSpec,
+    check_head,
+    dense,
+    head_modules,
+    is_stock,
+    pooling_modules,
+    pooling_of,
+    standalone_code,
+    yes_no_head,
+)
 from vlmembed.pooling import Pooling
 
-#: The releases that read such a folder.
-REQUIREMENTS = {"sentence_transformers": ">=5.4", "transformers": ">=5.2"}
+#: ``dense`` scores a pooled state; ``logits`` takes the difference of two logits of the whole language model.
+Scoring = Literal["dense", "logits"]
 
 
-def write_folder(encoder: Encoder, folder: Path, truncate_dim: int | None = None) -> None:
-    """Write an embedder as a Sentence Transformers folder.
+def write_folder(
+    encoder: Encoder, folder: Path, truncate_dim: int | None = None, dimensions: Sequence[int] = ()
+) -> None:
+    """Write an embedder.
 
     Adapters are merged into the encoder's weights, for good.
 
@@ -29,111 +52,209 @@ def write_folder(encoder: Encoder, folder: Path, truncate_dim: int | None = None
         encoder: A configured encoder.
         folder: An existing, empty folder.
         truncate_dim: Keep this many leading dimensions, normalised anew; None for all.
+        dimensions: The dimensions that embeddings were trained to be truncated to, for other servers.
 
     Raises:
         ValueError: If the pooling cannot be served, or ``truncate_dim`` exceeds the embedding's dimension.
     """
     backbone, pooling = encoder.backbone, encoder.pooling
-    modules = [transformer(backbone, pooling.layers), *pooling_modules(pooling, sizes(backbone))]
+    modules = [_backbone_module(backbone, pooling.layers), *pooling_modules(pooling, *_sizes(backbone))]
     if truncate_dim is not None:
-        modules.append(_truncation(encoder.dimension, truncate_dim))
-    modules.append(_normalize())
-    write_checkpoint(backbone, folder)
-    write_served(modules, pooling, _model_config(backbone), folder)
+        if not 0 < truncate_dim <= encoder.dimension:
+            raise ValueError(
+                f"truncate_dim={truncate_dim} is not between 1 and the embedding's {encoder.dimension} dimensions."
+            )
+        # Before normalising, which Sentence Transformers' own truncate_dim is not.
+        modules.append(dense(torch.eye(encoder.dimension)[:truncate_dim]))
+    names = {"module_input_name": "sentence_embedding", "module_output_name": "sentence_embedding"}
+    # This path is known to all releases from 5.4 on; base.modules.normalize to those from 6.0 on.
+    modules.append(ModuleSpec("sentence_transformers.sentence_transformer.modules.normalize.Normalize", names))
+    _write_checkpoint(backbone, folder)
+    config = {
+        "model_type": "SentenceTransformer",
+        # Both roles need a prompt of their own: neither falls back to the default one.
+        "prompts": {role: instruction or "" for role, instruction in backbone.instructions.items()},
+        "default_prompt_name": "document",
+        "similarity_fn_name": "cosine",
+    }
+    # vLLM and SGLang cut embeddings only if these keys say that they may.
+    matryoshka = {"is_matryoshka": True, "matryoshka_dimensions": sorted(dimensions)} if dimensions else {}
+    _write_modules(modules, pooling, config, folder, **matryoshka)
 
 
-def sizes(backbone: VisionLanguageModel) -> Sizes:
-    """Return what modules have to be told of a backbone."""
-    return Sizes(backbone.hidden_size, backbone.model.config.get_text_config().num_hidden_layers)
+def write_reranker(scorer: Scorer, folder: Path, scoring: Scoring = "dense") -> None:
+    """Write a cross-encoder.
 
+    Both forms give the same scores. The dense one never computes the logits of the whole vocabulary, and serves every
+    head. The other is for those who want the whole language model too.
 
-def transformer(backbone: VisionLanguageModel, layers: Sequence[int], **chat_template: Any) -> ServedModule:
-    """Return the module that computes token states.
+    Adapters are merged into the scorer's weights, for good.
 
     Args:
-        backbone: Computes them here.
-        layers: Which are pooled. Of several, all are returned besides the last; see `return_all_layers`.
-        **chat_template: How items are rendered, besides the generation prompt.
+        scorer: A configured scorer.
+        folder: An existing, empty folder.
+        scoring: Which of the two.
+
+    Raises:
+        ValueError: If the head cannot be served so.
     """
+    backbone, head = scorer.backbone, scorer.pooling
+    if scoring == "dense":
+        check_head(head)
+        transformer = _backbone_module(backbone, head.layers, chat_template=NAME)
+        modules = [transformer, *head_modules(head, *_sizes(backbone))]
+        last_layer = f"{len(modules) - 1}.linear"
+        _write_checkpoint(backbone, folder)
+    else:
+        yes_no = yes_no_head(head)
+        template = {"add_generation_prompt": backbone.generation_prompt, "chat_template": NAME}
+        tokens = label_token_ids(backbone.preprocessor.processor.tokenizer, yes_no.label_tokens)
+        score = {"true_token_id": tokens[0], "false_token_id": tokens[1], "module_input_name": "causal_logits"}
+        modules = [
+            _transformer("any-to-any", "logits", "causal_logits", template),
+            ModuleSpec("sentence_transformers.cross_encoder.modules.logit_score.LogitScore", score),
+        ]
+        last_layer = "0.model.lm_head"
+        # The checkpoint's own head, with the two rows as they were trained; None where it is the token embeddings.
+        rows = backbone.lm_head_rows(range(backbone.model.config.get_text_config().vocab_size))
+        if rows is not None:
+            rows[tokens] = yes_no.weights.detach().to(rows)
+        _write_checkpoint(backbone, folder, rows)
+    config: dict[str, Any] = {
+        "model_type": "CrossEncoder",
+        "activation_fn": "torch.nn.modules.activation.Sigmoid",
+        # The instruction is the template's.
+        "prompts": {},
+        "default_prompt_name": None,
+    }
+    if scorer.dtype != "float32":  # The last layer answers in float32, as it did in training.
+        config["keep_in_fp32_modules"] = [last_layer]
+    _write_modules(modules, pooling_of(head), config, folder)
+
+
+def _sizes(backbone: VisionLanguageModel) -> tuple[int, int]:
+    """Return H, and the number of language layers."""
+    return (backbone.hidden_size, backbone.model.config.get_text_config().num_hidden_layers)
+
+
+def _backbone_module(backbone: VisionLanguageModel, layers: Sequence[int], **chat_template: Any) -> ModuleSpec:
+    """Return the module that computes the states of one layer; of several, the last, and all others beside it."""
     earlier = len(layers) == 1 and layers[0] != -1
     output: str | list[str | int] = ["hidden_states", layers[0]] if earlier else "last_hidden_state"
-    chat_template = {"add_generation_prompt": backbone.generation_prompt, **chat_template}
-    return transformer_module("feature-extraction", output, "token_embeddings", chat_template)
+    template = {"add_generation_prompt": backbone.generation_prompt, **chat_template}
+    return _transformer("feature-extraction", output, "token_embeddings", template)
 
 
-def transformer_module(
-    task: str, output: str | list[str | int], output_name: str, chat_template: Mapping[str, Any]
-) -> ServedModule:
+def _transformer(task: str, output: str | list[str | int], name: str, chat_template: Mapping[str, Any]) -> ModuleSpec:
     """Return the module that runs the checkpoint.
 
     Args:
         task: What transformers opens it for.
-        output: What of transformers' output is wanted.
-        output_name: What Sentence Transformers calls that.
+        output: Which of transformers' outputs is taken.
+        name: What Sentence Transformers calls that.
         chat_template: How items are rendered.
     """
     states = {"method": "forward", "method_output_name": output}
+    modalities = {kind: states for kind in ("text", "image", "video")}
     config = {
         "transformer_task": task,
-        "modality_config": {
-            "text": states,
-            "image": states,
-            "video": states,
-            "message": {**states, "format": "structured"},
-        },
-        "module_output_name": output_name,
+        # Without this, everything is taken for plain text that needs no chat template.
+        "modality_config": {**modalities, "message": {**states, "format": "structured"}},
+        "module_output_name": name,
         "processing_kwargs": {"chat_template": dict(chat_template)},
         "unpad_inputs": False,
     }
-    name = "sentence_transformers.base.modules.transformer.Transformer"
-    return ServedModule(name, config, file_name="sentence_bert_config.json")
+    path = "sentence_transformers.base.modules.transformer.Transformer"
+    return ModuleSpec(path, config, file_name="sentence_bert_config.json")
 
 
-def _truncation(dimension: int, truncate_dim: int) -> ServedModule:
-    """Cut before normalising, which Sentence Transformers' own truncate_dim does not."""
-    if not 0 < truncate_dim <= dimension:
-        raise ValueError(f"truncate_dim={truncate_dim} is not between 1 and the embedding's {dimension} dimensions.")
-    return dense(torch.eye(dimension)[:truncate_dim])
+def _write_checkpoint(
+    backbone: VisionLanguageModel, folder: Path, language_head: Float[Tensor, "vocabulary H"] | None = None
+) -> None:
+    """Write weights and processor under the names of the fresh checkpoint, by which other servers know it.
+
+    Adapters are merged, for good.
+
+    Args:
+        backbone: Configured.
+        folder: An existing folder.
+        language_head: Weights of the language-model head, where it has its own; None to leave it out.
+    """
+    adapters.merge(backbone)
+    if backbone.learned_tokens is not None:
+        tokenizer = backbone.preprocessor.processor.tokenizer
+        write_tokens(backbone.model, tokenizer, backbone.appended, backbone.learned_tokens)
+    model = _as_saved(backbone.model)
+    weights = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
+    if language_head is not None:
+        weights[HEAD] = language_head
+    model.save_pretrained(folder, state_dict=weights)
+    processor: Any = backbone.load_processor()
+    if backbone.pair_template is not None:  # It stands beside the checkpoint's own, for those who chat with it.
+        processor.chat_template = {**backbone.chat_templates, NAME: processor.chat_template}
+    if backbone.max_length is not None:
+        processor.tokenizer.model_max_length = backbone.max_length
+    processor.save_pretrained(folder)
 
 
-def _normalize() -> ServedModule:
-    config = {"module_input_name": "sentence_embedding", "module_output_name": "sentence_embedding"}
-    return ServedModule("sentence_transformers.base.modules.normalize.Normalize", config)
+def _as_saved(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the class that the checkpoint was saved as, around the trained base model.
+
+    Its language-model head, where it has weights of its own, stays without storage: few exports use it.
+    """
+    architecture = getattr(transformers, (model.config.architectures or [""])[0], type(model))
+    if isinstance(model, architecture):
+        return model
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = "sdpa"  # Ours is not one that a model can be made with.
+    with torch.device("meta"):
+        whole: PreTrainedModel = architecture(config)
+    setattr(whole, whole.base_model_prefix, model)
+    whole.tie_weights()
+    return whole
 
 
-def _model_config(backbone: VisionLanguageModel) -> dict[str, Any]:
-    """Both roles need a prompt of their own: neither falls back to the default one."""
-    return {
-        "model_type": "SentenceTransformer",
-        "prompts": {role: instruction or "" for role, instruction in backbone.instructions.items()},
-        "default_prompt_name": "document",
-        "similarity_fn_name": "cosine",
-        "requirements": REQUIREMENTS,
-    }
-
-
-def write_served(
-    modules: Sequence[ServedModule], pooling: Pooling, model_config: Mapping[str, Any], folder: Path
+def _write_modules(
+    modules: Sequence[ModuleSpec], pooling: Pooling, model_config: dict[str, Any], folder: Path, **extra: Any
 ) -> None:
     """Write what makes a model of a checkpoint that is there.
 
     Args:
         modules: In the order of serving.
-        pooling: What they pool, whose code is brought along where Sentence Transformers has none.
+        pooling: What they pool with; its code is written where Sentence Transformers has no module for it.
         model_config: Of the whole model.
         folder: Where the checkpoint is.
+        **extra: Further keys of the checkpoint's configuration.
     """
     entries = []
     for index, module in enumerate(modules):
         path = "" if index == 0 else f"{index}_{module.type.rsplit('.', 1)[-1]}"
         (folder / path).mkdir(exist_ok=True)
-        write_json(folder / path / module.file_name, module.config)
+        _write_json(folder / path / module.file_name, module.config)
         if module.weights is not None:
             save_file(dict(module.weights), folder / path / "model.safetensors")
         entries.append({"idx": index, "name": str(index), "path": path, "type": module.type})
-    write_json(folder / "modules.json", entries)
-    write_json(folder / "config_sentence_transformers.json", model_config)
+    _write_json(folder / "modules.json", entries)
+    _write_json(folder / "config_sentence_transformers.json", {**model_config, "requirements": _requirements(modules)})
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | extra
     if len(pooling.layers) > 1:
-        return_all_layers(folder)
+        # Sentence Transformers cannot ask for the states of all layers; the checkpoint returns them by itself.
+        for part in (config, config.get("text_config", {})):
+            part["output_hidden_states"] = True
+    _write_json(folder / "config.json", config)
     if not is_stock(pooling):
         (folder / f"{CODE}.py").write_text(standalone_code(pooling), encoding="utf-8")
+    # Weights are written with mode 0600, through a temporary file; others are as the process's umask has them.
+    mode = (folder / "modules.json").stat().st_mode
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(mode)
+
+
+def _requirements(modules: Sequence[ModuleSpec]) -> dict[str, str]:
+    """Return the releases that open such modules; tests/test_export.py opens folders with the lowest."""
+    scores = any(module.config.get("module_output_name") == "scores" for module in modules)
+    return {"sentence_transformers": ">=5.5" if scores else ">=5.4", "transformers": ">=5.2"}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,4 +1,8 @@
-"""What every pooling is."""
+"""What a pooling is: hidden states (B, L, H) of an item's tokens -> one embedding (B, D).
+
+The files of this folder import only each other, torch and jaxtyping: an export copies them whole, and they run where
+vlmembed is not installed.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 
@@ -15,8 +19,8 @@ class Template:
     """What token ids mean in a checkpoint's chat template.
 
     Args:
-        visual: The ids that stand where images and videos are.
-        instructions: How items begin that have an instruction, one for each that is used.
+        visual: The ids of image and video tokens.
+        instructions: The tokens that items with an instruction begin with, one tuple per instruction.
     """
 
     visual: tuple[int, ...]
@@ -27,17 +31,17 @@ class Pooling(nn.Module, ABC):
     """Turns token states into one embedding per item.
 
     A subclass that has weights creates them in `configure`; one that reads other layers than the last sets `layers`.
-    It keeps each argument of its constructor as an attribute of that name: an export writes them down.
+    It keeps each argument of its constructor as an attribute of the same name, because an export writes them down.
 
     Attributes:
-        layers: Which of the backbone's hidden states to pool, as indices into its layers with -1 the last one after
-            the final norm. With more than one, ``hidden`` has a leading dimension K in this order.
-        num_last_tokens: How many of an item's last tokens are read, if not all: the others' states need not be
-            computed, and may be NaN.
+        layers: Which of the backbone's hidden states to pool: -1 is the last one, after the final norm, 0 the token
+            embeddings. With more than one, ``hidden`` has a leading dimension K in this order.
+        num_last_tokens: How many of an item's last tokens are read; None for all. The states of other tokens need not
+            be computed, and may be NaN.
         appended: Tokens that every item gets at its end, behind all that the chat template writes.
-        learns_tokens: Whether these are new tokens, with embeddings of their own.
-        reads_template: Whether `template` is wanted.
-        template: What token ids mean, set by the encoder.
+        learns_tokens: Whether the appended tokens are new ones, with learned embeddings.
+        reads_template: Whether `template` is needed.
+        template: What token ids mean; set by the encoder.
     """
 
     layers: tuple[int, ...] = (-1,)
@@ -49,15 +53,11 @@ class Pooling(nn.Module, ABC):
 
     @property
     def token_embeddings(self) -> Float[Tensor, "tokens H"] | None:
-        """Embeddings that are learned for the appended tokens, if the pooling learns tokens and is configured."""
+        """Learned embeddings of the appended tokens, if there are any and the pooling is configured."""
         return None
 
     def configure(self, hidden_size: int) -> None:
-        """Create weights, once the backbone's hidden size is known.
-
-        Args:
-            hidden_size: H.
-        """
+        """Create weights, once the backbone's hidden size H is known."""
 
     def dimension(self, hidden_size: int) -> int:
         """Return D, the dimension of the embedding, for hidden size H."""
@@ -65,19 +65,29 @@ class Pooling(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self,
-        hidden: Float[Tensor, "*K B L H"],
-        mask: Int[Tensor, "B L"],
-        input_ids: Int[Tensor, "B L"] | None = None,
+        self, hidden: Float[Tensor, "*K B L H"], mask: Int[Tensor, "B L"], input_ids: Int[Tensor, "B L"] | None = None
     ) -> Float[Tensor, "B D"]:
-        """Pool the positions where ``mask`` is 1; ``input_ids`` are there for a pooling that selects by token."""
+        """Pool the positions where ``mask`` is 1; ``input_ids`` are for poolings that select by token."""
 
 
-class PoolingWrapper(Pooling, ABC):
+class TokenWeights(Pooling):
+    """A mean over tokens, each with a weight: most poolings only say how much a token counts."""
+
+    @abstractmethod
+    def weights(self, mask: Int[Tensor, "B L"], input_ids: Int[Tensor, "B L"] | None) -> Int[Tensor, "B L"]:
+        """Return how much each token counts; 0 at padding."""
+
+    def forward(
+        self, hidden: Float[Tensor, "B L H"], mask: Int[Tensor, "B L"], input_ids: Int[Tensor, "B L"] | None = None
+    ) -> Float[Tensor, "B H"]:
+        return weighted_mean(hidden, self.weights(mask, input_ids))
+
+
+class PoolingWrapper(Pooling):
     """A pooling that does something before or after another one.
 
     Args:
-        pooling: The other.
+        pooling: The other one.
     """
 
     def __init__(self, pooling: Pooling) -> None:
@@ -90,21 +100,46 @@ class PoolingWrapper(Pooling, ABC):
 
     @property
     def token_embeddings(self) -> Tensor | None:
-        """Those of the pooling inside."""
         return self.pooling.token_embeddings
 
     def configure(self, hidden_size: int) -> None:
-        """Configure the pooling inside."""
         self.pooling.configure(hidden_size)
 
     def dimension(self, hidden_size: int) -> int:
-        """Return that of the pooling inside."""
         return self.pooling.dimension(hidden_size)
+
+    def forward(self, hidden: Tensor, mask: Tensor, input_ids: Tensor | None = None) -> Tensor:
+        pooled: Tensor = self.pooling(hidden, mask, input_ids)
+        return pooled
+
+
+def mask_padding(hidden: Float[Tensor, "*K B L H"], kept: Tensor) -> Float[Tensor, "*K B L H"]:
+    """Set states to 0 where ``kept`` (B, L) is: 0 × NaN is NaN, and padding may hold anything.
+
+    In float32 at least: a sum over thousands of tokens would lose the small ones.
+    """
+    return at_least_float32(hidden.masked_fill(kept[..., None] == 0, 0.0))
 
 
 def at_least_float32(values: Tensor) -> Tensor:
-    """Leave half precision: a sum over thousands of tokens would lose the small ones."""
+    """Leave half precision."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def weighted_sum(hidden: Float[Tensor, "B L H"], weights: Int[Tensor, "B L"]) -> Float[Tensor, "B H"]:
+    """Return the sum over tokens, each times its weight."""
+    states = mask_padding(hidden, weights)
+    return torch.einsum("blh,bl->bh", states, weights.to(states.dtype))
+
+
+def weighted_mean(hidden: Float[Tensor, "B L H"], weights: Int[Tensor, "B L"]) -> Float[Tensor, "B H"]:
+    """Return the mean over tokens, each with its weight."""
+    return weighted_sum(hidden, weights) / weights.sum(dim=1, keepdim=True)
+
+
+def state_at(hidden: Float[Tensor, "B L H"], position: Int[Tensor, " B"]) -> Float[Tensor, "B H"]:
+    """Return the state at one position of each item; cheaper than a weighted mean, which copies all states."""
+    return at_least_float32(hidden[torch.arange(len(hidden), device=hidden.device), position])
 
 
 def tokens_from_end(mask: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
@@ -112,15 +147,9 @@ def tokens_from_end(mask: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
     return mask.flip(1).cumsum(dim=1).flip(1) * mask
 
 
-def weighted_mean(hidden: Float[Tensor, "B L H"], weights: Int[Tensor, "B L"]) -> Float[Tensor, "B H"]:
-    """Return the mean over tokens, each as often as its weight says."""
-    return weighted_sum(hidden, weights) / weights.sum(dim=1, keepdim=True)
-
-
-def weighted_sum(hidden: Float[Tensor, "B L H"], weights: Int[Tensor, "B L"]) -> Float[Tensor, "B H"]:
-    """Return the sum over tokens, each as often as its weight says.
-
-    Zero weight is not enough to drop a position, since 0 × NaN is NaN and padding may hold anything.
-    """
-    kept = at_least_float32(hidden.masked_fill(weights[..., None] == 0, 0.0))
-    return torch.einsum("blh,bl->bh", kept, weights.to(kept.dtype))
+def is_any(input_ids: Int[Tensor, "B L"], tokens: tuple[int, ...]) -> Bool[Tensor, "B L"]:
+    """Say where a token is one of a few; one by one, as a tensor of them would have to be sent to the device."""
+    matches = torch.zeros_like(input_ids, dtype=torch.bool)
+    for token in tokens:
+        matches |= input_ids == token
+    return matches

@@ -1,24 +1,19 @@
-"""Poolings that take one token's state, or one token's value for each feature."""
+"""Poolings without weights: one token, or a mean over some of them."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
-from vlmembed.pooling.base import Pooling, at_least_float32
+from vlmembed.pooling.base import Pooling, Template, TokenWeights, is_any, state_at, tokens_from_end, weighted_sum
 
 
 class FirstToken(Pooling):
     """The state of the first token, CLS pooling (BERT, arXiv:1810.04805); says little under causal attention."""
 
-    def forward(
-        self,
-        hidden: Float[Tensor, "B L H"],
-        mask: Int[Tensor, "B L"],
-        input_ids: Int[Tensor, "B L"] | None = None,
-    ) -> Float[Tensor, "B H"]:
-        """Pool the first position of each item that is not padding."""
+    def forward(self, hidden: Tensor, mask: Tensor, input_ids: Tensor | None = None) -> Tensor:
         return state_at(hidden, mask.argmax(dim=1))
 
 
@@ -27,34 +22,115 @@ class LastToken(Pooling):
 
     num_last_tokens = 1
 
-    def forward(
-        self,
-        hidden: Float[Tensor, "B L H"],
-        mask: Int[Tensor, "B L"],
-        input_ids: Int[Tensor, "B L"] | None = None,
-    ) -> Float[Tensor, "B H"]:
-        """Pool the last position of each item that is not padding."""
-        return last_state(hidden, mask)
+    def forward(self, hidden: Tensor, mask: Tensor, input_ids: Tensor | None = None) -> Tensor:
+        return state_at(hidden, mask.shape[1] - 1 - mask.flip(1).argmax(dim=1))
+
+
+class EndToken(LastToken):
+    """The state of an end-of-text token behind every item (E5-Mistral, arXiv:2401.00368).
+
+    Args:
+        token: A token of the checkpoint's vocabulary.
+    """
+
+    def __init__(self, token: str = "<|endoftext|>") -> None:
+        super().__init__()
+        self.token = token
+        self.appended = (token,)
 
 
 class Max(Pooling):
     """The largest value of each feature over the tokens (Sentence-BERT, arXiv:1908.10084)."""
 
-    def forward(
-        self,
-        hidden: Float[Tensor, "B L H"],
-        mask: Int[Tensor, "B L"],
-        input_ids: Int[Tensor, "B L"] | None = None,
-    ) -> Float[Tensor, "B H"]:
-        """Pool each feature's maximum."""
+    def forward(self, hidden: Tensor, mask: Tensor, input_ids: Tensor | None = None) -> Tensor:
         return hidden.masked_fill(mask[..., None] == 0, float("-inf")).amax(dim=1)
 
 
-def last_state(hidden: Float[Tensor, "B L H"], mask: Int[Tensor, "B L"]) -> Float[Tensor, "B H"]:
-    """Return the state of each item's last token, whichever side is padded."""
-    return state_at(hidden, mask.shape[1] - 1 - mask.flip(1).argmax(dim=1))
+class Mean(TokenWeights):
+    """The mean over the tokens (Sentence-BERT, arXiv:1908.10084)."""
+
+    def weights(self, mask: Tensor, input_ids: Tensor | None) -> Tensor:
+        return mask
 
 
-def state_at(hidden: Float[Tensor, "B L H"], position: Int[Tensor, " B"]) -> Float[Tensor, "B H"]:
-    """Return the state at one position of each item."""
-    return at_least_float32(hidden[torch.arange(len(hidden), device=hidden.device), position])
+class MeanSqrtLength(Pooling):
+    """The sum over the tokens divided by √length (Universal Sentence Encoder, arXiv:1803.11175).
+
+    Differs from `Mean` only where lengths matter: concatenated with another pooling, or before a layer.
+    """
+
+    def forward(self, hidden: Tensor, mask: Tensor, input_ids: Tensor | None = None) -> Tensor:
+        return weighted_sum(hidden, mask) / mask.sum(dim=1, keepdim=True).sqrt()
+
+
+class WeightedMean(TokenWeights):
+    """The mean weighted by position, 1 for the first token to n for the last (SGPT, arXiv:2202.08904)."""
+
+    def weights(self, mask: Tensor, input_ids: Tensor | None) -> Tensor:
+        return mask.cumsum(dim=1) * mask
+
+
+class MeanOfLast(TokenWeights):
+    """The mean over the last few tokens: a compromise between `LastToken` and `Mean`.
+
+    Args:
+        tokens: How many; an item that has fewer is averaged as a whole.
+    """
+
+    def __init__(self, tokens: int = 8) -> None:
+        super().__init__()
+        if tokens < 1:
+            raise ValueError(f"MeanOfLast: tokens is 1 or more, got {tokens}.")
+        self.tokens = tokens
+        self.num_last_tokens = tokens
+
+    def weights(self, mask: Tensor, input_ids: Tensor | None) -> Tensor:
+        return mask * (tokens_from_end(mask) <= self.tokens)
+
+
+class MeanOfPart(TokenWeights):
+    """The mean over some kind of token; an item that has none of the kind is averaged as a whole."""
+
+    reads_template = True
+
+    @abstractmethod
+    def part(self, input_ids: Tensor, mask: Tensor, template: Template) -> Tensor:
+        """Return (B, L), which tokens are of the kind; padding does not matter."""
+
+    def weights(self, mask: Tensor, input_ids: Tensor | None) -> Tensor:
+        if input_ids is None or self.template is None:
+            raise ValueError(f"{type(self).__name__} needs input_ids, and the template that they were made with.")
+        part = mask * self.part(input_ids, mask, self.template)
+        return torch.where(part.any(dim=1, keepdim=True), part, mask)
+
+
+class MeanOfImages(MeanOfPart):
+    """The mean over image and video tokens, which late interaction over pages keeps too (ColPali, arXiv:2407.01449)."""
+
+    def part(self, input_ids: Tensor, mask: Tensor, template: Template) -> Tensor:
+        return is_any(input_ids, template.visual)
+
+
+class MeanOfText(MeanOfPart):
+    """The mean over all tokens but those of images and videos: texts, instruction and chat template.
+
+    Under causal attention those behind an image have seen it.
+    """
+
+    def part(self, input_ids: Tensor, mask: Tensor, template: Template) -> Tensor:
+        return ~is_any(input_ids, template.visual)
+
+
+class MeanWithoutInstruction(MeanOfPart):
+    """The mean over what follows the instruction, which still influences it (INSTRUCTOR, arXiv:2212.09741)."""
+
+    def part(self, input_ids: Tensor, mask: Tensor, template: Template) -> Tensor:
+        following = torch.ones_like(input_ids, dtype=torch.bool)
+        position = mask.cumsum(dim=1)  # From 1, at each item's first token.
+        for instruction in template.instructions:
+            matches = torch.ones_like(input_ids[:, 0], dtype=torch.bool)  # (B,): whether the item begins with it
+            for index, token in enumerate(instruction, start=1):
+                # A token at padding has the position of the one before it, and is none.
+                matches &= ((input_ids == token) & (position == index) & (mask == 1)).any(dim=1)
+            following &= ~(matches[:, None] & (position <= len(instruction)))
+        return following

@@ -1,21 +1,23 @@
-"""The module that pools in an exported folder with code of its own: written into it, together with the pooling."""
+"""The module that pools in an exported folder with code: written into it, behind the poolings' own source."""
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
 from sentence_transformers.base.modules.module import Module
 
-from vlmembed.pooling import Template
+from vlmembed.pooling.base import Template
 
 
-class TrainedPooling(Module):
-    """Pools as it was trained to.
+class ServedPooling(Module):
+    """Pools as in training.
 
     Args:
         pooling: The pooling's class and arguments, those of poolings inside it, and what its token ids mean.
-        hidden_size: Of the token states.
+        hidden_size: H, of the token states.
     """
 
     config_keys: list[str] = ["pooling", "hidden_size"]
@@ -28,7 +30,7 @@ class TrainedPooling(Module):
         self.layer.configure(hidden_size)
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
-        """Add the sentence embedding to the features."""
+        """Add the sentence embedding (B, D) to the features."""
         hidden = features["token_embeddings"]
         if len(self.layer.layers) > 1:
             hidden = torch.stack([features["all_layer_embeddings"][layer] for layer in self.layer.layers])
@@ -36,33 +38,35 @@ class TrainedPooling(Module):
         return features
 
     def get_embedding_dimension(self) -> int:
-        """Return the embedding's dimension."""
+        """Return D."""
         dimension: int = self.layer.dimension(self.hidden_size)
         return dimension
 
     def save(self, output_path: str, *_: Any, safe_serialization: bool = True, **__: Any) -> None:
-        """Write configuration and weights."""
+        """Write configuration and weights, and this file into the folder above, where Sentence Transformers looks."""
         self.save_config(output_path)
         self.save_torch_weights(output_path, safe_serialization=safe_serialization)
+        shutil.copyfile(__file__, Path(output_path).parent / Path(__file__).name)
 
     @classmethod
-    def load(cls, model_name_or_path: str, **options: Any) -> TrainedPooling:  # type: ignore[override]
+    def load(cls, model_name_or_path: str, **options: Any) -> ServedPooling:  # type: ignore[override]
         """Read configuration and weights."""
         names = ("subfolder", "token", "cache_folder", "revision", "local_files_only")
         options = {name: options[name] for name in names if name in options}
         module = cls(**cls.load_config(model_name_or_path, **options))
-        loaded: TrainedPooling = cls.load_torch_weights(model_name_or_path, model=module, **options)
+        loaded: ServedPooling = cls.load_torch_weights(model_name_or_path, model=module, **options)
         return loaded
 
 
 def _build(value: Any) -> Any:
-    """Make a pooling, or a list of them, of what a configuration says; leave anything else as it is."""
+    """Make a pooling, or a list of them, from its description; leave any other argument as it is."""
     if isinstance(value, list):
-        return [_build(each) for each in value]
+        return [_build(item) for item in value]
     if not isinstance(value, dict):
         return value
-    pooling = globals()[value["class"]](**{name: _build(each) for name, each in value["arguments"].items()})
+    arguments = {name: _build(argument) for name, argument in value["arguments"].items()}
+    pooling = globals()[value["class"]](**arguments)  # The pooling's class is in this file too.
     if value["template"]:
         visual, instructions = value["template"]
-        pooling.template = Template(tuple(visual), tuple(tuple(each) for each in instructions))
+        pooling.template = Template(tuple(visual), tuple(map(tuple, instructions)))
     return pooling
