@@ -29,8 +29,8 @@ from vlmembed.losses import (
     ScoreDistillation,
     WeightedSum,
 )
-from vlmembed.losses.definition import defined_loss
 from vlmembed.modules import ParityCheck
+from vlmembed.training.parity import defined_loss
 from vlmembed.modules.embedding import gather_batch
 from vlmembed.types import Example
 

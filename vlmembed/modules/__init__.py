@@ -3,8 +3,8 @@
 from vlmembed.modules.cross_encoder import CrossEncoderModule
 from vlmembed.modules.embedding import EmbeddingModule
 from vlmembed.modules.module import RetrievalModule
-from vlmembed.modules.parity import ParityCheck
 from vlmembed.modules.schedules import Constant, CosineDecay, LinearDecay
+from vlmembed.training.parity import ParityCheck
 
 __all__ = [
     "Constant",

@@ -22,7 +22,7 @@ from vlmembed.metrics import RerankingMetrics
 from vlmembed.modules.module import RetrievalModule
 from vlmembed.modules.prediction import write_reranking
 from vlmembed.modules.recent import RecentFeatures
-from vlmembed.modules.watch import ScoreWatch
+from vlmembed.training.guards import CollapseMonitor
 from vlmembed.types import PairBatch, RankingBatch, RerankingSet
 
 
@@ -41,7 +41,6 @@ class CrossEncoderModule(RetrievalModule):
     """
 
     loss: RankingLoss
-    watches = ScoreWatch
 
     def __init__(
         self,
@@ -60,6 +59,10 @@ class CrossEncoderModule(RetrievalModule):
     def task(self) -> Task:
         """To score pairs, with the targets that the loss wants."""
         return Reranking(self.loss.targets, self._template.ends_with_query, self._in_batch_negatives)
+
+    def collapse_monitor(self) -> CollapseMonitor:
+        """Watch a batch's scores."""
+        return CollapseMonitor.of_scores()
 
     def gather_batch(self, outputs: Tensor, batch: RankingBatch) -> tuple[Tensor, ...]:
         """Join the scores of all processes."""

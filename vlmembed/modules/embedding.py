@@ -18,8 +18,8 @@ from vlmembed.losses import Loss
 from vlmembed.metrics import RetrievalMetrics
 from vlmembed.modules.module import RetrievalModule
 from vlmembed.modules.prediction import write_predictions
-from vlmembed.modules.watch import EmbeddingWatch
 from vlmembed.pooling import Pooling
+from vlmembed.training.guards import CollapseMonitor
 from vlmembed.types import Batch, EvaluationSet, ItemBatch
 
 
@@ -34,7 +34,6 @@ class EmbeddingModule(RetrievalModule):
     """
 
     loss: Loss
-    watches = EmbeddingWatch
 
     def __init__(self, backbone: VisionLanguageModel, pooling: Pooling, loss: Loss, **options: Any) -> None:
         super().__init__(partial(Encoder, backbone, pooling), loss, **options)
@@ -52,6 +51,10 @@ class EmbeddingModule(RetrievalModule):
                 f"The loss truncates to {too_large} dimensions, but the embedding has {self.encoder.dimension}. "
                 "Remove the larger ones from the Matryoshka loss's dimensions."
             )
+
+    def collapse_monitor(self) -> CollapseMonitor:
+        """Watch a batch's embeddings."""
+        return CollapseMonitor.of_embeddings()
 
     def gather_batch(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, ...]:
         """Join the embeddings of all processes."""

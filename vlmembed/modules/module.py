@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from vlmembed.data import Task
 from vlmembed.encoder import Encoder
 from vlmembed.features import FeatureCache
 from vlmembed.memory import StepPeak, graph_bytes
-from vlmembed.modules.finite import FiniteSteps, refuse_broken_weights
 from vlmembed.modules.optimization import (
     clip,
     parameter_groups,
@@ -29,8 +28,8 @@ from vlmembed.modules.optimization import (
 )
 from vlmembed.modules.preparation import start_engine
 from vlmembed.modules.resumable import Resumable
-from vlmembed.modules.watch import Watch
 from vlmembed.sharding import refuse_strategy, shard
+from vlmembed.training.guards import CollapseMonitor, NonFiniteGuard, refuse_broken_weights
 from vlmembed.types import Preprocessor
 
 SchedulerCallable = Callable[[Optimizer, int], LRScheduler]
@@ -53,12 +52,7 @@ class RetrievalModule(Resumable, ABC):
             ``vlmembed.features.InMemory`` or ``OnDisk``; null to run the tower once per image and step.
         max_skipped_steps: How many optimizer steps in a row may be skipped because their loss or gradient is not
             finite; one more stops the run. They are listed in ``non_finite.jsonl`` in the run's folder.
-
-    Attributes:
-        watches: What warns of outputs that are all alike and of a loss that stays at chance.
     """
-
-    watches: ClassVar[type[Watch]]
 
     def __init__(
         self,
@@ -82,8 +76,8 @@ class RetrievalModule(Resumable, ABC):
         self._learning_rates = learning_rates or {}
         self._graph_memory = graph_memory
         self._features = features
-        self.steps = FiniteSteps(max_skipped_steps)
-        self._watch = self.watches()
+        self.steps = NonFiniteGuard(max_skipped_steps)
+        self._monitor = self.collapse_monitor()
         self._configured = False
         self._gradients_checked = False
         self._metrics = nn.ModuleList()
@@ -113,6 +107,10 @@ class RetrievalModule(Resumable, ABC):
     @abstractmethod
     def write_predictions(self, metrics: Any, folder: Path) -> None:
         """Write what was predicted. All processes call it."""
+
+    @abstractmethod
+    def collapse_monitor(self) -> CollapseMonitor:
+        """Return what warns of outputs that are all alike and of a loss that stays at chance."""
 
     @property
     def metrics(self) -> list[Metric]:
@@ -185,7 +183,7 @@ class RetrievalModule(Resumable, ABC):
         loss: Tensor = self.loss(*given)
         self.steps.add(loss, batch.origins)
         if self.engine.before_step:
-            self._watch.note(self.global_step, given, loss)
+            self._monitor.note(self.global_step, given, loss)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch.queries))
         return loss
 
@@ -200,7 +198,7 @@ class RetrievalModule(Resumable, ABC):
         def closure() -> Any:
             self.engine.before_step = True
             loss = optimizer_closure()
-            self._watch.look(self, self.loss)
+            self._monitor.check(self, self.loss)
             if self._reduce_gradients:
                 distributed.mean_gradients(self.parameters())
             return loss
@@ -212,7 +210,7 @@ class RetrievalModule(Resumable, ABC):
     ) -> None:
         """Skip a step that is not finite, and clip any other, asking once for the norm of all gradients."""
         norm = distributed.gradient_norm(parameters_of(optimizer))
-        if self.steps.allow(self, optimizer, norm) and gradient_clip_val:
+        if self.steps.check(self, optimizer, norm) and gradient_clip_val:
             clip(self, optimizer, gradient_clip_val, gradient_clip_algorithm, norm)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -1,0 +1,242 @@
+"""Guards of a run: steps that are not finite are skipped, and outputs that have collapsed are warned of."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from torch.optim import Optimizer
+
+from vlmembed import distributed
+
+ADVICE = (
+    "If it is always the same rows, look at these. Otherwise lower the learning rate or warm it up longer, clip gradients "
+    "(trainer.gradient_clip_val: 1.0), raise the loss's temperature, or set trainer.precision: bf16-mixed."
+)
+CAUSES = (
+    "Likely causes: a learning rate that is too high or too low ({rate:.3g} now), a pooling that reads the wrong tokens, "
+    "adapters that freeze what should learn, a temperature that is far too high, or rows whose positives do not answer."
+)
+#: Steps between two looks at the outputs, and looks until they are judged: 50 steps.
+EVERY, LOOKS = 10, 5
+
+
+class NonFiniteGuard:
+    """Skips optimizer steps whose loss or gradient is not finite, on all processes, and stops a run of little else.
+
+    A skipped step changes neither weights nor moments. Each is a line of ``non_finite.jsonl`` in the run's folder: the
+    step as in ``metrics.csv``, the gradient's norm, some parameters whose gradient is broken, and the loss and rows of
+    its batches. With a gradient scaler (``16-mixed``) nothing counts until its scale is down at 1 or the loss is broken.
+
+    Args:
+        max_skipped_steps: How many steps in a row may be skipped.
+    """
+
+    def __init__(self, max_skipped_steps: int = 10) -> None:
+        if max_skipped_steps < 0:
+            raise ValueError(f"max_skipped_steps is 0, to stop at the first, or more; got {max_skipped_steps}.")
+        self.max_skipped_steps = max_skipped_steps
+        self.skipped, self.in_a_row = 0, 0  # In the whole run, and since the last step that was taken.
+        self._batches: list[tuple[Tensor, tuple[str, ...]]] = []
+
+    def add(self, loss: Tensor, origins: tuple[str, ...]) -> None:
+        """Remember a batch of the coming step: its loss () over all processes, and where this process's rows are from."""
+        self._batches.append((loss.detach(), origins))
+
+    def check(self, module: LightningModule, optimizer: Optimizer, norm: Tensor) -> bool:
+        """Say whether to step, given the norm () of all gradients; otherwise remove the gradients. Collective.
+
+        Raises:
+            RuntimeError: If too many steps in a row were skipped, or weights are not finite.
+        """
+        batches, self._batches = self._batches, []
+        scaler = module.trainer.scaler  # Decides by gradients alone, and skips by itself.
+        numbers = [norm.float(), *(loss.float() for loss, _ in batches if scaler is None)]
+        # The only place of a step where the host waits for the device: an optimizer cannot undo its step.
+        if not distributed.anywhere(~torch.stack(numbers).isfinite().all()):
+            self.in_a_row, is_finite = 0, True
+        else:
+            is_finite = False
+            if scaler is None or scaler.get_scale() <= 1 or not all(loss.isfinite() for loss, _ in batches):
+                self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+                self._report(module, float(norm), [(float(loss), origins) for loss, origins in batches])
+            if scaler is None:
+                optimizer.zero_grad(set_to_none=True)  # Without a gradient not even weight decay touches a weight.
+        if self.skipped:
+            module.log("train/skipped_steps", float(self.skipped))
+        return is_finite
+
+    def state(self) -> dict[str, int]:
+        """What a checkpoint keeps."""
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def restore(self, state: dict[str, int]) -> None:
+        """Count on from a checkpoint."""
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
+
+    def begin(self, module: LightningModule) -> None:
+        """Drop the lines of steps that a resumed run takes again, and a line that a killed one left unfinished."""
+        path = _log_path(module)
+        if path is not None and module.trainer.is_global_zero and path.exists():
+            *lines, _ = path.read_text(encoding="utf-8").split("\n")
+            draft = path.with_suffix(".draft")
+            draft.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] < module.global_step))
+            draft.replace(path)
+
+    def _report(self, module: LightningModule, norm: float, batches: list[tuple[float, tuple[str, ...]]]) -> None:
+        """Write the step down, warn, and stop if it was one too many or nothing can mend the weights."""
+        step, path = module.global_step, _log_path(module)
+        gradients = ((name, weight.grad) for name, weight in module.named_parameters() if weight.grad is not None)
+        ranks = distributed.gather_objects([origins for _, origins in batches])
+        rows = [sum(parts, start=()) for parts in zip(*ranks, strict=True)]  # Of each batch, over all processes.
+        losses = [loss if math.isfinite(loss) else str(loss) for loss, _ in batches]  # JSON has no NaN.
+        entry = {
+            "step": step,
+            "epoch": module.current_epoch,
+            "gradient_norm": norm if math.isfinite(norm) else str(norm),
+            "parameters": _not_finite(gradients, order=2)[:5],
+            "batches": [{"loss": loss, "rows": origins} for loss, origins in zip(losses, rows, strict=True)],
+        }
+        if path is not None and module.trainer.is_global_zero:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        where = "" if path is None else f" The rows of its batch are in {path}."
+        if broken := broken_weights(module):
+            raise RuntimeError(
+                f"Step {step}: weights are not finite, such as {broken[0]}.{where} Resume from a checkpoint. {ADVICE}"
+            )
+        text = ", ".join(f"{loss:.3g}" for loss, _ in batches)
+        rank_zero_warn(f"Step {step} is skipped: the norm of its gradient is {norm:.3g}, its loss {text}.{where}")
+        if self.in_a_row > self.max_skipped_steps:
+            raise RuntimeError(
+                f"{self.in_a_row} optimizer steps in a row had a loss or a gradient that is not finite, and "
+                f"max_skipped_steps is {self.max_skipped_steps}.{where} {ADVICE}"
+            )
+
+
+def refuse_broken_weights(module: LightningModule) -> None:
+    """Raise a RuntimeError before weights that are not finite are written into a checkpoint. Collective."""
+    if broken := broken_weights(module):
+        raise RuntimeError(
+            f"{len(broken)} parameters are not finite, such as {broken[0]}, so no checkpoint is written; earlier ones are "
+            f"as they were. {ADVICE}"
+        )
+
+
+def broken_weights(module: nn.Module) -> list[str]:
+    """Name the trained parameters that are not finite. Collective."""
+    trained = ((name, weight.detach()) for name, weight in module.named_parameters() if weight.requires_grad)
+    return _not_finite(trained, order=math.inf)  # A sum of squares may overflow where every weight is fine.
+
+
+def _not_finite(tensors: Iterable[tuple[str, Tensor]], order: float) -> list[str]:
+    """Name the tensors whose norm of that order is not finite in any process."""
+    parts = [(name, distributed.own_part(tensor)) for name, tensor in tensors]
+    here = [name for name, part in parts if part.numel() and not torch.linalg.vector_norm(part, order).isfinite()]
+    return list(dict.fromkeys(name for names in distributed.gather_objects(here) for name in names))
+
+
+def _log_path(module: LightningModule) -> Path | None:
+    """``non_finite.jsonl`` in the run's folder, if there is one. Collective, as Lightning's ``log_dir`` is."""
+    folder = module.trainer.log_dir if module.trainer.loggers else None
+    return None if folder is None else Path(folder) / "non_finite.jsonl"
+
+
+class CollapseMonitor:
+    """Warns of outputs that are all alike, of a loss that stays at chance, and of batches with nothing to learn from.
+
+    Chance is the loss of the same batches if all outputs were the same. Means over 50 steps are judged, of which every
+    tenth is looked at; not while the learning rate rises. A warning comes again only after it was better in between.
+
+    Args:
+        outputs: What is watched, for messages.
+        likeness: From the loss's arguments, how much alike the outputs are (1 if all are the same), and the arguments
+            if all of them were the same.
+    """
+
+    def __init__(self, outputs: str, likeness: Callable[..., tuple[Tensor, tuple[Tensor, ...]]]) -> None:
+        self.outputs, self.likeness = outputs, likeness
+        self._noted: tuple[tuple[Tensor, ...], Tensor] | None = None
+        self._looks: list[Tensor] = []
+        self._rate = 0.0
+        self._warned: set[str] = set()
+
+    @classmethod
+    def of_embeddings(cls) -> CollapseMonitor:
+        """Watch the mean cosine of two embeddings of a batch."""
+        return cls("Embeddings", embedding_likeness)
+
+    @classmethod
+    def of_scores(cls) -> CollapseMonitor:
+        """Watch the spread of a batch's scores."""
+        return cls("Scores", score_likeness)
+
+    def note(self, step: int, arguments: tuple[Tensor, ...], value: Tensor) -> None:
+        """Keep the loss's arguments and value () in the last batch before an optimizer step, if it is that step's turn."""
+        if step % EVERY == 0:
+            self._noted = tuple(argument.detach() for argument in arguments), value.detach()
+
+    @torch.no_grad()
+    def check(self, module: LightningModule, loss: nn.Module) -> None:
+        """Look at the batch that was noted: after its backward, because a loss may change its parameters in place."""
+        if self._noted is None:
+            return
+        (arguments, value), self._noted = self._noted, None
+        likeness, constant = self.likeness(*arguments)
+        chance = torch.full_like(likeness, math.nan)
+        if next(loss.buffers(), None) is None:  # Otherwise it may keep what it is asked here.
+            device = likeness.device
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                with module.trainer.precision_plugin.train_step_context():
+                    chance = loss(*constant)
+        self._looks.append(torch.stack([likeness, value.to(likeness), chance.to(likeness)]))
+        if len(self._looks) == LOOKS:  # Only now the host waits for the device.
+            numbers = torch.stack(self._looks).mean(0).tolist()
+            self._looks.clear()
+            self._judge(*numbers, rate=float(module.trainer.optimizers[0].param_groups[0]["lr"]))
+
+    def _judge(self, likeness: float, value: float, chance: float, rate: float) -> None:
+        is_empty, is_rising, self._rate = value == chance == 0, rate > self._rate, rate
+        steps, causes = f"over the last {EVERY * LOOKS} steps", CAUSES.format(rate=rate)
+        self._warn(
+            is_empty,
+            f"The loss was exactly 0 {steps}, whatever the model says: no query has a negative. Raise data.batch_size, "
+            "give rows negatives, and look whether all documents are the same.",
+        )
+        if not is_rising:
+            message = f"{self.outputs} have collapsed: {steps} the likeness of two of a batch was {likeness:.4f} of 1."
+            self._warn(likeness > 0.99 and not is_empty, f"{message} {causes}")
+            message = f"The loss is at chance: {value:.4g} {steps}, and {chance:.4g} if all outputs are the same."
+            self._warn(abs(value - chance) < 0.01 * abs(chance), f"{message} {causes}")
+
+    def _warn(self, is_so: bool, message: str) -> None:
+        kind = message[:20]
+        if is_so and kind not in self._warned:
+            rank_zero_warn(message)
+        self._warned = self._warned | {kind} if is_so else self._warned - {kind}
+
+
+def embedding_likeness(queries: Tensor, documents: Tensor, *labels: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return the mean cosine () of any two of queries (Q, D) and documents (P, D), and equal ones for the loss."""
+    directions = normalize(torch.cat([queries, documents]).float())
+    count = len(directions)
+    # All cosines together are the square of the sum of directions; each with itself is 1.
+    cosine = (directions.sum(0).square().sum() - count) / (count * (count - 1))
+    return cosine, (torch.ones_like(queries), torch.ones_like(documents), *labels)
+
+
+def score_likeness(scores: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return 1 less the standard deviation of scores (Q, C) over their mean or 1, and scores that are all their mean."""
+    real = scores.float().masked_fill(~mask, 0.0)
+    mean = real.sum() / mask.sum()
+    deviation = (((real - mean) * mask).square().sum() / mask.sum()).sqrt()
+    return 1 - deviation / mean.abs().clamp(min=1), (mean.expand_as(scores), targets, mask)
