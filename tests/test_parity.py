@@ -36,7 +36,7 @@ from vlmembed.losses import InfoNCE, Loss, Matryoshka
 from vlmembed.losses.pairs import Pairs
 from vlmembed.modules import EmbeddingModule, ParityCheck, embedding
 from vlmembed.pooling import LastToken, Pooling
-from vlmembed.training.parity import compare, defined_loss, first_queries
+from vlmembed.training.parity import defined_loss
 from vlmembed.types import Batch, Example
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "qkv"]}
@@ -154,7 +154,6 @@ def test_right_steps_pass(
     printed = capsys.readouterr().out
     assert re.search(r"Parity check passed, of \d+ queries and \d+ documents in \d+ chunks:", printed)
     assert sorted(table(printed)) == sorted(groups.split())
-    print(printed)
     assert all(tolerated < most for _, tolerated in table(printed).values())
 
 
@@ -269,19 +268,6 @@ def test_a_planted_error_is_caught(
     plant(monkeypatch)
     with pytest.raises(RuntimeError, match=rf"^The step's gradient is not that of its loss\. Of \w+ param.*{advice}"):
         check(model, precision=precision)
-
-
-def test_what_rounding_hides_is_said() -> None:
-    """Half of the gradient of a group, or all of it, may be rounding where it nearly vanishes."""
-    norms = {"vision": 2.0, "language": 1.0, "pooling": 0.0}
-    noise = {"vision": 0.002, "language": 0.06, "pooling": 0.0}
-    lines, complaint = compare(norms, norms, {"vision": 0.01, "language": 0.5, "pooling": 0.0}, noise)
-    assert not complaint
-    assert [line.split() for line in lines.splitlines()[1:]] == [
-        ["pooling", "0.0e+00", "1.0e-04"],
-        ["language", "5.0e-01", "6.0e-01", "rounding", "hides", "errors"],
-        ["vision", "5.0e-03", "1.0e-02"],
-    ]
 
 
 def test_a_warning_lets_it_train(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -486,12 +472,12 @@ def test_it_is_one_line_of_yaml() -> None:
     read = parser.parse_string("callbacks: [{class_path: vlmembed.modules.ParityCheck}]")
     (callback,) = parser.instantiate_classes(read).callbacks
     assert isinstance(callback, ParityCheck)
-    assert (callback.items, callback.on_failure) == (32, "raise")
+    assert (callback.items, callback.on_failure) == (8, "raise")
 
 
 def test_too_few_items_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"6 or more.*got 5"):
-        ParityCheck(items=5)
+    with pytest.raises(ValueError, match=r"2 or more.*got 1"):
+        ParityCheck(items=1)
 
 
 def test_what_it_does_not_know_is_refused(checkpoint: Path) -> None:
