@@ -12,7 +12,6 @@ from lightning.pytorch.callbacks import Callback
 
 from vlmembed.data import Mixture, RetrievalDataModule, Rows, Source
 from vlmembed.engine import _halved
-from vlmembed.modules.reduction import reduced
 from vlmembed.types import Batch, Example, RankingBatch
 
 
@@ -88,4 +87,3 @@ def test_rows_are_named_one_by_one_though_equal_items_are_merged(checkpoint: Pat
     for each in made:
         assert each.origins == tuple(f"row {number}" for number in range(5))
         assert _halved(each).origins == each.origins
-    assert reduced(made[0], 6).origins == made[0].origins

@@ -1,0 +1,1 @@
+"""What guards a run: checks of steps, gradients, weights and outputs."""

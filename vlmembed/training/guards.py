@@ -1,16 +1,6 @@
-"""Steps whose loss or gradient is no number are not taken, and weights that are none are not kept."""
+"""Guards of a run: steps that are not finite are skipped, and outputs that have collapsed are warned of."""
 
 from __future__ import annotations
-import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import ClassVar
-import torch
-from lightning import LightningModule
-from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
-from torch.nn.functional import normalize
-from vlmembed.losses.base import masked as cleared
 
 import json
 import math
@@ -22,86 +12,67 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 from torch.optim import Optimizer
 
 from vlmembed import distributed
-from vlmembed.files import write_whole
-
-#: Where skipped steps are written down, in the run's folder.
-FILE = "non_finite.jsonl"
-#: How many parameters are named.
-NAMED = 5
-
-#: A batch's loss, and where its rows came from.
-_Batch = tuple[Tensor, tuple[str, ...]]
 
 ADVICE = (
-    "If it is always the same rows, look at these. Otherwise lower the learning rate or warm it up longer, clip "
-    "gradients (trainer.gradient_clip_val: 1.0), raise the loss's temperature, or, with a precision of 16 bits, set "
-    "trainer.precision: bf16-mixed."
+    "If it is always the same rows, look at these. Otherwise lower the learning rate or warm it up longer, clip gradients "
+    "(trainer.gradient_clip_val: 1.0), raise the loss's temperature, or set trainer.precision: bf16-mixed."
 )
+CAUSES = (
+    "Likely causes: a learning rate that is too high or too low ({rate:.3g} now), a pooling that reads the wrong tokens, "
+    "adapters that freeze what should learn, a temperature that is far too high, or rows whose positives do not answer."
+)
+#: Steps between two looks at the outputs, and looks until they are judged: 50 steps.
+EVERY, LOOKS = 10, 5
 
 
 class NonFiniteGuard:
-    """Skips optimizer steps whose loss or gradient is not finite, and stops a run that has little else.
+    """Skips optimizer steps whose loss or gradient is not finite, on all processes, and stops a run of little else.
 
-    A skipped step changes nothing: neither weights nor the optimizer's moments, which would keep a NaN for good. The
-    schedule goes on, so that a run is as long as it was meant to be. Each is a line of ``non_finite.jsonl`` in the
-    run's folder: the step as in ``metrics.csv``, the norm of its gradient, some of the parameters whose gradient is
-    broken, and of each batch (several, where gradients are accumulated) its loss and its rows, over all processes.
-
-    This is the one place of a step where the host waits for the device, as no optimizer can be told afterwards that it
-    should not have stepped. What is asked is the norm of all gradients, which clipping needs anyway.
-
-    With a gradient scaler (``precision: 16-mixed``) skipping is the scaler's, and so are steps too large for its scale:
-    nothing is counted until the scale is down at 1, or the loss itself is not finite.
+    A skipped step changes neither weights nor moments. Each is a line of ``non_finite.jsonl`` in the run's folder: the
+    step as in ``metrics.csv``, the gradient's norm, some parameters whose gradient is broken, and the loss and rows of
+    its batches. With a gradient scaler (``16-mixed``) nothing counts until its scale is down at 1 or the loss is broken.
 
     Args:
-        limit: How many steps in a row may be skipped.
-
-    Raises:
-        ValueError: If it is below 0.
+        max_skipped_steps: How many steps in a row may be skipped.
     """
 
-    def __init__(self, limit: int = 10) -> None:
-        if limit < 0:
-            raise ValueError(f"max_skipped_steps is 0, to stop at the first, or more; got {limit}.")
-        self.limit = limit
-        #: In the whole run, and without one that was taken since.
-        self.skipped, self.in_a_row = 0, 0
-        self._batches: list[_Batch] = []
+    def __init__(self, max_skipped_steps: int = 10) -> None:
+        if max_skipped_steps < 0:
+            raise ValueError(f"max_skipped_steps is 0, to stop at the first, or more; got {max_skipped_steps}.")
+        self.max_skipped_steps = max_skipped_steps
+        self.skipped, self.in_a_row = 0, 0  # In the whole run, and since the last step that was taken.
+        self._batches: list[tuple[Tensor, tuple[str, ...]]] = []
 
     def add(self, loss: Tensor, origins: tuple[str, ...]) -> None:
-        """Take note of a batch of the coming step.
-
-        Args:
-            loss: () of all processes' batches.
-            origins: Where the rows of this process's batch came from.
-        """
+        """Remember a batch of the coming step: its loss () over all processes, and where this process's rows are from."""
         self._batches.append((loss.detach(), origins))
 
     def check(self, module: LightningModule, optimizer: Optimizer, norm: Tensor) -> bool:
-        """Say whether to step; all processes call this, and are told the same. If not, the gradients are gone.
-
-        Args:
-            module: What is trained, before the optimizer steps.
-            optimizer: What is about to step.
-            norm: () of all gradients together.
+        """Say whether to step, given the norm () of all gradients; otherwise remove the gradients. Collective.
 
         Raises:
-            RuntimeError: If too many steps in a row had to be skipped, or because weights are broken.
+            RuntimeError: If too many steps in a row were skipped, or weights are not finite.
         """
         batches, self._batches = self._batches, []
-        # A scaler goes by gradients alone.
-        asked = [norm.float(), *(loss.float() for loss, _ in batches if module.trainer.scaler is None)]
-        finite = not distributed.any_process(~torch.stack(asked).isfinite().all())
-        if finite:
-            self.in_a_row = 0
+        scaler = module.trainer.scaler  # Decides by gradients alone, and skips by itself.
+        numbers = [norm.float(), *(loss.float() for loss, _ in batches if scaler is None)]
+        # The only place of a step where the host waits for the device: an optimizer cannot undo its step.
+        if not distributed.anywhere(~torch.stack(numbers).isfinite().all()):
+            self.in_a_row, is_finite = 0, True
         else:
-            self._skip(module, optimizer, float(norm), batches)
+            is_finite = False
+            if scaler is None or scaler.get_scale() <= 1 or not all(loss.isfinite() for loss, _ in batches):
+                self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+                self._report(module, float(norm), [(float(loss), origins) for loss, origins in batches])
+            if scaler is None:
+                optimizer.zero_grad(set_to_none=True)  # Without a gradient not even weight decay touches a weight.
         if self.skipped:
             module.log("train/skipped_steps", float(self.skipped))
-        return finite
+        return is_finite
 
     def state(self) -> dict[str, int]:
         """What a checkpoint keeps."""
@@ -112,267 +83,160 @@ class NonFiniteGuard:
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
 
     def begin(self, module: LightningModule) -> None:
-        """Forget steps that a resumed run takes again; all processes call this."""
-        path = _file(module)
-        if path is None or not module.trainer.is_global_zero or not path.exists():
-            return
-        kept = [line for line in path.read_text(encoding="utf-8").splitlines(True) if _step(line) < module.global_step]
-        write_whole(path, "".join(kept).encode())
+        """Drop the lines of steps that a resumed run takes again, and a line that a killed one left unfinished."""
+        path = _log_path(module)
+        if path is not None and module.trainer.is_global_zero and path.exists():
+            *lines, _ = path.read_text(encoding="utf-8").split("\n")
+            draft = path.with_suffix(".draft")
+            draft.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] < module.global_step))
+            draft.replace(path)
 
-    def _skip(self, module: LightningModule, optimizer: Optimizer, norm: float, batches: list[_Batch]) -> None:
-        scaler = module.trainer.scaler
-        losses = [float(loss) for loss, _ in batches]
-        if scaler is None or scaler.get_scale() <= 1 or not all(map(math.isfinite, losses)):
-            self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-            self._report(module, norm, losses, [origins for _, origins in batches])
-        if scaler is None:
-            # Not zero: what has no gradient is left alone, moments and weight decay included.
-            optimizer.zero_grad(set_to_none=True)
-
-    def _report(self, module: LightningModule, norm: float, losses: list[float], rows: list[tuple[str, ...]]) -> None:
-        """Write the step down, say so, and stop if it was one too many."""
-        step, where = module.global_step, self._write(module, norm, losses, rows)
-        broken = broken_weights(module)
-        if broken:
-            raise RuntimeError(
-                f"Step {step}: weights are not finite, such as {broken[0]}, and no later step can mend them.{where} Go "
-                f"on from a checkpoint. {ADVICE}"
-            )
-        said = ", ".join(f"{loss:.3g}" for loss in losses)
-        rank_zero_warn(f"Step {step} is skipped: the norm of its gradient is {norm:.3g}, its loss {said}.{where}")
-        if self.in_a_row > self.limit:
-            raise RuntimeError(
-                f"{self.in_a_row} optimizer steps in a row had a loss or a gradient that is not finite, and "
-                f"max_skipped_steps is {self.limit}.{where} {ADVICE}"
-            )
-
-    def _write(self, module: LightningModule, norm: float, losses: list[float], rows: list[tuple[str, ...]]) -> str:
-        """Append a line, and say where it is."""
-        gradients = ((name, each.grad) for name, each in module.named_parameters() if each.grad is not None)
-        everybodys = zip(*distributed.gather_objects(rows), strict=True)
+    def _report(self, module: LightningModule, norm: float, batches: list[tuple[float, tuple[str, ...]]]) -> None:
+        """Write the step down, warn, and stop if it was one too many or nothing can mend the weights."""
+        step, path = module.global_step, _log_path(module)
+        gradients = ((name, weight.grad) for name, weight in module.named_parameters() if weight.grad is not None)
+        ranks = distributed.gather_objects([origins for _, origins in batches])
+        rows = [sum(parts, start=()) for parts in zip(*ranks, strict=True)]  # Of each batch, over all processes.
+        losses = [loss if math.isfinite(loss) else str(loss) for loss, _ in batches]  # JSON has no NaN.
         entry = {
-            "step": module.global_step,
+            "step": step,
             "epoch": module.current_epoch,
-            "gradient_norm": _number(norm),
-            "parameters": _broken(gradients, lambda gradient: gradient.norm())[:NAMED],
-            "batches": [
-                {"loss": _number(loss), "rows": sum(parts, start=())}
-                for loss, parts in zip(losses, everybodys, strict=True)
-            ],
+            "gradient_norm": norm if math.isfinite(norm) else str(norm),
+            "parameters": _not_finite(gradients, order=2)[:5],
+            "batches": [{"loss": loss, "rows": origins} for loss, origins in zip(losses, rows, strict=True)],
         }
-        path = _file(module)
-        if path is None:
-            return ""
-        if module.trainer.is_global_zero:
+        if path is not None and module.trainer.is_global_zero:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
-        return f" The rows of its batch are in {path}."
+        where = "" if path is None else f" The rows of its batch are in {path}."
+        if broken := broken_weights(module):
+            raise RuntimeError(
+                f"Step {step}: weights are not finite, such as {broken[0]}.{where} Resume from a checkpoint. {ADVICE}"
+            )
+        text = ", ".join(f"{loss:.3g}" for loss, _ in batches)
+        rank_zero_warn(f"Step {step} is skipped: the norm of its gradient is {norm:.3g}, its loss {text}.{where}")
+        if self.in_a_row > self.max_skipped_steps:
+            raise RuntimeError(
+                f"{self.in_a_row} optimizer steps in a row had a loss or a gradient that is not finite, and "
+                f"max_skipped_steps is {self.max_skipped_steps}.{where} {ADVICE}"
+            )
 
 
 def refuse_broken_weights(module: LightningModule) -> None:
-    """Refuse to keep weights that are no numbers; all processes call this.
-
-    Raises:
-        RuntimeError: With the names of parameters.
-    """
-    broken = broken_weights(module)
-    if broken:
+    """Raise a RuntimeError before weights that are not finite are written into a checkpoint. Collective."""
+    if broken := broken_weights(module):
         raise RuntimeError(
-            f"{len(broken)} parameters are not finite, such as {broken[0]} and {broken[-1]}, so no checkpoint is "
-            f"written; earlier ones are as they were. {ADVICE}"
+            f"{len(broken)} parameters are not finite, such as {broken[0]}, so no checkpoint is written; earlier ones are "
+            f"as they were. {ADVICE}"
         )
 
 
 def broken_weights(module: nn.Module) -> list[str]:
-    """Name the trained parameters that are not finite; what is frozen stays what was read. All processes call this."""
-    trained = [(name, each.detach()) for name, each in module.named_parameters() if each.requires_grad]
-    # The largest number, because a sum of squares may be too large where each weight is fine.
-    parts = [distributed.local_part(weight) for _, weight in trained]
-    largest = nn.utils.get_total_norm([part for part in parts if part.numel()], math.inf)
-    if not distributed.any_process(~largest.isfinite()):
-        return []
-    return _broken(trained, lambda weight: weight.abs().max())
+    """Name the trained parameters that are not finite. Collective."""
+    trained = ((name, weight.detach()) for name, weight in module.named_parameters() if weight.requires_grad)
+    return _not_finite(trained, order=math.inf)  # A sum of squares may overflow where every weight is fine.
 
 
-def _broken(tensors: Iterable[tuple[str, Tensor]], size: Callable[[Tensor], Tensor]) -> list[str]:
-    """Name what is not finite in any process."""
-    parts = [(name, distributed.local_part(tensor)) for name, tensor in tensors]
-    here = [name for name, part in parts if part.numel() and not size(part).isfinite()]
+def _not_finite(tensors: Iterable[tuple[str, Tensor]], order: float) -> list[str]:
+    """Name the tensors whose norm of that order is not finite in any process."""
+    parts = [(name, distributed.own_part(tensor)) for name, tensor in tensors]
+    here = [name for name, part in parts if part.numel() and not torch.linalg.vector_norm(part, order).isfinite()]
     return list(dict.fromkeys(name for names in distributed.gather_objects(here) for name in names))
 
 
-def _file(module: LightningModule) -> Path | None:
-    """Where to write, if the run has a folder; all processes ask, as Lightning wants it."""
+def _log_path(module: LightningModule) -> Path | None:
+    """``non_finite.jsonl`` in the run's folder, if there is one. Collective, as Lightning's ``log_dir`` is."""
     folder = module.trainer.log_dir if module.trainer.loggers else None
-    return None if folder is None else Path(folder) / FILE
+    return None if folder is None else Path(folder) / "non_finite.jsonl"
 
 
-def _step(line: str) -> float:
-    """The step of a line; a line that a killed process left unfinished has none."""
-    try:
-        step: int = json.loads(line)["step"]
-    except ValueError:
-        return math.inf
-    return step
+class CollapseMonitor:
+    """Warns of outputs that are all alike, of a loss that stays at chance, and of batches with nothing to learn from.
 
+    Chance is the loss of the same batches if all outputs were the same. Means over 50 steps are judged, of which every
+    tenth is looked at; not while the learning rate rises. A warning comes again only after it was better in between.
 
-def _number(value: float) -> Any:
-    """JSON has no NaN."""
-    return value if math.isfinite(value) else str(value)
-
-
-
-
-#: A step is looked at after so many, and after so many looks they are judged: 100 steps.
-EVERY, LOOKS = 10, 10
-#: From where on outputs count as all alike, and how close to chance a loss is at chance.
-ALIKE, AT_CHANCE = 0.99, 0.01
-
-CAUSES = (
-    "Likely causes: a learning rate that is too high or too low ({rate:.3g} now), a pooling that reads the wrong "
-    "tokens, adapters that freeze what should learn, a temperature that is far too high, or rows whose answers do not "
-    "answer their queries."
-)
-
-
-class CollapseMonitor(ABC):
-    """Looks at some steps, and warns of outputs that are all alike and of a loss that stays at chance.
-
-    Chance is what the loss itself gives for outputs that say nothing, on the same batches: the logarithm of the number
-    of candidates for InfoNCE with one positive each, and whatever it is for another loss. Both are averaged over 100
-    steps, of which every tenth is looked at; nobody waits for the device before the last. While the learning rate still
-    rises nothing is judged. What was said is said again only if it has got better in between.
-
-    Attributes:
-        collapsed: What to say of outputs that are alike, with a place for how much.
+    Args:
+        outputs: What is watched, for messages.
+        likeness: From the loss's arguments, how much alike the outputs are (1 if all are the same), and the arguments
+            if all of them were the same.
     """
 
-    collapsed: ClassVar[str]
-
-    def __init__(self) -> None:
+    def __init__(self, outputs: str, likeness: Callable[..., tuple[Tensor, tuple[Tensor, ...]]]) -> None:
+        self.outputs, self.likeness = outputs, likeness
         self._noted: tuple[tuple[Tensor, ...], Tensor] | None = None
-        self._seen: list[Tensor] = []
+        self._looks: list[Tensor] = []
         self._rate = 0.0
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
 
-    @abstractmethod
-    def likeness(self, *given: Tensor) -> Tensor:
-        """Say how much alike the outputs of a batch are: 1 if they all are the same.
+    @classmethod
+    def of_embeddings(cls) -> CollapseMonitor:
+        """Watch the mean cosine of two embeddings of a batch."""
+        return cls("Embeddings", embedding_likeness)
 
-        Args:
-            *given: What the loss is given.
-        """
+    @classmethod
+    def of_scores(cls) -> CollapseMonitor:
+        """Watch the spread of a batch's scores."""
+        return cls("Scores", score_likeness)
 
-    @abstractmethod
-    def saying_nothing(self, *given: Tensor) -> tuple[Tensor, ...]:
-        """Return what the loss would be given if all outputs were the same.
-
-        Args:
-            *given: What it is given.
-        """
-
-    def note(self, step: int, given: tuple[Tensor, ...], value: Tensor) -> None:
-        """Take note of a batch, if it is the turn of its step.
-
-        Args:
-            step: How many steps the optimizer has taken; this is the last batch before its next.
-            given: What the loss was given.
-            value: () what it made of that.
-        """
+    def note(self, step: int, arguments: tuple[Tensor, ...], value: Tensor) -> None:
+        """Keep the loss's arguments and value () in the last batch before an optimizer step, if it is that step's turn."""
         if step % EVERY == 0:
-            self._noted = tuple(each.detach() for each in given), value.detach()
+            self._noted = tuple(argument.detach() for argument in arguments), value.detach()
 
     @torch.no_grad()
     def check(self, module: LightningModule, loss: nn.Module) -> None:
-        """Look at the batch that was noted, if one was.
-
-        After its backward, which would fail if a loss that holds its parameters back in place, whenever it is asked,
-        was asked in between.
-
-        Args:
-            module: What is trained, before its optimizer steps.
-            loss: What it is trained with.
-        """
+        """Look at the batch that was noted: after its backward, because a loss may change its parameters in place."""
         if self._noted is None:
             return
-        (given, value), self._noted = self._noted, None
-        likeness = self.likeness(*given)
-        with module.trainer.precision_plugin.train_step_context():
-            chance = self._chance(loss, given)
-        self._seen.append(torch.stack([likeness, *(each.to(likeness) for each in (value, chance))]))
-        if len(self._seen) == LOOKS:
-            self._judge(float(module.trainer.optimizers[0].param_groups[0]["lr"]))
+        (arguments, value), self._noted = self._noted, None
+        likeness, constant = self.likeness(*arguments)
+        chance = torch.full_like(likeness, math.nan)
+        if next(loss.buffers(), None) is None:  # Otherwise it may keep what it is asked here.
+            device = likeness.device
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                with module.trainer.precision_plugin.train_step_context():
+                    chance = loss(*constant)
+        self._looks.append(torch.stack([likeness, value.to(likeness), chance.to(likeness)]))
+        if len(self._looks) == LOOKS:  # Only now the host waits for the device.
+            numbers = torch.stack(self._looks).mean(0).tolist()
+            self._looks.clear()
+            self._judge(*numbers, rate=float(module.trainer.optimizers[0].param_groups[0]["lr"]))
 
-    def _chance(self, loss: nn.Module, given: tuple[Tensor, ...]) -> Tensor:
-        # One that keeps something from batch to batch would keep what it is asked here.
-        if next(loss.buffers(), None) is not None:
-            return given[0].new_full((), math.nan)
-        device = given[0].device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            chance: Tensor = loss(*self.saying_nothing(*given))
-        return chance
-
-    def _judge(self, rate: float) -> None:
-        likeness, value, chance = torch.stack(self._seen).mean(0).tolist()
-        self._seen.clear()
-        rises, self._rate = rate > self._rate, rate
-        if rises:
-            return
-        causes = CAUSES.format(rate=rate)
-        self._say("alike", likeness > ALIKE, lambda: f"{self.collapsed.format(likeness)} {causes}")
-        self._say(
-            "chance",
-            abs(value - chance) < AT_CHANCE * abs(chance),
-            lambda: (
-                f"The loss is at chance: {value:.4g} on average over the last {EVERY * LOOKS} steps, and {chance:.4g} "
-                f"is what it gives if all outputs are the same. {causes}"
-            ),
+    def _judge(self, likeness: float, value: float, chance: float, rate: float) -> None:
+        is_empty, is_rising, self._rate = value == chance == 0, rate > self._rate, rate
+        steps, causes = f"over the last {EVERY * LOOKS} steps", CAUSES.format(rate=rate)
+        self._warn(
+            is_empty,
+            f"The loss was exactly 0 {steps}, whatever the model says: no query has a negative. Raise data.batch_size, "
+            "give rows negatives, and look whether all documents are the same.",
         )
+        if not is_rising:
+            message = f"{self.outputs} have collapsed: {steps} the likeness of two of a batch was {likeness:.4f} of 1."
+            self._warn(likeness > 0.99 and not is_empty, f"{message} {causes}")
+            message = f"The loss is at chance: {value:.4g} {steps}, and {chance:.4g} if all outputs are the same."
+            self._warn(abs(value - chance) < 0.01 * abs(chance), f"{message} {causes}")
 
-    def _say(self, what: str, is_so: bool, sentence: Callable[[], str]) -> None:
-        if is_so and what not in self._said:
-            rank_zero_warn(sentence())
-        self._said = self._said | {what} if is_so else self._said - {what}
-
-
-class _E(CollapseMonitor):
-    """Watches the embeddings of queries and documents; their likeness is the mean cosine of any two of them."""
-
-    collapsed = "Embeddings have collapsed to about one point: two of a batch have a cosine of {:.4f} on average."
-
-    def likeness(self, *given: Tensor) -> Tensor:
-        """See `Watch.likeness`."""
-        directions = normalize(torch.cat(given[:2]).float())
-        count = len(directions)
-        # All cosines together are the square of the sum of directions; each with itself is 1.
-        return (directions.sum(0).square().sum() - count) / (count * (count - 1))
-
-    def saying_nothing(self, *given: Tensor) -> tuple[Tensor, ...]:
-        """See `Watch.saying_nothing`."""
-        queries, documents, *judgements = given
-        return torch.ones_like(queries), torch.ones_like(documents), *judgements
+    def _warn(self, is_so: bool, message: str) -> None:
+        kind = message[:20]
+        if is_so and kind not in self._warned:
+            rank_zero_warn(message)
+        self._warned = self._warned | {kind} if is_so else self._warned - {kind}
 
 
-class _S(CollapseMonitor):
-    """Watches scores; their likeness is 1 less their standard deviation, beside 1 or their mean if that is more."""
-
-    collapsed = "Scores have collapsed: all pairs of a batch get about the same (their likeness is {:.4f} of 1)."
-
-    def likeness(self, *given: Tensor) -> Tensor:
-        """See `Watch.likeness`."""
-        scores, _, mask = given
-        mean = _mean(scores, mask)
-        return 1 - _mean((scores - mean).square(), mask).sqrt() / mean.abs().clamp(min=1)
-
-    def saying_nothing(self, *given: Tensor) -> tuple[Tensor, ...]:
-        """See `Watch.saying_nothing`: all at their mean, as some losses care where."""
-        scores, targets, mask = given
-        return _mean(scores, mask).expand_as(scores), targets, mask
+def embedding_likeness(queries: Tensor, documents: Tensor, *labels: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return the mean cosine () of any two of queries (Q, D) and documents (P, D), and equal ones for the loss."""
+    directions = normalize(torch.cat([queries, documents]).float())
+    count = len(directions)
+    # All cosines together are the square of the sum of directions; each with itself is 1.
+    cosine = (directions.sum(0).square().sum() - count) / (count * (count - 1))
+    return cosine, (torch.ones_like(queries), torch.ones_like(documents), *labels)
 
 
-def _mean(scores: Tensor, mask: Tensor) -> Tensor:
-    return cleared(scores, mask).sum() / mask.sum()
-
-CollapseMonitor.of_embeddings = staticmethod(lambda: _E())
-CollapseMonitor.of_scores = staticmethod(lambda: _S())
+def score_likeness(scores: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return 1 less the standard deviation of scores (Q, C) over their mean or 1, and scores that are all their mean."""
+    real = scores.float().masked_fill(~mask, 0.0)
+    mean = real.sum() / mask.sum()
+    deviation = (((real - mean) * mask).square().sum() / mask.sum()).sqrt()
+    return 1 - deviation / mean.abs().clamp(min=1), (mean.expand_as(scores), targets, mask)
