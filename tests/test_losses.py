@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vlmembed.losses import InfoNCE, Loss, Matryoshka, infonce
-from vlmembed.modules.definition import defined_loss
+from vlmembed.training.parity import defined_loss
 
 CROSS = ("query_to_document", "document_to_query")
 DIRECTIONS = (*CROSS, "query_to_query", "document_to_document")

@@ -44,7 +44,7 @@ from vlmembed.losses import (
     WeightedSum,
 )
 from vlmembed.modules import ParityCheck
-from vlmembed.modules.definition import defined_loss
+from vlmembed.training.parity import defined_loss
 from vlmembed.modules.embedding import gather_batch
 from vlmembed.types import Example
 

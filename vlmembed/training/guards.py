@@ -16,6 +16,7 @@ from torch.nn.functional import normalize
 from torch.optim import Optimizer
 
 from vlmembed import distributed
+from vlmembed.files import write_whole
 
 ADVICE = (
     "If it is always the same rows, look at these. Otherwise lower the learning rate or warm it up longer, clip gradients "
@@ -61,7 +62,7 @@ class NonFiniteGuard:
         scaler = module.trainer.scaler  # Decides by gradients alone, and skips by itself.
         numbers = [norm.float(), *(loss.float() for loss, _ in batches if scaler is None)]
         # The only place of a step where the host waits for the device: an optimizer cannot undo its step.
-        if not distributed.anywhere(~torch.stack(numbers).isfinite().all()):
+        if not distributed.any_process(~torch.stack(numbers).isfinite().all()):
             self.in_a_row, is_finite = 0, True
         else:
             is_finite = False
@@ -87,9 +88,8 @@ class NonFiniteGuard:
         path = _log_path(module)
         if path is not None and module.trainer.is_global_zero and path.exists():
             *lines, _ = path.read_text(encoding="utf-8").split("\n")
-            draft = path.with_suffix(".draft")
-            draft.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] < module.global_step))
-            draft.replace(path)
+            earlier = [f"{line}\n" for line in lines if json.loads(line)["step"] < module.global_step]
+            write_whole(path, "".join(earlier).encode())
 
     def _report(self, module: LightningModule, norm: float, batches: list[tuple[float, tuple[str, ...]]]) -> None:
         """Write the step down, warn, and stop if it was one too many or nothing can mend the weights."""
@@ -140,7 +140,7 @@ def broken_weights(module: nn.Module) -> list[str]:
 
 def _not_finite(tensors: Iterable[tuple[str, Tensor]], order: float) -> list[str]:
     """Name the tensors whose norm of that order is not finite in any process."""
-    parts = [(name, distributed.own_part(tensor)) for name, tensor in tensors]
+    parts = [(name, distributed.local_part(tensor)) for name, tensor in tensors]
     here = [name for name, part in parts if part.numel() and not torch.linalg.vector_norm(part, order).isfinite()]
     return list(dict.fromkeys(name for names in distributed.gather_objects(here) for name in names))
 

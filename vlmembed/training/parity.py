@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from vlmembed import distributed
-from vlmembed.engine import Engine
+from vlmembed.gradcache import GradCache
 from vlmembed.losses import InfoNCE, Loss, Matryoshka, WeightedSum
 from vlmembed.modules.embedding import EmbeddingModule
 from vlmembed.training.guards import NonFiniteGuard
@@ -93,8 +93,8 @@ class StepGradients:
         """Return the step's own gradient; all chunks but the last are embedded twice, whatever there is room for."""
         module = self.module
         with self._undone():
-            module.engine = Engine(module.encoder, min(module.engine.graph_bytes, 1.0))
-            module.steps, module._monitor = NonFiniteGuard(), copy.copy(module._monitor)
+            module.grad_cache = GradCache(module.encoder, min(module.grad_cache.graph_bytes, 1.0))
+            module.guard, module.monitor = NonFiniteGuard(), copy.copy(module.monitor)
             vars(module)["log"] = lambda *_, **__: None
             loss: Any = self.trainer.strategy.training_step(self.batch, 0)
             module.backward(loss)
@@ -130,17 +130,17 @@ class StepGradients:
 
     def _text_encoder(self) -> tuple[Callable[[Inputs], Tensor], list[Tensor]]:
         """Return what encodes a chunk, and its images' features, which collect gradients; as the gradient cache does."""
-        encoder, images, engine = self.module.encoder, self.batch.images, self.module.engine
+        encoder, images = self.module.encoder, self.batch.images
         trains_vision = encoder.backbone.trains_vision
         # Where no graphs may be kept, a trained tower runs with each chunk, and its dropout falls by chunk.
-        with_texts = trains_vision and not engine.graph_bytes
+        with_texts = trains_vision and not self.module.grad_cache.graph_bytes
         with torch.no_grad(), self.context():
             features = [] if with_texts else encoder.encode_images(images)
         features = [feature.detach().requires_grad_(trains_vision) for feature in features]
 
         def encode(chunk: Inputs) -> Tensor:
             with self.context():
-                return engine._encode_with_images(chunk, images) if with_texts else encoder(chunk, features)
+                return encoder.forward_with_images(chunk, images) if with_texts else encoder(chunk, features)
 
         return encode, features
 
