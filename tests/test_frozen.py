@@ -19,7 +19,8 @@ from vlmembed.adapters import Freeze, LoRA
 from vlmembed.backbones import tiny
 from vlmembed.data import RetrievalDataModule
 from vlmembed.losses import InfoNCE
-from vlmembed.modules import EmbeddingModule, frozen
+from vlmembed.modules import EmbeddingModule
+from vlmembed.training.checkpointing import FROZEN, Checkpointing, complete_frozen
 
 FAST = partial(AdamW, lr=0.01)
 
@@ -38,6 +39,10 @@ def trained(built: EmbeddingModule, folder: Path, **options: Any) -> Path:
     return Path(saver.best_model_path)
 
 
+def load(built: EmbeddingModule, file: Path) -> None:
+    built.checkpointing.load_weights(built, torch.load(file, weights_only=True))
+
+
 def test_a_checkpoint_of_a_lora_has_the_lora_alone(checkpoint: Path, tmp_path: Path) -> None:
     built = model(checkpoint)
     file = trained(built, tmp_path)
@@ -50,7 +55,7 @@ def test_a_fresh_model_takes_it_up(checkpoint: Path, tmp_path: Path) -> None:
     built = model(checkpoint)
     file = trained(built, tmp_path)
     fresh = model(checkpoint)
-    fresh.load_checkpoint(torch.load(file, weights_only=True))
+    load(fresh, file)
     expected = built.state_dict()
     assert fresh.state_dict().keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in fresh.state_dict().items())
@@ -61,8 +66,8 @@ def test_frozen_weights_are_rounded_as_they_were_in_training(checkpoint: Path, t
     file = trained(built, tmp_path, precision="bf16-true")
     fresh = model(checkpoint)
     before = {name: tensor.clone() for name, tensor in fresh.state_dict().items()}
-    fresh.load_checkpoint(torch.load(file, weights_only=True))
-    name = next(name for name in built.frozen_sums if "embed_tokens" in name)
+    load(fresh, file)
+    name = next(name for name in built.checkpointing._sums if "embed_tokens" in name)
     used, loaded = built.state_dict()[name], fresh.state_dict()[name]
     assert used.dtype == torch.bfloat16
     assert loaded.dtype == torch.float32
@@ -96,7 +101,7 @@ def test_other_frozen_weights_are_refused(checkpoint: Path, tmp_path: Path) -> N
 def test_other_adapters_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     file = trained(model(checkpoint), tmp_path)
     with pytest.raises(ValueError, match=r"lacks weights: .* another model, or with other adapters"):
-        model(checkpoint, ("q_proj", "v_proj")).load_checkpoint(torch.load(file, weights_only=True))
+        load(model(checkpoint, ("q_proj", "v_proj")), file)
 
 
 def test_weights_that_nobody_asks_for_are_refused(checkpoint: Path, tmp_path: Path) -> None:
@@ -104,7 +109,7 @@ def test_weights_that_nobody_asks_for_are_refused(checkpoint: Path, tmp_path: Pa
     fixed = model(checkpoint)
     fixed.loss = InfoNCE(0.05)
     with pytest.raises(ValueError, match=r"has weights that this model lacks: 1 of them, such as loss\.log_scale"):
-        fixed.load_checkpoint(torch.load(file, weights_only=True))
+        load(fixed, file)
 
 
 def test_a_probe_reads_the_lora_of_a_run(checkpoint: Path, tmp_path: Path) -> None:
@@ -121,14 +126,14 @@ def test_all_weights_are_kept_where_all_are_trained(checkpoint: Path, tmp_path: 
     built = module(checkpoint)
     saved = torch.load(trained(built, tmp_path), weights_only=True)
     assert saved["state_dict"].keys() == built.state_dict().keys()
-    assert frozen.KEY not in saved
+    assert FROZEN not in saved
 
 
 def test_a_frozen_tower_is_left_out(checkpoint: Path, tmp_path: Path) -> None:
     built = module(checkpoint, adapters=[Freeze(["vision", "merger"])])
     saved = torch.load(trained(built, tmp_path), weights_only=True)
-    assert saved["state_dict"].keys() | saved[frozen.KEY].keys() == built.state_dict().keys()
-    assert all("visual" in name for name in saved[frozen.KEY])
+    assert saved["state_dict"].keys() | saved[FROZEN].keys() == built.state_dict().keys()
+    assert all("visual" in name for name in saved[FROZEN])
 
 
 class Parts(nn.Module):
@@ -148,11 +153,13 @@ class Parts(nn.Module):
 def test_what_goes_with_frozen_weights_is_left_out_and_what_changes_is_not() -> None:
     parts = Parts()
     checkpoint = {"state_dict": parts.state_dict()}
-    frozen.leave_out(checkpoint, parts, frozen.sums(parts))
+    checkpointing = Checkpointing()
+    checkpointing.recognise_frozen(parts)
+    checkpointing.save(parts, checkpoint)
     left = {"trained.weight", "normed.running_mean", "normed.running_var", "normed.num_batches_tracked"}
     assert checkpoint["state_dict"].keys() == left
     assert checkpoint["frozen"].keys() == {"normed.weight", "normed.bias", "tied.weight", "tied_too.weight"}
-    assert frozen.completed(checkpoint, parts, frozen.sums(parts)) == checkpoint["state_dict"]
+    assert complete_frozen(checkpoint, parts, checkpointing._sums) == checkpoint["state_dict"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
@@ -161,7 +168,9 @@ def test_a_sum_changes_with_any_bit(dtype: torch.dtype, size: int) -> None:
     def sum_of(tensor: Tensor) -> int:
         part = nn.Module()
         part.register_parameter("weight", nn.Parameter(tensor, requires_grad=False))
-        return frozen.sums(part)["weight"]
+        checkpointing = Checkpointing()
+        checkpointing.recognise_frozen(part)
+        return checkpointing._sums["weight"]
 
     tensor = (torch.rand(size) * 100).to(dtype)
     changed = tensor.clone()

@@ -18,12 +18,12 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from vlmembed.runs import CheckpointFiles, fit_folder, other_folder, refuse_changes
-from vlmembed.runs import folder as folders
-from vlmembed.runs.checkpoints import newest_checkpoint
-from vlmembed.runs.metrics import open_log
-from vlmembed.runs.stopping import _requeue
+from vlmembed.files import HOST
 from vlmembed.trainer import Trainer
+from vlmembed.training import run_folder
+from vlmembed.training.checkpointing import CheckpointFiles, newest_checkpoint
+from vlmembed.training.run_folder import refuse_changes
+from vlmembed.training.signals import _requeue
 
 STATE = {"state_dict": {"weight": torch.arange(1000.0)}, "optimizer_states": [], "global_step": 3}
 
@@ -72,10 +72,14 @@ def _only_weights() -> bytes:
     return buffer.getvalue()
 
 
-def test_a_full_disk_leaves_the_checkpoint_that_is_there(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_checkpoint_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(tmp_path / "last.ckpt", 1, age=0)
     before = path.read_bytes()
-    (tmp_path / "last.ckpt.draft").symlink_to("/dev/full")  # Where it will be written before it is moved.
+    open_file = Path.open
+    full = lambda path, *mode, **more: open_file(  # noqa: E731
+        Path("/dev/full") if path.suffix == ".draft" else path, *mode, **more
+    )
+    monkeypatch.setattr(Path, "open", full)  # Where it will be written before it is moved.
     with pytest.raises(
         OSError, match=r"last\.ckpt could not be written: No space left .* are as they were.*--ckpt_path last"
     ):
@@ -135,13 +139,23 @@ def test_the_trainer_uses_them_unless_others_are_given() -> None:
 
 def trainer(folder: Path, version: str | int | None = None, dirpath: Path | None = None) -> Trainer:
     logger = CSVLogger(folder, "name", version)
-    return Trainer(accelerator="cpu", logger=logger, callbacks=[ModelCheckpoint(dirpath)])
+    built = Trainer(accelerator="cpu", logger=logger, callbacks=[ModelCheckpoint(dirpath)])
+    built.version_given = version is not None
+    return built
+
+
+def fit_folder(run: Any, path: str | None) -> Any:
+    return run_folder.fit_folder(run, path, run.version_given)
+
+
+def other_folder(run: Any, path: str | None, writes: bool) -> Any:
+    return run_folder.other_folder(run, path, run.version_given, writes)
 
 
 def test_runs_that_begin_together_have_folders_of_their_own(tmp_path: Path) -> None:
     def begin(_: int) -> str:
         logger = CSVLogger(tmp_path, "name")
-        return folders._claimed(logger).name
+        return run_folder._claim(logger, version_given=False).name
 
     with ThreadPoolExecutor(16) as pool:
         claimed = [*pool.map(begin, range(64))]
@@ -163,7 +177,7 @@ def test_a_folder_with_a_run_is_not_written_over(tmp_path: Path, version: str | 
 
 
 def test_one_process_at_a_time_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folders, "PATIENCE", 0.2)
+    monkeypatch.setattr(run_folder, "PATIENCE", 0.2)
     with (
         fit_folder(trainer(tmp_path), None),
         pytest.raises(TimeoutError, match=r"version_0: another process is at work here"),
@@ -185,12 +199,12 @@ def test_last_is_the_newest_fit_and_its_newest_checkpoint(tmp_path: Path, capsys
     newest = written(tmp_path / "elsewhere/step.ckpt", 5, age=5)
     with other_folder(trainer(tmp_path), None, writes=True):
         pass  # Of a test, which nobody goes on with.
-    with fit_folder(trainer(tmp_path), "last") as path:
-        assert path is None
-    assert "version_9, from its beginning" in capsys.readouterr().out
+    with fit_folder(trainer(tmp_path), "last") as path:  # The later ones have nothing.
+        assert path == str(tmp_path / "name/version_0/checkpoints/last.ckpt")
+    assert "version_0 after step 7: last.ckpt" in capsys.readouterr().out
     with fit_folder(trainer(tmp_path, dirpath=tmp_path / "elsewhere"), "last") as path:
         assert path == str(newest)
-    assert "version_9, after step 5: step.ckpt" in capsys.readouterr().out
+    assert "version_9 after step 5: step.ckpt" in capsys.readouterr().out
     with other_folder(trainer(tmp_path, 0), "last", writes=False) as path:
         assert path == str(tmp_path / "name/version_0/checkpoints/last.ckpt")
 
@@ -205,7 +219,7 @@ def test_what_was_half_written_is_removed(tmp_path: Path) -> None:
     with fit_folder(trainer(tmp_path), None):
         pass
     kept = written(tmp_path / "name/version_0/checkpoints/last.ckpt", 7, age=10)
-    kept.with_name("epoch=1.ckpt.draft").write_bytes(b"half")
+    kept.with_name(f".epoch=1.ckpt.{'0' * 32}.{HOST}.4194305.draft").write_bytes(b"half")  # No process has this number.
     with fit_folder(trainer(tmp_path), "last"):
         assert [path.name for path in kept.parent.iterdir()] == ["last.ckpt"]
 
@@ -225,7 +239,7 @@ def logger_of(folder: Path) -> CSVLogger:
 @pytest.mark.parametrize("killed", [None, "before the log is written again", "after"])
 def test_a_log_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: str | None) -> None:
     first = logger_of(tmp_path)
-    open_log(first, 0)
+    run_folder._open_log(first, 0)
     for step in range(3):
         first.log_metrics({"train/loss": step / 10}, step)
     first.log_metrics({"val/ndcg@10": 0.5}, 2)
@@ -236,9 +250,9 @@ def test_a_log_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         with monkeypatch.context() as patch:
             patch.setattr(*_killed(killed))
             with pytest.raises(KeyboardInterrupt):
-                open_log(logger_of(tmp_path), 4)
+                run_folder._open_log(logger_of(tmp_path), 4)
     second = logger_of(tmp_path)
-    open_log(second, 4)
+    run_folder._open_log(second, 4)
     second.log_metrics({"train/loss": 0.9, "lr": 1.0}, 3)
     second.save()
     found = rows_of(tmp_path / "name")
@@ -255,7 +269,7 @@ def _killed(when: str) -> tuple[Any, str, Any]:
     def die(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    return (csv.DictWriter, "writerows", die) if when.startswith("before") else (Path, "unlink", die)
+    return (os, "replace", die) if when.startswith("before") else (Path, "unlink", die)
 
 
 # Configurations

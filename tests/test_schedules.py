@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from building import batch, examples, fit, module
+from building import batch, examples, fit, module, trainer
+from lightning.pytorch.callbacks import LambdaCallback
 from torch import nn
 from torch.optim import SGD
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR, PolynomialLR, ReduceLROnPlateau
+from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from vlmembed.modules import Constant, CosineDecay, LinearDecay
@@ -92,3 +94,34 @@ def test_the_first_step_trains_at_the_schedule_rate(checkpoint: Path) -> None:
     # Weights are float32: what they moved by is rounded.
     torch.testing.assert_close(moved, -0.1 / 4 * gradient, rtol=0, atol=1e-7)
     assert gradient.abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps"),
+    [
+        (partial(OneCycleLR, max_lr=0.5), "total_steps"),
+        (partial(PolynomialLR, total_iters=3), None),
+        (partial(CosineAnnealingLR, T_max=5), None),
+        (CosineAnnealingLR, "T_max"),
+        (partial(CosineDecay, warmup=0.5), "total"),
+    ],
+)
+def test_any_schedule_gets_the_steps_where_a_parameter_means_them(checkpoint: Path, schedule: Any, steps: Any) -> None:
+    model = module(checkpoint, optimizer=partial(SGD, lr=0.1), lr_scheduler=schedule)
+    seen: list[Any] = []
+    record = LambdaCallback(on_train_start=lambda run, _: seen.append(run.lr_scheduler_configs[0].scheduler))
+    trainer(max_epochs=-1, max_steps=8, callbacks=[record]).fit(
+        model, DataLoader([batch(model, examples(4))] * 8, batch_size=None)
+    )
+    if steps in ("total_steps", "T_max"):
+        assert getattr(seen[0], steps) == 8
+    if isinstance(seen[0], OneCycleLR):
+        assert max(group["max_lr"] for group in seen[0].optimizer.param_groups) == 0.5
+    if isinstance(seen[0], CosineAnnealingLR) and steps is None:
+        assert seen[0].T_max == 5
+
+
+def test_a_schedule_that_goes_by_a_metric_is_refused(checkpoint: Path) -> None:
+    model = module(checkpoint, lr_scheduler=ReduceLROnPlateau)
+    with pytest.raises(ValueError, match="ReduceLROnPlateau goes by a metric"):
+        fit(model, [batch(model, examples(4))], max_epochs=-1, max_steps=8)
