@@ -16,7 +16,17 @@ from vlmembed.backbones import tiny
 from vlmembed.data import Rows
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+PAGES = [
+    ROOT / page
+    for page in (
+        "README.md",
+        "vlmembed/data/README.md",
+        "vlmembed/pooling/README.md",
+        "vlmembed/training/README.md",
+        "vlmembed/export/README.md",
+        "experiments/README.md",
+    )
+]
 #: Just as much as shows that a command works.
 SHORT = [
     "--trainer.max_steps=2",
@@ -25,26 +35,29 @@ SHORT = [
     "--data.init_args.test=numbers.jsonl",
     "--data.init_args.num_workers=0",
 ]
-
-
-def block(marker: str) -> str:
-    found = re.search(rf"<!-- {re.escape(marker)} -->\n```\w+\n(.*?)```", README, re.DOTALL)
-    assert found
-    return found[1]
-
-
-def commands(section: str) -> list[str]:
-    text = README.split(f"\n## {section}\n")[1].split("\n## ")[0]
-    return [line for line in text.splitlines() if line.startswith("python -m vlmembed ")]
-
-
-#: What each section's commands leave behind.
+#: What the commands of each section leave behind.
 SECTIONS = {
     "Commands": ["my-model/modules.json", "runs/quickstart/*/predictions/numbers.trec"],
     "Rerankers": ["runs/weak/*/predictions/numbers.trec", "runs/quickstart_reranker/*/export/modules.json"],
     "Ablations": ["runs/which-pooling/report.md"],
     "Your own parts": [],
 }
+
+
+def block(marker: str) -> str:
+    """The code under a marker, on whatever page it is."""
+    pattern = rf"<!-- {re.escape(marker)} -->\n```\w+\n(.*?)```"
+    (found,) = [match[1] for page in PAGES if (match := re.search(pattern, page.read_text(), re.DOTALL))]
+    return found
+
+
+def commands(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("python -m vlmembed ")]
+
+
+def section_commands(section: str) -> list[str]:
+    (text,) = [page.read_text() for page in PAGES if f"\n## {section}\n" in page.read_text()]
+    return commands(text.split(f"\n## {section}\n")[1].split("\n## ")[0])
 
 
 @pytest.fixture
@@ -68,7 +81,7 @@ def folder(tmp_path: Path) -> Path:
 def test_every_command_runs(section: str, folder: Path) -> None:
     quick_start = block("quick start").split(" && ")[-1]
     assert quick_start.startswith("python -m vlmembed fit")
-    for command in [*([quick_start] if section == "Commands" else []), *commands(section)]:
+    for command in [*([quick_start] if section == "Commands" else []), *section_commands(section)]:
         words = command.split()
         shorter = {"fit": SHORT, "ablate": []}.get(words[3], SHORT[2:])
         run = [sys.executable, *words[1:], *shorter]
@@ -81,8 +94,19 @@ def test_every_command_runs(section: str, folder: Path) -> None:
 
 
 def test_no_command_is_left_out() -> None:
-    everywhere = [line for line in README.splitlines() if line.startswith("python -m vlmembed ")]
-    assert sorted(everywhere) == sorted(line for section in SECTIONS for line in commands(section))
+    everywhere = [line for page in PAGES for line in commands(page.read_text())]
+    assert sorted(everywhere) == sorted(line for section in SECTIONS for line in section_commands(section))
+
+
+def test_the_readme_is_a_map() -> None:
+    assert len(PAGES[0].read_text().split()) <= 1500
+    missing = [
+        (page.name, link)
+        for page in PAGES
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
+        if not (page.parent / link).exists()
+    ]
+    assert not missing
 
 
 def test_every_kind_of_cell_is_read(tmp_path: Path) -> None:
