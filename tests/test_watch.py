@@ -139,7 +139,9 @@ def test_a_loss_with_nothing_to_learn_from_is_said_at_once(checkpoint: Path) -> 
     for batch_rows in (same[:1], same):
         model = module(checkpoint, lr_scheduler=lambda optimizer, _: CosineDecay(optimizer, 12, warmup=0.9))
         with pytest.warns(UserWarning, match=r"The loss was exactly 0 over the last 2 steps.*no query has a negative"):
-            trainer().fit(model, DataLoader([batch(model, batch_rows)] * 2, batch_size=None))
+            trainer(max_epochs=None, max_steps=2).fit(
+                model, DataLoader([batch(model, batch_rows)] * 2, batch_size=None)
+            )
 
 
 def test_a_healthy_run_is_not_warned(checkpoint: Path) -> None:

@@ -192,9 +192,10 @@ class CollapseMonitor:
                 chance = loss(*constant)
         self._looks.append(torch.stack([likeness, value.to(likeness), chance.to(likeness)]))
         if len(self._looks) == LOOKS:  # Only now the host waits for the device.
-            numbers = torch.stack(self._looks).mean(0).tolist()
+            likeness_mean, value_mean, chance_mean = torch.stack(self._looks).mean(0).tolist()
             self._looks.clear()
-            self._judge(*numbers, rate=float(module.trainer.optimizers[0].param_groups[0]["lr"]))
+            rate = float(module.trainer.optimizers[0].param_groups[0]["lr"])
+            self._judge(likeness_mean, value_mean, chance_mean, rate)
 
     def _judge(self, likeness: float, value: float, chance: float, rate: float) -> None:
         is_empty, is_rising, self._rate = value == chance == 0, rate > self._rate, rate

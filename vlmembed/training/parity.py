@@ -112,6 +112,7 @@ class StepGradients:
             with self.context():
                 loss = defined_loss(module.loss, *joined(embeddings.requires_grad_(), batch))
             loss.backward()
+            assert embeddings.grad is not None
             parts = embeddings.grad.split([len(chunk["attention_mask"]) for chunk in batch.chunks])
             with torch.random.fork_rng(self.devices):  # The same random numbers again, for the same dropout.
                 encode, features = self._text_encoder()
@@ -170,12 +171,12 @@ class StepGradients:
             owner = name.removeprefix("encoder.").split(".")[0]
             group = self.module.encoder.backbone.group_of(name) if owner == "backbone" else owner
             numbers = [torch.linalg.vector_norm(tensor.double()) ** 2 for tensor in (one, other, one - other)]
-            squares[group] = squares.get(group, 0) + torch.stack(numbers).cpu()
+            squares[group] = squares.get(group, torch.zeros(())) + torch.stack(numbers).cpu()
         is_16_bit = "16" in f"{self.trainer.precision} {self.module.encoder.dtype}"
         tolerance = TOLERANCE_16_BIT if is_16_bit else TOLERANCE
         lines, complaint = [f"  {'gradient of':<12}{'difference':>12}{'tolerated':>12}"], ""
-        for group, numbers in sorted(squares.items(), key=lambda entry: float(entry[1][1])):
-            size, whole, off = (numbers.sqrt() / max(float(numbers[1]) ** 0.5, 1e-38)).tolist()
+        for group, sums in sorted(squares.items(), key=lambda entry: float(entry[1][1])):
+            size, whole, off = (sums.sqrt() / max(float(sums[1]) ** 0.5, 1e-38)).tolist()
             lines.append(f"  {group:<12}{off:>12.1e}{tolerance:>12.1e}")
             if off <= tolerance:  # Never where it is NaN.
                 continue
@@ -237,8 +238,10 @@ def defined_loss(
     That is InfoNCE, also inside of Matryoshka and WeightedSum; another loss computes itself.
     """
     if type(loss) is Matryoshka:
-        cuts = [(weight, queries[:, :size], documents[:, :size]) for size, weight in loss.weights.items()]
-        terms = [weight * defined_loss(loss.loss, *vectors, relevance, scores) for weight, *vectors in cuts]
+        terms = [
+            weight * defined_loss(loss.loss, queries[:, :size], documents[:, :size], relevance, scores)
+            for size, weight in loss.weights.items()
+        ]
         return torch.stack(terms).sum()
     if type(loss) is WeightedSum:
         terms = [weight * defined_loss(term, queries, documents, relevance, scores) for term, weight in loss.terms]
