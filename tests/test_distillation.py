@@ -30,8 +30,8 @@ from vlmembed.losses import (
     WeightedSum,
 )
 from vlmembed.modules import ParityCheck
-from vlmembed.training.parity import defined_loss
 from vlmembed.modules.embedding import gather_batch
+from vlmembed.training.parity import defined_loss
 from vlmembed.types import Example
 
 # Similarities over a temperature reach 20, in float32.
