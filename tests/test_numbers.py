@@ -27,8 +27,8 @@ from vlmembed.backbones import Qwen3VL
 from vlmembed.data import RetrievalDataModule
 from vlmembed.losses import InfoNCE
 from vlmembed.modules import EmbeddingModule
-from vlmembed.modules.watch import EmbeddingWatch
 from vlmembed.pooling import LastToken
+from vlmembed.training.guards import CollapseMonitor
 
 OPTIMIZERS = {
     "AdamW": partial(AdamW, lr=1e-3, weight_decay=0.1),
@@ -147,7 +147,7 @@ def test_guards_change_no_bit(checkpoint: Path, monkeypatch: pytest.MonkeyPatch)
             monkeypatch.setattr(
                 EmbeddingModule, "configure_gradient_clipping", LightningModule.configure_gradient_clipping
             )
-            monkeypatch.setattr(EmbeddingWatch, "note", lambda *_: None)
+            monkeypatch.setattr(CollapseMonitor, "note", lambda *_: None)
         runs.append(run(model, batches(model, 4), gradient_clip_val=0.5))
     one, other = runs
     assert one.losses == other.losses
@@ -211,7 +211,7 @@ def train_together(checkpoint: Path, folder: Path) -> dict[str, tuple[Recorder, 
         model = EmbeddingModule(Qwen3VL(str(checkpoint)), LastToken(), InfoNCE(0.05), optimizer=partial(SGD, lr=0.01))
         data = batches(module(checkpoint), 4, rank)
         recorder = run(model, data[2 * rank :] + data[: 2 * rank], Plant({1}, what, rank=1), **options)
-        found[name] = recorder, model.steps.skipped
+        found[name] = recorder, model.guard.skipped
     return found
 
 
@@ -264,7 +264,7 @@ def test_a_run_whose_weights_broke_stops_at_once(checkpoint: Path) -> None:
     """However many steps it may skip."""
     model = module(checkpoint, optimizer=partial(SGD, lr=1e-3))
     data = batches(model, 4)
-    with pytest.raises(RuntimeError, match=r"Step 2: weights are not finite, such as .*norm.weight, and no later step"):
+    with pytest.raises(RuntimeError, match=r"Step 2: 1 parameters are not finite, such as .*norm.weight"):
         run(model, data, Breaks(2, math.inf))
 
 

@@ -29,11 +29,9 @@ from torch.utils.data import DataLoader
 from vlmembed import distributed, gradcache
 from vlmembed.adapters import Freeze, LoRA
 from vlmembed.data import RetrievalDataModule
-from vlmembed.engine import Engine
 from vlmembed.features import InMemory
-from vlmembed.gradcache import CachedStep
+from vlmembed.gradcache import CachedForward
 from vlmembed.losses import InfoNCE, Loss, Matryoshka
-from vlmembed.losses.pairs import Pairs
 from vlmembed.modules import EmbeddingModule, ParityCheck, embedding
 from vlmembed.pooling import LastToken, Pooling
 from vlmembed.training.parity import defined_loss
@@ -103,57 +101,38 @@ def table(printed: str) -> dict[str, tuple[float, float]]:
 # Right steps
 
 
-@pytest.mark.parametrize(
-    ("options", "settings", "groups", "most"),
-    [
-        pytest.param({}, {}, "vision merger language", FLOAT32, id="full"),
-        pytest.param({"graph_memory": "auto"}, {}, "vision merger language", FLOAT32, id="graphs kept"),
-        pytest.param({"loss": InfoNCE(0.02)}, {"size": 1}, "vision merger language", FLOAT32, id="chunks of one"),
-        pytest.param({"adapters": [FRESH_LORA]}, {}, "vision language", FLOAT32, id="fresh LoRA with dropout"),
-        pytest.param({"adapters": [USED_LORA]}, {}, "vision language", FLOAT32, id="LoRA with dropout"),
-        pytest.param(
-            {"adapters": [USED_LORA], "graph_memory": "auto"}, {}, "vision language", FLOAT32, id="graphs with dropout"
-        ),
-        pytest.param({"adapters": [Freeze(["vision", "merger"])]}, {}, "language", FLOAT32, id="frozen tower"),
-        pytest.param({"adapters": [Freeze(["language"])]}, {}, "vision merger", FLOAT32, id="tower alone"),
-        pytest.param(
-            {"backbone": {"gradient_checkpointing": True}}, {}, "vision merger language", FLOAT32, id="checkpointing"
-        ),
-        pytest.param(
-            {"backbone": {"attn_implementation": "sdpa"}}, {}, "vision merger language", FLOAT32, id="padded chunks"
-        ),
-        pytest.param({"pooling": Scaled()}, {}, "vision merger language pooling", FLOAT32, id="trained pooling"),
-        pytest.param(
-            {
-                "loss": nested(
-                    learnable_temperature=True, directions=DIRECTIONS, false_negative_margin=0.1, hardness=5.0
-                )
-            },
-            {"accumulate_grad_batches": 2},
-            "vision merger language loss",
-            FLOAT32,
-            id="every option of the loss",
-        ),
-        pytest.param({}, {"precision": "bf16-mixed"}, "vision merger language", BFLOAT16, id="bf16-mixed"),
-        pytest.param({}, {"precision": "bf16-true"}, "vision merger language", BFLOAT16, id="bf16-true"),
-        pytest.param(
-            {"adapters": [USED_LORA]}, {"precision": "bf16-mixed"}, "vision language", BFLOAT16, id="bf16 with dropout"
-        ),
-    ],
-)
-def test_right_steps_pass(
-    checkpoint: Path,
-    capsys: pytest.CaptureFixture[str],
-    options: dict[str, Any],
-    settings: dict[str, Any],
-    groups: str,
-    most: float,
-) -> None:
+TOWER_AND_TEXT, BF16 = "vision merger language", {"precision": "bf16-mixed"}
+EVERY_OPTION = {"learnable_temperature": True, "directions": DIRECTIONS, "false_negative_margin": 0.1, "hardness": 5.0}
+
+#: Options of the module, those of the trainer and the chunk size, and the groups of trained parameters.
+RIGHT: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "full": ({}, {}, TOWER_AND_TEXT),
+    "graphs kept": ({"graph_memory": "auto"}, {}, TOWER_AND_TEXT),
+    "chunks of one": ({"loss": InfoNCE(0.02)}, {"size": 1}, TOWER_AND_TEXT),
+    "fresh LoRA with dropout": ({"adapters": [FRESH_LORA]}, {}, "vision language"),
+    "LoRA with dropout": ({"adapters": [USED_LORA]}, {}, "vision language"),
+    "graphs with dropout": ({"adapters": [USED_LORA], "graph_memory": "auto"}, {}, "vision language"),
+    "frozen tower": ({"adapters": [Freeze(["vision", "merger"])]}, {}, "language"),
+    "tower alone": ({"adapters": [Freeze(["language"])]}, {}, "vision merger"),
+    "checkpointing": ({"backbone": {"gradient_checkpointing": True}}, {}, TOWER_AND_TEXT),
+    "padded chunks": ({"backbone": {"attn_implementation": "sdpa"}}, {}, TOWER_AND_TEXT),
+    "trained pooling": ({"pooling": Scaled()}, {}, f"{TOWER_AND_TEXT} pooling"),
+    "loss": ({"loss": nested(**EVERY_OPTION)}, {"accumulate_grad_batches": 2}, f"{TOWER_AND_TEXT} loss"),
+    "bf16-mixed": ({}, BF16, TOWER_AND_TEXT),
+    "bf16-true": ({}, {"precision": "bf16-true"}, TOWER_AND_TEXT),
+    "bf16 with dropout": ({"adapters": [USED_LORA]}, BF16, "vision language"),
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_right_steps_pass(checkpoint: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     torch.manual_seed(0)
+    options, settings, groups = RIGHT[name]
     check(module(checkpoint, **{"loss": nested(), "graph_memory": "none", **options}), **settings)
     printed = capsys.readouterr().out
     assert re.search(r"Parity check passed, of \d+ queries and \d+ documents in \d+ chunks:", printed)
     assert sorted(table(printed)) == sorted(groups.split())
+    most = BFLOAT16 if "precision" in settings else FLOAT32
     assert all(tolerated < most for _, tolerated in table(printed).values())
 
 
@@ -181,7 +160,8 @@ def test_another_loss_is_taken_as_it_is(
 
 
 def ignored_temperature(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(InfoNCE, "_scale", lambda self: 1.0)
+    forward = InfoNCE.forward
+    patch.setattr(InfoNCE, "forward", lambda self, *batch: forward(InfoNCE(temperature=1.0), *batch))
 
 
 def dropped_columns(patch: pytest.MonkeyPatch) -> None:
@@ -199,19 +179,26 @@ def dropped_columns(patch: pytest.MonkeyPatch) -> None:
 
 def dropped_negatives(patch: pytest.MonkeyPatch) -> None:
     """Other queries' documents do not count."""
-    patch.setattr(Pairs, "negatives", lambda self, direction: self.judgements.relevance[self.query] == -1)
+    forward = InfoNCE.forward
+
+    def alone(self: InfoNCE, queries: Tensor, documents: Tensor, relevance: Tensor) -> Tensor:
+        judged = relevance != 0
+        rows = zip(queries.split(1), judged, relevance.split(1), strict=True)
+        return torch.stack([forward(self, query, documents[row], grades[:, row]) for query, row, grades in rows]).mean()
+
+    patch.setattr(InfoNCE, "forward", alone)
 
 
 def wrong_scale(patch: pytest.MonkeyPatch, factor: float = 2.0) -> None:
-    replay = CachedStep.replay
+    replay = CachedForward.backward
 
-    def scaled(self: CachedStep) -> None:
+    def scaled(self: CachedForward) -> None:
         if self.outputs[0].shape[-1:] == (64,) and self.outputs[0].ndim == 2:
             for leaf in self.outputs:
                 leaf.grad *= factor
         replay(self)
 
-    patch.setattr(CachedStep, "replay", scaled)
+    patch.setattr(CachedForward, "backward", scaled)
 
 
 def other_dropout(patch: pytest.MonkeyPatch) -> None:
@@ -219,14 +206,14 @@ def other_dropout(patch: pytest.MonkeyPatch) -> None:
 
 
 def skipped_chunk(patch: pytest.MonkeyPatch) -> None:
-    replay = CachedStep.replay
+    replay = CachedForward.backward
 
-    def without_the_first(self: CachedStep) -> None:
+    def without_the_first(self: CachedForward) -> None:
         if len(self.pending) > 1:
             del self.pending[0]
         replay(self)
 
-    patch.setattr(CachedStep, "replay", without_the_first)
+    patch.setattr(CachedForward, "backward", without_the_first)
 
 
 def not_a_number(patch: pytest.MonkeyPatch) -> None:
@@ -422,7 +409,7 @@ def test_nothing_is_changed_before_the_first_step(checkpoint: Path) -> None:
         def on_train_batch_start(self, trainer: Any, module: EmbeddingModule, data: Batch, number: int) -> None:
             state = {name: value.clone() for name, value in module.state_dict().items()}
             gradients = [parameter.grad for parameter in module.parameters()]
-            seen.append((state, gradients, torch.get_rng_state(), module.engine, copy.deepcopy(data)))
+            seen.append((state, gradients, torch.get_rng_state(), module.grad_cache, copy.deepcopy(data)))
 
     model = module(checkpoint, Bounded(), pooling=Scaled(), adapters=[FRESH_LORA])
     data = DataLoader([batch(model, examples(8), 3)], batch_size=None)

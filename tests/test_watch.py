@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,8 +21,9 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
 from vlmembed.losses import BinaryCrossEntropy, InfoNCE, Matryoshka, RankingLoss, ScoreDistillation, SoftmaxCrossEntropy
-from vlmembed.modules import CosineDecay, RetrievalModule, watch
-from vlmembed.modules.watch import EmbeddingWatch, ScoreWatch
+from vlmembed.modules import CosineDecay, RetrievalModule
+from vlmembed.training import guards
+from vlmembed.training.guards import CollapseMonitor, embedding_likeness, score_likeness
 
 COLLAPSED, AT_CHANCE = "collapsed", "The loss is at chance"
 
@@ -37,17 +39,17 @@ def test_likeness_is_the_mean_cosine_of_two_embeddings() -> None:
         cosine_similarity(one, other, dim=0) for place, one in enumerate(everything) for other in everything[:place]
     ]
     expected = torch.stack(cosines).mean()
-    torch.testing.assert_close(EmbeddingWatch().likeness(queries, documents, torch.zeros(3, 4)), expected)
+    torch.testing.assert_close(embedding_likeness(queries, documents, torch.zeros(3, 4))[0], expected)
     same = torch.ones(3, 8).bfloat16()
-    torch.testing.assert_close(EmbeddingWatch().likeness(same, 2 * same), torch.tensor(1.0))
+    torch.testing.assert_close(embedding_likeness(same, 2 * same)[0], torch.tensor(1.0))
 
 
 def test_likeness_of_scores_does_not_look_at_places_without_candidate() -> None:
     scores = torch.tensor([[30.0, 33.0], [36.0, math.nan]])
     mask = torch.tensor([[True, True], [True, False]])
     # Their mean is 33, and their standard deviation the square root of 6.
-    torch.testing.assert_close(ScoreWatch().likeness(scores, scores, mask), torch.tensor(1 - math.sqrt(6) / 33))
-    torch.testing.assert_close(ScoreWatch().likeness(scores / 100, scores, mask), torch.tensor(1 - math.sqrt(6) / 100))
+    torch.testing.assert_close(score_likeness(scores, scores, mask)[0], torch.tensor(1 - math.sqrt(6) / 33))
+    torch.testing.assert_close(score_likeness(scores / 100, scores, mask)[0], torch.tensor(1 - math.sqrt(6) / 100))
 
 
 #: Two queries with one right answer of three documents each.
@@ -73,7 +75,7 @@ def test_chance_is_the_loss_of_equal_embeddings(loss: nn.Module, scores: Tensor 
     teacher = () if scores is None else (scores,)
     given = (torch.randn(2, 8), torch.randn(3, 8), RELEVANCE, *teacher)
     with torch.no_grad():
-        assert float(loss(*EmbeddingWatch().saying_nothing(*given))) == pytest.approx(expected, rel=1e-5)
+        assert float(loss(*embedding_likeness(*given)[1])) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +89,7 @@ def test_chance_is_the_loss_of_equal_embeddings(loss: nn.Module, scores: Tensor 
 def test_chance_is_the_loss_of_equal_scores(loss: RankingLoss, expected: float) -> None:
     scores = math.log(1 / 3) + torch.tensor([[0.5, -0.5, 0.2, -0.2], [-0.7, 0.7, 0.0, 0.0]])
     targets = torch.tensor([[0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]])
-    given = ScoreWatch().saying_nothing(scores, targets, torch.ones(2, 4, dtype=torch.bool))
+    given = score_likeness(scores, targets, torch.ones(2, 4, dtype=torch.bool))[1]
     assert float(loss(*given)) == pytest.approx(expected, rel=1e-5)
 
 
@@ -97,8 +99,8 @@ def test_chance_is_the_loss_of_equal_scores(loss: RankingLoss, expected: float) 
 @pytest.fixture(autouse=True)
 def _often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Judge every two steps."""
-    monkeypatch.setattr(watch, "EVERY", 1)
-    monkeypatch.setattr(watch, "LOOKS", 2)
+    monkeypatch.setattr(guards, "EVERY", 1)
+    monkeypatch.setattr(guards, "LOOKS", 2)
 
 
 def said(model: RetrievalModule, data: list[Any], epochs: int | None = 1, **options: Any) -> list[str]:
@@ -125,9 +127,21 @@ def test_collapse_is_said_once(checkpoint: Path) -> None:
     found = said(model, batches(model), epochs=4)
     assert len(found) == 2
     assert COLLAPSED in found[0]
-    assert "have a cosine of 1.0000 on average" in found[0]
+    assert "was 1.0000 of 1" in found[0]
     assert AT_CHANCE in found[1]
     assert "(0.001 now)" in found[1]
+
+
+def test_a_loss_with_nothing_to_learn_from_is_said_at_once(checkpoint: Path) -> None:
+    """One row in a batch, and rows whose documents are all the same: even while the learning rate rises."""
+    rows = examples(3)[:2]
+    same = [replace(row, positives=rows[0].positives[:1], negatives=()) for row in rows]
+    for batch_rows in (same[:1], same):
+        model = module(checkpoint, lr_scheduler=lambda optimizer, _: CosineDecay(optimizer, 12, warmup=0.9))
+        with pytest.warns(UserWarning, match=r"The loss was exactly 0 over the last 2 steps.*no query has a negative"):
+            trainer(max_epochs=None, max_steps=2).fit(
+                model, DataLoader([batch(model, batch_rows)] * 2, batch_size=None)
+            )
 
 
 def test_a_healthy_run_is_not_warned(checkpoint: Path) -> None:
@@ -152,7 +166,7 @@ def test_scores_that_are_all_alike_are_named(checkpoint: Path) -> None:
 
 
 def test_it_is_said_again_after_it_was_better() -> None:
-    watched, said = EmbeddingWatch(), []
+    watched, said = CollapseMonitor.of_embeddings(), []
     fitting: Any = SimpleNamespace(
         trainer=SimpleNamespace(
             optimizers=[SimpleNamespace(param_groups=[{"lr": 0.0}])],
@@ -165,7 +179,7 @@ def test_it_is_said_again_after_it_was_better() -> None:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             watched.note(step, (queries, documents, torch.eye(2, 4, dtype=torch.int8)), torch.tensor(0.1))
-            watched.look(fitting, InfoNCE())
+            watched.check(fitting, InfoNCE())
         said.append(len(caught))
     assert said == [0, 1, 0, 0, 0, 0, 0, 1]
 
@@ -200,7 +214,7 @@ class Dice(InfoNCE):
 def test_looking_draws_no_random_number(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     states = []
     for every in (1, 1000):
-        monkeypatch.setattr(watch, "EVERY", every)
+        monkeypatch.setattr(guards, "EVERY", every)
         torch.manual_seed(0)
         model = module(checkpoint, Dice())
         said(model, batches(model))
@@ -209,7 +223,7 @@ def test_looking_draws_no_random_number(checkpoint: Path, monkeypatch: pytest.Mo
 
 
 def collapse_together(checkpoint: Path) -> list[str]:
-    watch.EVERY, watch.LOOKS = 1, 2
+    guards.EVERY, guards.LOOKS = 1, 2
     model = module(checkpoint, InfoNCE(1.0))
     flatten(model, 1e-4)
     data = batches(model)[torch.distributed.get_rank() :]

@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning import LightningModule
@@ -19,12 +18,12 @@ from vlmembed import distributed
 from vlmembed.files import write_whole
 
 ADVICE = (
-    "If it is always the same rows, look at these. Otherwise lower the learning rate or warm it up longer, clip gradients "
-    "(trainer.gradient_clip_val: 1.0), raise the loss's temperature, or set trainer.precision: bf16-mixed."
+    "If it is always the same rows, look at these. Otherwise lower the learning rate or warm it up longer, clip "
+    "gradients (trainer.gradient_clip_val: 1.0), raise the loss's temperature, or set trainer.precision: bf16-mixed."
 )
 CAUSES = (
-    "Likely causes: a learning rate that is too high or too low ({rate:.3g} now), a pooling that reads the wrong tokens, "
-    "adapters that freeze what should learn, a temperature that is far too high, or rows whose positives do not answer."
+    "Likely causes: a learning rate that is too high or too low ({:.3g} now), a pooling that reads the wrong tokens, "
+    "adapters that freeze what should learn, a temperature that is too high, or rows whose positives do not answer."
 )
 #: Steps between two looks at the outputs, and looks until they are judged: 50 steps.
 EVERY, LOOKS = 10, 5
@@ -35,7 +34,7 @@ class NonFiniteGuard:
 
     A skipped step changes neither weights nor moments. Each is a line of ``non_finite.jsonl`` in the run's folder: the
     step as in ``metrics.csv``, the gradient's norm, some parameters whose gradient is broken, and the loss and rows of
-    its batches. With a gradient scaler (``16-mixed``) nothing counts until its scale is down at 1 or the loss is broken.
+    its batches. With a gradient scaler (``16-mixed``) a step counts once the scale is down at 1 or the loss is broken.
 
     Args:
         max_skipped_steps: How many steps in a row may be skipped.
@@ -49,7 +48,7 @@ class NonFiniteGuard:
         self._batches: list[tuple[Tensor, tuple[str, ...]]] = []
 
     def add(self, loss: Tensor, origins: tuple[str, ...]) -> None:
-        """Remember a batch of the coming step: its loss () over all processes, and where this process's rows are from."""
+        """Remember a batch of the coming step: its loss () of all processes, and where this one's rows are from."""
         self._batches.append((loss.detach(), origins))
 
     def check(self, module: LightningModule, optimizer: Optimizer, norm: Tensor) -> bool:
@@ -110,10 +109,7 @@ class NonFiniteGuard:
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
         where = "" if path is None else f" The rows of its batch are in {path}."
-        if broken := broken_weights(module):
-            raise RuntimeError(
-                f"Step {step}: weights are not finite, such as {broken[0]}.{where} Resume from a checkpoint. {ADVICE}"
-            )
+        refuse_broken_weights(module)  # No later step can mend them.
         text = ", ".join(f"{loss:.3g}" for loss, _ in batches)
         rank_zero_warn(f"Step {step} is skipped: the norm of its gradient is {norm:.3g}, its loss {text}.{where}")
         if self.in_a_row > self.max_skipped_steps:
@@ -124,18 +120,14 @@ class NonFiniteGuard:
 
 
 def refuse_broken_weights(module: LightningModule) -> None:
-    """Raise a RuntimeError before weights that are not finite are written into a checkpoint. Collective."""
-    if broken := broken_weights(module):
-        raise RuntimeError(
-            f"{len(broken)} parameters are not finite, such as {broken[0]}, so no checkpoint is written; earlier ones are "
-            f"as they were. {ADVICE}"
-        )
-
-
-def broken_weights(module: nn.Module) -> list[str]:
-    """Name the trained parameters that are not finite. Collective."""
+    """Refuse trained weights that are not finite, as before a checkpoint is written, by a RuntimeError. Collective."""
     trained = ((name, weight.detach()) for name, weight in module.named_parameters() if weight.requires_grad)
-    return _not_finite(trained, order=math.inf)  # A sum of squares may overflow where every weight is fine.
+    # The largest number, as a sum of squares may overflow where every weight is fine.
+    if broken := _not_finite(trained, order=math.inf):
+        raise RuntimeError(
+            f"Step {module.global_step}: {len(broken)} parameters are not finite, such as {broken[0]}, and no later "
+            f"step can mend them. No checkpoint is written; resume from an earlier one. {ADVICE}"
+        )
 
 
 def _not_finite(tensors: Iterable[tuple[str, Tensor]], order: float) -> list[str]:
@@ -181,7 +173,7 @@ class CollapseMonitor:
         return cls("Scores", score_likeness)
 
     def note(self, step: int, arguments: tuple[Tensor, ...], value: Tensor) -> None:
-        """Keep the loss's arguments and value () in the last batch before an optimizer step, if it is that step's turn."""
+        """Keep the loss's arguments and value () of the last batch before a step, if it is the step's turn."""
         if step % EVERY == 0:
             self._noted = tuple(argument.detach() for argument in arguments), value.detach()
 
@@ -195,18 +187,19 @@ class CollapseMonitor:
         chance = torch.full_like(likeness, math.nan)
         if next(loss.buffers(), None) is None:  # Otherwise it may keep what it is asked here.
             device = likeness.device
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                with module.trainer.precision_plugin.train_step_context():
-                    chance = loss(*constant)
+            undone = torch.random.fork_rng([device] if device.type == "cuda" else [])
+            with undone, module.trainer.precision_plugin.train_step_context():
+                chance = loss(*constant)
         self._looks.append(torch.stack([likeness, value.to(likeness), chance.to(likeness)]))
         if len(self._looks) == LOOKS:  # Only now the host waits for the device.
-            numbers = torch.stack(self._looks).mean(0).tolist()
+            likeness_mean, value_mean, chance_mean = torch.stack(self._looks).mean(0).tolist()
             self._looks.clear()
-            self._judge(*numbers, rate=float(module.trainer.optimizers[0].param_groups[0]["lr"]))
+            rate = float(module.trainer.optimizers[0].param_groups[0]["lr"])
+            self._judge(likeness_mean, value_mean, chance_mean, rate)
 
     def _judge(self, likeness: float, value: float, chance: float, rate: float) -> None:
         is_empty, is_rising, self._rate = value == chance == 0, rate > self._rate, rate
-        steps, causes = f"over the last {EVERY * LOOKS} steps", CAUSES.format(rate=rate)
+        steps, causes = f"over the last {EVERY * LOOKS} steps", CAUSES.format(rate)
         self._warn(
             is_empty,
             f"The loss was exactly 0 {steps}, whatever the model says: no query has a negative. Raise data.batch_size, "
@@ -235,7 +228,7 @@ def embedding_likeness(queries: Tensor, documents: Tensor, *labels: Tensor) -> t
 
 
 def score_likeness(scores: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return 1 less the standard deviation of scores (Q, C) over their mean or 1, and scores that are all their mean."""
+    """Return 1 less the deviation of scores (Q, C) over their mean, or 1; and scores that are all their mean."""
     real = scores.float().masked_fill(~mask, 0.0)
     mean = real.sum() / mask.sum()
     deviation = (((real - mean) * mask).square().sum() / mask.sum()).sqrt()

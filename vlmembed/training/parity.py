@@ -20,13 +20,12 @@ from torch.nn.functional import normalize
 from vlmembed import distributed
 from vlmembed.gradcache import GradCache
 from vlmembed.losses import InfoNCE, Loss, Matryoshka, WeightedSum
-from vlmembed.modules.embedding import EmbeddingModule
 from vlmembed.training.guards import NonFiniteGuard
 from vlmembed.types import Batch, Inputs
 
 #: What right steps differ by is rounding: in tests 1e-6 of a group's gradient, and 7e-3 where numbers have 16 bits, as
-#: sums come in another order. The smallest error planted there makes 0.3.
-TOLERANCE, TOLERANCE_16_BIT = 5e-4, 0.1
+#: sums come in another order. The smallest error planted there makes 0.2.
+TOLERANCE, TOLERANCE_16_BIT = 5e-4, 0.05
 
 
 class ParityCheck(Callback):
@@ -52,7 +51,7 @@ class ParityCheck(Callback):
         """Check, before the first step; raises a RuntimeError if the step's gradient is another one."""
         if trainer.global_step or batch_idx:
             return
-        if not isinstance(pl_module, EmbeddingModule):
+        if not isinstance(getattr(pl_module, "loss", None), Loss):
             raise TypeError(f"ParityCheck knows the step of an EmbeddingModule, not of a {type(pl_module).__name__}.")
         if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             raise ValueError(
@@ -83,7 +82,7 @@ class ParityCheck(Callback):
 class StepGradients:
     """The gradient that a step makes of a batch, and the one that it should make; both leave everything as it was."""
 
-    def __init__(self, trainer: Trainer, module: EmbeddingModule, batch: Batch) -> None:
+    def __init__(self, trainer: Trainer, module: Any, batch: Batch) -> None:
         self.trainer, self.module, self.batch = trainer, module, batch
         self.context = trainer.precision_plugin.train_step_context
         self.parameters = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
@@ -112,6 +111,7 @@ class StepGradients:
             with self.context():
                 loss = defined_loss(module.loss, *joined(embeddings.requires_grad_(), batch))
             loss.backward()
+            assert embeddings.grad is not None
             parts = embeddings.grad.split([len(chunk["attention_mask"]) for chunk in batch.chunks])
             with torch.random.fork_rng(self.devices):  # The same random numbers again, for the same dropout.
                 encode, features = self._text_encoder()
@@ -129,7 +129,7 @@ class StepGradients:
             return [_total(gradient) for gradient in self._gradients()]
 
     def _text_encoder(self) -> tuple[Callable[[Inputs], Tensor], list[Tensor]]:
-        """Return what encodes a chunk, and its images' features, which collect gradients; as the gradient cache does."""
+        """Return what encodes a chunk, and its images' features, which collect gradients, as the step does."""
         encoder, images = self.module.encoder, self.batch.images
         trains_vision = encoder.backbone.trains_vision
         # Where no graphs may be kept, a trained tower runs with each chunk, and its dropout falls by chunk.
@@ -170,12 +170,12 @@ class StepGradients:
             owner = name.removeprefix("encoder.").split(".")[0]
             group = self.module.encoder.backbone.group_of(name) if owner == "backbone" else owner
             numbers = [torch.linalg.vector_norm(tensor.double()) ** 2 for tensor in (one, other, one - other)]
-            squares[group] = squares.get(group, 0) + torch.stack(numbers).cpu()
+            squares[group] = squares.get(group, torch.zeros(())) + torch.stack(numbers).cpu()
         is_16_bit = "16" in f"{self.trainer.precision} {self.module.encoder.dtype}"
         tolerance = TOLERANCE_16_BIT if is_16_bit else TOLERANCE
         lines, complaint = [f"  {'gradient of':<12}{'difference':>12}{'tolerated':>12}"], ""
-        for group, numbers in sorted(squares.items(), key=lambda entry: float(entry[1][1])):
-            size, whole, off = (numbers.sqrt() / max(float(numbers[1]) ** 0.5, 1e-38)).tolist()
+        for group, sums in sorted(squares.items(), key=lambda entry: float(entry[1][1])):
+            size, whole, off = (sums.sqrt() / max(float(sums[1]) ** 0.5, 1e-38)).tolist()
             lines.append(f"  {group:<12}{off:>12.1e}{tolerance:>12.1e}")
             if off <= tolerance:  # Never where it is NaN.
                 continue
@@ -208,7 +208,7 @@ def _total(gradient: Tensor) -> Tensor:
 
 
 def joined(embeddings: Tensor, batch: Batch) -> tuple[Tensor, ...]:
-    """Join all processes' batches item by item, as `gather_batch` should: what a loss takes; others' have no gradient."""
+    """Join all processes' batches item by item, as `gather_batch` should; others' have no gradient."""
     sides: tuple[dict[int, Tensor], dict[int, Tensor]] = {}, {}
     judged: dict[tuple[int, int], list[float]] = {}
     own = replace(batch, chunks=[], images=[])
@@ -237,8 +237,10 @@ def defined_loss(
     That is InfoNCE, also inside of Matryoshka and WeightedSum; another loss computes itself.
     """
     if type(loss) is Matryoshka:
-        cuts = [(weight, queries[:, :size], documents[:, :size]) for size, weight in loss.weights.items()]
-        terms = [weight * defined_loss(loss.loss, *vectors, relevance, scores) for weight, *vectors in cuts]
+        terms = [
+            weight * defined_loss(loss.loss, queries[:, :size], documents[:, :size], relevance, scores)
+            for size, weight in loss.weights.items()
+        ]
         return torch.stack(terms).sum()
     if type(loss) is WeightedSum:
         terms = [weight * defined_loss(term, queries, documents, relevance, scores) for term, weight in loss.terms]
