@@ -40,7 +40,7 @@ from vlmembed.features import FeatureCache, InMemory
 from vlmembed.losses import BinaryCrossEntropy, InfoNCE, Matryoshka
 from vlmembed.modules import EmbeddingModule
 from vlmembed.modules.embedding import gather_batch
-from vlmembed.modules.watch import EmbeddingWatch, ScoreWatch
+from vlmembed.training.guards import CollapseMonitor
 from vlmembed.types import Batch, Example, Inputs
 
 #: Sums in float32 in another order.
@@ -353,13 +353,13 @@ def test_watching_never_waits_for_the_device() -> None:
         trainer=SimpleNamespace(precision_plugin=SimpleNamespace(train_step_context=contextlib.nullcontext))
     )
     for watched, loss, given in (
-        (EmbeddingWatch(), InfoNCE(), (embeddings, embeddings, torch.eye(4, dtype=torch.int8))),
-        (ScoreWatch(), BinaryCrossEntropy(), (scores, scores, mask)),
+        (CollapseMonitor.of_embeddings(), InfoNCE(), (embeddings, embeddings, torch.eye(4, dtype=torch.int8))),
+        (CollapseMonitor.of_scores(), BinaryCrossEntropy(), (scores, scores, mask)),
     ):
         with NoWaiting():
             watched.note(0, given, embeddings.sum())
-            watched.look(fitting, loss)
-        assert len(watched._seen) == 1
+            watched.check(fitting, loss)
+        assert len(watched._looks) == 1
 
 
 def on_device(data: Batch, device: str) -> tuple[Tensor, Tensor, Tensor]:

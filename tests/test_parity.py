@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +21,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from peft import LoraConfig
-from test_losses import CLOSE, CROSS, DIRECTIONS, HARDNESS, graded_batch, slow_infonce
+from test_losses import CROSS, DIRECTIONS
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -328,38 +327,6 @@ def same_value_and_gradients(loss: Loss, expected: Callable[..., Tensor]) -> Non
     reference.backward()
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one.grad, other.grad, **CLOSE)
-
-
-@pytest.mark.parametrize(
-    ("directions", "softmax"),
-    [(names, "joint") for count in range(1, 5) for names in combinations(DIRECTIONS, count)]
-    + [(names, "per_direction") for names in (CROSS[:1], CROSS[1:], CROSS)],
-)
-def test_infonce_is_computed_from_its_definition(directions: tuple[str, ...], softmax: str) -> None:
-    for margin in (None, 0.1, -0.2):
-        options = {"directions": directions, "softmax": softmax, "false_negative_margin": margin}
-        same_value_and_gradients(InfoNCE(0.1, **options), partial(slow_infonce, **options))
-    if directions[0] == "query_to_document":
-        for kind in HARDNESS:
-            options = {"directions": directions, "softmax": softmax, "hardness": 5.0, "hardness_on": kind}
-            same_value_and_gradients(InfoNCE(0.1, **options), partial(slow_infonce, **options))
-
-
-def test_matryoshka_is_computed_from_its_definition() -> None:
-    def expected(queries: Tensor, documents: Tensor, relevance: Tensor) -> Tensor:
-        cuts = [(6, 1.0), (2, 0.3)]
-        return sum(weight * slow_infonce(queries[:, :d], documents[:, :d], relevance, CROSS[:1]) for d, weight in cuts)
-
-    same_value_and_gradients(Matryoshka(InfoNCE(0.1), [2, 6], [0.3, 1.0]), expected)
-
-
-def test_a_learnable_temperature_is_used_and_gets_its_gradient() -> None:
-    loss = InfoNCE(0.1, learnable_temperature=True)
-    with torch.no_grad():
-        loss.log_scale.fill_(1.5)
-    log_scale = torch.tensor(1.5, requires_grad=True)
-    same_value_and_gradients(loss, partial(slow_infonce, directions=CROSS[:1], log_scale=log_scale))
-    torch.testing.assert_close(loss.log_scale.grad, log_scale.grad)
 
 
 # What it leaves behind

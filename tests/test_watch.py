@@ -137,7 +137,7 @@ def test_a_loss_with_nothing_to_learn_from_is_said_at_once(checkpoint: Path) -> 
     rows = examples(3)[:2]
     same = [replace(row, positives=rows[0].positives[:1], negatives=()) for row in rows]
     for batch_rows in (same[:1], same):
-        model = module(checkpoint, lr_scheduler=lambda optimizer, _: CosineDecay(optimizer, 12, warmup=0.9))
+        model = module(checkpoint, lr_scheduler=lambda optimizer: CosineDecay(optimizer, 12, warmup=0.9))
         with pytest.warns(UserWarning, match=r"The loss was exactly 0 over the last 2 steps.*no query has a negative"):
             trainer(max_epochs=None, max_steps=2).fit(
                 model, DataLoader([batch(model, batch_rows)] * 2, batch_size=None)
@@ -152,7 +152,7 @@ def test_a_healthy_run_is_not_warned(checkpoint: Path) -> None:
 
 
 def test_nothing_is_judged_while_the_rate_rises(checkpoint: Path) -> None:
-    model = module(checkpoint, InfoNCE(1.0), lr_scheduler=lambda optimizer, _: CosineDecay(optimizer, 12, warmup=0.9))
+    model = module(checkpoint, InfoNCE(1.0), lr_scheduler=lambda optimizer: CosineDecay(optimizer, 12, warmup=0.9))
     flatten(model, 1e-4)
     assert not said(model, batches(model), epochs=None, max_steps=9)
 

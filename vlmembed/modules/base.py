@@ -211,18 +211,19 @@ class RetrievalModule(LightningModule, ABC):
         return loss
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Send the loss's gradient to the embeddings, and from there through the encoder."""
+        """Send the loss's gradient to the embeddings, and from there through the encoder; complete it before a step."""
         super().backward(loss, *args, **kwargs)
         self.grad_cache.backward()
+        if self.grad_cache.before_step:
+            self.monitor.check(self, self.loss)
+            if self._reduce_gradients:
+                distributed.mean_gradients(self.parameters())
+            self._average_partial_window()
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Complete the gradients, skip a step that is not finite, and clip any other, by one norm of all gradients."""
-        self.monitor.check(self, self.loss)
-        if self._reduce_gradients:
-            distributed.mean_gradients(self.parameters())
-        self._average_partial_window()
+        """Skip a step that is not finite, and clip any other, by one norm of all gradients."""
         norm = distributed.gradient_norm(parameters_of(optimizer))
         if self.guard.check(self, optimizer, norm):
             # After the first step, and the first with images, refuse to train on if something got no gradient.

@@ -97,7 +97,7 @@ class StepGradients:
             vars(module)["log"] = lambda *_, **__: None
             loss: Any = self.trainer.strategy.training_step(self.batch, 0)
             module.backward(loss)
-            if distributed.defer_gradient_reduction(self.trainer.strategy.model):
+            if not module.grad_cache.before_step and distributed.defer_gradient_reduction(self.trainer.strategy.model):
                 distributed.mean_gradients(module.parameters())
             return self._gradients()
 
