@@ -80,6 +80,13 @@ class Trainer(lightning.Trainer):
                 refuse_changes(checkpoint["config"], self.run_config, self.allow_changed)
         super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
 
+    def _run(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """Tell the data which batches the model takes, before Lightning runs anything."""
+        data: Any = getattr(self, "datamodule", None)
+        if hasattr(data, "collator") and hasattr(model, "collator"):
+            data.collator = model.collator()
+        return super()._run(model, *args, **kwargs)
+
     @property
     def export_folder(self) -> Path:
         """Where ``export`` writes if nothing else is said: into the run's folder."""

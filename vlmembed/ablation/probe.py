@@ -10,7 +10,7 @@ from lightning import LightningModule
 
 from vlmembed.ablation.report import html_environment
 from vlmembed.ablation.results import csv_text
-from vlmembed.data import Task
+from vlmembed.data import Collator
 from vlmembed.files import write_whole
 from vlmembed.metrics import METRICS, RetrievalMetrics
 from vlmembed.modules import EmbeddingModule, frozen
@@ -85,10 +85,9 @@ class Probe(LightningModule):
         """The preprocessor of the model's inputs."""
         return self.model.preprocessor
 
-    @property
-    def task(self) -> Task:
-        """To embed items."""
-        return self.model.task
+    def collator(self) -> Collator:
+        """Batches of items."""
+        return self.model.collator()
 
     def configure_model(self) -> None:
         """Load the weights, once."""

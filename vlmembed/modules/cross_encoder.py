@@ -14,7 +14,7 @@ from torch import Tensor
 from vlmembed import distributed
 from vlmembed.backbones import VisionLanguageModel
 from vlmembed.backbones.chat_templates import PairTemplate, QueryFirst
-from vlmembed.data import Reranking, Task
+from vlmembed.data import PairCollator
 from vlmembed.encoder import Scorer
 from vlmembed.heads import ScoreHead, YesNo
 from vlmembed.losses import RankingLoss
@@ -56,10 +56,10 @@ class CrossEncoderModule(RetrievalModule):
         self._in_batch_negatives = in_batch_negatives
         super().__init__(partial(Scorer, backbone, head or YesNo(), self._template), loss, **options)
 
-    @property
-    def task(self) -> Task:
-        """To score pairs, with the targets that the loss wants."""
-        return Reranking(self.loss.targets, self._template.ends_with_query, self._in_batch_negatives)
+    def collator(self) -> PairCollator:
+        """Batches of pairs, with the targets that the loss wants."""
+        by_document = self._template.ends_with_query
+        return PairCollator(self.preprocessor, self.loss.label_spec, self._in_batch_negatives, by_document)
 
     def gather_batch(self, outputs: Tensor, batch: RankingBatch) -> tuple[Tensor, ...]:
         """Join the scores of all processes."""

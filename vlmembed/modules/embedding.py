@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlmembed import distributed
 from vlmembed.backbones import VisionLanguageModel
-from vlmembed.data import Embedding, Task
+from vlmembed.data import ItemCollator
 from vlmembed.encoder import Encoder
 from vlmembed.losses import Loss
 from vlmembed.metrics import RetrievalMetrics
@@ -39,10 +39,9 @@ class EmbeddingModule(RetrievalModule):
     def __init__(self, backbone: VisionLanguageModel, pooling: Pooling, loss: Loss, **options: Any) -> None:
         super().__init__(partial(Encoder, backbone, pooling), loss, **options)
 
-    @property
-    def task(self) -> Task:
-        """To embed items, each on its own."""
-        return Embedding(self.loss.wants_scores)
+    def collator(self) -> ItemCollator:
+        """Batches of items, to be embedded."""
+        return ItemCollator(self.preprocessor, self.loss.wants_scores)
 
     def check(self) -> None:
         """Refuse Matryoshka dimensions that the embedding does not have."""

@@ -15,7 +15,7 @@ from torchmetrics import Metric
 
 from vlmembed import distributed
 from vlmembed.adapters import Adapter
-from vlmembed.data import Task
+from vlmembed.data import Collator
 from vlmembed.encoder import Encoder
 from vlmembed.features import FeatureCache
 from vlmembed.memory import StepPeak, graph_bytes
@@ -88,10 +88,9 @@ class RetrievalModule(Resumable, ABC):
         self._gradients_checked = False
         self._metrics = nn.ModuleList()
 
-    @property
     @abstractmethod
-    def task(self) -> Task:
-        """What the data module makes batches for."""
+    def collator(self) -> Collator:
+        """Return what makes batches for this model."""
 
     @abstractmethod
     def gather_batch(self, outputs: Tensor, batch: Any) -> tuple[Tensor, ...]:

@@ -45,7 +45,7 @@ def write_reranking(metrics: RerankingMetrics, folder: Path, is_writer: bool = T
         folder: Where to write; made if it is not there.
         is_writer: Whether this process writes. All must call, because each holds a share of the scores.
     """
-    scores, columns = metrics.top_k(metrics.candidates.shape[1])
+    scores, columns = metrics.top_k(metrics.depth)
     if is_writer:
         _write_run(metrics.evaluation, scores, columns, folder)
         print(f"Predictions are in {folder}")

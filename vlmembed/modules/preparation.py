@@ -39,13 +39,13 @@ def start_engine(
     sharded = distributed.is_sharded(encoder)
     if sharded:
         _refuse_for_shards(getattr(data, "chunk_size", None), graph_memory)
-    if hasattr(data, "patch_cost"):
-        data.patch_cost = patch_cost(encoder)
     limit = memory.graph_bytes(graph_memory, module.device)
-    if getattr(data, "chunk_size", None) == "auto" and data.chunk_cost is None:
+    if hasattr(data, "set_chunking"):
+        data.set_chunking(data.chunk_tokens, patch_cost(encoder))
+    if getattr(data, "chunk_size", None) == "auto" and data.chunk_tokens is None:
         with module.trainer.precision_plugin.forward_context():
-            data.chunk_cost = chunk_cost(encoder)
-        _tell(module, f"chunk_size: auto. A chunk has room for {data.chunk_cost:,} tokens.")
+            data.set_chunking(chunk_cost(encoder), patch_cost(encoder))
+        _tell(module, f"chunk_size: auto. A chunk has room for {data.chunk_tokens:,} tokens.")
     steps = 0
     if features is not None:
         _open(features, encoder.backbone, str(module.trainer.precision))
@@ -70,7 +70,7 @@ def _tell(module: LightningModule, sentence: str) -> None:
         if place is not None:
             folder = Path(place)
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "chunks.yaml").write_text(yaml.safe_dump({"chunk_cost": trainer.datamodule.chunk_cost}))  # type: ignore[attr-defined]
+            (folder / "chunks.yaml").write_text(yaml.safe_dump({"chunk_cost": trainer.datamodule.chunk_tokens}))  # type: ignore[attr-defined]
 
 
 def _open(features: FeatureCache, backbone: VisionLanguageModel, precision: str) -> None:

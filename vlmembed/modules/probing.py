@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 from vlmembed import distributed, memory
-from vlmembed.data.collate import PATCH_COST, Collator, PairCollator
+from vlmembed.data import ItemCollator, PairCollator
 from vlmembed.encoder import Encoder, Scorer
 from vlmembed.engine import Engine
-from vlmembed.losses import Targets
-from vlmembed.types import Batch, Example, Item, Part, RankingBatch
+from vlmembed.losses import LabelSpec
+from vlmembed.types import PATCH_COST, Batch, Example, Item, Part, RankingBatch
 
 #: A larger chunk is no faster: the device is busy, or the processor's caches are full.
 MOST = {"cuda": 65_536, "cpu": 8_192}
@@ -78,5 +78,5 @@ def _batch(encoder: Encoder, tokens: float) -> Batch | RankingBatch:
         shown = Item("document", (Part("image", picture), Part("text", number)), origin="probing for chunk_size: auto")
         examples.append(Example(Item("query", (Part("text", number),)), (shown,)))
     if isinstance(encoder, Scorer):
-        return PairCollator(preprocessor, Targets())(examples)
-    return Collator(preprocessor)(examples)
+        return PairCollator(preprocessor, LabelSpec())(examples)
+    return ItemCollator(preprocessor)(examples)
