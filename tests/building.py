@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,11 @@ from torch.utils.data import DataLoader
 
 from vlmembed.backbones import Qwen3VL
 from vlmembed.data import Collator
-from vlmembed.data.collate import PATCH_COST
 from vlmembed.encoder import Encoder
 from vlmembed.losses import BinaryCrossEntropy, InfoNCE, Loss, RankingLoss
 from vlmembed.modules import CrossEncoderModule, EmbeddingModule, RetrievalModule
 from vlmembed.pooling import LastToken, Pooling
-from vlmembed.types import Batch, Example, Item, Part, RankingBatch, Role
+from vlmembed.types import Batch, Chunking, Example, Item, Part, RankingBatch, Role
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -75,7 +75,13 @@ def module(checkpoint: Path, loss: Loss | None = None, **options: Any) -> Embedd
 
 
 def batch(model: EmbeddingModule, rows: list[Example], chunk_size: int | None = None) -> Batch:
-    return Collator(model.preprocessor, chunk_size, wants_scores=model.loss.wants_scores)(rows)
+    return collated(model.collator(), rows, chunk_size)
+
+
+def collated(collator: Collator, rows: list[Example], size: int | None = None, **chunking: Any) -> Any:
+    """A batch, in chunks of a size."""
+    collator.chunking = Chunking(size, **chunking)
+    return collator(rows)
 
 
 def lists(count: int = 5, largest: float = 1.0) -> list[Example]:
@@ -109,8 +115,7 @@ def ranker(checkpoint: Path, loss: RankingLoss | None = None, **options: Any) ->
 
 
 def ranking_batch(model: CrossEncoderModule, rows: list[Example], chunk_size: int | None = None) -> RankingBatch:
-    made: RankingBatch = model.task.collator(model.preprocessor, chunk_size, None, PATCH_COST)(rows)
-    return made
+    return collated(model.collator(), rows, chunk_size)
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -187,7 +192,25 @@ class Recorder(Callback):
         return difference(self.weights[step], self.weights[0])
 
 
-def trainer(**options: Any) -> lightning.Trainer:
+def _with_collator(run: Callable[..., Any]) -> Callable[..., Any]:
+    def connected(self: Any, model: Any, *args: Any, datamodule: Any = None, **options: Any) -> Any:
+        if datamodule is not None:
+            datamodule.collator = model.collator()
+        return run(self, model, *args, datamodule=datamodule, **options)
+
+    return connected
+
+
+class Trainer(lightning.Trainer):
+    """Lightning's trainer, which tells the data what batches the model takes, as ours does."""
+
+    fit, validate, test, predict = map(
+        _with_collator,
+        (lightning.Trainer.fit, lightning.Trainer.validate, lightning.Trainer.test, lightning.Trainer.predict),
+    )
+
+
+def trainer(**options: Any) -> Trainer:
     """Lightning's trainer on the CPU, writing nothing unless told to."""
     quiet = {
         "logger": False,
@@ -196,7 +219,7 @@ def trainer(**options: Any) -> lightning.Trainer:
         "enable_model_summary": False,
     }
     fixed = {"accelerator": "cpu", "use_distributed_sampler": False, "num_sanity_val_steps": 0}
-    return lightning.Trainer(**{**quiet, **fixed, "max_epochs": 1, **options})
+    return Trainer(**{**quiet, **fixed, "max_epochs": 1, **options})
 
 
 def fit(model: RetrievalModule, batches: list[Any], **options: Any) -> Recorder:

@@ -24,8 +24,8 @@ from PIL import Image
 
 from vlmembed import media as images
 from vlmembed.backbones import Qwen3VL
-from vlmembed.data import to_item
-from vlmembed.media import Folder, image_size, load_image
+from vlmembed.data.cells import MAX_TEXT_BYTES, Folder, to_items
+from vlmembed.media import image_size, load_image
 from vlmembed.types import Item, Part
 
 ORIGIN = "train.jsonl, row 17, column 'positive'"

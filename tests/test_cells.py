@@ -7,11 +7,15 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from vlmembed.data import to_item
-from vlmembed.media import Folder
-from vlmembed.types import Part
+from vlmembed.data.cells import Folder, to_items
+from vlmembed.media import load_image
+from vlmembed.types import Item, Part, Role
 
 ORIGIN = "train.jsonl, row 17, column 'positive'"
+
+
+def to_item(cell: Any, role: Role, folder: Folder, origin: str) -> Item:
+    return to_items([(cell, role, origin)], folder)[0]
 
 
 @pytest.fixture
@@ -61,8 +65,7 @@ def test_an_encoded_image_alone_and_in_a_mapping(folder: Path) -> None:
     value = {"bytes": encoded(image), "path": "gone.png"}
     for cell in (value, {"image": value}):
         (part,) = parts(cell, folder)
-        assert isinstance(part.value, Image.Image)
-        assert part.value.tobytes() == image.tobytes()
+        assert load_image(part.value).tobytes() == image.tobytes()
     assert parts({"image": {"bytes": None, "path": "a.png"}}, folder) == (Part("image", folder / "a.png"),)
 
 
@@ -122,9 +125,8 @@ def test_nulls_that_arrow_adds_are_skipped(folder: Path) -> None:
         ({"image": "gone.png"}, "the image file .*gone.png does not exist"),
         ({"image": 3}, "expected the path of an image file, got int 3"),
         ({"image": {"bytes": None, "path": None}}, "expected the path of an image file, got NoneType"),
-        ({"image": {"bytes": b"noise", "path": "x.png"}}, "cannot read image x.png"),
-        ({"image": {"bytes": "noise", "path": "x.png"}}, "cannot read image x.png"),
-        ({"image": {"bytes": 7, "path": None}}, "cannot read image given as bytes"),
+        ({"image": {"bytes": "noise", "path": "x.png"}}, "the bytes of image 'x.png' are str 'noise'"),
+        ({"image": {"bytes": 7, "path": None}}, "the bytes of image None are int 7"),
         ({"video": "gone.mp4"}, "the video file .*gone.mp4 does not exist"),
         ({"video": ["a.png", "gone.png"]}, "the image file .*gone.png does not exist"),
         ({"video": [[]]}, "a video without frames"),
@@ -140,8 +142,3 @@ def test_bad_cells_are_refused_with_their_origin(cell: Any, message: str, folder
         to_item(cell, "document", Folder(folder), ORIGIN)
     assert str(error.value).startswith(ORIGIN)
 
-
-def test_a_truncated_encoded_image_is_refused(folder: Path) -> None:
-    whole = encoded(Image.effect_noise((64, 64), 50))
-    with pytest.raises(ValueError, match=r"row 17.*cannot read image"):
-        to_item({"bytes": whole[: len(whole) // 2], "path": None}, "document", Folder(folder), ORIGIN)

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from vlmembed.data import EvaluationFolder, EvaluationRows, Rows, load_evaluation
-from vlmembed.types import EvaluationSet, Item, Part
+from vlmembed.data import EvaluationFolder, EvaluationRows, Rows
+from vlmembed.data.evaluation import as_evaluation
+from vlmembed.media import load_image
+from vlmembed.types import EvaluationSet
 
 
 def write(path: Path, rows: list[Any]) -> str:
@@ -42,7 +44,7 @@ def values(items: Any) -> list[list[Any]]:
 
 
 def test_a_folder(folder: Path) -> None:
-    found = load_evaluation(str(folder))
+    found = as_evaluation(str(folder))
     assert found.name == "pages"
     assert found.query_names == ["2", "q1"]  # In the order of queries.jsonl; the query without judgements is left out.
     assert values(found.queries) == [["second"], ["first"]]
@@ -73,7 +75,7 @@ def test_the_header_is_optional_and_the_name_can_be_given(folder: Path) -> None:
 def test_bad_judgements_are_refused(line: str, message: str, folder: Path) -> None:
     (folder / "qrels.tsv").write_text(QRELS + line + "\n")
     with pytest.raises(ValueError, match=message):
-        load_evaluation(str(folder))
+        as_evaluation(str(folder))
 
 
 @pytest.mark.parametrize(
@@ -92,23 +94,23 @@ def test_bad_judgements_are_refused(line: str, message: str, folder: Path) -> No
 def test_bad_rows_are_refused(row: dict[str, Any], message: str, folder: Path) -> None:
     write(folder / "corpus.jsonl", [*CORPUS, row])
     with pytest.raises(ValueError, match=message):
-        load_evaluation(str(folder))
+        as_evaluation(str(folder))
 
 
 @pytest.mark.parametrize("name", ["corpus.jsonl", "queries.jsonl", "qrels.tsv"])
 def test_missing_and_empty_files_are_refused(name: str, folder: Path) -> None:
     (folder / name).write_text("")
     with pytest.raises(ValueError, match=f"{name}: the file has no rows"):
-        load_evaluation(str(folder))
+        as_evaluation(str(folder))
     (folder / name).unlink()
     with pytest.raises(ValueError, match=f"{name}: no such file"):
-        load_evaluation(str(folder))
+        as_evaluation(str(folder))
 
 
 def test_judged_documents_that_are_not_in_the_corpus_are_kept_and_counted_once(folder: Path) -> None:
     (folder / "qrels.tsv").write_text(QRELS + "q1\tgone\t1\n2\tgone\t1\n2\taway\t1\n")
     with pytest.warns(UserWarning, match="2 documents .*such as 'away'") as caught:
-        found = load_evaluation(str(folder))
+        found = as_evaluation(str(folder))
     assert len(caught) == 1
     assert found.qrels["2"] == {"d3": 1, "gone": 1, "away": 1}
 
@@ -116,7 +118,7 @@ def test_judged_documents_that_are_not_in_the_corpus_are_kept_and_counted_once(f
 def test_no_warning_without_reason(folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        load_evaluation(str(folder))
+        as_evaluation(str(folder))
 
 
 ROWS = [
@@ -140,7 +142,7 @@ def grades(found: EvaluationSet) -> dict[str, dict[str, int]]:
 
 
 def test_training_rows(tmp_path: Path) -> None:
-    found = load_evaluation(write(tmp_path / "rows.jsonl", ROWS))
+    found = as_evaluation(write(tmp_path / "rows.jsonl", ROWS))
     assert found.name == "rows"
     assert values(found.queries) == [["q1"], ["q2"], ["shared"]]
     assert values(found.corpus) == [["shared"], ["n1"], ["p2"], ["p3"], ["n2"]]
@@ -154,7 +156,7 @@ def test_training_rows(tmp_path: Path) -> None:
 
 def test_the_names_of_training_rows_do_not_depend_on_their_order(tmp_path: Path) -> None:
     def names(rows: list[Any], file: str) -> dict[str, str]:
-        found = load_evaluation(write(tmp_path / file, rows))
+        found = as_evaluation(write(tmp_path / file, rows))
         return named(found.corpus, found.document_names)
 
     assert names(ROWS, "a.jsonl") == names(ROWS[::-1], "b.jsonl")
@@ -172,7 +174,7 @@ def test_labelled_rows_measure_the_queries_that_have_an_answer(tmp_path: Path) -
 def test_a_label_that_is_no_grade_is_refused(tmp_path: Path) -> None:
     rows = [{"query": "q", "document": "d", "label": label} for label in (1, 0.5)]
     with pytest.raises(ValueError, match=r"t.jsonl, row 2, column 'query': label 0.5 is no whole number"):
-        load_evaluation(write(tmp_path / "t.jsonl", rows))
+        as_evaluation(write(tmp_path / "t.jsonl", rows))
 
 
 def test_open_images_of_training_rows_are_read_when_asked_for(tmp_path: Path) -> None:
@@ -186,4 +188,5 @@ def test_open_images_of_training_rows_are_read_when_asked_for(tmp_path: Path) ->
     assert found.corpus[0].parts[0].value is first
     assert found.corpus[1].parts[0].value is not first
     assert found.corpus[0].parts[0].value is not first  # Nobody held it while another row was read.
-    assert [item.id for item in found.corpus] == [Item("document", (Part("image", image),)).id for image in images]
+    shown = [load_image(item.parts[0].value) for item in found.corpus]
+    assert [image.tobytes() for image in shown] == [image.tobytes() for image in images]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import pickle
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,14 @@ from vlmembed.data import (
     EvaluationSource,
     GroupByQuery,
     Mixture,
-    Reranking,
+    PairCollator,
     RerankingRows,
     RerankingRun,
     RerankingSource,
     Rows,
 )
-from vlmembed.data.evaluation import load_reranking
-from vlmembed.losses import Targets
+from vlmembed.data.evaluation import as_reranking
+from vlmembed.losses import LabelSpec
 from vlmembed.modules.prediction import write_reranking
 from vlmembed.types import EvaluationSet, Example, Item, RerankingSet
 
@@ -78,7 +79,7 @@ def test_a_run_is_ordered_by_float32_scores_and_then_by_names(folder: Path) -> N
 
 def test_the_depth_is_of_each_query_and_the_name_can_be_given(folder: Path) -> None:
     given = RerankingRun(EvaluationFolder(str(folder), name="other"), run(folder), depth=2)
-    assert load_reranking(given, "test").name == "other"
+    assert as_reranking(given, "test").name == "other"
     assert names(given.load()) == [["d4", "d3"], ["d9", "d10"], []]
     assert RerankingRun(str(folder), run(folder), name="top 2").load().evaluation.name == "top 2"
     with pytest.raises(ValueError, match="depth is 1 or more, got 0"):
@@ -112,7 +113,7 @@ def test_missing_and_empty_runs_are_refused(folder: Path) -> None:
 def test_an_evaluation_set_without_a_run_is_refused(folder: Path) -> None:
     for given, what in ((str(folder), str(folder)), (EvaluationFolder(str(folder)), "EvaluationFolder")):
         with pytest.raises(ValueError, match=f"{what}: a cross-encoder reads .*vlmembed.data.RerankingRun"):
-            load_reranking(given, "test")
+            as_reranking(given, "test")
 
 
 def test_candidates_of_nobody_are_refused() -> None:
@@ -121,7 +122,7 @@ def test_candidates_of_nobody_are_refused() -> None:
             return replace(reranking_set(), candidates=[[] for _ in reranking_set().candidates])
 
     with pytest.raises(ValueError, match="no query has a candidate"):
-        Reranking(Targets()).load(Nothing(), "test")
+        PairCollator(None, LabelSpec()).load(Nothing(), "test")
 
 
 class Given(EvaluationSource):
@@ -159,7 +160,7 @@ ROWS = [
 
 
 def test_the_candidates_of_training_rows_are_the_documents_of_a_querys_rows(tmp_path: Path) -> None:
-    found = load_reranking(write(tmp_path / "rows.jsonl", ROWS), "test")
+    found = as_reranking(write(tmp_path / "rows.jsonl", ROWS), "test")
     assert (found.name, RerankingRows(Rows(found.name), "other").name) == ("rows", "other")
     assert [text(query) for query in found.evaluation.queries] == ["q1", "q3"]
     shown = [{text(found.evaluation.corpus[column]) for column in columns} for columns in found.candidates]
@@ -193,7 +194,7 @@ def test_images_are_opened_when_they_are_asked_for(tmp_path: Path, monkeypatch: 
         raise AssertionError
 
     monkeypatch.setattr(Image, "open", refuse)
-    found = load_reranking(path, "test")
+    found = as_reranking(path, "test")
     assert GroupByQuery(Rows(path))[0].positives[0].parts[0].value == tmp_path / "a.png"
     assert {found.evaluation.corpus[column].parts[0].kind for column in found.candidates[0]} == {"image", "text"}
 
@@ -227,7 +228,7 @@ def test_lists_join_the_rows_of_a_query(tmp_path: Path) -> None:
     assert (lists.name, len(lists)) == ("rows", 3)
     assert [contents(lists[index]) for index in range(3)] == expected
     again = pickle.loads(pickle.dumps(lists))
-    assert [again.query_id(index) for index in range(3)] == [lists[index].query.id for index in range(3)]
+    assert again.query_ids(range(3)) == [lists[index].query.id for index in range(3)]
     assert contents(Mixture([Rows(lists.rows.path), lists])[4]) == expected[0]  # type: ignore[attr-defined]
 
 
@@ -261,11 +262,11 @@ def test_lists_read_only_queries_until_a_list_is_asked_for(tmp_path: Path) -> No
     class Counted(Rows):
         read = 0
 
-        def __getitem__(self, index: int) -> Example:
-            self.read += 1
-            return super().__getitem__(index)
+        def __getitems__(self, indices: Sequence[int]) -> list[Example]:
+            self.read += len(indices)
+            return super().__getitems__(indices)
 
     rows = Counted(write(tmp_path / "rows.jsonl", ROWS))
     lists = GroupByQuery(rows)
-    assert (len(lists), lists.query_id(1) == lists.query_id(2), rows.read) == (3, False, 0)
+    assert (len(lists), len({*lists.query_ids(range(3))}) < 3, rows.read) == (3, False, 0)
     assert (contents(lists[0])[0], rows.read) == ("q1", 2)

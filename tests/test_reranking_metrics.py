@@ -146,9 +146,9 @@ def test_missing_pairs_are_counted() -> None:
     pairs = pairs_of(reranking)
     measured = RerankingMetrics(reranking)
     measured.update(pairs[5:], torch.zeros(len(pairs) - 5))
-    with pytest.raises(RuntimeError, match=rf"5 of the {len(pairs)} candidates of reranking set 'graded'"):
+    with pytest.raises(RuntimeError, match=rf"5 of the {len(pairs)} scores of evaluation set 'graded' are missing"):
         measured.compute()
-    with pytest.raises(RuntimeError, match="have no score"), pytest.warns(UserWarning, match="before"):
+    with pytest.raises(RuntimeError, match="are missing"), pytest.warns(UserWarning, match="before"):
         RerankingMetrics(reranking).compute()
 
 
@@ -164,7 +164,7 @@ def test_update_refuses_pairs_and_values() -> None:
     assert str(foreign) in str(error.value)
     for broken in (torch.nan, torch.inf, -torch.inf):
         name = reranking.evaluation.document_names[column]
-        with pytest.raises(ValueError, match=f"1 of the scores of .*, such as that of query 'q1', document '{name}':"):
+        with pytest.raises(ValueError, match=f"scores of query 'q1' with document '{name}' of evaluation set 'graded' are not"):
             measured.update(torch.tensor([[1, column]]), torch.tensor([broken]))
 
 
@@ -173,7 +173,7 @@ def test_half_precision_is_compared_in_float32() -> None:
     scores = [torch.tensor(row).bfloat16().tolist() for row in random_scores(reranking)]
     measured = RerankingMetrics(reranking)
     measured.update(pairs_of(reranking), torch.tensor([score for row in scores for score in row], dtype=torch.bfloat16))
-    assert measured.scores[0].dtype == torch.float32
+    assert measured.values[0].dtype == torch.float32
     np.testing.assert_allclose(measured.per_query()["map"].numpy(), reference(reranking, scores)["map"], atol=1e-6)
 
 
@@ -206,7 +206,7 @@ def results(measured: RerankingMetrics) -> dict[str, Tensor]:
 def measure_shares(rank: int, folder: Path, shares: list[dict[str, list[Tensor]]]) -> None:
     """One of two processes: update with its share, write down what comes out."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    metrics.shares.ROWS_PER_GATHER = 100  # So that a share takes several pieces.
+    metrics.retrieval.ROWS_PER_GATHER = 100  # So that a share takes several pieces.
     reranking = reranking_set()
     scores = torch.tensor([score for row in random_scores(reranking) for score in row])
     for name, batches in shares[rank].items():

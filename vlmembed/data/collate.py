@@ -169,7 +169,7 @@ class ItemCollator(Collator):
         items = EvaluationItems(evaluation)
         costs = [self.preprocessor.cost(item) for _, item in items[range(len(items))]]
         batches = shard(costs, batch_size, rank, world_size)
-        return DataLoader(items, sampler=batches, collate_fn=self.collate_items, **options)
+        return DataLoader(items, batch_size=None, sampler=batches, collate_fn=self.collate_items, **options)
 
     def collate_items(self, rows: Sequence[tuple[int, Item]]) -> ItemBatch:
         """Preprocess items as one chunk."""
@@ -322,7 +322,7 @@ class PairCollator(Collator):
         edges = [len(pairs) * number // count for number in range(count + 1)]
         batches = [[*range(*edges[number : number + 2])] or [0] for number in range(rank, count, world_size)]
         collate = partial(self.collate_pairs, chunking=Chunking(batch_size, patch_cost=0.0))
-        return DataLoader(pairs, sampler=batches, collate_fn=collate, **options)
+        return DataLoader(pairs, batch_size=None, sampler=batches, collate_fn=collate, **options)
 
     def collate_pairs(self, pairs: Sequence[NumberedPair], chunking: Chunking) -> PairBatch:
         """Preprocess pairs, and their distinct images once."""

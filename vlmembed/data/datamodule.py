@@ -148,6 +148,7 @@ class RetrievalDataModule(LightningDataModule):
             self._bad_rows = BadRowFile(Path(trainer.log_dir or trainer.default_root_dir), self.max_bad_rows)
         return ResumableLoader(
             ReadableRows(self._mixture) if self.on_bad_row == "skip" else RowLists(self._mixture),
+            batch_size=None,
             sampler=self._batches(),
             collate_fn=SkipBadRows(collator, collator.check) if self.on_bad_row == "skip" else collator,
             persistent_workers=self.num_workers > 0,
@@ -199,7 +200,6 @@ class RetrievalDataModule(LightningDataModule):
     @property
     def _loader_options(self) -> dict[str, Any]:
         return {
-            "batch_size": None,  # Samplers hand out whole batches.
             "num_workers": self.num_workers,
             "pin_memory": self._trainer.strategy.root_device.type == "cuda",
             "generator": seeded_generator(self.seed),

@@ -47,7 +47,7 @@ class Source(ABC):
     def __getitems__(self, indices: Sequence[int]) -> list[Example]:
         return [self[index] for index in indices]
 
-    def queries(self, indices: Sequence[int]) -> list[Item]:
+    def read_queries(self, indices: Sequence[int]) -> list[Item]:
         """Return the queries of some rows; override it where that is cheaper than reading the rows."""
         return [example.query for example in self.__getitems__(indices)]
 
@@ -58,7 +58,7 @@ class Source(ABC):
         is wrong.
         """
         try:
-            return [query.id for query in self.queries(indices)]
+            return [query.id for query in self.read_queries(indices)]
         except ValueError:
             if len(indices) == 1:
                 return [-1 - indices[0]]
@@ -109,8 +109,8 @@ class Rows(Source):
             renamed.append({new: row[old] for old, new in names.items()})
         return to_examples(renamed, self._folder, origins)
 
-    def queries(self, indices: Sequence[int]) -> list[Item]:
-        """See `Source.queries`; without the other columns where the file allows it."""
+    def read_queries(self, indices: Sequence[int]) -> list[Item]:
+        """See `Source.read_queries`; without the other columns where the file allows it."""
         column = next(old for old, new in self._names.items() if new == "query")
         rows = zip(indices, self._read(self._query_table, indices), strict=True)
         cells: list[Cell] = [(row.get(column), "query", f"{self.path}, row {k + 1}, column 'query'") for k, row in rows]
@@ -347,9 +347,9 @@ class GroupByQuery(Source):
             labels=tuple(labels[document] for document in order),
         )
 
-    def queries(self, indices: Sequence[int]) -> list[Item]:
-        """See `Source.queries`."""
-        return self.rows.queries([self._groups[index][0] for index in indices])
+    def read_queries(self, indices: Sequence[int]) -> list[Item]:
+        """See `Source.read_queries`."""
+        return self.rows.read_queries([self._groups[index][0] for index in indices])
 
     @cached_property
     def _groups(self) -> list[list[int]]:
@@ -408,9 +408,9 @@ class Mixture(Source):
     def __getitems__(self, indices: Sequence[int]) -> list[Example]:
         return self._read(indices, _with_origins)
 
-    def queries(self, indices: Sequence[int]) -> list[Item]:
-        """See `Source.queries`."""
-        return self._read(indices, lambda source, rows: source.queries(rows))
+    def read_queries(self, indices: Sequence[int]) -> list[Item]:
+        """See `Source.read_queries`."""
+        return self._read(indices, lambda source, rows: source.read_queries(rows))
 
     @property
     def offsets(self) -> list[int]:

@@ -46,7 +46,7 @@ class Relevance:
         ]
         if not flat:
             raise ValueError(f"evaluation set {evaluation.name!r} has no query with a document of grade 1 or above")
-        return cls(len(evaluation.query_names), *torch.tensor(flat).unbind(1))
+        return cls(len(evaluation.query_names), *torch.tensor(flat).T.contiguous())
 
     def sum(self, values: Tensor) -> Float64[Tensor, " Q"]:
         """Add up a value of each relevant document, by query."""
