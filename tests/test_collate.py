@@ -9,9 +9,11 @@ from itertools import pairwise
 import pytest
 import torch
 
-from vlmembed.data import Collator, ItemCollator
+from building import collated
+
+from vlmembed.data import ItemCollator
 from vlmembed.data.collate import cut
-from vlmembed.types import Batch, Example, Inputs, Item, Part, Prepared, Preprocessor, Role
+from vlmembed.types import Batch, Chunking, Example, Inputs, Item, Part, Prepared, Preprocessor, Role
 
 
 class Letters(Preprocessor):
@@ -69,7 +71,7 @@ def judgements(batch: Batch) -> dict[tuple[str, str], int]:
 
 @pytest.mark.parametrize("chunk_size", [None, 1, 3, 100])
 def test_a_batch_holds_each_item_once_and_every_judgement(chunk_size: int | None) -> None:
-    batch = Collator(Letters(), chunk_size)(EXAMPLES)
+    batch = collated(ItemCollator(Letters()), EXAMPLES, chunk_size)
     names = strings(batch)
     assert sorted(names) == sorted(
         ["long question here", "q", "other", "bb", "a", "bb", "ccc", "dddd", "eeeee", "ffffff", "zzzzzzzzzz"]
@@ -94,7 +96,7 @@ def areas(batch: Batch) -> list[int]:
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 4, 100])
 def test_a_chunk_takes_no_more_than_so_many_average_items(chunk_size: int) -> None:
-    batch = Collator(Letters(), chunk_size)(EXAMPLES)
+    batch = collated(ItemCollator(Letters()), EXAMPLES, chunk_size)
     lengths = [len(name) for name in strings(batch)]
     assert lengths == sorted(lengths, reverse=True)
     room = max(len("long question here"), math.ceil(chunk_size * sum(lengths) / len(lengths)))
@@ -109,19 +111,24 @@ def test_a_chunk_takes_no_more_than_so_many_average_items(chunk_size: int) -> No
 
 
 def test_short_items_share_a_chunk_that_has_room_for_one_long_item() -> None:
-    batch = Collator(Letters(), 1)(EXAMPLES)
+    batch = collated(ItemCollator(Letters()), EXAMPLES, 1)
     assert strings(batch)[0] == "long question here"
     assert [len(chunk["input_ids"]) for chunk in batch.chunks] == [1, 1, 3, 4, 2]
 
 
 def test_chunks_of_so_many_tokens() -> None:
-    batch = Collator(Letters(), 1, chunk_cost=12)(EXAMPLES)
+    batch = collated(ItemCollator(Letters()), EXAMPLES, 1, tokens=12)
     assert areas(batch) == [18, 10, 12, 10, 12, 1]  # A long item has a chunk for itself, whatever it takes.
 
 
 def test_what_images_cost_counts_as_tokens_do() -> None:
-    assert cut([30, 5, 20, 5, 5], [80, 0, 100, 0, 0], 150) == [[2], [0, 1], [3, 4]]
-    assert cut([30, 5, 20, 5, 5], [80, 0, 100, 0, 0], None) == [[2, 0, 1, 3, 4]]
+    items = [item("query", "x" * length) for length in (30, 5, 20, 5, 5)]
+    sizes = {None: [5], 150: [1, 2, 2], 200: [1, 4], 240: [2, 3], 1: [1] * 5}
+    for tokens, expected in sizes.items():
+        prepared = Shown(Letters(), items, [80, 0, 100, 0, 0])
+        order, chunks, _ = cut(prepared, Chunking(tokens=tokens, patch_cost=1.0))
+        assert order == [0, 2, 1, 3, 4]
+        assert [len(chunk["input_ids"]) for chunk in chunks] == expected
 
 
 class Pictures(Letters):
@@ -132,21 +139,25 @@ class Pictures(Letters):
 
 
 class Shown(Prepared):
+    def __init__(self, preprocessor: Preprocessor, items: Sequence[Item], patches: list[int] | None = None) -> None:
+        super().__init__(preprocessor, items)
+        self.shown = patches
+
     @property
     def patches(self) -> list[int]:
-        return [10 * length for length in self.lengths]
+        return self.shown or [10 * length for length in self.lengths]
 
 
 @pytest.mark.parametrize(("patch_cost", "rows"), [(0.0, [1, 1, 3, 4, 2]), (0.5, [*[1] * 9, 2])])
 def test_patches_cost_what_they_are_said_to(patch_cost: float, rows: list[int]) -> None:
-    batch = Collator(Pictures(), chunk_cost=18, patch_cost=patch_cost)(EXAMPLES)
+    batch = collated(ItemCollator(Pictures()), EXAMPLES, tokens=18, patch_cost=patch_cost)
     assert [len(chunk["input_ids"]) for chunk in batch.chunks] == rows
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 5, 7])
 def test_chunks_give_the_embeddings_of_the_whole_in_any_order_of_examples(chunk_size: int) -> None:
     shuffled = random.Random(0).sample(EXAMPLES, len(EXAMPLES))
-    whole, chunked = Collator(Letters())(EXAMPLES), Collator(Letters(), chunk_size)(shuffled)
+    whole, chunked = ItemCollator(Letters())(EXAMPLES), collated(ItemCollator(Letters()), shuffled, chunk_size)
     found = {}
     for name, batch in {"whole": whole, "chunked": chunked}.items():
         rows = torch.cat([batch.queries, batch.documents])
@@ -157,19 +168,19 @@ def test_chunks_give_the_embeddings_of_the_whole_in_any_order_of_examples(chunk_
 
 
 def test_equal_content_in_two_roles_is_two_items() -> None:
-    batch = Collator(Letters())([example("same", ["same"])])
+    batch = ItemCollator(Letters())([example("same", ["same"])])
     assert strings(batch) == ["same", "same"]
     assert batch.queries.tolist() != batch.documents.tolist()
     assert batch.query_ids.tolist() != batch.document_ids.tolist()
 
 
 def test_an_example_may_have_only_negatives() -> None:
-    batch = Collator(Letters())([example("q", [], ["n"])])
+    batch = ItemCollator(Letters())([example("q", [], ["n"])])
     assert judgements(batch) == {("q", "n"): -1}
 
 
 def test_types_and_pickling() -> None:
-    collator = pickle.loads(pickle.dumps(Collator(Letters(), 2)))
+    collator = pickle.loads(pickle.dumps(ItemCollator(Letters())))
     batch = collator(EXAMPLES)
     assert batch.labels.dtype == torch.int8
     for tensor in (batch.queries, batch.documents, batch.query_ids, batch.document_ids, batch.pairs):
@@ -180,17 +191,17 @@ def test_types_and_pickling() -> None:
 def test_scores_that_nothing_reads_are_refused() -> None:
     scored = Example(item("query", "q"), (item("document", "d"),), scores=(0.5,))
     with pytest.raises(ValueError, match="row 1: scores given but unused"):
-        Collator(Letters())([scored])
+        ItemCollator(Letters())([scored])
 
 
 @pytest.mark.parametrize("chunk_size", [0, -1])
 def test_bad_chunk_sizes_are_refused(chunk_size: int) -> None:
     with pytest.raises(ValueError, match=f"chunk_size is 1 or more.*got {chunk_size}"):
-        Collator(Letters(), chunk_size)
+        Chunking(chunk_size)
 
 
 def test_items_keep_their_rows() -> None:
-    batch = pickle.loads(pickle.dumps(ItemCollator(Letters())))(
+    batch = pickle.loads(pickle.dumps(ItemCollator(Letters()))).collate_items(
         [(7, item("query", "abc")), (2, item("document", "de"))]
     )
     assert batch.rows.tolist() == [7, 2]

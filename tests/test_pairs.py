@@ -10,18 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from building import item, lists, picture
+from building import collated, item, lists, picture
 from test_reranking_metrics import reranking_set
 
 from vlmembed.backbones import DocumentFirst, QueryFirst, Qwen3VL
-from vlmembed.data import Reranking
-from vlmembed.data.collate import EvaluationPairCollator, PairCollator, PairLists
-from vlmembed.losses import Targets
-from vlmembed.types import Example, Inputs, Item, Pair, PairBatch, Preprocessor, RankingBatch
+from vlmembed.data import PairCollator
+from vlmembed.data.collate import EvaluationPairs
+from vlmembed.losses import LabelSpec
+from vlmembed.types import Chunking, Example, Inputs, Item, Pair, PairBatch, Preprocessor, RankingBatch
 
-LABELS = Targets()
-LISTWISE = Targets(positive=True, several=True)
-SCORES = Targets(scores=True)
+LABELS = LabelSpec()
+LISTWISE = LabelSpec(needs_positive=True, needs_several=True)
+SCORES = LabelSpec(teacher_scores=True)
 
 
 class Named(Preprocessor):
@@ -72,7 +72,7 @@ def test_each_pair_comes_once_with_its_own_target() -> None:
         **{("three", "a"): 3.0, ("three", "bb"): 0.5, ("three", "dddd"): 0.0, ("three", "f"): 0.0},
     }
     for chunk_size in (1, 2, 5, None):
-        batch = PairCollator(Named(), LABELS, chunk_size)(rows)
+        batch = collated(PairCollator(Named(), LABELS), rows, chunk_size)
         assert sorted(targets_of(batch)) == named(expected)
         assert (len(batch.chunks) == 1) == (chunk_size is None)
 
@@ -80,7 +80,7 @@ def test_each_pair_comes_once_with_its_own_target() -> None:
 def test_a_teachers_scores_are_targets() -> None:
     rows = [row("one", "a", "bb ccc", scores=(-2.5, 0.0, 7.0)), row("two", "bb", scores=(1.5,), labels=(2.0,))]
     expected = {("one", "a"): -2.5, ("one", "bb"): 0.0, ("one", "ccc"): 7.0, ("two", "bb"): 1.5}
-    assert sorted(targets_of(PairCollator(Named(), SCORES, 2)(rows))) == named(expected)
+    assert sorted(targets_of(collated(PairCollator(Named(), SCORES), rows, 2))) == named(expected)
 
 
 @pytest.mark.parametrize("count", [1, 3, 99])
@@ -92,9 +92,9 @@ def test_in_batch_negatives(count: int) -> None:
         row("three", "a g", labels=(2.0, 0.5)),
         row("four", "h", "a i"),
     ]
-    batch = PairCollator(Named(), LABELS, 4, in_batch_negatives=count)(rows)
+    batch = collated(PairCollator(Named(), LABELS, count), rows, 4)
     found = targets_of(batch)
-    assert targets_of(PairCollator(Named(), LABELS, 4, in_batch_negatives=count)(rows)) == found
+    assert targets_of(collated(PairCollator(Named(), LABELS, count), rows, 4)) == found
     words = {item(word).id for word in ["a", "bb", "ccc", "dddd", "e", "f", "g", "h", "i"]}
     own = {"one": "a bb ccc e f", "two": "ccc dddd", "three": "a g", "four": "h a i"}
     right = {"one": "a bb e", "two": "ccc", "three": "a g", "four": "h"}
@@ -119,7 +119,7 @@ def test_in_batch_negatives_differ_between_queries() -> None:
 
 def test_in_batch_negatives_have_no_teacher() -> None:
     with pytest.raises(ValueError, match=r"in_batch_negatives=2: .* Set in_batch_negatives: 0"):
-        Reranking(SCORES, in_batch_negatives=2)
+        PairCollator(Named(), SCORES, in_batch_negatives=2)
 
 
 def preprocessor(checkpoint: Path, template: type[QueryFirst] = QueryFirst) -> Preprocessor:
@@ -137,7 +137,7 @@ def test_real_chunks_hold_the_pairs_that_their_targets_are_of(checkpoint: Path, 
         for document, label in zip(one.positives + one.negatives, one.labels or (), strict=True):
             expected[tokens(read([Pair(one.query, document)]))[0], one.query.id, label] += 1
     for chunk_size in (1, 3, None):
-        batch = PairCollator(read, LABELS, chunk_size)(rows)
+        batch = collated(PairCollator(read, LABELS), rows, chunk_size)
         texts = [each for chunk in batch.chunks for each in tokens(chunk)]
         assert Counter(zip(texts, batch.queries.tolist(), batch.targets.tolist(), strict=True)) == expected
         keys = torch.cat([images["keys"] for images in batch.images]).tolist()
@@ -153,7 +153,7 @@ def tokens(chunk: Inputs) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("chunk_cost", [1, 400, 700, 10**6])
 def test_a_chunk_has_room_for_new_tokens(checkpoint: Path, chunk_cost: int) -> None:
     """What a pair shares with the one before costs nothing again; a pair too large for any chunk has one of its own."""
-    batch = PairCollator(preprocessor(checkpoint), LABELS, chunk_cost=chunk_cost, patch_cost=0)(lists())
+    batch = collated(PairCollator(preprocessor(checkpoint), LABELS), lists(), tokens=chunk_cost, patch_cost=0)
     costs = [int(chunk["attention_mask"].sum() - chunk["shared"].sum()) for chunk in batch.chunks]
     sizes = [len(chunk["shared"]) for chunk in batch.chunks]
     assert all(cost <= chunk_cost or size == 1 for cost, size in zip(costs, sizes, strict=True))
@@ -166,7 +166,7 @@ def test_a_chunk_has_room_for_new_tokens(checkpoint: Path, chunk_cost: int) -> N
 
 def test_a_patch_costs_as_much_as_is_said(checkpoint: Path) -> None:
     sizes = [
-        len(PairCollator(preprocessor(checkpoint), LABELS, chunk_cost=500, patch_cost=cost)(lists()).chunks)
+        len(collated(PairCollator(preprocessor(checkpoint), LABELS), lists(), tokens=500, patch_cost=cost).chunks)
         for cost in (0.0, 5.0)
     ]
     assert sizes[0] < sizes[1]
@@ -183,24 +183,19 @@ def test_a_patch_costs_as_much_as_is_said(checkpoint: Path) -> None:
             LISTWISE,
             r"row 7: none of the query's 2 candidates has a label above",
         ),
-        (row("7", "a", "bb", labels=(2.0, 0.0)), Targets(largest=1.0), r"row 7: label 2 is outside of .* 0 to 1\."),
+        (row("7", "a", "bb", labels=(2.0, 0.0)), LabelSpec(largest=1.0), r"row 7: label 2 is outside of .* 0 to 1\."),
         (row("7", "a", "bb", labels=(1.0, -0.5)), LABELS, r"row 7: label -0.5 is outside of .* 0 to inf"),
         (row("7", "a", "bb", labels=(float("nan"), 0.0)), LABELS, r"row 7: label nan is outside"),
     ],
 )
-def test_what_a_loss_cannot_use_is_refused(example: Example, wanted: Targets, message: str) -> None:
+def test_what_a_loss_cannot_use_is_refused(example: Example, wanted: LabelSpec, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        PairCollator(Named(), wanted)([row("fine", "a", "bb") if not wanted.scores else example, example])
+        PairCollator(Named(), wanted)([row("fine", "a", "bb") if not wanted.teacher_scores else example, example])
 
 
 def test_what_a_pointwise_loss_can_use_is_not() -> None:
-    batch = PairCollator(Named(), Targets(largest=1.0))([row("one", "", "a", labels=(0.0,)), row("two", "a")])
+    batch = PairCollator(Named(), LabelSpec(largest=1.0))([row("one", "", "a", labels=(0.0,)), row("two", "a")])
     assert sorted(batch.targets.tolist()) == [0.0, 1.0]
-
-
-def test_a_chunk_size_is_a_number() -> None:
-    with pytest.raises(ValueError, match=r"chunk_size is 1 or more, or null .* got 0"):
-        PairCollator(Named(), LABELS, 0)
 
 
 # Measuring
@@ -209,7 +204,7 @@ def test_a_chunk_size_is_a_number() -> None:
 @pytest.mark.parametrize("by_document", [False, True])
 def test_pairs_of_one_query_or_of_one_document_stand_together(by_document: bool) -> None:
     reranking = reranking_set()
-    pairs = PairLists(reranking, by_document)
+    pairs = EvaluationPairs(reranking, by_document)
     found = pairs[range(len(pairs))]
     expected = {(query, column) for query, row in enumerate(reranking.candidates) for column in row}
     assert {(query, column) for query, column, _ in found} == expected
@@ -230,7 +225,7 @@ def test_an_item_is_read_once_for_a_list() -> None:
             return super().__getitem__(column)
 
     corpus = Corpus(reranking.evaluation.corpus)
-    pairs = PairLists(replace(reranking, evaluation=replace(reranking.evaluation, corpus=corpus)))
+    pairs = EvaluationPairs(replace(reranking, evaluation=replace(reranking.evaluation, corpus=corpus)))
     assert read == []
     columns = [column for _, column, _ in pairs[range(100)]]
     assert len(columns) > len(set(columns))
@@ -243,7 +238,7 @@ def test_every_pair_is_measured_once_over_processes(size: int, world_size: int, 
     reranking, found = reranking_set(), []
     counts = []
     for rank in range(world_size):
-        loader = Reranking(LABELS, by_document).loader(reranking, Named(), size, rank, world_size, batch_size=None)
+        loader = PairCollator(Named(), LABELS, 0, by_document).loader(reranking, size, rank, world_size)
         batches: list[PairBatch] = [*loader]
         counts.append(len(batches))
         for batch in batches:
@@ -260,7 +255,7 @@ def test_every_pair_is_measured_once_over_processes(size: int, world_size: int, 
 def test_more_processes_than_pairs() -> None:
     reranking = reranking_set()
     few = replace(reranking, candidates=[[5], [], [6], *[[]] * (len(reranking.candidates) - 3)])
-    loaders = [Reranking(LABELS).loader(few, Named(), 8, rank, 3, batch_size=None) for rank in range(3)]
+    loaders = [PairCollator(Named(), LABELS).loader(few, 8, rank, 3) for rank in range(3)]
     found = [[batch.rows.tolist() for batch in loader] for loader in loaders]
     assert [len(batches) for batches in found] == [1, 1, 1]
     assert {tuple(pair) for batches in found for rows in batches for pair in rows} == {(0, 5), (2, 6)}
@@ -273,7 +268,7 @@ def test_an_evaluation_batch_has_each_image_once(checkpoint: Path) -> None:
         (4, 1, Pair(item("two", role="query"), item(picture(64, 32, 2)))),
         (0, 2, Pair(item("one", image, role="query"), item(picture(64, 32, 2), image))),
     ]
-    batch = EvaluationPairCollator(preprocessor(checkpoint), 1)(pairs)
+    batch = PairCollator(preprocessor(checkpoint), LABELS).collate_pairs(pairs, Chunking(1))
     assert len(torch.cat([images["keys"] for images in batch.images])) == 2
     assert sorted(map(tuple, batch.rows.tolist())) == [(0, 2), (0, 3), (4, 1)]
     read = {numbers[:2]: tokens(preprocessor(checkpoint)([numbers[2]]))[0] for numbers in pairs}
