@@ -225,8 +225,8 @@ class Faulty(Source):
         )
         return Example(query, (answer,))
 
-    def query_id(self, index: int) -> int:
-        return index
+    def query_ids(self, indices: Sequence[int]) -> list[int]:
+        return [*indices]
 
 
 @pytest.mark.parametrize("error", [TypeError("a bug"), MemoryError("no memory"), OSError("the disk")], ids=repr)

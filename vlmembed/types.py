@@ -99,7 +99,7 @@ class Pair:
 
     @property
     def origin(self) -> str:
-        """Where the two came from, for error messages."""
+        """Where both came from."""
         return f"{self.query.origin} with {self.document.origin}"
 
 
@@ -126,7 +126,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Chunking:
-    """How much a chunk has room for."""
+    """What a chunk has room for."""
 
     size: int | None = None  # Items of average cost, at least the most expensive one; None for all in one chunk.
     tokens: int | None = None  # Tokens instead, and so many patches for a chunk of images, where that was measured.
@@ -201,7 +201,7 @@ class Prepared:
         return self._preprocessor([self._items[row] for row in rows])
 
     def images(self, room: int | None) -> list[Inputs]:
-        """Make chunks of the distinct images, of at most ``room`` patches; nothing where `chunk` holds the images."""
+        """Make chunks of the distinct images, of at most ``room`` patches; none where `chunk` holds the images."""
         return []
 
 

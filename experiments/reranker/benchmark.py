@@ -43,7 +43,7 @@ from vlmembed.losses import BinaryCrossEntropy, ListNet
 from vlmembed.modules import CrossEncoderModule
 from vlmembed.modules.recent import RecentFeatures
 from vlmembed.pooling import LastToken
-from vlmembed.types import EvaluationSet, Example, Item, Part, RerankingSet
+from vlmembed.types import Chunking, EvaluationSet, Example, Item, Part, RerankingSet
 
 QUERIES, CANDIDATES, PICTURES = 10, 50, 100
 TRAINED_QUERIES, TRAINED_CANDIDATES = 8, 8
@@ -148,7 +148,8 @@ def _our_step(folder: Path, template: type, rows: list, frozen: bool, kind: str)
     weights = [weight for weight in module.parameters() if weight.requires_grad]
     optimizer = torch.optim.SGD(weights, LEARNING_RATE)
     engine = Engine(module.encoder, graph_bytes=4 * 2**30)
-    collate = module.task.collator(module.preprocessor, 16, None, 0.0 if frozen else 0.5)
+    collate = module.collator()
+    collate.chunking = Chunking(16, patch_cost=0.0 if frozen else 0.5)
 
     def step() -> float:
         batch = collate(examples)

@@ -12,14 +12,14 @@ from work import LEARNING_RATE, TEMPERATURE, Work, lora
 from vlmembed import memory
 from vlmembed.adapters import Adapter, Freeze, LoRA
 from vlmembed.backbones import Qwen3VL
-from vlmembed.data import Collator
+from vlmembed.data import ItemCollator
 from vlmembed.engine import Engine
 from vlmembed.features import InMemory
 from vlmembed.losses import InfoNCE, Matryoshka
 from vlmembed.modules import EmbeddingModule, probing
 from vlmembed.modules.embedding import gather_batch
 from vlmembed.pooling import LastToken
-from vlmembed.types import Batch, Example, Item, Part
+from vlmembed.types import Batch, Chunking, Example, Item, Part
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ class Ours:
             for text, picture in pairs
         ]
         cost = None if self.setting.chunk else probing.chunk_cost(self.model.encoder)
-        collate = Collator(self.model.preprocessor, self.setting.chunk, cost, probing.patch_cost(self.model.encoder))
+        collate = ItemCollator(self.model.preprocessor)
+        collate.chunking = Chunking(self.setting.chunk, cost, probing.patch_cost(self.model.encoder))
         batch = collate(examples)
         return batch.pin_memory() if self.model.device.type == "cuda" else batch
 

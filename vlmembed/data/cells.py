@@ -133,12 +133,7 @@ def _parts(cell: Any, folder: Folder, origin: str) -> Iterator[Part]:
     elif isinstance(cell, Image.Image) or _is_encoded(cell):
         yield Part("image", _frame(cell, folder, origin))
     elif isinstance(cell, Mapping) and "role" in cell:
-        if cell["role"] != "user":
-            raise ValueError(
-                f"{origin}: a chat message here is the user's, got role {cell['role']!r}; instructions belong in the "
-                "model's prompts, which are exported with it."
-            )
-        yield from _parts(cell.get("content"), folder, origin)
+        yield from _parts(_users_content(cell, origin), folder, origin)
     elif isinstance(cell, Mapping):
         for kind, value in cell.items():
             yield from _of_kind(kind, value, folder, origin)
@@ -153,6 +148,15 @@ def _parts(cell: Any, folder: Folder, origin: str) -> Iterator[Part]:
             f"{origin}: expected a string, an image, a mapping with {', '.join(KINDS)}, or a list of content parts, "
             f"got {type(cell).__name__} {cell!r:.100}."
         )
+
+
+def _users_content(message: Mapping[str, Any], origin: str) -> Any:
+    if message["role"] != "user":
+        raise ValueError(
+            f"{origin}: a chat message here is the user's, got role {message['role']!r}; instructions belong in the "
+            "model's prompts, which are exported with it."
+        )
+    return message.get("content")
 
 
 def _kind_and_value(part: Mapping[str, Any], origin: str) -> tuple[str, Any]:

@@ -39,25 +39,15 @@ CHUNKS_PER_BATCH = 8
 
 
 class Collator(ABC):
-    """Makes batches of one kind, in loader workers; and loads what such a model is measured on.
-
-    Attributes:
-        preprocessor: From items, or pairs, to model inputs.
-        chunking: What a chunk has room for in training.
-        distinct_queries: Whether no query may come twice in a batch, where it would be its own negative.
-    """
+    """Makes batches of one kind, in loader workers; and loads what such a model is measured on."""
 
     preprocessor: Preprocessor
     chunking: Chunking = Chunking()
-    distinct_queries: bool
+    distinct_queries: bool  # Whether no query may come twice in a batch, where it would be its own negative.
 
     @abstractmethod
     def __call__(self, examples: Sequence[Example]) -> Batch | RankingBatch:
-        """Make a batch.
-
-        Raises:
-            ValueError: If an item cannot be preprocessed, or an example does not say what the loss wants to know.
-        """
+        """Make a batch; a ``ValueError`` names an item that cannot be read, or an example that the loss cannot use."""
 
     def check(self, example: Example) -> None:
         """Raise a ``ValueError`` if an example cannot be in a batch, whatever the others are."""
@@ -80,10 +70,8 @@ def cut(prepared: Prepared, chunking: Chunking) -> tuple[list[int], list[Inputs]
 
     An item costs its tokens and its patches, and what it shares with the beginning of the one before costs nothing
     again; where chunks are padded, it costs as many tokens as the longest, which comes first. An item that costs more
-    than there is room for has a chunk for itself.
-
-    Returns:
-        The rows of the items in the order of the chunks, the chunks, and the chunks of the distinct images.
+    than there is room for has a chunk for itself. Returns the rows of the items in the order of the chunks, the
+    chunks, and the chunks of the distinct images.
     """
     order, lengths, patches = prepared.order, prepared.lengths, prepared.patches
     shared = prepared.shared(order)
@@ -105,12 +93,7 @@ def cut(prepared: Prepared, chunking: Chunking) -> tuple[list[int], list[Inputs]
 
 
 class ItemCollator(Collator):
-    """Makes batches for embedders.
-
-    Args:
-        preprocessor: From items to model inputs.
-        teacher_scores: Whether the loss distils a teacher's scores.
-    """
+    """Makes batches for embedders; with ``teacher_scores``, for a loss that distils those of a teacher."""
 
     distinct_queries = True
 
@@ -218,9 +201,6 @@ class PairCollator(Collator):
         label_spec: What the loss wants to know of each candidate.
         in_batch_negatives: How many documents of other examples each query gets as negatives, besides those of its row.
         by_document: Whether pairs of one document are scored together when measuring, instead of those of one query.
-
-    Raises:
-        ValueError: If there are to be such negatives, and a teacher has to have scored every one.
     """
 
     distinct_queries = False

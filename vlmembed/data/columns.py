@@ -109,9 +109,7 @@ def _labelled(
     positives = sum(label > 0 for label in labels)
     ordered = tuple(documents[index] for index in order)
     scores = scores and tuple(scores[index] for index in order)
-    return Example(
-        query, ordered[:positives], ordered[positives:], scores, tuple(labels[index] for index in order)
-    )
+    return Example(query, ordered[:positives], ordered[positives:], scores, tuple(labels[index] for index in order))
 
 
 def _is_list(cell: Any) -> bool:
@@ -148,11 +146,13 @@ def _numbers(row: Row, column: str, count: int, origin: str) -> tuple[float, ...
     if isinstance(cell, list) != is_list or len(numbers) != count:
         expected = f"a list of {count} numbers, one per document" if is_list else "one number, as there is one document"
         raise ValueError(f"{origin}, column {column!r}: expected {expected}; got {cell!r:.100}.")
-    expected = "a number of 0 (irrelevant) or above; a teacher's scores go in 'scores'" if is_label else "a number"
+    expected = "a number of 0 (irrelevant) or above (a teacher's scores go in 'scores')" if is_label else "a number"
     for number in numbers:
         # Labels may be strings: a CSV file has nothing else.
         if not isinstance(number, int | float | str if is_label else int | float) or not _fits(number, is_label):
-            raise ValueError(f"{origin}, column {column!r}: expected {expected}, finite in 32 bits; got {number!r:.50}.")
+            raise ValueError(
+                f"{origin}, column {column!r}: expected {expected}, finite in 32 bits; got {number!r:.50}."
+            )
     return tuple(map(float, numbers))
 
 

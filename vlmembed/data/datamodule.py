@@ -91,7 +91,7 @@ class RetrievalDataModule(LightningDataModule):
         self.evaluations: dict[str, list[Any]] = {}
 
     def set_chunking(self, tokens: int | None, patch_cost: float) -> None:
-        """Take what was measured on the model: see `Chunking`. A number in ``chunk_size`` counts more than ``tokens``."""
+        """Take what was measured on the model; see `Chunking`. A number in ``chunk_size`` takes precedence."""
         self.chunk_tokens = tokens
         self.patch_cost = patch_cost
 

@@ -121,11 +121,8 @@ class EvaluationRows(EvaluationSource):
 class RowItems(Sequence[Item]):
     """Items of training rows, read when asked for, so that images are not all held in memory.
 
-    Only the row that was read last is: its other items are often asked for next.
-
-    Args:
-        rows: Where they are.
-        indices: Of each item, its row and its index in the row: query, positives, negatives.
+    Only the row that was read last is: its other items are often asked for next. The indices are of each item its row,
+    and its index in the row: query, positives, negatives.
     """
 
     def __init__(self, rows: Source, indices: Sequence[tuple[int, int]]):
@@ -210,10 +207,6 @@ class RerankingRows(RerankingSource):
 def as_evaluation(value: str | Source | EvaluationSource, split: str = "test") -> EvaluationSet:
     """Load what stands for an evaluation set: a path (of a folder or of rows), training rows, or a source.
 
-    Args:
-        value: What the YAML says.
-        split: Which split of a path to a data set that has several.
-
     Raises:
         ValueError: If something in it cannot be read, with file and row; or it is for a cross-encoder.
     """
@@ -287,11 +280,7 @@ def _read_qrels(path: Path) -> Qrels:
 
 
 def read_run(path: Path, evaluation: EvaluationSet) -> dict[str, dict[str, float]]:
-    """Read a TREC run of an evaluation set: query name → document name → score.
-
-    Raises:
-        ValueError: Naming file, row and value of what cannot be read.
-    """
+    """Read a TREC run of an evaluation set: query name → document name → score."""
     queries, documents = {*evaluation.query_names}, {*evaluation.document_names}
     run: dict[str, dict[str, float]] = {}
     for number, line in _text_lines(path, "lines 'query Q0 document rank score tag', a TREC run"):

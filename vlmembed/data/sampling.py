@@ -26,22 +26,19 @@ class Batches(Sampler[list[int]]):
     trains on the same batches. Where ``distinct``, no query comes twice in a global batch, where it would be its own
     negative: its second row waits for a later batch. The number of batches is the number of rows over the size of a
     global batch, rounded down, whatever the duplicates: where waiting rows alone cannot fill a last batch, rows of the
-    next shuffle do.
+    next shuffle do. Where not ``distinct``, rows come as drawn, and no query is read.
 
-    Args:
-        mixture: The rows, and their shares.
-        batch_size: Rows per process.
-        seed: Draws the order, together with the epoch.
-        rank: Which process this is.
-        world_size: How many there are.
-        distinct: Whether no query may come twice in a global batch; if false, rows come as drawn and no query is read.
-
-    Raises:
-        ValueError: If there are fewer rows, or (when iterating) fewer distinct queries, than one global batch has.
+    A ``ValueError`` says that there are fewer rows, or fewer distinct queries, than one global batch has.
     """
 
     def __init__(
-        self, mixture: Mixture, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1, distinct: bool = True
+        self,
+        mixture: Mixture,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        distinct: bool = True,
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size is 1 or more, got {batch_size}.")
@@ -111,11 +108,10 @@ class Batches(Sampler[list[int]]):
         waiting: OrderedDict[int, deque[int]] = OrderedDict()  # Query id → its rows, the longest wait first.
         delayed = 0
         while True:
-            batch: dict[int, int] = {}
-            for query in [*islice(waiting, size)]:
-                batch[query] = waiting[query].popleft()
+            batch = {query: waiting[query].popleft() for query in islice(waiting, size)}
+            delayed -= len(batch)
+            for query in batch:
                 waiting.move_to_end(query)
-                delayed -= 1
                 if not waiting[query]:
                     del waiting[query]
             in_vain = 0
@@ -129,13 +125,7 @@ class Batches(Sampler[list[int]]):
                     else:
                         batch[query] = row
                 if in_vain > len(rows):
-                    distinct = len({*self._queries_of(rows)})
-                    if distinct < size:
-                        raise ValueError(
-                            f"Rows {rows.start + 1} to {rows.stop} of {self.mixture.name} ask {distinct} distinct "
-                            f"queries, fewer than the {size} rows of a batch over all processes, where each query may "
-                            "come once. Lower batch_size."
-                        )
+                    self._check_queries(rows)
                     in_vain = 0
             if delayed > len(rows) / 2 and not (self._warned or self.rank):
                 self._warned = True
@@ -145,6 +135,15 @@ class Batches(Sampler[list[int]]):
                     stacklevel=2,
                 )
             yield [*batch.values()]
+
+    def _check_queries(self, rows: range) -> None:
+        distinct = len({*self._queries_of(rows)})
+        if distinct < self.global_size:
+            raise ValueError(
+                f"Rows {rows.start + 1} to {rows.stop} of {self.mixture.name} ask {distinct} distinct queries, fewer "
+                f"than the {self.global_size} rows of a batch over all processes, where each query may come once. "
+                "Lower batch_size."
+            )
 
     def _queries_of(self, rows: Sequence[int]) -> list[int]:
         """Return the id of each row's query; each is read once."""

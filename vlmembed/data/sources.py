@@ -93,15 +93,16 @@ class Rows(Source):
         return Path(self.path).stem
 
     def __len__(self) -> int:
-        return len(self._table)
+        return len(self._opened[0])
 
     def __getitem__(self, index: int) -> Example:
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Example]:
-        names, dropped, renamed = self._names, {*(self.columns or ())}, []
+        table, names = self._opened
+        dropped, renamed = {*(self.columns or ())}, []
         origins = [f"{self.path}, row {index + 1}" for index in indices]
-        for origin, row in zip(origins, self._read(self._table, indices), strict=True):
+        for origin, row in zip(origins, self._read(table, indices), strict=True):
             missing, extra = [*(names.keys() - row.keys())], [*(row.keys() - names.keys() - dropped)]
             if missing or extra:
                 reason = f"lacks column {missing[0]!r} of" if missing else f"has a column {extra[0]!r} that is not in"
@@ -111,8 +112,8 @@ class Rows(Source):
 
     def read_queries(self, indices: Sequence[int]) -> list[Item]:
         """See `Source.read_queries`; without the other columns where the file allows it."""
-        column = next(old for old, new in self._names.items() if new == "query")
-        rows = zip(indices, self._read(self._query_table, indices), strict=True)
+        column = next(old for old, new in self._opened[1].items() if new == "query")
+        rows = zip(indices, self._read(_select(self._opened[0], [column]), indices), strict=True)
         cells: list[Cell] = [(row.get(column), "query", f"{self.path}, row {k + 1}, column 'query'") for k, row in rows]
         return to_items(cells, self._folder)
 
@@ -128,27 +129,19 @@ class Rows(Source):
         return Folder.of(self.path, self.allow_outside)
 
     @cached_property
-    def _table(self) -> Table:
-        table = open_table(self.path, self.split, self.subset)
-        columns, names = self.columns or {}, table.column_names
-        if absent := [column for column in columns if column not in names]:
-            raise ValueError(f"{self.path}: no column {absent[0]!r} to rename or drop; it has {', '.join(names)}.")
-        used = [column for column in names if columns.get(column, column) is not None]
-        renamed = [columns.get(column, column) or "" for column in used]
+    def _opened(self) -> tuple[Table, dict[str, str]]:
+        """The table; and the file's name → the name in `Example`, of the columns that are not dropped."""
+        table, columns = open_table(self.path, self.split, self.subset), self.columns or {}
+        if absent := [column for column in columns if column not in table.column_names]:
+            raise ValueError(
+                f"{self.path}: no column {absent[0]!r} to rename or drop; it has {', '.join(table.column_names)}."
+            )
+        names = {old: new for old in table.column_names if (new := columns.get(old, old)) is not None}
+        renamed = [*names.values()]
         if twice := [name for name in renamed if renamed.count(name) > 1]:
             raise ValueError(f"{self.path}: two columns would be called {twice[0]!r}; columns is {columns}.")
         check_columns(renamed, self.path)
-        return _select(table, used)
-
-    @cached_property
-    def _names(self) -> dict[str, str]:
-        """The file's name → the name in `Example`, of the columns that are not dropped."""
-        names = {column: (self.columns or {}).get(column, column) for column in self._table.column_names}
-        return {old: new for old, new in names.items() if new is not None}
-
-    @cached_property
-    def _query_table(self) -> Table:
-        return _select(self._table, [old for old, new in self._names.items() if new == "query"])
+        return _select(table, [*names]), names
 
 
 def _select(table: Table, columns: list[str]) -> Table:
@@ -157,11 +150,7 @@ def _select(table: Table, columns: list[str]) -> Table:
 
 
 def read_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    """Read a file line by line, and refuse a line that is too long before it is in memory.
-
-    Raises:
-        ValueError: Naming the row of a line above ``MAX_LINE_BYTES``.
-    """
+    """Read a file line by line, and refuse a line above ``MAX_LINE_BYTES`` before it is in memory."""
     for number, line in enumerate(iter(partial(file.readline, MAX_LINE_BYTES + 1), b""), start=1):
         if len(line) > MAX_LINE_BYTES:
             raise ValueError(
@@ -172,17 +161,10 @@ def read_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
 
 
 class JSONLines:
-    """A JSONL file, read line by line when asked for.
+    """A JSONL file, read line by line when asked for; only the offset of each line is in memory.
 
     Not read through Arrow, which wants one type per column: here a cell may be a string in one row and a mapping in the
-    next. Only the offset of each line is in memory.
-
-    Args:
-        path: One JSON object per line, UTF-8.
-
-    Raises:
-        ValueError: If the file does not exist, has no rows, a blank line between rows, or a line that is too long.
-        OSError: When reading a row of a file that is another one by now: its rows would be others, unnoticed.
+    next. Raises an ``OSError`` when the file is another one by now: its rows would be others, unnoticed.
     """
 
     def __init__(self, path: Path):
@@ -264,7 +246,9 @@ def open_table(path: str, split: str, subset: str | None = None) -> Table:
         table = datasets.load_from_disk(path)
         if isinstance(table, datasets.DatasetDict):
             if split not in table:
-                raise ValueError(f"{path}: no split {split!r}; it has {', '.join(table)}: choose with Rows(path, split).")
+                raise ValueError(
+                    f"{path}: no split {split!r}; it has {', '.join(table)}. Choose with Rows(path, split=…)."
+                )
             table = table[split]
     else:
         table = datasets.load_dataset(path, subset, split=split)
@@ -317,11 +301,6 @@ class GroupByQuery(Source):
         return len(self._groups)
 
     def __getitem__(self, index: int) -> Example:
-        """Read a query's rows, and join them.
-
-        Raises:
-            ValueError: Naming a document that two rows score differently, or that only one of them scores.
-        """
         examples = self.rows.__getitems__(self._groups[index])
         documents: dict[int, Item] = {}
         labels: dict[int, float] = {}

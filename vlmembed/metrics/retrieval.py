@@ -27,10 +27,10 @@ SCORES_PER_BLOCK = 2**24
 
 
 class EvaluationMetrics(Metric):
-    """Collects what a model makes of the things to measure, and measures it once it is complete.
+    """Collects what a model makes of an evaluation set, and measures it once all of it is there.
 
-    Several processes may each update with their share; ``compute``, ``per_query`` and ``top_k`` join the shares, so
-    all processes must call them. What comes twice (samplers repeat items to even out processes) counts once.
+    Processes may each update with a share; ``compute``, ``per_query`` and ``top_k`` join the shares, so all processes
+    must call them. What comes twice (samplers repeat items to even out processes) counts once.
     """
 
     full_state_update = False
@@ -51,12 +51,7 @@ class EvaluationMetrics(Metric):
         return {name: values.mean().float() for name, values in self._per_query().items()}
 
     def per_query(self) -> dict[str, Float64[Tensor, " Q"]]:
-        """Every metric of every query, in the order of the evaluation set.
-
-        Raises:
-            RuntimeError: If something is missing.
-            ValueError: If a dimension is above the embedding's.
-        """
+        """Every metric of every query, in the set's order; a ``RuntimeError`` says that something is missing."""
         with self.sync_context(dist_sync_fn=self._gather):
             return self._per_query()
 
@@ -92,8 +87,8 @@ class EvaluationMetrics(Metric):
         missing = int((first == len(came)).sum())
         if missing:
             raise RuntimeError(
-                f"{missing} of the {self._count} {self._thing}s of evaluation set {self.evaluation.name!r} are missing: "
-                "metrics need all of its batches, limit none of them"
+                f"{missing} of the {self._count} {self._thing}s of evaluation set {self.evaluation.name!r} are "
+                "missing: metrics need all of its batches, limit none of them"
             )
         return dim_zero_cat(self.values)[first]
 
@@ -108,16 +103,11 @@ class EvaluationMetrics(Metric):
 
 
 class RetrievalMetrics(EvaluationMetrics):
-    """Collects the embeddings of an evaluation set and measures how well its queries find their documents.
-
-    Similarity is the cosine, in float32. Embeddings wait on the CPU and are compared there.
+    """Measures how well the queries of an evaluation set find their documents, by the cosine in float32, on the CPU.
 
     Args:
         evaluation: The queries, the corpus and the judgements.
         dimensions: Measure embeddings cut to these dimensions as well, under ``name/dimension``.
-
-    Raises:
-        ValueError: If nothing can be measured, document names repeat, or a dimension is below 1 or repeated.
     """
 
     def __init__(self, evaluation: EvaluationSet, dimensions: Sequence[int] = ()) -> None:
@@ -129,18 +119,19 @@ class RetrievalMetrics(EvaluationMetrics):
     def update(self, rows: Int[Tensor, " B"], embeddings: Float[Tensor, "B D"]) -> None:
         """Take the embeddings of some items: any float type, not normalised.
 
-        Args:
-            rows: Their numbers in the evaluation set: its queries first, then its corpus.
-            embeddings: In the same order.
-
-        Raises:
-            ValueError: If a row is not in the set, or an embedding is not finite.
+        Rows are numbers in the evaluation set: its queries first, then its corpus. A ``ValueError`` says that one is
+        not in the set, or that an embedding is not finite.
         """
         rows, embeddings = rows.detach().cpu().long(), embeddings.detach().float().cpu()
         outside = rows[(rows < 0) | (rows >= self._count)].tolist()
         if outside:
             raise ValueError(f"evaluation set {self.evaluation.name!r} has {self._count} items, no rows {outside}")
         self._take(rows, embeddings, rows)
+
+    @property
+    def embeddings(self) -> list[Tensor]:
+        """What has come so far."""
+        return self.values
 
     def gather_embeddings(self) -> Float[Tensor, "N D"]:
         """The embeddings of all items, queries first, not normalised; raises as `per_query` does."""
@@ -184,23 +175,17 @@ class RetrievalMetrics(EvaluationMetrics):
 
 
 class RerankingMetrics(EvaluationMetrics):
-    """Collects the scores of each query's candidates and measures the order that they give.
+    """Measures the order that scores give to each query's candidates.
 
-    Every metric of retrieval is reported after reranking under its name, and in the first stage's order as
+    Metrics of retrieval are reported after reranking under their names, and in the first stage's order as
     ``name/before``. A relevant document that is not among the candidates counts against both, as one that is never
-    found; a query without candidates counts 0. Candidates are ordered by their logits in float32, which no sigmoid has
-    made equal, and equal ones by document name, as ``pytrec_eval`` does.
-
-    Args:
-        reranking: The queries, the corpus, the judgements and the candidates.
-
-    Raises:
-        ValueError: If nothing can be measured, document names repeat, or a query has a candidate twice.
+    found; a query without candidates counts 0. Candidates are ordered by logits in float32, which no sigmoid has made
+    equal, and equal ones by document name, as ``pytrec_eval`` does.
     """
 
     def __init__(self, reranking: RerankingSet) -> None:
         evaluation = reranking.evaluation
-        #: (N, 2) query and column of every candidate, by query, in the first stage's order.
+        # (N, 2) query and column of every candidate, by query, in the first stage's order.
         pairs = torch.tensor([(query, column) for query, row in enumerate(reranking.candidates) for column in row])
         if not len(pairs):
             raise ValueError(f"reranking set {reranking.name!r} has no query with a candidate")
@@ -209,7 +194,7 @@ class RerankingMetrics(EvaluationMetrics):
         self._keys, self._order = self._key(pairs).sort()
         twice = pairs[self._order[1:][self._keys[1:] == self._keys[:-1]]]
         if len(twice):
-            query = evaluation.query_names[twice[0, 0]]
+            query = evaluation.query_names[int(twice[0, 0])]
             raise ValueError(f"reranking set {reranking.name!r}: query {query!r} has a candidate twice")
         #: The position of each candidate among those of its query, from 1.
         self._positions = torch.arange(1, len(pairs) + 1) - torch.searchsorted(pairs[:, 0].contiguous(), pairs[:, 0])
@@ -224,12 +209,8 @@ class RerankingMetrics(EvaluationMetrics):
     def update(self, rows: Int[Tensor, "B 2"], scores: Float[Tensor, " B"]) -> None:
         """Take the scores of some pairs: logits, of any float type.
 
-        Args:
-            rows: Of each pair, the number of its query and the corpus column of its document.
-            scores: In the same order.
-
-        Raises:
-            ValueError: If a pair is not in the set, or a score is not finite.
+        Rows are the number of a query and the corpus column of a document. A ``ValueError`` says that a pair is no
+        candidate, or that a score is not finite.
         """
         rows, scores = rows.detach().cpu().long(), scores.detach().float().cpu()
         numbers, is_candidate = self._find(rows)
