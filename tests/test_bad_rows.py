@@ -225,8 +225,8 @@ class Faulty(Source):
         )
         return Example(query, (answer,))
 
-    def query_ids(self, indices: Sequence[int]) -> list[int]:
-        return [*indices]
+    def read_queries(self, indices: Sequence[int]) -> list[Item]:
+        return [Item("query", (Part("text", f"query {index}"),)) for index in indices]
 
 
 @pytest.mark.parametrize("error", [TypeError("a bug"), MemoryError("no memory"), OSError("the disk")], ids=repr)

@@ -3,16 +3,23 @@ from __future__ import annotations
 import csv
 import json
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
+import yaml
 from PIL import Image
 
-from vlmembed.data import GroupByQuery, Rows
+from vlmembed.data import GroupByQuery, Mixture, Rows
+from vlmembed.data.evaluation import as_evaluation
 from vlmembed.media import load_image
 from vlmembed.types import Example, Item
+
+
+CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 def write(path: Path, rows: list[Any]) -> str:
@@ -296,3 +303,59 @@ def test_an_unknown_split_is_refused(tmp_path: Path) -> None:
 def test_bad_renaming_is_refused(columns: dict[str, str | None], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         len(Rows(write(tmp_path / "t.jsonl", [GOOD]), columns=columns))
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml")))
+def test_recipes_read_rows_with_the_columns_of_the_data_set_that_they_name(name: str, tmp_path: Path) -> None:
+    """A replica of tomaarsen/llamaindex-vdr-en-train-preprocessed: query, image, negative_0 … negative_3."""
+    data = yaml.safe_load((CONFIGS / name).read_text())["data"]["init_args"]
+    rows = [data[key] for key in ("train", "val") if isinstance(data.get(key), dict)]
+    rows = [row["init_args"] for row in rows if "llamaindex-vdr" in str(row["init_args"].get("path"))]
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "a.png")
+    content = {"bytes": (tmp_path / "a.png").read_bytes(), "path": None}
+    names = ["image", *(f"negative_{number}" for number in range(4))]
+    features = datasets.Features({"query": datasets.Value("string")} | dict.fromkeys(names, datasets.Image()))
+    table = {"query": ["q1", "q2"]} | dict.fromkeys(names, [content] * 2)
+    datasets.Dataset.from_dict(table, features=features).to_parquet(tmp_path / "replica.parquet")
+    for options in rows:
+        example = Rows(str(tmp_path / "replica.parquet"), columns=options["columns"])[1]
+        kept = sum(new is not None for new in options["columns"].values()) + 4 - len(options["columns"]) + 1
+        assert len(example.documents) == kept
+        found = as_evaluation(Rows(str(tmp_path / "replica.parquet"), columns=options["columns"]))
+        assert (len(found.queries), len(found.corpus)) == (2, 1)
+    assert rows or "visual_document_re" not in name or name == "visual_document_retrieval_2b.yaml"
+
+
+def test_negatives_may_be_numbered_from_0(tmp_path: Path) -> None:
+    row = {"query": "q", "positive": "p", "negative_1": "n1", "negative_0": "n0", "negative": "n"}
+    assert texts(Rows(write(tmp_path / "a.jsonl", [row]))[0].negatives) == ["n", "n0", "n1"]
+
+
+@pytest.mark.parametrize("row", [0, 2])
+def test_a_line_that_is_too_long_is_refused_while_it_is_read(row: int, tmp_path: Path) -> None:
+    """In a process of its own, whose peak is not that of other tests; the file has holes, and takes no disk."""
+    with (tmp_path / "t.jsonl").open("wb") as file:
+        file.write(b'{"query": "q", "positive": "p"}\n' * row)
+        file.truncate(600_000_000)
+    program = """
+import resource, sys
+from vlmembed.data import Rows
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+try:
+    len(Rows(sys.argv[1]))
+except ValueError as error:
+    print(peak() - before, error)
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "t.jsonl")]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used, _, message = said.partition(" ")
+    assert f"t.jsonl, row {row + 1}: the line has more than 67,108,864 bytes; VLMEMBED_MAX_LINE_BYTES" in message
+    assert int(used) < 200_000  # KiB: the line up to the limit, and once more while it is put together.
+
+
+def test_a_batch_is_read_as_its_rows_are(tmp_path: Path) -> None:
+    rows = Rows(write(tmp_path / "t.jsonl", ROWS))
+    assert rows.__getitems__([2, 0, 2]) == [rows[2], rows[0], rows[2]]
+    mixture = Mixture([rows, as_parquet(tmp_path)])
+    assert mixture.__getitems__([4, 0, 3, 4]) == [mixture[4], mixture[0], mixture[3], mixture[4]]
