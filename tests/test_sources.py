@@ -18,7 +18,6 @@ from vlmembed.data.evaluation import as_evaluation
 from vlmembed.media import load_image
 from vlmembed.types import Example, Item
 
-
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
@@ -196,8 +195,16 @@ GOOD = {"query": "q", "positive": "p"}
         ({**GOOD, "negative_1": "n"}, GOOD, "row 2 lacks column 'negative_1'"),
         ({**GOOD, "negative": "n"}, {**GOOD, "negative": ["n", "m"]}, "row 2, column 'negative': .*got list"),
         ({**GOOD, "negatives": ["n"]}, {**GOOD, "negatives": "n"}, "row 2, column 'negatives': expected a list"),
-        ({**GOOD, "scores": [1.0]}, {**GOOD, "scores": [1.0, 0.5]}, "row 2, column 'scores': expected a list of 1 numbers"),
-        ({**GOOD, "scores": [1.0]}, {**GOOD, "scores": [float("nan")]}, "column 'scores': expected a number, finite in 32 bits; got nan"),
+        (
+            {**GOOD, "scores": [1.0]},
+            {**GOOD, "scores": [1.0, 0.5]},
+            "row 2, column 'scores': expected a list of 1 numbers",
+        ),
+        (
+            {**GOOD, "scores": [1.0]},
+            {**GOOD, "scores": [float("nan")]},
+            "column 'scores': expected a number, finite in 32 bits; got nan",
+        ),
         ({**GOOD, "scores": [1.0]}, {**GOOD, "scores": ["1"]}, "finite in 32 bits; got '1'"),
         (
             GOOD,
@@ -340,6 +347,18 @@ def test_a_line_that_is_too_long_is_refused_while_it_is_read(row: int, tmp_path:
     program = """
 import resource, sys
 from vlmembed.data import Rows
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from vlmembed.data.cells import Folder, to_items
+from vlmembed.media import load_image
+from vlmembed.types import Item, Part, Role
+
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak()
 try:
@@ -359,3 +378,135 @@ def test_a_batch_is_read_as_its_rows_are(tmp_path: Path) -> None:
     assert rows.__getitems__([2, 0, 2]) == [rows[2], rows[0], rows[2]]
     mixture = Mixture([rows, as_parquet(tmp_path)])
     assert mixture.__getitems__([4, 0, 3, 4]) == [mixture[4], mixture[0], mixture[3], mixture[4]]
+
+
+ORIGIN = "train.jsonl, row 17, column 'positive'"
+
+
+def to_item(cell: Any, role: Role, media_folder: Folder, origin: str) -> Item:
+    return to_items([(cell, role, origin)], media_folder)[0]
+
+
+@pytest.fixture
+def media_folder(tmp_path: Path) -> Path:
+    Image.new("RGB", (6, 4), "red").save(tmp_path / "a.png")
+    Image.new("RGB", (3, 5), "blue").save(tmp_path / "b.png")
+    (tmp_path / "film.mp4").write_bytes(b"film")
+    (tmp_path / "other.mp4").write_bytes(b"other")
+    return tmp_path
+
+
+def parts(cell: Any, media_folder: Path) -> tuple[Part, ...]:
+    return to_item(cell, "document", Folder(media_folder), ORIGIN).parts
+
+
+def encoded(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def test_a_string_is_text_even_if_a_file_has_its_name(media_folder: Path) -> None:
+    assert parts("a.png", media_folder) == (Part("text", "a.png"),)
+    assert parts(str(media_folder / "a.png"), media_folder) == (Part("text", str(media_folder / "a.png")),)
+
+
+def test_the_item_knows_its_role_and_origin(media_folder: Path) -> None:
+    item = to_item("cat", "query", Folder(media_folder), ORIGIN)
+    assert (item.role, item.origin) == ("query", ORIGIN)
+
+
+def test_an_open_image(media_folder: Path) -> None:
+    image = Image.new("RGB", (2, 3))
+    assert parts(image, media_folder) == (Part("image", image),)
+    assert parts({"image": image}, media_folder) == (Part("image", image),)
+
+
+def test_paths_start_at_the_folder_unless_absolute(media_folder: Path) -> None:
+    expected = (Part("image", media_folder / "a.png"),)
+    assert parts({"image": "a.png"}, media_folder) == expected
+    assert parts({"image": str(media_folder / "a.png")}, media_folder) == expected
+    assert parts({"image": Path("a.png")}, media_folder) == expected
+
+
+def test_an_encoded_image_alone_and_in_a_mapping(media_folder: Path) -> None:
+    image = Image.new("RGB", (2, 3), "green")
+    value = {"bytes": encoded(image), "path": "gone.png"}
+    for cell in (value, {"image": value}):
+        (part,) = parts(cell, media_folder)
+        assert load_image(part.value).tobytes() == image.tobytes()
+    assert parts({"image": {"bytes": None, "path": "a.png"}}, media_folder) == (Part("image", media_folder / "a.png"),)
+
+
+def test_the_order_of_keys_is_the_order_of_parts(media_folder: Path) -> None:
+    text, image = Part("text", "cat"), Part("image", media_folder / "a.png")
+    assert parts({"text": "cat", "image": "a.png"}, media_folder) == (text, image)
+    assert parts({"image": "a.png", "text": "cat"}, media_folder) == (image, text)
+
+
+def test_lists_of_values(media_folder: Path) -> None:
+    assert parts({"image": ["b.png", "a.png"], "text": ["x", "y"]}, media_folder) == (
+        Part("image", media_folder / "b.png"),
+        Part("image", media_folder / "a.png"),
+        Part("text", "x"),
+        Part("text", "y"),
+    )
+
+
+def test_a_video_is_a_file_or_its_frames(media_folder: Path) -> None:
+    frames = (media_folder / "b.png", media_folder / "a.png")
+    film, other = Part("video", media_folder / "film.mp4"), Part("video", media_folder / "other.mp4")
+    assert parts({"video": "film.mp4"}, media_folder) == (film,)
+    assert parts({"video": ["b.png", "a.png"]}, media_folder) == (Part("video", frames),)
+    assert parts({"video": ["other.mp4", "film.mp4"]}, media_folder) == (other, film)
+    assert parts({"video": [["b.png", "a.png"], "film.mp4"]}, media_folder) == (Part("video", frames), film)
+
+
+def test_chat_content_and_messages(media_folder: Path) -> None:
+    content = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "cat"}]
+    expected = (Part("image", media_folder / "a.png"), Part("text", "cat"))
+    assert parts(content, media_folder) == expected
+    assert parts({"role": "user", "content": content}, media_folder) == expected
+    assert parts([{"role": "user", "content": content}], media_folder) == expected
+    assert parts([{"role": "user", "content": "cat"}], media_folder) == (Part("text", "cat"),)
+
+
+def test_nulls_that_arrow_adds_are_skipped(media_folder: Path) -> None:
+    assert parts({"text": "cat", "image": None}, media_folder) == (Part("text", "cat"),)
+    content = [{"type": "text", "text": "cat", "image": None}]
+    assert parts(content, media_folder) == (Part("text", "cat"),)
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        (None, "the cell is empty"),
+        ("", "the text is empty"),
+        (" \n", "the text is empty"),
+        ({}, "the cell is empty"),
+        ([], "a list of content parts, got list"),
+        ({"text": None}, "the cell is empty"),
+        ({"text": "", "image": "a.png"}, "the text is empty"),
+        ({"text": 7}, "a text is a string, got int 7"),
+        (7, "got int 7"),
+        (["cat", "dog"], "got list"),
+        ({"caption": "cat"}, "unknown key 'caption'"),
+        ({"image": "gone.png"}, "the image file .*gone.png does not exist"),
+        ({"image": 3}, "expected the path of an image file, got int 3"),
+        ({"image": {"bytes": None, "path": None}}, "expected the path of an image file, got NoneType"),
+        ({"image": {"bytes": "noise", "path": "x.png"}}, "the bytes of image 'x.png' are str 'noise'"),
+        ({"image": {"bytes": 7, "path": None}}, "the bytes of image None are int 7"),
+        ({"video": "gone.mp4"}, "the video file .*gone.mp4 does not exist"),
+        ({"video": ["a.png", "gone.png"]}, "the image file .*gone.png does not exist"),
+        ({"video": [[]]}, "a video without frames"),
+        ([{"type": "text", "image": "a.png"}], "a content part is"),
+        ([{"type": "text", "text": "cat", "image": "a.png"}], "a content part is"),
+        ([{"type": "image_url", "image_url": "a.png"}], "unknown key 'image_url'"),
+        ([{"role": "system", "content": "Find."}], "got role 'system'"),
+        ([{"role": "user", "content": None}], "the cell is empty"),
+    ],
+)
+def test_bad_cells_are_refused_with_their_origin(cell: Any, message: str, media_folder: Path) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        to_item(cell, "document", Folder(media_folder), ORIGIN)
+    assert str(error.value).startswith(ORIGIN)

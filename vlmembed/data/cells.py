@@ -156,7 +156,10 @@ def _users_content(message: Mapping[str, Any], origin: str) -> Any:
             f"{origin}: a chat message here is the user's, got role {message['role']!r}; instructions belong in the "
             "model's prompts, which are exported with it."
         )
-    return message.get("content")
+    content = message.get("content")
+    if isinstance(content, Mapping) and "role" in content:
+        raise ValueError(f"{origin}: a chat message is inside another one ({message!r:.100}).")
+    return content
 
 
 def _kind_and_value(part: Mapping[str, Any], origin: str) -> tuple[str, Any]:
