@@ -107,17 +107,21 @@ class ItemCollator(Collator):
         documents: dict[int, Item] = {}
         labels: dict[tuple[int, int], int] = {}
         scores: dict[tuple[int, int], float] = {}
+        check_scores(examples, self.teacher_scores)
         for example in examples:
-            query, items = example.query, example.documents
-            self._check_scores(example)
+            query = example.query
             queries.setdefault(query.id, query)
-            documents |= {item.id: item for item in items if item.id not in documents}
-            for number, item in enumerate(items):
+            for number, item in enumerate(example.documents):
+                documents.setdefault(item.id, item)
                 pair = query.id, item.id
                 # Where examples disagree about a pair, it is a positive, with the highest score.
                 labels[pair] = max(1 if number < len(example.positives) else -1, labels.get(pair, -1))
                 if example.scores is not None:
                     scores[pair] = max(example.scores[number], scores.get(pair, -math.inf))
+            if self.teacher_scores and len({item.id for item in example.documents}) < 2:
+                raise ValueError(
+                    f"{query.origin}: distillation compares documents, and the row has one. Add negatives."
+                )
         distinct = {**queries, **documents}
         order, chunks, images = cut(self.preprocessor.prepare([*distinct.values()], draft=True), self.chunking)
         ids = [*distinct]
@@ -134,12 +138,6 @@ class ItemCollator(Collator):
             scores=torch.tensor([scores[pair] for pair in labels]) if self.teacher_scores else None,
             origins=tuple(example.query.origin for example in examples),
         )
-
-    def _check_scores(self, example: Example) -> None:
-        origin = example.query.origin
-        if self.teacher_scores and len({document.id for document in example.documents}) < 2:
-            raise ValueError(f"{origin}: distillation compares documents, and the row has one. Add negatives.")
-        check_scores(example, self.teacher_scores)
 
     def load(self, value: Any, split: str) -> EvaluationSet:
         """See `Collator.load`."""
@@ -175,18 +173,19 @@ class EvaluationItems(Dataset[list[tuple[int, Item]]]):
         return [(row, queries[row] if row < len(queries) else corpus[row - len(queries)]) for row in rows]
 
 
-def check_scores(example: Example, wanted: bool) -> None:
-    """Refuse an example that has scores which the loss does not want, or lacks those that it wants."""
-    if wanted and example.scores is None:
-        raise ValueError(
-            f"{example.query.origin}: the loss distils a teacher's scores, and there are none. Add a column 'scores' "
-            "(`python -m vlmembed score`), or choose a loss of labels."
-        )
-    if not wanted and example.scores is not None:
-        raise ValueError(
-            f"{example.query.origin}: scores given but unused. Choose a loss that distils them, such as "
-            "vlmembed.losses.ScoreDistillation, or drop the column: Rows(path, columns={scores: null})."
-        )
+def check_scores(examples: Sequence[Example], wanted: bool) -> None:
+    """Refuse examples that have scores which the loss does not want, or lack those that it wants."""
+    for example in examples:
+        if wanted and example.scores is None:
+            raise ValueError(
+                f"{example.query.origin}: the loss distils a teacher's scores, and there are none. Add a column "
+                "'scores' (`python -m vlmembed score`), or choose a loss of labels."
+            )
+        if not wanted and example.scores is not None:
+            raise ValueError(
+                f"{example.query.origin}: scores given but unused. Choose a loss that distils them, such as "
+                "vlmembed.losses.ScoreDistillation, or drop the column: Rows(path, columns={scores: null})."
+            )
 
 
 #: The number of a pair's query and of its document in the evaluation set, and the pair.
@@ -226,8 +225,9 @@ class PairCollator(Collator):
         """Pair each query with its candidates, equal pairs once; see `Collator.__call__`."""
         targets: dict[tuple[int, int], float] = {}
         pairs: dict[tuple[int, int], Pair] = {}
-        for example in self._with_negatives(examples) if self.in_batch_negatives else examples:
-            self._check_labels(example)
+        extended = self._with_negatives(examples) if self.in_batch_negatives else examples
+        self._check_labels(extended)
+        for example in extended:
             for document, target in zip(example.documents, example.scores or example.grades, strict=True):
                 key = example.query.id, document.id
                 pairs.setdefault(key, Pair(example.query, document))
@@ -249,28 +249,31 @@ class PairCollator(Collator):
         several = self.label_spec.needs_several and not self.in_batch_negatives
         PairCollator(self.preprocessor, replace(self.label_spec, needs_several=several))([example])
 
-    def _check_labels(self, example: Example) -> None:
-        origin, spec, documents = example.query.origin, self.label_spec, example.documents
-        check_scores(example, spec.teacher_scores)
-        if spec.needs_several and len(documents) < 2:
-            raise ValueError(
-                f"{origin}: the query has one candidate, and this loss compares several. Add negatives, or group the "
-                "rows of a query with vlmembed.data.GroupByQuery."
-            )
-        if spec.teacher_scores:
-            return
-        for document, label in zip(documents, example.grades, strict=True):
-            if not 0 <= label <= spec.largest:
+    def _check_labels(self, examples: Sequence[Example]) -> None:
+        """Refuse examples that do not say what the loss wants to know."""
+        spec = self.label_spec
+        check_scores(examples, spec.teacher_scores)
+        for example in examples:
+            origin, documents, labels = example.query.origin, example.documents, example.grades
+            if spec.needs_several and len(documents) < 2:
                 raise ValueError(
-                    f"{document.origin or origin}: label {label:g} is outside of what this loss takes, 0 to "
-                    f"{spec.largest:g}."
+                    f"{origin}: the query has one candidate, and this loss compares several. Add negatives, or group "
+                    "the rows of a query with vlmembed.data.GroupByQuery."
                 )
-        if spec.needs_positive and not any(label > 0 for label in example.grades):
-            raise ValueError(
-                f"{origin}: none of the query's {len(documents)} candidates has a label above 0, and this loss needs a "
-                "positive. Remove the row, group the rows of a query with vlmembed.data.GroupByQuery, or take a "
-                "pointwise loss such as BinaryCrossEntropy."
-            )
+            if spec.teacher_scores:
+                continue
+            for document, label in zip(documents, labels, strict=True):
+                if not 0 <= label <= spec.largest:
+                    raise ValueError(
+                        f"{document.origin or origin}: label {label:g} is outside of what this loss takes, 0 to "
+                        f"{spec.largest:g}."
+                    )
+            if spec.needs_positive and max(labels) <= 0:
+                raise ValueError(
+                    f"{origin}: none of the query's {len(documents)} candidates has a label above 0, and this loss "
+                    "needs a positive. Remove the row, group the rows of a query with vlmembed.data.GroupByQuery, or "
+                    "take a pointwise loss such as BinaryCrossEntropy."
+                )
 
     def _with_negatives(self, examples: Sequence[Example]) -> list[Example]:
         """Give each example documents of the others, the same ones whenever the batch is made."""

@@ -431,7 +431,10 @@ def _with_origins(source: Source, rows: list[int]) -> list[Example]:
     """Read rows whose items all say where they came from, whether their source says it or not."""
     examples = list(source.__getitems__(rows))
     for number, (row, example) in enumerate(zip(rows, examples, strict=True)):
-        if not all(item.origin for item in (example.query, *example.documents)):
+        has_origins = bool(example.query.origin)
+        for item in example.documents:
+            has_origins = has_origins and bool(item.origin)
+        if not has_origins:
             query, positives, negatives = (
                 tuple(replace(item, origin=item.origin or f"{source.name}, row {row + 1}") for item in items)
                 for items in ((example.query,), example.positives, example.negatives)
