@@ -194,8 +194,9 @@ class Recorder(Callback):
 
 def _with_collator(run: Callable[..., Any]) -> Callable[..., Any]:
     def connected(self: Any, model: Any, *args: Any, datamodule: Any = None, **options: Any) -> Any:
-        if datamodule is not None:
-            datamodule.collator = model.collator()
+        for data in (*args, datamodule):
+            if isinstance(data, lightning.LightningDataModule):
+                data.collator = model.collator()  # type: ignore[attr-defined]
         return run(self, model, *args, datamodule=datamodule, **options)
 
     return connected

@@ -10,7 +10,7 @@ import ddp
 import pytest
 import torch
 import torch.distributed as dist
-from building import Recorder, batch, item, module, picture, trainer
+from building import Recorder, batch, collated, item, module, picture, trainer
 from lightning.pytorch.strategies import DDPStrategy
 from scenarios import OPTIMIZER, Scenario, check_trained_as_one
 from sentence_transformers.sentence_transformer.losses import DistillKLDivLoss, MarginMSELoss
@@ -18,7 +18,7 @@ from test_collate import Letters
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vlmembed.data import Collator
+from vlmembed.data import ItemCollator
 from vlmembed.losses import (
     BinaryCrossEntropy,
     InfoNCE,
@@ -212,18 +212,18 @@ def check_scores(joined: tuple[Tensor, ...], rows: list[Example]) -> None:
 
 def test_a_batch_carries_the_scores_of_its_pairs() -> None:
     rows = [scored(number) for number in (0, 2, 4)]
-    found = Collator(Letters(), 2, wants_scores=True)(rows)
+    found = collated(ItemCollator(Letters(), True), rows, 2)
     assert found.scores is not None
     assert found.scores.shape == found.labels.shape
     check_scores(gather_batch(torch.zeros(len(found.queries) + len(found.documents), 3), found), rows)
-    assert Collator(Letters())([Example(rows[0].query, rows[0].positives)]).scores is None
+    assert ItemCollator(Letters())([Example(rows[0].query, rows[0].positives)]).scores is None
 
 
 def test_of_two_scores_for_a_pair_the_higher_counts() -> None:
     row = scored(0)
     other = Example(row.query, row.positives, row.negatives, scores=(9.0, -9.0, -9.0))
     for rows in ([row, other], [other, row]):
-        found = Collator(Letters(), wants_scores=True)(rows)
+        found = ItemCollator(Letters(), True)(rows)
         assert found.scores is not None
         assert sorted(found.scores.tolist()) == pytest.approx([-4 / 3, -1.0, 9.0])
 
@@ -232,11 +232,11 @@ def test_rows_that_do_not_fit_the_loss_are_refused() -> None:
     query, right, wrong = item("q", role="query"), item("right"), item("wrong")
     asked = type(query)(query.role, query.parts, "rows.jsonl, row 3, column 'query'")
     with pytest.raises(ValueError, match=r"rows.jsonl, row 3.*there are none. Add a column 'scores'"):
-        Collator(Letters(), wants_scores=True)([Example(asked, (right,), (wrong,))])
+        ItemCollator(Letters(), True)([Example(asked, (right,), (wrong,))])
     with pytest.raises(ValueError, match=r"rows.jsonl, row 3.*scores given but unused"):
-        Collator(Letters())([Example(asked, (right,), (wrong,), scores=(1.0, 0.0))])
+        ItemCollator(Letters())([Example(asked, (right,), (wrong,), scores=(1.0, 0.0))])
     with pytest.raises(ValueError, match=r"rows.jsonl, row 3.*the row has one"):
-        Collator(Letters(), wants_scores=True)([Example(asked, (right,), scores=(1.0,))])
+        ItemCollator(Letters(), True)([Example(asked, (right,), scores=(1.0,))])
 
 
 # Training

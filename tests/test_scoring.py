@@ -14,7 +14,7 @@ from test_mining import Given, asked
 
 from vlmembed.backbones import QueryFirst, Qwen3VL
 from vlmembed.cli import main
-from vlmembed.data import Collator, Rows
+from vlmembed.data import ItemCollator, Rows
 from vlmembed.encoder import Scorer
 from vlmembed.export.reranker import write_reranker
 from vlmembed.heads import YesNo
@@ -64,7 +64,7 @@ def test_scores_are_the_logits_of_the_reranker(
         found = scored[row].query, *scored[row].positives, *scored[row].negatives
         assert [len(each.parts) for each in found] == [len(each.parts) for each in (example.query, *documents)]
     assert len([*(tmp_path / "images").iterdir()]) == 5
-    batch = Collator(Qwen3VL(str(checkpoint)).preprocessor, wants_scores=True)([scored[0], scored[2]])
+    batch = ItemCollator(Qwen3VL(str(checkpoint)).preprocessor, True)([scored[0], scored[2]])
     assert batch.scores is not None
     assert len(batch.scores) == 7
 
