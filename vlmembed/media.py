@@ -1,4 +1,4 @@
-"""Opening images and videos that may be anything: which kinds are read, how large, and how they look to a model."""
+"""Opening of images and videos: the formats that are read, the largest sizes, and the way to RGB."""
 
 from __future__ import annotations
 
@@ -104,14 +104,13 @@ def load_image(
     Of an animation that is its first frame. Greys of 16 bits are scaled by the bits that the brightest one needs.
 
     Args:
-        frame: An image file, the content of one, or an image that is open already.
+        frame: What to open.
         origin: Where it came from, for the error message.
         resized: From height and width to those that the processor will resize to, treating both alike. With it, an
             encoded JPEG far above that size is decoded at 1/2, 1/4 or 1/8; the processor resizes it to the same size.
 
     Raises:
-        ValueError: If the file is missing, is above a limit, cannot be decoded, or does not say what is white; or
-            ``resized`` refuses its size.
+        ValueError: If it is missing, above a limit, cannot be decoded, or does not say what is white.
     """
     try:
         image = frame if isinstance(frame, Image.Image) else open_image(frame)

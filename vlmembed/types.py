@@ -213,6 +213,7 @@ class BadRow:
     reason: str
 
 
+@dataclass
 class _Chunks:
     """What a loader hands out, in chunks. The distinct images have chunks of their own, unless the items' hold them."""
 
@@ -235,8 +236,6 @@ class Batch(_Chunks):
     that processes can compare theirs.
     """
 
-    chunks: list[Inputs]
-    images: list[Inputs]
     queries: Int[Tensor, " Q"]  # The row of each query in the embeddings.
     documents: Int[Tensor, " P"]
     query_ids: Int[Tensor, " Q"]
@@ -252,8 +251,6 @@ class Batch(_Chunks):
 class RankingBatch(_Chunks):
     """The N distinct pairs of some examples, ready to score; pairs of one query are its candidates."""
 
-    chunks: list[Inputs]
-    images: list[Inputs]
     queries: Int[Tensor, " N"]  # Ids, as in `Batch`.
     documents: Int[Tensor, " N"]
     targets: Float[Tensor, " N"]  # What each score should say: a label, or a teacher's score.
@@ -265,22 +262,18 @@ class RankingBatch(_Chunks):
 class ItemBatch(_Chunks):
     """Items to encode for measuring or prediction, as one chunk."""
 
-    inputs: Inputs
-    images: list[Inputs]
     rows: Int[Tensor, " B"]  # Of the evaluation set: its queries first, then its corpus.
 
     @property
-    def chunks(self) -> list[Inputs]:  # type: ignore[override]
-        """The one chunk."""
-        return [self.inputs]
+    def inputs(self) -> Inputs:
+        """The chunk."""
+        return self.chunks[0]
 
 
 @dataclass
 class PairBatch(_Chunks):
     """Pairs to score for measuring or prediction."""
 
-    chunks: list[Inputs]
-    images: list[Inputs]
     rows: Int[Tensor, "N 2"]  # The number of the query and of the document in the evaluation set.
 
 

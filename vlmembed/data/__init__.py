@@ -1,4 +1,4 @@
-"""Where rows come from, how they are mixed, and how they become batches; README.md beside this file is for users."""
+"""Training rows, evaluation sets, and the batches that are made of them. README.md in this folder is the cookbook."""
 
 from vlmembed.data.collate import Collator, ItemCollator, PairCollator
 from vlmembed.data.datamodule import RetrievalDataModule

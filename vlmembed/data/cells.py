@@ -45,10 +45,7 @@ class Folder:
 
     @classmethod
     def of(cls, path: str, allow_outside: Iterable[str] | None) -> Folder:
-        """Return the folder of a data set: of a file, a folder, or a Hub id.
-
-        What is not one file may also name what ``datasets`` has downloaded or unpacked: its own files are there.
-        """
+        """Return the folder of a file, a folder or a Hub id; the latter two have files where ``datasets`` puts them."""
         others = tuple(map(Path, allow_outside or ()))
         if Path(path).is_file():
             return cls(Path(path).parent, others)
@@ -57,11 +54,7 @@ class Folder:
         return cls(Path(path), (*others, *map(Path, downloads)))
 
     def find(self, value: Any, kind: str, origin: str) -> Path:
-        """Return the file that a cell names, relative to the folder or absolute.
-
-        Raises:
-            ValueError: If it is no path, leads out of the folder, or there is no such file.
-        """
+        """Return the file that a cell names, relative to the folder or absolute, if it is one, and inside."""
         if not isinstance(value, str | Path) or not str(value):
             raise ValueError(
                 f"{origin}: expected the path of an {kind} file, got {type(value).__name__} {value!r:.100}."
@@ -97,13 +90,8 @@ def to_items(cells: Iterable[Cell], folder: Folder) -> list[Item]:
 
     A plain string is always text, never a path, so that no text can turn into an image because a file of that name
     exists: write ``{"image": "page.png"}``. The keys of a mapping stay in order, because the order changes the
-    embedding; keys whose value is null are skipped, because Arrow fills every key that another row has.
-
-    Args:
-        cells: Each with a string; an image; a mapping with any of ``text``, ``image``, ``video``, each one value or a
-            list; a list of chat content parts (``{"type": "image", "image": …}``); a chat message or a list of them.
-            An image is open, a path, or ``{"bytes": …, "path": …}``. A video is a path, or the list of its frames.
-        folder: Where relative paths start, and what they may not leave.
+    embedding; keys whose value is null are skipped, because Arrow fills every key that another row has. The forms of
+    a cell are in README.md.
 
     Raises:
         ValueError: If a cell is empty, has another form, or names a file that does not exist or is outside.

@@ -1,4 +1,4 @@
-"""Examples become a batch: each distinct item, or pair, once, cut into chunks of equal cost."""
+"""Collators: from examples to a batch of distinct items, or pairs, in chunks of equal cost."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ class ItemCollator(Collator):
         """Preprocess items as one chunk."""
         prepared = self.preprocessor.prepare([item for _, item in rows])
         chunk = prepared.chunk(range(len(rows)))
-        return ItemBatch(chunk, prepared.images(None), torch.tensor([row for row, _ in rows]))
+        return ItemBatch([chunk], prepared.images(None), torch.tensor([row for row, _ in rows]))
 
 
 class EvaluationItems(Dataset[list[tuple[int, Item]]]):

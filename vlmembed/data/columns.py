@@ -1,4 +1,4 @@
-"""The columns of training rows: which exist, and how rows become examples."""
+"""Columns of training rows, and the examples that rows become."""
 
 from __future__ import annotations
 
@@ -20,17 +20,7 @@ Row = Mapping[str, Any]
 
 
 def check_columns(columns: Collection[str], origin: str) -> None:
-    """Refuse columns that cannot be read as training rows, or that nothing would read.
-
-    Args:
-        columns: Names, after renaming: ``query``; ``positive`` and any number of ``negative``, ``negative_0`` (or
-            ``negative_1``) … ``negative_n``, or one ``negatives``; or, instead of these, ``document`` and ``label``;
-            ``scores``.
-        origin: The file, for error messages.
-
-    Raises:
-        ValueError: Naming the column, and how to rename or drop it.
-    """
+    """Refuse columns (after renaming) that are no training rows', or that nothing would read, and say what to do."""
     for column in columns:
         if not KNOWN.fullmatch(column):
             what = "negatives given but unused" if "neg" in column.lower() else "nothing reads it"
@@ -66,12 +56,7 @@ def to_examples(rows: Sequence[Row], folder: Folder, origins: Sequence[str]) -> 
     """Turn rows, whose columns have been checked, into examples.
 
     The documents of a row of ``query``, ``document`` and ``label`` are positives where their label is above 0, and
-    negatives where it is 0.
-
-    Args:
-        rows: Each with its cell of each column.
-        folder: Where relative paths start, and what they may not leave.
-        origins: File and row of each, for error messages.
+    negatives where it is 0. The origins are file and row of each, for error messages.
 
     Raises:
         ValueError: Naming row, column and value of what cannot be read.

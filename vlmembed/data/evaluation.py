@@ -1,4 +1,4 @@
-"""What models are measured on: queries, a corpus, judgements and candidates, from folders, rows and TREC runs."""
+"""Evaluation sets: queries, a corpus, judgements and candidates, from folders, training rows and TREC runs."""
 
 from __future__ import annotations
 
@@ -182,11 +182,10 @@ class RerankingRun(RerankingSource):
 
 @dataclass(eq=False)
 class RerankingRows(RerankingSource):
-    """Training rows as a reranking measurement.
+    """Training rows as a reranking measurement: the candidates of a query are the documents of all its rows.
 
-    The queries are those with a document of a label above 0, the candidates of a query are the documents of all its
-    rows, and grades are labels. Rows know no first stage: candidates stand in the order of their names, which are
-    hashes of the content, and what is reported as ``before`` is what chance gives.
+    Rows know no first stage: candidates stand in the order of their names, which are hashes of the content, and what
+    is reported as ``before`` is what chance gives.
 
     Args:
         rows: The training rows.
@@ -205,11 +204,7 @@ class RerankingRows(RerankingSource):
 
 
 def as_evaluation(value: str | Source | EvaluationSource, split: str = "test") -> EvaluationSet:
-    """Load what stands for an evaluation set: a path (of a folder or of rows), training rows, or a source.
-
-    Raises:
-        ValueError: If something in it cannot be read, with file and row; or it is for a cross-encoder.
-    """
+    """Load what stands for an evaluation set: a path (of a folder or of rows), training rows, or a source."""
     if isinstance(value, RerankingSource):
         raise ValueError(f"{type(value).__name__} is for a cross-encoder; an embedder searches a whole corpus.")
     if isinstance(value, str):
@@ -218,11 +213,7 @@ def as_evaluation(value: str | Source | EvaluationSource, split: str = "test") -
 
 
 def as_reranking(value: str | Source | EvaluationSource | RerankingSource, split: str = "test") -> RerankingSet:
-    """Load what stands for queries and their candidates: a path of rows, training rows, or a source.
-
-    Raises:
-        ValueError: If it says nothing about candidates, or something in it cannot be read.
-    """
+    """Load what stands for queries and their candidates: a path of rows, training rows, or a source."""
     if isinstance(value, EvaluationSource) or (isinstance(value, str) and _is_evaluation_folder(value)):
         what = value if isinstance(value, str) else type(value).__name__
         raise ValueError(

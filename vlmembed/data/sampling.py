@@ -1,4 +1,4 @@
-"""Which rows make up each batch, on each process, and the loader that can resume in the middle of an epoch."""
+"""Sampling of rows into batches, over processes, and a loader that resumes in the middle of an epoch."""
 
 from __future__ import annotations
 

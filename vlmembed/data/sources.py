@@ -1,4 +1,4 @@
-"""Where training rows come from: files, folders and the Hub, their mixtures, and groups of them."""
+"""Sources of training rows: files, folders and the Hub; mixtures of sources, and rows grouped by query."""
 
 from __future__ import annotations
 

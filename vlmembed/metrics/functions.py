@@ -110,8 +110,8 @@ def ndcg_at_k(ranks: Float64[Tensor, " M"], relevance: Relevance, k: int) -> Flo
     A query without relevant documents counts 0, in all of these metrics.
     """
     gained, ideal = (
-        relevance.sum(torch.where(places <= k, relevance.grades / torch.log2(places.double() + 1), 0.0))
-        for places in (ranks, relevance.positions)
+        relevance.sum(torch.where(rank <= k, relevance.grades / torch.log2(rank.double() + 1), 0.0))
+        for rank in (ranks, relevance.positions)
     )
     return torch.where(ideal > 0, gained / ideal, 0.0)
 

@@ -155,12 +155,12 @@ class RetrievalMetrics(EvaluationMetrics):
             raise ValueError(f"dimension {largest} is above the embedding's, which is {available}")
         values: dict[str, Tensor] = {}
         for suffix, dimension in [("", available), *((f"/{d}", d) for d in self.dimensions)]:
-            found = []
+            rank_blocks = []
             for start, scores in self._score_blocks(matrix[:, :dimension]):
                 first, last = torch.searchsorted(relevance.queries, torch.tensor([start, start + len(scores)])).tolist()
                 rows = relevance.queries[first:last] - start
-                found.append(ranks(scores, rows, relevance.documents[first:last], self.name_order))
-            values |= {name + suffix: metric(torch.cat(found), relevance) for name, metric in METRICS.items()}
+                rank_blocks.append(ranks(scores, rows, relevance.documents[first:last], self.name_order))
+            values |= {name + suffix: metric(torch.cat(rank_blocks), relevance) for name, metric in METRICS.items()}
         return values
 
     def _score_blocks(self, embeddings: Float[Tensor, "N D"]) -> Iterator[tuple[int, Float[Tensor, "Q P"]]]:
@@ -229,20 +229,20 @@ class RerankingMetrics(EvaluationMetrics):
         with self.sync_context(dist_sync_fn=self._gather):
             scores = self._matrix()[:, 0]
         order = self._ranked(scores)[self._positions <= k]
-        rows, places = self.pairs[order, 0], (self._positions - 1)[self._positions <= k]
+        rows, positions = self.pairs[order, 0], self._positions[self._positions <= k] - 1
         shape = len(self.evaluation.queries), min(k, self.depth)
         best, columns = torch.full(shape, -torch.inf), torch.full(shape, -1)
-        best[rows, places], columns[rows, places] = scores[order], self.pairs[order, 1]
+        best[rows, positions], columns[rows, positions] = scores[order], self.pairs[order, 1]
         return best, columns
 
     def _per_query(self) -> dict[str, Tensor]:
-        places = torch.empty(len(self.pairs), dtype=torch.float64)
-        places[self._ranked(self._matrix()[:, 0])] = self._positions.double()
-        stages = {"": places, "/before": self._positions.double()}
+        before = self._positions.double()
+        after = torch.empty_like(before)
+        after[self._ranked(self._matrix()[:, 0])] = before
         values: dict[str, Tensor] = {}
-        for suffix, rank in stages.items():
-            found = torch.where(self._is_candidate, rank[self._relevant], torch.inf)
-            values |= {name + suffix: metric(found, self.relevance) for name, metric in METRICS.items()}
+        for suffix, rank in {"": after, "/before": before}.items():
+            relevant = torch.where(self._is_candidate, rank[self._relevant], torch.inf)
+            values |= {name + suffix: metric(relevant, self.relevance) for name, metric in METRICS.items()}
         return values
 
     def _ranked(self, scores: Float[Tensor, " N"]) -> Int64[Tensor, " N"]:
@@ -253,9 +253,9 @@ class RerankingMetrics(EvaluationMetrics):
     def _find(self, pairs: Int64[Tensor, "B 2"]) -> tuple[Int64[Tensor, " B"], Bool[Tensor, " B"]]:
         """The number of each pair among the candidates, and whether it is one."""
         keys = self._key(pairs)
-        places = torch.searchsorted(self._keys, keys).clamp(max=len(self._keys) - 1)
+        index = torch.searchsorted(self._keys, keys).clamp(max=len(self._keys) - 1)
         inside = (pairs >= 0).all(1) & (pairs[:, 1] < len(self.evaluation.corpus))
-        return self._order[places], inside & (self._keys[places] == keys)
+        return self._order[index], inside & (self._keys[index] == keys)
 
     def _key(self, pairs: Int64[Tensor, "B 2"]) -> Int64[Tensor, " B"]:
         return pairs[:, 0] * len(self.evaluation.corpus) + pairs[:, 1]
