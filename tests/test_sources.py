@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import pickle
 import subprocess
@@ -14,9 +15,10 @@ import yaml
 from PIL import Image
 
 from vlmembed.data import GroupByQuery, Mixture, Rows
+from vlmembed.data.cells import Folder, to_items
 from vlmembed.data.evaluation import as_evaluation
 from vlmembed.media import load_image
-from vlmembed.types import Example, Item
+from vlmembed.types import Example, Item, Part, Role
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -347,17 +349,6 @@ def test_a_line_that_is_too_long_is_refused_while_it_is_read(row: int, tmp_path:
     program = """
 import resource, sys
 from vlmembed.data import Rows
-
-import io
-from pathlib import Path
-from typing import Any
-
-import pytest
-from PIL import Image
-
-from vlmembed.data.cells import Folder, to_items
-from vlmembed.media import load_image
-from vlmembed.types import Item, Part, Role
 
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak()

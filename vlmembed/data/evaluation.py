@@ -237,8 +237,8 @@ def _read_items(path: Path, role: Role, root: Folder) -> dict[str, Item]:
     table = JSONLines(path)
     names: dict[str, str] = {}
     cells: list[Cell] = []
-    for number, row in enumerate(table.__getitems__(range(len(table))), start=1):
-        origin = f"{path}, row {number}"
+    for index in range(len(table)):
+        row, origin = table[index], f"{path}, row {index + 1}"
         ids = [row.pop(key) for key in ("id", "_id") if key in row]
         if len(ids) != 1 or not isinstance(ids[0], str | int):
             raise ValueError(f"{origin}: expected one 'id' (or '_id'), a string, got {ids!r}.")

@@ -26,6 +26,10 @@ from vlmembed.types import Example, Item
 MAX_LINE_BYTES = limit("VLMEMBED_MAX_LINE_BYTES", 2**26)
 
 
+#: Bounds the memory of reading the queries of a whole source.
+ROWS_AT_ONCE = 1024
+
+
 class Source(ABC):
     """Training rows by number. Goes to loader workers: it must pickle. Subclass it to train on anything.
 
@@ -57,12 +61,15 @@ class Source(ABC):
         A row whose query cannot be read has a number below 0 for itself, so that it comes up, and reading it says what
         is wrong.
         """
-        try:
-            return [query.id for query in self.read_queries(indices)]
-        except ValueError:
-            if len(indices) == 1:
-                return [-1 - indices[0]]
-            return [id_ for index in indices for id_ in self.query_ids([index])]
+        ids: list[int] = []
+        for start in range(0, len(indices), ROWS_AT_ONCE):
+            piece = indices[start : start + ROWS_AT_ONCE]
+            try:
+                ids += [query.id for query in self.read_queries(piece)]
+            except ValueError:
+                for index in piece:  # One of them cannot be read.
+                    ids += [-1 - index] if len(piece) == 1 else self.query_ids([index])
+        return ids
 
 
 @dataclass(eq=False)
