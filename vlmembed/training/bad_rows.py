@@ -23,12 +23,9 @@ LONGEST_REASON = 1000
 
 
 class ReadableRows(Dataset[list[NumberedExample | BadRow]]):
-    """Training rows by lists of row numbers, and a `BadRow` in place of each that cannot be read.
+    """Rows of a ``vlmembed.data.Source`` by lists of row numbers, and a `BadRow` in place of one that cannot be read.
 
     Only a ``ValueError`` is a row's fault. A file that is gone, or a bug, is not.
-
-    Args:
-        rows: The rows, a ``vlmembed.data.Source``.
     """
 
     def __init__(self, rows: Any) -> None:
@@ -44,14 +41,10 @@ class ReadableRows(Dataset[list[NumberedExample | BadRow]]):
 
 
 class SkipBadRows:
-    """Makes a batch of the rows that can be used, in a loader worker.
+    """Makes a batch (by ``collate``) of the rows that can be used, in a loader worker.
 
-    Where the batch of all that were read fails, the rows are tried one by one. So which rows are left out depends on
-    nothing but the rows: a resumed run, and any number of processes, leaves out the same.
-
-    Args:
-        collate: Makes batches of examples.
-        check: Refuses an example that no batch can hold.
+    Where the batch of all that were read fails, ``check`` tries the rows one by one. So which rows are left out depends
+    on nothing but the rows: a resumed run, and any number of processes, leaves out the same.
     """
 
     def __init__(self, collate: Callable[[list[Example]], Any], check: Callable[[Example], None]) -> None:
@@ -59,11 +52,7 @@ class SkipBadRows:
         self.check = check
 
     def __call__(self, rows: Sequence[NumberedExample | BadRow]) -> Any:
-        """Make a batch.
-
-        Raises:
-            ValueError: If no row is left, or what is wrong is no single row's fault.
-        """
+        """Make a batch; a ``ValueError`` says that no row is left, or what is no single row's fault."""
         bad = [row for row in rows if isinstance(row, BadRow)]
         good = [row for row in rows if not isinstance(row, BadRow)]
         try:
@@ -107,11 +96,7 @@ class BadRowFile:
         self._known: set[int] = set()
 
     def add(self, rows: Sequence[BadRow]) -> None:
-        """Write down and warn of the rows that are not there yet.
-
-        Raises:
-            ValueError: If they are more than the limit now.
-        """
+        """Write down and warn of rows that are not there yet; a ``ValueError`` if they are more than the limit now."""
         new = {row.row: row for row in rows if row.row not in self._known}
         if not new:
             return
