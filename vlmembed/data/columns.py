@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -79,22 +79,19 @@ def to_examples(rows: Sequence[Row], folder: Folder, origins: Sequence[str]) -> 
         query, *documents = (next(items) for _ in range(1 + first + last))
         scores = _numbers(row, "scores", len(documents), origin) if "scores" in row else None
         if "document" in row:
-            examples.append(_labelled(query, documents, row, scores, origin))
+            labels = _numbers(row, "label", len(documents), origin)
+            examples.append(labelled(query, zip(documents, labels, scores or [None] * len(labels), strict=True)))
         else:
             examples.append(Example(query, tuple(documents[:first]), tuple(documents[first:]), scores))
     return examples
 
 
-def _labelled(
-    query: Item, documents: Sequence[Item], row: Row, scores: tuple[float, ...] | None, origin: str
-) -> Example:
-    labels = _numbers(row, "label", len(documents), origin)
-    # Positives first, as everywhere; otherwise in the order of the row.
-    order = sorted(range(len(documents)), key=lambda index: labels[index] == 0)
+def labelled(query: Item, candidates: Iterable[tuple[Item, float, float | None]]) -> Example:
+    """Make an example of documents with their labels and scores: positives first, otherwise in their order."""
+    ordered = sorted(candidates, key=lambda candidate: candidate[1] <= 0)
+    documents, labels, scores = (tuple(values) for values in zip(*ordered, strict=True))
     positives = sum(label > 0 for label in labels)
-    ordered = tuple(documents[index] for index in order)
-    scores = scores and tuple(scores[index] for index in order)
-    return Example(query, ordered[:positives], ordered[positives:], scores, tuple(labels[index] for index in order))
+    return Example(query, documents[:positives], documents[positives:], None if None in scores else scores, labels)
 
 
 def _is_list(cell: Any) -> bool:

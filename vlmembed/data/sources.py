@@ -18,7 +18,7 @@ import datasets
 import numpy as np
 
 from vlmembed.data.cells import Cell, Folder, to_items
-from vlmembed.data.columns import check_columns, to_examples
+from vlmembed.data.columns import check_columns, labelled, to_examples
 from vlmembed.media import limit
 from vlmembed.types import Example, Item
 
@@ -309,29 +309,18 @@ class GroupByQuery(Source):
 
     def __getitem__(self, index: int) -> Example:
         examples = self.rows.__getitems__(self._groups[index])
-        documents: dict[int, Item] = {}
-        labels: dict[int, float] = {}
-        scores: dict[int, float | None] = {}
+        query = examples[0].query
+        candidates: dict[int, tuple[Item, float, float | None]] = {}
         for example in examples:
             row_scores = example.scores or (None,) * len(example.documents)
             for document, label, score in zip(example.documents, example.grades, row_scores, strict=True):
-                documents.setdefault(document.id, document)
-                labels[document.id] = max(label, labels.get(document.id, label))
-                if scores.setdefault(document.id, score) != score:
-                    raise ValueError(f"{document.origin}: score {score}, and {scores[document.id]} in an earlier row.")
-        query = examples[0].query
-        # Positives first, as everywhere.
-        order = sorted(documents, key=lambda document: labels[document] <= 0)
-        known = tuple(score for document in order if (score := scores[document]) is not None)
-        if known and len(known) < len(order):
+                first, highest, known = candidates.setdefault(document.id, (document, label, score))
+                if known != score:
+                    raise ValueError(f"{document.origin}: score {score}, and {known} in an earlier row.")
+                candidates[document.id] = first, max(highest, label), score
+        if len({score is None for _, _, score in candidates.values()}) > 1:
             raise ValueError(f"{query.origin}: some rows of this query have scores and some have none.")
-        return Example(
-            query=query,
-            positives=tuple(documents[document] for document in order if labels[document] > 0),
-            negatives=tuple(documents[document] for document in order if labels[document] <= 0),
-            scores=known or None,
-            labels=tuple(labels[document] for document in order),
-        )
+        return labelled(query, candidates.values())
 
     def read_queries(self, indices: Sequence[int]) -> list[Item]:
         """See `Source.read_queries`."""
