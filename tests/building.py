@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from vlmembed.backbones import Qwen3VL
+from vlmembed.data import Collator
 from vlmembed.encoder import Encoder
 from vlmembed.losses import BinaryCrossEntropy, InfoNCE, Loss, RankingLoss
 from vlmembed.modules import CrossEncoderModule, EmbeddingModule, RetrievalModule
@@ -74,7 +75,13 @@ def module(checkpoint: Path, loss: Loss | None = None, **options: Any) -> Embedd
 
 
 def batch(model: EmbeddingModule, rows: list[Example], chunk_size: int | None = None) -> Batch:
-    return _chunked(model, chunk_size)(rows)
+    return collated(model.collator(), rows, chunk_size)
+
+
+def collated(collator: Collator, rows: list[Example], size: int | None = None, **chunking: Any) -> Any:
+    """A batch, in chunks of a size."""
+    collator.chunking = Chunking(size, **chunking)
+    return collator(rows)
 
 
 def lists(count: int = 5, largest: float = 1.0) -> list[Example]:
@@ -108,13 +115,7 @@ def ranker(checkpoint: Path, loss: RankingLoss | None = None, **options: Any) ->
 
 
 def ranking_batch(model: CrossEncoderModule, rows: list[Example], chunk_size: int | None = None) -> RankingBatch:
-    return _chunked(model, chunk_size)(rows)
-
-
-def _chunked(model: RetrievalModule, chunk_size: int | None) -> Any:
-    collator = model.collator()
-    collator.chunking = Chunking(chunk_size)
-    return collator
+    return collated(model.collator(), rows, chunk_size)
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -191,7 +192,7 @@ class Recorder(Callback):
         return difference(self.weights[step], self.weights[0])
 
 
-def trainer(**options: Any) -> lightning.Trainer:
+def trainer(**options: Any) -> Trainer:
     """Lightning's trainer on the CPU, writing nothing unless told to."""
     quiet = {
         "logger": False,

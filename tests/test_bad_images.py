@@ -24,8 +24,8 @@ from PIL import Image
 
 from vlmembed import media as images
 from vlmembed.backbones import Qwen3VL
-from vlmembed.data import to_item
-from vlmembed.media import Folder, image_size, load_image
+from vlmembed.data.cells import Folder, to_items
+from vlmembed.media import image_size, load_image
 from vlmembed.types import Item, Part
 
 ORIGIN = "train.jsonl, row 17, column 'positive'"
@@ -76,7 +76,8 @@ def test_a_huge_image_is_refused_with_its_row(tmp_path: Path, kind: str) -> None
     for refused in (
         lambda: load_image(path, ORIGIN),
         lambda: image_size(path, ORIGIN),
-        lambda: to_item({"bytes": content, "path": None}, "document", Folder(tmp_path), ORIGIN),
+        lambda: load_image(content, ORIGIN),
+        lambda: image_size(content, ORIGIN),
     ):
         with pytest.raises(ValueError, match=reason) as error:
             refused()
@@ -182,18 +183,6 @@ def test_the_ending_of_a_name_means_nothing(tmp_path: Path, ending: str) -> None
     assert load_image(tmp_path / f"page.{ending}").tobytes() == picture(16, 8).tobytes()
 
 
-def test_a_palette_with_transparency_keeps_its_colours(tmp_path: Path) -> None:
-    palette = picture(16, 8).quantize(16)
-    opaque = palette.convert("RGB")
-    for transparency in (3, bytes(range(0, 256, 16))):
-        palette.save(tmp_path / "palette.png", transparency=transparency)
-        with Image.open(tmp_path / "palette.png") as opened:
-            assert (opened.mode, "transparency" in opened.info) == ("P", True)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # Pillow would rather have RGBA.
-            assert load_image(tmp_path / "palette.png").tobytes() == opaque.tobytes()
-
-
 def test_black_and_white_is_black_and_white(tmp_path: Path) -> None:
     (tmp_path / "fax.png").write_bytes(black(9, 3))
     assert not np.asarray(load_image(tmp_path / "fax.png")).any()
@@ -223,7 +212,7 @@ def test_an_encoded_photograph_is_turned_upright_before_it_is_compared(tmp_path:
     picture(16, 8).save(tmp_path / "held.png", exif=exif)
     picture(16, 8).save(tmp_path / "plain.png")
     cells = [{"bytes": (tmp_path / name).read_bytes(), "path": None} for name in ("held.png", "plain.png")]
-    held, plain = (to_item(cell, "document", Folder(tmp_path), ORIGIN) for cell in cells)
+    held, plain = to_items([(cell, "document", ORIGIN) for cell in cells], Folder(tmp_path))
     assert held.id != plain.id
     (frame,) = held.parts[0].frames
     assert load_image(frame).tobytes() == picture(16, 8).transpose(Image.Transpose.ROTATE_270).tobytes()
@@ -276,6 +265,7 @@ def test_a_text_of_a_megabyte_is_cut_within_seconds(checkpoint: Path, piece: str
 def test_a_longer_text_is_refused_with_its_row(tmp_path: Path) -> None:
     for text, size in (("a" * (2**21 + 1), "2,097,153"), ("é" * (2**20 + 1), "2,097,154")):
         with pytest.raises(ValueError, match=f"the text has {size} bytes, .*VLMEMBED_MAX_TEXT_BYTES") as error:
-            to_item(text, "document", Folder(tmp_path), ORIGIN)
+            to_items([(text, "document", ORIGIN)], Folder(tmp_path))
         assert str(error.value).startswith(ORIGIN)
-    assert to_item("é" * 2**20, "document", Folder(tmp_path), ORIGIN).parts[0].kind == "text"
+    (item,) = to_items([("é" * 2**20, "document", ORIGIN)], Folder(tmp_path))
+    assert item.parts[0].kind == "text"

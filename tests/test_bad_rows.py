@@ -29,10 +29,10 @@ from torch.optim import SGD
 
 from vlmembed.backbones import Qwen3VL
 from vlmembed.cli import main
-from vlmembed.data import Collator, GroupByQuery, Mixture, Reranking, RetrievalDataModule, Rows, Source
-from vlmembed.data.sampling import BadRowFile, SkipBadRows
+from vlmembed.data import GroupByQuery, ItemCollator, Mixture, PairCollator, RetrievalDataModule, Rows, Source
 from vlmembed.losses import LabelSpec
 from vlmembed.modules import CrossEncoderModule
+from vlmembed.training.bad_rows import BadRowFile, SkipBadRows
 from vlmembed.types import BadRow, Batch, Example, Inputs, Item, Part
 
 #: What is wrong with each, and what is said of it. Row 3 in every file.
@@ -225,8 +225,8 @@ class Faulty(Source):
         )
         return Example(query, (answer,))
 
-    def query_id(self, index: int) -> int:
-        return index
+    def read_queries(self, indices: Sequence[int]) -> list[Item]:
+        return [Item("query", (Part("text", f"query {index}"),)) for index in indices]
 
 
 @pytest.mark.parametrize("error", [TypeError("a bug"), MemoryError("no memory"), OSError("the disk")], ids=repr)
@@ -240,9 +240,9 @@ def test_only_a_rows_own_fault_is_skipped(tmp_path: Path, error: Exception, work
 def test_what_is_wrong_with_the_configuration_is_not_skipped(checkpoint: Path) -> None:
     """The error names no row, although one row is tried by itself."""
     preprocessor = Qwen3VL(str(checkpoint), max_length=3).preprocessor
-    collate = SkipBadRows(Collator(preprocessor))
+    collate = ItemCollator(preprocessor)
     with pytest.raises(ValueError, match=r"^max_length=3 has no room for a text"):
-        collate([*enumerate([Faulty(None)[0], Faulty(None)[1]])])
+        SkipBadRows(collate, collate.check)([*enumerate([Faulty(None)[0], Faulty(None)[1]])])
 
 
 @pytest.mark.parametrize("killed_by", [signal.SIGKILL, signal.SIGSEGV])
@@ -348,7 +348,7 @@ def test_processes_leave_out_what_one_process_does(tmp_path: Path) -> None:
         made = RetrievalDataModule(path, batch_size=batch_size, num_workers=0, on_bad_row="skip")
         data = attached(made, rank, world_size)
         data.trainer.log_dir = str(tmp_path)  # type: ignore[misc, union-attr]
-        data.trainer.lightning_module.preprocessor = Fussy()  # type: ignore[union-attr]
+        data.collator = ItemCollator(Fussy())
         data.setup("fit")
         return list(data.train_dataloader())
 
@@ -439,11 +439,10 @@ def test_of_pairs_only_the_row_at_fault_is_left_out(checkpoint: Path, negatives:
     strip = Item("document", (Part("image", picture(1, 400)),), "row 3, column 'positive'")
     bad = Example(Item("query", (Part("text", "strip"),), "row 3"), (strip,), (Item("document", (Part("text", "a"),)),))
     model = CrossEncoderModule(Qwen3VL(str(checkpoint)), loss=torch.nn.Identity())  # type: ignore[arg-type]
-    task = Reranking(LabelSpec(needs_several=True), in_batch_negatives=negatives)
-    collate = task.collator(model.preprocessor, 4, None, 0.5)
+    collate = PairCollator(model.preprocessor, LabelSpec(needs_several=True), negatives)
     single = Example(Item("query", (Part("text", "single"),), "row 7"), (rows[0].positives[0],))
     given = [*rows[:2], bad, *rows[2:], *([single] if negatives else [])]
-    batch = SkipBadRows(collate)([*enumerate(given)])
+    batch = SkipBadRows(collate, collate.check)([*enumerate(given)])
     assert [(row.row, "aspect ratio" in row.reason) for row in batch.bad_rows] == [(3, True)]
     expected = collate([example for example in given if example is not bad])
     for name in ("queries", "documents", "targets"):

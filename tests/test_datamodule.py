@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from building import Trainer
 from jsonargparse import ArgumentParser
-from lightning import LightningModule, Trainer
+from lightning import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from vlmembed.data import Embedding, EvaluationRows, EvaluationSource, Mixture, RetrievalDataModule, Rows
+from vlmembed.data import EvaluationRows, EvaluationSource, ItemCollator, Mixture, RetrievalDataModule, Rows
 from vlmembed.data.sampling import shard
 from vlmembed.types import Batch, EvaluationSet, Inputs, Item, ItemBatch, Part, Preprocessor
 
@@ -40,10 +41,12 @@ class Recorder(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.preprocessor = Letters()
-        self.task = Embedding()
+        self.preprocessor: Preprocessor = Letters()
         self.trained: list[list[int]] = []
         self.measured: list[tuple[int, list[int]]] = []
+
+    def collator(self) -> ItemCollator:
+        return ItemCollator(self.preprocessor)
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -85,9 +88,9 @@ def trainer(folder: Path, **options: Any) -> Trainer:
 def attached(data: RetrievalDataModule, rank: int = 0, world_size: int = 1) -> RetrievalDataModule:
     """A data module as process ``rank`` sees it, without starting processes."""
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
-    module = SimpleNamespace(preprocessor=Letters(), task=Embedding())
+    data.collator = ItemCollator(Letters())
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
-        global_rank=rank, world_size=world_size, strategy=strategy, lightning_module=module, overfit_batches=0
+        global_rank=rank, world_size=world_size, strategy=strategy, overfit_batches=0
     )
     return data
 

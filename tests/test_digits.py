@@ -102,7 +102,7 @@ def test_rows_depend_on_seed_and_index_only():
 
 def test_query_ids_are_those_of_the_rows():
     rows = HandwrittenNumbers(30)
-    assert [rows.query_id(index) for index in range(30)] == [rows[index].query.id for index in range(30)]
+    assert rows.query_ids(range(30)) == [rows[index].query.id for index in range(30)]
 
 
 @pytest.mark.parametrize("index", [-1, 10])

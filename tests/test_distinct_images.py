@@ -218,7 +218,7 @@ def test_scores_do_not_depend_on_what_is_kept(checkpoint: Path, limit: float) ->
     reranking = RerankingSet(evaluation, [[0, 1, 4], [2, 0], [4, 3, 2, 1], [0, 4]])
     metrics = module.measurement(reranking)
     module._recent = RecentFeatures(module.encoder, limit)
-    for batch in module.task.loader(reranking, module.preprocessor, 1, 0, 1, batch_size=None):
+    for batch in module.collator().loader(reranking, 1, 0, 1):
         module.measure(batch, metrics)
     found = {}
     for query, row, columns in zip(range(4), *(each.tolist() for each in metrics.top_k(9)), strict=True):

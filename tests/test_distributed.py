@@ -8,11 +8,11 @@ import ddp
 import pytest
 import torch
 import torch.distributed as dist
-from building import examples, item, texts
+from building import collated, examples, item, texts
 from torch import Tensor, nn
 
 from vlmembed import distributed
-from vlmembed.data import Collator
+from vlmembed.data import ItemCollator
 from vlmembed.modules.embedding import gather_batch
 from vlmembed.types import Example, Inputs, Item, Preprocessor
 
@@ -156,7 +156,7 @@ def shares() -> list[list[Example]]:
 
 
 def joined(chunk_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    data = Collator(Lookup(), chunk_size)(shares()[dist.get_rank()])
+    data = collated(ItemCollator(Lookup()), shares()[dist.get_rank()], chunk_size)
     return gather_batch(torch.cat([chunk["embedding"] for chunk in data.chunks]), data)
 
 
@@ -179,7 +179,7 @@ def test_joined_batches_are_the_batch_of_all_examples(chunk_size: int) -> None:
     rows = [row for share in shares() for row in share]
     queries, documents, relevance = judged(rows)
     assert len(queries) == len(rows) - 1
-    data = Collator(Lookup(), chunk_size)(rows)
+    data = collated(ItemCollator(Lookup()), rows, chunk_size)
     alone = gather_batch(torch.cat([chunk["embedding"] for chunk in data.chunks]), data)
     for found in (alone, *ddp.run(joined, chunk_size)):
         assert torch.equal(found[0], torch.stack([embedding_of(query) for query in queries]))

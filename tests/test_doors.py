@@ -19,7 +19,8 @@ from videos import film
 
 from vlmembed.backbones import Qwen3VL
 from vlmembed.data import EvaluationFolder, Rows
-from vlmembed.media import folder_of, load_image
+from vlmembed.data.cells import Folder
+from vlmembed.media import load_image
 from vlmembed.mining import write_rows
 from vlmembed.types import Example, Item, Part
 
@@ -185,7 +186,7 @@ def test_what_was_downloaded_belongs_to_a_folder_but_not_to_a_file(
     with pytest.raises(ValueError, match="leads out"):
         rows(folder, {"image": str(downloaded)})[1]
     for path in (folder, Path("somebody/pages")):
-        assert folder_of(path, None).find(str(downloaded), "image", "row 1") == downloaded
+        assert Folder.of(str(path), None).find(str(downloaded), "image", "row 1") == downloaded
 
 
 def test_images_in_a_saved_data_set_need_no_file(folder: Path, tmp_path: Path) -> None:
@@ -194,7 +195,7 @@ def test_images_in_a_saved_data_set_need_no_file(folder: Path, tmp_path: Path) -
     made.save_to_disk(tmp_path / "saved")
     (tmp_path / "private" / "secret.png").unlink()
     (found,) = images(Rows(str(tmp_path / "saved"))[0])
-    assert found.tobytes() == picture(8, 8).tobytes()
+    assert load_image(found).tobytes() == picture(8, 8).tobytes()
 
 
 # What the framework writes, it reads.

@@ -1,15 +1,36 @@
 from __future__ import annotations
 
 import json
+import pickle
+import time
 import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
+from test_metrics import candidate_scores, reranked, reranking_set
 
-from vlmembed.data import EvaluationFolder, EvaluationRows, Rows, load_evaluation
-from vlmembed.types import EvaluationSet, Item, Part
+from vlmembed.data import (
+    EvaluationFolder,
+    EvaluationRows,
+    EvaluationSource,
+    GroupByQuery,
+    Mixture,
+    PairCollator,
+    RerankingRows,
+    RerankingRun,
+    RerankingSource,
+    Rows,
+)
+from vlmembed.data.evaluation import as_evaluation, as_reranking
+from vlmembed.losses import LabelSpec
+from vlmembed.media import load_image
+from vlmembed.modules.prediction import write_reranking
+from vlmembed.types import EvaluationSet, Example, Item, RerankingSet
 
 
 def write(path: Path, rows: list[Any]) -> str:
@@ -42,7 +63,7 @@ def values(items: Any) -> list[list[Any]]:
 
 
 def test_a_folder(folder: Path) -> None:
-    found = load_evaluation(str(folder))
+    found = as_evaluation(str(folder))
     assert found.name == "pages"
     assert found.query_names == ["2", "q1"]  # In the order of queries.jsonl; the query without judgements is left out.
     assert values(found.queries) == [["second"], ["first"]]
@@ -73,7 +94,7 @@ def test_the_header_is_optional_and_the_name_can_be_given(folder: Path) -> None:
 def test_bad_judgements_are_refused(line: str, message: str, folder: Path) -> None:
     (folder / "qrels.tsv").write_text(QRELS + line + "\n")
     with pytest.raises(ValueError, match=message):
-        load_evaluation(str(folder))
+        as_evaluation(str(folder))
 
 
 @pytest.mark.parametrize(
@@ -92,23 +113,23 @@ def test_bad_judgements_are_refused(line: str, message: str, folder: Path) -> No
 def test_bad_rows_are_refused(row: dict[str, Any], message: str, folder: Path) -> None:
     write(folder / "corpus.jsonl", [*CORPUS, row])
     with pytest.raises(ValueError, match=message):
-        load_evaluation(str(folder))
+        as_evaluation(str(folder))
 
 
 @pytest.mark.parametrize("name", ["corpus.jsonl", "queries.jsonl", "qrels.tsv"])
 def test_missing_and_empty_files_are_refused(name: str, folder: Path) -> None:
     (folder / name).write_text("")
     with pytest.raises(ValueError, match=f"{name}: the file has no rows"):
-        load_evaluation(str(folder))
+        as_evaluation(str(folder))
     (folder / name).unlink()
     with pytest.raises(ValueError, match=f"{name}: no such file"):
-        load_evaluation(str(folder))
+        as_evaluation(str(folder))
 
 
 def test_judged_documents_that_are_not_in_the_corpus_are_kept_and_counted_once(folder: Path) -> None:
     (folder / "qrels.tsv").write_text(QRELS + "q1\tgone\t1\n2\tgone\t1\n2\taway\t1\n")
     with pytest.warns(UserWarning, match="2 documents .*such as 'away'") as caught:
-        found = load_evaluation(str(folder))
+        found = as_evaluation(str(folder))
     assert len(caught) == 1
     assert found.qrels["2"] == {"d3": 1, "gone": 1, "away": 1}
 
@@ -116,7 +137,7 @@ def test_judged_documents_that_are_not_in_the_corpus_are_kept_and_counted_once(f
 def test_no_warning_without_reason(folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        load_evaluation(str(folder))
+        as_evaluation(str(folder))
 
 
 ROWS = [
@@ -140,7 +161,7 @@ def grades(found: EvaluationSet) -> dict[str, dict[str, int]]:
 
 
 def test_training_rows(tmp_path: Path) -> None:
-    found = load_evaluation(write(tmp_path / "rows.jsonl", ROWS))
+    found = as_evaluation(write(tmp_path / "rows.jsonl", ROWS))
     assert found.name == "rows"
     assert values(found.queries) == [["q1"], ["q2"], ["shared"]]
     assert values(found.corpus) == [["shared"], ["n1"], ["p2"], ["p3"], ["n2"]]
@@ -154,7 +175,7 @@ def test_training_rows(tmp_path: Path) -> None:
 
 def test_the_names_of_training_rows_do_not_depend_on_their_order(tmp_path: Path) -> None:
     def names(rows: list[Any], file: str) -> dict[str, str]:
-        found = load_evaluation(write(tmp_path / file, rows))
+        found = as_evaluation(write(tmp_path / file, rows))
         return named(found.corpus, found.document_names)
 
     assert names(ROWS, "a.jsonl") == names(ROWS[::-1], "b.jsonl")
@@ -172,7 +193,7 @@ def test_labelled_rows_measure_the_queries_that_have_an_answer(tmp_path: Path) -
 def test_a_label_that_is_no_grade_is_refused(tmp_path: Path) -> None:
     rows = [{"query": "q", "document": "d", "label": label} for label in (1, 0.5)]
     with pytest.raises(ValueError, match=r"t.jsonl, row 2, column 'query': label 0.5 is no whole number"):
-        load_evaluation(write(tmp_path / "t.jsonl", rows))
+        as_evaluation(write(tmp_path / "t.jsonl", rows))
 
 
 def test_open_images_of_training_rows_are_read_when_asked_for(tmp_path: Path) -> None:
@@ -186,4 +207,242 @@ def test_open_images_of_training_rows_are_read_when_asked_for(tmp_path: Path) ->
     assert found.corpus[0].parts[0].value is first
     assert found.corpus[1].parts[0].value is not first
     assert found.corpus[0].parts[0].value is not first  # Nobody held it while another row was read.
-    assert [item.id for item in found.corpus] == [Item("document", (Part("image", image),)).id for image in images]
+    shown = [load_image(item.parts[0].value) for item in found.corpus]
+    assert [image.tobytes() for image in shown] == [image.tobytes() for image in images]
+
+
+def text(item: Item) -> str:
+    return str(item.parts[0].value)
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    place = tmp_path / "pages"
+    place.mkdir()
+    write(place / "queries.jsonl", [{"id": f"q{number}", "text": f"question {number}"} for number in range(3)])
+    write(place / "corpus.jsonl", [{"id": f"d{number}", "text": f"page {number}"} for number in range(12)])
+    (place / "qrels.tsv").write_text("q0\td3\t2\nq1\td1\t1\nq2\td0\t1\n")
+    return place
+
+
+#: Not in the order of scores, nor of ranks; q1's three first are equal in float32, and q2 is not there.
+RUN = """q1 Q0 d1 1 1.00000001 x
+q0 Q0 d3 1 0.5 x
+q1\tQ0\td9\t2\t1.0\tx
+q0 Q0 d4 2 7e-1 x
+q1 Q0 d10 3 1.00000002 x
+
+q1 Q0 d2 9 -3 x
+q0 Q0 d0 5 -2 x
+"""
+
+
+def run(run_folder: Path, content: str = RUN) -> str:
+    (run_folder / "found.trec").write_text(content)
+    return str(run_folder / "found.trec")
+
+
+def names(reranking: RerankingSet) -> list[list[str]]:
+    return [[reranking.evaluation.document_names[column] for column in found] for found in reranking.candidates]
+
+
+def test_a_run_is_ordered_by_float32_scores_and_then_by_names(run_folder: Path) -> None:
+    found = RerankingRun(str(run_folder), run(run_folder)).load()
+    assert found.name == "pages"
+    assert found.evaluation.query_names == ["q0", "q1", "q2"]
+    assert names(found) == [["d4", "d3", "d0"], ["d9", "d10", "d1", "d2"], []]
+
+
+def test_the_depth_is_of_each_query_and_the_name_can_be_given(run_folder: Path) -> None:
+    given = RerankingRun(EvaluationFolder(str(run_folder), name="other"), run(run_folder), depth=2)
+    assert as_reranking(given, "test").name == "other"
+    assert names(given.load()) == [["d4", "d3"], ["d9", "d10"], []]
+    assert RerankingRun(str(run_folder), run(run_folder), name="top 2").load().evaluation.name == "top 2"
+    with pytest.raises(ValueError, match="depth is 1 or more, got 0"):
+        RerankingRun(str(run_folder), run(run_folder), depth=0)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("q0 Q0 d1 1 0.5", "row 9: expected 'query Q0 document rank score tag', got 'q0 Q0 d1 1 0.5'"),
+        ("q0 Q0 d 1 1 0.5 x", "row 9: expected 'query Q0"),
+        ("q0 Q0 d1 1 high x", "row 9: score 'high' is not a finite number"),
+        ("q0 Q0 d1 1 nan x", "row 9: score 'nan' is not a finite number"),
+        ("q9 Q0 d1 1 0.5 x", "row 9: query 'q9' is none of the 3 judged queries of 'pages'"),
+        ("q0 Q0 d99 1 0.5 x", "row 9: document 'd99' is not in the corpus of 'pages'"),
+        ("q0 Q0 d3 4 0.1 x", "row 9: query 'q0' has document 'd3' twice"),
+    ],
+)
+def test_bad_lines_of_runs_are_refused(line: str, message: str, run_folder: Path) -> None:
+    with pytest.raises(ValueError, match=f"found.trec, {message}"):
+        RerankingRun(str(run_folder), run(run_folder, RUN + line + "\n")).load()
+
+
+def test_missing_and_empty_runs_are_refused(run_folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"found.trec: the file has no rows"):
+        RerankingRun(str(run_folder), run(run_folder, "\n")).load()
+    with pytest.raises(ValueError, match=r"gone.trec: no such file; it holds lines"):
+        RerankingRun(str(run_folder), "gone.trec").load()
+
+
+def test_an_evaluation_set_without_a_run_is_refused(run_folder: Path) -> None:
+    for given, what in ((str(run_folder), str(run_folder)), (EvaluationFolder(str(run_folder)), "EvaluationFolder")):
+        with pytest.raises(ValueError, match=f"{what}: a cross-encoder reads .*vlmembed.data.RerankingRun"):
+            as_reranking(given, "test")
+
+
+def test_candidates_of_nobody_are_refused() -> None:
+    class Nothing(RerankingSource):
+        def load(self) -> RerankingSet:
+            return replace(reranking_set(), candidates=[[] for _ in reranking_set().candidates])
+
+    with pytest.raises(ValueError, match="no query has a candidate"):
+        PairCollator(None, LabelSpec()).load(Nothing(), "test")
+
+
+class Given(EvaluationSource):
+    def __init__(self, evaluation: EvaluationSet) -> None:
+        self.evaluation = evaluation
+
+    def load(self) -> EvaluationSet:
+        return self.evaluation
+
+
+def test_what_is_written_is_read_back_in_the_same_order(tmp_path: Path) -> None:
+    evaluation = reranking_set().evaluation
+    reranking = RerankingSet(replace(evaluation, name="digits"), reranking_set().candidates)
+    scores = candidate_scores(reranking)
+    # Neighbours in float32, which six decimals would make one.
+    scores[0][:2] = [1e-7, float(np.nextafter(np.float32(1e-7), np.float32(1)))]
+    measured = reranked(reranking, scores)
+    write_reranking(measured, tmp_path / "nobody", is_writer=False)
+    assert not (tmp_path / "nobody").exists()
+    write_reranking(measured, tmp_path / "predictions")
+    again = RerankingRun(Given(evaluation), str(tmp_path / "predictions" / "digits.trec")).load()
+    expected = [[column for column in row if column >= 0] for row in measured.top_k(1000)[1].tolist()]
+    assert again.candidates == expected
+    first = (tmp_path / "predictions" / "digits.trec").read_text().splitlines()[0].split()
+    assert first[:2] + first[3:4] + first[5:] == ["q0", "Q0", "1", "vlmembed"]
+    assert np.float32(first[4]) == measured.top_k(1000)[0][0, 0].item()
+
+
+LABELLED = [
+    {"query": "q1", "document": ["a", "b", "c"], "label": [0, 2, 1]},
+    {"query": "q2", "document": ["b", "d"], "label": [0, 0]},
+    {"query": "q1", "document": ["d", "c"], "label": [0, 3]},
+    {"query": "q3", "document": ["e", "a"], "label": [0, 1]},
+]
+
+
+def test_the_candidates_of_training_rows_are_the_documents_of_a_querys_rows(tmp_path: Path) -> None:
+    found = as_reranking(write(tmp_path / "rows.jsonl", LABELLED), "test")
+    assert (found.name, RerankingRows(Rows(found.name), "other").name) == ("rows", "other")
+    assert [text(query) for query in found.evaluation.queries] == ["q1", "q3"]
+    shown = [{text(found.evaluation.corpus[column]) for column in columns} for columns in found.candidates]
+    assert shown == [{"a", "b", "c", "d"}, {"e", "a"}]
+    grades = {
+        text(found.evaluation.corpus[column]): found.evaluation.qrels[name].get(found.evaluation.document_names[column])
+        for name, columns in zip(found.evaluation.query_names, found.candidates, strict=True)
+        for column in columns
+        if name == found.evaluation.query_names[0]
+    }
+    assert grades == {"a": 0, "b": 2, "c": 3, "d": 0}
+
+
+def test_the_order_of_training_rows_does_not_give_answers_away(tmp_path: Path) -> None:
+    rows = [
+        {"query": f"q{row}", "positive": f"p{row}", "negatives": [f"n{row} {number}" for number in range(3)]}
+        for row in range(400)
+    ]
+    found = RerankingRows(Rows(write(tmp_path / "rows.jsonl", rows))).load()
+    first = [found.evaluation.corpus[columns[0]] for columns in found.candidates]
+    # The binomial's standard deviation is 8.7: this is chance to 5 of them, and 400 if positives came first.
+    assert abs(sum(text(item).startswith("p") for item in first) - 100) < 44
+
+
+def test_images_are_opened_when_they_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    rows = [{"query": "q", "document": [{"image": "a.png"}, "b"], "label": [1, 0]}]
+    path = write(tmp_path / "rows.jsonl", rows)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(Image, "open", refuse)
+    found = as_reranking(path, "test")
+    assert GroupByQuery(Rows(path))[0].positives[0].parts[0].value == tmp_path / "a.png"
+    assert {found.evaluation.corpus[column].parts[0].kind for column in found.candidates[0]} == {"image", "text"}
+
+
+def test_a_thousand_queries_with_a_hundred_candidates_load_at_once(run_folder: Path) -> None:
+    write(run_folder / "queries.jsonl", [{"id": f"q{number}", "text": "q"} for number in range(1000)])
+    (run_folder / "qrels.tsv").write_text("".join(f"q{number}\td1\t1\n" for number in range(1000)))
+    write(run_folder / "corpus.jsonl", [{"id": f"d{number}", "text": "d"} for number in range(100)])
+    numbers = np.random.default_rng(0).permutation(100_000)
+    lines = (f"q{number // 100} Q0 d{number % 100} 1 {number % 17} x\n" for number in numbers)
+    path = run(run_folder, "".join(lines))
+    start = time.perf_counter()
+    found = RerankingRun(str(run_folder), path).load()
+    # A second when alone; the limit leaves room for busy machines, and none for anything quadratic.
+    assert time.perf_counter() - start < 10
+    assert {len(columns) for columns in found.candidates} == {100}
+
+
+def contents(example: Example) -> tuple[str, list[str], list[str], Any, Any]:
+    positives, negatives = ([text(item) for item in items] for items in (example.positives, example.negatives))
+    return text(example.query), positives, negatives, example.labels, example.scores
+
+
+def test_lists_join_the_rows_of_a_query(tmp_path: Path) -> None:
+    lists = GroupByQuery(Rows(write(tmp_path / "rows.jsonl", LABELLED)))
+    expected = [
+        ("q1", ["b", "c"], ["a", "d"], (2.0, 3.0, 0.0, 0.0), None),
+        ("q2", [], ["b", "d"], (0.0, 0.0), None),
+        ("q3", ["a"], ["e"], (1.0, 0.0), None),
+    ]
+    assert (lists.name, len(lists)) == ("rows", 3)
+    assert [contents(lists[index]) for index in range(3)] == expected
+    again = pickle.loads(pickle.dumps(lists))
+    assert again.query_ids(range(3)) == [lists[index].query.id for index in range(3)]
+    assert contents(Mixture([Rows(lists.rows.path), lists])[4]) == expected[0]  # type: ignore[attr-defined]
+
+
+def test_lists_of_single_documents_and_of_positives_with_negatives(tmp_path: Path) -> None:
+    single = [{"query": "q", "document": name, "label": label} for name, label in (("a", 0), ("b", 1), ("a", 1))]
+    lists = GroupByQuery(Rows(write(tmp_path / "single.jsonl", single)))
+    assert [contents(lists[index]) for index in range(len(lists))] == [("q", ["a", "b"], [], (1.0, 1.0), None)]
+    mined = [
+        {"query": "q", "positive": name, "negative": "n", "scores": [score, -1]} for name, score in (("a", 3), ("b", 2))
+    ]
+    lists = GroupByQuery(Rows(write(tmp_path / "mined.jsonl", mined)))
+    expected = ("q", ["a", "b"], ["n"], (1.0, 1.0, 0.0), (3.0, 2.0, -1.0))
+    assert [contents(lists[index]) for index in range(len(lists))] == [expected]
+
+
+def test_scores_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
+    rows = [{"query": "q", "positive": "a", "scores": [score]} for score in (1.5, 2)]
+    with pytest.raises(
+        ValueError, match=r"twice.jsonl, row 2, column 'positive': score 2.0, and 1.5 in an earlier row"
+    ):
+        GroupByQuery(Rows(write(tmp_path / "twice.jsonl", rows)))[0]
+    scored = Rows(write(tmp_path / "scored.jsonl", rows[:1]))
+    plain = Rows(write(tmp_path / "plain.jsonl", [{"query": "q", "positive": "b"}]))
+    with pytest.raises(
+        ValueError, match=r"scored.jsonl, row 1, column 'query': some rows .* have scores and some have none"
+    ):
+        GroupByQuery(Mixture([scored, plain]))[0]
+
+
+def test_lists_read_only_queries_until_a_list_is_asked_for(tmp_path: Path) -> None:
+    class Counted(Rows):
+        read = 0
+
+        def __getitems__(self, indices: Sequence[int]) -> list[Example]:
+            self.read += len(indices)
+            return super().__getitems__(indices)
+
+    rows = Counted(write(tmp_path / "rows.jsonl", LABELLED))
+    lists = GroupByQuery(rows)
+    assert (len(lists), len({*lists.query_ids(range(3))}) < 3, rows.read) == (3, False, 0)
+    assert (contents(lists[0])[0], rows.read) == ("q1", 2)

@@ -24,7 +24,7 @@ from lightning.pytorch.callbacks import Callback
 from test_datamodule import Recorder, trainer
 
 from vlmembed.backbones import Qwen3VL
-from vlmembed.data import Collator, RetrievalDataModule, Rows
+from vlmembed.data import ItemCollator, RetrievalDataModule, Rows
 from vlmembed.types import Batch, Preprocessor
 
 SURVIVAL = Path(__file__).parent.parent / "experiments" / "survival"
@@ -199,7 +199,7 @@ def by_itself(path: Path, preprocessor: Preprocessor) -> tuple[dict[int, int], s
     for index in range(len(rows)):
         try:
             example = rows[index]
-            Collator(preprocessor)([example])
+            ItemCollator(preprocessor)([example])
         except ValueError:
             bad.add(index + 1)
         else:

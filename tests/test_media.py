@@ -9,18 +9,20 @@ import numpy as np
 import other_models
 import pytest
 import torch
-from building import item, picture
+from building import picture
 from PIL import Image
 from sklearn.datasets import load_sample_image
 from transformers import AutoProcessor
+from transformers.image_transforms import convert_to_rgb
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 from transformers.video_utils import load_video as decode_video
 from videos import film
 
+from vlmembed import media as images
 from vlmembed.backbones import Qwen3VL, VisionLanguageModel
 from vlmembed.backbones.preprocessing import ChatPreprocessor
 from vlmembed.media import load_image
-from vlmembed.types import Item, Part
+from vlmembed.types import Frame, Item, Part
 
 ORIGIN = "train.jsonl, row 17, column 'positive'"
 
@@ -91,20 +93,50 @@ def test_cmyk_images_keep_their_colours(tmp_path: Path) -> None:
     assert load_image(tmp_path / "print.tiff").getpixel((3, 3)) == (255, 0, 0)
 
 
-def test_alpha_is_dropped_as_transformers_drops_it(tmp_path: Path) -> None:
-    opaque = picture(16, 8)
-    seen_through = opaque.copy()
-    seen_through.putalpha(100)
-    seen_through.save(tmp_path / "alpha.png")
-    assert load_image(tmp_path / "alpha.png").tobytes() == opaque.tobytes()
+def see_through(path: Path, kind: str) -> None:
+    """Write an image with transparency of some kind."""
+    image, palette = picture(16, 8), picture(16, 8).quantize(16)
+    if kind in ("colour", "palette"):
+        palette.save(path, transparency=3 if kind == "colour" else bytes(range(0, 256, 16)))
+    else:
+        image = image.convert("LA" if kind == "grey" else "RGBA")
+        image.putalpha(Image.fromarray(np.linspace(0, 255, 128, dtype=np.uint8).reshape(8, 16)))
+        image.save(path, lossless=True)
 
 
-def test_16_bit_images_keep_their_greys(tmp_path: Path) -> None:
-    greys = np.arange(0, 65536, 128, dtype=np.uint16).reshape(16, 32)
-    Image.fromarray(greys).save(tmp_path / "scan.png")
-    loaded = np.asarray(load_image(tmp_path / "scan.png"))
+@pytest.mark.parametrize(
+    ("kind", "ending"),
+    [("alpha", "png"), ("alpha", "webp"), ("grey", "png"), ("colour", "png"), ("colour", "gif"), ("palette", "png")],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_transparency_is_on_white_as_transformers_shows_it(tmp_path: Path, kind: str, ending: str) -> None:
+    path = tmp_path / f"page.{ending}"
+    see_through(path, kind)
+    with Image.open(path) as opened:
+        expected = convert_to_rgb(opened, return_numpy=True)
+        assert np.array_equal(np.asarray(load_image(opened)), expected)
+        assert not np.array_equal(np.asarray(opened.convert("RGB")), expected)
+    for frame in (path, path.read_bytes()):
+        assert np.array_equal(np.asarray(load_image(frame)), expected)
+
+
+def test_black_on_transparent_is_black_on_white(tmp_path: Path) -> None:
+    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "page.png")
+    assert load_image(tmp_path / "page.png").getcolors() == [(16, (255, 255, 255))]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "scale"), [(0, 65_535, 256), (0, 32_768, 256), (291, 694, 4), (0, 4_095, 16), (3, 255, 1)]
+)
+@pytest.mark.parametrize("ending", ["png", "tiff"])
+def test_16_bit_images_are_scaled_by_the_bits_that_they_use(
+    tmp_path: Path, low: int, high: int, scale: int, ending: str
+) -> None:
+    greys = np.linspace(low, high, 512).round().astype(np.uint16).reshape(16, 32)
+    Image.fromarray(greys).save(tmp_path / f"scan.{ending}")
+    loaded = np.asarray(load_image(tmp_path / f"scan.{ending}"))
     assert loaded.shape == (16, 32, 3)
-    assert all(np.array_equal(loaded[..., channel], greys // 256) for channel in range(3))
+    assert all(np.array_equal(loaded[..., channel], greys // scale) for channel in range(3))
 
 
 # Drafts
@@ -136,6 +168,7 @@ def test_only_a_far_too_large_jpeg_is_drafted(tmp_path: Path, size: tuple[int, i
     assert load_image(tmp_path / "page.jpg", resized=to(128 * 128)).size == expected
     assert load_image(tmp_path / "page.jpg").size == size
     assert load_image(tmp_path / "page.png", resized=to(128 * 128)).size == size
+    assert load_image((tmp_path / "page.jpg").read_bytes(), resized=to(128 * 128)).size == expected
     with Image.open(tmp_path / "page.jpg") as opened:
         assert load_image(opened, resized=to(128 * 128)).size == size
 
@@ -220,11 +253,26 @@ def test_an_image_that_the_processor_refuses_is_named_with_its_row(tmp_path: Pat
         load_image(tmp_path / "strip.jpg", ORIGIN, to(128 * 128))
 
 
-def test_a_file_and_the_open_image_are_one(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_file_its_content_and_the_open_image_are_one(checkpoint: Path, tmp_path: Path) -> None:
     picture(64, 96).save(tmp_path / "page.png")
     ours = preprocessor(checkpoint)
-    one, other = (ours([item(value)]) for value in (picture(64, 96), tmp_path / "page.png"))
-    assert all(torch.equal(other[name], value) for name, value in one.items())
+    frames = (picture(64, 96), tmp_path / "page.png", (tmp_path / "page.png").read_bytes())
+    one, *others = (ours([item_of(frame)]) for frame in frames)
+    assert all(torch.equal(other[name], value) for name, value in one.items() for other in others)
+
+
+def item_of(frame: Frame) -> Item:
+    return Item("document", (Part("image", frame),))
+
+
+def test_a_large_photograph_is_the_same_from_a_file_and_from_a_table(checkpoint: Path, tmp_path: Path) -> None:
+    """Both are drafted."""
+    slopes(4096, 4096).save(tmp_path / "page.jpg")
+    ours = Qwen3VL(str(checkpoint), max_pixels=256 * 256).preprocessor
+    frames = (tmp_path / "page.jpg", (tmp_path / "page.jpg").read_bytes())
+    one, other = (ours.prepare([item_of(frame)], draft=True).images(None)[0]["pixel_values"] for frame in frames)
+    assert torch.equal(one, other)
+    assert not torch.equal(one, ours.prepare([item_of(frames[0])]).images(None)[0]["pixel_values"])
 
 
 def test_a_video_file_is_sampled_as_the_processor_samples_it(checkpoint: Path, tmp_path: Path) -> None:
@@ -280,3 +328,40 @@ def test_a_video_for_a_model_without_video_is_refused(tmp_path: Path) -> None:
     backbone = VisionLanguageModel(other_models.idefics3(tmp_path / "tiny"))
     with pytest.raises(ValueError, match=rf"{ORIGIN} has a video, and this checkpoint's processor takes none"):
         backbone.preprocessor([Item("document", (Part("video", (picture(8, 8),) * 4),), ORIGIN)])
+
+
+def test_a_damaged_video_is_read_or_refused_with_its_row(checkpoint: Path, tmp_path: Path) -> None:
+    preprocessor = Qwen3VL(str(checkpoint)).preprocessor
+    random = np.random.default_rng(0)
+    good = film(tmp_path / "good.mp4", frames=8).read_bytes()
+    said, path = [], tmp_path / "damaged.mp4"
+    for number in range(120):
+        content = bytearray(good)
+        for place in random.integers(0, len(good), random.integers(1, 6)).tolist():
+            length = int(random.choice([0, 1, 4]))
+            content[place : place + length] = random.bytes(int(random.choice([0, 1, 4])))
+        path.write_bytes(content[: random.integers(len(good))] if number % 4 == 0 else content)
+        try:
+            assert preprocessor([Item("document", (Part("video", path),), ORIGIN)])["input_ids"].shape[0] == 1
+        except ValueError as error:
+            said.append(str(error))
+    assert 10 < len(said) < 120
+    assert all(each.startswith(f"{ORIGIN}: cannot read the video {path}") for each in said)
+
+
+@pytest.mark.parametrize("kind", ["file", "frames"])
+def test_a_video_of_too_many_pixels_is_refused_before_it_is_decoded(
+    checkpoint: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preprocessor = Qwen3VL(str(checkpoint)).preprocessor
+    value = (
+        film(tmp_path / "film.mp4", rate=2) if kind == "file" else tuple(picture(64, 32, seed) for seed in range(24))
+    )
+    item = Item("document", (Part("video", value),), ORIGIN)
+    frames = preprocessor([item])["video_grid_thw"][0, 0].item() * 2  # Two frames make a patch.
+    monkeypatch.setattr(images, "MAX_VIDEO_PIXELS", frames * 64 * 32)
+    preprocessor([item])
+    monkeypatch.setattr(images, "MAX_VIDEO_PIXELS", frames * 64 * 32 - 1)
+    with pytest.raises(ValueError, match=r"frames of 64 × 32 are .* pixels, .*VLMEMBED_MAX_VIDEO_PIXELS") as error:
+        preprocessor([item])
+    assert str(error.value).startswith(ORIGIN)

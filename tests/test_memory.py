@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def test_auto_measures_says_and_writes_down(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = fit(module(checkpoint), tmp_path, chunk_size="auto")
-    assert data.chunk_cost == probing.MOST["cpu"]  # There is memory enough for a tiny model.
+    assert data.chunk_tokens == probing.MOST["cpu"]  # There is memory enough for a tiny model.
     assert "A chunk has room for 8,192 tokens" in capsys.readouterr().out
     assert yaml.safe_load((tmp_path / "chunks.yaml").read_text()) == {"chunk_cost": 8192}
 
@@ -75,16 +76,16 @@ def test_patches_cost_nothing_where_no_activations_are_kept(checkpoint: Path, tm
 
 def test_auto_without_a_module_that_measures_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     data = RetrievalDataModule(str(write_rows(tmp_path / "rows.jsonl")), batch_size=4, chunk_size="auto")
-    data._preprocessor = module(checkpoint).preprocessor
+    data.collator, data.trainer = module(checkpoint).collator(), SimpleNamespace(overfit_batches=0)  # type: ignore[assignment]
     with pytest.raises(ValueError, match="chunk_size: auto needs a vlmembed module"):
-        data._collator()
+        data.train_dataloader()
 
 
 def test_a_checkpoint_remembers_the_size_of_chunks() -> None:
     data, resumed = RetrievalDataModule(chunk_size="auto"), RetrievalDataModule(chunk_size="auto")
-    data.chunk_cost = 640
+    data.chunk_tokens = 640
     resumed.load_state_dict(data.state_dict())
-    assert resumed.chunk_cost == 640
+    assert resumed.chunk_tokens == 640
 
 
 # Graphs

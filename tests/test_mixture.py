@@ -6,7 +6,8 @@ from itertools import chain
 
 import pytest
 
-from vlmembed.data import Batches, Mixture, Source
+from vlmembed.data import Mixture, Source
+from vlmembed.data.sampling import Batches
 from vlmembed.types import Example, Item, Part
 
 
@@ -44,7 +45,7 @@ def test_a_mixture_numbers_its_rows_source_by_source() -> None:
     expected = [example.query.id for source in sources for example in (source[k] for k in range(len(source)))]
     assert len(mixture) == 6
     assert [mixture[k].query.id for k in range(6)] == expected
-    assert [mixture.query_id(k) for k in range(6)] == expected
+    assert [row for row in mixture.query_ids(range(6))] == expected
     for index in (6, -1):
         with pytest.raises(IndexError):
             mixture[index]
@@ -106,14 +107,14 @@ def test_a_source_that_would_never_be_seen_is_refused() -> None:
 
 
 def test_an_epoch_shows_every_row_once_in_an_order_of_its_own() -> None:
-    batches = Batches(distinct("a", 23), 5, seed=3)
+    batches = Batches(Mixture([distinct("a", 23)]), 5, seed=3)
     first, second = epoch(batches, 0), epoch(batches, 1)
     assert len(batches) == len(first) == 4
     rows = [row for batch in first for row in batch]
     assert len(set(rows)) == 20
     assert first != second
-    assert first == epoch(Batches(distinct("a", 23), 5, seed=3), 0)
-    assert first != epoch(Batches(distinct("a", 23), 5, seed=4), 0)
+    assert first == epoch(Batches(Mixture([distinct("a", 23)]), 5, seed=3), 0)
+    assert first != epoch(Batches(Mixture([distinct("a", 23)]), 5, seed=4), 0)
 
 
 MIXTURES = {
@@ -142,14 +143,14 @@ def test_no_query_comes_twice_in_a_batch_and_the_length_is_exact(name: str) -> N
         drawn = epoch(batches)
         assert len(drawn) == len(batches) == len(mixture) // size
         for batch in drawn:
-            assert len({mixture.query_id(row) for row in batch}) == len(batch) == size
+            assert len({row for row in mixture.query_ids(batch)}) == len(batch) == size
 
 
 @pytest.mark.parametrize("copies", [1, 2, 10, 30])
 def test_the_length_is_exact_under_heavy_duplication(copies: int) -> None:
     # One query fills nearly everything; a batch of 4 needs all 4 queries there are.
     source = Questions(["same"] * copies * 9 + ["x", "y", "z"])
-    batches = Batches(source, 4)
+    batches = Batches(Mixture([source]), 4)
     drawn = epoch(batches)
     assert len(drawn) == len(batches) == (copies * 9 + 3) // 4
     assert all(len({source.queries[row] for row in batch}) == 4 for batch in drawn)
@@ -158,7 +159,7 @@ def test_the_length_is_exact_under_heavy_duplication(copies: int) -> None:
 def test_deferred_rows_are_seen_in_the_same_epoch() -> None:
     # 20 queries, 5 rows each, in batches of 10: enough variety to place every row.
     source = Questions([f"q{k % 20}" for k in range(100)])
-    counts = Counter(row for batch in epoch(Batches(source, 10)) for row in batch)
+    counts = Counter(row for batch in epoch(Batches(Mixture([source]), 10)) for row in batch)
     missed = 100 - len(counts)
     # Only rows that wait when the epoch ends are missed: fewer than one batch can hold back here.
     assert missed < 10
@@ -186,8 +187,8 @@ def test_skipping_continues_the_same_epoch() -> None:
 class Unread(Questions):
     """Says of no row which query it asks."""
 
-    def query_id(self, index: int) -> int:
-        raise AssertionError(index)
+    def read_queries(self, indices: Sequence[int]) -> list[Item]:
+        raise AssertionError(indices)
 
 
 @pytest.mark.parametrize("one_source_batches", [False, True])
@@ -204,8 +205,8 @@ def test_rows_of_one_query_may_come_together_where_told_so(one_source_batches: b
 
 def test_too_few_rows_or_queries_are_refused() -> None:
     with pytest.raises(ValueError, match="The 3 training rows are fewer than one batch of 8"):
-        Batches(distinct("a", 3), 4, world_size=2)
+        Batches(Mixture([distinct("a", 3)]), 4, world_size=2)
     with pytest.raises(ValueError, match="ask 3 distinct queries, fewer than the 8 rows"):
-        list(Batches(Questions([f"q{k % 3}" for k in range(30)]), 4, world_size=2))
+        list(Batches(Mixture([Questions([f"q{k % 3}" for k in range(30)])]), 4, world_size=2))
     with pytest.raises(ValueError, match="batch_size is 1 or more, got 0"):
-        Batches(distinct("a", 3), 0)
+        Batches(Mixture([distinct("a", 3)]), 0)

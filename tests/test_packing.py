@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from building import encoder, gradients, item, mixed_items, picture, relative_difference, write_rows
+from building import collated, encoder, gradients, item, mixed_items, picture, relative_difference, write_rows
 from torch import Tensor
 from transformers import AutoModel, AutoProcessor
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights
@@ -22,7 +22,7 @@ from vlmembed import pooling
 from vlmembed.backbones import Qwen3VL
 from vlmembed.backbones.packing import PackedItems, halve, select
 from vlmembed.backbones.preprocessing import PackingPreprocessor
-from vlmembed.data import Collator, Embedding, RetrievalDataModule
+from vlmembed.data import ItemCollator, RetrievalDataModule
 from vlmembed.encoder import Encoder
 from vlmembed.pooling import Concatenation, Pooling
 from vlmembed.types import Batch, Example, Inputs, Item, Part
@@ -179,7 +179,7 @@ def test_a_query_and_a_document_may_show_one_image(backbone: Qwen3VL) -> None:
         Example(item(page, "what is it?", role="query"), (item(page), item("a page"))),
         Example(item(picture(32, 64, 2), role="query"), (item("another"),), (item("text", page),)),
     ]
-    batch = Collator(backbone.preprocessor, chunk_size=1)(examples)
+    batch = collated(ItemCollator(backbone.preprocessor), examples, 1)
     assert sum(len(images["keys"]) for images in batch.images) == 2
     assert sum(len(chunk["images"]) for chunk in batch.chunks) == 4
 
@@ -326,11 +326,11 @@ def loaded(checkpoint: Path, rows: str, workers: int) -> list[Batch]:
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
         strategy=strategy,
-        lightning_module=SimpleNamespace(preprocessor=preprocessor, task=Embedding()),
         global_rank=0,
         world_size=1,
         overfit_batches=0,
     )
+    data.collator = ItemCollator(preprocessor)
     data.setup("fit")
     return list(data.train_dataloader())
 

@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader
 
 from vlmembed.adapters import Freeze, LoRA
 from vlmembed.backbones import Qwen3VL
-from vlmembed.data import Collator, RetrievalDataModule
+from vlmembed.data import ItemCollator, RetrievalDataModule
 from vlmembed.encoder import Encoder
 from vlmembed.export import Exporter
 from vlmembed.losses import InfoNCE
@@ -163,7 +163,7 @@ class Keep(Exporter):
 
 
 def batch_of_texts(encoder: Encoder) -> list[Any]:
-    return Collator(encoder.backbone.preprocessor)(texts(2)).chunks
+    return ItemCollator(encoder.backbone.preprocessor)(texts(2)).chunks
 
 
 def train_and_export(checkpoint: Path, folder: Path, shards: bool) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Shape letters, used in every annotation of the package:
     B  items in a chunk          Q  queries                 H  hidden size of the backbone
     N  items in a batch          P  documents               D  embedding dimension
     L  tokens of an item         C  candidates of a query   K  layers a pooling reads
+    M  judged pairs of a query and a document
 
 An *item* is one thing to encode (a query or a document). An *example* is one training row. A *batch* holds each
 distinct item of its examples once, cut into *chunks*; a chunk is what goes through the model in one forward pass.
@@ -13,36 +14,17 @@ distinct item of its examples once, cut into *chunks*; a chunk is what goes thro
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from jaxtyping import Float, Int, Int8
 from PIL.Image import Image
 from torch import Tensor
-
-__all__ = [
-    "BadRow",
-    "Batch",
-    "EvaluationSet",
-    "Example",
-    "Frame",
-    "Inputs",
-    "Item",
-    "ItemBatch",
-    "Pair",
-    "PairBatch",
-    "Part",
-    "Prepared",
-    "Preprocessor",
-    "RankingBatch",
-    "RerankingSet",
-    "Role",
-]
-
 
 Role = Literal["query", "document"]
 
@@ -50,7 +32,12 @@ Role = Literal["query", "document"]
 #: reads (``pixel_values``, ``image_grid_thw``, …).
 Inputs = dict[str, Tensor]
 
-Frame = Image | Path
+#: An image: open, in a file, or the content of a file.
+Frame = Image | Path | bytes
+
+#: What a patch costs, in tokens, where the vision tower is trained. Its activations are about half of a token's in the
+#: language model, by the widths and depths of any Qwen3-VL, and of small ones alike.
+PATCH_COST = 0.5
 
 
 @dataclass(frozen=True)
@@ -69,13 +56,13 @@ class Part:
 
     @cached_property
     def digest(self) -> bytes:
-        """The same for equal content. A file counts as its path, an image as its pixels."""
+        """Equal for equal content. A file counts as its path, encoded images as bytes, open ones as pixels."""
         hashed = hashlib.blake2b(self.kind.encode(), digest_size=16)
-        values = self.value if isinstance(self.value, tuple) else (self.value,)
-        for value in values:
+        for value in self.value if isinstance(self.value, tuple) else (self.value,):
             if isinstance(value, Image):
-                hashed.update(f"\0pixels {value.mode} {value.size}".encode())
-                hashed.update(value.tobytes())
+                hashed.update(f"\0pixels {value.mode} {value.size}".encode() + value.tobytes())
+            elif isinstance(value, bytes):
+                hashed.update(f"\0bytes {len(value)} ".encode() + value)
             else:
                 hashed.update(f"\0{type(value).__name__} {value}".encode())
         return hashed.digest()
@@ -83,17 +70,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Item:
-    """One thing to encode: any number of texts, images and videos, in order.
+    """One thing to encode: any number of texts, images and videos, in the order in which the model reads them."""
 
-    Args:
-        role: Whether the item asks or answers; decides the instruction it is encoded with.
-        parts: The content, in the order in which the model reads it.
-        origin: Where the item came from, for error messages: ``train.jsonl, row 17, column 'positive'``.
-    """
-
-    role: Role
+    role: Role  # Decides the instruction.
     parts: tuple[Part, ...]
-    origin: str = field(default="", compare=False)
+    origin: str = field(default="", compare=False)  # For messages: ``train.jsonl, row 17, column 'positive'``.
 
     @cached_property
     def id(self) -> int:
@@ -118,32 +99,48 @@ class Pair:
 
     @property
     def origin(self) -> str:
-        """Where the two came from, for error messages."""
+        """Where both came from."""
         return f"{self.query.origin} with {self.document.origin}"
 
 
 @dataclass(frozen=True)
 class Example:
-    """One training row.
-
-    Args:
-        query: What is asked.
-        positives: The right answers, at least one.
-        negatives: Wrong answers chosen on purpose (hard negatives).
-        scores: Teacher scores for distillation, one per positive and then per negative.
-        labels: How relevant each of them is, in the same order; None for 1 and 0.
-    """
+    """One training row."""
 
     query: Item
     positives: tuple[Item, ...]
     negatives: tuple[Item, ...] = ()
-    scores: tuple[float, ...] | None = None
-    labels: tuple[float, ...] | None = None
+    scores: tuple[float, ...] | None = None  # A teacher's, of the positives and then the negatives.
+    labels: tuple[float, ...] | None = None  # How relevant each is, in the same order; None for 1 and 0.
 
     @property
     def documents(self) -> tuple[Item, ...]:
-        """The right answers, and then the wrong ones: in the order of scores and labels."""
+        """The positives, and then the negatives: in the order of scores and labels."""
         return self.positives + self.negatives
+
+    @property
+    def grades(self) -> tuple[float, ...]:
+        """The labels: 1 for a positive and 0 for a negative where the row has none."""
+        return self.labels or (1.0,) * len(self.positives) + (0.0,) * len(self.negatives)
+
+
+@dataclass(frozen=True)
+class Chunking:
+    """What a chunk has room for."""
+
+    size: int | None = None  # Items of average cost, at least the most expensive one; None for all in one chunk.
+    tokens: int | None = None  # Tokens instead, and so many patches for a chunk of images, where that was measured.
+    patch_cost: float = PATCH_COST  # In tokens; 0 where the tower is frozen, and keeps no activations.
+
+    def __post_init__(self) -> None:
+        if self.size is not None and self.size < 1:
+            raise ValueError(f"chunk_size is 1 or more, or null for a single chunk; got {self.size}.")
+
+    def room(self, costs: Sequence[float]) -> int | None:
+        """What a chunk may cost, if these are the costs of all items (or images); None for no limit."""
+        if self.tokens is not None or self.size is None:
+            return self.tokens
+        return math.ceil(max(*costs, 1, self.size * sum(costs) / len(costs))) if costs else 1
 
 
 class Preprocessor(ABC):
@@ -151,10 +148,7 @@ class Preprocessor(ABC):
 
     @abstractmethod
     def __call__(self, items: Sequence[Item | Pair]) -> Inputs:
-        """Preprocess items into one padded chunk, images included.
-
-        Args:
-            items: B items, roles mixed as they come; or B pairs.
+        """Preprocess B items (roles mixed as they come), or B pairs, into one padded chunk, images included.
 
         Raises:
             ValueError: If an item cannot be read or would be cut in a harmful way; the message names its origin.
@@ -162,25 +156,21 @@ class Preprocessor(ABC):
 
     @abstractmethod
     def cost(self, item: Item | Pair) -> int:
-        """Estimate the tokens an item will take, cheaply: items of similar cost share a chunk."""
+        """Estimate the tokens an item will take, cheaply: evaluation batches hold items of similar cost."""
 
     def prepare(self, items: Sequence[Item | Pair], draft: bool = False) -> Prepared:
-        """Read the items of a batch, before it is decided which of them share a chunk.
+        """Read N items or pairs, before it is decided which of them share a chunk.
 
-        Args:
-            items: N items, or N pairs.
-            draft: Whether large images may be decoded at less than their full size where that changes little.
+        With ``draft``, large JPEGs may be decoded at less than their full size where that changes little.
         """
         return Prepared(self, items)
 
 
 class Prepared:
-    """The items of a batch, about to be cut into chunks.
+    """The N items of a batch, about to be cut into chunks."""
 
-    Args:
-        preprocessor: Makes the chunks.
-        items: N items, or N pairs.
-    """
+    #: Whether all items of a chunk cost as much as its longest.
+    padded = True
 
     def __init__(self, preprocessor: Preprocessor, items: Sequence[Item | Pair]) -> None:
         self._preprocessor = preprocessor
@@ -193,13 +183,14 @@ class Prepared:
 
     @property
     def patches(self) -> list[int]:
-        """(N,) the patches that the vision tower reads of each item, where it reads them apart."""
+        """(N,) the patches of each item's images, where the vision tower reads them in a pass of their own."""
         return [0] * len(self._items)
 
     @property
     def order(self) -> list[int]:
-        """The items' rows, so that neighbours share a beginning, or are of similar length."""
-        return sorted(range(len(self._items)), key=self.lengths.__getitem__, reverse=True)
+        """The items' rows: neighbours share a beginning or, where chunks are padded, the longest come first."""
+        lengths = self.lengths
+        return sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
 
     def shared(self, rows: Sequence[int]) -> list[int]:
         """Count, for each of some rows, the first tokens that a chunk of them takes from the row before."""
@@ -210,14 +201,7 @@ class Prepared:
         return self._preprocessor([self._items[row] for row in rows])
 
     def images(self, room: int | None) -> list[Inputs]:
-        """Make chunks of the distinct images.
-
-        Args:
-            room: The most patches of a chunk; None for no limit.
-
-        Returns:
-            Nothing where `chunk` holds the images.
-        """
+        """Make chunks of the distinct images, of at most ``room`` patches; none where `chunk` holds the images."""
         return []
 
 
@@ -233,163 +217,96 @@ class Chunking:
 
 @dataclass(frozen=True)
 class BadRow:
-    """A training row that was left out of its batch, because it cannot be used.
+    """A training row that was left out of its batch."""
 
-    Args:
-        row: Its number among all training rows, from 1 on, in the order of their sources.
-        reason: What is wrong with it; names the file and the row in it.
-    """
-
-    row: int
+    row: int  # Its number over all sources, from 1 on.
     reason: str
 
 
 @dataclass
-class Batch:
-    """The distinct items of some examples, ready to encode, and who belongs to whom.
-
-    A document that several examples share is encoded once and is one column of the score matrix, so it can never be
-    a negative of a query that it answers. An image that several items share is seen once.
-
-    Args:
-        chunks: The items, N in all. Encoding the chunks in order and concatenating gives embeddings (N, D).
-        images: The distinct images and videos of all items, in chunks of their own; empty for a backbone that takes
-            pixels together with the text.
-        queries: (Q,) row of each query in those embeddings.
-        documents: (P,) row of each document in those embeddings.
-        query_ids: (Q,) ``Item.id`` of each query, so that processes can compare theirs.
-        document_ids: (P,) ``Item.id`` of each document.
-        pairs: (M, 2) judged pairs, as ``(query id, document id)``.
-        labels: (M,) 1 where the pair's document is a right answer, -1 where it is a hard negative.
-        scores: (M,) a teacher's scores, where the loss distils them.
-        origins: Where each row of the batch came from, for messages.
-        bad_rows: The rows that were left out.
-    """
+class _Chunks:
+    """What a loader hands out, in chunks. The distinct images have chunks of their own, unless the items' hold them."""
 
     chunks: list[Inputs]
     images: list[Inputs]
-    queries: Int[Tensor, " Q"]
+
+    def pin_memory(self) -> Self:
+        """Lock all chunks in host memory, so that one is copied to the device while another computes."""
+        for chunk in (*self.chunks, *self.images):
+            chunk.update({name: tensor.pin_memory() for name, tensor in chunk.items()})
+        return self
+
+
+@dataclass
+class Batch(_Chunks):
+    """The N distinct items of some examples, ready to encode, and who belongs to whom.
+
+    Encoding the chunks in order and concatenating gives embeddings (N, D). A document that several examples share is
+    one column of the score matrix, so it can never be a negative of a query that it answers. Ids are `Item.id`, so
+    that processes can compare theirs.
+    """
+
+    queries: Int[Tensor, " Q"]  # The row of each query in the embeddings.
     documents: Int[Tensor, " P"]
     query_ids: Int[Tensor, " Q"]
     document_ids: Int[Tensor, " P"]
-    pairs: Int[Tensor, "M 2"]
-    labels: Int8[Tensor, " M"]
-    scores: Float[Tensor, " M"] | None = None
-    origins: tuple[str, ...] = ()
+    pairs: Int[Tensor, "M 2"]  # Query id, document id.
+    labels: Int8[Tensor, " M"]  # 1 for a positive, -1 for a hard negative.
+    scores: Float[Tensor, " M"] | None = None  # A teacher's, where the loss distils them.
+    origins: tuple[str, ...] = ()  # Where each row of the batch came from, for messages.
     bad_rows: tuple[BadRow, ...] = ()
 
-    def pin_memory(self) -> Batch:
-        """Lock the chunks in host memory, so that each is copied to the device while the one before it computes."""
-        self.chunks, self.images = _pinned(self.chunks), _pinned(self.images)
-        return self
-
 
 @dataclass
-class ItemBatch:
-    """Items to encode for measuring or prediction.
+class RankingBatch(_Chunks):
+    """The N distinct pairs of some examples, ready to score; pairs of one query are its candidates."""
 
-    Args:
-        inputs: The items, as one chunk.
-        images: Their distinct images; see ``Batch.images``.
-        rows: (B,) their row numbers in the evaluation set: its queries first, then its corpus.
-    """
-
-    inputs: Inputs
-    images: list[Inputs]
-    rows: Int[Tensor, " B"]
-
-    def pin_memory(self) -> ItemBatch:
-        """See ``Batch.pin_memory``."""
-        (self.inputs,), self.images = _pinned([self.inputs]), _pinned(self.images)
-        return self
-
-
-@dataclass
-class RankingBatch:
-    """The distinct pairs of some examples, ready to score.
-
-    Args:
-        chunks: The pairs, N in all. Scoring the chunks in order and concatenating gives scores (N,).
-        images: The distinct images; see ``Batch.images``.
-        queries: (N,) ``Item.id`` of each pair's query: pairs of one query are its candidates.
-        documents: (N,) ``Item.id`` of each pair's document, so that processes can compare theirs.
-        targets: (N,) what each pair's score should say: a label, or a teacher's score.
-        origins: Where each row of the batch came from, for messages.
-        bad_rows: The rows that were left out.
-    """
-
-    chunks: list[Inputs]
-    images: list[Inputs]
-    queries: Int[Tensor, " N"]
+    queries: Int[Tensor, " N"]  # Ids, as in `Batch`.
     documents: Int[Tensor, " N"]
-    targets: Float[Tensor, " N"]
+    targets: Float[Tensor, " N"]  # What each score should say: a label, or a teacher's score.
     origins: tuple[str, ...] = ()
     bad_rows: tuple[BadRow, ...] = ()
 
-    def pin_memory(self) -> RankingBatch:
-        """See ``Batch.pin_memory``."""
-        self.chunks, self.images = _pinned(self.chunks), _pinned(self.images)
-        return self
+
+@dataclass
+class ItemBatch(_Chunks):
+    """Items to encode for measuring or prediction, as one chunk."""
+
+    rows: Int[Tensor, " B"]  # Of the evaluation set: its queries first, then its corpus.
+
+    @property
+    def inputs(self) -> Inputs:
+        """The chunk."""
+        return self.chunks[0]
 
 
 @dataclass
-class PairBatch:
-    """Pairs to score for measuring or prediction.
+class PairBatch(_Chunks):
+    """Pairs to score for measuring or prediction."""
 
-    Args:
-        chunks: The pairs, N in all.
-        images: The distinct images of all chunks; see ``Batch.images``.
-        rows: (N, 2) of each pair, the number of its query and of its document in the evaluation set.
-    """
-
-    chunks: list[Inputs]
-    images: list[Inputs]
-    rows: Int[Tensor, "N 2"]
-
-    def pin_memory(self) -> PairBatch:
-        """See ``Batch.pin_memory``."""
-        self.chunks, self.images = _pinned(self.chunks), _pinned(self.images)
-        return self
-
-
-def _pinned(chunks: list[Inputs]) -> list[Inputs]:
-    return [{name: tensor.pin_memory() for name, tensor in chunk.items()} for chunk in chunks]
+    rows: Int[Tensor, "N 2"]  # The number of the query and of the document in the evaluation set.
 
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Queries, a corpus, and which of its documents answer which query.
+    """Queries, a corpus, and which of its documents answer which query."""
 
-    Args:
-        name: Used in metric names where a run has several sets.
-        queries: The queries to measure.
-        corpus: Every document that a query is ranked against.
-        query_names: The data set's own query ids, in the order of ``queries``.
-        document_names: The data set's own document ids, in the order of ``corpus``; equal scores are ranked by them.
-        qrels: query name → document name → grade; above 0 is relevant.
-    """
-
-    name: str
+    name: str  # Used in metric names where a run has several sets.
     queries: Sequence[Item]
     corpus: Sequence[Item]
-    query_names: Sequence[str]
-    document_names: Sequence[str]
-    qrels: dict[str, dict[str, int]]
+    query_names: Sequence[str]  # The data set's ids.
+    document_names: Sequence[str]  # Equal scores are ranked by them.
+    qrels: dict[str, dict[str, int]]  # Query name → document name → grade; above 0 is relevant.
 
 
 @dataclass(frozen=True)
 class RerankingSet:
-    """An evaluation set, and the candidates that a first stage found for each of its queries.
-
-    Args:
-        evaluation: The queries, the corpus and the judgements.
-        candidates: For each query, columns of the corpus, the first stage's best first.
-    """
+    """An evaluation set, and the candidates that a first stage found for each query."""
 
     evaluation: EvaluationSet
-    candidates: Sequence[Sequence[int]]
+    candidates: Sequence[Sequence[int]]  # For each query, columns of the corpus, the first stage's best first.
 
     @property
     def name(self) -> str:
-        """That of the evaluation set."""
+        """The evaluation set's."""
         return self.evaluation.name

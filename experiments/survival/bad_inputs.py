@@ -22,8 +22,8 @@ from inputs import TABLE, Input, content
 from torch.utils.data import DataLoader
 
 from vlmembed.backbones import Qwen3VL, tiny
-from vlmembed.data import Collator, Rows
-from vlmembed.data.sampling import ExampleLists, ReadableRows, UsableRows
+from vlmembed.data import ItemCollator, Rows
+from vlmembed.training.bad_rows import ReadableRows, SkipBadRows
 from vlmembed.types import Batch, Preprocessor
 
 #: Of a refusal, what stands in the table.
@@ -55,7 +55,7 @@ def batch_of(given: object, preprocessor: Preprocessor, folder: Path) -> Batch:
     line = content(given)
     path = folder / "train.jsonl"
     path.write_bytes(good(line) + b"\n" + line + b"\n")
-    rows = ReadableRows(ExampleLists(Rows(str(path))))
+    rows = ReadableRows(Rows(str(path)))
     loader = DataLoader(rows, sampler=[[0, 1]], batch_size=None, num_workers=1, collate_fn=collator(line, preprocessor))
     (batch,) = loader
     return batch
@@ -70,8 +70,9 @@ def good(line: bytes) -> bytes:
     return json.dumps(columns | ({"scores": [2.0, 1.0]} if b'"scores"' in line else {})).encode()
 
 
-def collator(line: bytes, preprocessor: Preprocessor) -> UsableRows:
-    return UsableRows(Collator(preprocessor, wants_scores=b'"scores"' in line))
+def collator(line: bytes, preprocessor: Preprocessor) -> SkipBadRows:
+    made = ItemCollator(preprocessor, b'"scores"' in line)
+    return SkipBadRows(made, made.check)
 
 
 def equal(one: Batch, other: Batch) -> bool:

@@ -90,7 +90,11 @@ def seen_through(folder: Path) -> Any:
 
 def on_white(folder: Path) -> Any:
     saved(picture().quantize(16), "palette.png", transparency=3)(folder)
-    image = Image.open(folder / "palette.png").convert("RGBA")
+    return composed(folder, "palette.png")
+
+
+def composed(folder: Path, name: str = "page.png") -> Any:
+    image = Image.open(folder / name).convert("RGBA")
     return saved(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"), "q.png")(folder)
 
 
@@ -152,7 +156,12 @@ IMAGES = [
         on_white,
         "RGB, that colour white, as transformers does it",
     ),
-    Input("transparent", seen_through, PLAIN, "RGB without transparency"),
+    Input(
+        "transparent",
+        seen_through,
+        lambda folder: (seen_through(folder), composed(folder))[1],
+        "RGB, on white, as transformers does it",
+    ),
     Input(
         "16 bits", saved(Image.fromarray(GREYS)), saved(Image.fromarray((GREYS >> 8).astype("u1")), "q.png"), "8 bits"
     ),

@@ -87,6 +87,7 @@ class PackedItems(Prepared):
         self._inputs = inputs
         self._layout = layout
         self._shares = shares
+        self.padded = not shares  # Sharing items are packed; see `collate.cut`.
         self._signatures: list[np.ndarray] = []
         self._image_starts: list[list[int]] = []
         self._positions: list[Tensor] = []

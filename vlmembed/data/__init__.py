@@ -1,7 +1,6 @@
-"""Where rows come from, how they are mixed, and how they become batches."""
+"""Training rows, evaluation sets, and the batches that are made of them. README.md in this folder is the cookbook."""
 
-from vlmembed.data.cells import to_item
-from vlmembed.data.collate import Collator, ItemCollator
+from vlmembed.data.collate import Collator, ItemCollator, PairCollator
 from vlmembed.data.datamodule import RetrievalDataModule
 from vlmembed.data.evaluation import (
     EvaluationFolder,
@@ -10,32 +9,24 @@ from vlmembed.data.evaluation import (
     RerankingRows,
     RerankingRun,
     RerankingSource,
-    load_evaluation,
 )
-from vlmembed.data.sampling import Batches
 from vlmembed.data.sources import GroupByQuery, Mixture, Rows, Source
-from vlmembed.data.tasks import Embedding, Reranking, Task
 
 __all__ = [
-    "Batches",
     "Collator",
-    "Embedding",
     "EvaluationFolder",
     "EvaluationRows",
     "EvaluationSource",
     "GroupByQuery",
     "ItemCollator",
     "Mixture",
-    "Reranking",
+    "PairCollator",
     "RerankingRows",
     "RerankingRun",
     "RerankingSource",
     "RetrievalDataModule",
     "Rows",
     "Source",
-    "Task",
-    "load_evaluation",
-    "to_item",
 ]
 
 #: The old YAML name, for one release.

@@ -1,15 +1,21 @@
-"""One cell of a data set, in any of the forms that Sentence Transformers accepts, becomes an ``Item``."""
+"""Cells of a data set, in any of the forms that Sentence Transformers accepts, become items."""
 
 from __future__ import annotations
 
 import mimetypes
-from collections.abc import Iterator, Mapping
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+import datasets
+from huggingface_hub import constants
+from PIL import Image
 
-from vlmembed.media import UNREADABLE, Folder, limit, open_image
+from vlmembed.media import limit
 from vlmembed.types import Frame, Item, Part, Role
 
 KINDS = ("text", "image", "video")
@@ -18,32 +24,88 @@ KINDS = ("text", "image", "video")
 #: million tokens take two seconds and a gigabyte.
 MAX_TEXT_BYTES = limit("VLMEMBED_MAX_TEXT_BYTES", 2**21)
 
+#: ``https://…``, ``file:/…``, ``data:…``, but not ``figure:1.png``.
+URL = re.compile(r"[a-z][a-z0-9+.-]+:/|(file|data):", re.IGNORECASE)
 
-def to_item(cell: Any, role: Role, folder: Folder, origin: str) -> Item:
-    """Read one cell.
+#: What is in a cell, whether it is a query or a document, and where the cell is, for error messages.
+Cell = tuple[Any, Role, str]
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The media root of a data set: where relative paths start, and what they may not leave.
+
+    A data set that somebody else wrote could name any file of this machine, to have it embedded, shown in a report or
+    written into another data set. So a path that leads out of the folder is refused, whether it is absolute, goes up,
+    or goes through a link; and nothing is ever downloaded.
+    """
+
+    path: Path
+    others: tuple[Path, ...] = ()  # Folders whose files may be named besides.
+
+    @classmethod
+    def of(cls, path: str, allow_outside: Iterable[str] | None) -> Folder:
+        """Return the folder of a file, a folder or a Hub id; the latter two have files where ``datasets`` puts them."""
+        others = tuple(map(Path, allow_outside or ()))
+        if Path(path).is_file():
+            return cls(Path(path).parent, others)
+        config = datasets.config
+        downloads = constants.HF_HUB_CACHE, config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH
+        return cls(Path(path), (*others, *map(Path, downloads)))
+
+    def find(self, value: Any, kind: str, origin: str) -> Path:
+        """Return the file that a cell names, relative to the folder or absolute, if it is one, and inside."""
+        if not isinstance(value, str | Path) or not str(value):
+            raise ValueError(
+                f"{origin}: expected the path of an {kind} file, got {type(value).__name__} {value!r:.100}."
+            )
+        if URL.match(str(value)):
+            raise ValueError(
+                f"{origin}: the {kind} {value!r:.100} is a URL, and nothing is downloaded. Put the file into "
+                f"{self.path}, and give its path."
+            )
+        path = self.path / value
+        try:
+            str(value).encode()
+            real, exists = Path(os.path.realpath(path)), path.is_file()
+        except (OSError, ValueError) as error:  # Too long; with a null byte; with what is no character.
+            raise ValueError(f"{origin}: the {kind} file {value!r:.100} cannot be looked for: {error}.") from error
+        if not any(map(real.is_relative_to, self._allowed)):
+            raise ValueError(
+                f"{origin}: the {kind} file {str(value)!r} leads out of the data set's folder {self.path}, to {real}. "
+                "Move the file there, or if you trust this data set to name files of another folder, allow that one: "
+                f"allow_outside: [{real.parent}] beside 'path' (vlmembed.data.Rows, vlmembed.data.EvaluationFolder)."
+            )
+        if not exists:
+            raise ValueError(f"{origin}: the {kind} file {path} does not exist.")
+        return path
+
+    @cached_property
+    def _allowed(self) -> tuple[Path, ...]:
+        return tuple(Path(os.path.realpath(folder)) for folder in (self.path, *self.others))
+
+
+def to_items(cells: Iterable[Cell], folder: Folder) -> list[Item]:
+    """Read cells.
 
     A plain string is always text, never a path, so that no text can turn into an image because a file of that name
-    exists: write ``{"image": "page.png"}``. The keys of a mapping are kept in order, because the order changes the
-    embedding; keys whose value is null are skipped, because Arrow fills every key that another row has.
-
-    Args:
-        cell: A string; an image; a mapping with any of ``text``, ``image``, ``video``, each one value or a list; a list
-            of chat content parts (``{"type": "image", "image": …}``); a chat message or a list of them. An image is
-            open, a path, or ``{"bytes": …, "path": …}``. A video is a path, or the list of its frames.
-        role: Whether the item asks or answers.
-        folder: Where relative paths start, and what files may not leave.
-        origin: Where the cell came from, for error messages.
+    exists: write ``{"image": "page.png"}``. The keys of a mapping stay in order, because the order changes the
+    embedding; keys whose value is null are skipped, because Arrow fills every key that another row has. The forms of
+    a cell are in README.md.
 
     Raises:
-        ValueError: If the cell is empty, has another form, or names a file that does not exist or is outside.
+        ValueError: If a cell is empty, has another form, or names a file that does not exist or is outside.
     """
-    try:
-        parts = tuple(_cell_parts(cell, folder, origin))
-    except RecursionError as error:
-        raise ValueError(f"{origin}: the cell is nested too deeply.") from error
-    if not parts:
-        raise ValueError(f"{origin}: the cell is empty ({cell!r}); every item needs a text, an image or a video.")
-    return Item(role, parts, origin)
+    items = []
+    for cell, role, origin in cells:
+        try:
+            parts = tuple(_parts(cell, folder, origin))
+        except RecursionError as error:
+            raise ValueError(f"{origin}: the cell is nested too deeply.") from error
+        if not parts:
+            raise ValueError(f"{origin}: the cell is empty ({cell!r}); every item needs a text, an image or a video.")
+        items.append(Item(role, parts, origin))
+    return items
 
 
 def is_content(cell: Any) -> bool:
@@ -53,61 +115,68 @@ def is_content(cell: Any) -> bool:
     return all(isinstance(part, Mapping) and ("type" in part or "role" in part) for part in cell)
 
 
-def _cell_parts(cell: Any, folder: Folder, origin: str) -> Iterator[Part]:
-    if cell is None:
-        return
+def _parts(cell: Any, folder: Folder, origin: str) -> Iterator[Part]:
     if isinstance(cell, str):
-        yield _text(cell, origin)
-    elif isinstance(cell, Image.Image) or _is_encoded_image(cell):
+        yield from _of_kind("text", cell, folder, origin)
+    elif isinstance(cell, Image.Image) or _is_encoded(cell):
         yield Part("image", _frame(cell, folder, origin))
     elif isinstance(cell, Mapping) and "role" in cell:
-        yield from _message_parts(cell, folder, origin)
+        yield from _parts(_users_content(cell, origin), folder, origin)
     elif isinstance(cell, Mapping):
         for kind, value in cell.items():
-            yield from _kind_parts(kind, value, folder, origin)
+            yield from _of_kind(kind, value, folder, origin)
     elif is_content(cell):
         for part in cell:
-            yield from (_message_parts if "role" in part else _content_parts)(part, folder, origin)
-    else:
+            if "role" in part:
+                yield from _parts(part, folder, origin)
+            else:
+                yield from _of_kind(*_kind_and_value(part, origin), folder, origin)
+    elif cell is not None:
         raise ValueError(
             f"{origin}: expected a string, an image, a mapping with {', '.join(KINDS)}, or a list of content parts, "
             f"got {type(cell).__name__} {cell!r:.100}."
         )
 
 
-def _message_parts(message: Mapping[str, Any], folder: Folder, origin: str) -> Iterator[Part]:
+def _users_content(message: Mapping[str, Any], origin: str) -> Any:
     if message["role"] != "user":
         raise ValueError(
             f"{origin}: a chat message here is the user's, got role {message['role']!r}; instructions belong in the "
             "model's prompts, which are exported with it."
         )
-    yield from _cell_parts(message.get("content"), folder, origin)
+    content = message.get("content")
+    if isinstance(content, Mapping) and "role" in content:
+        raise ValueError(f"{origin}: a chat message is inside another one ({message!r:.100}).")
+    return content
 
 
-def _content_parts(part: Mapping[str, Any], folder: Folder, origin: str) -> Iterator[Part]:
+def _kind_and_value(part: Mapping[str, Any], origin: str) -> tuple[str, Any]:
     kind = str(part["type"])
-    unused = sorted(key for key, value in part.items() if key not in ("type", kind) and value is not None)
+    unused = [key for key, value in part.items() if key not in ("type", kind) and value is not None]
     if part.get(kind) is None or unused:
         raise ValueError(f"{origin}: a content part is {{'type': kind, kind: value}}, got {dict(part)!r:.200}.")
-    yield from _kind_parts(kind, part[kind], folder, origin)
+    return kind, part[kind]
 
 
-def _kind_parts(kind: str, value: Any, folder: Folder, origin: str) -> Iterator[Part]:
+def _of_kind(kind: str, value: Any, folder: Folder, origin: str) -> Iterator[Part]:
+    """Read the value, or the list of values, of a key; a list of frames is one video."""
     if kind not in KINDS:
         raise ValueError(f"{origin}: unknown key {kind!r} (value {value!r:.100}); use {', '.join(KINDS)}.")
-    if value is None:
-        return
-    is_one = not isinstance(value, list | tuple) or (kind == "video" and bool(value) and all(map(_is_frame, value)))
-    for one in [value] if is_one else value:
+    is_list = isinstance(value, list | tuple) and not (kind == "video" and value and all(map(_is_frame, value)))
+    for single in value if is_list else () if value is None else (value,):
         if kind == "text":
-            yield _text(one, origin)
+            yield Part("text", _checked_text(single, origin))
         elif kind == "image":
-            yield Part("image", _frame(one, folder, origin))
+            yield Part("image", _frame(single, folder, origin))
+        elif not isinstance(single, list | tuple):
+            yield Part("video", folder.find(single, "video", origin))
+        elif single:
+            yield Part("video", tuple(_frame(frame, folder, origin) for frame in single))
         else:
-            yield Part("video", _video(one, folder, origin))
+            raise ValueError(f"{origin}: a video without frames.")
 
 
-def _text(value: Any, origin: str) -> Part:
+def _checked_text(value: Any, origin: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{origin}: a text is a string, got {type(value).__name__} {value!r:.100}.")
     if not value.strip():
@@ -121,39 +190,27 @@ def _text(value: Any, origin: str) -> Part:
             f"{origin}: the text has {size:,} bytes, more than the limit of {MAX_TEXT_BYTES:,}; "
             "VLMEMBED_MAX_TEXT_BYTES sets it."
         )
-    return Part("text", value)
-
-
-def _video(value: Any, folder: Folder, origin: str) -> Path | tuple[Frame, ...]:
-    if isinstance(value, list | tuple):
-        if not value:
-            raise ValueError(f"{origin}: a video without frames.")
-        return tuple(_frame(frame, folder, origin) for frame in value)
-    return folder.find(value, "video", origin)
+    return value
 
 
 def _frame(value: Any, folder: Folder, origin: str) -> Frame:
+    """Return an open image, the path of one, or its content, which is decoded when it is encoded."""
     if isinstance(value, Image.Image):
         return value
-    if not _is_encoded_image(value):
-        return folder.find(value, "image", origin)
-    if value.get("bytes") is None:
-        return folder.find(value.get("path"), "image", origin)
-    try:
-        image = open_image(value["bytes"])
-        image.load()  # A truncated image fails here, where the message can say which row it is in.
-        ImageOps.exif_transpose(image, in_place=True)
-        return image
-    except UNREADABLE as error:
-        raise ValueError(f"{origin}: cannot read image {value.get('path') or 'given as bytes'}: {error}") from error
+    content, path = (value.get("bytes"), value.get("path")) if _is_encoded(value) else (None, value)
+    if content is None:
+        return folder.find(path, "image", origin)
+    if not isinstance(content, bytes):
+        raise ValueError(f"{origin}: the bytes of image {path!r} are {type(content).__name__} {content!r:.100}.")
+    return content
 
 
-def _is_encoded_image(value: Any) -> bool:
+def _is_encoded(value: Any) -> bool:
     return isinstance(value, Mapping) and bool(value) and value.keys() <= {"bytes", "path"}
 
 
 def _is_frame(value: Any) -> bool:
-    """Whether a list of such values is one video, as opposed to several."""
+    """Tell the frames of one video from several videos."""
     if isinstance(value, str | Path):
         return (mimetypes.guess_type(str(value))[0] or "").startswith("image/")
-    return isinstance(value, Image.Image) or _is_encoded_image(value)
+    return isinstance(value, Image.Image) or _is_encoded(value)

@@ -1,22 +1,24 @@
-"""Examples become a batch: each distinct item once, similar costs side by side."""
+"""Collators: from examples to a batch of distinct items, or pairs, in chunks of equal cost."""
 
 from __future__ import annotations
 
 import math
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import chain
-from operator import add
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
-from vlmembed.data.columns import candidates_of
-from vlmembed.losses import LabelSpec
+from vlmembed.data.evaluation import as_evaluation, as_reranking
+from vlmembed.data.sampling import shard
 from vlmembed.types import (
     Batch,
+    Chunking,
+    EvaluationSet,
     Example,
     Inputs,
     Item,
@@ -29,343 +31,305 @@ from vlmembed.types import (
     RerankingSet,
 )
 
-#: What a patch costs where the vision tower is trained. Its activations are about half of a token's in the language
-#: model, by the widths and depths of any Qwen3-VL, and of small ones alike.
-PATCH_COST = 0.5
+if TYPE_CHECKING:
+    from vlmembed.losses import LabelSpec
+
+#: So many chunks of pairs are read at once: an image that several of them show is preprocessed, and encoded, once.
+CHUNKS_PER_BATCH = 8
 
 
-class ExampleCollator(ABC):
-    """Makes a batch of examples, in a loader worker."""
+class Collator(ABC):
+    """Makes batches of one kind, in loader workers; and loads what such a model is measured on."""
+
+    preprocessor: Preprocessor
+    chunking: Chunking = Chunking()
+    teacher_scores: bool  # Whether the loss distils a teacher's scores.
+    distinct_queries: bool  # Whether no query may come twice in a batch, where it would be its own negative.
 
     @abstractmethod
     def __call__(self, examples: Sequence[Example]) -> Batch | RankingBatch:
-        """Make a batch."""
+        """Make a batch; a ``ValueError`` names an item that cannot be read, or an example that the loss cannot use."""
 
     def check(self, example: Example) -> None:
-        """Find out whether an example can be in a batch, whatever the others are.
-
-        Raises:
-            ValueError: If not, naming what of it is wrong.
-        """
+        """Raise a ``ValueError`` if an example cannot be in a batch, whatever the others are."""
         self([example])
 
+    @abstractmethod
+    def load(self, value: Any, split: str) -> Any:
+        """Load an evaluation set from a path, training rows, or a source of evaluation sets."""
 
-class Collator(ExampleCollator):
-    """Makes a ``Batch`` of examples, in a loader worker.
+    @abstractmethod
+    def loader(self, evaluation: Any, batch_size: int, rank: int, world_size: int, **options: Any) -> DataLoader:
+        """Return the loader of an evaluation set, for one process: ``batch_size`` items go through the model at once.
 
-    Items are sorted by cost, the most expensive first, and cut into chunks of equal cost: the tokens that a chunk's
-    items take when padded, and the patches of their images at half the price. So a chunk is hardly padded, short texts
-    share one in larger numbers than images, and a batch that does not fit in memory fails at once.
+        All processes get equally many batches, so that none waits for another that has no more.
+        """
 
-    Args:
-        preprocessor: From items to model inputs.
-        chunk_size: How many items of average cost a chunk has room for, at least the most expensive one; null for one
-            chunk of everything.
-        chunk_cost: How many tokens a chunk has room for, instead, and how many patches a chunk of images.
-        patch_cost: What a patch costs, in tokens; nothing where the tower is frozen, and keeps no activations.
-        wants_scores: Whether the loss distils a teacher's scores.
+
+def cut(prepared: Prepared, chunking: Chunking) -> tuple[list[int], list[Inputs], list[Inputs]]:
+    """Cut items into chunks of about equal cost, so that a batch that does not fit in memory fails at once.
+
+    An item costs its tokens and its patches, and what it shares with the beginning of the one before costs nothing
+    again; where chunks are padded, it costs as many tokens as the longest, which comes first. An item that costs more
+    than there is room for has a chunk for itself. Returns the rows of the items in the order of the chunks, the
+    chunks, and the chunks of the distinct images.
     """
+    order, lengths, patches = prepared.order, prepared.lengths, prepared.patches
+    shared = prepared.shared(order)
+    costs = [lengths[row] + chunking.patch_cost * patches[row] for row in order]
+    room = chunking.room([cost - common for cost, common in zip(costs, shared, strict=True)])
+    chunks: list[list[int]] = []
+    taken = 0.0
+    for row, cost, common in zip(order, costs, shared, strict=True):
+        padding = lengths[chunks[-1][0]] - lengths[row] if chunks and prepared.padded else 0
+        if chunks and (room is None or taken + cost - common + padding <= room):
+            chunks[-1].append(row)
+            taken += cost - common + padding
+        else:
+            chunks.append([row])
+            taken = cost
+    image_room = chunking.room([count for count in patches if count])
+    flat = [row for chunk in chunks for row in chunk]
+    return flat, [prepared.chunk(chunk) for chunk in chunks], prepared.images(image_room)
 
-    def __init__(
-        self,
-        preprocessor: Preprocessor,
-        chunk_size: int | None = None,
-        chunk_cost: int | None = None,
-        patch_cost: float = PATCH_COST,
-        wants_scores: bool = False,
-    ) -> None:
-        check_chunk_size(chunk_size)
+
+class ItemCollator(Collator):
+    """Makes batches for embedders; with ``teacher_scores``, for a loss that distils those of a teacher."""
+
+    distinct_queries = True
+
+    def __init__(self, preprocessor: Preprocessor, teacher_scores: bool = False) -> None:
         self.preprocessor = preprocessor
-        self.chunk_size = chunk_size
-        self.chunk_cost = chunk_cost
-        self.patch_cost = patch_cost
-        self.wants_scores = wants_scores
+        self.teacher_scores = teacher_scores
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
-        """Merge equal items, and equal queries with all their answers.
-
-        Raises:
-            ValueError: If an item cannot be preprocessed, or examples have scores that the loss does not want, or lack
-                those that it wants.
-        """
-        queries, documents, labels = _judgements(examples)
-        scores = _scores(examples, self.wants_scores)
-        items = {**queries, **documents}
-        ids = [*items]
-        prepared = self.preprocessor.prepare([*items.values()], draft=True)
-        lengths, patches = prepared.lengths, prepared.patches
-        seeing = [self.patch_cost * each for each in patches]
-        chunks = cut(lengths, seeing, room_of([*map(add, lengths, seeing)], self.chunk_size, self.chunk_cost))
-        row = {ids[place]: row for row, place in enumerate(chain.from_iterable(chunks))}
+        """Merge equal items, and equal queries with all their documents; see `Collator.__call__`."""
+        queries: dict[int, Item] = {}
+        documents: dict[int, Item] = {}
+        labels: dict[tuple[int, int], int] = {}
+        scores: dict[tuple[int, int], float] = {}
+        check_scores(examples, self.teacher_scores)
+        for example in examples:
+            query = example.query
+            queries.setdefault(query.id, query)
+            for number, item in enumerate(example.documents):
+                documents.setdefault(item.id, item)
+                pair = query.id, item.id
+                # Where examples disagree about a pair, it is a positive, with the highest score.
+                labels[pair] = max(1 if number < len(example.positives) else -1, labels.get(pair, -1))
+                if example.scores is not None:
+                    scores[pair] = max(example.scores[number], scores.get(pair, -math.inf))
+            if self.teacher_scores and len({item.id for item in example.documents}) < 2:
+                raise ValueError(
+                    f"{query.origin}: distillation compares documents, and the row has one. Add negatives."
+                )
+        distinct = {**queries, **documents}
+        order, chunks, images = cut(self.preprocessor.prepare([*distinct.values()], draft=True), self.chunking)
+        ids = [*distinct]
+        row = {ids[number]: row for row, number in enumerate(order)}
         return Batch(
-            chunks=[prepared.chunk(places) for places in chunks],
-            images=prepared.images(room_of([each for each in patches if each], self.chunk_size, self.chunk_cost)),
+            chunks=chunks,
+            images=images,
             queries=torch.tensor([row[query] for query in queries]),
             documents=torch.tensor([row[document] for document in documents], dtype=torch.long),
             query_ids=torch.tensor([*queries]),
             document_ids=torch.tensor([*documents], dtype=torch.long),
             pairs=torch.tensor([*labels], dtype=torch.long).reshape(-1, 2),
             labels=torch.tensor([*labels.values()], dtype=torch.int8),
-            scores=torch.tensor([scores[pair] for pair in labels]) if self.wants_scores else None,
+            scores=torch.tensor([scores[pair] for pair in labels]) if self.teacher_scores else None,
             origins=tuple(example.query.origin for example in examples),
         )
 
+    def load(self, value: Any, split: str) -> EvaluationSet:
+        """See `Collator.load`."""
+        return as_evaluation(value, split)
 
-def check_chunk_size(chunk_size: int | None) -> None:
-    """Refuse a size that no chunk has.
+    def loader(
+        self, evaluation: EvaluationSet, batch_size: int, rank: int, world_size: int, **options: Any
+    ) -> DataLoader:
+        """See `Collator.loader`: queries and corpus, sorted by cost."""
+        items = EvaluationItems(evaluation)
+        costs = [self.preprocessor.cost(item) for _, item in items[range(len(items))]]
+        batches = shard(costs, batch_size, rank, world_size)
+        return DataLoader(items, batch_size=None, sampler=batches, collate_fn=self.collate_items, **options)
 
-    Raises:
-        ValueError: If it is below 1.
-    """
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size is 1 or more, or null for a single chunk; got {chunk_size}.")
-
-
-def room_of(costs: Sequence[float], chunk_size: int | None, chunk_cost: int | None) -> int | None:
-    """Return what a chunk has room for.
-
-    Args:
-        costs: Of the items, or of the images; there may be none.
-        chunk_size: How many of average cost there is room for, at least the most expensive one.
-        chunk_cost: The room, where it is known.
-
-    Returns:
-        None for a single chunk.
-    """
-    if chunk_cost is not None or chunk_size is None:
-        return chunk_cost
-    return math.ceil(max(*costs, 1, chunk_size * sum(costs) / len(costs))) if costs else 1
-
-
-def cut(lengths: Sequence[int], seeing: Sequence[float], room: int | None) -> list[list[int]]:
-    """Group items of similar cost into chunks.
-
-    Args:
-        lengths: Tokens of each item.
-        seeing: What each item's images cost besides, in tokens.
-        room: The most that a chunk may cost: tokens, each item counting as long as its longest, and images. None for a
-            single chunk. An item that costs more has a chunk for itself.
-
-    Returns:
-        The items' places, the most expensive first.
-    """
-    chunks: list[list[int]] = []
-    longest, seen = 0, 0.0
-    for place in sorted(range(len(lengths)), key=lambda place: lengths[place] + seeing[place], reverse=True):
-        longest, seen = max(longest, lengths[place]), seen + seeing[place]
-        if chunks and (room is None or (len(chunks[-1]) + 1) * longest + seen <= room):
-            chunks[-1].append(place)
-        else:
-            chunks.append([place])
-            longest, seen = lengths[place], seeing[place]
-    return chunks
-
-
-class ItemCollator:
-    """Makes an ``ItemBatch`` of items and their row numbers, in a loader worker.
-
-    Args:
-        preprocessor: From items to model inputs.
-    """
-
-    def __init__(self, preprocessor: Preprocessor):
-        self.preprocessor = preprocessor
-
-    def __call__(self, rows: Sequence[tuple[int, Item]]) -> ItemBatch:
+    def collate_items(self, rows: Sequence[tuple[int, Item]]) -> ItemBatch:
         """Preprocess items as one chunk."""
         prepared = self.preprocessor.prepare([item for _, item in rows])
         chunk = prepared.chunk(range(len(rows)))
-        return ItemBatch(chunk, prepared.images(None), torch.tensor([row for row, _ in rows]))
+        return ItemBatch([chunk], prepared.images(None), torch.tensor([row for row, _ in rows]))
 
 
-def _judgements(
-    examples: Sequence[Example],
-) -> tuple[dict[int, Item], dict[int, Item], dict[tuple[int, int], int]]:
-    """Return distinct queries and documents by id, and a label for each judged pair of ids."""
-    queries: dict[int, Item] = {}
-    documents: dict[int, Item] = {}
-    labels: dict[tuple[int, int], int] = {}
+class EvaluationItems(Dataset[list[tuple[int, Item]]]):
+    """The items of an evaluation set, queries first, by lists of row numbers; they come with their numbers."""
+
+    def __init__(self, evaluation: EvaluationSet):
+        self.evaluation = evaluation
+
+    def __len__(self) -> int:
+        return len(self.evaluation.queries) + len(self.evaluation.corpus)
+
+    def __getitem__(self, rows: Iterable[int]) -> list[tuple[int, Item]]:
+        queries, corpus = self.evaluation.queries, self.evaluation.corpus
+        return [(row, queries[row] if row < len(queries) else corpus[row - len(queries)]) for row in rows]
+
+
+def check_scores(examples: Sequence[Example], wanted: bool) -> None:
+    """Refuse examples that have scores which the loss does not want, or lack those that it wants."""
     for example in examples:
-        query = example.query
-        queries.setdefault(query.id, query)
-        documents |= {item.id: item for item in example.documents if item.id not in documents}
-        for item in example.negatives:
-            labels.setdefault((query.id, item.id), -1)
-        for item in example.positives:
-            # What answers a query in any example is no wrong answer to it in another.
-            labels[query.id, item.id] = 1
-    return queries, documents, labels
-
-
-def _scores(examples: Sequence[Example], wanted: bool) -> dict[tuple[int, int], float]:
-    """Return a teacher's score for each judged pair of ids: the highest, where examples disagree."""
-    scores: dict[tuple[int, int], float] = {}
-    for example in examples:
-        query, documents = example.query, example.documents
-        if wanted != (example.scores is not None):
+        if wanted and example.scores is None:
             raise ValueError(
-                f"{query.origin}: the loss distils a teacher's scores, and there are none. Add a column 'scores' (see "
-                "`python -m vlmembed score`), or choose a loss of right and wrong answers."
-                if wanted
-                else f"{query.origin}: scores given but unused. Choose a loss that distils them, such as "
+                f"{example.query.origin}: the loss distils a teacher's scores, and there are none. Add a column "
+                "'scores' (`python -m vlmembed score`), or choose a loss of labels."
+            )
+        if not wanted and example.scores is not None:
+            raise ValueError(
+                f"{example.query.origin}: scores given but unused. Choose a loss that distils them, such as "
                 "vlmembed.losses.ScoreDistillation, or drop the column: Rows(path, columns={scores: null})."
             )
-        if wanted and len({document.id for document in documents}) < 2:
-            raise ValueError(f"{query.origin}: distillation compares documents, and the row has one. Add negatives.")
-        for document, score in zip(documents, example.scores or (), strict=wanted):
-            key = query.id, document.id
-            scores[key] = max(score, scores.get(key, -math.inf))
-    return scores
 
 
-#: Of each pair in a list of some, the number of its query and of its document in the evaluation set.
+#: The number of a pair's query and of its document in the evaluation set, and the pair.
 NumberedPair = tuple[int, int, Pair]
 
 
-class PairCollator(ExampleCollator):
-    """Makes a ``RankingBatch`` of examples, in a loader worker.
-
-    A chunk holds pairs that begin alike, and what they share of their beginning costs nothing again.
+class PairCollator(Collator):
+    """Makes batches for cross-encoders: the pairs of each query and its candidates.
 
     Args:
         preprocessor: From pairs to model inputs.
-        targets: What the loss wants to know of each candidate.
-        chunk_size: How many pairs of average cost a chunk has room for; null for one chunk of everything.
-        chunk_cost: How many tokens a chunk has room for, instead, and how many patches a chunk of images.
-        patch_cost: What a patch costs, in tokens; nothing where the tower is frozen, and keeps no activations.
-        in_batch_negatives: How many documents of other examples each query gets as wrong answers besides its own.
+        label_spec: What the loss wants to know of each candidate.
+        in_batch_negatives: How many documents of other examples each query gets as negatives, besides those of its row.
+        by_document: Whether pairs of one document are scored together when measuring, instead of those of one query.
     """
+
+    distinct_queries = False
 
     def __init__(
         self,
         preprocessor: Preprocessor,
-        targets: LabelSpec,
-        chunk_size: int | None = None,
-        chunk_cost: int | None = None,
-        patch_cost: float = PATCH_COST,
+        label_spec: LabelSpec,
         in_batch_negatives: int = 0,
+        by_document: bool = False,
     ) -> None:
-        check_chunk_size(chunk_size)
+        if in_batch_negatives and label_spec.teacher_scores:
+            raise ValueError(
+                f"in_batch_negatives={in_batch_negatives}: the loss distils a teacher's scores, and it has none of "
+                "other rows' documents. Set in_batch_negatives: 0."
+            )
         self.preprocessor = preprocessor
-        self.targets = targets
-        self.chunk_size = chunk_size
-        self.chunk_cost = chunk_cost
-        self.patch_cost = patch_cost
+        self.label_spec = label_spec
+        self.teacher_scores = label_spec.teacher_scores
         self.in_batch_negatives = in_batch_negatives
+        self.by_document = by_document
 
     def __call__(self, examples: Sequence[Example]) -> RankingBatch:
-        """Pair each query with its candidates, equal pairs once.
-
-        Raises:
-            ValueError: If a pair cannot be preprocessed, or an example does not say what the loss wants to know.
-        """
+        """Pair each query with its candidates, equal pairs once; see `Collator.__call__`."""
         targets: dict[tuple[int, int], float] = {}
         pairs: dict[tuple[int, int], Pair] = {}
-        for example in self._with_negatives(examples):
-            for document, target in candidates_of(example, self.targets):
+        extended = self._with_negatives(examples) if self.in_batch_negatives else examples
+        self._check_labels(extended)
+        for example in extended:
+            for document, target in zip(example.documents, example.scores or example.grades, strict=True):
                 key = example.query.id, document.id
                 pairs.setdefault(key, Pair(example.query, document))
-                # What answers a query in any example is no wrong answer to it in another.
+                # Where examples disagree about a pair, the highest counts: a positive is no negative.
                 targets[key] = max(target, targets.get(key, -math.inf))
-        prepared = self.preprocessor.prepare([*pairs.values()], draft=True)
-        rows = _cut(prepared, self.chunk_size, self.chunk_cost, self.patch_cost)
+        order, chunks, images = cut(self.preprocessor.prepare([*pairs.values()], draft=True), self.chunking)
         keys = [*pairs]
-        order = [keys[row] for chunk in rows for row in chunk]
         return RankingBatch(
-            chunks=[prepared.chunk(chunk) for chunk in rows],
-            images=_images(prepared, self.chunk_size, self.chunk_cost),
-            queries=torch.tensor([query for query, _ in order]),
-            documents=torch.tensor([document for _, document in order]),
-            targets=torch.tensor([targets[key] for key in order]),
+            chunks=chunks,
+            images=images,
+            queries=torch.tensor([keys[row][0] for row in order]),
+            documents=torch.tensor([keys[row][1] for row in order]),
+            targets=torch.tensor([targets[keys[row]] for row in order]),
             origins=tuple(example.query.origin for example in examples),
         )
 
     def check(self, example: Example) -> None:
-        """See `ExampleCollator.check`: a query that has one candidate by itself gets others from the batch."""
-        several = self.targets.needs_several and not self.in_batch_negatives
-        PairCollator(self.preprocessor, replace(self.targets, needs_several=several))([example])
+        """See `Collator.check`: a query that has one candidate by itself gets others from the batch."""
+        several = self.label_spec.needs_several and not self.in_batch_negatives
+        PairCollator(self.preprocessor, replace(self.label_spec, needs_several=several))([example])
 
-    def _with_negatives(self, examples: Sequence[Example]) -> Iterator[Example]:
+    def _check_labels(self, examples: Sequence[Example]) -> None:
+        """Refuse examples that do not say what the loss wants to know."""
+        spec = self.label_spec
+        check_scores(examples, spec.teacher_scores)
+        for example in examples:
+            origin, documents, labels = example.query.origin, example.documents, example.grades
+            if spec.needs_several and len(documents) < 2:
+                raise ValueError(
+                    f"{origin}: the query has one candidate, and this loss compares several. Add negatives, or group "
+                    "the rows of a query with vlmembed.data.GroupByQuery."
+                )
+            if spec.teacher_scores:
+                continue
+            for document, label in zip(documents, labels, strict=True):
+                if not 0 <= label <= spec.largest:
+                    raise ValueError(
+                        f"{document.origin or origin}: label {label:g} is outside of what this loss takes, 0 to "
+                        f"{spec.largest:g}."
+                    )
+            if spec.needs_positive and max(labels) <= 0:
+                raise ValueError(
+                    f"{origin}: none of the query's {len(documents)} candidates has a label above 0, and this loss "
+                    "needs a positive. Remove the row, group the rows of a query with vlmembed.data.GroupByQuery, or "
+                    "take a pointwise loss such as BinaryCrossEntropy."
+                )
+
+    def _with_negatives(self, examples: Sequence[Example]) -> list[Example]:
         """Give each example documents of the others, the same ones whenever the batch is made."""
-        if not self.in_batch_negatives:
-            yield from examples
-            return
-        documents = {document.id: document for example in examples for document in example.documents}
-        answers: dict[int, set[int]] = {}
+        documents: dict[int, Item] = {}
+        candidates: dict[int, set[int]] = {}
         for example in examples:
-            answers.setdefault(example.query.id, set()).update(document.id for document in example.documents)
+            documents |= {item.id: item for item in example.documents}
+            candidates.setdefault(example.query.id, set()).update(item.id for item in example.documents)
+        extended = []
         for example in examples:
-            others = [each for each in documents if each not in answers[example.query.id]]
-            draw = random.Random(example.query.id)
-            drawn = draw.sample(others, min(self.in_batch_negatives, len(others)))
+            query = example.query.id
+            others = [document for document in documents if document not in candidates[query]]
+            drawn = random.Random(query).sample(others, min(self.in_batch_negatives, len(others)))
             labels = None if example.labels is None else example.labels + (0.0,) * len(drawn)
-            negatives = example.negatives + tuple(documents[each] for each in drawn)
-            yield replace(example, negatives=negatives, labels=labels)
+            negatives = example.negatives + tuple(documents[document] for document in drawn)
+            extended.append(replace(example, negatives=negatives, labels=labels))
+        return extended
 
+    def load(self, value: Any, split: str) -> RerankingSet:
+        """See `Collator.load`."""
+        return as_reranking(value, split)
 
-class EvaluationPairCollator:
-    """Makes a ``PairBatch`` of numbered pairs, in a loader worker.
+    def loader(
+        self, evaluation: RerankingSet, batch_size: int, rank: int, world_size: int, **options: Any
+    ) -> DataLoader:
+        """See `Collator.loader`: pairs that share a query, or a document, one after the other."""
+        pairs = EvaluationPairs(evaluation, self.by_document)
+        count = world_size * -(-len(pairs) // (batch_size * CHUNKS_PER_BATCH * world_size))
+        edges = [len(pairs) * number // count for number in range(count + 1)]
+        batches = [[*range(*edges[number : number + 2])] or [0] for number in range(rank, count, world_size)]
+        collate = partial(self.collate_pairs, chunking=Chunking(batch_size, patch_cost=0.0))
+        return DataLoader(pairs, batch_size=None, sampler=batches, collate_fn=collate, **options)
 
-    Args:
-        preprocessor: From pairs to model inputs.
-        chunk_size: How many pairs of average cost a chunk has room for.
-    """
-
-    def __init__(self, preprocessor: Preprocessor, chunk_size: int) -> None:
-        self.preprocessor = preprocessor
-        self.chunk_size = chunk_size
-
-    def __call__(self, pairs: Sequence[NumberedPair]) -> PairBatch:
+    def collate_pairs(self, pairs: Sequence[NumberedPair], chunking: Chunking) -> PairBatch:
         """Preprocess pairs, and their distinct images once."""
-        prepared = self.preprocessor.prepare([pair for _, _, pair in pairs])
-        chunks = _cut(prepared, self.chunk_size, None, 0.0)
-        rows = [pairs[row][:2] for chunk in chunks for row in chunk]
-        images = _images(prepared, self.chunk_size, None)
-        return PairBatch([prepared.chunk(chunk) for chunk in chunks], images, torch.tensor(rows))
+        order, chunks, images = cut(self.preprocessor.prepare([pair for _, _, pair in pairs]), chunking)
+        return PairBatch(chunks, images, torch.tensor([pairs[row][:2] for row in order]))
 
 
-class PairLists(Dataset[list[NumberedPair]]):
-    """The pairs of a reranking set by lists of numbers.
-
-    Args:
-        reranking: The queries and their candidates.
-        by_document: Whether pairs of one document stand together, instead of those of one query.
-    """
+class EvaluationPairs(Dataset[list[NumberedPair]]):
+    """The pairs of a reranking set by lists of numbers, those of one query, or of one document, next to each other."""
 
     def __init__(self, reranking: RerankingSet, by_document: bool = False) -> None:
         self.evaluation = reranking.evaluation
-        self.pairs = [(query, column) for query, found in enumerate(reranking.candidates) for column in found]
+        self.pairs = [(query, column) for query, row in enumerate(reranking.candidates) for column in row]
         if by_document:
             self.pairs.sort(key=lambda pair: pair[1])
 
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, numbers: Sequence[int]) -> list[NumberedPair]:
+    def __getitem__(self, numbers: Iterable[int]) -> list[NumberedPair]:
         chosen = [self.pairs[number] for number in numbers]
-        # Each item is read once, whatever it is paired with.
+        # An item is read once, whatever it is paired with.
         queries = {query: self.evaluation.queries[query] for query in {query for query, _ in chosen}}
         documents = {column: self.evaluation.corpus[column] for column in {column for _, column in chosen}}
         return [(query, column, Pair(queries[query], documents[column])) for query, column in chosen]
-
-
-def _cut(prepared: Prepared, chunk_size: int | None, chunk_cost: int | None, patch_cost: float) -> list[list[int]]:
-    """Group neighbours into chunks of about equal cost; see `PairCollator`."""
-    order, lengths, patches = prepared.order, prepared.lengths, prepared.patches
-    whole = [lengths[row] + patch_cost * patches[row] for row in order]
-    new = [cost - shared for cost, shared in zip(whole, prepared.shared(order), strict=True)]
-    room = room_of(new, chunk_size, chunk_cost)
-    chunks: list[list[int]] = []
-    taken = 0.0
-    for place, row in enumerate(order):
-        if chunks and (room is None or taken + new[place] <= room):
-            chunks[-1].append(row)
-            taken += new[place]
-        else:
-            chunks.append([row])
-            taken = whole[place]
-    return chunks
-
-
-def _images(prepared: Prepared, chunk_size: int | None, chunk_cost: int | None) -> list[Inputs]:
-    return prepared.images(room_of([each for each in prepared.patches if each], chunk_size, chunk_cost))

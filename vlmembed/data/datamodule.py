@@ -9,28 +9,17 @@ from typing import Any, Literal
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
-from vlmembed.data.collate import PATCH_COST, ExampleCollator
+from vlmembed.data.collate import Collator
 from vlmembed.data.evaluation import EvaluationSource, RerankingSource
-from vlmembed.data.sampling import (
-    BadRowFile,
-    Batches,
-    ExampleLists,
-    ReadableRows,
-    ResumableLoader,
-    SkipBadRows,
-    own_generator,
-)
+from vlmembed.data.sampling import Batches, ResumableLoader, RowLists, seeded_generator
 from vlmembed.data.sources import Mixture, Rows, Source
-from vlmembed.types import Chunking
 from vlmembed.training.signals import leave_stopping_to_parent
-from vlmembed.types import Preprocessor
+from vlmembed.training.bad_rows import BadRowFile, ReadableRows, SkipBadRows
+from vlmembed.types import PATCH_COST, Chunking
 
 Training = str | Source | list[str | Source]
 Evaluation = str | Source | EvaluationSource | RerankingSource
 Evaluations = Evaluation | list[Evaluation]
-
-#: The split that a bare path means in ``val`` and ``test``.
-SPLITS = {"val": "validation", "test": "test"}
 
 
 class RetrievalDataModule(LightningDataModule):
@@ -38,7 +27,8 @@ class RetrievalDataModule(LightningDataModule):
 
     Where a path is a data set with several splits, ``train``, ``val`` and ``test`` mean its ``train``, ``validation``
     and ``test``; write a ``vlmembed.data.Rows`` for another. Use ``Trainer(use_distributed_sampler=False)``: batches
-    are cut for the processes here.
+    are cut for the processes here. `vlmembed.trainer.Trainer` sets ``collator`` to the model's; with another trainer,
+    set it before anything runs.
 
     Args:
         train: Training rows: a JSONL, CSV or Parquet file, a saved data set, a Hub id, a ``vlmembed.data.Source`` (a
@@ -48,7 +38,7 @@ class RetrievalDataModule(LightningDataModule):
             ``vlmembed.data.RerankingRun``; or a list of these.
         test: What to measure on with ``test``, and to embed with ``predict`` (which takes ``val`` if there is no
             ``test``). As ``val``.
-        batch_size: Training rows per process and step; every other row's documents are negatives.
+        batch_size: Training rows per process and step; the documents of all other rows are negatives.
         chunk_size: Items of average cost that go through the model at once in training: more short texts, fewer large
             images. ``auto`` measures what memory allows. Changes memory and speed, never the gradient. Null for the
             whole batch.
@@ -87,17 +77,23 @@ class RetrievalDataModule(LightningDataModule):
         self.test = test
         self.batch_size = batch_size
         self.chunk_size = chunk_size
-        #: What ``auto`` turned out to be: the tokens of a chunk. The module that is trained measures it.
-        self.collator = None
-        self.chunking = Chunking(chunk_size if isinstance(chunk_size, int) else None)
-        #: What a patch costs; the module that is trained knows whether its vision tower is.
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
         self.seed = seed
         self.on_bad_row = on_bad_row
         self.max_bad_rows = max_bad_rows
+        #: Makes batches of the model's kind.
+        self.collator: Collator | None = None
+        #: The tokens of a chunk, where ``chunk_size: auto`` has measured them.
+        self.chunk_tokens: int | None = None
+        self.patch_cost = PATCH_COST
         #: Of each stage (``val``, ``test``, ``predict``), its evaluation sets, one per loader.
         self.evaluations: dict[str, list[Any]] = {}
+
+    def set_chunking(self, tokens: int | None, patch_cost: float) -> None:
+        """Take what was measured on the model; see `Chunking`. A number in ``chunk_size`` takes precedence."""
+        self.chunk_tokens = tokens
+        self.patch_cost = patch_cost
 
     def setup(self, stage: str) -> None:
         """Open what the stage needs.
@@ -105,16 +101,30 @@ class RetrievalDataModule(LightningDataModule):
         Raises:
             ValueError: If something is missing, cannot be read, or two evaluation sets of a stage have one name.
         """
-        self._task = self.collator
         if stage == "fit":
             self._mixture = as_mixture(self.train)
         if stage == "validate" or (stage == "fit" and self.val is not None):
-            self.evaluations.setdefault("val", load_evaluations(self._task, self.val, SPLITS["val"]))
-        if stage == "test":
-            self.evaluations.setdefault("test", load_evaluations(self._task, self.test, SPLITS["test"]))
-        if stage == "predict":
-            asked, split = (self.val, "val") if self.test is None else (self.test, "test")
-            self.evaluations.setdefault("predict", load_evaluations(self._task, asked, SPLITS[split]))
+            self._load("val", self.val, "validation")
+        elif stage == "test":
+            self._load("test", self.test, "test")
+        elif stage == "predict":
+            self._load("predict", *((self.val, "validation") if self.test is None else (self.test, "test")))
+
+    def _load(self, stage: str, value: Evaluations | None, split: str) -> None:
+        """Load the evaluation sets of a stage, once."""
+        if value is None or value == []:
+            raise ValueError(
+                "There is nothing to measure on: give data.val to validate, data.test to test, either to predict."
+            )
+        if stage not in self.evaluations:
+            values = value if isinstance(value, list) else [value]
+            sets = [self._collator.load(single, split) for single in values]
+            name, count = Counter(evaluation.name for evaluation in sets).most_common(1)[0]
+            if count > 1:
+                raise ValueError(
+                    f"{count} evaluation sets are called {name!r}; give their EvaluationFolder or -Rows a name."
+                )
+            self.evaluations[stage] = sets
 
     @property
     def steps_per_epoch(self) -> int:
@@ -123,36 +133,27 @@ class RetrievalDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Return the loader of training batches."""
-        if self._trainer.overfit_batches:
-            # Lightning would replace the sampler by one that knows no batches.
-            raise ValueError("trainer.overfit_batches is not supported; train on a small file instead.")
-        examples, collate = ExampleLists(self._mixture), self._collator()
-        skips = self.on_bad_row == "skip"
-        if skips:
-            folder = Path(self._trainer.log_dir or self._trainer.default_root_dir)
-            self._bad_rows = BadRowFile(folder, self.max_bad_rows)
+        trainer, collator = self._trainer, self._collator
+        if trainer.overfit_batches:
+            raise ValueError(
+                "trainer.overfit_batches is not supported: Lightning would replace the sampler by one that knows no "
+                "batches. Train on a small file instead."
+            )
+        if self.chunk_size == "auto" and self.chunk_tokens is None:
+            raise ValueError("chunk_size: auto needs a vlmembed module to measure it; give a number, or null.")
+        size = None if self.chunk_size == "auto" else self.chunk_size
+        tokens = self.chunk_tokens if self.chunk_size == "auto" else None
+        collator.chunking = Chunking(size, tokens, self.patch_cost)
+        if self.on_bad_row == "skip":
+            self._bad_rows = BadRowFile(Path(trainer.log_dir or trainer.default_root_dir), self.max_bad_rows)
         return ResumableLoader(
-            ReadableRows(examples) if skips else examples,
+            ReadableRows(self._mixture) if self.on_bad_row == "skip" else RowLists(self._mixture),
+            batch_size=None,
             sampler=self._batches(),
-            collate_fn=SkipBadRows(collate) if skips else collate,
+            collate_fn=SkipBadRows(collator, collator.check) if self.on_bad_row == "skip" else collator,
             persistent_workers=self.num_workers > 0,
             **self._loader_options,
         )
-
-    def set_chunking(self, tokens, patch_cost):
-        self.chunking = Chunking(self.chunking.size, tokens, patch_cost)
-
-    def _collator(self):
-        self.collator.chunking = self.chunking
-        return self.collator
-
-    def state_dict(self) -> dict[str, Any]:
-        """Keep the size of chunks, so that a resumed run cuts the same."""
-        return {"tokens": self.chunking.tokens}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what a checkpoint says."""
-        self.chunking = Chunking(self.chunking.size, state_dict["tokens"], self.chunking.patch_cost)
 
     def val_dataloader(self) -> list[DataLoader]:
         """Return a loader for each validation set: its queries and corpus, sorted by cost."""
@@ -166,6 +167,14 @@ class RetrievalDataModule(LightningDataModule):
         """Return a loader for each set to embed."""
         return self._evaluation_loaders("predict")
 
+    def state_dict(self) -> dict[str, Any]:
+        """Save the size of chunks, so that a resumed run cuts the same."""
+        return {"chunk_tokens": self.chunk_tokens}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what a checkpoint says."""
+        self.chunk_tokens = state_dict["chunk_tokens"]
+
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Write down the rows that a training batch lacks, when its step begins: not when a worker reads ahead."""
         if getattr(batch, "bad_rows", ()):
@@ -177,33 +186,40 @@ class RetrievalDataModule(LightningDataModule):
         return batch
 
     def _batches(self) -> Batches:
-        trainer = self._trainer
-        rank, world_size = trainer.global_rank, trainer.world_size
-        return Batches(self._mixture, self.batch_size, self.seed, rank, world_size, self._task.distinct_queries)
+        rank, world_size = self._trainer.global_rank, self._trainer.world_size
+        distinct = self._collator.distinct_queries
+        return Batches(self._mixture, self.batch_size, self.seed, rank, world_size, distinct)
 
     def _evaluation_loaders(self, stage: str) -> list[DataLoader]:
         rank, world_size = self._trainer.global_rank, self._trainer.world_size
         return [
-            self._task.loader(each, self.eval_batch_size, rank, world_size, **self._loader_options)
-            for each in self.evaluations.get(stage, [])
+            self._collator.loader(evaluation, self.eval_batch_size, rank, world_size, **self._loader_options)
+            for evaluation in self.evaluations.get(stage, [])
         ]
 
     @property
     def _loader_options(self) -> dict[str, Any]:
-        on_gpu = self._trainer.strategy.root_device.type == "cuda"
         return {
-            "batch_size": None,
             "num_workers": self.num_workers,
-            "pin_memory": on_gpu,
-            "generator": own_generator(self.seed),
+            "pin_memory": self._trainer.strategy.root_device.type == "cuda",
+            "generator": seeded_generator(self.seed),
             "worker_init_fn": leave_stopping_to_parent,
         }
 
     @property
     def _trainer(self) -> Any:
         if self.trainer is None:
-            raise ValueError("The data module needs a Trainer: it asks it for rank, device and preprocessor.")
+            raise ValueError("The data module needs a Trainer: it asks it for rank and device.")
         return self.trainer
+
+    @property
+    def _collator(self) -> Collator:
+        if self.collator is None:
+            raise ValueError(
+                "The data module has no collator, so it cannot make batches. vlmembed.trainer.Trainer sets it; with "
+                "another trainer, write datamodule.collator = model.collator() before anything runs."
+            )
+        return self.collator
 
 
 def as_mixture(train: Training | None) -> Mixture:
@@ -212,30 +228,8 @@ def as_mixture(train: Training | None) -> Mixture:
     Raises:
         ValueError: If there is nothing.
     """
-    given = train if isinstance(train, list) else [train]
-    sources = [Rows(one) if isinstance(one, str) else one for one in given if one is not None]
+    values = train if isinstance(train, list) else [train]
+    sources = [Rows(value) if isinstance(value, str) else value for value in values if value is not None]
     if not sources:
         raise ValueError("data.train is not given: fit needs training rows.")
     return sources[0] if len(sources) == 1 and isinstance(sources[0], Mixture) else Mixture(sources)
-
-
-def load_evaluations(task, given: Evaluations | None, split: str) -> list[Any]:
-    """Load the evaluation sets of a stage.
-
-    Args:
-        task: What they are for.
-        given: What the YAML says.
-        split: What to take of a data set that is given by its path and has several splits.
-
-    Raises:
-        ValueError: If there is nothing, or two sets have one name and would share their metrics.
-    """
-    if given is None or given == []:
-        raise ValueError(
-            "There is nothing to measure on: give data.val to validate, data.test to test, either to predict."
-        )
-    sets = [task.load(one, split) for one in (given if isinstance(given, list) else [given])]
-    name, count = Counter(one.name for one in sets).most_common(1)[0]
-    if count > 1:
-        raise ValueError(f"{count} evaluation sets are called {name!r}; give their EvaluationFolder or -Rows a name.")
-    return sets

@@ -1,6 +1,6 @@
 """Handwritten numbers: real handwriting to retrieve, with no network and no GPU.
 
-The query "four zero seven" is answered by pictures of the number 407. Its digits come from the 1,797 scans of 8×8
+The query "four zero seven" is answered by images of the number 407. Its digits come from the 1,797 scans of 8×8
 pixels that scikit-learn carries (Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998).
 
 Training, validation and test share no number to search for and no scan: a model that scores well has read digits that
@@ -10,6 +10,7 @@ it never saw, in combinations that it never saw.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
@@ -25,8 +26,8 @@ Split = Literal["train", "val", "test"]
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIGITS = 3
-#: Width and height in pixels of a digit's place in a picture: one language token of Qwen3-VL.
-PLACE = 32
+#: Width and height in pixels that a digit has in an image: one language token of Qwen3-VL.
+CELL = 32
 SMALLEST = 28
 
 #: Where each split begins and ends in the shuffled numbers, and in the shuffled scans.
@@ -37,8 +38,7 @@ SCAN_SPLITS: dict[Split, slice] = {"test": slice(0, 270), "val": slice(270, 400)
 @cache
 def numbers(split: Split) -> tuple[int, ...]:
     """Return the numbers that are queries of a split. The same ones always: no seed can mix training and test."""
-    shuffled = np.random.default_rng(0).permutation(10**DIGITS)
-    return tuple(int(number) for number in shuffled[NUMBER_SPLITS[split]])
+    return tuple(np.random.default_rng(0).permutation(10**DIGITS)[NUMBER_SPLITS[split]].tolist())
 
 
 @cache
@@ -50,7 +50,7 @@ def scans() -> tuple[list[Image.Image], np.ndarray]:
 
 @cache
 def scans_of(split: Split) -> tuple[np.ndarray, ...]:
-    """Return, for each digit, the indexes of its scans in a split: the same ones always, see ``numbers``."""
+    """Return, for each digit, the indexes of its scans in a split: the same ones always, see `numbers`."""
     target = scans()[1]
     within = np.random.default_rng(1).permutation(len(target))[SCAN_SPLITS[split]]
     return tuple(within[target[within] == digit] for digit in range(10))
@@ -62,30 +62,19 @@ def in_words(number: int) -> str:
 
 
 def write(number: int, split: Split, generator: np.random.Generator) -> Image.Image:
-    """Write a number by hand: RGB, 96×32 pixels.
-
-    Args:
-        number: What to write, with leading zeros.
-        split: Whose scans to write with.
-        generator: Draws the scans.
-    """
+    """Write a number by hand, with leading zeros and a split's scans: RGB, 96×32 pixels."""
     return paste([generator.choice(scans_of(split)[int(digit)]) for digit in f"{number:0{DIGITS}}"], generator)
 
 
 def paste(chosen: Sequence[int], generator: np.random.Generator) -> Image.Image:
-    """Paste scans side by side, each enlarged and moved a little differently.
-
-    Args:
-        chosen: Indexes of the scans, from left to right.
-        generator: Draws sizes and places.
-    """
-    picture = Image.new("L", (PLACE * len(chosen), PLACE), color=255)
+    """Paste scans side by side, enlarged and moved a little differently."""
+    image = Image.new("L", (CELL * len(chosen), CELL), color=255)
     for column, index in enumerate(chosen):
-        size = int(generator.integers(SMALLEST, PLACE + 1))
-        left, top = (int(shift) for shift in generator.integers(PLACE - size + 1, size=2))
+        size = int(generator.integers(SMALLEST, CELL + 1))
+        left, top = (int(shift) for shift in generator.integers(CELL - size + 1, size=2))
         scan = scans()[0][index].resize((size, size), Image.Resampling.BICUBIC)
-        picture.paste(scan, (column * PLACE + left, top))
-    return picture.convert("RGB")
+        image.paste(scan, (column * CELL + left, top))
+    return image.convert("RGB")
 
 
 def query(number: int, origin: str) -> Item:
@@ -93,19 +82,19 @@ def query(number: int, origin: str) -> Item:
     return Item("query", (Part("text", in_words(number)),), origin)
 
 
+@dataclass(eq=False)
 class HandwrittenNumbers(Source):
-    """Training rows: a number in words, and a fresh picture of it.
+    """Training rows: a number in words, and a fresh image of it.
 
     700 of the 1,000 three-digit numbers come up, in turn; the other 300 belong to ``HandwrittenNumbersEvaluation``.
 
     Args:
-        size: Rows. No picture repeats, so one long epoch sees more handwriting than many short ones.
-        seed: Draws the pictures.
+        size: Rows. No image repeats, so one long epoch sees more handwriting than many short ones.
+        seed: Draws the images.
     """
 
-    def __init__(self, size: int = 12_800, seed: int = 0) -> None:
-        self.size = size
-        self.seed = seed
+    size: int = 12_800
+    seed: int = 0
 
     def __len__(self) -> int:
         return self.size
@@ -113,56 +102,53 @@ class HandwrittenNumbers(Source):
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < self.size:
             raise IndexError(f"row {index} of {self.size} handwritten numbers")
-        origin = f"HandwrittenNumbers(seed={self.seed}), row {index}"
-        picture = write(self._number(index), "train", np.random.default_rng([self.seed, index]))
-        return Example(query(self._number(index), origin), (Item("document", (Part("image", picture),), origin),))
+        (asked,) = self.read_queries([index])
+        number = numbers("train")[index % len(numbers("train"))]
+        image = write(number, "train", np.random.default_rng([self.seed, index]))
+        return Example(asked, (Item("document", (Part("image", image),), asked.origin),))
 
-    def query_id(self, index: int) -> int:
-        """Return the id of a row's query, without drawing its picture."""
-        return query(self._number(index), "").id
-
-    def _number(self, index: int) -> int:
-        return numbers("train")[index % len(numbers("train"))]
+    def read_queries(self, indices: Sequence[int]) -> list[Item]:
+        """Return the queries of some rows, without drawing their images."""
+        train, name = numbers("train"), f"HandwrittenNumbers(seed={self.seed})"
+        return [query(train[index % len(train)], f"{name}, row {index}") for index in indices]
 
 
+@dataclass(eq=False)
 class HandwrittenNumbersEvaluation(EvaluationSource):
-    """Numbers in words, to find among pictures that are written with scans held out of training.
+    """Numbers in words, to find among images that are written with scans held out of training.
 
-    ``test`` has 200 numbers with 5 pictures each, among 1,000 pictures of other numbers; ``val`` has 100 with 2 each,
-    among 300. No number of either is ever trained on, and they share no number and no scan.
+    ``test`` has 200 numbers with 5 images each, among 1,000 images of other numbers; ``val`` has 100 with 2 each, among
+    300. No number of either is ever trained on, and they share no number and no scan.
 
     Args:
         split: Which of the two.
-        seed: Draws the pictures.
+        seed: Draws the images.
     """
 
-    def __init__(self, split: Literal["val", "test"] = "test", seed: int = 0) -> None:
-        self.split: Literal["val", "test"] = split
-        self.seed = seed
-        self.pictures, self.distractors = {"val": (2, 300), "test": (5, 1_000)}[split]
+    split: Literal["val", "test"] = "test"
+    seed: int = 0
 
     def load(self) -> EvaluationSet:
-        """Draw the pictures and say which number each one shows."""
+        """Draw the images and say which number each one shows."""
+        copies, distractors = {"val": (2, 300), "test": (5, 1_000)}[self.split]
         asked = numbers(self.split)
         generator = np.random.default_rng([self.seed, 10**DIGITS])
-        # Validation shows no number of the test, not even as a wrong answer.
+        # Validation shows no number of the test, not even as a negative.
         others = np.setdiff1d(np.arange(10**DIGITS), asked + numbers("test"))
-        shown = [*np.repeat(asked, self.pictures), *generator.choice(others, self.distractors)]
+        shown = [*np.repeat(asked, copies), *generator.choice(others, distractors)]
         names = [f"{number:0{DIGITS}}-{row}" for row, number in enumerate(shown)]
         origin = f"HandwrittenNumbersEvaluation(split={self.split}, seed={self.seed})"
-        corpus = [
-            Item("document", (Part("image", write(int(number), self.split, generator)),), f"{origin}, {name}")
-            for number, name in zip(shown, names, strict=True)
-        ]
         query_names = [f"{number:0{DIGITS}}" for number in asked]
         return EvaluationSet(
             name="handwritten-numbers",
             queries=[query(number, f"{origin}, {in_words(number)}") for number in asked],
-            corpus=corpus,
+            corpus=[
+                Item("document", (Part("image", write(int(number), self.split, generator)),), f"{origin}, {name}")
+                for number, name in zip(shown, names, strict=True)
+            ],
             query_names=query_names,
             document_names=names,
             qrels={
-                query_name: dict.fromkeys(names[row : row + self.pictures], 1)
-                for query_name, row in zip(query_names, range(0, len(names), self.pictures), strict=False)
+                name: dict.fromkeys(names[copies * row : copies * (row + 1)], 1) for row, name in enumerate(query_names)
             },
         )

@@ -1,4 +1,4 @@
-"""Where training rows come from."""
+"""Sources of training rows: files, folders and the Hub; mixtures of sources, and rows grouped by query."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import json
 import os
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
@@ -17,20 +17,24 @@ from typing import Any, BinaryIO, TypeAlias
 import datasets
 import numpy as np
 
-from vlmembed.data.cells import to_item
-from vlmembed.data.columns import check_columns, labels_of, to_example
-from vlmembed.media import Folder, folder_of
+from vlmembed.data.cells import Cell, Folder, to_items
+from vlmembed.data.columns import check_columns, labelled, to_examples
+from vlmembed.media import limit
 from vlmembed.types import Example, Item
 
-#: Stands for the id of a query that has not been read. Ids are 0 or more.
-UNREAD = -1
+#: The most bytes that a line of a JSONL or TSV file may have.
+MAX_LINE_BYTES = limit("VLMEMBED_MAX_LINE_BYTES", 2**26)
+
+
+#: Bounds the memory of reading the queries of a whole source.
+ROWS_AT_ONCE = 1024
 
 
 class Source(ABC):
     """Training rows by number. Goes to loader workers: it must pickle. Subclass it to train on anything.
 
     A ``ValueError`` of ``__getitem__`` says that the row cannot be used, and names it; see ``on_bad_row`` of the data
-    module.
+    module. Batches are read by ``__getitems__``, PyTorch's protocol: override it where that is faster.
     """
 
     @property
@@ -44,45 +48,36 @@ class Source(ABC):
     @abstractmethod
     def __getitem__(self, index: int) -> Example: ...
 
-    def query_id(self, index: int) -> int:
-        """Return ``Item.id`` of the row's query: no batch asks one query twice. Override it where that is cheaper.
+    def __getitems__(self, indices: Sequence[int]) -> list[Example]:
+        return [self[index] for index in indices]
 
-        A row whose query cannot be read asks something of its own, so that it comes up, and reading it says what is
-        wrong.
+    def read_queries(self, indices: Sequence[int]) -> list[Item]:
+        """Return the queries of some rows; override it where that is cheaper than reading the rows."""
+        return [example.query for example in self.__getitems__(indices)]
+
+    def query_ids(self, indices: Sequence[int]) -> list[int]:
+        """Return ``Item.id`` of some rows' queries: no batch holds one query twice.
+
+        A row whose query cannot be read has a number below 0 for itself, so that it comes up, and reading it says what
+        is wrong.
         """
-        try:
-            return self[index].query.id
-        except ValueError:
-            return own_id(index)
+        ids: list[int] = []
+        for start in range(0, len(indices), ROWS_AT_ONCE):
+            piece = indices[start : start + ROWS_AT_ONCE]
+            try:
+                ids += [query.id for query in self.read_queries(piece)]
+            except ValueError:
+                for index in piece:  # One of them cannot be read.
+                    ids += [-1 - index] if len(piece) == 1 else self.query_ids([index])
+        return ids
 
 
-def own_id(index: int) -> int:
-    """Return a number that no query has, and no other row of the source."""
-    return UNREAD - 1 - index
-
-
-def read(source: Source, index: int) -> Example:
-    """Read a row whose items all say where they came from, whether the source says it or not."""
-    example = source[index]
-    if all(item.origin for item in (example.query, *example.documents)):
-        return example
-
-    def named(item: Item) -> Item:
-        return replace(item, origin=item.origin or f"{source.name}, row {index + 1}")
-
-    positives, negatives = (tuple(map(named, items)) for items in (example.positives, example.negatives))
-    return replace(example, query=named(example.query), positives=positives, negatives=negatives)
-
-
+@dataclass(eq=False)
 class Rows(Source):
     """Training rows from a file, a folder or the Hub.
 
-    Columns are ``query``, ``positive`` (a list is several right answers) and optionally ``negative``, ``negative_1``
-    … ``negative_n``, or a list ``negatives``; or ``query``, ``document`` and ``label``: 0 for a wrong answer and 1, or
-    any grade above 0, for a right one; or a list of documents with a list of as many labels. ``scores`` is a list of a
-    teacher's scores of the row's documents (positives and then negatives). A cell is a string, an image, a mapping
-    with any of ``text``, ``image``, ``video``, or a list of chat content parts. In a file, an image or video is a path
-    relative to it.
+    Columns are ``query``, ``positive`` and optionally ``negative``, ``negative_0`` … ``negative_n``, or a list
+    ``negatives``; or ``query``, ``document`` and ``label``; and ``scores``. See vlmembed/data/README.md.
 
     Args:
         path: A JSONL, CSV or Parquet file, a folder written by ``save_to_disk``, or a folder or Hub id that
@@ -90,23 +85,14 @@ class Rows(Source):
         split: Which split of a data set that has several; a file, or one saved data set, is read whole.
         subset: Which configuration of a data set that has several.
         columns: New names for columns, ``{question: query}``; null drops a column.
-        allow_outside: Folders outside of the file's own (or the data set's) whose images and videos the rows may name;
-            they would be refused otherwise.
+        allow_outside: Folders outside of the file's (or the data set's) whose images and videos the rows may name.
     """
 
-    def __init__(
-        self,
-        path: str,
-        split: str = "train",
-        subset: str | None = None,
-        columns: dict[str, str | None] | None = None,
-        allow_outside: list[str] | None = None,
-    ):
-        self.path = path
-        self.split = split
-        self.subset = subset
-        self.columns = columns or {}
-        self.allow_outside = allow_outside
+    path: str
+    split: str = "train"
+    subset: str | None = None
+    columns: dict[str, str | None] | None = None
+    allow_outside: list[str] | None = None
 
     @property
     def name(self) -> str:
@@ -114,79 +100,55 @@ class Rows(Source):
         return Path(self.path).stem
 
     def __len__(self) -> int:
-        return len(self._table)
+        return len(self._opened[0])
 
     def __getitem__(self, index: int) -> Example:
-        row = self._read(self._table, index)
-        missing = [column for column in self._names if column not in row]
-        extra = [column for column in row if column not in self._names and column not in self.columns]
-        if missing or extra:
-            which = (
-                f"lacks column {missing[0]!r} of row 1" if missing else f"has a column {extra[0]!r} that row 1 lacks"
-            )
-            raise ValueError(f"{self._origin(index)} {which}; every row needs the same columns.")
-        renamed = {new: row[old] for old, new in self._names.items()}
-        return to_example(renamed, self._folder, self._origin(index))
+        return self.__getitems__([index])[0]
 
-    def query_id(self, index: int) -> int:
-        """See ``Source.query_id``; read once, and without the other columns where the file allows it."""
-        if self._query_ids[index] == UNREAD:
-            self._query_ids[index] = self._ask(index)
-        return int(self._query_ids[index])
+    def __getitems__(self, indices: Sequence[int]) -> list[Example]:
+        table, names = self._opened
+        dropped, renamed = {*(self.columns or ())}, []
+        origins = [f"{self.path}, row {index + 1}" for index in indices]
+        for origin, row in zip(origins, self._read(table, indices), strict=True):
+            missing, extra = [*(names.keys() - row.keys())], [*(row.keys() - names.keys() - dropped)]
+            if missing or extra:
+                reason = f"lacks column {missing[0]!r} of" if missing else f"has a column {extra[0]!r} that is not in"
+                raise ValueError(f"{origin} {reason} row 1; every row needs the same columns.")
+            renamed.append({new: row[old] for old, new in names.items()})
+        return to_examples(renamed, self._folder, origins)
 
-    def _ask(self, index: int) -> int:
+    def read_queries(self, indices: Sequence[int]) -> list[Item]:
+        """See `Source.read_queries`; without the other columns where the file allows it."""
+        column = next(old for old, new in self._opened[1].items() if new == "query")
+        rows = zip(indices, self._read(_select(self._opened[0], [column]), indices), strict=True)
+        cells: list[Cell] = [(row.get(column), "query", f"{self.path}, row {k + 1}, column 'query'") for k, row in rows]
+        return to_items(cells, self._folder)
+
+    def _read(self, table: Table, indices: Sequence[int]) -> list[dict[str, Any]]:
         try:
-            cell = self._read(self._queries, index).get(self._query_column)
-            return to_item(cell, "query", self._folder, f"{self._origin(index)}, column 'query'").id
-        except ValueError:
-            return own_id(index)
-
-    def _origin(self, index: int) -> str:
-        return f"{self.path}, row {index + 1}"
-
-    def _read(self, table: Table, index: int) -> Mapping[str, Any]:
-        try:
-            return table[index]
+            return table.__getitems__(list(indices)) if indices else []
         except OSError as error:
             # The file's fault, and no row's.
-            raise OSError(f"{self._origin(index)}: cannot be read: {error}") from error
+            raise OSError(f"{self.path}, row {indices[0] + 1}: cannot be read: {error}") from error
 
     @cached_property
     def _folder(self) -> Folder:
-        return folder_of(Path(self.path), self.allow_outside)
+        return Folder.of(self.path, self.allow_outside)
 
     @cached_property
-    def _table(self) -> Table:
-        table = open_table(self.path, self.split, self.subset)
-        names = table.column_names
-        absent = [column for column in self.columns if column not in names]
-        if absent:
-            raise ValueError(f"{self.path}: no column {absent[0]!r} to rename or drop; it has {', '.join(names)}.")
-        kept = [column for column in names if self.columns.get(column, column) is not None]
-        renamed = [self.columns.get(column, column) or "" for column in kept]
-        for name in renamed:
-            if renamed.count(name) > 1:
-                raise ValueError(f"{self.path}: two columns would be called {name!r}; columns is {self.columns}.")
+    def _opened(self) -> tuple[Table, dict[str, str]]:
+        """The table; and the file's name → the name in `Example`, of the columns that are not dropped."""
+        table, columns = open_table(self.path, self.split, self.subset), self.columns or {}
+        if absent := [column for column in columns if column not in table.column_names]:
+            raise ValueError(
+                f"{self.path}: no column {absent[0]!r} to rename or drop; it has {', '.join(table.column_names)}."
+            )
+        names = {old: new for old in table.column_names if (new := columns.get(old, old)) is not None}
+        renamed = [*names.values()]
+        if twice := [name for name in renamed if renamed.count(name) > 1]:
+            raise ValueError(f"{self.path}: two columns would be called {twice[0]!r}; columns is {columns}.")
         check_columns(renamed, self.path)
-        return _select(table, kept)
-
-    @cached_property
-    def _names(self) -> dict[str, str]:
-        """The file's name → the name in ``Example``, of the columns that are not dropped."""
-        names = {column: self.columns.get(column, column) for column in self._table.column_names}
-        return {old: new for old, new in names.items() if new is not None}
-
-    @cached_property
-    def _query_column(self) -> str:
-        return next(old for old, new in self._names.items() if new == "query")
-
-    @cached_property
-    def _queries(self) -> Table:
-        return _select(self._table, [self._query_column])
-
-    @cached_property
-    def _query_ids(self) -> np.ndarray:
-        return np.full(len(self), UNREAD)
+        return _select(table, [*names]), names
 
 
 def _select(table: Table, columns: list[str]) -> Table:
@@ -194,70 +156,74 @@ def _select(table: Table, columns: list[str]) -> Table:
     return table.select_columns(columns) if isinstance(table, datasets.Dataset) else table
 
 
+def read_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
+    """Read a file line by line, and refuse a line above ``MAX_LINE_BYTES`` before it is in memory."""
+    for number, line in enumerate(iter(partial(file.readline, MAX_LINE_BYTES + 1), b""), start=1):
+        if len(line) > MAX_LINE_BYTES:
+            raise ValueError(
+                f"{path}, row {number}: the line has more than {MAX_LINE_BYTES:,} bytes; VLMEMBED_MAX_LINE_BYTES sets "
+                "the limit. Are there line ends between the rows?"
+            )
+        yield line
+
+
 class JSONLines:
-    """A JSONL file, read line by line when asked for.
+    """A JSONL file, read line by line when asked for; only the offset of each line is in memory.
 
     Not read through Arrow, which wants one type per column: here a cell may be a string in one row and a mapping in the
-    next. Only the offset of each line is kept in memory.
-
-    Args:
-        path: One JSON object per line, UTF-8.
-
-    Raises:
-        ValueError: If the file does not exist, has no rows, or has a blank line between rows.
-        OSError: When reading a row of a file that is another one by now: its rows would be others, unnoticed.
+    next. Raises an ``OSError`` when the file is another one by now: its rows would be others, unnoticed.
     """
 
     def __init__(self, path: Path):
         if not path.is_file():
             raise ValueError(f"{path}: no such file.")
         self.path = path
-        self._offsets = self._scan()
+        offsets: list[int] = []
+        position, blank = 0, 0
+        with path.open("rb") as file:
+            self._version = _version(file)
+            for line in read_lines(path, file):
+                if not line.strip():
+                    blank = blank or len(offsets) + 1
+                elif blank:  # Row numbers in messages are line numbers, so no line may be skipped.
+                    raise ValueError(f"{path}, row {blank}: a blank line; remove it.")
+                else:
+                    offsets.append(position)
+                position += len(line)
+        if not offsets:
+            raise ValueError(f"{path}: the file has no rows.")
+        self._offsets = np.array(offsets)
 
     def __len__(self) -> int:
         return len(self._offsets)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        rows = []
         with self.path.open("rb") as file:
-            self._refuse_changes(file)
-            file.seek(int(self._offsets[index]))
-            line = file.readline()
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{self.path}, row {index + 1}: not JSON ({error}): {line[:100]!r}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{self.path}, row {index + 1}: expected a JSON object, got {line[:100]!r}.")
-        return row
+            if _version(file) != self._version:
+                raise OSError(
+                    f"{self.path} has changed since it was opened. Write a new version of a data set to another file, "
+                    "and start again."
+                )
+            for index in indices:
+                file.seek(int(self._offsets[index]))
+                line = file.readline()
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f"{self.path}, row {index + 1}: not JSON ({error}): {line[:100]!r}") from error
+                if not isinstance(row, dict):
+                    raise ValueError(f"{self.path}, row {index + 1}: expected a JSON object, got {line[:100]!r}.")
+                rows.append(row)
+        return rows
 
     @cached_property
     def column_names(self) -> list[str]:
         """The keys of the first row."""
         return list(self[0])
-
-    def _scan(self) -> np.ndarray:
-        offsets: list[int] = []
-        position, lines = 0, 0
-        with self.path.open("rb") as file:
-            self._version = _version(file)
-            for line in file:
-                lines += 1
-                if line.strip():
-                    offsets.append(position)
-                    if len(offsets) != lines:
-                        # Row numbers in messages are line numbers, so no line may be skipped.
-                        raise ValueError(f"{self.path}, row {lines - 1}: a blank line; remove it.")
-                position += len(line)
-        if not offsets:
-            raise ValueError(f"{self.path}: the file has no rows.")
-        return np.array(offsets)
-
-    def _refuse_changes(self, file: BinaryIO) -> None:
-        if _version(file) != self._version:
-            raise OSError(
-                f"{self.path} has changed since it was opened. Write a new version of a data set to another file, and "
-                "start again."
-            )
 
 
 def _version(file: BinaryIO) -> tuple[int, int]:
@@ -271,35 +237,37 @@ Table: TypeAlias = JSONLines | datasets.Dataset
 def open_table(path: str, split: str, subset: str | None = None) -> Table:
     """Open a JSONL, CSV or Parquet file, a folder saved with ``save_to_disk``, or what ``load_dataset`` opens.
 
-    Args:
-        path: A file, a folder, or a Hub id.
-        split: Which part of a data set that has several; a file has only one.
-        subset: Which configuration of a data set that has several.
-
     Raises:
         ValueError: If there is no such file or split, or it has no rows.
     """
-    place = Path(path)
-    if place.suffix in (".jsonl", ".ndjson"):
-        return JSONLines(place)
-    if place.suffix in (".csv", ".parquet", ".json") and not place.is_file():
+    file = Path(path)
+    if file.suffix in (".jsonl", ".ndjson"):
+        return JSONLines(file)
+    if file.suffix in (".csv", ".parquet", ".json") and not file.is_file():
         raise ValueError(f"{path}: no such file.")
-    if place.suffix == ".csv":
-        table = _read_csv(place)
-    elif place.suffix in (".parquet", ".json"):
-        table = datasets.load_dataset(place.suffix[1:], data_files=path, split="train")
-    elif (place / "dataset_dict.json").exists() or (place / "state.json").exists():
-        table = _choose(datasets.load_from_disk(path), split, path)
+    if file.suffix == ".csv":
+        table = _read_csv(file)
+    elif file.suffix in (".parquet", ".json"):
+        table = datasets.load_dataset(file.suffix[1:], data_files=path, split="train")
+    elif (file / "dataset_dict.json").exists() or (file / "state.json").exists():
+        table = datasets.load_from_disk(path)
+        if isinstance(table, datasets.DatasetDict):
+            if split not in table:
+                raise ValueError(
+                    f"{path}: no split {split!r}; it has {', '.join(table)}. Choose with Rows(path, split=…)."
+                )
+            table = table[split]
     else:
         table = datasets.load_dataset(path, subset, split=split)
-    _leave_encoded(table)
+    # Images and the like come as they are stored: opened by `datasets`, they could be of any size, or a URL.
+    table.info.features = datasets.Features({name: _encoded(feature) for name, feature in table.features.items()})
     if not len(table):
         raise ValueError(f"{path}: the data set has no rows.")
     return table
 
 
 def _read_csv(path: Path) -> datasets.Dataset:
-    # Not datasets' own reader: it guesses types, so the text "None" becomes nothing and "1984" a number.
+    # Not datasets' reader: it guesses types, so the text "None" becomes nothing and "1984" a number.
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = list(csv.reader(file, strict=True))
     names = rows[0] if rows else []
@@ -307,11 +275,6 @@ def _read_csv(path: Path) -> datasets.Dataset:
         if len(row) != len(names):
             raise ValueError(f"{path}, row {number}: {len(row)} cells under {len(names)} columns: {row!r:.200}")
     return datasets.Dataset.from_dict({name: [row[k] for row in rows[1:]] for k, name in enumerate(names)})
-
-
-def _leave_encoded(table: datasets.Dataset) -> None:
-    """Have images and the like come as they are stored: opened by `datasets`, they could be of any size, or a URL."""
-    table.info.features = datasets.Features({name: _encoded(feature) for name, feature in table.features.items()})
 
 
 def _encoded(feature: Any) -> Any:
@@ -323,14 +286,7 @@ def _encoded(feature: Any) -> Any:
     return replace(feature, decode=False) if is_medium else feature
 
 
-def _choose(saved: datasets.Dataset | datasets.DatasetDict, split: str, path: str) -> datasets.Dataset:
-    if isinstance(saved, datasets.Dataset):
-        return saved
-    if split not in saved:
-        raise ValueError(f"{path}: no split {split!r}; it has {', '.join(saved)}. Choose with Rows(path, split=…).")
-    return saved[split]
-
-
+@dataclass(eq=False)
 class GroupByQuery(Source):
     """Groups the rows of each query into one, whose candidates are the documents of all of them.
 
@@ -341,71 +297,45 @@ class GroupByQuery(Source):
         rows: The rows to group.
     """
 
-    def __init__(self, rows: Source):
-        self.rows = rows
+    rows: Source
 
     @property
     def name(self) -> str:
-        """That of the rows."""
+        """The name of the rows."""
         return self.rows.name
 
     def __len__(self) -> int:
         return len(self._groups)
 
     def __getitem__(self, index: int) -> Example:
-        """Read a query's rows, and join them.
+        examples = self.rows.__getitems__(self._groups[index])
+        query = examples[0].query
+        candidates: dict[int, tuple[Item, float, float | None]] = {}
+        for example in examples:
+            row_scores = example.scores or (None,) * len(example.documents)
+            for document, label, score in zip(example.documents, example.grades, row_scores, strict=True):
+                first, highest, known = candidates.setdefault(document.id, (document, label, score))
+                if known != score:
+                    raise ValueError(f"{document.origin}: score {score}, and {known} in an earlier row.")
+                candidates[document.id] = first, max(highest, label), score
+        if len({score is None for _, _, score in candidates.values()}) > 1:
+            raise ValueError(f"{query.origin}: some rows of this query have scores and some have none.")
+        return labelled(query, candidates.values())
 
-        Raises:
-            ValueError: Naming a document that two rows score differently, or that only one of them scores.
-        """
-        examples = [self.rows[row] for row in self._groups[index]]
-        labels: dict[int, float] = {}
-        scores: dict[int, float | None] = {}
-        documents: dict[int, Item] = {}
-        for document, label, score in (each for example in examples for each in _candidates(example)):
-            documents.setdefault(document.id, document)
-            labels[document.id] = max(label, labels.get(document.id, label))
-            if scores.setdefault(document.id, score) != score:
-                raise ValueError(f"{document.origin}: score {score}, and {scores[document.id]} in an earlier row.")
-        # Right answers first, as everywhere.
-        order = sorted(documents, key=lambda document: labels[document] <= 0)
-        return Example(
-            query=examples[0].query,
-            positives=tuple(documents[document] for document in order if labels[document] > 0),
-            negatives=tuple(documents[document] for document in order if labels[document] <= 0),
-            scores=_scores([scores[document] for document in order], examples[0]),
-            labels=tuple(labels[document] for document in order),
-        )
-
-    def query_id(self, index: int) -> int:
-        """See ``Source.query_id``."""
-        return self.rows.query_id(self._groups[index][0])
+    def read_queries(self, indices: Sequence[int]) -> list[Item]:
+        """See `Source.read_queries`."""
+        return self.rows.read_queries([self._groups[index][0] for index in indices])
 
     @cached_property
     def _groups(self) -> list[list[int]]:
-        """The rows of each query; looked for once, without reading documents where the rows allow it.
-
-        A row whose query cannot be read is a group of its own: see ``Source.query_id``.
-        """
+        """The rows of each query, found without reading documents where the rows allow it."""
         groups: dict[int, list[int]] = {}
-        for row in range(len(self.rows)):
-            groups.setdefault(self.rows.query_id(row), []).append(row)
+        for row, query in enumerate(self.rows.query_ids(range(len(self.rows)))):
+            groups.setdefault(query, []).append(row)
         return [*groups.values()]
 
 
-def _candidates(example: Example) -> list[tuple[Item, float, float | None]]:
-    """Each document with its label and its score."""
-    scores = example.scores or (None,) * len(example.documents)
-    return [*zip(example.documents, labels_of(example), scores, strict=True)]
-
-
-def _scores(scores: list[float | None], example: Example) -> tuple[float, ...] | None:
-    given = tuple(score for score in scores if score is not None)
-    if given and len(given) < len(scores):
-        raise ValueError(f"{example.query.origin}: some rows of this query have scores and some have none.")
-    return given or None
-
-
+@dataclass(eq=False)
 class Mixture(Source):
     """Several sources, each with its share of every epoch.
 
@@ -421,18 +351,23 @@ class Mixture(Source):
             the batch are of the same kind as the positives.
     """
 
-    def __init__(
-        self,
-        sources: list[Source],
-        weights: list[float] | None = None,
-        alpha: float = 1.0,
-        one_source_batches: bool = False,
-    ):
-        _check_mixture(sources, weights, alpha)
-        self.sources = sources
-        self.weights = weights
-        self.alpha = alpha
-        self.one_source_batches = one_source_batches
+    sources: list[Source]
+    weights: list[float] | None = None
+    alpha: float = 1.0
+    one_source_batches: bool = False
+
+    def __post_init__(self) -> None:
+        sources, weights, alpha = self.sources, self.weights, self.alpha
+        if not sources:
+            raise ValueError("A mixture needs at least one source.")
+        if any(isinstance(source, Mixture) for source in sources):
+            raise ValueError("A mixture inside a mixture would lose its shares; list all sources in one.")
+        if weights is not None and alpha != 1.0:
+            raise ValueError(f"Give weights or alpha, not both: weights is {weights}, alpha is {alpha}.")
+        if weights is not None and (len(weights) != len(sources) or not all(0 < weight < np.inf for weight in weights)):
+            raise ValueError(f"weights needs one number above 0 for each of the {len(sources)} sources, got {weights}.")
+        if not 0 <= alpha < np.inf:
+            raise ValueError(f"alpha is 0 or more, got {alpha}.")
 
     @property
     def name(self) -> str:
@@ -440,15 +375,17 @@ class Mixture(Source):
         return " + ".join(source.name for source in self.sources)
 
     def __len__(self) -> int:
-        return sum(map(len, self.sources))
+        return self.offsets[-1]
 
     def __getitem__(self, index: int) -> Example:
-        return read(*self._locate(index))
+        return self.__getitems__([index])[0]
 
-    def query_id(self, index: int) -> int:
-        """See ``Source.query_id``."""
-        source, row = self._locate(index)
-        return source.query_id(row)
+    def __getitems__(self, indices: Sequence[int]) -> list[Example]:
+        return self._read(indices, _with_origins)
+
+    def read_queries(self, indices: Sequence[int]) -> list[Item]:
+        """See `Source.read_queries`."""
+        return self._read(indices, lambda source, rows: source.read_queries(rows))
 
     @property
     def offsets(self) -> list[int]:
@@ -461,8 +398,8 @@ class Mixture(Source):
         Raises:
             ValueError: If a source gets none, so that it would never be seen.
         """
-        given = np.array(self.weights or [len(source) ** self.alpha for source in self.sources], dtype=float)
-        exact = given / given.sum() * count
+        shares = np.array(self.weights or [len(source) ** self.alpha for source in self.sources], dtype=float)
+        exact = shares / shares.sum() * count
         parts = np.floor(exact).astype(int)
         for source in np.argsort(parts - exact, kind="stable")[: count - parts.sum()]:
             parts[source] += 1
@@ -473,22 +410,30 @@ class Mixture(Source):
             )
         return parts.tolist()
 
-    def _locate(self, index: int) -> tuple[Source, int]:
+    def _read(self, indices: Sequence[int], read: Callable[[Source, list[int]], list[Any]]) -> list[Any]:
+        """Read all rows of a source at once."""
         offsets = self.offsets
-        if not 0 <= index < offsets[-1]:
-            raise IndexError(f"row {index} of {offsets[-1]}")
-        source = bisect_right(offsets, index) - 1
-        return self.sources[source], index - offsets[source]
+        rows: dict[int, list[int]] = {}
+        for index in indices:
+            if not 0 <= index < offsets[-1]:
+                raise IndexError(f"row {index} of {offsets[-1]}")
+            source = bisect_right(offsets, index) - 1
+            rows.setdefault(source, []).append(index - offsets[source])
+        results = {source: iter(read(self.sources[source], rows[source])) for source in rows}
+        return [next(results[bisect_right(offsets, index) - 1]) for index in indices]
 
 
-def _check_mixture(sources: Sequence[Source], weights: Sequence[float] | None, alpha: float) -> None:
-    if not sources:
-        raise ValueError("A mixture needs at least one source.")
-    if any(isinstance(source, Mixture) for source in sources):
-        raise ValueError("A mixture inside a mixture would lose its shares; list all sources in one.")
-    if weights is not None and alpha != 1.0:
-        raise ValueError(f"Give weights or alpha, not both: weights is {weights}, alpha is {alpha}.")
-    if weights is not None and (len(weights) != len(sources) or not all(0 < weight < np.inf for weight in weights)):
-        raise ValueError(f"weights needs one number above 0 for each of the {len(sources)} sources, got {weights}.")
-    if not 0 <= alpha < np.inf:
-        raise ValueError(f"alpha is 0 or more, got {alpha}.")
+def _with_origins(source: Source, rows: list[int]) -> list[Example]:
+    """Read rows whose items all say where they came from, whether their source says it or not."""
+    examples = list(source.__getitems__(rows))
+    for number, (row, example) in enumerate(zip(rows, examples, strict=True)):
+        has_origins = bool(example.query.origin)
+        for item in example.documents:
+            has_origins = has_origins and bool(item.origin)
+        if not has_origins:
+            query, positives, negatives = (
+                tuple(replace(item, origin=item.origin or f"{source.name}, row {row + 1}") for item in items)
+                for items in ((example.query,), example.positives, example.negatives)
+            )
+            examples[number] = replace(example, query=query[0], positives=positives, negatives=negatives)
+    return examples

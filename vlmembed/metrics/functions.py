@@ -1,31 +1,77 @@
 """Retrieval metrics that agree with ``pytrec_eval``, from the ranks of the relevant documents alone.
 
 A query's documents are ranked by score, equal scores by document name, both descending. Nothing but the ranks of the
-relevant documents enters a metric, and a rank is one more than the number of documents ahead: no sort of the corpus.
-In shapes, R is the most relevant documents that a query has; fewer are filled up with grade 0, which counts nothing.
+relevant documents enters a metric. In shapes, M is the number of relevant documents of all queries together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
+import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int, Int64
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from vlmembed.types import EvaluationSet
 
 
-def order_keys(scores: Float[Tensor, "Q P"], name_order: Int[Tensor, "... P"]) -> Int64[Tensor, "Q P"]:
-    """Turn scores into distinct integers that sort as the documents do: by score, then by name.
+@dataclass(frozen=True)
+class Relevance:
+    """The relevant documents of Q queries: by query, and those of a query by grade, the best first."""
 
-    Args:
-        scores: Compared as float32.
-        name_order: Position of each document when the corpus is sorted by name; (Q, P) where each query has documents
-            of its own.
-    """
+    num_queries: int
+    queries: Int64[Tensor, " M"]
+    documents: Int64[Tensor, " M"]  # Columns of the corpus; -1 where it lacks the document, which is never found.
+    grades: Int64[Tensor, " M"]  # Above 0.
+
+    @classmethod
+    def of(cls, evaluation: EvaluationSet) -> Relevance:
+        """Read the judgements of an evaluation set.
+
+        Raises:
+            ValueError: If two documents share a name, or no query has a relevant document.
+        """
+        columns = {name: column for column, name in enumerate(evaluation.document_names)}
+        if len(columns) < len(evaluation.document_names):
+            raise ValueError(f"evaluation set {evaluation.name!r} has documents that share a name")
+        flat = [
+            (query, columns.get(document, -1), grade)
+            for query, name in enumerate(evaluation.query_names)
+            for document, grade in sorted(evaluation.qrels[name].items(), key=lambda judged: -judged[1])
+            if grade > 0
+        ]
+        if not flat:
+            raise ValueError(f"evaluation set {evaluation.name!r} has no query with a document of grade 1 or above")
+        return cls(len(evaluation.query_names), *torch.tensor(flat).T.contiguous())
+
+    def sum(self, values: Tensor) -> Float64[Tensor, " Q"]:
+        """Add up a value of each relevant document, by query."""
+        return torch.zeros(self.num_queries, dtype=torch.float64).index_add_(0, self.queries, values.double())
+
+    @property
+    def counts(self) -> Float64[Tensor, " Q"]:
+        """Relevant documents of each query; 1 where it has none, so that metrics are 0 there."""
+        return self.sum(torch.ones(len(self.queries))).clamp(min=1)
+
+    @property
+    def positions(self) -> Int64[Tensor, " M"]:
+        """The position of each entry among those of its query, from 1."""
+        starts = torch.searchsorted(self.queries, self.queries)
+        return torch.arange(1, len(starts) + 1) - starts
+
+
+def name_order(evaluation: EvaluationSet) -> Int64[Tensor, " P"]:
+    """Position of each document when the corpus is sorted by name."""
+    by_name = sorted(range(len(evaluation.document_names)), key=evaluation.document_names.__getitem__)
+    return torch.tensor(by_name, dtype=torch.long).argsort()
+
+
+def order_keys(scores: Float[Tensor, "*Q P"], name_order: Int[Tensor, " P"]) -> Int64[Tensor, "*Q P"]:
+    """Turn scores, compared as float32, into distinct integers that sort as documents do: by score, then by name."""
     # The bits of a float sort as the number does once those below the sign of a negative one are flipped. Adding 0.0
     # turns -0.0 into 0.0, which it equals.
     bits = (scores.float() + 0.0).contiguous().view(torch.int32)
@@ -34,84 +80,66 @@ def order_keys(scores: Float[Tensor, "Q P"], name_order: Int[Tensor, "... P"]) -
 
 
 def ranks(
-    scores: Float[Tensor, "Q P"], relevant: Int[Tensor, "Q R"], name_order: Int[Tensor, "... P"]
-) -> Float64[Tensor, "Q R"]:
-    """Rank of each relevant document, from 1; infinite where there is none.
+    scores: Float[Tensor, "Q P"],
+    queries: Int[Tensor, " M"],
+    documents: Int[Tensor, " M"],
+    name_order: Int[Tensor, " P"],
+) -> Float64[Tensor, " M"]:
+    """Rank of each relevant document, from 1; infinite where the corpus lacks it.
 
     Args:
         scores: Of every document for every query.
-        relevant: Columns of the relevant documents; -1 where a document is not in the corpus, or as padding.
-        name_order: See ``order_keys``.
+        queries: Row of ``scores`` of each relevant document, ascending.
+        documents: Its column; -1 where the corpus lacks it.
+        name_order: See `name_order`.
     """
-    keys = order_keys(scores, name_order)
-    # One column of relevant documents at a time: all at once would take R times the memory of the scores.
-    own_keys = keys.gather(1, relevant.clamp(min=0))
-    ahead = torch.stack([(keys > own[:, None]).sum(1) for own in own_keys.unbind(1)], dim=1)
-    return torch.where(relevant >= 0, 1.0 + ahead.double(), torch.inf)
+    keys = order_keys(scores, name_order).numpy()
+    wanted = keys[queries.numpy(), documents.clamp(min=0).numpy()]
+    keys.sort(axis=1)
+    edges = torch.searchsorted(queries, torch.arange(len(scores) + 1)).tolist()
+    ahead = np.empty(len(wanted))
+    # Each query's keys are sorted once, however many of them are relevant.
+    for row, (start, stop) in enumerate(pairwise(edges)):
+        ahead[start:stop] = keys.shape[1] - np.searchsorted(keys[row], wanted[start:stop], side="right")
+    return torch.where(documents >= 0, 1.0 + torch.from_numpy(ahead), torch.inf)
 
 
-def ndcg_at_k(ranks: Float64[Tensor, "Q R"], grades: Int[Tensor, "Q R"], k: int) -> Float64[Tensor, " Q"]:
+def ndcg_at_k(ranks: Float64[Tensor, " M"], relevance: Relevance, k: int) -> Float64[Tensor, " Q"]:
     """Normalised discounted cumulative gain: grade over log2(rank + 1), relative to the best possible order.
 
     A query without relevant documents counts 0, in all of these metrics.
     """
-    gains = grades.clamp(min=0).double()
-    gained = torch.where(ranks <= k, gains / torch.log2(ranks + 1), 0.0).sum(1)
-    best = gains.sort(dim=1, descending=True).values[:, :k]
-    ideal = (best / torch.log2(torch.arange(best.shape[1]).double() + 2)).sum(1)
+    gained, ideal = (
+        relevance.sum(torch.where(rank <= k, relevance.grades / torch.log2(rank.double() + 1), 0.0))
+        for rank in (ranks, relevance.positions)
+    )
     return torch.where(ideal > 0, gained / ideal, 0.0)
 
 
-def recall_at_k(ranks: Float64[Tensor, "Q R"], grades: Int[Tensor, "Q R"], k: int) -> Float64[Tensor, " Q"]:
+def recall_at_k(ranks: Float64[Tensor, " M"], relevance: Relevance, k: int) -> Float64[Tensor, " Q"]:
     """Share of the relevant documents among the first k."""
-    relevant = grades > 0
-    return (relevant & (ranks <= k)).sum(1).double() / relevant.sum(1).clamp(min=1)
+    return relevance.sum(ranks <= k) / relevance.counts
 
 
-def reciprocal_rank_at_k(ranks: Float64[Tensor, "Q R"], grades: Int[Tensor, "Q R"], k: int) -> Float64[Tensor, " Q"]:
+def reciprocal_rank_at_k(ranks: Float64[Tensor, " M"], relevance: Relevance, k: int) -> Float64[Tensor, " Q"]:
     """One over the rank of the first relevant document, 0 if that is beyond k."""
-    first = torch.where(grades > 0, ranks, torch.inf).amin(1)
+    first = torch.full((relevance.num_queries,), torch.inf, dtype=torch.float64)
+    first.scatter_reduce_(0, relevance.queries, ranks, "amin")
     return torch.where(first <= k, 1 / first, 0.0)
 
 
-def average_precision(ranks: Float64[Tensor, "Q R"], grades: Int[Tensor, "Q R"]) -> Float64[Tensor, " Q"]:
+def average_precision(ranks: Float64[Tensor, " M"], relevance: Relevance) -> Float64[Tensor, " Q"]:
     """Mean, over the relevant documents, of the precision at their ranks."""
-    relevant = grades > 0
-    ascending = torch.where(relevant, ranks, torch.inf).sort(dim=1).values
-    precision = torch.arange(1, ranks.shape[1] + 1).double() / ascending
-    return precision.sum(1) / relevant.sum(1).clamp(min=1)
+    by_rank = ranks.argsort()
+    ascending = ranks[by_rank[relevance.queries[by_rank].argsort(stable=True)]]
+    return relevance.sum(relevance.positions / ascending) / relevance.counts
 
 
 #: What is reported, by name.
-METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+METRICS: dict[str, Callable[[Tensor, Relevance], Tensor]] = {
     "ndcg@10": partial(ndcg_at_k, k=10),
     "recall@1": partial(recall_at_k, k=1),
     "recall@10": partial(recall_at_k, k=10),
     "mrr@10": partial(reciprocal_rank_at_k, k=10),
     "map": average_precision,
 }
-
-
-def judgements(evaluation: EvaluationSet) -> tuple[Int64[Tensor, "Q R"], Int64[Tensor, "Q R"], Int64[Tensor, " P"]]:
-    """Columns and grades of each query's relevant documents, padded with -1 and 0, and the corpus' name order.
-
-    A relevant document that the corpus lacks has column -1 and keeps its grade: it is there to be found, and never is.
-
-    Raises:
-        ValueError: If two documents share a name, or no query has a relevant document.
-    """
-    columns = {name: column for column, name in enumerate(evaluation.document_names)}
-    if len(columns) < len(evaluation.document_names):
-        raise ValueError(f"evaluation set {evaluation.name!r} has documents that share a name")
-    judged = [evaluation.qrels[name] for name in evaluation.query_names]
-    positive = [{name: grade for name, grade in each.items() if grade > 0} for each in judged]
-    if not any(positive):
-        raise ValueError(f"evaluation set {evaluation.name!r} has no query with a document of grade 1 or above")
-    relevant = [torch.tensor([columns.get(name, -1) for name in each], dtype=torch.long) for each in positive]
-    grades = [torch.tensor(list(each.values()), dtype=torch.long) for each in positive]
-    by_name = sorted(range(len(columns)), key=evaluation.document_names.__getitem__)
-    return (
-        pad_sequence(relevant, batch_first=True, padding_value=-1),
-        pad_sequence(grades, batch_first=True, padding_value=0),
-        torch.tensor(by_name, dtype=torch.long).argsort(),
-    )

@@ -1,4 +1,4 @@
-"""What several processes measured, put together."""
+"""Measuring, while a model runs and over processes, how well it retrieves and how well it reranks."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Float64, Int, Int64
+from jaxtyping import Bool, Float, Float64, Int, Int64
 from torch import Tensor
 from torch.nn.functional import normalize
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from vlmembed.metrics.functions import METRICS, judgements, order_keys, ranks
-from vlmembed.types import EvaluationSet, Item
+from vlmembed.metrics.functions import METRICS, Relevance, name_order, order_keys, ranks
+from vlmembed.types import EvaluationSet, RerankingSet
 
 #: How many items a message names.
 NAMED = 5
@@ -22,180 +22,243 @@ NAMED = 5
 #: Bounds the device memory of gathering, where a whole corpus may not fit: rows of each process sent together.
 ROWS_PER_GATHER = 2**15
 
-
-def gather_rows(state: Tensor, device: torch.device, group: Any = None) -> list[Tensor]:
-    """Collect the rows of all processes, through the device, as NCCL takes no CPU tensors, and in pieces.
-
-    Args:
-        state: (n, width) this process's rows, integers or float32; a process may have none.
-        device: Where processes exchange tensors.
-        group: Which processes.
-    """
-    own = torch.tensor([len(state), state.shape[-1], state.dtype == torch.long], device=device)
-    height, width, whole = torch.stack(gather_all_tensors(own, group)).amax(0).tolist()
-    if not len(state):  # A process without items does not know what the others hold.
-        state = torch.empty(0, width, dtype=torch.long if whole else torch.float32)
-    pieces = (state[start : start + ROWS_PER_GATHER] for start in range(0, max(1, height), ROWS_PER_GATHER))
-    return [part.cpu() for piece in pieces for part in gather_all_tensors(piece.to(device), group)]
-
-
-def first_rows(rows: Tensor | list[Tensor], count: int) -> tuple[Int64[Tensor, " N"], int]:
-    """Find where each of N = count numbers came first.
-
-    Args:
-        rows: (n, 1) the numbers that came, in one tensor or several; each below ``count``.
-        count: How many should have come.
-
-    Returns:
-        The place of each (n where it did not come), and how many did not.
-    """
-    came = dim_zero_cat(rows)[:, 0] if len(rows) else torch.empty(0, dtype=torch.long)
-    first = torch.full((count,), len(came)).scatter_reduce_(0, came, torch.arange(len(came)), "amin")
-    return first, int((first == len(came)).sum())
-
-
-def named(evaluation: EvaluationSet, rows: Sequence[int]) -> str:
-    """Name some items of an evaluation set, for a message; the first of them, where there are many.
-
-    Args:
-        evaluation: The set.
-        rows: Their numbers: its queries first, then its corpus.
-    """
-    queries = len(evaluation.queries)
-    names = [
-        _name("query", evaluation.query_names[row], evaluation.queries[row])
-        if row < queries
-        else _name("document", evaluation.document_names[row - queries], evaluation.corpus[row - queries])
-        for row in rows[:NAMED]
-    ]
-    return ", ".join(names) + (f" and {len(rows) - NAMED} more" if len(rows) > NAMED else "")
-
-
-def _name(role: str, name: str, item: Item) -> str:
-    return f"{role} {name!r}" + (f" ({item.origin})" if item.origin else "")
-
-
 #: Bounds the memory of scoring: this many query-document scores are looked at together (some 500 MiB with all copies).
 SCORES_PER_BLOCK = 2**24
 
 
-class RetrievalMetrics(Metric):
-    """Collects the embeddings of an evaluation set and measures how well its queries find their documents.
+class EvaluationMetrics(Metric):
+    """Collects what a model makes of an evaluation set, and measures it once all of it is there.
 
-    Similarity is the cosine, in float32. Embeddings wait on the CPU and are compared there. Several processes may
-    each update with their share; ``compute``, ``per_query`` and ``top_k`` join the shares, so all processes must call
-    them. An item seen twice (samplers repeat items to even out processes) counts once.
+    Processes may each update with a share; ``compute``, ``per_query`` and ``top_k`` join the shares, so all processes
+    must call them. What comes twice (samplers repeat items to even out processes) counts once.
+    """
+
+    full_state_update = False
+    numbers: list[Tensor]  # (n, 1) which of the things came.
+    values: list[Tensor]  # (n, width) what the model made of them.
+
+    def __init__(self, evaluation: EvaluationSet, count: int, thing: str) -> None:
+        super().__init__(dist_sync_fn=self._gather)
+        self.evaluation = evaluation
+        self.relevance = Relevance.of(evaluation)
+        self.name_order = name_order(evaluation)
+        self._count, self._thing = count, thing
+        self.add_state("numbers", default=[], dist_reduce_fx="cat")
+        self.add_state("values", default=[], dist_reduce_fx="cat")
+
+    def compute(self) -> dict[str, Float[Tensor, ""]]:
+        """Mean of every metric over queries; raises as `per_query` does."""
+        return {name: values.mean().float() for name, values in self._per_query().items()}
+
+    def per_query(self) -> dict[str, Float64[Tensor, " Q"]]:
+        """Every metric of every query, in the set's order; a ``RuntimeError`` says that something is missing."""
+        with self.sync_context(dist_sync_fn=self._gather):
+            return self._per_query()
+
+    def _per_query(self) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def _take(self, numbers: Tensor, values: Tensor, rows: Tensor) -> None:
+        """Collect values that are finite: others would rank first. ``rows`` names them, as `_name` takes them."""
+        broken = rows[~values.isfinite().all(1)].tolist()
+        if broken:
+            names = ", ".join(map(self._name, broken[:NAMED]))
+            more = f" and {len(broken) - NAMED} more" if len(broken) > NAMED else ""
+            raise ValueError(
+                f"{self._thing}s of {names}{more} of evaluation set {self.evaluation.name!r} are not finite: look at "
+                "these, or, if all are broken, resume from an earlier checkpoint"
+            )
+        self.numbers.append(numbers[:, None])
+        self.values.append(values)
+
+    def _name(self, row: Any) -> str:
+        """Name an item of the evaluation set for a message: its queries come first, then its corpus."""
+        evaluation, column = self.evaluation, row - len(self.evaluation.queries)
+        if column < 0:
+            role, name, item = "query", evaluation.query_names[row], evaluation.queries[row]
+        else:
+            role, name, item = "document", evaluation.document_names[column], evaluation.corpus[column]
+        return f"{role} {name!r}" + (f" ({item.origin})" if item.origin else "")
+
+    def _matrix(self) -> Float[Tensor, "N width"]:
+        """The value of each thing in order: the first that came."""
+        came = dim_zero_cat(self.numbers)[:, 0] if len(self.numbers) else torch.empty(0, dtype=torch.long)
+        first = torch.full((self._count,), len(came)).scatter_reduce_(0, came, torch.arange(len(came)), "amin")
+        missing = int((first == len(came)).sum())
+        if missing:
+            raise RuntimeError(
+                f"{missing} of the {self._count} {self._thing}s of evaluation set {self.evaluation.name!r} are "
+                "missing: metrics need all of its batches, limit none of them"
+            )
+        return dim_zero_cat(self.values)[first]
+
+    def _gather(self, state: Tensor, group: Any = None) -> list[Tensor]:
+        """Collect the rows of all processes, through the device, as NCCL takes no CPU tensors, and in pieces."""
+        shape = torch.tensor([len(state), state.shape[-1], state.dtype == torch.long], device=self.device)
+        height, width, whole = torch.stack(gather_all_tensors(shape, group)).amax(0).tolist()
+        if not len(state):  # A process without items does not know what the others hold.
+            state = torch.empty(0, width, dtype=torch.long if whole else torch.float32)
+        pieces = (state[start : start + ROWS_PER_GATHER] for start in range(0, max(1, height), ROWS_PER_GATHER))
+        return [part.cpu() for piece in pieces for part in gather_all_tensors(piece.to(self.device), group)]
+
+
+class RetrievalMetrics(EvaluationMetrics):
+    """Measures how well the queries of an evaluation set find their documents, by the cosine in float32, on the CPU.
 
     Args:
         evaluation: The queries, the corpus and the judgements.
         dimensions: Measure embeddings cut to these dimensions as well, under ``name/dimension``.
-
-    Raises:
-        ValueError: If nothing can be measured, document names repeat, or a dimension is below 1 or repeated.
     """
 
-    full_state_update = False
-    rows: list[Tensor]
-    embeddings: list[Tensor]
-
     def __init__(self, evaluation: EvaluationSet, dimensions: Sequence[int] = ()) -> None:
-        super().__init__(dist_sync_fn=self._gather)
         if any(dimension < 1 for dimension in dimensions) or len(set(dimensions)) < len(dimensions):
             raise ValueError(f"dimensions must be distinct numbers of at least 1, got {dimensions!r}")
-        self.evaluation = evaluation
+        super().__init__(evaluation, len(evaluation.queries) + len(evaluation.corpus), "embedding")
         self.dimensions = tuple(dimensions)
-        self.relevant, self.grades, self.name_order = judgements(evaluation)
-        self.add_state("rows", default=[], dist_reduce_fx="cat")
-        self.add_state("embeddings", default=[], dist_reduce_fx="cat")
 
     def update(self, rows: Int[Tensor, " B"], embeddings: Float[Tensor, "B D"]) -> None:
         """Take the embeddings of some items: any float type, not normalised.
 
-        Args:
-            rows: Their numbers in the evaluation set: its queries first, then its corpus.
-            embeddings: One for each row.
-
-        Raises:
-            ValueError: If a row is not in the set, or an embedding is not finite (it would rank first).
+        Rows are numbers in the evaluation set: its queries first, then its corpus. A ``ValueError`` says that one is
+        not in the set, or that an embedding is not finite.
         """
         rows, embeddings = rows.detach().cpu().long(), embeddings.detach().float().cpu()
-        outside = rows[(rows < 0) | (rows >= self._items)].tolist()
+        outside = rows[(rows < 0) | (rows >= self._count)].tolist()
         if outside:
-            raise ValueError(f"evaluation set {self.evaluation.name!r} has {self._items} items, no rows {outside}")
-        broken = rows[~embeddings.isfinite().all(1)].tolist()
-        if broken:
-            raise ValueError(
-                f"embeddings of {named(self.evaluation, broken)} of evaluation set {self.evaluation.name!r} are not "
-                "finite: look at these, or, if all are broken, go on from an earlier checkpoint"
-            )
-        self.rows.append(rows[:, None])
-        self.embeddings.append(embeddings)
+            raise ValueError(f"evaluation set {self.evaluation.name!r} has {self._count} items, no rows {outside}")
+        self._take(rows, embeddings, rows)
 
-    def compute(self) -> dict[str, Float[Tensor, ""]]:
-        """Mean of every metric over queries; raises as ``per_query`` does."""
-        return {name: values.mean().float() for name, values in self._per_query().items()}
-
-    def per_query(self) -> dict[str, Float64[Tensor, " Q"]]:
-        """Every metric of every query, in the order of the evaluation set.
-
-        Raises:
-            RuntimeError: If items of the evaluation set are missing.
-            ValueError: If a dimension is above the embedding's.
-        """
-        with self.sync_context(dist_sync_fn=self._gather):
-            return self._per_query()
+    @property
+    def embeddings(self) -> list[Tensor]:
+        """What has come so far."""
+        return self.values
 
     def gather_embeddings(self) -> Float[Tensor, "N D"]:
-        """The embeddings of all items, queries first, not normalised; raises as ``per_query`` does."""
+        """The embeddings of all items, queries first, not normalised; raises as `per_query` does."""
         with self.sync_context(dist_sync_fn=self._gather):
             return self._matrix()
 
     def top_k(self, k: int) -> tuple[Float[Tensor, "Q K"], Int64[Tensor, "Q K"]]:
-        """Scores and corpus columns of each query's first K = min(k, P) documents; raises as ``per_query`` does."""
+        """Scores and corpus columns of each query's first K = min(k, P) documents; raises as `per_query` does."""
         with self.sync_context(dist_sync_fn=self._gather):
-            found = []
+            best = []
             for _, scores in self._score_blocks(self._matrix()):
                 columns = order_keys(scores, self.name_order).topk(min(k, scores.shape[1])).indices
-                found.append((scores.gather(1, columns), columns))
-        scores, columns = (torch.cat(blocks) for blocks in zip(*found, strict=True))
+                best.append((scores.gather(1, columns), columns))
+        scores, columns = (torch.cat(blocks) for blocks in zip(*best, strict=True))
         return scores, columns
 
-    @property
-    def _items(self) -> int:
-        return len(self.evaluation.queries) + len(self.evaluation.corpus)
-
-    def _per_query(self) -> dict[str, Float64[Tensor, " Q"]]:
-        matrix = self._matrix()
+    def _per_query(self) -> dict[str, Tensor]:
+        matrix, relevance = self._matrix(), self.relevance
         largest, available = max(self.dimensions, default=0), matrix.shape[1]
         if largest > available:
             raise ValueError(f"dimension {largest} is above the embedding's, which is {available}")
         values: dict[str, Tensor] = {}
         for suffix, dimension in [("", available), *((f"/{d}", d) for d in self.dimensions)]:
-            blocks = self._score_blocks(matrix[:, :dimension])
-            found = torch.cat([ranks(scores, self.relevant[rows], self.name_order) for rows, scores in blocks])
-            values |= {name + suffix: metric(found, self.grades) for name, metric in METRICS.items()}
+            rank_blocks = []
+            for start, scores in self._score_blocks(matrix[:, :dimension]):
+                first, last = torch.searchsorted(relevance.queries, torch.tensor([start, start + len(scores)])).tolist()
+                rows = relevance.queries[first:last] - start
+                rank_blocks.append(ranks(scores, rows, relevance.documents[first:last], self.name_order))
+            values |= {name + suffix: metric(torch.cat(rank_blocks), relevance) for name, metric in METRICS.items()}
         return values
 
-    def _matrix(self) -> Float[Tensor, "N D"]:
-        """One embedding per item, in order: the first that came."""
-        first, missing = first_rows(self.rows, self._items)
-        if missing:
-            raise RuntimeError(
-                f"{missing} of the {self._items} items of evaluation set {self.evaluation.name!r} have no embedding: "
-                "metrics need all of its batches, limit none of them"
-            )
-        return dim_zero_cat(self.embeddings)[first]
-
-    def _score_blocks(self, embeddings: Float[Tensor, "N D"]) -> Iterator[tuple[slice, Float[Tensor, "Q P"]]]:
-        """Cosine of some queries with the whole corpus, block after block."""
+    def _score_blocks(self, embeddings: Float[Tensor, "N D"]) -> Iterator[tuple[int, Float[Tensor, "Q P"]]]:
+        """Cosine of some queries, from a first one on, with the whole corpus: block after block."""
         queries, corpus = normalize(embeddings, dim=1).split(
             [len(self.evaluation.queries), len(self.evaluation.corpus)]
         )
         height = max(1, SCORES_PER_BLOCK // len(corpus))
         for start in range(0, len(queries), height):
-            rows = slice(start, start + height)
             # NumPy's product stays float32, whatever autocast and torch.set_float32_matmul_precision say.
-            yield rows, torch.from_numpy(queries[rows].numpy() @ corpus.numpy().T)
+            yield start, torch.from_numpy(queries[start : start + height].numpy() @ corpus.numpy().T)
 
-    def _gather(self, state: Tensor, group: Any = None) -> list[Tensor]:
-        return gather_rows(state, self.device, group)
+
+class RerankingMetrics(EvaluationMetrics):
+    """Measures the order that scores give to each query's candidates.
+
+    Metrics of retrieval are reported after reranking under their names, and in the first stage's order as
+    ``name/before``. A relevant document that is not among the candidates counts against both, as one that is never
+    found; a query without candidates counts 0. Candidates are ordered by logits in float32, which no sigmoid has made
+    equal, and equal ones by document name, as ``pytrec_eval`` does.
+    """
+
+    def __init__(self, reranking: RerankingSet) -> None:
+        evaluation = reranking.evaluation
+        # (N, 2) query and column of every candidate, by query, in the first stage's order.
+        pairs = torch.tensor([(query, column) for query, row in enumerate(reranking.candidates) for column in row])
+        if not len(pairs):
+            raise ValueError(f"reranking set {reranking.name!r} has no query with a candidate")
+        super().__init__(evaluation, len(pairs), "score")
+        self.pairs = pairs
+        self._keys, self._order = self._key(pairs).sort()
+        twice = pairs[self._order[1:][self._keys[1:] == self._keys[:-1]]]
+        if len(twice):
+            query = evaluation.query_names[int(twice[0, 0])]
+            raise ValueError(f"reranking set {reranking.name!r}: query {query!r} has a candidate twice")
+        #: The position of each candidate among those of its query, from 1.
+        self._positions = torch.arange(1, len(pairs) + 1) - torch.searchsorted(pairs[:, 0].contiguous(), pairs[:, 0])
+        relevant = torch.stack([self.relevance.queries, self.relevance.documents], dim=1)
+        self._relevant, self._is_candidate = self._find(relevant)
+
+    @property
+    def depth(self) -> int:
+        """The most candidates that a query has."""
+        return int(self._positions.max())
+
+    def update(self, rows: Int[Tensor, "B 2"], scores: Float[Tensor, " B"]) -> None:
+        """Take the scores of some pairs: logits, of any float type.
+
+        Rows are the number of a query and the corpus column of a document. A ``ValueError`` says that a pair is no
+        candidate, or that a score is not finite.
+        """
+        rows, scores = rows.detach().cpu().long(), scores.detach().float().cpu()
+        numbers, is_candidate = self._find(rows)
+        foreign = rows[~is_candidate].tolist()
+        if foreign:
+            raise ValueError(
+                f"reranking set {self.evaluation.name!r} has no candidates {foreign} (query number, corpus column)"
+            )
+        self._take(numbers, scores[:, None], rows)
+
+    def top_k(self, k: int) -> tuple[Float[Tensor, "Q K"], Int64[Tensor, "Q K"]]:
+        """Scores and corpus columns of each query's first K = min(k, depth) candidates; raises as `per_query` does.
+
+        Where a query has fewer, -inf and -1 fill up.
+        """
+        with self.sync_context(dist_sync_fn=self._gather):
+            scores = self._matrix()[:, 0]
+        order = self._ranked(scores)[self._positions <= k]
+        rows, positions = self.pairs[order, 0], self._positions[self._positions <= k] - 1
+        shape = len(self.evaluation.queries), min(k, self.depth)
+        best, columns = torch.full(shape, -torch.inf), torch.full(shape, -1)
+        best[rows, positions], columns[rows, positions] = scores[order], self.pairs[order, 1]
+        return best, columns
+
+    def _per_query(self) -> dict[str, Tensor]:
+        before = self._positions.double()
+        after = torch.empty_like(before)
+        after[self._ranked(self._matrix()[:, 0])] = before
+        values: dict[str, Tensor] = {}
+        for suffix, rank in {"": after, "/before": before}.items():
+            relevant = torch.where(self._is_candidate, rank[self._relevant], torch.inf)
+            values |= {name + suffix: metric(relevant, self.relevance) for name, metric in METRICS.items()}
+        return values
+
+    def _ranked(self, scores: Float[Tensor, " N"]) -> Int64[Tensor, " N"]:
+        """The pairs by query, and those of a query the best first."""
+        best_first = order_keys(scores, self.name_order[self.pairs[:, 1]]).argsort(descending=True)
+        return best_first[self.pairs[best_first, 0].argsort(stable=True)]
+
+    def _find(self, pairs: Int64[Tensor, "B 2"]) -> tuple[Int64[Tensor, " B"], Bool[Tensor, " B"]]:
+        """The number of each pair among the candidates, and whether it is one."""
+        keys = self._key(pairs)
+        index = torch.searchsorted(self._keys, keys).clamp(max=len(self._keys) - 1)
+        inside = (pairs >= 0).all(1) & (pairs[:, 1] < len(self.evaluation.corpus))
+        return self._order[index], inside & (self._keys[index] == keys)
+
+    def _key(self, pairs: Int64[Tensor, "B 2"]) -> Int64[Tensor, " B"]:
+        return pairs[:, 0] * len(self.evaluation.corpus) + pairs[:, 1]
+
+    def _name(self, row: Any) -> str:
+        return f"{super()._name(row[0])} with {super()._name(len(self.evaluation.queries) + row[1])}"

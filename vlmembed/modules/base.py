@@ -21,7 +21,7 @@ from torchmetrics import Metric
 
 from vlmembed import distributed
 from vlmembed.adapters import Adapter
-from vlmembed.data.interim import Collator
+from vlmembed.data import Collator
 from vlmembed.encoder import Encoder
 from vlmembed.features import FeatureCache
 from vlmembed.gradcache import GradCache

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlmembed import distributed
 from vlmembed.backbones import PairTemplate, QueryFirst, VisionLanguageModel
-from vlmembed.data.interim import PairCollator
+from vlmembed.data import PairCollator
 from vlmembed.encoder import Scorer
 from vlmembed.features import RecentFeatures
 from vlmembed.heads import ScoreHead, YesNo

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlmembed import distributed
 from vlmembed.backbones import VisionLanguageModel
-from vlmembed.data.interim import ItemCollator
+from vlmembed.data import ItemCollator
 from vlmembed.encoder import Encoder
 from vlmembed.losses import Loss
 from vlmembed.metrics import RetrievalMetrics

@@ -17,7 +17,7 @@ from PIL import Image
 
 from vlmembed import distributed
 from vlmembed.backbones import VisionLanguageModel
-from vlmembed.data.interim import Collator
+from vlmembed.data import Collator
 from vlmembed.encoder import Encoder
 from vlmembed.features import FeatureCache, fingerprint, refuse_trainable
 from vlmembed.gradcache import GradCache
@@ -91,7 +91,7 @@ class MeasureMemory(Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if not hasattr(data, "set_chunking") or not hasattr(pl_module, "encoder"):
             return
-        encoder, tokens = pl_module.encoder, data.chunking.tokens
+        encoder, tokens = pl_module.encoder, data.chunk_tokens
         if data.chunk_size == "auto" and tokens is None:
             if distributed.is_sharded(encoder):
                 raise ValueError("With ModelParallelStrategy, data.chunk_size is a number: processes go in step.")
