@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 from building import encoder, gradients, item, mixed_items, relative_difference
 
 from vlmembed.adapters import Freeze
-from vlmembed.backbones import Qwen3VL
-from vlmembed.encoder import Encoder
+from vlmembed.backbones import QueryFirst, Qwen3VL
+from vlmembed.encoder import Encoder, Scorer
+from vlmembed.heads import YesNo
 from vlmembed.pooling import EndToken, LastToken, LearnedTokens, Mean, Pooling, Projection
 from vlmembed.types import Inputs
 
@@ -99,7 +101,7 @@ def test_their_gradient_is_that_of_rows_of_the_table(checkpoint: Path) -> None:
 def test_tokens_that_the_checkpoint_lacks_are_refused(checkpoint: Path, pooling: Pooling, message: str) -> None:
     built = Encoder(Qwen3VL(str(checkpoint)), pooling)
     with pytest.raises(ValueError, match=message):
-        _ = built.backbone.preprocessor
+        _ = built.preprocessor
 
 
 def test_learned_tokens_are_new_ones(checkpoint: Path) -> None:
@@ -110,8 +112,11 @@ def test_learned_tokens_are_new_ones(checkpoint: Path) -> None:
         built.configure()
 
 
-def test_another_pooling_appends_nothing(checkpoint: Path) -> None:
+def test_making_an_encoder_or_a_scorer_changes_no_backbone(checkpoint: Path) -> None:
     backbone = Qwen3VL(str(checkpoint))
+    before = {name: copy.copy(value) for name, value in vars(backbone).items()}
     Encoder(backbone, LearnedTokens(1))
-    Encoder(backbone, Mean())
-    assert (backbone.appended, backbone.learned_tokens) == ((), None)
+    Scorer(backbone, YesNo(), QueryFirst())
+    assert vars(backbone) == before
+    tokens = Encoder(backbone, Mean()).preprocessor([item("text")])["input_ids"]
+    assert torch.equal(tokens, backbone.make_preprocessor()([item("text")])["input_ids"])

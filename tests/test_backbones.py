@@ -109,7 +109,7 @@ def test_several_layers_come_in_the_order_asked_for(checkpoint: Path, backbone: 
 def test_weights_wait_for_configure_and_come_without_a_head(checkpoint: Path) -> None:
     backbone = Qwen3VL(str(checkpoint))
     assert not list(backbone.parameters())
-    assert backbone.preprocessor([item("no weights needed")])["input_ids"].shape[0] == 1
+    assert backbone.make_preprocessor()([item("no weights needed")])["input_ids"].shape[0] == 1
     backbone.configure()
     names = [name for name, _ in backbone.named_parameters()]
     assert {name.split(".")[1] for name in names} == {"visual", "language_model"}
@@ -189,7 +189,7 @@ def edit_text_config(checkpoint: Path, folder: Path, **changes: Any) -> Path:
 
 def test_gradient_checkpointing_recomputes_and_changes_no_gradient(checkpoint: Path) -> None:
     """A layer runs a second time in the backward pass, and the gradients are the same."""
-    inputs = Qwen3VL(str(checkpoint)).preprocessor([item("words"), item(picture(64, 64), "more")])
+    inputs = Qwen3VL(str(checkpoint)).make_preprocessor()([item("words"), item(picture(64, 64), "more")])
     found, calls = {}, {}
     for checkpointing in (False, True):
         backbone = Qwen3VL(str(checkpoint), gradient_checkpointing=checkpointing)

@@ -239,7 +239,7 @@ def test_only_a_rows_own_fault_is_skipped(tmp_path: Path, error: Exception, work
 
 def test_what_is_wrong_with_the_configuration_is_not_skipped(checkpoint: Path) -> None:
     """The error names no row, although one row is tried by itself."""
-    preprocessor = Qwen3VL(str(checkpoint), max_length=3).preprocessor
+    preprocessor = Qwen3VL(str(checkpoint), max_length=3).make_preprocessor()
     collate = SkipBadRows(Collator(preprocessor))
     with pytest.raises(ValueError, match=r"^max_length=3 has no room for a text"):
         collate([*enumerate([Faulty(None)[0], Faulty(None)[1]])])

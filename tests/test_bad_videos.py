@@ -17,7 +17,7 @@ ORIGIN = "train.jsonl, row 17, column 'positive'"
 
 
 def test_a_damaged_video_is_read_or_refused_with_its_row(checkpoint: Path, tmp_path: Path) -> None:
-    preprocessor = Qwen3VL(str(checkpoint)).preprocessor
+    preprocessor = Qwen3VL(str(checkpoint)).make_preprocessor()
     random = np.random.default_rng(0)
     good = film(tmp_path / "good.mp4", frames=8).read_bytes()
     said, path = [], tmp_path / "damaged.mp4"
@@ -39,7 +39,7 @@ def test_a_damaged_video_is_read_or_refused_with_its_row(checkpoint: Path, tmp_p
 def test_a_video_of_too_many_pixels_is_refused_before_it_is_decoded(
     checkpoint: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    preprocessor = Qwen3VL(str(checkpoint)).preprocessor
+    preprocessor = Qwen3VL(str(checkpoint)).make_preprocessor()
     value = (
         film(tmp_path / "film.mp4", rate=2) if kind == "file" else tuple(picture(64, 32, seed) for seed in range(24))
     )

@@ -51,13 +51,12 @@ def test_yes_or_no_is_what_the_language_model_says(checkpoint: Path, untied: Pat
     folder = checkpoint if tied else untied
     model = scorer(folder, YesNo("zero", "one"))
     theirs = AutoModelForImageTextToText.from_pretrained(folder).eval()
-    processor = Qwen3VL(str(folder), attn_implementation="sdpa")
-    processor.pair_template = QueryFirst()
-    tokens = label_token_ids(processor.preprocessor.processor.tokenizer, ["zero", "one"])
+    padded = Qwen3VL(str(folder), attn_implementation="sdpa").make_preprocessor(QueryFirst())
+    tokens = label_token_ids(padded.processor.tokenizer, ["zero", "one"])
     with torch.no_grad():
         found = model(model.backbone.preprocessor(PAIRS))
         for pair, score in zip(PAIRS, found, strict=True):
-            logits = theirs(**processor.preprocessor([pair])).logits[0, -1]
+            logits = theirs(**padded([pair])).logits[0, -1]
             yes, no = log_softmax(logits, dim=0)[tokens]
             # Of 151,936 logits a softmax is taken and taken back: float32, once more.
             assert float(score) == pytest.approx(float(yes - no), abs=1e-5)
@@ -181,7 +180,7 @@ def test_a_template_of_ones_own(checkpoint: Path, tmp_path: Path) -> None:
     template = TemplateFile(str(tmp_path / "own.jinja"), ends_with_query=True)
     found = rendered(checkpoint, template, Pair(item("one", role="query"), item("two")))
     assert found == "queryonedocumenttwo"
-    assert scorer(checkpoint, template=template).backbone.preprocessor.ends_with_query
+    assert scorer(checkpoint, template=template).preprocessor.pair_template is template
 
 
 @pytest.mark.parametrize(
@@ -196,11 +195,11 @@ def test_a_template_of_ones_own(checkpoint: Path, tmp_path: Path) -> None:
             "TemplateFile drops the query and the images of the query: it has to",
         ),
         ("hello", "drops the query and the document"),
-        (WHOLE.replace("endif", "endfi").replace("endfor", "endfro"), "cannot be rendered for a query and a document"),
-        ("{{ raise_exception('no') }}", "cannot be rendered for a query and a document: no"),
-        ("{{ messages[0].content.no.thing }}", "cannot be rendered for a query and a document"),
+        (WHOLE.replace("endif", "endfi").replace("endfor", "endfro"), "cannot be rendered for query and document"),
+        ("{{ raise_exception('no') }}", "cannot be rendered for query and document: no"),
+        ("{{ messages[0].content.no.thing }}", "cannot be rendered for query and document"),
         # What templates of language models without eyes do.
-        ("{{ 'a' + messages[0].content + messages[1].content }}", "cannot be rendered for a query and a document"),
+        ("{{ 'a' + messages[0].content + messages[1].content }}", "cannot be rendered for query and document"),
         (
             "{% for m in messages %}{{ m.content[0].text }}{% endfor %}",
             "drops the images of the query and the images of the document",

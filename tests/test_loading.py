@@ -48,7 +48,7 @@ def test_flash_attention_is_for_half_precision_on_cuda(
     asked = {}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(base, "is_flash_attn_2_available", lambda: True)
-    monkeypatch.setattr(AutoModel, "from_pretrained", lambda _, **options: asked.update(options) or mock.MagicMock())
+    monkeypatch.setattr(AutoModel, "from_pretrained", lambda _, **options: asked.update(options) or (mock.MagicMock(), {"missing_keys": []}))
     Qwen3VL(str(checkpoint), dtype=dtype).configure()
     assert asked["attn_implementation"] == expected
 
@@ -73,7 +73,7 @@ def test_a_text_model_is_refused(tmp_path: Path, config: Any) -> None:
     with pytest.raises(ValueError, match=message):
         VisionLanguageModel(tmp_path).configure()
     with pytest.raises(ValueError, match=message):
-        _ = VisionLanguageModel(tmp_path).preprocessor
+        _ = VisionLanguageModel(tmp_path).make_preprocessor()
 
 
 def test_qwen3_vl_refuses_another_family(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_a_checkpoint_without_chat_template_is_refused(checkpoint: Path, tmp_pat
     shutil.copytree(checkpoint, tmp_path / "plain")
     (tmp_path / "plain" / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match="plain' has no chat template"):
-        _ = VisionLanguageModel(tmp_path / "plain").preprocessor
+        _ = VisionLanguageModel(tmp_path / "plain").make_preprocessor()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="refused only where there is no CUDA")

@@ -26,7 +26,7 @@ ORIGIN = "train.jsonl, row 17, column 'positive'"
 
 
 def preprocessor(checkpoint: Path, instruction: str | None = "Represent.") -> ChatPreprocessor:
-    return Qwen3VL(str(checkpoint), document_instruction=instruction).preprocessor
+    return Qwen3VL(str(checkpoint), document_instruction=instruction).make_preprocessor()
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "text", "cut", "folder"])
@@ -279,4 +279,4 @@ def test_frames_of_different_sizes_are_refused(checkpoint: Path) -> None:
 def test_a_video_for_a_model_without_video_is_refused(tmp_path: Path) -> None:
     backbone = VisionLanguageModel(other_models.idefics3(tmp_path / "tiny"))
     with pytest.raises(ValueError, match=rf"{ORIGIN} has a video, and this checkpoint's processor takes none"):
-        backbone.preprocessor([Item("document", (Part("video", (picture(8, 8),) * 4),), ORIGIN)])
+        backbone.make_preprocessor()([Item("document", (Part("video", (picture(8, 8),) * 4),), ORIGIN)])

@@ -321,7 +321,7 @@ def test_workers_prepare_what_the_training_process_would(checkpoint: Path, tmp_p
 def loaded(checkpoint: Path, rows: str, workers: int) -> list[Batch]:
     """All batches of an epoch, through Lightning's loaders."""
     data = RetrievalDataModule(train=rows, batch_size=4, chunk_size=2, num_workers=workers)
-    preprocessor = pickle.loads(pickle.dumps(Qwen3VL(str(checkpoint)).preprocessor))
+    preprocessor = pickle.loads(pickle.dumps(Qwen3VL(str(checkpoint)).make_preprocessor()))
     assert isinstance(preprocessor, PackingPreprocessor)
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
@@ -347,4 +347,4 @@ def test_pixels_that_the_device_cannot_make_are_refused(
     processor.save_pretrained(tmp_path / "changed")
     (name,) = change
     with pytest.raises(ValueError, match=f"has {name}=.*rescaled and normalised, both alike"):
-        _ = Qwen3VL(str(tmp_path / "changed")).preprocessor
+        _ = Qwen3VL(str(tmp_path / "changed")).make_preprocessor()

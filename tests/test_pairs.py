@@ -124,8 +124,7 @@ def test_in_batch_negatives_have_no_teacher() -> None:
 
 def preprocessor(checkpoint: Path, template: type[QueryFirst] = QueryFirst) -> Preprocessor:
     backbone = Qwen3VL(str(checkpoint), query_instruction=None, document_instruction=None)
-    backbone.pair_template = template()
-    return backbone.preprocessor
+    return backbone.make_preprocessor(template())
 
 
 @pytest.mark.parametrize("template", [QueryFirst, DocumentFirst])

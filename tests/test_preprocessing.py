@@ -24,7 +24,7 @@ MAX_LENGTH = 70
 
 
 def preprocessor(checkpoint: Path, **options: Any) -> ChatPreprocessor:
-    return Qwen3VL(str(checkpoint), **options).preprocessor
+    return Qwen3VL(str(checkpoint), **options).make_preprocessor()
 
 
 def rendered(preprocessor: ChatPreprocessor, one: Item) -> str:

@@ -64,7 +64,7 @@ def test_scores_are_the_logits_of_the_reranker(
         found = scored[row].query, *scored[row].positives, *scored[row].negatives
         assert [len(each.parts) for each in found] == [len(each.parts) for each in (example.query, *documents)]
     assert len([*(tmp_path / "images").iterdir()]) == 5
-    batch = Collator(Qwen3VL(str(checkpoint)).preprocessor, wants_scores=True)([scored[0], scored[2]])
+    batch = Collator(Qwen3VL(str(checkpoint)).make_preprocessor(), wants_scores=True)([scored[0], scored[2]])
     assert batch.scores is not None
     assert len(batch.scores) == 7
 

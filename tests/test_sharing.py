@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from building import item, picture
 
 from vlmembed.backbones import DocumentFirst, QueryFirst, Qwen3VL
 from vlmembed.backbones.packing import PackedItems, halve, take
-from vlmembed.backbones.prefix_sharing import Sharing, common, kept, neighbours, signature
+from vlmembed.backbones.prefix_sharing import Sharing, order_by_beginning, shared_among, shared_lengths, signature
 from vlmembed.encoder import Scorer
 from vlmembed.heads import Linear, ScoreHead, YesNo
 from vlmembed.pooling import EarlierLayer, LastToken, LayerMix, LearnedTokens, Mean, MeanOfLast
@@ -134,28 +134,24 @@ def test_a_signature_tells_images_apart() -> None:
 
 def test_what_two_items_have_in_common() -> None:
     first, second = np.array([1, 2, 3, 4]), np.array([1, 2, 5])
-    assert common(first, second) == 2
-    assert common(second, first) == 2
     # Something of its own is left to compute, even of an item that is another one's beginning.
-    assert common(first, first) == 3
-    assert common(first, first[:2]) == 1
+    assert shared_lengths([first, second, first, first, first[:2]]) == [0, 2, 2, 3, 1]
 
 
 def test_neighbours_begin_alike() -> None:
     signatures = [np.array(numbers) for numbers in ([3, 1], [1, 2, 3], [3, 0], [1, 2], [1, 9, 9])]
-    order = neighbours(signatures)
-    in_common = [common(signatures[one], signatures[other]) for one, other in pairwise(order)]
-    assert sorted(in_common) == [0, 1, 1, 2]
+    order = order_by_beginning(signatures)
+    assert sorted(shared_lengths([signatures[row] for row in order])) == [0, 0, 1, 1, 2]
 
 
 def test_places_follow_what_is_shared_with_the_row_before() -> None:
     sharing = Sharing.of(torch.tensor([4, 5, 3]), torch.tensor([0, 3, 2]))
     #                                 a b c d   a b c e f   a b g
-    assert sharing.own.int().tolist() == [1, 1, 1, 1, 0, 0, 0, 1, 1, 0, 0, 1]
-    assert sharing.places.tolist() == [0, 1, 2, 3, 0, 1, 2, 4, 5, 0, 1, 6]
+    assert sharing.computed.int().tolist() == [1, 1, 1, 1, 0, 0, 0, 1, 1, 0, 0, 1]
+    assert sharing.index.tolist() == [0, 1, 2, 3, 0, 1, 2, 4, 5, 0, 1, 6]
     assert sharing.counts.tolist() == [4, 2, 1]
 
 
 def test_rows_that_are_left_share_the_least_of_what_was_between() -> None:
-    assert kept(torch.tensor([0, 3, 2, 5, 4]), [1, 2, 4]).tolist() == [0, 2, 4]
-    assert kept(torch.tensor([0, 3, 2, 5, 4]), [0, 4]).tolist() == [0, 2]
+    assert shared_among(torch.tensor([0, 3, 2, 5, 4]), [1, 2, 4]).tolist() == [0, 2, 4]
+    assert shared_among(torch.tensor([0, 3, 2, 5, 4]), [0, 4]).tolist() == [0, 2]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vlmembed.adapters import LoRA
 from vlmembed.backbones import Qwen3VL
-from vlmembed.backbones.attention import Bounds, Tail, packed_attention
+from vlmembed.backbones.attention import Bounds, LastTokens, Packed, packed_attention
 from vlmembed.encoder import Encoder
 from vlmembed.pooling import Concatenation, FirstToken, LastToken, Mean, Pooling
 
@@ -111,8 +111,8 @@ def test_poolings_together_read_what_the_longest_reads() -> None:
 
 
 def test_places_of_the_last_tokens() -> None:
-    tail = Tail.of(torch.tensor([3, 1, 4]), 2, torch.device("cpu"))
-    assert tail.places.tolist() == [1, 2, 3, 6, 7]
+    tail = LastTokens.of(torch.tensor([3, 1, 4]), 2, torch.device("cpu"))
+    assert tail.index.tolist() == [1, 2, 3, 6, 7]
     assert tail.bounds.lengths == [2, 1, 2]
 
 
@@ -126,9 +126,10 @@ def test_the_last_tokens_attend_as_among_all(device: str, causal: bool, tokens: 
     query, key, value = (
         torch.randn(1, heads, int(lengths.sum()), 16, generator=draw).to(device, dtype) for heads in (4, 2, 2)
     )
-    bounds, tail = Bounds.of(lengths, torch.device(device)), Tail.of(lengths, tokens, torch.device(device))
-    options: dict[str, Any] = {"attention_mask": None, "is_causal": causal, "bounds": bounds}
-    every, _ = packed_attention(nn.Module(), query, key, value, **options)
-    found, _ = packed_attention(nn.Module(), query[:, :, tail.places], key, value, asking=tail.bounds, **options)
+    bounds, tail = Bounds.of(lengths, torch.device(device)), LastTokens.of(lengths, tokens, torch.device(device))
+    options: dict[str, Any] = {"attention_mask": None, "is_causal": causal}
+    every, _ = packed_attention(nn.Module(), query, key, value, packed=Packed(bounds, bounds), **options)
+    packed = Packed(tail.bounds, bounds)
+    found, _ = packed_attention(nn.Module(), query[:, :, tail.index], key, value, packed=packed, **options)
     tolerance = 1e-2 if device == "cuda" else ROUNDING
-    torch.testing.assert_close(found, every[:, tail.places], rtol=0, atol=tolerance)
+    torch.testing.assert_close(found, every[:, tail.index], rtol=0, atol=tolerance)

@@ -116,12 +116,11 @@ class Engine:
         """See all images, or those that are not kept."""
         if self._features is None:
             return self.encoder.encode_images(batch.images)
-        found, new = self.encoder.encode_missing_images(batch.images, self._features.get)
-        found |= new
-        self._predict(sum(image.nbytes for image in found.values()), len(batch.queries))
-        for key, features in new.items():
-            self._features.put(key, features)
-        return [found[key] for group in batch.images for key in group["keys"].tolist()]
+        features, new = self.encoder.encode_missing_images(batch.images, self._features.get)
+        self._predict(sum(image.nbytes for image in features), len(batch.queries))
+        for key, image in new.items():
+            self._features.put(key, image)
+        return features
 
     def _predict(self, size: int, examples: int) -> None:
         """Say once what the cache will take, or refuse: in all processes alike, going by their first steps."""

@@ -99,7 +99,7 @@ class Probe(LightningModule):
             _load_backbone(self.model, self.checkpoint)
         self._read_outs = {name: build() for name, build in READ_OUTS.items()}
         for pooling in self._read_outs.values():
-            pooling.template = self.model.encoder.backbone.preprocessor.template
+            pooling.template = self.model.encoder.preprocessor.template
         self._configured = True
 
     def on_test_epoch_start(self) -> None:

@@ -33,9 +33,8 @@ def write_checkpoint(
     """
     adapters.merge(backbone)
     if backbone.learned_tokens is not None:
-        write_tokens(
-            backbone.model, backbone.preprocessor.processor.tokenizer, backbone.appended, backbone.learned_tokens
-        )
+        preprocessor = backbone.preprocessor
+        write_tokens(backbone.model, preprocessor.processor.tokenizer, preprocessor.appended, backbone.learned_tokens)
     whole = _with_head(backbone.model)
     weights = {name: tensor for name, tensor in whole.state_dict().items() if not tensor.is_meta}
     if language_head is not None:
@@ -46,9 +45,14 @@ def write_checkpoint(
 
 def _write_processor(backbone: VisionLanguageModel, folder: Path) -> None:
     """Write the processor; a template for pairs stands beside the checkpoint's own, for those who chat with it."""
-    processor: Any = backbone.load_processor()
-    if backbone.pair_template is not None:
-        processor.chat_template = {**backbone.chat_templates, NAME: processor.chat_template}
+    preprocessor = backbone.preprocessor
+    # Opened anew: a tokenizer that was used remembers how it padded.
+    options = (preprocessor.pair_template, preprocessor.appended, backbone.learned_tokens is not None)
+    processor: Any = backbone.make_preprocessor(*options).processor
+    if preprocessor.pair_template is not None:
+        template = backbone.open_processor().chat_template
+        templates = template if isinstance(template, dict) else {"default": template}
+        processor.chat_template = {**templates, NAME: processor.chat_template}
     if backbone.max_length is not None:
         processor.tokenizer.model_max_length = backbone.max_length
     processor.save_pretrained(folder)

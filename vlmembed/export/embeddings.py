@@ -56,7 +56,7 @@ def encode_probes(encoder: Encoder, probes: Sequence[Probe]) -> Embeddings:
         role → (number of probes, D), not normalised.
     """
     encoder.eval()
-    preprocess = encoder.backbone.preprocessor
+    preprocess = encoder.preprocessor
     return {
         role: torch.cat([encoder(preprocess([probe.item(role)])).float().cpu() for probe in probes]) for role in ROLES
     }

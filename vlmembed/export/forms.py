@@ -113,4 +113,4 @@ class RerankerForm(Form):
 
 
 def _reads_video(encoder: Encoder) -> bool:
-    return getattr(encoder.backbone.preprocessor.processor, "video_processor", None) is not None
+    return getattr(encoder.preprocessor.processor, "video_processor", None) is not None

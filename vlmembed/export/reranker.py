@@ -55,7 +55,7 @@ def _write_dense(scorer: Scorer, folder: Path) -> None:
 
 def _write_logits(scorer: Scorer, folder: Path) -> None:
     backbone, head = scorer.backbone, of_two_logits(scorer.pooling)
-    tokens = label_token_ids(backbone.preprocessor.processor.tokenizer, head.label_tokens)
+    tokens = label_token_ids(scorer.preprocessor.processor.tokenizer, head.label_tokens)
     write_checkpoint(backbone, folder, _language_head(backbone, head, tokens))
     template = {"add_generation_prompt": backbone.generation_prompt, "chat_template": NAME}
     score = {"true_token_id": tokens[0], "false_token_id": tokens[1], "module_input_name": "causal_logits"}

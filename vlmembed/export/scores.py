@@ -57,7 +57,7 @@ def readable(scorer: Scorer, pairs: Sequence[PairProbe]) -> list[PairProbe]:
     refusals, kept = [], []
     for probe in pairs:
         try:
-            scorer.backbone.preprocessor([probe.pair()])
+            scorer.preprocessor([probe.pair()])
             kept.append(probe)
         except ValueError as error:
             refusals.append(str(error))
@@ -70,7 +70,7 @@ def readable(scorer: Scorer, pairs: Sequence[PairProbe]) -> list[PairProbe]:
 def score_probes(scorer: Scorer, pairs: Sequence[PairProbe]) -> Float[Tensor, " pairs"]:
     """Score each pair by itself."""
     scorer.eval()
-    preprocess = scorer.backbone.preprocessor
+    preprocess = scorer.preprocessor
     return torch.cat([scorer(preprocess([probe.pair()]))[:, 0].float().cpu() for probe in pairs])
 
 

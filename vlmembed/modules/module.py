@@ -122,7 +122,7 @@ class RetrievalModule(Resumable, ABC):
     @property
     def preprocessor(self) -> Preprocessor:
         """The preprocessor of this model's inputs."""
-        return self.encoder.backbone.preprocessor
+        return self.encoder.preprocessor
 
     def setup(self, stage: str) -> None:
         """Refuse to train in a way that would lose gradients, before weights are loaded."""

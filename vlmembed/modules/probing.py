@@ -69,7 +69,7 @@ def _try(encoder: Encoder, cost: int) -> tuple[int, float]:
 
 def _batch(encoder: Encoder, tokens: float) -> Batch | RankingBatch:
     """Make one chunk of pictures and words."""
-    preprocessor = encoder.backbone.preprocessor
+    preprocessor = encoder.preprocessor
     draw = np.random.default_rng(0)
     examples: list[Example] = []
     while sum(preprocessor.cost(example.positives[0]) for example in examples) < tokens:

@@ -28,14 +28,16 @@ class RecentFeatures:
 
     def encode_images(self, images: Sequence[Inputs]) -> list[Tensor]:
         """Return the features of some chunks of images, as `Encoder.encode_images` does."""
-        found, new = self._encoder.encode_missing_images(images, self._kept.get)
-        for key in found:
-            self._kept.move_to_end(key)
-        for key, features in new.items():
+        features, new = self._encoder.encode_missing_images(images, self._get)
+        for key, image in new.items():
             # A copy, so that one image does not keep its whole chunk in memory.
-            self._kept[key] = features.to("cpu", copy=True)
-            self._bytes += features.nbytes
+            self._kept[key] = image.to("cpu", copy=True)
+            self._bytes += image.nbytes
         while self._bytes > self._limit:
             self._bytes -= self._kept.popitem(last=False)[1].nbytes
-        found |= new
-        return [found[key] for chunk in images for key in chunk["keys"].tolist()]
+        return features
+
+    def _get(self, key: int) -> Tensor | None:
+        if key in self._kept:
+            self._kept.move_to_end(key)
+        return self._kept.get(key)
