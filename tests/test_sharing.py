@@ -13,7 +13,7 @@ from building import item, picture
 
 from vlmembed.backbones import DocumentFirst, QueryFirst, Qwen3VL
 from vlmembed.backbones.packing import PackedItems, halve, take
-from vlmembed.backbones.prefix_sharing import Sharing, order_by_beginning, shared_among, shared_lengths, signature
+from vlmembed.backbones.prefix_sharing import Sharing, order_by_beginning, shared_among, shared_lengths, signatures
 from vlmembed.encoder import Scorer
 from vlmembed.heads import Linear, ScoreHead, YesNo
 from vlmembed.pooling import EarlierLayer, LastToken, LayerMix, LearnedTokens, Mean, MeanOfLast
@@ -129,7 +129,7 @@ def test_sharing_is_that_of_transformers_own_padded_forward(checkpoint: Path) ->
 
 def test_a_signature_tells_images_apart() -> None:
     tokens, types = torch.tensor([1, 2, 9, 9, 3, 9]), torch.tensor([0, 0, 1, 1, 0, 1])
-    assert signature(tokens, types, [70, 80]).tolist() == [1, 2, -71, -71, 3, -81]
+    assert signatures([(tokens, types, [70, 80])])[0].tolist() == [1, 2, -71, -71, 3, -81]
 
 
 def test_what_two_items_have_in_common() -> None:

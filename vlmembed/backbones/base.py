@@ -56,11 +56,6 @@ class VisionLanguageModel(nn.Module):
         liger: Whether Qwen3-VL runs norms, MLPs and rotary positions through Liger's kernels; needs liger-kernel and
             CUDA.
         trust_remote_code: Whether to run code that comes with the checkpoint.
-
-    Attributes:
-        model: The weights, from `configure` on.
-        preprocessor: What the inputs come from, from `configure` on.
-        learned_tokens: Returns the embeddings of the tokens that the preprocessor appends, where they are learned.
     """
 
     #: Parts of the model by name, as patterns of parameter names tried in this order: the first match decides.
@@ -70,6 +65,7 @@ class VisionLanguageModel(nn.Module):
         "language": r"",
     }
 
+    # All three are set by `configure`.
     model: PreTrainedModel
     preprocessor: ChatPreprocessor
     learned_tokens: TokenEmbeddings | None = None
@@ -119,8 +115,8 @@ class VisionLanguageModel(nn.Module):
             new_tokens: Whether the checkpoint does not know them.
 
         Raises:
-            ValueError: If the checkpoint is not a vision-language model's, has no image processor or chat template, or
-                the template drops what it is given; or appended tokens are unknown, or known but should be new.
+            ValueError: If the checkpoint has no processor for images and texts, its template drops what it is given,
+                or tokens to append are unknown, or known although they should be new.
         """
         processor = self.open_processor()
         instructions: dict[Role, str | None] = {"query": None, "document": None} if template else self.instructions
@@ -137,7 +133,6 @@ class VisionLanguageModel(nn.Module):
         )
 
     def _preprocessor_class(self, template: PairTemplate | None) -> Any:
-        """Return what `make_preprocessor` calls."""
         return ChatPreprocessor
 
     def open_processor(self) -> ProcessorMixin:
@@ -182,8 +177,7 @@ class VisionLanguageModel(nn.Module):
             learned_tokens: Returns the embeddings of the tokens that it appends, where they are learned.
 
         Raises:
-            ValueError: If the checkpoint cannot be opened, lacks weights or has an adapter beside them, is not a
-                vision-language model, or 4-bit weights are asked for where they cannot be had.
+            ValueError: If the checkpoint is not a whole vision-language model, or an option cannot be served.
         """
         self.preprocessor = preprocessor or self.make_preprocessor()
         self.learned_tokens = learned_tokens
@@ -344,11 +338,7 @@ def _other_modules(checkpoint: str, revision: str | None) -> list[str]:
 
 
 def label_token_ids(tokenizer: Any, words: Sequence[str]) -> list[int]:
-    """Return the token of each word.
-
-    Raises:
-        ValueError: If a word is not one token, or two words are the same one.
-    """
+    """Return the token of each word; refuse a word that is not one token, or the same as another."""
     tokens = [tokenizer.encode(word, add_special_tokens=False) for word in words]
     for word, ids in zip(words, tokens, strict=True):
         if len(ids) != 1:
@@ -362,11 +352,7 @@ def label_token_ids(tokenizer: Any, words: Sequence[str]) -> list[int]:
 
 
 def head_rows(checkpoint: str, tokens: Sequence[int], revision: str | None = None) -> Float[Tensor, "tokens H"]:
-    """Read rows of a checkpoint's language-model head, where it is not its token embeddings, and nothing else.
-
-    Raises:
-        ValueError: If there is no such head.
-    """
+    """Read rows of a checkpoint's language-model head, and nothing else; refuse a checkpoint that has none."""
     index = checkpoint_file(checkpoint, SAFE_WEIGHTS_INDEX_NAME, revision)
     files = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"] if index else {}
     if path := checkpoint_file(checkpoint, files.get(HEAD, SAFE_WEIGHTS_NAME), revision):

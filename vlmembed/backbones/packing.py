@@ -1,8 +1,8 @@
 """Qwen3-VL inputs without padding: what travels from loader workers to the model.
 
-transformers' inputs are split into the texts, chunk by chunk, and the distinct images. Everything that follows from the
-images' sizes (rotary positions, weights of position embeddings) is computed here, in the worker, so that the model never
-has to ask the device for a number.
+transformers' inputs are split into the texts, chunk by chunk, and the distinct images. What follows from the images'
+sizes (positions, weights of position embeddings) is computed here, in the worker, so that the model never has to ask
+the device for a number.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ from collections.abc import Collection, Iterator, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
-from vlmembed.backbones.prefix_sharing import order_by_beginning, shared_among, shared_lengths, signature
+from vlmembed.backbones.prefix_sharing import order_by_beginning, shared_among, shared_lengths, signatures
 from vlmembed.types import Inputs, Prepared
 
 #: What transformers calls the pixels and the grids of each of ``mm_token_type_ids``: 0 is text.
@@ -61,7 +60,7 @@ class PackedItems(Prepared):
         self._inputs, self._vision, self._shares = inputs, vision, shares
         self._positions: list[Tensor] = []
         self._item_images: list[list[tuple[int, int]]] = []  # Of each item: key and first token of its images.
-        self._signatures: list[np.ndarray] = []
+        beginnings: list[tuple[Tensor, Tensor, list[int]]] = []
         images: dict[int, _Image] = {}
         frames = {kind: _frames(inputs, kind) for kind in VISION_INPUTS}
         rows = zip(inputs["input_ids"], inputs["mm_token_type_ids"], inputs["attention_mask"].bool(), strict=True)
@@ -75,8 +74,9 @@ class PackedItems(Prepared):
                 [(run[0].key, start) for start, run in zip(starts, runs, strict=False) if run and run[1] == 0]
             )
             if shares:
-                self._signatures.append(signature(ids[mask], types[mask], [run[0].key for run in runs if run]))
+                beginnings.append((ids[mask], types[mask], [run[0].key for run in runs if run]))
             images.update({run[0].key: run[0] for run in runs if run})
+        self._signatures = signatures(beginnings)
         # Images before videos, whose patches hold more numbers; then the largest first, as for texts.
         self._images = sorted(images.values(), key=lambda image: (image.kind, -len(image.pixels)))
         self._index = {image.key: index for index, image in enumerate(self._images)}
@@ -155,7 +155,7 @@ def _frames(inputs: Inputs, kind: int) -> Iterator[tuple[_Image, int]]:
     images = []
     for patches, grid in zip(pixels.split(grids.prod(dim=1).tolist()), grids.tolist(), strict=True):
         hashed = hashlib.blake2b(f"{kind} {grid}".encode(), digest_size=8)
-        hashed.update(patches.contiguous().numpy())  # type: ignore[arg-type]
+        hashed.update(patches.contiguous().numpy())
         images.append(_Image(kind, int.from_bytes(hashed.digest(), "big") >> 1, tuple(grid), patches))
     for index in inputs["image_order"].tolist() if "image_order" in inputs else range(len(images)):
         yield from ((images[index], frame) for frame in range(images[index].grid[0]))
@@ -164,15 +164,10 @@ def _frames(inputs: Inputs, kind: int) -> Iterator[tuple[_Image, int]]:
 def _rotary_positions(
     lengths: Sequence[int], grids: Sequence[tuple[int, int, int] | None], vision: PretrainedConfig
 ) -> Int[Tensor, "3 L"]:
-    """Give an item's tokens their time, height and width, as Qwen3-VL's rotary embedding wants it (arXiv:2409.12191).
+    """Give the runs of an item's tokens their time, height and width, as Qwen3-VL does (arXiv:2409.12191).
 
-    A text counts on by one in all three. An image, or a frame, has one time, lies in the plane, and takes as many
-    positions as its longer side has tokens.
-
-    Args:
-        lengths: Of each run of text, or of visual tokens.
-        grids: Of each run: an image's patches in time, height and width; None for a text.
-        vision: Says how many patches a token has per side.
+    A text, whose grid is None, counts on by one in all three. An image, or a frame, has one time, lies in the plane,
+    and takes as many positions as its longer side has tokens.
     """
     pieces = []
     start = 0
@@ -200,14 +195,9 @@ def select(chunk: Inputs, indices: Sequence[int]) -> Inputs:
 
 
 def picked(chunks: Sequence[Inputs], indices: Collection[int]) -> Iterator[tuple[Inputs, list[int]]]:
-    """Take images out of several chunks, as one chunk of images and one of videos, whose patches are larger.
+    """Take images, by their index over all chunks, as one chunk of images and one of videos, whose patches are larger.
 
-    Args:
-        chunks: Chunks of images.
-        indices: Of the images to take, counted over all chunks.
-
-    Yields:
-        A chunk, and the indices of its images. One each, because a tower that ran twice would have two gradients.
+    Yields each with the indices of its images. One each, because a tower that ran twice would have two gradients.
     """
     parts: dict[int, list[tuple[Inputs, list[int]]]] = {}
     start = 0

@@ -7,9 +7,9 @@ less time. A chunk's items stand in order, each beside the one that it shares mo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,19 +19,20 @@ from torch import Tensor
 from vlmembed.types import Inputs
 
 
-def signature(tokens: Int[Tensor, " L"], types: Int[Tensor, " L"], images: Sequence[int]) -> np.ndarray:
-    """Return an item's tokens as (L,) numbers that are equal where tokens, and the images at them, are.
+def signatures(items: Iterable[tuple[Int[Tensor, " L"], Int[Tensor, " L"], Sequence[int]]]) -> list[np.ndarray]:
+    """Return each item's tokens as (L,) numbers that are equal where tokens, and the images at them, are.
 
     Args:
-        tokens: Their ids.
-        types: 0 for a text's token, else for an image's or a video's.
-        images: The key of each run of visual tokens, in order.
+        items: Of each the tokens' ids; their types, 0 for a text's; and the key of each run of visual tokens, in order.
     """
-    visual = types.numpy() > 0
-    starts = visual & ~np.concatenate([[False], visual[:-1]])
-    keys = np.asarray([0, *images], dtype=np.int64)
-    # Negative, so that no key is a token's id.
-    return np.where(visual, -1 - keys[np.cumsum(starts)], tokens.numpy().astype(np.int64))
+    numbers = []
+    for tokens, types, images in items:
+        visual = types.numpy() > 0
+        starts = visual & ~np.concatenate([[False], visual[:-1]])
+        keys = np.asarray([0, *images], dtype=np.int64)
+        # Negative, so that no key is a token's id.
+        numbers.append(np.where(visual, -1 - keys[np.cumsum(starts)], tokens.numpy().astype(np.int64)))
+    return numbers
 
 
 def order_by_beginning(signatures: Sequence[np.ndarray]) -> list[int]:
@@ -49,7 +50,8 @@ def shared_lengths(signatures: Sequence[np.ndarray]) -> list[int]:
     return counts
 
 
-class Sharing(NamedTuple):
+@dataclass(frozen=True)
+class Sharing:
     """Which tokens of a chunk are computed, and which of those each token is.
 
     Args:

@@ -194,8 +194,8 @@ class ChatPreprocessor(Preprocessor):
                 )
             if self.pair_template is not None and self.pair_template.ends_with_query:
                 raise ValueError(
-                    f"{too_long}at its end would cut its query. Raise max_length, or use a template that puts the query "
-                    "first."
+                    f"{too_long}at its end would cut its query. Raise max_length, or use a template that puts the "
+                    "query first."
                 )
             end = self._template_end(tuple(one.role for one in _split(item)))
             if limit <= len(end):

@@ -101,12 +101,7 @@ class Qwen3VL(VisionLanguageModel):
             install(self.model)
 
     def encode_images(self, images: Inputs) -> Sequence[Float[Tensor, "tokens levels H"]]:
-        """Run the vision tower on a chunk of images.
-
-        Returns:
-            Of each image, the features that stand in for its tokens' embeddings, and those that are added behind each
-            of the first layers (DeepStack, arXiv:2406.04334).
-        """
+        """Return what stands in for each image's tokens, and what later layers add (DeepStack, arXiv:2406.04334)."""
         here = {name: self._here(tensor) for name, tensor in images.items()}
         frames, height, width = images["grid_thw"].T
         # Frames attend to themselves alone. (patches, numbers) → (tokens, H), one for 2 × 2 patches.
@@ -129,14 +124,7 @@ class Qwen3VL(VisionLanguageModel):
     def forward(
         self, inputs: Inputs, layers: Sequence[int] = (-1,), features: Features = (), num_last_tokens: int | None = None
     ) -> Float[Tensor, "*K B L H"]:
-        """Return hidden states; see `VisionLanguageModel.forward`.
-
-        Args:
-            inputs: A chunk of `PackedItems`, on the host, or what the preprocessor returns when it is called.
-            layers: Which hidden states.
-            features: Of the distinct images of the batch, from `encode_images`; the chunk says which of them it shows.
-            num_last_tokens: How many of an item's last tokens will be read; the last layer is computed for no others.
-        """
+        """Return hidden states of a chunk of `PackedItems`, or of what the preprocessor returns when it is called."""
         if not self.separate_vision_pass:
             return super().forward(inputs, layers)
         if "images" not in inputs:
