@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import other_models
 import pytest
 import torch
 from building import mixed_items
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, BertConfig, Qwen3Config
 
 from vlmembed.backbones import Qwen3VL, VisionLanguageModel, base
@@ -24,7 +27,7 @@ def load(checkpoint: Path, **options: Any) -> Qwen3VL:
 
 @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
 def test_dtype_is_the_checkpoints_unless_named(checkpoint: Path, tmp_path: Path, dtype: str) -> None:
-    half = tmp_path / "half"
+    half = shutil.copytree(checkpoint, tmp_path / "half")
     AutoModel.from_pretrained(checkpoint, dtype=torch.bfloat16).save_pretrained(half)
     expected = {"auto": torch.bfloat16, "float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     assert {parameter.dtype for parameter in load(half, dtype=dtype).parameters()} == {expected}
@@ -48,7 +51,8 @@ def test_flash_attention_is_for_half_precision_on_cuda(
     asked = {}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(base, "is_flash_attn_2_available", lambda: True)
-    monkeypatch.setattr(AutoModel, "from_pretrained", lambda _, **options: asked.update(options) or (mock.MagicMock(), {"missing_keys": []}))
+    opened = (mock.MagicMock(), {"missing_keys": []})
+    monkeypatch.setattr(AutoModel, "from_pretrained", lambda _, **options: asked.update(options) or opened)
     Qwen3VL(str(checkpoint), dtype=dtype).configure()
     assert asked["attn_implementation"] == expected
 
@@ -92,6 +96,69 @@ def test_a_checkpoint_without_chat_template_is_refused(checkpoint: Path, tmp_pat
     (tmp_path / "plain" / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match="plain' has no chat template"):
         _ = VisionLanguageModel(tmp_path / "plain").make_preprocessor()
+
+
+#: Renders everything, as the tiny checkpoint's own template does.
+WHOLE = """{% for m in messages %}{{ m.role }}{% for part in m.content %}\
+{{ part.text if part.type == 'text' else '<|vision_start|><|image_pad|><|vision_end|>' }}{% endfor %}{% endfor %}"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("part.text", "'a text'", "drops the system and the user"),
+        ("messages", "messages if m.role != 'system'", "drops the system: .* set query_instruction"),
+        ("messages", "messages if m.role == 'system'", "drops the user and the images of the user"),
+        ("m.content", "m.content if part.type == 'text'", "drops the images of the user"),
+        ("{{ m.role }}", "{{ m.content + 'text' }}", "cannot be rendered for system and user"),
+    ],
+)
+def test_a_template_that_drops_what_it_is_given_is_refused(
+    checkpoint: Path, tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    shutil.copytree(checkpoint, tmp_path / "changed")
+    template, backbone = tmp_path / "changed" / "chat_template.jinja", Qwen3VL(str(tmp_path / "changed"))
+    template.write_text(WHOLE)
+    backbone.make_preprocessor()
+    template.write_text(WHOLE.replace(old, new))
+    with pytest.raises(ValueError, match=message):
+        backbone.make_preprocessor()
+
+
+def test_weights_that_are_missing_are_named(checkpoint: Path, tmp_path: Path) -> None:
+    """transformers would draw them at random, and go on."""
+    shutil.copytree(checkpoint, tmp_path / "holes")
+    weights = load_file(checkpoint / "model.safetensors")
+    del weights["model.language_model.layers.1.mlp.up_proj.weight"], weights["model.visual.merger.norm.bias"]
+    save_file(weights, tmp_path / "holes" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 2 weights .*layers.1.mlp.up_proj.weight, visual.merger.norm.bias\."):
+        load(tmp_path / "holes")
+
+
+def test_an_adapter_beside_the_weights_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    """transformers would put it on top, unmerged, and an export would hold the adapter alone."""
+    shutil.copytree(checkpoint, tmp_path / "adapted")
+    model = get_peft_model(AutoModel.from_pretrained(checkpoint), LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "adapted")
+    with pytest.raises(ValueError, match=r"adapted' has an adapter beside its weights .*Merge it"):
+        load(tmp_path / "adapted")
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_learned_modules_of_an_earlier_stage_are_said_to_begin_anew(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], weights: bool
+) -> None:
+    folder = tmp_path / "stage1"
+    shutil.copytree(checkpoint, folder)
+    modules = [("", "base.modules.Transformer"), ("1_Pooling", "models.Pooling"), ("2_Dense", "models.Dense")]
+    (folder / "modules.json").write_text(json.dumps([{"path": path, "type": kind} for path, kind in modules]))
+    for path, _ in modules[1:]:
+        (folder / path).mkdir()
+    if weights:
+        save_file({"linear.weight": torch.zeros(2, 2)}, folder / "2_Dense" / "model.safetensors")
+    load(folder)
+    sentence = f"{folder} has weights of Dense (modules.json). They are not loaded"
+    assert (sentence in capsys.readouterr().out) is weights
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="refused only where there is no CUDA")

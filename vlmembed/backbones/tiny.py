@@ -85,7 +85,7 @@ def create(
 ) -> bool:
     """Write a fresh Qwen3-VL checkpoint.
 
-    MLPs are twice as wide as ``hidden_size``, a multiple of ``2 * heads``; ``vision_hidden_size`` is one of ``4 * heads``.
+    ``hidden_size`` is a multiple of ``2 * heads``, ``vision_hidden_size`` of ``4 * heads``; MLPs are twice as wide.
     All vision layers but the last also feed the language model directly (DeepStack).
 
     Returns:
