@@ -71,11 +71,7 @@ class Encoder(nn.Module):
     def encode_missing_images(
         self, images: Sequence[Inputs], cached: Callable[[int], Tensor | None]
     ) -> tuple[list[Tensor], dict[int, Tensor]]:
-        """Run the vision tower on those images whose features are not there yet.
-
-        Args:
-            images: As for `encode_images`.
-            cached: Returns the features of an image by its key, if it has them.
+        """Run the vision tower on those images for whose keys ``cached`` has no features.
 
         Returns:
             The features of each image, as from `encode_images`; and by key those that are new.
@@ -92,12 +88,7 @@ class Encoder(nn.Module):
         return [whole[key] for chunk_keys in keys for key in chunk_keys], new
 
     def forward(self, inputs: Inputs, features: Features = ()) -> Float[Tensor, "B D"]:
-        """Encode one chunk.
-
-        Args:
-            inputs: B items, from the preprocessor, on any device.
-            features: Of each image of the batch, where images come in chunks of their own.
-        """
+        """Encode a chunk of B items; ``features`` are of all images of the batch, where these come in own chunks."""
         # (B, L, H), or (K, B, L, H) for a pooling of K layers.
         hidden = self.backbone(inputs, self.pooling.layers, features, self.pooling.num_last_tokens)
         mask, tokens = (inputs[name].to(hidden.device, non_blocking=True) for name in ("attention_mask", "input_ids"))
@@ -132,11 +123,7 @@ class Scorer(Encoder):
             )
 
     def configure(self) -> None:
-        """Load the backbone's weights and create the head's.
-
-        Raises:
-            ValueError: If an answer of the head is not one token.
-        """
+        """Load the backbone's weights and create the head's; refuse label tokens that are not one token each."""
         super().configure()
         if self.pooling.label_tokens:
             tokens = label_token_ids(self.preprocessor.processor.tokenizer, self.pooling.label_tokens)

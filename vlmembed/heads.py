@@ -24,12 +24,7 @@ class ScoreHead(PoolingWrapper):
     label_tokens: tuple[str, ...] = ()
 
     def bind_lm_head(self, rows: Float[Tensor, "answers H"] | None, embed: Callable[[], Tensor]) -> None:
-        """Take the weights of the label tokens; the scorer calls it.
-
-        Args:
-            rows: Of the language-model head; None where it is the token embeddings.
-            embed: Returns the tokens' embeddings, which may be trained.
-        """
+        """Take the label tokens' rows of the head, or None where ``embed`` returns them: their trained embeddings."""
 
     def dimension(self, hidden_size: int) -> int:
         """Return 1."""

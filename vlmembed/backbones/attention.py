@@ -176,18 +176,12 @@ def _attend_last(
     attention: Any, hidden: Tensor, packed: Packed, last: LastTokens, position_embeddings: Any, **options: Any
 ) -> Float[Tensor, "1 tokens H"]:
     """Do what transformers' attention does, with the queries of the last tokens and the keys and values of all."""
-    query, key, value = (
-        projection(states).unflatten(-1, (-1, attention.head_dim))
-        for projection, states in (
-            (attention.q_proj, hidden.index_select(1, last.index)),
-            (attention.k_proj, hidden),
-            (attention.v_proj, hidden),
-        )
-    )
-    query, key = attention.q_norm(query).transpose(1, 2), attention.k_norm(key).transpose(1, 2)
-    query, _ = apply_rotary_pos_emb(
-        query, query, *(angles.index_select(1, last.index) for angles in position_embeddings)
-    )
+    size = (-1, attention.head_dim)
+    query = attention.q_norm(attention.q_proj(hidden.index_select(1, last.index)).unflatten(-1, size)).transpose(1, 2)
+    key = attention.k_norm(attention.k_proj(hidden).unflatten(-1, size)).transpose(1, 2)
+    value = attention.v_proj(hidden).unflatten(-1, size).transpose(1, 2)
+    angles = [angle.index_select(1, last.index) for angle in position_embeddings]
+    query, _ = apply_rotary_pos_emb(query, query, *angles)
     key, _ = apply_rotary_pos_emb(key, key, *position_embeddings)
     packed = replace(packed, queries=last.bounds)
     attend = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
@@ -195,11 +189,10 @@ def _attend_last(
         attention,
         query,
         key,
-        value.transpose(1, 2),
+        value,
         dropout=attention.attention_dropout if attention.training else 0.0,
         scaling=attention.scaling,
-        **(options | packed.flash_arguments),
-        packed=packed,
+        **(options | packed.flash_arguments | {"packed": packed}),
     )
     projected: Tensor = attention.o_proj(output.flatten(-2))
     return projected
