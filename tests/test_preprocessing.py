@@ -26,6 +26,8 @@ ORIGIN = "train.jsonl, row 17, column 'positive'"
 INSTRUCTIONS = {"query": "Find the page.", "document": "Represent the user's input."}
 #: Above the short texts and the images of these tests, below the long text.
 MAX_LENGTH = 70
+#: Sums in float32 in another order.
+ROUNDING = 1e-5
 
 
 def preprocessor(checkpoint: Path, **options: Any) -> ChatPreprocessor:
