@@ -10,7 +10,6 @@ import pytest
 import torch
 from building import item, picture
 from safetensors.torch import load_file, save_file
-from torch import nn
 from torch.nn.functional import gelu, log_softmax
 from transformers import AutoModelForImageTextToText
 
@@ -19,7 +18,7 @@ from vlmembed.backbones.base import head_rows, label_token_ids
 from vlmembed.backbones.chat_templates import PairTemplate
 from vlmembed.encoder import Scorer
 from vlmembed.heads import MLP, Linear, ScoreHead, YesNo
-from vlmembed.pooling import LastToken, Mean, MeanWithoutInstruction
+from vlmembed.pooling import LastToken, Mean, MeanWithoutInstruction, Pooling
 from vlmembed.types import Pair
 
 PAIRS = [
@@ -113,24 +112,17 @@ def test_a_checkpoint_without_a_head_is_refused(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("pooling", [LastToken, Mean])
-def test_a_linear_score(pooling: Callable[[], nn.Module]) -> None:
+@pytest.mark.parametrize("inner_size", [None, 3])
+def test_a_learned_score(pooling: Callable[[], Pooling], inner_size: int | None) -> None:
     hidden, mask = torch.randn(2, 5, 8), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
-    head = Linear(pooling())  # type: ignore[arg-type]
+    head = MLP(pooling(), inner_size) if inner_size else Linear(pooling())
     head.configure(8)
-    weights = dict(head.named_parameters())
-    weight, bias = (weights[f"pooling.outer.{name}"] for name in ("weight", "bias"))
-    expected = pooling()(hidden, mask) @ weight[0] + bias
-    assert torch.allclose(head(hidden, mask)[:, 0], expected, atol=1e-6)
-
-
-def test_an_mlp_score() -> None:
-    hidden, mask = torch.randn(2, 5, 8), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
-    head = MLP(LastToken(), 3)
-    head.configure(8)
-    inner, outer = (getattr(head.pooling, name) for name in ("inner", "outer"))
-    states = torch.stack([hidden[0, 2], hidden[1, 4]])
-    expected = gelu(states @ inner.weight.T + inner.bias) @ outer.weight[0] + outer.bias
-    assert inner.weight.shape == (3, 8)
+    states = pooling()(hidden, mask)
+    if inner_size:
+        inner = head.pooling.inner
+        assert inner.weight.shape == (3, 8)
+        states = gelu(states @ inner.weight.T + inner.bias)
+    expected = states @ head.pooling.outer.weight[0] + head.pooling.outer.bias
     assert torch.allclose(head(hidden, mask)[:, 0], expected, atol=1e-6)
     assert head.dimension(8) == 1
 

@@ -249,21 +249,6 @@ def test_nothing_else_changes(checkpoint: Path) -> None:
         assert int(after["attention_mask"][row].sum()) == count + 1
 
 
-@pytest.mark.parametrize("attention", ["auto", "sdpa"])
-def test_learned_embeddings_are_what_their_tokens_read(checkpoint: Path, attention: str) -> None:
-    """Packed or padded: as if they were rows of the checkpoint's own table."""
-    torch.manual_seed(0)
-    built = encoder(checkpoint, LearnedTokens(3, "concatenation"), attn_implementation=attention)
-    inputs = built.backbone.preprocessor(mixed_items())
-    found = built(inputs).detach()
-    table = built.backbone.model.get_input_embeddings()
-    first = built.backbone.preprocessor.processor.tokenizer.convert_tokens_to_ids("<|read_out_0|>")
-    with torch.no_grad():
-        table.weight[first : first + 3] = built.pooling.token_embeddings
-    table._forward_hooks.clear()
-    torch.testing.assert_close(built(inputs).detach(), found, rtol=0, atol=ROUNDING)
-
-
 def test_learned_embeddings_learn_where_all_else_is_frozen(checkpoint: Path) -> None:
     built = encoder(checkpoint, LearnedTokens(2))
     Freeze(["vision", "merger", "language"]).apply(built.backbone)
@@ -273,19 +258,25 @@ def test_learned_embeddings_learn_where_all_else_is_frozen(checkpoint: Path) -> 
     assert (found["pooling.learned"].norm(dim=1) > 0).all()
 
 
-def test_their_gradient_is_that_of_rows_of_the_table(checkpoint: Path) -> None:
+@pytest.mark.parametrize("attention", ["auto", "sdpa"])
+def test_learned_embeddings_are_as_rows_of_the_checkpoints_own_table(checkpoint: Path, attention: str) -> None:
+    """Packed or padded: what is read, and its gradient."""
     torch.manual_seed(0)
-    built = encoder(checkpoint, LearnedTokens(2))
-    inputs = built.backbone.preprocessor(mixed_items())
-    built(inputs).square().sum().backward()
+    built = encoder(checkpoint, LearnedTokens(3, "concatenation"), attn_implementation=attention)
+    inputs = built.preprocessor(mixed_items())
+    found = built(inputs)
+    found.square().sum().backward()
     learned = built.pooling.token_embeddings.grad.clone()
     table = built.backbone.model.get_input_embeddings()
+    first = built.preprocessor.processor.tokenizer.convert_tokens_to_ids("<|read_out_0|>")
     with torch.no_grad():
-        table.weight[-2:] = built.pooling.token_embeddings
+        table.weight[first : first + 3] = built.pooling.token_embeddings
     table._forward_hooks.clear()
     built.zero_grad()
-    built(inputs).square().sum().backward()
-    assert relative_difference({"": learned}, {"": table.weight.grad[-2:]}) < ROUNDING
+    expected = built(inputs)
+    torch.testing.assert_close(found, expected, rtol=0, atol=ROUNDING)
+    expected.square().sum().backward()
+    assert relative_difference({"": learned}, {"": table.weight.grad[first : first + 3]}) < ROUNDING
 
 
 @pytest.mark.parametrize(

@@ -137,15 +137,43 @@ class Qwen3VL(VisionLanguageModel):
         mask = inputs["attention_mask"]
         lengths, tokens = mask.sum(dim=1), mask.flatten().nonzero()[:, 0]
         sharing = Sharing.of(lengths, inputs.get("shared"))
+        index = None if sharing.index is None else self._here(sharing.index)
+        language = self.model.language_model
         ids = inputs["input_ids"].flatten()[tokens][sharing.computed]
-        hidden = self.model.language_model.embed_tokens(self._here(ids))[None]  # (1, computed, H)
-        hidden, added = self._insert_images(hidden, ids, [features[index] for index in computed_images(inputs)])
-        last = self._last_tokens(lengths, layers, num_last_tokens)
-        states = self._run_layers(hidden, added, inputs["position_ids"], layers, lengths, sharing, last)
+        hidden = language.embed_tokens(self._here(ids))[None]  # (1, computed, H)
+        hidden, added = self._insert_images(hidden, ids, [features[image] for image in computed_images(inputs)])
+        deepstack = self.model.config.vision_config.deepstack_visual_indexes
+        # The last layer computes the tokens that are read, if it is the only one, and no features are added behind it.
+        last = None
+        if num_last_tokens and tuple(layers) == (-1,) and len(language.layers) > len(deepstack):
+            last = LastTokens.of(lengths, num_last_tokens, self.device)
+        packed = Packed(
+            Bounds.of(sharing.counts, self.device),
+            Bounds.of(lengths, self.device),
+            index,
+            last if last is None or index is None else replace(last, index=index[last.index]),
+        )
+        output = language(
+            inputs_embeds=hidden,
+            position_ids=self._here(inputs["position_ids"][:, sharing.computed])[:, None],  # (3, 1, computed)
+            # Comes out in attention._add_features, behind each of the first layers.
+            deepstack_visual_embeds=added,
+            use_cache=False,
+            output_hidden_states=tuple(layers) != (-1,),
+            is_causal=not self.bidirectional,
+            # Handed on by transformers from layer to layer; comes out in attention._forward_last and packed_attention.
+            packed=packed,
+            **packed.flash_arguments,
+        )
+        states = [output.last_hidden_state if layer == -1 else output.hidden_states[layer] for layer in layers]
+        if index is not None and last is None:
+            # What was shared is handed out to all that share it: (1, computed, H) → (1, T, H).
+            states = [state[:, index] for state in states]
         # Back to (K, B, L, H). Where a token was left out, whoever reads it should see so.
-        index = self._here(tokens) if last is None else self._here(tokens)[last.index]
-        padded = states.new_full((len(states), mask.numel(), states.shape[-1]), math.nan if last else 0.0)
-        padded = padded.index_copy(1, index, states).unflatten(1, mask.shape)
+        target = self._here(tokens) if last is None else self._here(tokens)[last.index]
+        stacked = torch.cat(states)
+        padded = stacked.new_full((len(layers), mask.numel(), stacked.shape[-1]), math.nan if last else 0.0)
+        padded = padded.index_copy(1, target, stacked).unflatten(1, mask.shape)
         return padded if len(layers) > 1 else padded[0]
 
     def _insert_images(
@@ -160,46 +188,6 @@ class Qwen3VL(VisionLanguageModel):
         first, *levels = features.transpose(0, 1)[:, None]  # Each (1, tokens, H).
         zeros = torch.zeros_like(hidden)
         return hidden.index_copy(1, index, first), [zeros.index_copy(1, index, level) for level in levels]
-
-    def _last_tokens(self, lengths: Tensor, layers: Sequence[int], count: int | None) -> LastTokens | None:
-        """Say which tokens the last layer is needed for, if not for all."""
-        config = self.model.config
-        # Features that are added behind the last layer are as long as all tokens.
-        images_enter = len(config.vision_config.deepstack_visual_indexes)
-        if count is None or tuple(layers) != (-1,) or config.text_config.num_hidden_layers <= images_enter:
-            return None
-        return LastTokens.of(lengths, count, self.device)
-
-    def _run_layers(
-        self,
-        hidden: Float[Tensor, "1 computed H"],
-        added: list[Tensor] | None,
-        positions: Int[Tensor, "3 T"],
-        layers: Sequence[int],
-        lengths: Int[Tensor, " B"],
-        sharing: Sharing,
-        last: LastTokens | None,
-    ) -> Float[Tensor, "K T H"]:
-        """Run the language model on packed tokens; return states of all T, or of the last ones alone."""
-        index = None if sharing.index is None else self._here(sharing.index)
-        if last is not None and index is not None:
-            last = replace(last, index=index[last.index])
-        packed = Packed(Bounds.of(sharing.counts, self.device), Bounds.of(lengths, self.device), index, last)
-        output = self.model.language_model(
-            inputs_embeds=hidden,
-            position_ids=self._here(positions[:, sharing.computed])[:, None],
-            # Comes out in attention._add_features, behind each of the first layers.
-            deepstack_visual_embeds=added,
-            use_cache=False,
-            output_hidden_states=tuple(layers) != (-1,),
-            is_causal=not self.bidirectional,
-            # Handed on by transformers from layer to layer; comes out in attention._forward_last and packed_attention.
-            packed=packed,
-            **packed.flash_arguments,
-        )
-        states = [output.last_hidden_state if layer == -1 else output.hidden_states[layer] for layer in layers]
-        # What was shared is handed out to all that share it: (1, computed, H) → (1, T, H).
-        return torch.cat(states if index is None or last else [state[:, index] for state in states])
 
     def _normalised(self, pixels: Tensor) -> Float[Tensor, "patches numbers"]:
         """Turn bytes into what transformers' processor returns: normalised, an image twice for two moments in time."""
