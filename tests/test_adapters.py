@@ -67,7 +67,9 @@ def test_merging_changes_no_hidden_state(checkpoint: Path, variant: str) -> None
     torch.manual_seed(0)
     backbone = load(checkpoint).eval()
     fresh_names = {name for name, _ in backbone.named_parameters()}
-    inputs = inputs_of(backbone)
+    inputs, model = inputs_of(backbone), backbone.model
+    merge(backbone)
+    assert backbone.model is model  # Nothing to merge yet.
     fresh = backbone(inputs)
     lora(target_modules="all-linear", lora_dropout=0.3, **VARIANTS[variant]).apply(backbone)
     backbone.eval()
@@ -77,13 +79,6 @@ def test_merging_changes_no_hidden_state(checkpoint: Path, variant: str) -> None
     torch.testing.assert_close(backbone(inputs), adapted, rtol=0, atol=ROUNDING)
     assert type(backbone.model).__name__ == "Qwen3VLModel"
     assert {name for name, _ in backbone.named_parameters()} == fresh_names
-
-
-def test_merging_without_lora_leaves_the_model_alone(checkpoint: Path) -> None:
-    backbone = load(checkpoint)
-    model = backbone.model
-    merge(backbone)
-    assert backbone.model is model
 
 
 def test_a_second_lora_is_refused(checkpoint: Path) -> None:
@@ -192,24 +187,17 @@ def test_freezing_nothing_is_refused(checkpoint: Path) -> None:
             Freeze(nothing)
 
 
-def test_freezing_before_lora_changes_nothing(checkpoint: Path) -> None:
-    """LoRA freezes all the weights there are, and its own come after; so the order of a config counts."""
-    plain, frozen = load(checkpoint), load(checkpoint)
-    lora(target_modules="all-linear").apply(plain)
-    Freeze(["vision"]).apply(frozen)
-    lora(target_modules="all-linear").apply(frozen)
-    assert trainable(frozen) == trainable(plain)
-
-
-def test_freezing_after_lora_stops_the_adapters_too(checkpoint: Path) -> None:
-    backbone = load(checkpoint)
-    lora(target_modules="all-linear").apply(backbone)
-    adapters = trainable(backbone)
-    Freeze(["vision"]).apply(backbone)
-    stopped = adapters - trainable(backbone)
-    assert trainable(backbone) < adapters
-    assert stopped == {name for name in adapters if ".visual.blocks." in name}
-    assert any(".visual.merger." in name for name in trainable(backbone))
+def test_lora_freezes_all_weights_there_are_so_that_order_counts(checkpoint: Path) -> None:
+    """Before a LoRA, freezing changes nothing, as its weights come after; behind it, it stops the adapters too."""
+    plain, before, after = load(checkpoint), load(checkpoint), load(checkpoint)
+    Freeze(["vision"]).apply(before)
+    for backbone in (plain, before, after):
+        lora(target_modules="all-linear").apply(backbone)
+    Freeze(["vision"]).apply(after)
+    assert trainable(before) == trainable(plain)
+    stopped = {name for name in trainable(plain) if ".visual.blocks." in name}
+    assert trainable(after) == trainable(plain) - stopped != trainable(plain)
+    assert any(".visual.merger." in name for name in trainable(after))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="refused only where there is no CUDA")

@@ -15,7 +15,7 @@ from torch.nn.functional import cosine_similarity, scaled_dot_product_attention
 from transformers.utils import is_flash_attn_2_available
 
 from vlmembed.backbones import Qwen3VL, attention
-from vlmembed.backbones.attention import Bounds, packed_attention
+from vlmembed.backbones.attention import Bounds, Packed, packed_attention
 from vlmembed.encoder import Encoder
 from vlmembed.pooling import Mean
 
@@ -44,7 +44,7 @@ def tensors(lengths: Sequence[int], heads: tuple[int, int], dtype: torch.dtype =
 def bounds(lengths: Sequence[int], device: str = "cpu") -> dict[str, Any]:
     """What transformers hands over."""
     found = Bounds.of(torch.tensor(lengths), torch.device(device))
-    return {"bounds": found}
+    return {"packed": Packed(found, found)}
 
 
 def one_by_one(inputs: Sequence[Tensor], lengths: Sequence[int], causal: bool, scale: float | None = None) -> Tensor:

@@ -143,7 +143,7 @@ def test_the_limits_are_environment_variables(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [(1, 1), (1, 200), (200, 1), (1, 31), (3, 500)])
 def test_small_and_long_images_are_read(checkpoint: Path, tmp_path: Path, size: tuple[int, int]) -> None:
     picture(*size).save(tmp_path / "page.png")
-    ours = Qwen3VL(str(checkpoint)).preprocessor
+    ours = Qwen3VL(str(checkpoint)).make_preprocessor()
     one, other = (ours([item(value)]) for value in (picture(*size), tmp_path / "page.png"))
     assert all(torch.equal(other[name], value) for name, value in one.items())
     assert one["image_grid_thw"].min() >= 1
@@ -158,7 +158,7 @@ def test_an_image_that_the_processor_refuses_is_named(
     value = picture(*size) if opened else tmp_path / "strip.png"
     good = Item("document", (Part("image", picture(64, 64)),), "train.jsonl, row 16")
     bad = Item("document", (Part("text", "a"), Part("image", value)), ORIGIN)
-    ours = Qwen3VL(str(checkpoint)).preprocessor
+    ours = Qwen3VL(str(checkpoint)).make_preprocessor()
     for preprocess in (ours, ours.prepare, lambda items: ours.prepare(items, draft=True)):
         with pytest.raises(ValueError, match="aspect ratio") as error:
             preprocess([good, bad, good])
@@ -254,7 +254,7 @@ def test_a_damaged_file_is_read_or_refused_with_its_row(
 @pytest.mark.parametrize("piece", ["many words ", "a", " ", "7", "\0", "e\u0301", "😀", "<|im_end|>"], ids=ascii)
 def test_a_text_of_a_megabyte_is_cut_within_seconds(checkpoint: Path, piece: str) -> None:
     """Also where nothing tells a tokenizer that a word ends."""
-    preprocessor = Qwen3VL(str(checkpoint), max_length=64).preprocessor
+    preprocessor = Qwen3VL(str(checkpoint), max_length=64).make_preprocessor()
     text = "x" + piece * (2**20 // len(piece.encode()))
     start = time.monotonic()
     cut = preprocessor([item(text), item("a")])

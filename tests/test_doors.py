@@ -230,7 +230,7 @@ def test_written_rows_say_what_must_be_allowed(folder: Path, capsys: pytest.Capt
 def test_a_playlist_is_no_video(checkpoint: Path, tmp_path: Path, playlist: str, name: str) -> None:
     real = film(tmp_path / "real.mp4")
     (tmp_path / name).write_text(playlist.format(film=real.name))
-    preprocessor = Qwen3VL(str(checkpoint)).preprocessor
+    preprocessor = Qwen3VL(str(checkpoint)).make_preprocessor()
     assert preprocessor([Item("document", (Part("video", real),))])["input_ids"].shape[0] == 1
     with pytest.raises(ValueError, match=f"row 9: cannot read the video {tmp_path / name}"):
         preprocessor([Item("document", (Part("video", tmp_path / name),), "row 9")])
@@ -240,7 +240,7 @@ def test_a_video_is_a_file_whatever_its_name(checkpoint: Path, tmp_path: Path, m
     film(tmp_path / "film.mp4").rename(tmp_path / "concat:gone.mp4")
     monkeypatch.chdir(tmp_path)
     items = [Item("document", (Part("video", Path("concat:gone.mp4")),))]
-    assert Qwen3VL(str(checkpoint)).preprocessor(items)["input_ids"].shape[0] == 1
+    assert Qwen3VL(str(checkpoint)).make_preprocessor()(items)["input_ids"].shape[0] == 1
 
 
 def test_an_image_that_another_program_would_interpret_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import pytest
 import torch
 from building import item, picture
 from safetensors.torch import load_file, save_file
-from torch import nn
 from torch.nn.functional import gelu, log_softmax
 from transformers import AutoModelForImageTextToText
 
@@ -19,7 +18,7 @@ from vlmembed.backbones.base import head_rows, label_token_ids
 from vlmembed.backbones.chat_templates import PairTemplate
 from vlmembed.encoder import Scorer
 from vlmembed.heads import MLP, Linear, ScoreHead, YesNo
-from vlmembed.pooling import LastToken, Mean, MeanWithoutInstruction
+from vlmembed.pooling import LastToken, Mean, MeanWithoutInstruction, Pooling
 from vlmembed.types import Pair
 
 PAIRS = [
@@ -51,13 +50,12 @@ def test_yes_or_no_is_what_the_language_model_says(checkpoint: Path, untied: Pat
     folder = checkpoint if tied else untied
     model = scorer(folder, YesNo("zero", "one"))
     theirs = AutoModelForImageTextToText.from_pretrained(folder).eval()
-    processor = Qwen3VL(str(folder), attn_implementation="sdpa")
-    processor.pair_template = QueryFirst()
-    tokens = label_token_ids(processor.preprocessor.processor.tokenizer, ["zero", "one"])
+    padded = Qwen3VL(str(folder), attn_implementation="sdpa").make_preprocessor(QueryFirst())
+    tokens = label_token_ids(padded.processor.tokenizer, ["zero", "one"])
     with torch.no_grad():
         found = model(model.backbone.preprocessor(PAIRS))
         for pair, score in zip(PAIRS, found, strict=True):
-            logits = theirs(**processor.preprocessor([pair])).logits[0, -1]
+            logits = theirs(**padded([pair])).logits[0, -1]
             yes, no = log_softmax(logits, dim=0)[tokens]
             # Of 151,936 logits a softmax is taken and taken back: float32, once more.
             assert float(score) == pytest.approx(float(yes - no), abs=1e-5)
@@ -114,24 +112,17 @@ def test_a_checkpoint_without_a_head_is_refused(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("pooling", [LastToken, Mean])
-def test_a_linear_score(pooling: Callable[[], nn.Module]) -> None:
+@pytest.mark.parametrize("inner_size", [None, 3])
+def test_a_learned_score(pooling: Callable[[], Pooling], inner_size: int | None) -> None:
     hidden, mask = torch.randn(2, 5, 8), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
-    head = Linear(pooling())  # type: ignore[arg-type]
+    head = MLP(pooling(), inner_size) if inner_size else Linear(pooling())
     head.configure(8)
-    weights = dict(head.named_parameters())
-    weight, bias = (weights[f"pooling.outer.{name}"] for name in ("weight", "bias"))
-    expected = pooling()(hidden, mask) @ weight[0] + bias
-    assert torch.allclose(head(hidden, mask)[:, 0], expected, atol=1e-6)
-
-
-def test_an_mlp_score() -> None:
-    hidden, mask = torch.randn(2, 5, 8), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
-    head = MLP(LastToken(), 3)
-    head.configure(8)
-    inner, outer = (getattr(head.pooling, name) for name in ("inner", "outer"))
-    states = torch.stack([hidden[0, 2], hidden[1, 4]])
-    expected = gelu(states @ inner.weight.T + inner.bias) @ outer.weight[0] + outer.bias
-    assert inner.weight.shape == (3, 8)
+    states = pooling()(hidden, mask)
+    if inner_size:
+        inner = head.pooling.inner
+        assert inner.weight.shape == (3, 8)
+        states = gelu(states @ inner.weight.T + inner.bias)
+    expected = states @ head.pooling.outer.weight[0] + head.pooling.outer.bias
     assert torch.allclose(head(hidden, mask)[:, 0], expected, atol=1e-6)
     assert head.dimension(8) == 1
 
@@ -181,7 +172,7 @@ def test_a_template_of_ones_own(checkpoint: Path, tmp_path: Path) -> None:
     template = TemplateFile(str(tmp_path / "own.jinja"), ends_with_query=True)
     found = rendered(checkpoint, template, Pair(item("one", role="query"), item("two")))
     assert found == "queryonedocumenttwo"
-    assert scorer(checkpoint, template=template).backbone.preprocessor.ends_with_query
+    assert scorer(checkpoint, template=template).preprocessor.pair_template is template
 
 
 @pytest.mark.parametrize(
@@ -196,11 +187,11 @@ def test_a_template_of_ones_own(checkpoint: Path, tmp_path: Path) -> None:
             "TemplateFile drops the query and the images of the query: it has to",
         ),
         ("hello", "drops the query and the document"),
-        (WHOLE.replace("endif", "endfi").replace("endfor", "endfro"), "cannot be rendered for a query and a document"),
-        ("{{ raise_exception('no') }}", "cannot be rendered for a query and a document: no"),
-        ("{{ messages[0].content.no.thing }}", "cannot be rendered for a query and a document"),
+        (WHOLE.replace("endif", "endfi").replace("endfor", "endfro"), "cannot be rendered for query and document"),
+        ("{{ raise_exception('no') }}", "cannot be rendered for query and document: no"),
+        ("{{ messages[0].content.no.thing }}", "cannot be rendered for query and document"),
         # What templates of language models without eyes do.
-        ("{{ 'a' + messages[0].content + messages[1].content }}", "cannot be rendered for a query and a document"),
+        ("{{ 'a' + messages[0].content + messages[1].content }}", "cannot be rendered for query and document"),
         (
             "{% for m in messages %}{{ m.content[0].text }}{% endfor %}",
             "drops the images of the query and the images of the document",

@@ -19,8 +19,8 @@ from torch.nn.functional import cosine_similarity, silu
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb
 from transformers.utils import is_liger_kernel_available
 
+from vlmembed import kernels
 from vlmembed.adapters import LoRA
-from vlmembed.backbones import kernels
 from vlmembed.gradcache import GradCache
 from vlmembed.kernels import compile_layers, use_liger
 from vlmembed.modules import EmbeddingModule

@@ -61,7 +61,7 @@ def limited(seconds: int) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def preprocessor(checkpoint: Path) -> Preprocessor:
-    return Qwen3VL(str(checkpoint), max_length=256).preprocessor
+    return Qwen3VL(str(checkpoint), max_length=256).make_preprocessor()
 
 
 # One of each

@@ -28,7 +28,7 @@ ORIGIN = "train.jsonl, row 17, column 'positive'"
 
 
 def preprocessor(checkpoint: Path, instruction: str | None = "Represent.") -> ChatPreprocessor:
-    return Qwen3VL(str(checkpoint), document_instruction=instruction).preprocessor
+    return Qwen3VL(str(checkpoint), document_instruction=instruction).make_preprocessor()
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "text", "cut", "folder"])
@@ -268,7 +268,7 @@ def item_of(frame: Frame) -> Item:
 def test_a_large_photograph_is_the_same_from_a_file_and_from_a_table(checkpoint: Path, tmp_path: Path) -> None:
     """Both are drafted."""
     slopes(4096, 4096).save(tmp_path / "page.jpg")
-    ours = Qwen3VL(str(checkpoint), max_pixels=256 * 256).preprocessor
+    ours = Qwen3VL(str(checkpoint), max_pixels=256 * 256).make_preprocessor()
     frames = (tmp_path / "page.jpg", (tmp_path / "page.jpg").read_bytes())
     one, other = (ours.prepare([item_of(frame)], draft=True).images(None)[0]["pixel_values"] for frame in frames)
     assert torch.equal(one, other)
@@ -327,11 +327,11 @@ def test_frames_of_different_sizes_are_refused(checkpoint: Path) -> None:
 def test_a_video_for_a_model_without_video_is_refused(tmp_path: Path) -> None:
     backbone = VisionLanguageModel(other_models.idefics3(tmp_path / "tiny"))
     with pytest.raises(ValueError, match=rf"{ORIGIN} has a video, and this checkpoint's processor takes none"):
-        backbone.preprocessor([Item("document", (Part("video", (picture(8, 8),) * 4),), ORIGIN)])
+        backbone.make_preprocessor()([Item("document", (Part("video", (picture(8, 8),) * 4),), ORIGIN)])
 
 
 def test_a_damaged_video_is_read_or_refused_with_its_row(checkpoint: Path, tmp_path: Path) -> None:
-    preprocessor = Qwen3VL(str(checkpoint)).preprocessor
+    preprocessor = Qwen3VL(str(checkpoint)).make_preprocessor()
     random = np.random.default_rng(0)
     good = film(tmp_path / "good.mp4", frames=8).read_bytes()
     said, path = [], tmp_path / "damaged.mp4"
@@ -353,7 +353,7 @@ def test_a_damaged_video_is_read_or_refused_with_its_row(checkpoint: Path, tmp_p
 def test_a_video_of_too_many_pixels_is_refused_before_it_is_decoded(
     checkpoint: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    preprocessor = Qwen3VL(str(checkpoint)).preprocessor
+    preprocessor = Qwen3VL(str(checkpoint)).make_preprocessor()
     value = (
         film(tmp_path / "film.mp4", rate=2) if kind == "file" else tuple(picture(64, 32, seed) for seed in range(24))
     )

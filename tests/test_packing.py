@@ -1,4 +1,4 @@
-"""Packed chunks hold what transformers would compute of each item, once for each image, in a fraction of the bytes."""
+"""Packing, the last layer for the last tokens alone and shared beginnings: all as transformers has each item alone."""
 
 from __future__ import annotations
 
@@ -6,26 +6,44 @@ import json
 import pickle
 import shutil
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from building import collated, encoder, gradients, item, mixed_items, picture, relative_difference, write_rows
-from torch import Tensor
+from building import collated, encoder, gradients, item, mixed_items, picture, relative_difference, texts, write_rows
+from other_models import qwen3_vl_moe
+from peft import LoraConfig
+from torch import Tensor, nn
 from transformers import AutoModel, AutoProcessor
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 from videos import film
 
 from vlmembed import pooling
-from vlmembed.backbones import Qwen3VL
-from vlmembed.backbones.packing import PackedItems, halve, select
+from vlmembed.adapters import LoRA
+from vlmembed.backbones import DocumentFirst, QueryFirst, Qwen3VL
+from vlmembed.backbones.attention import Bounds, LastTokens, Packed, packed_attention
+from vlmembed.backbones.packing import PackedItems, halve, select, take
+from vlmembed.backbones.prefix_sharing import Sharing, order_by_beginning, shared_among, shared_lengths, signatures
 from vlmembed.backbones.preprocessing import PackingPreprocessor
 from vlmembed.data import ItemCollator, RetrievalDataModule
-from vlmembed.encoder import Encoder
-from vlmembed.pooling import Concatenation, Pooling
-from vlmembed.types import Batch, Example, Inputs, Item, Part
+from vlmembed.encoder import Encoder, Scorer
+from vlmembed.heads import Linear, ScoreHead, YesNo
+from vlmembed.pooling import (
+    Concatenation,
+    EarlierLayer,
+    FirstToken,
+    LastToken,
+    LayerMix,
+    LearnedTokens,
+    Mean,
+    MeanOfLast,
+    Pooling,
+)
+from vlmembed.types import Batch, Example, Inputs, Item, Pair, Part
 
 #: Sums in float32 in another order, in a few layers.
 ROUNDING = 1e-5
@@ -244,7 +262,7 @@ POOLINGS = [
 
 
 def built(kind: type[Pooling]) -> Pooling:
-    return Concatenation([pooling.Mean(), pooling.LastToken()]) if kind is Concatenation else kind()
+    return Concatenation([Mean(), LastToken()]) if kind is Concatenation else kind()
 
 
 @pytest.mark.parametrize("kind", POOLINGS, ids=lambda kind: kind.__name__)
@@ -321,7 +339,7 @@ def test_workers_prepare_what_the_training_process_would(checkpoint: Path, tmp_p
 def loaded(checkpoint: Path, rows: str, workers: int) -> list[Batch]:
     """All batches of an epoch, through Lightning's loaders."""
     data = RetrievalDataModule(train=rows, batch_size=4, chunk_size=2, num_workers=workers)
-    preprocessor = pickle.loads(pickle.dumps(Qwen3VL(str(checkpoint)).preprocessor))
+    preprocessor = pickle.loads(pickle.dumps(Qwen3VL(str(checkpoint)).make_preprocessor()))
     assert isinstance(preprocessor, PackingPreprocessor)
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
@@ -347,4 +365,237 @@ def test_pixels_that_the_device_cannot_make_are_refused(
     processor.save_pretrained(tmp_path / "changed")
     (name,) = change
     with pytest.raises(ValueError, match=f"has {name}=.*rescaled and normalised, both alike"):
-        _ = Qwen3VL(str(tmp_path / "changed")).preprocessor
+        _ = Qwen3VL(str(tmp_path / "changed")).make_preprocessor()
+
+
+def embedded(encoder: Encoder) -> tuple[Tensor, dict[str, Tensor]]:
+    """Embeddings of every kind of item in two chunks, one of them without images, and gradients."""
+    packed = encoder.backbone.preprocessor.prepare(mixed_items())
+    features = encoder.encode_images(packed.images(28))
+    embeddings = torch.cat([encoder(packed.chunk(rows), features) for rows in ([3, 1, 4, 2], [5, 0])])
+    noise = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(0))
+    encoder.zero_grad()
+    (embeddings * noise).sum().backward()
+    return embeddings.detach(), gradients(encoder)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40], ids=lambda tokens: f"last {tokens}")
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bidirectional": True}, {"gradient_checkpointing": True}, {"adapter": True}, {"mixture": True}],
+    ids=["causal", "bidirectional", "checkpointing", "LoRA", "mixture of experts"],
+)
+def test_the_tail_is_what_it_would_be(checkpoint: Path, tmp_path: Path, options: dict[str, Any], tokens: int) -> None:
+    adapted, mixture = (options.get(name, False) for name in ("adapter", "mixture"))
+    model = qwen3_vl_moe(tmp_path / "moe") if mixture else checkpoint
+    options = {name: value for name, value in options.items() if name not in ("adapter", "mixture")}
+    encoder = Encoder(Qwen3VL(str(model), **options), MeanOfLast(tokens))
+    encoder.configure()
+    encoder.pooling.num_last_tokens = None
+    if adapted:
+        torch.manual_seed(0)
+        LoRA(LoraConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj"], init_lora_weights=False)).apply(
+            encoder.backbone
+        )
+    counts: list[int] = []  # Of the tokens that the last layer's MLP computes.
+    mlp = encoder.backbone.model.language_model.layers[-1].mlp
+    mlp.register_forward_hook(lambda _, arguments, __: counts.append(arguments[0].shape[1]))
+    expected, expected_gradients = embedded(encoder)
+    every = counts[:2]
+    counts.clear()
+    encoder.pooling.num_last_tokens = tokens
+    found, found_gradients = embedded(encoder)
+    torch.testing.assert_close(found, expected, rtol=0, atol=ROUNDING)
+    assert relative_difference(found_gradients, expected_gradients) < ROUNDING
+    lengths = encoder.backbone.preprocessor.prepare(mixed_items()).lengths
+    kept = [min(length, tokens) for length in lengths]
+    assert every == [sum(lengths[row] for row in rows) for rows in ([3, 1, 4, 2], [5, 0])]
+    assert counts[:2] == [sum(kept[row] for row in rows) for rows in ([3, 1, 4, 2], [5, 0])]
+
+
+def test_what_is_left_out_is_not_a_number(checkpoint: Path) -> None:
+    """A pooling that reads what it said it would not must not go on quietly."""
+    backbone = Qwen3VL(str(checkpoint))
+    backbone.configure()
+    chunk = backbone.preprocessor.prepare([texts(1)[0].query]).chunk([0])
+    states = backbone(chunk, num_last_tokens=2)
+    assert states.isnan().all(dim=-1).tolist() == [[True] * (states.shape[1] - 2) + [False] * 2]
+    assert not backbone(chunk, (-1, 1), num_last_tokens=2).isnan().any()
+
+
+def test_images_that_enter_behind_the_last_layer_need_all_of_it(checkpoint: Path) -> None:
+    backbone = Qwen3VL(str(checkpoint))
+    backbone.configure()
+    chunk = backbone.preprocessor.prepare([texts(1)[0].query]).chunk([0])
+    vision = backbone.model.config.vision_config
+    vision.deepstack_visual_indexes = list(range(len(backbone.model.language_model.layers)))
+    assert not backbone(chunk, num_last_tokens=2).isnan().any()
+
+
+def test_poolings_together_read_what_the_longest_reads() -> None:
+    assert Concatenation([LastToken(), MeanOfLast(3)]).num_last_tokens == 3
+    assert Concatenation([LastToken(), Mean()]).num_last_tokens is None
+    assert (LastToken().num_last_tokens, FirstToken().num_last_tokens) == (1, None)
+
+
+def test_places_of_the_last_tokens() -> None:
+    tail = LastTokens.of(torch.tensor([3, 1, 4]), 2, torch.device("cpu"))
+    assert tail.index.tolist() == [1, 2, 3, 6, 7]
+    assert tail.bounds.lengths == [2, 1, 2]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], ids=["loop", "kernel"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_the_last_tokens_attend_as_among_all(device: str, causal: bool, tokens: int) -> None:
+    lengths = torch.tensor([7, 7, 2, 5, 1])
+    draw = torch.Generator().manual_seed(0)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    query, key, value = (
+        torch.randn(1, heads, int(lengths.sum()), 16, generator=draw).to(device, dtype) for heads in (4, 2, 2)
+    )
+    bounds, tail = Bounds.of(lengths, torch.device(device)), LastTokens.of(lengths, tokens, torch.device(device))
+    options: dict[str, Any] = {"attention_mask": None, "is_causal": causal}
+    every, _ = packed_attention(nn.Module(), query, key, value, packed=Packed(bounds, bounds), **options)
+    packed = Packed(tail.bounds, bounds)
+    found, _ = packed_attention(nn.Module(), query[:, :, tail.index], key, value, packed=packed, **options)
+    tolerance = 1e-2 if device == "cuda" else ROUNDING
+    torch.testing.assert_close(found, every[:, tail.index], rtol=0, atol=tolerance)
+
+
+QUERIES = [
+    item("four zero seven", role="query"),
+    item(picture(64, 64, 1), "what is this", role="query"),
+    item("four zero nine", role="query"),
+]
+DOCUMENTS = [
+    item(picture(64, 96, 2)),
+    item("seven"),
+    item(picture(64, 96, 3), "seven"),
+    # The first picture again, as a document, and one that another document has.
+    item(picture(64, 64, 1), picture(64, 96, 3)),
+    item("seven eight"),
+]
+PAIRS = [Pair(query, document) for query, document in product(QUERIES, DOCUMENTS)]
+
+HEADS = {
+    "yes or no": YesNo,
+    "mean": lambda: Linear(Mean()),
+    "last three": lambda: Linear(MeanOfLast(3)),
+    "earlier layer": lambda: Linear(EarlierLayer(LastToken(), -2)),
+    "two layers": lambda: Linear(LayerMix(LastToken(), 2)),
+    "read-outs": lambda: Linear(LearnedTokens(2, "mean")),
+}
+
+
+def scorer(checkpoint: Path, head: ScoreHead | None = None, template: type = QueryFirst, **options: Any) -> Scorer:
+    built = Scorer(Qwen3VL(str(checkpoint), **options), head or YesNo(), template())
+    torch.manual_seed(0)
+    built.configure()
+    return built.eval()
+
+
+def one_by_one(model: Scorer, pairs: list[Pair]) -> torch.Tensor:
+    return torch.cat([model(model.backbone.preprocessor([pair])) for pair in pairs])
+
+
+def shared(model: Scorer, prepared: PackedItems, rows: list[int]) -> torch.Tensor:
+    return model(prepared.chunk(rows), model.encode_images(prepared.images()))
+
+
+@pytest.mark.parametrize("template", [QueryFirst, DocumentFirst])
+@pytest.mark.parametrize("head", HEADS)
+def test_scores_and_gradients_are_those_of_one_pair_at_a_time(checkpoint: Path, head: str, template: type) -> None:
+    model = scorer(checkpoint, HEADS[head](), template)
+    prepared = model.backbone.preprocessor.prepare(PAIRS)
+    rows = prepared.order
+    computed = sum(prepared.lengths) - sum(prepared.shared(rows))
+    assert computed < sum(prepared.lengths) / 3
+    found, expected = shared(model, prepared, rows), one_by_one(model, [PAIRS[row] for row in rows])
+    assert (found - expected).abs().max() <= 1e-5
+    weights = torch.arange(1.0, len(PAIRS) + 1)[:, None]
+    trained = dict(model.named_parameters())
+    gradients = [
+        torch.autograd.grad((scores * weights).sum(), trained.values(), allow_unused=True)
+        for scores in (found, expected)
+    ]
+    for name, one, other in zip(trained, *gradients, strict=True):
+        assert (one is None) == (other is None), name
+        if other is not None:
+            # Relative to the whole, because the gradient of a key's bias is nothing but rounding.
+            assert (one - other).norm() <= 1e-5 * (other.norm() + 1e-2), name
+
+
+def test_a_part_of_a_chunk_shares_what_it_can(checkpoint: Path) -> None:
+    model = scorer(checkpoint)
+    prepared = model.backbone.preprocessor.prepare(PAIRS)
+    rows = prepared.order
+    chunk, features = prepared.chunk(rows), model.encode_images(prepared.images())
+    whole = model(chunk, features)
+    some = [1, 4, 5, 9, 14]
+    assert torch.allclose(model(take(chunk, some), features), whole[some], atol=1e-5)
+    halves = [model(half, features) for half in halve(chunk)]
+    assert torch.allclose(torch.cat(halves), whole, atol=1e-5)
+
+
+def test_an_image_of_a_shared_beginning_is_read_once(checkpoint: Path) -> None:
+    model = scorer(checkpoint)
+    pairs = [Pair(QUERIES[1], document) for document in DOCUMENTS[:3]]
+    prepared = model.backbone.preprocessor.prepare(pairs)
+    seen = []
+    model.backbone.model.language_model.embed_tokens.register_forward_hook(lambda *call: seen.append(call[1][0]))
+    shared(model, prepared, prepared.order)
+    image = model.backbone.model.config.image_token_id
+    # A 64 × 64 query in 4 tokens, once; documents of 6 tokens each.
+    assert int((seen[0] == image).sum()) == 4 + 6 + 6
+
+
+@pytest.mark.parametrize("options", [{"bidirectional": True}, {"attn_implementation": "sdpa"}])
+def test_where_nothing_can_be_shared_scores_are_the_same_in_any_batch(checkpoint: Path, options: dict) -> None:
+    model = scorer(checkpoint, **options)
+    prepared = model.backbone.preprocessor.prepare(PAIRS)
+    assert not any(prepared.shared(prepared.order))
+    assert "shared" not in prepared.chunk([0, 1])
+    rows = prepared.order
+    found = model(prepared.chunk(rows), model.encode_images(prepared.images(None)))
+    assert torch.allclose(found, one_by_one(model, [PAIRS[row] for row in rows]), atol=1e-5)
+
+
+def test_sharing_is_that_of_transformers_own_padded_forward(checkpoint: Path) -> None:
+    packed, padded = scorer(checkpoint), scorer(checkpoint, attn_implementation="sdpa")
+    prepared = packed.backbone.preprocessor.prepare(PAIRS)
+    found = shared(packed, prepared, prepared.order)
+    for side in ("left", "right"):
+        padded.backbone.preprocessor.processor.tokenizer.padding_side = side
+        expected = padded(padded.backbone.preprocessor([PAIRS[row] for row in prepared.order]))
+        assert torch.allclose(found, expected, atol=1e-5), side
+
+
+def test_a_signature_tells_images_apart() -> None:
+    tokens, types = torch.tensor([1, 2, 9, 9, 3, 9]), torch.tensor([0, 0, 1, 1, 0, 1])
+    assert signatures([(tokens, types, [70, 80])])[0].tolist() == [1, 2, -71, -71, 3, -81]
+
+
+def test_what_two_items_have_in_common() -> None:
+    first, second = np.array([1, 2, 3, 4]), np.array([1, 2, 5])
+    # Something of its own is left to compute, even of an item that is another one's beginning.
+    assert shared_lengths([first, second, first, first, first[:2]]) == [0, 2, 2, 3, 1]
+
+
+def test_neighbours_begin_alike() -> None:
+    signatures = [np.array(numbers) for numbers in ([3, 1], [1, 2, 3], [3, 0], [1, 2], [1, 9, 9])]
+    order = order_by_beginning(signatures)
+    assert sorted(shared_lengths([signatures[row] for row in order])) == [0, 0, 1, 1, 2]
+
+
+def test_places_follow_what_is_shared_with_the_row_before() -> None:
+    sharing = Sharing.of(torch.tensor([4, 5, 3]), torch.tensor([0, 3, 2]))
+    #                                 a b c d   a b c e f   a b g
+    assert sharing.computed.int().tolist() == [1, 1, 1, 1, 0, 0, 0, 1, 1, 0, 0, 1]
+    assert sharing.index.tolist() == [0, 1, 2, 3, 0, 1, 2, 4, 5, 0, 1, 6]
+    assert sharing.counts.tolist() == [4, 2, 1]
+
+
+def test_rows_that_are_left_share_the_least_of_what_was_between() -> None:
+    assert shared_among(torch.tensor([0, 3, 2, 5, 4]), [1, 2, 4]).tolist() == [0, 2, 4]
+    assert shared_among(torch.tensor([0, 3, 2, 5, 4]), [0, 4]).tolist() == [0, 2]

@@ -53,14 +53,14 @@ def test_a_checkpoint_of_a_known_kind_is_opened_without_its_code(checkpoint: Pat
     folder = with_code(checkpoint, tmp_path / "known", mark)
     backbone = Qwen3VL(str(folder))
     backbone.configure()
-    expected = Qwen3VL(str(checkpoint)).preprocessor([item("text")])
+    expected = Qwen3VL(str(checkpoint)).make_preprocessor()([item("text")])
     assert torch.equal(backbone.preprocessor([item("text")])["input_ids"], expected["input_ids"])
     assert not mark.exists()
 
 
 def test_a_checkpoint_of_an_unknown_kind_is_refused(checkpoint: Path, tmp_path: Path, mark: Path) -> None:
     folder = str(with_code(checkpoint, tmp_path / "unknown", mark, model_type="foreign"))
-    for opened in (Qwen3VL(folder).configure, VisionLanguageModel(folder).configure, Qwen3VL(folder).load_processor):
+    for opened in (Qwen3VL(folder).configure, VisionLanguageModel(folder).configure, Qwen3VL(folder).open_processor):
         with pytest.raises(ValueError, match=r"(?s)Cannot open the checkpoint .*trust_remote_code=True"):
             opened()
     assert not mark.exists()

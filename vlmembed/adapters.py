@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -27,8 +27,8 @@ class Adapter(ABC):
 class LoRA(Adapter):
     """Low-rank adaptation (arXiv:2106.09685) through peft; everything else in the backbone is frozen.
 
-    DoRA, rsLoRA, PiSSA and the rest are options of peft's configuration; QLoRA is LoRA with the backbone's
-    ``load_in_4bit``. The adapters are merged into the weights before export.
+    DoRA, rsLoRA and PiSSA are options of peft's configuration; QLoRA is LoRA with the backbone's ``load_in_4bit``. The
+    adapters are merged into the weights before export.
 
     Args:
         config: peft's configuration, as it is: ``r``, ``lora_alpha``, ``target_modules``, ``use_dora``, …
@@ -46,25 +46,21 @@ class LoRA(Adapter):
                 "There is a LoRA already, and a second one would freeze it. Give one LoRA all target_modules, and "
                 "rank_pattern and alpha_pattern where they differ."
             )
+        names = [f".{name}" for name, _ in backbone.model.named_modules()]
+        targets = self.config.target_modules
         try:
-            _check_targets(backbone.model, self.config.target_modules)
+            # peft is content if one name of a list matches, so a misspelt one would go unnoticed.
+            for target in () if isinstance(targets, str) else targets or ():
+                if not any(name.endswith(f".{target}") for name in names):
+                    raise ValueError(f"No module is called {target!r}.")
             backbone.model = get_peft_model(backbone.model, self.config)  # type: ignore[assignment]
         except ValueError as error:
-            linear = {
-                name.split(".")[-1] for name, module in backbone.model.named_modules() if isinstance(module, nn.Linear)
-            }
+            modules = backbone.model.named_modules()
+            linear = sorted({name.split(".")[-1] for name, module in modules if isinstance(module, nn.Linear)})
             raise ValueError(
-                f"LoRA with target_modules={self.config.target_modules!r} does not fit {backbone.checkpoint!r}: "
-                f"{error} Its linear layers are called {', '.join(sorted(linear))}."
+                f"LoRA with target_modules={targets!r} does not fit {backbone.checkpoint!r}: {error} Its linear layers "
+                f"are called {', '.join(linear)}."
             ) from error
-
-
-def _check_targets(model: nn.Module, targets: Collection[str] | str | None) -> None:
-    """Check each name of a list: peft is content if one of them matches, so a misspelt one would go unnoticed."""
-    names = [f".{name}" for name, _ in model.named_modules()]
-    for target in () if isinstance(targets, str) else targets or ():
-        if not any(name.endswith(f".{target}") for name in names):
-            raise ValueError(f"No module is called {target!r}.")
 
 
 class Freeze(Adapter):
@@ -96,17 +92,17 @@ def matching_parameters(backbone: VisionLanguageModel, pattern: str) -> list[tup
     Raises:
         ValueError: If there are none.
     """
+    parameters = [*backbone.named_parameters()]
     if pattern in backbone.groups:
-        found = [entry for entry in backbone.named_parameters() if backbone.group_of(entry[0]) == pattern]
+        matches = [entry for entry in parameters if backbone.group_of(entry[0]) == pattern]
     else:
-        found = [entry for entry in backbone.named_parameters() if re.search(pattern, entry[0])]
-    if not found:
-        names = [name for name, _ in backbone.named_parameters()]
+        matches = [entry for entry in parameters if re.search(pattern, entry[0])]
+    if not matches:
         raise ValueError(
-            f"The pattern {pattern!r} matches no parameter of {backbone.checkpoint!r}. "
-            f"Groups are {', '.join(backbone.groups)}; names look like {names[0]} and {names[-1]}."
+            f"The pattern {pattern!r} matches no parameter of {backbone.checkpoint!r}. Groups are "
+            f"{', '.join(backbone.groups)}; names look like {parameters[0][0]} and {parameters[-1][0]}."
         )
-    return found
+    return matches
 
 
 def merge(backbone: VisionLanguageModel) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from jaxtyping import Float
@@ -14,6 +14,7 @@ from vlmembed.backbones import VisionLanguageModel
 from vlmembed.backbones.base import DEFAULT_INSTRUCTION, Features, label_token_ids
 from vlmembed.backbones.chat_templates import PairTemplate
 from vlmembed.backbones.packing import halve, picked, select
+from vlmembed.backbones.preprocessing import ChatPreprocessor
 from vlmembed.heads import ScoreHead
 from vlmembed.pooling import MeanWithoutInstruction, Pooling
 from vlmembed.types import Batch, Inputs, RankingBatch
@@ -27,20 +28,27 @@ class Encoder(nn.Module):
         pooling: Turns its hidden states into one embedding per item.
     """
 
+    #: How pairs become one input, where pairs are read.
+    template: PairTemplate | None = None
+
     def __init__(self, backbone: VisionLanguageModel, pooling: Pooling) -> None:
         super().__init__()
         self.backbone = backbone
         self.pooling = pooling
-        backbone.appended = pooling.appended
-        backbone.learned_tokens = partial(getattr, pooling, "token_embeddings") if pooling.learns_tokens else None
+
+    @cached_property
+    def preprocessor(self) -> ChatPreprocessor:
+        """What makes the inputs; it needs no weights, and can be sent to loader workers."""
+        return self.backbone.make_preprocessor(self.template, self.pooling.appended, self.pooling.learns_tokens)
 
     def configure(self) -> None:
         """Load the backbone's weights and create the pooling's."""
-        self.backbone.configure()
+        learned_tokens = partial(getattr, self.pooling, "token_embeddings") if self.pooling.learns_tokens else None
+        self.backbone.configure(self.preprocessor, learned_tokens)
         self.pooling.configure(self.backbone.hidden_size)
         for part in self.pooling.modules():
             if isinstance(part, Pooling) and part.reads_template:
-                part.template = self.backbone.preprocessor.template
+                part.template = self.preprocessor.template
 
     @property
     def dimension(self) -> int:
@@ -58,43 +66,30 @@ class Encoder(nn.Module):
         return str(self.backbone.model.dtype).removeprefix("torch.")
 
     def encode_images(self, images: Sequence[Inputs]) -> list[Tensor]:
-        """Run the vision tower.
-
-        Args:
-            images: Chunks of images, from the backbone's preprocessor, on any device.
-
-        Returns:
-            Of each image, the features that `forward` takes.
-        """
-        return [image for chunk in images for image in self.backbone.encode_images(chunk)]
+        """Run the vision tower on chunks of images, on any device; return the features of each, for `forward`."""
+        return [features for chunk in images for features in self.backbone.encode_images(chunk)]
 
     def encode_missing_images(
-        self, images: Sequence[Inputs], kept: Callable[[int], Tensor | None]
-    ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """Run the vision tower on those images whose features are not kept.
-
-        Args:
-            images: As for `encode_images`.
-            kept: Returns the features of an image by its key, if it has them.
+        self, images: Sequence[Inputs], cached: Callable[[int], Tensor | None]
+    ) -> tuple[list[Tensor], dict[int, Tensor]]:
+        """Run the vision tower on those images for whose keys ``cached`` has no features.
 
         Returns:
-            By key, the features that were kept, and those that are new.
+            The features of each image, as from `encode_images`; and by key those that are new.
         """
-        keys = [key for chunk in images for key in chunk["keys"].tolist()]
-        found = {key: features for key in keys if (features := kept(key)) is not None}
+        keys = [chunk["keys"].tolist() for chunk in images]
+        features = {key: cached(key) for chunk_keys in keys for key in chunk_keys}
         new: dict[int, Tensor] = {}
-        for chunk in images:
-            missing = [place for place, key in enumerate(chunk["keys"].tolist()) if key not in found]
+        for chunk, chunk_keys in zip(images, keys, strict=True):
+            missing = [index for index, key in enumerate(chunk_keys) if features[key] is None]
             if missing:
-                rest = select(chunk, missing)
-                new |= zip(rest["keys"].tolist(), self.backbone.encode_images(rest), strict=True)
-        return found, new
-
-    def fresh(self):
-        return Encoder(self.backbone, self.pooling)
+                encoded = self.backbone.encode_images(select(chunk, missing))
+                new |= zip([chunk_keys[index] for index in missing], encoded, strict=True)
+        whole = {key: new[key] if image is None else image for key, image in features.items()}
+        return [whole[key] for chunk_keys in keys for key in chunk_keys], new
 
     def forward_with_images(self, inputs: Inputs, images: Sequence[Inputs]) -> Float[Tensor, "B D"]:
-        """Encode one chunk, and of the batch's images no more than those that it shows."""
+        """Encode a chunk of B items, and of the batch's images no more than those that it shows."""
         shown = set(inputs["images"][:, 1].tolist()) if "images" in inputs else set()
         features: dict[int, Tensor] = {}
         for chunk, indices in picked(images, shown):
@@ -112,13 +107,13 @@ class Encoder(nn.Module):
         ]
         return replace(batch, chunks=[half for chunk in batch.chunks for half in halve(chunk)], images=images)
 
-    def forward(self, inputs: Inputs, features: Features = ()) -> Float[Tensor, "B D"]:
-        """Encode one chunk.
+    def fresh(self) -> Encoder:
+        """Return the same encoder without weights."""
+        return Encoder(self.backbone, self.pooling)
 
-        Args:
-            inputs: B items, from the backbone's preprocessor, on any device.
-            features: Of each image of the batch, where images come in chunks of their own.
-        """
+    def forward(self, inputs: Inputs, features: Features = ()) -> Float[Tensor, "B D"]:
+        """Encode a chunk of B items; ``features`` are of all images of the batch, where these come in own chunks."""
+        # (B, L, H), or (K, B, L, H) for a pooling of K layers.
         hidden = self.backbone(inputs, self.pooling.layers, features, self.pooling.num_last_tokens)
         mask, tokens = (inputs[name].to(hidden.device, non_blocking=True) for name in ("attention_mask", "input_ids"))
         return self.pooling(hidden, mask, tokens)
@@ -137,9 +132,11 @@ class Scorer(Encoder):
     """
 
     pooling: ScoreHead
+    template: PairTemplate
 
     def __init__(self, backbone: VisionLanguageModel, head: ScoreHead, template: PairTemplate) -> None:
         super().__init__(backbone, head)
+        self.template = template
         unused = {role: text for role, text in backbone.instructions.items() if text not in (None, DEFAULT_INSTRUCTION)}
         if unused:
             raise ValueError(
@@ -149,17 +146,14 @@ class Scorer(Encoder):
             raise ValueError(
                 "MeanWithoutInstruction does not know where the instruction of a pair ends. Choose another pooling."
             )
-        backbone.instructions = {"query": None, "document": None}
-        backbone.pair_template = template
-        self.template = template
+
+    def fresh(self) -> Scorer:
+        """Return the same scorer without weights."""
+        return Scorer(self.backbone, self.pooling, self.template)
 
     def configure(self) -> None:
-        """Load the backbone's weights and create the head's.
-
-        Raises:
-            ValueError: If an answer of the head is not one token.
-        """
+        """Load the backbone's weights and create the head's; refuse label tokens that are not one token each."""
         super().configure()
         if self.pooling.label_tokens:
-            tokens = label_token_ids(self.backbone.preprocessor.processor.tokenizer, self.pooling.label_tokens)
+            tokens = label_token_ids(self.preprocessor.processor.tokenizer, self.pooling.label_tokens)
             self.pooling.bind_lm_head(self.backbone.lm_head_rows(tokens), partial(self.backbone.embed, tokens))

@@ -282,17 +282,19 @@ class RecentFeatures:
 
     def encode_images(self, images: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
         """Return the features of some chunks of images, as `Encoder.encode_images` does."""
-        recent, new = self._encoder.encode_missing_images(images, self._features.get)
-        for key in recent:
-            self._features.move_to_end(key)
-        for key, features in new.items():
+        features, new = self._encoder.encode_missing_images(images, self._recent)
+        for key, image in new.items():
             # A copy, so that one image does not keep its whole chunk in memory.
-            self._features[key] = features.to("cpu", copy=True)
-            self._bytes += features.nbytes
+            self._features[key] = image.to("cpu", copy=True)
+            self._bytes += image.nbytes
         while self._bytes > self._limit:
             self._bytes -= self._features.popitem(last=False)[1].nbytes
-        recent |= new
-        return [recent[key] for chunk in images for key in chunk["keys"].tolist()]
+        return features
+
+    def _recent(self, key: int) -> Tensor | None:
+        if key in self._features:
+            self._features.move_to_end(key)
+        return self._features.get(key)
 
 
 def read_tensor(path: Path, label: str) -> Tensor | None:

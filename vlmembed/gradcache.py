@@ -129,16 +129,15 @@ class GradCache:
         if self._features is None:
             return self.encoder.encode_images(batch.images)
         features, new = self.encoder.encode_missing_images(batch.images, self._features.get)
-        features |= new
         if not self._predicted:
             # In all processes alike: they go by the sum of their first steps.
-            size = distributed.total(sum(image.nbytes for image in features.values()))
+            size = distributed.total(sum(image.nbytes for image in features))
             rows = distributed.total(len(batch.queries))
             self._features.predict(size / rows, self._steps * rows, announce=distributed.print_once)
             self._predicted = True
         for key, image in new.items():
             self._features.put(key, image)
-        return [features[key] for group in batch.images for key in group["keys"].tolist()]
+        return features
 
 
 class GraphBudget:

@@ -1,7 +1,4 @@
-"""Score heads: from the token states of a query and a document, read together, to how well the one answers the other.
-
-A head is a pooling to a single number. The number is a logit: above 0 means yes, and ranks are by it.
-"""
+"""Score heads: poolings of a query and a document, read together, to one logit; above 0 it means yes."""
 
 from __future__ import annotations
 
@@ -27,12 +24,7 @@ class ScoreHead(PoolingWrapper):
     label_tokens: tuple[str, ...] = ()
 
     def bind_lm_head(self, rows: Float[Tensor, "answers H"] | None, embed: Callable[[], Tensor]) -> None:
-        """Take the weights of the answers; the scorer calls it.
-
-        Args:
-            rows: Of the language-model head; None where it is the token embeddings.
-            embed: Returns the answers' token embeddings, which may be trained.
-        """
+        """Take the label tokens' rows of the head, or None where ``embed`` returns them: their trained embeddings."""
 
     def dimension(self, hidden_size: int) -> int:
         """Return 1."""
@@ -55,13 +47,12 @@ class ScoreHead(PoolingWrapper):
 class YesNo(ScoreHead):
     """How much rather the language model would say yes than no (Qwen3-Reranker, arXiv:2506.05176; monoT5, 2003.06713).
 
-    The difference of the two words' logits, log p(yes) − log p(no), from the last token's state. Only these two of the
-    language-model head's rows are used. It adds no weights where that head is the token embeddings. Elsewhere the two
-    rows become weights of its own, and are trained.
+    The difference of the two words' logits, log p(yes) − log p(no), from the last token's state. It adds no weights
+    where the language-model head is the token embeddings; elsewhere its two rows are copied, and trained.
 
     Args:
-        yes: The word for a right answer: one token.
-        no: The word for a wrong one.
+        yes: The word for relevant: one token.
+        no: The word for not relevant.
     """
 
     def __init__(self, yes: str = "yes", no: str = "no") -> None:
@@ -72,7 +63,7 @@ class YesNo(ScoreHead):
         self.rows: nn.Parameter | None = None
 
     def bind_lm_head(self, rows: Float[Tensor, "answers H"] | None, embed: Callable[[], Tensor]) -> None:
-        """Keep the rows, or what they are tied to; see `ScoreHead.bind_lm_head`."""
+        """Keep the rows, or what they are tied to."""
         self.rows = None if rows is None else nn.Parameter(rows)
         self._embed = embed
 
@@ -108,10 +99,7 @@ class MLP(ScoreHead):
 
     Args:
         pooling: What to score.
-        inner_size: How many neurons, each with a GELU behind it.
-
-    Raises:
-        ValueError: If there are none.
+        inner_size: How many neurons, at least 1, each with a GELU behind it.
     """
 
     def __init__(self, pooling: Pooling, inner_size: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -17,11 +18,8 @@ def compile_layers(model: nn.Module) -> None:
     It happens on their first call, takes a minute or two, and fails there where the machine has no compiler (Triton's
     on a GPU, a C++ compiler elsewhere). Layers of a kind share their code, and chunks of all sizes do.
 
-    Args:
-        model: With layers as transformers writes them, of language and vision alike.
-
     Raises:
-        ValueError: If it has none.
+        ValueError: If the model has no layers as transformers writes them.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
@@ -29,20 +27,18 @@ def compile_layers(model: nn.Module) -> None:
             f"torch_compile: {type(model).__name__} has no layers that transformers could checkpoint, so it is not "
             "known what to compile. Set torch_compile: false."
         )
-    for layer in layers:
-        # Not the layer itself: all kinds of them are called through one function of transformers, whose compiled
-        # variants, with and without gradients, would soon be more than PyTorch keeps.
-        for part in layer.children():
-            # Random numbers as without compiling, so that a replayed chunk drops what it dropped the first time.
-            part.compile(dynamic=True, options={"fallback_random": True})
+    # Not the layers themselves: all kinds of them are called through one function of transformers, whose compiled
+    # variants, with and without gradients, would soon be more than PyTorch keeps.
+    for part in (part for layer in layers for part in layer.children()):
+        # Random numbers as without compiling, so that a replayed chunk drops what it dropped the first time.
+        part.compile(dynamic=True, options={"fallback_random": True})
 
 
 def use_liger(model: Any) -> None:
-    """Run RMSNorm, SwiGLU and rotary positions of a language model through Liger's Triton kernels (arXiv:2410.10989).
+    """Run RMSNorm, SwiGLU and rotary positions of a Qwen3-VL through Liger's Triton kernels (arXiv:2410.10989).
 
-    Args:
-        model: A Qwen3-VL. Only this one is changed: Liger's own patch replaces functions of transformers, and would
-            reach the stock model that an export is compared with.
+    Only this model is changed: Liger's own patch replaces functions of transformers, and would reach the stock model
+    that an export is compared with.
 
     Raises:
         ValueError: If it is another model, there is no GPU, or the package is missing.
@@ -55,31 +51,21 @@ def use_liger(model: Any) -> None:
             f"(CUDA: {torch.cuda.is_available()}, liger-kernel: {is_liger_kernel_available()}). "
             "Install vlmembed[liger] on a machine with a GPU, or set liger: false."
         )
-    from liger_kernel.transformers import LigerSwiGLUMLP, liger_rotary_pos_emb
+    from liger_kernel.transformers import LigerRMSNorm, LigerSwiGLUMLP, liger_rotary_pos_emb
 
-    language = model.language_model
-    _fuse_norm(language.norm)
-    for layer in language.layers:
+    norms = [model.language_model.norm]
+    for layer in model.language_model.layers:
         attention = layer.self_attn
-        for norm in (layer.input_layernorm, layer.post_attention_layernorm, attention.q_norm, attention.k_norm):
-            _fuse_norm(norm)
-        rotated = _with_globals(type(attention).forward, apply_rotary_pos_emb=liger_rotary_pos_emb)
+        norms += [layer.input_layernorm, layer.post_attention_layernorm, attention.q_norm, attention.k_norm]
+        # The attention's code, without transformers' wrapper, and with another function under a global name.
+        code = inspect.unwrap(type(attention).forward)
+        names = code.__globals__ | {"apply_rotary_pos_emb": liger_rotary_pos_emb}
+        rotated = FunctionType(code.__code__, names, code.__name__, code.__defaults__, code.__closure__)
         attention.forward = MethodType(rotated, attention)
         if hasattr(layer.mlp, "gate_proj"):  # A mixture of experts has none.
             layer.mlp.forward = MethodType(LigerSwiGLUMLP.forward, layer.mlp)
-
-
-def _fuse_norm(norm: Any) -> None:
-    from liger_kernel.transformers import LigerRMSNorm
-
-    # As in Llama: normalised in float32, and rounded before it is multiplied by the weight.
-    norm.casting_mode, norm.offset, norm.row_mode = "llama", 0.0, None
-    # A gradient that comes in is left as it is: autograd may have given it to others too.
-    norm.in_place = False
-    norm.forward = MethodType(LigerRMSNorm.forward, norm)
-
-
-def _with_globals(function: Any, **names: Any) -> FunctionType:
-    """Return a function that finds other things under some global names."""
-    known = function.__globals__ | names
-    return FunctionType(function.__code__, known, function.__name__, function.__defaults__, function.__closure__)
+    for norm in norms:
+        # As in Llama: normalised in float32, and rounded before it is multiplied by the weight. A gradient that comes
+        # in is left as it is: autograd may have given it to others too.
+        norm.casting_mode, norm.offset, norm.row_mode, norm.in_place = "llama", 0.0, None, False
+        norm.forward = MethodType(LigerRMSNorm.forward, norm)

@@ -94,7 +94,7 @@ class Probe(LightningModule):
             self.model.checkpointing.load_weights(self.model, content, prefix="encoder.backbone.")
         self._read_outs = {name: build() for name, build in READ_OUTS.items()}
         for read_out in self._read_outs.values():
-            read_out.template = self.model.encoder.backbone.preprocessor.template
+            read_out.template = self.model.encoder.preprocessor.template
         self._configured = True
 
     def on_test_epoch_start(self) -> None:

@@ -1,20 +1,20 @@
-"""Attention over sequences that lie end to end, each seeing itself alone.
+"""Attention over sequences that lie end to end without padding, and a last layer that computes the last tokens alone.
 
-transformers calls it in place of its own (its attention interface). On a GPU in half precision it is PyTorch's
-variable-length kernel; elsewhere one ordinary attention after the other, which wastes nothing on padding either.
+transformers calls `packed_attention` through its attention interface. On a GPU in half precision it is PyTorch's
+variable-length kernel; elsewhere ordinary attention, once for each run of sequences of equal length.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from types import MethodType
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
@@ -29,6 +29,64 @@ with suppress(ImportError):  # PyTorch before 2.10.
 NAME = "vlmembed_flash"
 
 
+@dataclass(frozen=True)
+class Bounds:
+    """Where packed sequences begin and end: their lengths and the longest on the host, (n + 1,) ends on the device."""
+
+    lengths: list[int]
+    longest: int
+    ends: Int[Tensor, " n_plus_1"]
+
+    @classmethod
+    def of(cls, lengths: Int[Tensor, " n"], device: torch.device) -> Bounds:
+        """Count on the host, and copy to the device."""
+        ends = pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+        return cls(lengths.tolist(), int(lengths.max()), ends.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True)
+class LastTokens:
+    """The last tokens of packed sequences: their index among all tokens, on the device, and their own bounds."""
+
+    index: Int[Tensor, " tokens"]
+    bounds: Bounds
+
+    @classmethod
+    def of(cls, lengths: Int[Tensor, " n"], count: int, device: torch.device) -> LastTokens:
+        """Take so many tokens of each sequence, or all that it has."""
+        counts = lengths.clamp(max=count)
+        skipped = (lengths - counts).cumsum(0).repeat_interleave(counts)
+        index = torch.arange(len(skipped)) + skipped
+        return cls(index.to(device, non_blocking=True), Bounds.of(counts, device))
+
+
+@dataclass(frozen=True)
+class Packed:
+    """How the tokens of a forward pass lie: what travels through transformers to `packed_attention`.
+
+    Args:
+        queries: Bounds of the tokens that are computed.
+        keys: Bounds of the tokens that they see.
+        key_index: (T,) the computed token that each key is, where sequences share some; None where they are the same.
+        last: The tokens that the last layer computes; None for all.
+    """
+
+    queries: Bounds
+    keys: Bounds
+    key_index: Int[Tensor, " T"] | None = None
+    last: LastTokens | None = None
+
+    @property
+    def flash_arguments(self) -> dict[str, Any]:
+        """The same in the words of transformers, for its call of flash-attn."""
+        return {
+            "cu_seq_lens_q": self.queries.ends,
+            "cu_seq_lens_k": self.keys.ends,
+            "max_length_q": self.queries.longest,
+            "max_length_k": self.keys.longest,
+        }
+
+
 # Compiled, it would be compiled again for every number of sequences.
 @torch.compiler.disable
 def packed_attention(
@@ -41,172 +99,100 @@ def packed_attention(
     dropout: float = 0.0,
     is_causal: bool | None = None,
     *,
-    bounds: Bounds,
-    asking: Bounds | None = None,
-    places: Int[Tensor, " T"] | None = None,
+    packed: Packed,
     **_: Any,
-) -> tuple[Tensor, None]:
-    """Attend within each sequence.
-
-    Args:
-        module: The attention layer; its ``is_causal`` counts where ``is_causal`` is None.
-        query: Of all sequences, one after the other: T tokens, or the last few of each.
-        key: T tokens, or as many as ``places`` point at; heads may be shared.
-        value: As ``key``.
-        attention_mask: Not used: nothing is padded.
-        scaling: What products are multiplied by.
-        dropout: The share of attention weights to drop.
-        is_causal: Whether a token sees those before it only.
-        bounds: Of the sequences, T tokens in all.
-        asking: Of their last tokens, Q in all; by default all ask.
-        places: Where the sequences' tokens are among the keys, where sequences share some.
-
-    Returns:
-        (1, Q, heads, d), and no weights.
-    """
-    asking = asking or bounds
+) -> tuple[Float[Tensor, "1 Q heads d"], None]:
+    """Attend within each sequence; ``packed`` was given to the model's forward, the rest comes from transformers."""
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if torch.is_autocast_enabled(query.device.type):
         # Rotary positions are applied in float32, which the values never saw.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if places is not None:
-        key, value = key.index_select(2, places), value.index_select(2, places)
+    if packed.key_index is not None:
+        # Shared beginnings were computed once: (kv_heads, K, d) → (kv_heads, T, d), each sequence whole again.
+        key, value = key.index_select(2, packed.key_index), value.index_select(2, packed.key_index)
+    queries, keys = packed.queries, packed.keys
     if varlen_attn is not None and query.is_cuda and query.dtype != torch.float32 and not dropout:
-        packed = (each[0].transpose(0, 1) for each in (query, key, value))
-        limits = (asking.ends, bounds.ends, asking.longest, bounds.longest)
+        tokens = (states[0].transpose(0, 1) for states in (query, key, value))  # (tokens, heads, d)
+        limits = (queries.ends, keys.ends, queries.longest, keys.longest)
         window = (-1, 0 if causal else -1)
-        return varlen_attn(*packed, *limits, scale=scaling, window_size=window, enable_gqa=True)[None], None
+        return varlen_attn(*tokens, *limits, scale=scaling, window_size=window, enable_gqa=True)[None], None
     # Neighbours of equal length go together, as sorted chunks have many.
-    alike = [(*lengths, len(list(same))) for lengths, same in groupby(zip(asking.lengths, bounds.lengths, strict=True))]
-    outputs = []
-    groups = (
-        _groups(query, [(length, count) for length, _, count in alike]),
-        *(_groups(each, [(length, count) for _, length, count in alike]) for each in (key, value)),
+    runs = [(*lengths, len([*run])) for lengths, run in groupby(zip(queries.lengths, keys.lengths, strict=True))]
+    query_runs, key_runs = (
+        [(length, count) for length, _, count in runs],
+        [(length, count) for _, length, count in runs],
     )
-    for queries, keys, values in zip(*groups, strict=True):
-        few = queries.shape[2] < keys.shape[2]
+    outputs = []
+    for q, k, v in zip(_split(query, query_runs), _split(key, key_runs), _split(value, key_runs), strict=True):
+        mask = None
+        if causal and q.shape[2] < k.shape[2]:
+            # PyTorch aligns queries with the first keys; these are the last tokens, and see all before them.
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
         output = scaled_dot_product_attention(
-            queries,
-            keys,
-            values,
-            _last_rows(queries.shape[2], keys.shape[2], query.device) if causal and few else None,
-            dropout,
-            is_causal=causal and not few,
-            scale=scaling,
-            enable_gqa=True,
+            q, k, v, mask, dropout, is_causal=causal and mask is None, scale=scaling, enable_gqa=True
         )
         outputs.append(output.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)[None], None
 
 
-def _groups(
-    packed: Float[Tensor, "1 heads T d"], alike: Sequence[tuple[int, int]]
-) -> list[Float[Tensor, "n heads L d"]]:
-    """Cut into groups of sequences of one length: lengths and counts."""
-    parts = packed[0].split([length * count for length, count in alike], dim=1)
+def _split(states: Float[Tensor, "1 heads T d"], runs: Sequence[tuple[int, int]]) -> list[Float[Tensor, "n heads L d"]]:
+    """Cut into runs of sequences of one length, given as (length, count)."""
+    parts = states[0].split([length * count for length, count in runs], dim=1)
     return [
-        part.unflatten(1, (count, length)).transpose(0, 1) for part, (length, count) in zip(parts, alike, strict=True)
+        part.unflatten(1, (count, length)).transpose(0, 1) for part, (length, count) in zip(parts, runs, strict=True)
     ]
-
-
-def _last_rows(queries: int, keys: int, device: torch.device) -> Bool[Tensor, "queries keys"]:
-    """Return what the last tokens may see: those before them, and themselves."""
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
 AttentionInterface.register(NAME, packed_attention)
 
 
-@dataclass(frozen=True)
-class Bounds:
-    """Where packed sequences begin and end.
-
-    Args:
-        lengths: Of the sequences.
-        longest: The longest of them.
-        ends: (sequences + 1,) where each ends, from 0, on the device.
-    """
-
-    lengths: list[int]
-    longest: int
-    ends: Int[Tensor, " sequences_plus_1"]
-
-    @classmethod
-    def of(cls, lengths: Int[Tensor, " sequences"], device: torch.device) -> Bounds:
-        """Count on the host, and copy to the device."""
-        ends = pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-        return cls(lengths.tolist(), int(lengths.max()), ends.to(device, non_blocking=True))
-
-
 def install(model: Any) -> None:
-    """Make a Qwen3-VL read packed sequences."""
+    """Make a Qwen3-VL read packed sequences, and its last layer compute `Packed.last` alone where that is set."""
     language, vision = model.language_model, model.visual
     if "flash" not in language.config._attn_implementation:
-        language.config._attn_implementation = NAME
-        vision.config._attn_implementation = NAME
+        language.config._attn_implementation = vision.config._attn_implementation = NAME
     language._deepstack_process = _add_features
+    language.layers[-1].forward = MethodType(_forward_last, language.layers[-1])
 
 
-def _add_features(hidden: Tensor, visual_pos_masks: None, features: Tensor) -> Tensor:
-    """Add DeepStack features, zero at texts: adding only where images are makes the device tell the host where."""
+def _add_features(hidden: Tensor, _: None, features: Tensor) -> Tensor:
+    # Zero at texts: to add only where images are, the device would have to tell the host where.
     return hidden + features
 
 
-@dataclass(frozen=True)
-class Tail:
-    """The last tokens of packed sequences.
-
-    Args:
-        places: Where they are among all tokens, on the device.
-        bounds: Of each sequence's last tokens, on their own.
-    """
-
-    places: Int[Tensor, " tokens"]
-    bounds: Bounds
-
-    @classmethod
-    def of(cls, lengths: Int[Tensor, " sequences"], tokens: int, device: torch.device) -> Tail:
-        """Take so many tokens of each sequence, or all that it has."""
-        counts = lengths.clamp(max=tokens)
-        left_out = (lengths - counts).cumsum(0).repeat_interleave(counts)
-        places = torch.arange(len(left_out)) + left_out
-        return cls(places.to(device, non_blocking=True), Bounds.of(counts, device))
-
-
-def shorten(layer: nn.Module) -> None:
-    """Let a decoder layer of Qwen3-VL compute its output for a `Tail` alone, when called with one."""
-    layer.forward = MethodType(_forward, layer)
-
-
-def _forward(layer: Any, hidden_states: Tensor, tail: Tail | None = None, **options: Any) -> Tensor:
-    if tail is None:
-        whole: Tensor = type(layer).forward(layer, hidden_states, **options)
+def _forward_last(layer: Any, hidden_states: Float[Tensor, "1 T H"], *, packed: Packed, **options: Any) -> Tensor:
+    """Run a decoder layer of Qwen3-VL, with queries, residual and MLP of the last tokens, and keys of all."""
+    if packed.last is None:
+        whole: Tensor = type(layer).forward(layer, hidden_states, packed=packed, **options)
         return whole
-    attended = _attend(layer.self_attn, layer.input_layernorm(hidden_states), tail, **options)
-    hidden = hidden_states.index_select(1, tail.places) + attended
-    read: Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-    return read
+    attended = _attend_last(layer.self_attn, layer.input_layernorm(hidden_states), packed, packed.last, **options)
+    hidden = hidden_states.index_select(1, packed.last.index) + attended  # (1, tokens, H)
+    output: Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return output
 
 
-def _attend(
-    attention: Any, hidden: Tensor, tail: Tail, position_embeddings: tuple[Tensor, Tensor], **options: Any
-) -> Tensor:
-    """Do what transformers' attention does, with the queries of the tail and everybody's keys and values."""
-    asking = hidden.index_select(1, tail.places)
-    query, key, value = (
-        projection(states).unflatten(-1, (-1, attention.head_dim))
-        for projection, states in ((attention.q_proj, asking), (attention.k_proj, hidden), (attention.v_proj, hidden))
-    )
-    query, key = attention.q_norm(query).transpose(1, 2), attention.k_norm(key).transpose(1, 2)
-    asked_from = [angles.index_select(1, tail.places) for angles in position_embeddings]
-    query, _ = apply_rotary_pos_emb(query, query, *asked_from)
+def _attend_last(
+    attention: Any, hidden: Tensor, packed: Packed, last: LastTokens, position_embeddings: Any, **options: Any
+) -> Float[Tensor, "1 tokens H"]:
+    """Do what transformers' attention does, with the queries of the last tokens and the keys and values of all."""
+    size = (-1, attention.head_dim)
+    query = attention.q_norm(attention.q_proj(hidden.index_select(1, last.index)).unflatten(-1, size)).transpose(1, 2)
+    key = attention.k_norm(attention.k_proj(hidden).unflatten(-1, size)).transpose(1, 2)
+    value = attention.v_proj(hidden).unflatten(-1, size).transpose(1, 2)
+    angles = [angle.index_select(1, last.index) for angle in position_embeddings]
+    query, _ = apply_rotary_pos_emb(query, query, *angles)
     key, _ = apply_rotary_pos_emb(key, key, *position_embeddings)
-    dropout = attention.attention_dropout if attention.training else 0.0
-    options |= {"cu_seq_lens_q": tail.bounds.ends, "max_length_q": tail.bounds.longest, "asking": tail.bounds}
+    packed = replace(packed, queries=last.bounds)
     attend = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
     output, _ = attend(
-        attention, query, key, value.transpose(1, 2), dropout=dropout, scaling=attention.scaling, **options
+        attention,
+        query,
+        key,
+        value,
+        dropout=attention.attention_dropout if attention.training else 0.0,
+        scaling=attention.scaling,
+        **(options | packed.flash_arguments | {"packed": packed}),
     )
     projected: Tensor = attention.o_proj(output.flatten(-2))
     return projected

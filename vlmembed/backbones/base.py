@@ -1,4 +1,4 @@
-"""The two rows of a language-model head that a yes and a no are scored by."""
+"""Any vision-language model that transformers opens, as a backbone: hidden states of items."""
 
 from __future__ import annotations
 
@@ -6,71 +6,23 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from safetensors import safe_open
-from torch import Tensor, nn, stack
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoProcessor, PretrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, is_flash_attn_2_available
 
 from vlmembed.backbones.chat_templates import PairTemplate, TokenEmbeddings, append_tokens, check_template, learn_tokens
 from vlmembed.backbones.preprocessing import ChatPreprocessor
+from vlmembed.distributed import print_once
 from vlmembed.kernels import compile_layers, use_liger
 from vlmembed.types import Inputs, Role
 
 HEAD = "lm_head.weight"
-
-
-def label_token_ids(tokenizer: Any, words: Sequence[str]) -> list[int]:
-    """Return the token of each word.
-
-    Raises:
-        ValueError: If a word is not one token, or two words are the same one.
-    """
-    tokens = [tokenizer.encode(word, add_special_tokens=False) for word in words]
-    for word, ids in zip(words, tokens, strict=True):
-        if len(ids) != 1:
-            pieces = tokenizer.convert_ids_to_tokens(ids)
-            raise ValueError(
-                f"The answer {word!r} is {len(ids)} tokens of this checkpoint ({pieces}), and a score needs one. "
-                "Choose another word for the head's yes or no."
-            )
-    if len({ids[0] for ids in tokens}) < len(words):
-        raise ValueError(f"The answers {list(words)} are the same token; a score is the difference of two.")
-    return [ids[0] for ids in tokens]
-
-
-def head_rows(checkpoint: str, tokens: Sequence[int], **source: Any) -> Float[Tensor, "tokens H"]:
-    """Read rows of a checkpoint's language-model head, where it is not its token embeddings, and nothing else.
-
-    Args:
-        checkpoint: A folder, or a Hub id.
-        tokens: Which rows.
-        **source: As for ``from_pretrained``.
-
-    Raises:
-        ValueError: If there is no such head.
-    """
-    source.pop("trust_remote_code", None)
-    index = cached_file(checkpoint, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **source)
-    name = SAFE_WEIGHTS_NAME
-    if index is not None:
-        name = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].get(HEAD, SAFE_WEIGHTS_NAME)
-    path = cached_file(checkpoint, name, _raise_exceptions_for_missing_entries=False, **source)
-    if path is not None:
-        with safe_open(path, framework="pt") as file:
-            if HEAD in [*file.keys()]:
-                rows = file.get_slice(HEAD)
-                return stack([rows[token] for token in tokens])
-    raise ValueError(
-        f"The checkpoint {checkpoint!r} has no {HEAD} in safetensors, so there are no logits of yes and no. Use "
-        "another score head, such as vlmembed.heads.Linear."
-    )
-
 
 #: Of each distinct image of a batch, by its index: (tokens, levels, H), from `VisionLanguageModel.encode_images`.
 Features = Sequence[Tensor] | Mapping[int, Tensor]
@@ -113,14 +65,10 @@ class VisionLanguageModel(nn.Module):
         "language": r"",
     }
 
+    # All three are set by `configure`.
     model: PreTrainedModel
-
-    #: Tokens that every item gets at its end.
-    appended: tuple[str, ...] = ()
-    #: Where embeddings are learned for them, which makes them new tokens; else None, and the checkpoint knows them.
+    preprocessor: ChatPreprocessor
     learned_tokens: TokenEmbeddings | None = None
-    #: How pairs are read, where the backbone is a cross-encoder's.
-    pair_template: PairTemplate | None = None
 
     def __init__(
         self,
@@ -141,6 +89,7 @@ class VisionLanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         self.checkpoint = str(checkpoint)
+        self.revision = revision
         self.dtype = dtype
         self.attn_implementation = attn_implementation
         self.bidirectional = bidirectional
@@ -151,39 +100,49 @@ class VisionLanguageModel(nn.Module):
         self.load_in_4bit = load_in_4bit
         self.torch_compile = torch_compile
         self.liger = liger
-        self._source = {"revision": revision, "trust_remote_code": trust_remote_code}
+        self.trust_remote_code = trust_remote_code
 
-    def configure(self) -> None:
-        """Load the weights.
+    # Preprocessing, which needs no weights
+
+    def make_preprocessor(
+        self, template: PairTemplate | None = None, appended: Sequence[str] = (), new_tokens: bool = False
+    ) -> ChatPreprocessor:
+        """Make the preprocessor of this backbone's inputs; it can be sent to loader workers.
+
+        Args:
+            template: How pairs are read, for a cross-encoder; None to read items with the backbone's instructions.
+            appended: Tokens that every input gets at its end.
+            new_tokens: Whether the checkpoint does not know them.
 
         Raises:
-            ValueError: If the checkpoint cannot be opened, is not a vision-language model, or 4-bit weights are asked
-                for where they cannot be had.
+            ValueError: If the checkpoint has no processor for images and texts, its template drops what it is given,
+                or tokens to append are unknown, or known although they should be new.
         """
-        config = self.load_config()
-        if self.bidirectional:
-            # transformers reads the flag from the decoder's own config; at the top level it does nothing.
-            config.get_text_config().is_causal = False
-        self.model = AutoModel.from_pretrained(
-            self.checkpoint,
-            config=config,
-            dtype=self.dtype,
-            attn_implementation=self._attention(config),
-            quantization_config=_quantization() if self.load_in_4bit else None,
-            # Not the pickles that old checkpoints are.
-            use_safetensors=True,
-            **self._source,
+        processor = self.open_processor()
+        instructions: dict[Role, str | None] = {"query": None, "document": None} if template else self.instructions
+        if template is not None:
+            processor.chat_template = template.source
+        elif isinstance(processor.chat_template, dict):
+            processor.chat_template = processor.chat_template["default"]
+        roles = ("query", "document") if template else ("system", "user") if any(instructions.values()) else ("user",)
+        origin = type(template).__name__ if template else f"The chat template of {self.checkpoint!r}"
+        check_template(processor, roles, origin)
+        append_tokens(processor, appended, new_tokens)
+        return self._preprocessor_class(template)(
+            processor, instructions, self.generation_prompt, self.max_length, template, appended
         )
-        # Opened for inference, with dropout off; whoever measures turns it off again.
-        self.model.train()
-        if self.learned_tokens is not None:
-            learn_tokens(self.model, self.preprocessor.processor.tokenizer, self.appended, self.learned_tokens)
-        if self.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        if self.liger:
-            use_liger(self.model)
-        if self.torch_compile:
-            compile_layers(self.model)
+
+    def _preprocessor_class(self, template: PairTemplate | None) -> Any:
+        return ChatPreprocessor
+
+    def open_processor(self) -> ProcessorMixin:
+        """Open the checkpoint's own processor."""
+        self.load_config()  # Says more clearly than the next line what is wrong with a checkpoint.
+        processor = AutoProcessor.from_pretrained(self.checkpoint, **self._source)
+        for part in ("image_processor", "chat_template"):
+            if getattr(processor, part, None) is None:
+                raise ValueError(f"The checkpoint {self.checkpoint!r} has no {part.replace('_', ' ')}.")
+        return processor
 
     def load_config(self) -> PretrainedConfig:
         """Read the checkpoint's configuration.
@@ -202,58 +161,92 @@ class VisionLanguageModel(nn.Module):
             )
         return config
 
-    def load_processor(self) -> ProcessorMixin:
-        """Open the checkpoint's processor; where pairs are read, with their template in the place of its own.
+    @property
+    def _source(self) -> dict[str, Any]:
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
+    # Weights
+
+    def configure(
+        self, preprocessor: ChatPreprocessor | None = None, learned_tokens: TokenEmbeddings | None = None
+    ) -> None:
+        """Load the weights.
+
+        Args:
+            preprocessor: From `make_preprocessor`; None for the one of its defaults.
+            learned_tokens: Returns the embeddings of the tokens that it appends, where they are learned.
 
         Raises:
-            ValueError: If it is not a vision-language model's, or has no image processor or no chat template.
+            ValueError: If the checkpoint is not a whole vision-language model, or an option cannot be served.
         """
-        processor = self._open_processor()
-        if self.pair_template is not None:
-            processor.chat_template = self.pair_template.source
-            check_template(processor, type(self.pair_template).__name__)
-        append_tokens(processor, self.appended, known=self.learned_tokens is None)
-        return processor
+        self.preprocessor = preprocessor or self.make_preprocessor()
+        self.learned_tokens = learned_tokens
+        self._load_model()
+        # Opened for inference, with dropout off; whoever measures turns it off again.
+        self.model.train()
+        if learned_tokens is not None:
+            tokenizer = self.preprocessor.processor.tokenizer
+            learn_tokens(self.model, tokenizer, self.preprocessor.appended, learned_tokens)
+        if self.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if self.liger:
+            use_liger(self.model)
+        if self.torch_compile:
+            compile_layers(self.model)
 
-    @property
-    def chat_templates(self) -> dict[str, str]:
-        """The checkpoint's own chat templates by name; chats are rendered by ``default``."""
-        template: Any = self._open_processor().chat_template
-        return template if isinstance(template, dict) else {"default": template}
+    def _load_model(self) -> None:
+        config = self.load_config()
+        if checkpoint_file(self.checkpoint, "adapter_config.json", self.revision):
+            raise ValueError(
+                f"The checkpoint {self.checkpoint!r} has an adapter beside its weights (adapter_config.json). Merge it "
+                "into them (peft's merge_and_unload), or remove its files to begin without it."
+            )
+        if self.bidirectional:
+            # transformers reads the flag from the decoder's own config; at the top level it does nothing.
+            config.get_text_config().is_causal = False
+        self.model, loading = AutoModel.from_pretrained(
+            self.checkpoint,
+            config=config,
+            dtype=self.dtype,
+            attn_implementation=self._attention(config),
+            quantization_config=_quantization() if self.load_in_4bit else None,
+            use_safetensors=True,  # Not the pickles that old checkpoints are.
+            output_loading_info=True,
+            **self._source,
+        )
+        if missing := sorted(loading["missing_keys"]):
+            raise ValueError(
+                f"The checkpoint {self.checkpoint!r} lacks {len(missing)} weights of the model, which would be random: "
+                f"{', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}. Name a complete checkpoint."
+            )
+        if modules := _other_modules(self.checkpoint, self.revision):
+            print_once(
+                f"{self.checkpoint} has weights of {', '.join(modules)} (modules.json). They are not loaded: the "
+                "backbone is taken up, what stands behind it begins anew."
+            )
 
-    def _open_processor(self) -> ProcessorMixin:
-        self.load_config()  # Says more clearly than the next line what is wrong with a checkpoint.
-        processor = AutoProcessor.from_pretrained(self.checkpoint, **self._source)
-        for part in ("image_processor", "chat_template"):
-            if getattr(processor, part, None) is None:
-                raise ValueError(f"The checkpoint {self.checkpoint!r} has no {part.replace('_', ' ')}.")
-        return processor
-
-    @cached_property
-    def preprocessor(self) -> ChatPreprocessor:
-        """The preprocessor of this backbone's inputs; it holds no weights and can be sent to loader workers."""
-        return ChatPreprocessor(**self._preprocessing)
-
-    @property
-    def _preprocessing(self) -> dict[str, Any]:
-        return {
-            "processor": self.load_processor(),
-            "instructions": self.instructions,
-            "generation_prompt": self.generation_prompt,
-            "max_length": self.max_length,
-            "ends_with_query": self.pair_template is not None and self.pair_template.ends_with_query,
-        }
+    def _attention(self, config: PretrainedConfig) -> str:
+        if self.attn_implementation != "auto":
+            return self.attn_implementation
+        dtype = config.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
+        half = dtype in (torch.float16, torch.bfloat16)
+        return "flash_attention_2" if half and torch.cuda.is_available() and is_flash_attn_2_available() else "sdpa"
 
     @property
     def hidden_size(self) -> int:
         """H, the size of the hidden states."""
         return int(self.model.config.get_text_config().hidden_size)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
     def lm_head_rows(self, tokens: Sequence[int]) -> Float[Tensor, "tokens H"] | None:
         """Read some rows of the checkpoint's language-model head; None where it is the token embeddings."""
         if self.model.config.tie_word_embeddings:
             return None
-        return head_rows(self.checkpoint, tokens, **self._source).to(self.device, self.model.dtype)
+        return head_rows(self.checkpoint, tokens, self.revision).to(self.device, self.model.dtype)
 
     def embed(self, tokens: Sequence[int]) -> Float[Tensor, "tokens H"]:
         """Return the embeddings of some tokens, as they are being trained."""
@@ -273,27 +266,20 @@ class VisionLanguageModel(nn.Module):
         """Whether anything that images go through has a gradient."""
         return any(parameter.requires_grad for _, parameter in self.vision_parameters())
 
+    # Forward
+
     @property
     def separate_vision_pass(self) -> bool:
         """Whether images come in chunks of their own, for `encode_images`."""
         return False
 
-    def encode_images(self, images: Inputs) -> Sequence[Tensor]:
-        """Run the vision tower on a chunk of images, where the backbone's preprocessor makes such chunks.
-
-        Args:
-            images: A chunk of n images.
+    def encode_images(self, images: Inputs) -> Sequence[Float[Tensor, "tokens levels H"]]:
+        """Run the vision tower on a chunk of images, where the preprocessor makes such chunks.
 
         Returns:
-            Of each image, (tokens, levels, H): what stands at its tokens, at every level of the language model that
-            images enter.
+            Of each image, what stands at its tokens, at every level of the language model that images enter.
         """
         raise NotImplementedError(f"{type(self).__name__} reads images together with their text.")
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.parameters()).device
 
     def forward(
         self, inputs: Inputs, layers: Sequence[int] = (-1,), features: Features = (), num_last_tokens: int | None = None
@@ -303,7 +289,7 @@ class VisionLanguageModel(nn.Module):
         Args:
             inputs: One chunk, from the `preprocessor`, on any device.
             layers: Which hidden states: -1 is the last one, after the final norm; 0 the token embeddings.
-            features: Of each image of the batch, by its place, where `encode_images` made them.
+            features: Of each image of the batch, by its index, where `encode_images` made them.
             num_last_tokens: How many of an item's last tokens will be read, if not all; other states may be NaN.
 
         Returns:
@@ -314,13 +300,6 @@ class VisionLanguageModel(nn.Module):
         output = self.model(**inputs, use_cache=False, output_hidden_states=tuple(layers) != (-1,))
         states = [output.last_hidden_state if layer == -1 else output.hidden_states[layer] for layer in layers]
         return states[0] if len(states) == 1 else torch.stack(states)
-
-    def _attention(self, config: PretrainedConfig) -> str:
-        if self.attn_implementation != "auto":
-            return self.attn_implementation
-        dtype = config.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
-        half = dtype in (torch.float16, torch.bfloat16)
-        return "flash_attention_2" if half and torch.cuda.is_available() and is_flash_attn_2_available() else "sdpa"
 
 
 def _quantization() -> object:
@@ -333,9 +312,55 @@ def _quantization() -> object:
             f"(CUDA: {torch.cuda.is_available()}, bitsandbytes: {is_bitsandbytes_available()}). "
             "Install vlmembed[quantization] on a machine with a GPU, or set load_in_4bit: false."
         )
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+    options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, **options)
+
+
+# Files of a checkpoint that AutoModel does not read
+
+
+def checkpoint_file(checkpoint: str, name: str, revision: str | None) -> str | None:
+    """Return the path of a file of a checkpoint, a folder or a Hub id; None if it has no such file."""
+    tolerant = ("gated_repo", "missing_entries", "connection_errors")
+    options: dict[str, Any] = {f"_raise_exceptions_for_{problem}": False for problem in tolerant}
+    return cached_file(checkpoint, name, revision=revision, **options)
+
+
+def _other_modules(checkpoint: str, revision: str | None) -> list[str]:
+    """Name the modules of a Sentence Transformers folder that have weights behind the transformer's."""
+    path = checkpoint_file(checkpoint, "modules.json", revision)
+    modules = json.loads(Path(path).read_text(encoding="utf-8")) if path else []
+    return [
+        module["type"].rsplit(".", 1)[-1]
+        for module in modules
+        if module["path"] and checkpoint_file(checkpoint, f"{module['path']}/{SAFE_WEIGHTS_NAME}", revision)
+    ]
+
+
+def label_token_ids(tokenizer: Any, words: Sequence[str]) -> list[int]:
+    """Return the token of each word; refuse a word that is not one token, or the same as another."""
+    tokens = [tokenizer.encode(word, add_special_tokens=False) for word in words]
+    for word, ids in zip(words, tokens, strict=True):
+        if len(ids) != 1:
+            raise ValueError(
+                f"The answer {word!r} is {len(ids)} tokens of this checkpoint ({tokenizer.convert_ids_to_tokens(ids)}),"
+                " and a score needs one. Choose another word for the head's yes or no."
+            )
+    if len({ids[0] for ids in tokens}) < len(words):
+        raise ValueError(f"The answers {list(words)} are the same token; a score is the difference of two.")
+    return [ids[0] for ids in tokens]
+
+
+def head_rows(checkpoint: str, tokens: Sequence[int], revision: str | None = None) -> Float[Tensor, "tokens H"]:
+    """Read rows of a checkpoint's language-model head, and nothing else; refuse a checkpoint that has none."""
+    index = checkpoint_file(checkpoint, SAFE_WEIGHTS_INDEX_NAME, revision)
+    files = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"] if index else {}
+    if path := checkpoint_file(checkpoint, files.get(HEAD, SAFE_WEIGHTS_NAME), revision):
+        with safe_open(path, framework="pt") as file:
+            if HEAD in [*file.keys()]:
+                rows = file.get_slice(HEAD)
+                return torch.stack([rows[token] for token in tokens])
+    raise ValueError(
+        f"The checkpoint {checkpoint!r} has no {HEAD} in safetensors, so there are no logits of yes and no. Use "
+        "another score head, such as vlmembed.heads.Linear."
     )

@@ -1,15 +1,14 @@
-"""How a query and a document become one input: a chat template of its own, which an exported folder brings along."""
+"""Chat templates: of pairs, with tokens at their end, and none that drops what it is given."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 #: What transformers and Sentence Transformers call the template in a folder.
@@ -84,9 +83,12 @@ class QueryFirst(PairTemplate):
 
     @property
     def source(self) -> str:
-        """See `PairTemplate.source`."""
-        texts = {"instruction": _quoted(self.instruction), "system": _quoted(self.system)}
-        return SHOW + CHAT % {**texts, "pair": self.pair}
+        """The template, with both texts as strings in Jinja."""
+        quoted = {
+            name: "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
+            for name, text in (("instruction", self.instruction), ("system", self.system))
+        }
+        return SHOW + CHAT % {**quoted, "pair": self.pair}
 
 
 class DocumentFirst(QueryFirst):
@@ -121,109 +123,92 @@ class TemplateFile(PairTemplate):
 
     @property
     def source(self) -> str:
-        """See `PairTemplate.source`."""
+        """The file's content."""
         return Path(self.path).read_text(encoding="utf-8")
 
 
-def check_template(processor: Any, origin: str) -> None:
-    """Refuse a template that leaves out a query or a document, or the images of one.
+def check_template(processor: Any, roles: Sequence[str], origin: str) -> None:
+    """Refuse a template that leaves out the text of a role, or the images of one; a system message has none.
 
     Args:
         processor: Of transformers, with the template.
+        roles: Of the messages, in order.
         origin: Whose template it is, for the message.
 
     Raises:
         ValueError: If it does, or cannot be rendered.
     """
     one, two, image = {"type": "text", "text": "one"}, {"type": "text", "text": "two"}, {"type": "image"}
-    contents = {"query": [one], "document": [one]}
-    plain = _rendered(processor, contents, origin)
-    dropped = [
-        what + role
-        for what, other in {"the ": [two], "the images of the ": [one, image]}.items()
-        for role in contents
-        if _rendered(processor, contents | {role: other}, origin) == plain
-    ]
-    if dropped:
-        raise ValueError(
-            f"{origin} drops {' and '.join(dropped)}: it has to render a message of role 'query' and one of role "
-            "'document', with the images of both. Mend it, or use vlmembed.backbones.pairs.QueryFirst."
-        )
 
-
-def _rendered(processor: Any, contents: Mapping[str, list[dict[str, str]]], origin: str) -> str:
-    chat = [{"role": role, "content": content} for role, content in contents.items()]
-    try:
+    def render(changed: str = "", content: Sequence[dict[str, str]] = ()) -> str:
+        chat = [{"role": role, "content": [*content] if role == changed else [one]} for role in roles]
         rendered: str = processor.apply_chat_template(chat, tokenize=False)
+        return rendered
+
+    try:
+        plain = render()
+        dropped = [f"the {role}" for role in roles if render(role, [two]) == plain]
+        shown = [role for role in roles if role != "system"]
+        dropped += [f"the images of the {role}" for role in shown if render(role, [one, image]) == plain]
     # The second is Python's, where a template takes a content for a text, and it is a list of parts.
     except (jinja2.TemplateError, TypeError) as error:
-        raise ValueError(f"{origin} cannot be rendered for a query and a document: {error}") from error
-    return rendered
-
-
-def _quoted(text: str) -> str:
-    """Return a text as a string in Jinja."""
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
-    return f"'{escaped}'"
+        raise ValueError(f"{origin} cannot be rendered for {' and '.join(roles)}: {error}") from error
+    if dropped:
+        raise ValueError(
+            f"{origin} drops {' and '.join(dropped)}: it has to render a message of each role of {', '.join(roles)}, "
+            "with the images of all but a system message. Mend it; or use vlmembed.backbones.QueryFirst for pairs, and "
+            "set query_instruction and document_instruction to null where it takes no system message."
+        )
 
 
 #: Returns the learned embeddings (tokens, H). A function, because the tensor may be another one in each step.
 TokenEmbeddings = Callable[[], Tensor]
 
 
-def append_tokens(processor: Any, tokens: Sequence[str], known: bool) -> None:
+def append_tokens(processor: Any, tokens: Sequence[str], new: bool) -> None:
     """Let a chat template end with some tokens.
 
     Args:
         processor: Of transformers. Its template is changed, and its vocabulary where the tokens are new.
         tokens: In order.
-        known: Whether they have to be in the vocabulary; else they must not.
+        new: Whether they have to be missing in the vocabulary; else they must be there.
 
     Raises:
-        ValueError: If they are not, or are.
+        ValueError: If they are there, or missing.
     """
     vocabulary = processor.tokenizer.get_vocab()
-    wrong = [token for token in tokens if (token in vocabulary) != known]
-    if wrong:
+    if wrong := [token for token in tokens if (token in vocabulary) == new]:
         raise ValueError(
             f"The pooling appends {wrong} to every item, which the checkpoint's vocabulary "
-            + ("does not have. Name a token that it has." if known else "has already. Rename the pooling's tokens.")
+            + ("has already. Rename the pooling's tokens." if new else "does not have. Name a token that it has.")
         )
-    if not tokens:
-        return
-    if not known:
+    if new:
         processor.tokenizer.add_tokens(list(tokens), special_tokens=True)
-    # Jinja itself drops a newline at the end.
-    processor.chat_template = processor.chat_template.removesuffix("\n") + "".join(tokens)
+    if tokens:
+        # Jinja itself drops a newline at the end.
+        processor.chat_template = processor.chat_template.removesuffix("\n") + "".join(tokens)
 
 
-def learn_tokens(model: Any, tokenizer: Any, tokens: Sequence[str], learned: TokenEmbeddings) -> None:
-    """Let a model read learned embeddings where it finds some tokens.
+def learn_tokens(model: Any, tokenizer: Any, tokens: Sequence[str], embeddings: TokenEmbeddings) -> None:
+    """Let a model, without adapters yet, read learned embeddings where it finds some tokens.
 
-    The model's own table gets rows for them, which nobody reads until `write_tokens` fills them.
-
-    Args:
-        model: Of transformers, without adapters.
-        tokenizer: Knows the tokens.
-        tokens: In the order of the embeddings.
-        learned: Returns the embeddings.
+    Its own table gets rows for them, which nobody reads until `write_tokens` fills them.
     """
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     first = tokenizer.convert_tokens_to_ids(tokens[0])
 
-    def read(_: Any, arguments: tuple[Int[Tensor, "*B L"]], output: Float[Tensor, "*B L H"]) -> Tensor:
-        rows = arguments[0] - first
-        # Behind all other tokens, one after the other.
-        found = learned().to(output.dtype)[rows.clamp(0, len(tokens) - 1)]
-        return torch.where((rows >= 0)[..., None], found, output)
+    def replace(_: Any, arguments: tuple[Tensor], output: Tensor) -> Tensor:
+        rows = arguments[0] - first  # (…, L); the tokens' ids are the last ones, in order.
+        learned = embeddings().to(output.dtype)[rows.clamp(0, len(tokens) - 1)]
+        return torch.where((rows >= 0)[..., None], learned, output)
 
-    model.get_input_embeddings().register_forward_hook(read)
+    model.get_input_embeddings().register_forward_hook(replace)
 
 
 @torch.no_grad()
-def write_tokens(model: Any, tokenizer: Any, tokens: Sequence[str], learned: TokenEmbeddings) -> None:
+def write_tokens(model: Any, tokenizer: Any, tokens: Sequence[str], embeddings: TokenEmbeddings) -> None:
     """Write learned embeddings into the model's own table."""
     first = tokenizer.convert_tokens_to_ids(tokens[0])
     table = model.get_input_embeddings().weight
-    table[first : first + len(tokens)] = learned().to(table)
+    table[first : first + len(tokens)] = embeddings().to(table)

@@ -1,8 +1,8 @@
 """Qwen3-VL inputs without padding: what travels from loader workers to the model.
 
-transformers' inputs are split into the texts, chunk by chunk, and the distinct images. Everything that follows from the
-images' sizes (rotary positions, taps into the position embeddings) is computed here, in the worker, so that the model
-never has to ask the device for a number.
+transformers' inputs are split into the texts, chunk by chunk, and the distinct images. What follows from the images'
+sizes (positions, weights of position embeddings) is computed here, in the worker, so that the model never has to ask
+the device for a number.
 """
 
 from __future__ import annotations
@@ -10,18 +10,16 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
-from typing import Any
+from itertools import accumulate
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
-from vlmembed.backbones.prefix_sharing import common, kept, neighbours, signature
+from vlmembed.backbones.prefix_sharing import order_by_beginning, shared_among, shared_lengths, signatures
 from vlmembed.types import Inputs, Prepared
 
 #: What transformers calls the pixels and the grids of each of ``mm_token_type_ids``: 0 is text.
@@ -31,38 +29,13 @@ VISION_INPUTS = {1: ("pixel_values", "image_grid_thw"), 2: ("pixel_values_videos
 PER_IMAGE = ("grid_thw", "keys")
 
 
-@dataclass(frozen=True)
-class VisionLayout:
-    """What of a vision tower decides which numbers belong to which patch.
-
-    Args:
-        merge_size: Patches per token and side.
-        table_size: Rows, and columns, of the learned position embeddings.
-    """
-
-    merge_size: int
-    table_size: int
-
-    @classmethod
-    def of(cls, config: PretrainedConfig) -> VisionLayout:
-        """Read a Qwen3-VL configuration."""
-        vision = config.vision_config
-        return cls(vision.spatial_merge_size, int(vision.num_position_embeddings**0.5))
-
-
-@dataclass(frozen=True)
-class _Image:
-    """An image, or a video, of the batch; equal ones have equal keys."""
+class _Image(NamedTuple):
+    """A distinct image, or video, of the batch; equal ones have equal keys."""
 
     kind: int
     key: int
     grid: tuple[int, int, int]
     pixels: Tensor
-
-    def tokens(self, merge_size: int) -> tuple[int, int]:
-        """Return the rows and columns of tokens, of one frame."""
-        _, height, width = self.grid
-        return height // merge_size, width // merge_size
 
 
 class PackedItems(Prepared):
@@ -70,7 +43,7 @@ class PackedItems(Prepared):
 
     A chunk holds ``input_ids`` and ``attention_mask`` (B, L), which poolings read; ``position_ids`` (3, T) of its T
     real tokens; and ``images`` (n, 2): for every image, in the order in which the model reads them, its item's row in
-    the chunk and its place among the distinct images of the batch. Where items share beginnings there are ``shared``
+    the chunk and its index among the distinct images of the batch. Where items share beginnings there are ``shared``
     (B,), how many first tokens each item has in common with the one before it, and ``image_starts`` (n,), the token of
     its item at which each image begins.
 
@@ -78,37 +51,36 @@ class PackedItems(Prepared):
     (patches, 4), one patch after the other; and for each image ``grid_thw`` (n, 3) and ``keys`` (n,).
 
     Args:
-        inputs: What the processor returns for N items.
-        layout: Of the vision tower.
-        shares: Whether items share beginnings; see `sharing`.
+        inputs: What the processor returns for N items; ``image_order`` says which of its images each image is.
+        vision: The vision tower's configuration.
+        shares: Whether items share beginnings; see `prefix_sharing`.
     """
 
-    def __init__(self, inputs: Inputs, layout: VisionLayout, shares: bool = False) -> None:
-        self._inputs = inputs
-        self._layout = layout
-        self._shares = shares
+    def __init__(self, inputs: Inputs, vision: PretrainedConfig, shares: bool = False) -> None:
+        self._inputs, self._vision, self._shares = inputs, vision, shares
         self.padded = not shares  # Sharing items are packed; see `collate.cut`.
-        self._signatures: list[np.ndarray] = []
-        self._image_starts: list[list[int]] = []
         self._positions: list[Tensor] = []
-        self._item_images: list[list[int]] = []
-        distinct: dict[int, _Image] = {}
+        self._item_images: list[list[tuple[int, int]]] = []  # Of each item: key and first token of its images.
+        beginnings: list[tuple[Tensor, Tensor, list[int]]] = []
+        images: dict[int, _Image] = {}
         frames = {kind: _frames(inputs, kind) for kind in VISION_INPUTS}
         rows = zip(inputs["input_ids"], inputs["mm_token_type_ids"], inputs["attention_mask"].bool(), strict=True)
         for ids, types, mask in rows:
-            kinds, lengths = (each.tolist() for each in types[mask].unique_consecutive(return_counts=True))
+            # An item is runs of tokens: a text, an image, or one frame of a video; between two frames there is a text.
+            kinds, lengths = (counts.tolist() for counts in types[mask].unique_consecutive(return_counts=True))
             runs = [next(frames[kind]) if kind else None for kind in kinds]
             starts = accumulate(lengths, initial=0)
-            self._image_starts.append([start for start, run in zip(starts, runs, strict=False) if run and run[1] == 0])
+            self._positions.append(_rotary_positions(lengths, [run and run[0].grid for run in runs], vision))
+            self._item_images.append(
+                [(run[0].key, start) for start, run in zip(starts, runs, strict=False) if run and run[1] == 0]
+            )
             if shares:
-                self._signatures.append(signature(ids[mask], types[mask], [run[0].key for run in runs if run]))
-            sizes = [run[0].tokens(layout.merge_size) if run else None for run in runs]
-            self._positions.append(rotary_positions(lengths, sizes))
-            self._item_images.append([run[0].key for run in runs if run and run[1] == 0])
-            distinct.update({run[0].key: run[0] for run in runs if run})
+                beginnings.append((ids[mask], types[mask], [run[0].key for run in runs if run]))
+            images.update({run[0].key: run[0] for run in runs if run})
+        self._signatures = signatures(beginnings)
         # Images before videos, whose patches hold more numbers; then the largest first, as for texts.
-        self._images = sorted(distinct.values(), key=lambda image: (image.kind, -len(image.pixels)))
-        self._places = {image.key: place for place, image in enumerate(self._images)}
+        self._images = sorted(images.values(), key=lambda image: (image.kind, -len(image.pixels)))
+        self._index = {image.key: index for index, image in enumerate(self._images)}
 
     @property
     def lengths(self) -> list[int]:
@@ -118,41 +90,37 @@ class PackedItems(Prepared):
     @property
     def patches(self) -> list[int]:
         """(N,) the patches of each item's images."""
-        return [sum(len(self._images[self._places[key]].pixels) for key in keys) for keys in self._item_images]
+        return [sum(len(self._images[self._index[key]].pixels) for key, _ in images) for images in self._item_images]
 
     @property
     def order(self) -> list[int]:
         """The items' rows, so that neighbours share a beginning, or are of similar length."""
         if self._shares:
-            return neighbours(self._signatures)
+            return order_by_beginning(self._signatures)
         return sorted(range(len(self.lengths)), key=self.lengths.__getitem__, reverse=True)
 
     def shared(self, rows: Sequence[int]) -> list[int]:
         """Count, for each of some rows, the first tokens that a chunk of them takes from the row before."""
-        if not self._shares:
-            return [0] * len(rows)
-        signatures = [self._signatures[row] for row in rows]
-        return [0, *(common(*neighbouring) for neighbouring in pairwise(signatures))]
+        return shared_lengths([self._signatures[row] for row in rows]) if self._shares else [0] * len(rows)
 
     def chunk(self, rows: Sequence[int]) -> Inputs:
         """Make one chunk of some of the items."""
         mask = self._inputs["attention_mask"][list(rows)]
         width = int(mask.any(dim=0).nonzero().max()) + 1
-        images = [(index, self._places[key]) for index, row in enumerate(rows) for key in self._item_images[row]]
+        shown = [(number, *image) for number, row in enumerate(rows) for image in self._item_images[row]]
         chunk = {
             "input_ids": self._inputs["input_ids"][list(rows), :width],
             "attention_mask": mask[:, :width].contiguous(),
             "position_ids": torch.cat([self._positions[row] for row in rows], dim=1),
-            "images": torch.tensor(images, dtype=torch.long).reshape(-1, 2),
+            "images": _pairs([(number, self._index[key]) for number, key, _ in shown]),
         }
         if self._shares:
-            starts = [start for row in rows for start in self._image_starts[row]]
-            chunk["image_starts"] = torch.tensor(starts, dtype=torch.long)
+            chunk["image_starts"] = torch.tensor([start for _, _, start in shown], dtype=torch.long)
             chunk["shared"] = torch.tensor(self.shared(rows))
         return chunk
 
     def images(self, room: int | None = None) -> list[Inputs]:
-        """Make chunks of the distinct images; see `Prepared.images`."""
+        """Make chunks of the distinct images, of at most so many patches; see `Prepared.images`."""
         chunks: list[list[_Image]] = []
         left = 0.0
         for image in self._images:
@@ -164,13 +132,15 @@ class PackedItems(Prepared):
         return [self._image_chunk(images) for images in chunks]
 
     def _image_chunk(self, images: Sequence[_Image]) -> Inputs:
+        merge_size, table_size = self._vision.spatial_merge_size, int(self._vision.num_position_embeddings**0.5)
         grids = torch.tensor([image.grid for image in images])
+        # The learned position embeddings are a square table, from which each patch takes a mean of four rows.
         taps, weights = get_vision_interpolation_indices_and_weights(
-            grids, self._layout.table_size, align_corners=True, spatial_merge_size=self._layout.merge_size
+            grids, table_size, align_corners=True, spatial_merge_size=merge_size
         )
         return {
             "pixel_values": torch.cat([image.pixels for image in images]),
-            "position_ids": get_vision_position_ids(grids, self._layout.merge_size),
+            "position_ids": get_vision_position_ids(grids, merge_size),
             "taps": taps,
             "weights": weights,
             "grid_thw": grids,
@@ -179,98 +149,83 @@ class PackedItems(Prepared):
 
 
 def _frames(inputs: Inputs, kind: int) -> Iterator[tuple[_Image, int]]:
-    """Yield what each run of visual tokens shows: an image, or one of a video's frames, with its number.
-
-    Where ``image_order`` is there, it says of each image of the texts which of the distinct ones it is.
-    """
+    """Yield what each run of visual tokens shows: an image, or one of a video's frames, with its number."""
     pixels, grids = (inputs.get(name) for name in VISION_INPUTS[kind])
     if pixels is None or grids is None:
         return
-    parts = zip(pixels.split(grids.prod(dim=1).tolist()), grids.tolist(), strict=True)
-    images = [_Image(kind, _key(kind, part, grid), tuple(grid), part) for part, grid in parts]
-    order = inputs["image_order"].tolist() if "image_order" in inputs else range(len(images))
-    for place in order:
-        yield from ((images[place], frame) for frame in range(images[place].grid[0]))
+    images = []
+    for patches, grid in zip(pixels.split(grids.prod(dim=1).tolist()), grids.tolist(), strict=True):
+        hashed = hashlib.blake2b(f"{kind} {grid}".encode(), digest_size=8)
+        hashed.update(patches.contiguous().numpy())
+        images.append(_Image(kind, int.from_bytes(hashed.digest(), "big") >> 1, tuple(grid), patches))
+    for index in inputs["image_order"].tolist() if "image_order" in inputs else range(len(images)):
+        yield from ((images[index], frame) for frame in range(images[index].grid[0]))
 
 
-def _key(kind: int, pixels: Any, grid: Sequence[int]) -> int:
-    hashed = hashlib.blake2b(f"{kind} {grid}".encode(), digest_size=8)
-    hashed.update(pixels.contiguous().numpy())
-    return int.from_bytes(hashed.digest(), "big") >> 1
+def _rotary_positions(
+    lengths: Sequence[int], grids: Sequence[tuple[int, int, int] | None], vision: PretrainedConfig
+) -> Int[Tensor, "3 L"]:
+    """Give the runs of an item's tokens their time, height and width, as Qwen3-VL does (arXiv:2409.12191).
 
-
-def rotary_positions(lengths: Sequence[int], sizes: Sequence[tuple[int, int] | None]) -> Int[Tensor, "3 L"]:
-    """Place an item's tokens in time, height and width, as Qwen3-VL's rotary embedding wants it (arXiv:2409.12191).
-
-    A text goes on by one in all three. An image, or a frame, stands still in time, lies in the plane, and takes as much
-    room as its longer side.
-
-    Args:
-        lengths: Of each run of text, or of visual tokens.
-        sizes: Of each run: an image's rows and columns of tokens; None for a text.
+    A text, whose grid is None, counts on by one in all three. An image, or a frame, has one time, lies in the plane,
+    and takes as many positions as its longer side has tokens.
     """
     pieces = []
     start = 0
-    for length, size in zip(lengths, sizes, strict=True):
-        if size is None:
+    for length, grid in zip(lengths, grids, strict=True):
+        if grid is None:
             pieces.append(torch.arange(start, start + length).expand(3, -1))
             start += length
         else:
-            rows, columns = torch.meshgrid(*map(torch.arange, size), indexing="ij")
+            sides = [side // vision.spatial_merge_size for side in grid[1:]]
+            rows, columns = torch.meshgrid(*map(torch.arange, sides), indexing="ij")
             pieces.append(start + torch.stack([torch.zeros_like(rows), rows, columns]).flatten(1))
-            start += max(size)
+            start += max(sides)
     return torch.cat(pieces, dim=1)
 
 
-def frame_patches(grids: Int[Tensor, "n 3"]) -> Int[Tensor, " frames"]:
-    """Return how many patches each frame has: frames attend to themselves alone."""
-    return (grids[:, 1] * grids[:, 2]).repeat_interleave(grids[:, 0])
+def _pairs(images: Sequence[tuple[int, int]]) -> Int[Tensor, "n 2"]:
+    return torch.tensor(images, dtype=torch.long).reshape(-1, 2)
 
 
-def select(chunk: Inputs, places: Sequence[int]) -> Inputs:
+def select(chunk: Inputs, indices: Sequence[int]) -> Inputs:
     """Take some images out of their chunk, as a chunk of their own."""
     patches = chunk["grid_thw"].prod(dim=1).tolist()
-    of_each = {name: values.split(1 if name in PER_IMAGE else patches) for name, values in chunk.items()}
-    return {name: torch.cat([values[place] for place in places]) for name, values in of_each.items()}
+    images = {name: values.split(1 if name in PER_IMAGE else patches) for name, values in chunk.items()}
+    return {name: torch.cat([values[index] for index in indices]) for name, values in images.items()}
 
 
-def picked(chunks: Sequence[Inputs], places: Collection[int]) -> Iterator[tuple[Inputs, list[int]]]:
-    """Take images out of several chunks, as one chunk of images and one of videos.
+def picked(chunks: Sequence[Inputs], indices: Collection[int]) -> Iterator[tuple[Inputs, list[int]]]:
+    """Take images, by their index over all chunks, as one chunk of images and one of videos, whose patches are larger.
 
-    Args:
-        chunks: Chunks of images.
-        places: Of the images to take, counted over all chunks.
-
-    Yields:
-        A chunk, and the places of its images. One each, because a tower that ran twice would have two gradients.
+    Yields each with the indices of its images. One each, because a tower that ran twice would have two gradients.
     """
     parts: dict[int, list[tuple[Inputs, list[int]]]] = {}
     start = 0
     for chunk in chunks:
-        own = [place for place in range(start, start + len(chunk["keys"])) if place in places]
-        if own:
-            part = select(chunk, [place - start for place in own])
-            parts.setdefault(chunk["pixel_values"].shape[1], []).append((part, own))
-        start += len(chunk["keys"])
+        end = start + len(chunk["keys"])
+        if chosen := [index for index in range(start, end) if index in indices]:
+            part = select(chunk, [index - start for index in chosen])
+            parts.setdefault(chunk["pixel_values"].shape[1], []).append((part, chosen))
+        start = end
     for same in parts.values():
         joined = {name: torch.cat([part[name] for part, _ in same]) for name in same[0][0]}
-        yield joined, [place for _, own in same for place in own]
+        yield joined, [index for _, chosen in same for index in chosen]
 
 
 def take(chunk: Inputs, rows: Sequence[int]) -> Inputs:
     """Take some items out of their chunk, in order, as a chunk of their own."""
     positions = chunk["position_ids"].split(chunk["attention_mask"].sum(dim=1).tolist(), dim=1)
     shown = [number for number, row in enumerate(chunk["images"][:, 0].tolist()) if row in rows]
-    images = [(rows.index(row), place) for row, place in chunk["images"][shown].tolist()]
-    taken = {
+    part = {
         "input_ids": chunk["input_ids"][list(rows)],
         "attention_mask": chunk["attention_mask"][list(rows)],
         "position_ids": torch.cat([positions[row] for row in rows], dim=1),
-        "images": torch.tensor(images, dtype=torch.long).reshape(-1, 2),
+        "images": _pairs([(rows.index(row), index) for row, index in chunk["images"][shown].tolist()]),
     }
     if "shared" in chunk:
-        taken |= {"image_starts": chunk["image_starts"][shown], "shared": kept(chunk["shared"], rows)}
-    return taken
+        part |= {"image_starts": chunk["image_starts"][shown], "shared": shared_among(chunk["shared"], rows)}
+    return part
 
 
 def halve(chunk: Inputs) -> list[Inputs]:

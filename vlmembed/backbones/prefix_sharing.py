@@ -2,13 +2,12 @@
 
 Under causal attention a token's state depends on nothing behind it. So of two items that begin with the same tokens,
 and the same images, the second takes the states of its beginning from the first: scores and gradients are the same, in
-less time. A chunk's items stand in order, each beside the one that it shares most with; what is shared may go back over
-many of them, an instruction to the first.
+less time. A chunk's items stand in order, each beside the one that it shares most with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -20,78 +19,76 @@ from torch import Tensor
 from vlmembed.types import Inputs
 
 
-def signature(tokens: Int[Tensor, " L"], types: Int[Tensor, " L"], images: Sequence[int]) -> np.ndarray:
-    """Return an item's tokens as numbers that are equal where tokens, and the images at them, are.
+def signatures(items: Iterable[tuple[Int[Tensor, " L"], Int[Tensor, " L"], Sequence[int]]]) -> list[np.ndarray]:
+    """Return each item's tokens as (L,) numbers that are equal where tokens, and the images at them, are.
 
     Args:
-        tokens: Their ids.
-        types: 0 for a text's token, else for an image's or a video's.
-        images: The key of each run of visual tokens, in order.
+        items: Of each the tokens' ids; their types, 0 for a text's; and the key of each run of visual tokens, in order.
     """
-    numbers = tokens.numpy().astype(np.int64)
-    visual = types.numpy() > 0
-    starts = visual & ~np.concatenate([[False], visual[:-1]])
-    keys = np.asarray([0, *images], dtype=np.int64)
-    # Negative, so that no key is a token's id.
-    return np.where(visual, -1 - keys[np.cumsum(starts)], numbers)
+    numbers = []
+    for tokens, types, images in items:
+        visual = types.numpy() > 0
+        starts = visual & ~np.concatenate([[False], visual[:-1]])
+        keys = np.asarray([0, *images], dtype=np.int64)
+        # Negative, so that no key is a token's id.
+        numbers.append(np.where(visual, -1 - keys[np.cumsum(starts)], tokens.numpy().astype(np.int64)))
+    return numbers
 
 
-def neighbours(signatures: Sequence[np.ndarray]) -> list[int]:
-    """Order items so that those that begin alike stand together."""
+def order_by_beginning(signatures: Sequence[np.ndarray]) -> list[int]:
+    """Return the rows of items, those that begin alike beside each other."""
     return sorted(range(len(signatures)), key=lambda row: signatures[row].astype(">i8").tobytes())
 
 
-def common(first: np.ndarray, second: np.ndarray) -> int:
-    """Count the tokens that two items begin with alike. The second keeps one of its own at least."""
-    length = min(len(first), len(second) - 1)
-    different = (first[:length] != second[:length]).nonzero()[0]
-    return int(different[0]) if len(different) else length
+def shared_lengths(signatures: Sequence[np.ndarray]) -> list[int]:
+    """Count the tokens that each item begins with as the one before it does; one at least is left to compute."""
+    counts = [0] * len(signatures)
+    for row, (before, item) in enumerate(pairwise(signatures), start=1):
+        length = min(len(before), len(item) - 1)
+        different = (before[:length] != item[:length]).nonzero()[0]
+        counts[row] = int(different[0]) if len(different) else length
+    return counts
 
 
 @dataclass(frozen=True)
 class Sharing:
-    """Which tokens of a chunk are computed, and which item finds its beginning where.
+    """Which tokens of a chunk are computed, and which of those each token is.
 
     Args:
-        own: (T,) which of the chunk's tokens are computed: those that are not shared.
-        places: (T,) where each token's state is among those.
+        computed: (T,) True at the tokens that are computed; or a slice of all.
+        index: (T,) each token's index among the computed ones; None where all are computed.
         counts: (B,) how many tokens of each item are computed.
     """
 
-    own: Bool[Tensor, " T"]
-    places: Int[Tensor, " T"]
+    computed: Bool[Tensor, " T"] | slice
+    index: Int[Tensor, " T"] | None
     counts: Int[Tensor, " B"]
 
     @classmethod
-    def of(cls, lengths: Int[Tensor, " B"], shared: Int[Tensor, " B"]) -> Sharing:
-        """Follow what each item shares with the one before it.
-
-        Args:
-            lengths: Tokens of each item.
-            shared: How many of its first tokens are those of the item before.
-        """
+    def of(cls, lengths: Int[Tensor, " B"], shared: Int[Tensor, " B"] | None) -> Sharing:
+        """Follow how many first tokens each item shares with the one before it, which may share them in its turn."""
+        if shared is None:
+            return cls(slice(None), None, lengths)
         counts = lengths - shared
-        places: list[Tensor] = []
-        own: list[Tensor] = []
+        index: list[Tensor] = []
         start = 0
-        for length, count in zip(lengths.tolist(), counts.tolist(), strict=True):
-            fresh = torch.arange(start, start + count)
-            places.append(torch.cat([places[-1][: length - count], fresh]) if length > count else fresh)
-            own.append(torch.arange(length) >= length - count)
+        for prefix, count in zip(shared.tolist(), counts.tolist(), strict=True):
+            new = torch.arange(start, start + count)
+            index.append(torch.cat([index[-1][:prefix], new]) if prefix else new)
             start += count
-        return cls(torch.cat(own), torch.cat(places), counts)
+        computed = [torch.arange(len(item)) >= prefix for item, prefix in zip(index, shared.tolist(), strict=True)]
+        return cls(torch.cat(computed), torch.cat(index), counts)
 
 
-def kept(shared: Int[Tensor, " B"], rows: Sequence[int]) -> Int[Tensor, " rows"]:
-    """Return what some rows of a chunk, in order, share with the one before them, once the others are gone."""
-    between = [int(shared[before + 1 : row + 1].min()) for before, row in pairwise(rows)]
-    return torch.tensor([0, *between])
+def shared_among(shared: Int[Tensor, " B"], rows: Sequence[int]) -> Int[Tensor, " rows"]:
+    """Return what some rows of a chunk, in order, share with the one before them once the others are gone."""
+    return torch.tensor([0, *(int(shared[before + 1 : row + 1].min()) for before, row in pairwise(rows))])
 
 
-def own_images(chunk: Inputs) -> list[int]:
-    """Return the places of the images that a chunk computes with: not those of shared beginnings."""
-    places = chunk["images"]
+def computed_images(chunk: Inputs) -> list[int]:
+    """Return the index of each image that a chunk computes with: not those of shared beginnings."""
+    images = chunk["images"]
     if "shared" in chunk:
-        places = places[chunk["image_starts"] >= chunk["shared"][places[:, 0]]]
-    listed: list[int] = places[:, 1].tolist()
-    return listed
+        images = images[chunk["image_starts"] >= chunk["shared"][images[:, 0]]]
+    indices: list[int] = images[:, 1].tolist()
+    return indices

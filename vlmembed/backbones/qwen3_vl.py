@@ -1,22 +1,23 @@
-"""Qwen3-VL, dense and mixture-of-experts."""
+"""Qwen3-VL, dense and mixture-of-experts, without padding."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PretrainedConfig, ProcessorMixin
 
-from vlmembed.backbones.attention import Bounds, Tail, install, shorten
+from vlmembed.backbones.attention import Bounds, LastTokens, Packed, install
 from vlmembed.backbones.base import Features, VisionLanguageModel
-from vlmembed.backbones.packing import PackedItems, VisionLayout, frame_patches
-from vlmembed.backbones.prefix_sharing import Sharing, own_images
+from vlmembed.backbones.chat_templates import PairTemplate
+from vlmembed.backbones.packing import PackedItems
+from vlmembed.backbones.prefix_sharing import Sharing, computed_images
 from vlmembed.backbones.preprocessing import ChatPreprocessor, PackingPreprocessor, check_normalisation
 from vlmembed.types import Inputs
 
@@ -45,11 +46,7 @@ class Qwen3VL(VisionLanguageModel):
     model: Any
 
     def __init__(
-        self,
-        checkpoint: str,
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
-        **options: Any,
+        self, checkpoint: str, min_pixels: int | None = None, max_pixels: int | None = None, **options: Any
     ) -> None:
         super().__init__(checkpoint, **options)
         if min_pixels and max_pixels and min_pixels > max_pixels:
@@ -63,7 +60,7 @@ class Qwen3VL(VisionLanguageModel):
         return self.attn_implementation in ("auto", "flash_attention_2")
 
     def load_config(self) -> PretrainedConfig:
-        """Read the checkpoint's configuration; see `VisionLanguageModel.load_config`."""
+        """Read the checkpoint's configuration."""
         config = super().load_config()
         if not config.model_type.startswith("qwen3_vl"):
             raise ValueError(
@@ -72,9 +69,9 @@ class Qwen3VL(VisionLanguageModel):
             )
         return config
 
-    def load_processor(self) -> ProcessorMixin:
+    def open_processor(self) -> ProcessorMixin:
         """Open the checkpoint's processor, with this backbone's pixel limits."""
-        processor = super().load_processor()
+        processor = super().open_processor()
         size = processor.image_processor.size
         shortest, longest = self.min_pixels or size["shortest_edge"], self.max_pixels or size["longest_edge"]
         if shortest > longest:
@@ -87,35 +84,28 @@ class Qwen3VL(VisionLanguageModel):
         processor.image_processor.size = {"shortest_edge": shortest, "longest_edge": longest}
         return processor
 
-    @cached_property
-    def preprocessor(self) -> ChatPreprocessor:
-        """The preprocessor of this backbone's inputs; see `VisionLanguageModel.preprocessor`."""
+    def _preprocessor_class(self, template: PairTemplate | None) -> Any:
         if not self.separate_vision_pass:
-            return super().preprocessor
-        return PackingPreprocessor(VisionLayout.of(self.load_config()), self.shares_beginnings, **self._preprocessing)
+            return ChatPreprocessor
+        # A beginning can be shared where no token sees what is behind it, by an attention that knows of it.
+        shares = template is not None and not self.bidirectional and self.attn_implementation == "auto"
+        return partial(PackingPreprocessor, self.load_config().vision_config, shares)
 
-    @property
-    def shares_beginnings(self) -> bool:
-        """Whether pairs that begin alike compute their beginning once: where no token sees what is behind it."""
-        causal = not self.bidirectional
-        return self.pair_template is not None and causal and self.attn_implementation == "auto"
+    def _attention(self, config: PretrainedConfig) -> str:
+        # flash-attn, as transformers calls it, does not know which keys are shared; ours does.
+        return "sdpa" if getattr(self.preprocessor, "shares", False) else super()._attention(config)
 
-    def configure(self) -> None:
-        """Load the weights; see `VisionLanguageModel.configure`."""
-        super().configure()
+    def _load_model(self) -> None:
+        super()._load_model()
         if self.separate_vision_pass:
             install(self.model)
-            shorten(self.model.language_model.layers[-1])
 
     def encode_images(self, images: Inputs) -> Sequence[Float[Tensor, "tokens levels H"]]:
-        """Run the vision tower on a chunk of images; see `VisionLanguageModel.encode_images`.
-
-        Returns:
-            Of each image, the features that stand in for its tokens' embeddings, and those that are added behind each
-            of the first layers (DeepStack, arXiv:2406.04334).
-        """
+        """Return what stands in for each image's tokens, and what later layers add (DeepStack, arXiv:2406.04334)."""
         here = {name: self._here(tensor) for name, tensor in images.items()}
-        bounds = Bounds.of(frame_patches(images["grid_thw"]), self.device)
+        frames, height, width = images["grid_thw"].T
+        # Frames attend to themselves alone. (patches, numbers) → (tokens, H), one for 2 × 2 patches.
+        bounds = Bounds.of((height * width).repeat_interleave(frames), self.device)
         output = self.model.visual(
             self._normalised(here["pixel_values"]),
             here["grid_thw"],
@@ -124,106 +114,80 @@ class Qwen3VL(VisionLanguageModel):
             interp_weights=here["weights"],
             cu_seqlens=bounds.ends,
             max_seqlen=bounds.longest,
-            bounds=bounds,
+            # Handed on by transformers from layer to layer; comes out in attention.packed_attention.
+            packed=Packed(bounds, bounds),
         )
-        features = torch.stack([output.pooler_output, *output.deepstack_features], dim=1)
+        features = torch.stack([output.pooler_output, *output.deepstack_features], dim=1)  # (tokens, levels, H)
         tokens: list[int] = (images["grid_thw"].prod(dim=1) // self.model.visual.spatial_merge_unit).tolist()
         return features.split(tokens)
 
     def forward(
         self, inputs: Inputs, layers: Sequence[int] = (-1,), features: Features = (), num_last_tokens: int | None = None
     ) -> Float[Tensor, "*K B L H"]:
-        """Return hidden states; see `VisionLanguageModel.forward`.
-
-        Args:
-            inputs: A chunk of `PackedItems`, or what the `preprocessor` returns when it is called.
-            layers: Which hidden states.
-            features: Of the distinct images of the batch, from `see`; the chunk says which of them it shows.
-            num_last_tokens: How many of an item's last tokens will be read; the last layer is computed for no others.
-        """
+        """Return hidden states of a chunk of `PackedItems`, or of what the preprocessor returns when it is called."""
         if not self.separate_vision_pass:
             return super().forward(inputs, layers)
         if "images" not in inputs:
-            return self._forward_unpacked(inputs, layers, num_last_tokens)
+            items = PackedItems(
+                {name: tensor.cpu() for name, tensor in inputs.items()}, self.model.config.vision_config
+            )
+            features = [image for images in items.images() for image in self.encode_images(images)]
+            inputs = items.chunk(range(len(inputs["input_ids"])))
+        # (B, L) with padding → (T,) real tokens, end to end, of which those of shared beginnings are not computed.
         mask = inputs["attention_mask"]
-        tokens = mask.flatten().nonzero()[:, 0]
-        lengths = mask.sum(dim=1)
-        sharing = Sharing.of(lengths, inputs["shared"]) if "shared" in inputs else None
-        last = self._tail(lengths, layers, num_last_tokens)
-        ids = inputs["input_ids"].flatten()[tokens]
-        ids = ids if sharing is None else ids[sharing.own]
-        hidden = self.model.language_model.embed_tokens(self._here(ids))[None]
-        added = None
-        if shown := [features[place] for place in own_images(inputs)]:
-            hidden, added = self._with_images(hidden, ids, torch.cat([self._here(image) for image in shown]))
-        states = self._read(hidden, added, inputs, layers, last, sharing)
-        filled = self._here(tokens) if last is None else self._here(tokens)[last.places]
-        # Where a token was left out, whoever reads it should see so.
-        padded = states.new_full((len(states), mask.numel(), states.shape[-1]), math.nan if last else 0.0)
-        padded = padded.index_copy(1, filled, states).unflatten(1, mask.shape)
-        return padded if len(layers) > 1 else padded[0]
-
-    def _attention(self, config: PretrainedConfig) -> str:
-        # flash-attn, as transformers calls it, does not know which keys are shared; ours does.
-        return "sdpa" if self.shares_beginnings else super()._attention(config)
-
-    def _forward_unpacked(self, inputs: Inputs, layers: Sequence[int], num_last_tokens: int | None) -> Tensor:
-        on_host = {name: tensor.cpu() for name, tensor in inputs.items()}
-        items = PackedItems(on_host, VisionLayout.of(self.model.config))
-        features = [image for images in items.images() for image in self.encode_images(images)]
-        return self.forward(items.chunk(range(len(inputs["input_ids"]))), layers, features, num_last_tokens)
-
-    def _with_images(self, hidden: Tensor, ids: Tensor, features: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Put features where the image tokens are; return the first level, and what later layers add."""
-        image_ids = torch.tensor([self.model.config.image_token_id, self.model.config.video_token_id])
-        places = self._here(torch.isin(ids, image_ids).nonzero()[:, 0])
-        first, *levels = features.to(hidden.dtype).transpose(0, 1)[:, None]
-        nothing = torch.zeros_like(hidden)
-        return hidden.index_copy(1, places, first), [nothing.index_copy(1, places, level) for level in levels]
-
-    def _tail(self, lengths: Tensor, layers: Sequence[int], tokens: int | None) -> Tail | None:
-        """Say which tokens the last layer is needed for, if not for all."""
-        config = self.model.config
-        images_enter = len(config.vision_config.deepstack_visual_indexes)
-        if tokens is None or tuple(layers) != (-1,) or config.text_config.num_hidden_layers <= images_enter:
-            return None
-        return Tail.of(lengths, tokens, self.device)
-
-    def _read(
-        self,
-        hidden: Tensor,
-        added: list[Tensor] | None,
-        inputs: Inputs,
-        layers: Sequence[int],
-        tail: Tail | None,
-        sharing: Sharing | None,
-    ) -> Tensor:
-        """Run the language model on packed tokens; return (K, T, H), or of the tail alone."""
-        bounds = asking = Bounds.of(inputs["attention_mask"].sum(dim=1), self.device)
-        positions, places = inputs["position_ids"], None
-        if sharing is not None:
-            asking, places = Bounds.of(sharing.counts, self.device), self._here(sharing.places)
-            positions = positions[:, sharing.own]
-            tail = tail and replace(tail, places=places[tail.places])
-        output = self.model.language_model(
+        lengths, tokens = mask.sum(dim=1), mask.flatten().nonzero()[:, 0]
+        sharing = Sharing.of(lengths, inputs.get("shared"))
+        index = None if sharing.index is None else self._here(sharing.index)
+        language = self.model.language_model
+        ids = inputs["input_ids"].flatten()[tokens][sharing.computed]
+        hidden = language.embed_tokens(self._here(ids))[None]  # (1, computed, H)
+        hidden, added = self._insert_images(hidden, ids, [features[image] for image in computed_images(inputs)])
+        deepstack = self.model.config.vision_config.deepstack_visual_indexes
+        # The last layer computes the tokens that are read, if it is the only one, and no features are added behind it.
+        last = None
+        if num_last_tokens and tuple(layers) == (-1,) and len(language.layers) > len(deepstack):
+            last = LastTokens.of(lengths, num_last_tokens, self.device)
+        packed = Packed(
+            Bounds.of(sharing.counts, self.device),
+            Bounds.of(lengths, self.device),
+            index,
+            last if last is None or index is None else replace(last, index=index[last.index]),
+        )
+        output = language(
             inputs_embeds=hidden,
-            position_ids=self._here(positions)[:, None],
+            position_ids=self._here(inputs["position_ids"][:, sharing.computed])[:, None],  # (3, 1, computed)
+            # Comes out in attention._add_features, behind each of the first layers.
             deepstack_visual_embeds=added,
             use_cache=False,
             output_hidden_states=tuple(layers) != (-1,),
             is_causal=not self.bidirectional,
-            cu_seq_lens_q=asking.ends,
-            cu_seq_lens_k=bounds.ends,
-            max_length_q=asking.longest,
-            max_length_k=bounds.longest,
-            bounds=bounds,
-            asking=asking,
-            places=places,
-            tail=tail,
+            # Handed on by transformers from layer to layer; comes out in attention._forward_last and packed_attention.
+            packed=packed,
+            **packed.flash_arguments,
         )
         states = [output.last_hidden_state if layer == -1 else output.hidden_states[layer] for layer in layers]
-        # What was shared is handed out to all that share it.
-        return torch.cat(states if places is None or tail else [each[:, places] for each in states])
+        if index is not None and last is None:
+            # What was shared is handed out to all that share it: (1, computed, H) → (1, T, H).
+            states = [state[:, index] for state in states]
+        # Back to (K, B, L, H). Where a token was left out, whoever reads it should see so.
+        target = self._here(tokens) if last is None else self._here(tokens)[last.index]
+        stacked = torch.cat(states)
+        padded = stacked.new_full((len(layers), mask.numel(), stacked.shape[-1]), math.nan if last else 0.0)
+        padded = padded.index_copy(1, target, stacked).unflatten(1, mask.shape)
+        return padded if len(layers) > 1 else padded[0]
+
+    def _insert_images(
+        self, hidden: Tensor, ids: Int[Tensor, " T"], images: Sequence[Float[Tensor, "tokens levels H"]]
+    ) -> tuple[Tensor, list[Tensor] | None]:
+        """Put the first level of features where the image tokens are; return what later layers add there, too."""
+        if not images:
+            return hidden, None
+        visual = torch.tensor([self.model.config.image_token_id, self.model.config.video_token_id])
+        index = self._here(torch.isin(ids, visual).nonzero()[:, 0])
+        features = torch.cat([self._here(image) for image in images]).to(hidden.dtype)
+        first, *levels = features.transpose(0, 1)[:, None]  # Each (1, tokens, H).
+        zeros = torch.zeros_like(hidden)
+        return hidden.index_copy(1, index, first), [zeros.index_copy(1, index, level) for level in levels]
 
     def _normalised(self, pixels: Tensor) -> Float[Tensor, "patches numbers"]:
         """Turn bytes into what transformers' processor returns: normalised, an image twice for two moments in time."""

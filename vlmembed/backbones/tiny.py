@@ -28,16 +28,8 @@ from transformers import (
 )
 
 #: The special tokens of Qwen3-VL that its processor and template use.
-SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
+NAMES = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
+SPECIAL_TOKENS = tuple(f"<|{name}|>" for name in NAMES)
 
 #: Every message, also an empty one, is one turn. A video stands without vision markers: the processor writes its own
 #: pair around every frame.
@@ -93,15 +85,8 @@ def create(
 ) -> bool:
     """Write a fresh Qwen3-VL checkpoint.
 
-    Args:
-        folder: Where; made if it is not there.
-        hidden_size: Width of the language model, a multiple of ``2 * heads``; its MLPs are twice as wide.
-        layers: Layers of the language model.
-        heads: Attention heads, in the language model and in the vision tower; two share a key-value head.
-        vision_hidden_size: Width of the vision tower, a multiple of ``4 * heads``.
-        vision_layers: Layers of the vision tower. All but its last also feed the language model directly (DeepStack).
-        tie_word_embeddings: Whether the output layer shares the input embedding's weights, as in Qwen3-VL-2B.
-        seed: Of the random weights.
+    ``hidden_size`` is a multiple of ``2 * heads``, ``vision_hidden_size`` of ``4 * heads``; MLPs are twice as wide.
+    All vision layers but the last also feed the language model directly (DeepStack).
 
     Returns:
         Whether it wrote; False where ``folder`` held the same checkpoint already.
@@ -110,11 +95,39 @@ def create(
         FileExistsError: If ``folder`` holds anything else.
     """
     processor = fresh_processor()
+    head_dim = hidden_size // heads
+    third = head_dim // 6  # A rotary table has head_dim / 2 frequencies, shared by time, height and width.
     config = Qwen3VLConfig(
-        text_config=_language_sizes(hidden_size, layers, heads)
-        | {"vocab_size": len(processor.tokenizer), "eos_token_id": processor.tokenizer.eos_token_id}
-        | {"tie_word_embeddings": tie_word_embeddings},
-        vision_config=_vision_sizes(vision_hidden_size, vision_layers, heads) | {"out_hidden_size": hidden_size},
+        text_config={
+            "hidden_size": hidden_size,
+            "intermediate_size": 2 * hidden_size,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads // 2,
+            "head_dim": head_dim,
+            "max_position_embeddings": 4096,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_interleaved": True,
+                "mrope_section": [head_dim // 2 - 2 * third, third, third],
+            },
+            "vocab_size": len(processor.tokenizer),
+            "eos_token_id": processor.tokenizer.eos_token_id,
+            "tie_word_embeddings": tie_word_embeddings,
+        },
+        vision_config={
+            "hidden_size": vision_hidden_size,
+            "intermediate_size": 2 * vision_hidden_size,
+            "depth": vision_layers,
+            "num_heads": heads,
+            "patch_size": PATCH,
+            "spatial_merge_size": MERGE,
+            "temporal_patch_size": FRAMES,
+            "num_position_embeddings": 256,
+            "deepstack_visual_indexes": list(range(vision_layers - 1)),
+            "out_hidden_size": hidden_size,
+        },
         image_token_id=processor.image_token_id,
         video_token_id=processor.video_token_id,
         vision_start_token_id=processor.vision_start_token_id,
@@ -125,11 +138,21 @@ def create(
         torch.random.default_generator.manual_seed(seed)
         Qwen3VLForConditionalGeneration(config).save_pretrained(scratch)
         processor.save_pretrained(scratch)
-        return _install(Path(scratch), folder)
+        if folder.is_dir() and any(folder.iterdir()):
+            names = sorted(path.name for path in Path(scratch).iterdir())
+            _, differing, missing = filecmp.cmpfiles(scratch, folder, names, shallow=False)
+            if differing or missing:
+                raise FileExistsError(
+                    f"{folder} is not empty and does not hold this checkpoint ({', '.join(differing + missing)} would "
+                    "change): name another folder, or delete this one"
+                )
+            return False
+        shutil.copytree(scratch, folder, dirs_exist_ok=True, copy_function=shutil.copyfile)
+        return True
 
 
 def fresh_processor() -> Qwen3VLProcessor:
-    """Return a processor with a small byte-level BPE, our chat template and limits that suit little pictures."""
+    """Return a processor with a small byte-level BPE, our chat template and limits that suit little images."""
     vision: dict[str, Any] = {"patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": FRAMES}
     vision |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     size = {"shortest_edge": MIN_TOKENS * TOKEN_PIXELS, "longest_edge": MAX_TOKENS * TOKEN_PIXELS}
@@ -148,67 +171,21 @@ def fresh_tokenizer() -> Qwen2Tokenizer:
     return blank.train_new_from_iterator(VOCABULARY_TEXT, vocab_size=512, show_progress=False)
 
 
-def _language_sizes(hidden_size: int, layers: int, heads: int) -> dict[str, Any]:
-    head_dim = hidden_size // heads
-    third = head_dim // 6  # A rotary table has head_dim / 2 frequencies, shared by time, height and width.
-    return {
-        "hidden_size": hidden_size,
-        "intermediate_size": 2 * hidden_size,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": heads // 2,
-        "head_dim": head_dim,
-        "max_position_embeddings": 4096,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "mrope_interleaved": True,
-            "mrope_section": [head_dim // 2 - 2 * third, third, third],
-        },
-    }
-
-
-def _vision_sizes(hidden_size: int, layers: int, heads: int) -> dict[str, Any]:
-    return {
-        "hidden_size": hidden_size,
-        "intermediate_size": 2 * hidden_size,
-        "depth": layers,
-        "num_heads": heads,
-        "patch_size": PATCH,
-        "spatial_merge_size": MERGE,
-        "temporal_patch_size": FRAMES,
-        "num_position_embeddings": 256,
-        "deepstack_visual_indexes": list(range(layers - 1)),
-    }
-
-
-def _install(written: Path, folder: Path) -> bool:
-    """Copy a checkpoint to where it belongs, unless it is there; see ``create`` for what is returned and raised."""
-    names = sorted(path.name for path in written.iterdir())
-    if folder.is_dir() and any(folder.iterdir()):
-        _, differing, missing = filecmp.cmpfiles(written, folder, names, shallow=False)
-        if differing or missing:
-            raise FileExistsError(
-                f"{folder} is not empty and does not hold this checkpoint ({', '.join(differing + missing)} would "
-                "change): name another folder, or delete this one"
-            )
-        return False
-    shutil.copytree(written, folder, dirs_exist_ok=True, copy_function=shutil.copyfile)
-    return True
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the default checkpoint where the command line says."""
     parser = argparse.ArgumentParser(prog="python -m vlmembed.backbones.tiny", description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="where to write it; made if it is not there")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights (default: 0)")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    folder = options.folder
     try:
-        wrote = create(given.folder, seed=given.seed)
+        wrote = create(folder, seed=options.seed)
     except FileExistsError as error:
         parser.exit(1, f"{error}\n")
-    print(f"Wrote a fresh Qwen3-VL to {given.folder}:" if wrote else f"{given.folder} holds this checkpoint already:")
-    for path in sorted(given.folder.iterdir()):
+    print(
+        f"Wrote a fresh Qwen3-VL to {options.folder}:" if wrote else f"{options.folder} holds this checkpoint already:"
+    )
+    for path in sorted(options.folder.iterdir()):
         print(f"  {path.name:24}{path.stat().st_size:>12,} bytes")
 
 

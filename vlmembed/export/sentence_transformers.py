@@ -183,15 +183,20 @@ def _write_checkpoint(
     adapters.merge(backbone)
     if backbone.learned_tokens is not None:
         tokenizer = backbone.preprocessor.processor.tokenizer
-        write_tokens(backbone.model, tokenizer, backbone.appended, backbone.learned_tokens)
+        write_tokens(backbone.model, tokenizer, backbone.preprocessor.appended, backbone.learned_tokens)
     model = _as_saved(backbone.model)
     weights = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
     if language_head is not None:
         weights[HEAD] = language_head
     model.save_pretrained(folder, state_dict=weights)
-    processor: Any = backbone.load_processor()
-    if backbone.pair_template is not None:  # It stands beside the checkpoint's own, for those who chat with it.
-        processor.chat_template = {**backbone.chat_templates, NAME: processor.chat_template}
+    preprocessor = backbone.preprocessor
+    # Opened anew: a tokenizer that was used remembers how it padded.
+    options = (preprocessor.pair_template, preprocessor.appended, backbone.learned_tokens is not None)
+    processor: Any = backbone.make_preprocessor(*options).processor
+    if preprocessor.pair_template is not None:  # It stands beside the checkpoint's own, for those who chat with it.
+        template = backbone.open_processor().chat_template
+        templates = template if isinstance(template, dict) else {"default": template}
+        processor.chat_template = {**templates, NAME: processor.chat_template}
     if backbone.max_length is not None:
         processor.tokenizer.model_max_length = backbone.max_length
     processor.save_pretrained(folder)

@@ -224,7 +224,7 @@ def expect(
     from vlmembed.types import Pair
 
     encoder.eval()
-    preprocessor = encoder.backbone.preprocessor
+    preprocessor = encoder.preprocessor
     with_video = getattr(preprocessor.processor, "video_processor", None) is not None
     probes = make_probes(scratch, with_video)
     inputs: dict[str, tuple[Any, dict[str, Any]]] = {}  # By name, the description, and what we read by role.

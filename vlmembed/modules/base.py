@@ -131,7 +131,7 @@ class RetrievalModule(LightningModule, ABC):
     @property
     def preprocessor(self) -> Preprocessor:
         """The preprocessor of this model's inputs."""
-        return self.encoder.backbone.preprocessor
+        return self.encoder.preprocessor
 
     # Set-up
 

@@ -105,7 +105,7 @@ class ShardedGradCache(GradCache):
     def __init__(self, encoder: Encoder, features: FeatureCache | None = None, steps: int = 0) -> None:
         super().__init__(encoder, 0.0, features, steps)
         text = Item("query", (Part("text", "filler"),), origin="filler")
-        self._filler = encoder.backbone.preprocessor.prepare([text]).chunk([0])
+        self._filler = encoder.preprocessor.prepare([text]).chunk([0])
 
     def embed(self, batch: Batch | RankingBatch) -> Float[Tensor, "N D"]:
         """Embed a batch's items in the order of its chunks; see `GradCache.embed`."""
