@@ -265,8 +265,12 @@ def expect(
     )
 
 
-def verify(checks: Mapping[Path, Check]) -> list[Verification]:
+def verify(checks: Mapping[Path, Check], python: str = sys.executable) -> list[Verification]:
     """Open folders in one process without vlmembed, and compare what each computes with what it should.
+
+    Args:
+        checks: By folder.
+        python: The interpreter of an environment with Sentence Transformers.
 
     Raises:
         ExportError: If Sentence Transformers cannot open a folder or use an input.
@@ -275,7 +279,7 @@ def verify(checks: Mapping[Path, Check]) -> list[Verification]:
         plan, output = Path(scratch, "plan.json"), Path(scratch, "results.npz")
         plan.write_text(json.dumps([_job(folder, check) for folder, check in checks.items()]), encoding="utf-8")
         # -P keeps this file's folder, and with it our modules, off the path.
-        command = [sys.executable, "-P", __file__, str(plan), str(output)]
+        command = [python, "-P", __file__, str(plan), str(output)]
         process = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
         if process.returncode:
             folders = ", ".join(map(str, checks))
