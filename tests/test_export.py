@@ -190,7 +190,7 @@ def test_is_served_as_trained(exports: Exports, name: str) -> None:
     assert verification.passed
     assert verification.dtype == case.dtype
     assert verification.tolerance == TOLERANCE or case.dtype == "bfloat16"
-    assert verification.comparisons == 2 * 2 * 2 * 2 * 7  # roles, sides, batches, dimensions, probes
+    assert verification.comparisons == 2 * 2 * 2 * 2 * 8  # roles, sides, batches, dimensions, probes
     assert [path.name for path in folder.glob("*.py")] == ([] if case.stock else ["served_pooling.py"])
     files = [path for path in folder.rglob("*") if path.is_file()]
     umask = os.umask(0o022)

@@ -16,7 +16,7 @@ from vlmembed.backbones import QueryFirst, Qwen3VL
 from vlmembed.cli import main
 from vlmembed.data import Collator, Rows
 from vlmembed.encoder import Scorer
-from vlmembed.export.reranker import write_reranker
+from vlmembed.export.sentence_transformers import write_reranker
 from vlmembed.heads import YesNo
 from vlmembed.mining import score
 from vlmembed.types import Example, Item, Pair, Part

@@ -37,7 +37,7 @@ from vlmembed.adapters import Freeze
 from vlmembed.backbones import DocumentFirst, QueryFirst, Qwen3VL
 from vlmembed.data import Reranking
 from vlmembed.engine import Engine
-from vlmembed.export.reranker import write_reranker
+from vlmembed.export.sentence_transformers import write_reranker
 from vlmembed.heads import Linear
 from vlmembed.losses import BinaryCrossEntropy, ListNet
 from vlmembed.modules import CrossEncoderModule

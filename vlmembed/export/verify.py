@@ -167,7 +167,8 @@ class Probe:
         return values
 
 
-IMAGES = {"wide": (160, 96), "tall": (64, 192), "tiny": (3, 2)} | {f"frame{index}": (96, 64) for index in range(4)}
+IMAGES = {"wide": (160, 96), "tall": (64, 192), "tiny": (3, 2), "rotated": (128, 64)}
+IMAGES |= {f"frame{index}": (96, 64) for index in range(4)}
 WORDS = ("retrieval", "of", "pages", "und", "Bilder", "числа", "数字", "42", "naïve", "—", "\n")
 #: Every kind as a query and as a document, and a query with several documents to rank.
 PAIRS = (
@@ -190,8 +191,10 @@ def make_probes(folder: Path, with_video: bool = False) -> dict[str, Probe]:
     for name, size in IMAGES.items():
         # Smooth coloured noise, so that resizing matters as it does for photographs.
         coarse = Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-        coarse.resize(size, Image.Resampling.BICUBIC).save(paths[name])
-    wide, tall, tiny, *frames = paths.values()
+        exif = Image.Exif()
+        exif[0x0112] = 6 if name == "rotated" else 1  # Whether it is to be turned before it is shown.
+        coarse.resize(size, Image.Resampling.BICUBIC).save(paths[name], exif=exif)
+    wide, tall, tiny, rotated, *frames = paths.values()
     question = ("text", "What does the picture show?")
     probes = {
         "text": Probe((("text", "four zero seven"),)),
@@ -200,6 +203,7 @@ def make_probes(folder: Path, with_video: bool = False) -> dict[str, Probe]:
         "two images and text": Probe((("image", wide), ("image", tall), question)),
         "long text": Probe((("text", " ".join(random.choice(WORDS) for _ in range(400))),)),
         "tiny image": Probe((("image", tiny),)),
+        "rotated image": Probe((("image", rotated),)),
     }
     return probes | ({"video": Probe((("video", tuple(frames)),))} if with_video else {})
 
