@@ -157,14 +157,14 @@ class Probe:
 
         return Item(role, tuple(Part(kind, value) for kind, value in self.content), origin=f"export probe {name!r}")
 
-    def description(self) -> str | dict[str, list[str]]:
-        """Return the input as JSON: a text, or values by kind."""
+    def description(self) -> str | dict[str, str | list[str]]:
+        """Return the input as JSON: a text, or by kind a value or a list of several."""
         if len(self.content) == 1 and self.content[0][0] == "text":
             return str(self.content[0][1])
         values: dict[str, list[str]] = {}
         for kind, value in self.content:
             values.setdefault(kind, []).extend(map(str, value if isinstance(value, tuple) else [value]))
-        return values
+        return {kind: several if len(several) > 1 else several[0] for kind, several in values.items()}
 
 
 IMAGES = {"wide": (160, 96), "tall": (64, 192), "tiny": (3, 2), "rotated": (128, 64)}
@@ -364,7 +364,7 @@ def _scores(job: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
         rows = [row for row, other in enumerate(queries) if other == query]
         documents = [pairs[row][1] for row in rows]
         for hit in model.rank(pairs[rows[0]][0], documents, **logits):
-            ranked[rows[hit["corpus_id"]]] = hit["score"]
+            ranked[rows[hit["corpus_id"]]] = float(hit["score"])
     yield "pair//ranked", ranked
 
 
