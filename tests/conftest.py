@@ -15,7 +15,6 @@ install_import_hook(
         "vlmembed.backbones.attention",
         "vlmembed.backbones.packing",
         "vlmembed.encoder",
-        
         "vlmembed.features",
         "vlmembed.gradcache",
         "vlmembed.losses",

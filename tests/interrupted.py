@@ -25,8 +25,8 @@ from vlmembed.data import Mixture, RetrievalDataModule, Rows
 from vlmembed.features import FeatureCache, OnDisk
 from vlmembed.losses import InfoNCE, SoftmaxCrossEntropy
 from vlmembed.modules import CosineDecay, EmbeddingModule, RetrievalModule
-from vlmembed.training.checkpointing import STATE, in_window
 from vlmembed.pooling import LastToken
+from vlmembed.training.checkpointing import STATE, in_window
 
 OPTIMIZER = {"optimizer": partial(AdamW, lr=1e-3), "lr_scheduler": partial(CosineDecay, warmup=0.2)}
 

@@ -37,7 +37,7 @@ from torch.optim import SGD
 from vlmembed.adapters import Adapter, Freeze, LoRA
 from vlmembed.backbones import DocumentFirst
 from vlmembed.data import RetrievalDataModule
-from vlmembed.export.reranker import write_reranker
+from vlmembed.export.sentence_transformers import write_reranker
 from vlmembed.features import InMemory
 from vlmembed.heads import Linear
 from vlmembed.losses import BinaryCrossEntropy, LambdaRank, ListNet, RankingLoss, SoftmaxCrossEntropy

@@ -12,12 +12,12 @@ import pytest
 import torch
 from building import encoder, item, picture, ranker
 from torch import Tensor
+from vlmembed.memory import GIB
 
 from vlmembed.backbones import Qwen3VL
 from vlmembed.encoder import Encoder
 from vlmembed.features import RecentFeatures
 from vlmembed.media import load_image
-from vlmembed.memory import GIB
 from vlmembed.types import EvaluationSet, Inputs, Item, Pair, Part, RerankingSet
 
 

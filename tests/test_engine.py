@@ -35,8 +35,8 @@ from torch.utils._pytree import tree_leaves
 
 from vlmembed.adapters import Adapter, Freeze, LoRA
 from vlmembed.data import RetrievalDataModule
-from vlmembed.gradcache import GradCache
 from vlmembed.features import FeatureCache, InMemory
+from vlmembed.gradcache import GradCache
 from vlmembed.losses import BinaryCrossEntropy, InfoNCE, Matryoshka
 from vlmembed.modules import EmbeddingModule
 from vlmembed.modules.embedding import gather_batch

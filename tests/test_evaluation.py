@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_metrics import candidate_scores, reranked, reranking_set
+from vlmembed.modules.prediction import write_reranking
 
 from vlmembed.data import (
     EvaluationFolder,
@@ -29,7 +30,6 @@ from vlmembed.data import (
 from vlmembed.data.evaluation import as_evaluation, as_reranking
 from vlmembed.losses import LabelSpec
 from vlmembed.media import load_image
-from vlmembed.modules.prediction import write_reranking
 from vlmembed.types import EvaluationSet, Example, Item, RerankingSet
 
 

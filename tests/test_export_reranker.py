@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,9 @@ from vlmembed.adapters import LoRA
 from vlmembed.backbones import DocumentFirst, QueryFirst, Qwen3VL, tiny
 from vlmembed.backbones.chat_templates import PairTemplate
 from vlmembed.encoder import Encoder, Scorer
-from vlmembed.export import ExportError, Run, SentenceTransformers
-from vlmembed.export.probes import PairProbe, make_pairs, make_probes
-from vlmembed.export.reranker import Scoring, write_reranker
-from vlmembed.export.scores import HALF_PRECISION_TOLERANCE, ScoreVerification, readable, score_probes, verify_scores
-from vlmembed.export.serve import _open
-from vlmembed.export.verify import TOLERANCE, Verification
+from vlmembed.export import ExportError, ModelInfo, SentenceTransformers, Verification
+from vlmembed.export.sentence_transformers import Scoring, write_reranker
+from vlmembed.export.verify import HALF_PRECISION_TOLERANCE, TOLERANCE, Check, as_input, brings_code, expect
 from vlmembed.heads import MLP, Linear, ScoreHead, YesNo
 from vlmembed.losses import RankingLoss
 from vlmembed.modules import CrossEncoderModule
@@ -53,11 +51,6 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> list[PairProbe]:
-    return make_pairs(make_probes(tmp_path_factory.mktemp("images"), with_video=True))
-
-
 def scorer(checkpoint: Path, head: ScoreHead, template: PairTemplate | None = None, **options: Any) -> Scorer:
     """With random weights: those that are as in the checkpoint would hide that they were left behind."""
     torch.manual_seed(0)
@@ -68,20 +61,26 @@ def scorer(checkpoint: Path, head: ScoreHead, template: PairTemplate | None = No
     return built
 
 
-def lora() -> LoRA:
-    return LoRA(LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj", "qkv"], init_lora_weights=False))
-
-
-def served(folder: Path, pairs: list[PairProbe], sides: Sequence[str] = ("left",), **options: Any) -> Tensor:
+def served(folder: Path, check: Check, **options: Any) -> Tensor:
     """The logits of an exported folder, opened here: of each side of padding, one after the other."""
-    model = CrossEncoder(str(folder), device="cpu", trust_remote_code=any(folder.glob("*.py")))
-    inputs = [tuple(map(_open, probe.description())) for probe in pairs]
+    model = CrossEncoder(str(folder), device="cpu", trust_remote_code=brings_code(folder))
+    inputs = [(as_input(query), as_input(document)) for query, document in check.inputs]
     options |= {"activation_fn": torch.nn.Identity(), "batch_size": len(inputs), "convert_to_tensor": True}
     scores = []
-    for side in sides:
+    for side in check.sides:
         model.tokenizer.padding_side = side
         scores.append(model.predict(inputs, **options))
     return torch.cat(scores)
+
+
+def expected(check: Check) -> Tensor:
+    return check.expected["pair"][:, 0].repeat(len(check.sides))
+
+
+def assert_served(folder: Path, check: Check, **options: Any) -> None:
+    scores = served(folder, check, **options)
+    torch.testing.assert_close(scores, expected(check), atol=TOLERANCE, rtol=0)
+    assert scores.std() > 100 * TOLERANCE  # Not all the same.
 
 
 # In a process that cannot import vlmembed
@@ -92,65 +91,65 @@ class NoLoss(RankingLoss):
         return scores.sum()
 
 
+class Recording(SentenceTransformers):
+    verification: Verification
+
+    def export(self, encoder: Encoder, folder: Path, info: ModelInfo) -> Verification:
+        assert info.dimensions == ()
+        self.verification = super().export(encoder, folder, info)
+        return self.verification
+
+
 @pytest.mark.parametrize("scoring", ["dense", "logits"])
 def test_both_forms_are_served_as_trained(
     untied: Path, tmp_path: Path, scoring: Scoring, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """With an adapter to merge, and rows of the language-model head that were trained."""
-    module = CrossEncoderModule(Qwen3VL(str(untied)), NoLoss(), adapters=[lora()])
+    adapter = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj", "qkv"], init_lora_weights=False)
+    module = CrossEncoderModule(Qwen3VL(str(untied)), NoLoss(), adapters=[LoRA(adapter)])
     torch.manual_seed(0)
     module.configure_model()
     for weight in module.encoder.pooling.parameters():
         torch.nn.init.normal_(weight, std=0.3)
-    verifications: list[Verification] = []
-    exporter = Recording(reranker_scoring=scoring)
-    exporter.seen = verifications
+    exporter, folder = Recording(reranker_scoring=scoring), tmp_path / "reranker"
     trainer = Trainer(exporter=exporter, logger=False, accelerator="cpu", default_root_dir=tmp_path)
-    trainer.loggers = [Named()]  # type: ignore[list-item]
-    trainer.export(module, output_dir=str(tmp_path / "export"))
-    [verification] = verifications
-    assert verification.difference <= TOLERANCE
+    trainer.export(module, output_dir=str(folder))
+    assert exporter.verification.difference <= TOLERANCE
     sides = 2 if scoring == "dense" else 1
-    assert verification.comparisons == 9 * (sides * 2 + 1)  # pairs, sides, batches, and ranked
-    card = (tmp_path / "export" / "README.md").read_text()
+    assert exporter.verification.comparisons == 9 * (sides * 2 + 1)  # pairs, sides, batches, and ranked
+    card = (folder / "README.md").read_text()
     assert "pipeline_tag: text-ranking" in card
     assert "logits compared (text &#8211; long text" in card
     assert "model = CrossEncoder(" in capfd.readouterr().out
-
-
-class Recording(SentenceTransformers):
-    seen: list[Verification]
-
-    def export(self, encoder: Encoder, folder: Path, run: Run) -> Verification:
-        assert run.dimensions == ()
-        self.seen.append(super().export(encoder, folder, run))
-        return self.seen[-1]
-
-
-class Named:
-    name = "reranker"
-
-
-def test_a_head_with_code_survives_being_moved(checkpoint: Path, tmp_path: Path, pairs: list[PairProbe]) -> None:
-    trained = scorer(checkpoint, MLP(EarlierLayer(Attention(2)), 24), DocumentFirst("Find it."))
-    expected = score_probes(trained, pairs)
-    verification = SentenceTransformers().export(trained, tmp_path / "export", Run())
-    assert verification.difference <= TOLERANCE
-    shutil.move(tmp_path / "export", tmp_path / "moved to")
-    torch.testing.assert_close(served(tmp_path / "moved to", pairs), expected, atol=TOLERANCE, rtol=0)
+    requirement = read(folder / "config_sentence_transformers.json")["requirements"]["sentence_transformers"]
+    assert requirement == (">=5.5" if scoring == "dense" else ">=5.4")
 
 
 # Here
 
 
-class Number(Pooling):
-    """A user's own pooling, which ends in a number."""
+NUMBER = """
+from torch import Tensor
+from vlmembed.pooling import Pooling
 
+
+class Number(Pooling):
     def dimension(self, hidden_size: int) -> int:
         return 1
 
     def forward(self, hidden: Tensor, mask: Tensor, input_ids: Tensor | None = None) -> Tensor:
         return hidden[:, :, :3].masked_fill(mask[..., None] == 0, -9.0).amax(dim=(1, 2))[:, None]
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _number(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A user's own file, with a pooling that ends in a number."""
+    folder = tmp_path_factory.mktemp("number")
+    (folder / "number_pooling.py").write_text(NUMBER)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield
 
 
 HEADS: dict[str, Callable[[], ScoreHead]] = {
@@ -163,33 +162,33 @@ HEADS: dict[str, Callable[[], ScoreHead]] = {
     "projection of a projection": lambda: Linear(Projection(LastToken(), 16)),
     "read-out": lambda: Linear(LearnedTokens(2)),
     "text": lambda: Linear(MeanOfText()),
-    "own": lambda: ScoreHead(Number()),
+    "attention": lambda: MLP(EarlierLayer(Attention(2)), 24),
+    "own": lambda: ScoreHead(importlib.import_module("number_pooling").Number()),
 }
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_every_head_is_served_as_trained(checkpoint: Path, tmp_path: Path, name: str, pairs: list[PairProbe]) -> None:
+def test_every_head_is_served_as_trained(checkpoint: Path, tmp_path: Path, name: str) -> None:
     head = HEADS[name]()
     SentenceTransformers().check(head)
-    trained = scorer(checkpoint, head)
-    expected = score_probes(trained, pairs)
-    write_reranker(trained, tmp_path)
-    found = served(tmp_path, pairs, ("left", "right"))
-    torch.testing.assert_close(found, expected.repeat(2), atol=TOLERANCE, rtol=0)
+    trained, folder = (
+        scorer(checkpoint, head, DocumentFirst("Find it.") if name == "attention" else None),
+        tmp_path / "a",
+    )
+    check = expect(trained, tmp_path)
+    folder.mkdir()
+    write_reranker(trained, folder)
+    assert_served(shutil.move(folder, tmp_path / "moved to"), check)
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_two_forms_score_alike(
-    checkpoint: Path, untied: Path, tmp_path: Path, tied: bool, pairs: list[PairProbe]
-) -> None:
+def test_the_two_forms_score_alike(checkpoint: Path, untied: Path, tmp_path: Path, tied: bool) -> None:
     trained = scorer(checkpoint if tied else untied, YesNo(), bidirectional=tied)
-    found = []
+    check = expect(trained, tmp_path, sides=["left"])
     for scoring in ("dense", "logits"):
         (tmp_path / scoring).mkdir()
         write_reranker(trained, tmp_path / scoring, scoring)  # type: ignore[arg-type]
-        found.append(served(tmp_path / scoring, pairs))
-    torch.testing.assert_close(found[0], found[1], atol=TOLERANCE, rtol=0)
-    assert found[0].std() > 100 * TOLERANCE  # Not all the same.
+        assert_served(tmp_path / scoring, check)
 
 
 def test_the_language_model_head_keeps_its_other_rows(untied: Path, tmp_path: Path) -> None:
@@ -223,77 +222,59 @@ def test_the_files(checkpoint: Path, tmp_path: Path) -> None:
     assert [entry["path"] for entry in read(tmp_path / "modules.json")] == ["", "1_Pooling", "2_Dense"]
 
 
-def test_an_exported_reranker_is_a_checkpoint_too(checkpoint: Path, tmp_path: Path, pairs: list[PairProbe]) -> None:
+def test_an_exported_reranker_is_a_checkpoint_too(checkpoint: Path, tmp_path: Path) -> None:
     """To train on from, with another template: that of the first training does not come back."""
     for folder in ("first", "second"):
         (tmp_path / folder).mkdir()
     write_reranker(scorer(checkpoint, YesNo()), tmp_path / "first")
     trained = scorer(tmp_path / "first", YesNo(), DocumentFirst())
-    expected = score_probes(trained, pairs)
+    check = expect(trained, tmp_path)
     write_reranker(trained, tmp_path / "second")
-    torch.testing.assert_close(served(tmp_path / "second", pairs), expected, atol=TOLERANCE, rtol=0)
+    assert_served(tmp_path / "second", check)
 
 
 def read(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
-def test_a_prompt_takes_the_instructions_place(checkpoint: Path, tmp_path: Path, pairs: list[PairProbe]) -> None:
+def test_a_prompt_takes_the_instructions_place(checkpoint: Path, tmp_path: Path) -> None:
+    check = expect(scorer(checkpoint, YesNo(), QueryFirst("Find it.")), tmp_path)
     write_reranker(scorer(checkpoint, YesNo()), tmp_path)
-    expected = score_probes(scorer(checkpoint, YesNo(), QueryFirst("Find it.")), pairs)
-    torch.testing.assert_close(served(tmp_path, pairs, prompt="Find it."), expected, atol=TOLERANCE, rtol=0)
+    assert_served(tmp_path, check, prompt="Find it.")
 
 
-def test_documents_are_cut_as_in_training(checkpoint: Path, tmp_path: Path, pairs: list[PairProbe]) -> None:
+def test_documents_are_cut_as_in_training(checkpoint: Path, tmp_path: Path) -> None:
     """The end of a long document, and not of the template behind it."""
     trained = scorer(checkpoint, YesNo(), max_length=300)
-    long = next(probe for probe in pairs if probe.name == "text – long text")
-    assert trained.backbone.preprocessor([long.pair()])["input_ids"].shape == (1, 300)
+    check = expect(trained, tmp_path)
+    assert "text – long text" in check.names
+    assert len(trained.backbone.preprocessor.processor.tokenizer(check.inputs[0][1])["input_ids"]) > 300
     write_reranker(trained, tmp_path)
-    expected = score_probes(trained, [long, pairs[1]])
-    torch.testing.assert_close(served(tmp_path, [long, pairs[1]]), expected, atol=TOLERANCE, rtol=0)
+    assert_served(tmp_path, check)
 
 
-def test_a_pair_that_the_model_refuses_is_not_compared(checkpoint: Path, pairs: list[PairProbe]) -> None:
+def test_a_pair_that_the_model_refuses_is_not_compared(checkpoint: Path, tmp_path: Path) -> None:
     """Behind a document that is too long, the query would be cut."""
-    kept = readable(scorer(checkpoint, YesNo(), DocumentFirst(), max_length=300), pairs)
-    assert [probe.name for probe in pairs if probe not in kept] == ["text – long text"]
-    with pytest.raises(ExportError, match=r"reads none of the pairs .* max_length=20"):
-        readable(scorer(checkpoint, YesNo(), DocumentFirst(), max_length=20), pairs)
+    whole = expect(scorer(checkpoint, YesNo(), DocumentFirst()), tmp_path)
+    check = expect(scorer(checkpoint, YesNo(), DocumentFirst(), max_length=300), tmp_path)
+    assert set(whole.names) - set(check.names) == {"text – long text"}
+    assert check.left_out == 1
+    with pytest.raises(ExportError, match=r"reads none of the inputs .* max_length=20"):
+        expect(scorer(checkpoint, YesNo(), DocumentFirst(), max_length=20), tmp_path)
 
 
 @pytest.mark.parametrize("scoring", ["dense", "logits"])
-def test_half_precision_answers_in_float32(
-    checkpoint: Path, tmp_path: Path, scoring: Scoring, pairs: list[PairProbe]
-) -> None:
+def test_half_precision_answers_in_float32(checkpoint: Path, tmp_path: Path, scoring: Scoring) -> None:
     """Logits of equal size would tie in bfloat16, which has 8 bits for each."""
     trained = scorer(checkpoint, YesNo(), dtype="bfloat16")
-    expected = score_probes(trained, pairs)
+    check = expect(trained, tmp_path, sides=["left"])
     write_reranker(trained, tmp_path, scoring)
-    found = served(tmp_path, pairs)
-    torch.testing.assert_close(found, expected, atol=HALF_PRECISION_TOLERANCE, rtol=0)
-    assert not torch.equal(found, found.bfloat16().float())
+    scores = served(tmp_path, check)
+    torch.testing.assert_close(scores, expected(check), atol=HALF_PRECISION_TOLERANCE, rtol=0)
+    assert not torch.equal(scores, scores.bfloat16().float())
 
 
 # What is tolerated, and what is refused
-
-
-def test_a_difference_fails_and_is_named(
-    tmp_path: Path, pairs: list[PairProbe], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = torch.linspace(-1, 1, len(pairs))
-    wrong = expected + torch.tensor([1e-7, 2e-5, *[0.0] * (len(pairs) - 2)])
-    found = {"batch of 1, padded left": expected, "ranked": wrong}
-    monkeypatch.setattr("vlmembed.export.scores.run_served", lambda *_: found)
-    verification = verify_scores(tmp_path, pairs, expected, ["left"], "cpu", "float32", tmp_path)
-    assert not verification.passed
-    assert verification.worst == "'text – image', ranked"
-    assert verification.difference == pytest.approx(2e-5, rel=1e-2)  # To the rounding of the sum.
-    assert verification.comparisons == 2 * len(pairs)
-    wrong[2] = torch.nan
-    verification = verify_scores(tmp_path, pairs, expected, ["left"], "cpu", "float32", tmp_path)
-    assert not verification.passed
-    assert verification.worst == "'text – two images and text', ranked"
 
 
 @pytest.mark.parametrize(
@@ -308,8 +289,14 @@ def test_a_difference_fails_and_is_named(
         (float("nan"), float("nan"), "bfloat16", False),
     ],
 )
-def test_the_tolerance(difference: float, largest: float, dtype: str, passed: bool) -> None:
-    assert ScoreVerification(1, ("text",), "text", difference, dtype, largest).passed is passed
+def test_the_tolerance_grows_with_the_logits(difference: float, largest: float, dtype: str, passed: bool) -> None:
+    logits = torch.tensor([[0.0], [-largest]], dtype=torch.float64)
+    check = Check(("text", "image"), [], 0, {"pair": logits}, (), ("left",), "cpu", dtype)
+    served = logits[:, 0] + torch.tensor([0.0, difference], dtype=torch.float64)
+    verification = check.compare({"pair//ranked": served, "pair//batch of 1": logits[:, 0].nan_to_num()})
+    assert verification.passed is passed
+    assert verification.worst.startswith("'image' as pair")
+    assert verification.comparisons == 4
 
 
 class Doubled(YesNo):

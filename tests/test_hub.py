@@ -27,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
     (folder / "1_Pooling").mkdir(parents=True)
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
     (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode": "lasttoken"}')
-    (folder / "trained_pooling.py").write_text("class TrainedPooling: ...\n")
+    (folder / "served_pooling.py").write_text("class ServedPooling: ...\n")
     save_file({"weight": torch.arange(70_000.0)}, folder / "model.safetensors")
     return folder
 

@@ -14,9 +14,8 @@ from lightning.pytorch.loggers import CSVLogger
 from vlmembed import gradcache, memory
 from vlmembed.adapters import Freeze
 from vlmembed.data import RetrievalDataModule
-from vlmembed.gradcache import GradCache
 from vlmembed.features import InMemory
-from vlmembed.gradcache import GraphBudget
+from vlmembed.gradcache import GradCache, GraphBudget
 from vlmembed.modules import EmbeddingModule, probing
 from vlmembed.modules.embedding import gather_batch
 
@@ -106,7 +105,9 @@ def test_a_graph_is_kept_where_there_is_room_for_it(kept: int, calls: int) -> No
         return layer(chunk["numbers"]).tanh()
 
     one_graph = 2 * 4 * 64 * 4  # The inputs, and what tanh returned, in float32.
-    step = gradcache.forward_chunks(lambda chunk: (encode(chunk),), numbers(4), GraphBudget(kept * one_graph, layer.parameters()))
+    step = gradcache.forward_chunks(
+        lambda chunk: (encode(chunk),), numbers(4), GraphBudget(kept * one_graph, layer.parameters())
+    )
     step.embeddings.sum().backward()
     step.backward()
     assert len(counted) == calls

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from building import batch, examples, item, lists, module, ranker, ranking_batch, trainer, write_rows
 from lightning.pytorch.callbacks import Callback
+from vlmembed.engine import _halved
 
 from vlmembed.data import Mixture, RetrievalDataModule, Rows, Source
-from vlmembed.engine import _halved
 from vlmembed.types import Batch, Example, RankingBatch
 
 

@@ -44,8 +44,8 @@ from vlmembed.losses import (
     WeightedSum,
 )
 from vlmembed.modules import ParityCheck
-from vlmembed.training.parity import defined_loss
 from vlmembed.modules.embedding import gather_batch
+from vlmembed.training.parity import defined_loss
 from vlmembed.types import Example
 
 #: Candidates of each query: ragged, and with more than LambdaRank's k.

@@ -65,7 +65,7 @@ def folder(tmp_path: Path) -> Path:
     """Where a user would be: the checkpoint, the configs, and a small file to measure on."""
     tiny.create(tmp_path / "checkpoints" / "tiny")
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    for name in ("my_parts.py", "my_run.yaml"):
+    for name in ("my_pooling.py", "my_parts.py", "my_run.yaml"):
         (tmp_path / name).write_text(block(name))
     rows = [f'{{"query": "number {index}", "positive": "{index}"}}' for index in range(8)]
     (tmp_path / "numbers.jsonl").write_text("\n".join(rows))

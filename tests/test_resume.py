@@ -19,7 +19,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from vlmembed.features import InMemory
 from vlmembed.modules import EmbeddingModule
-from vlmembed.training.checkpointing import _random_state, _restore_random_states
 
 #: In each setting, checkpoints with different things left to do.
 CHOSEN = {

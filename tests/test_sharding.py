@@ -35,6 +35,7 @@ from scenarios import (
 )
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
+from vlmembed.sharding import refuse_strategy
 
 from vlmembed.adapters import Freeze, LoRA
 from vlmembed.backbones import Qwen3VL
@@ -44,7 +45,6 @@ from vlmembed.export import Exporter
 from vlmembed.losses import InfoNCE
 from vlmembed.modules import EmbeddingModule
 from vlmembed.pooling import LastToken
-from vlmembed.sharding import refuse_strategy
 from vlmembed.trainer import Trainer
 
 

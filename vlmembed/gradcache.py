@@ -230,7 +230,7 @@ class CachedForward:
                 if output.requires_grad and leaf.grad is not None
             ]
             if reached:
-                torch.autograd.backward(*map(list, zip(*reached, strict=True)))
+                torch.autograd.backward([output for output, _ in reached], [gradient for _, gradient in reached])
             del part, outputs, reached
 
     def _recompute(self, part: _Pending) -> Sequence[Tensor]:

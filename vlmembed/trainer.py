@@ -215,7 +215,11 @@ def _refuse_worst(callbacks: list[Callback]) -> None:
     """Refuse callbacks that would keep the worst model: every metric that is logged is better when larger."""
     for callback in callbacks:
         monitor = getattr(callback, "monitor", None)
-        if isinstance(monitor, str) and monitor.startswith(("val/", "test/")) and getattr(callback, "mode", "") == "min":
+        if (
+            isinstance(monitor, str)
+            and monitor.startswith(("val/", "test/"))
+            and getattr(callback, "mode", "") == "min"
+        ):
             raise ValueError(
                 f"{type(callback).__name__}(monitor: {monitor}) has mode: min, Lightning's default, which would prefer "
                 "the worst model: the metric is better when it is larger. Add mode: max."

@@ -205,16 +205,6 @@ class Prepared:
         return []
 
 
-PATCH_COST = 0.5
-
-
-@dataclass(frozen=True)
-class Chunking:
-    size: int | None = None
-    tokens: int | None = None
-    patch_cost: float = PATCH_COST
-
-
 @dataclass(frozen=True)
 class BadRow:
     """A training row that was left out of its batch."""

@@ -32,13 +32,13 @@ from report import machine
 from sentence_transformers import CrossEncoder
 from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss, ListNetLoss
 from transformers.utils import logging
+from vlmembed.export.reranker import write_reranker
 
 from vlmembed.adapters import Freeze
 from vlmembed.backbones import DocumentFirst, QueryFirst, Qwen3VL
 from vlmembed.data import Reranking
-from vlmembed.gradcache import GradCache
-from vlmembed.export.reranker import write_reranker
 from vlmembed.features import RecentFeatures
+from vlmembed.gradcache import GradCache
 from vlmembed.heads import Linear
 from vlmembed.losses import BinaryCrossEntropy, ListNet
 from vlmembed.modules import CrossEncoderModule

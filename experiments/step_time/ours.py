@@ -13,8 +13,8 @@ from vlmembed import memory
 from vlmembed.adapters import Adapter, Freeze, LoRA
 from vlmembed.backbones import Qwen3VL
 from vlmembed.data import Collator
-from vlmembed.gradcache import GradCache
 from vlmembed.features import InMemory
+from vlmembed.gradcache import GradCache
 from vlmembed.losses import InfoNCE, Matryoshka
 from vlmembed.modules import EmbeddingModule, probing
 from vlmembed.modules.embedding import gather_batch

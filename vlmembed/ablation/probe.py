@@ -184,4 +184,3 @@ def run_probe(path: Path, output_dir: str | None = None) -> None:
     status = subprocess.run(command, check=False).returncode
     if status:
         sys.exit(status)
-

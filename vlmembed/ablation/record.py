@@ -20,8 +20,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from vlmembed.media import load_image
 from vlmembed.files import write_whole
+from vlmembed.media import load_image
 from vlmembed.metrics import RerankingMetrics, RetrievalMetrics
 from vlmembed.types import EvaluationSet, Item
 

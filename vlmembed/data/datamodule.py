@@ -13,8 +13,8 @@ from vlmembed.data.collate import Collator
 from vlmembed.data.evaluation import EvaluationSource, RerankingSource
 from vlmembed.data.sampling import Batches, ResumableLoader, RowLists, seeded_generator
 from vlmembed.data.sources import Mixture, Rows, Source
-from vlmembed.training.signals import leave_stopping_to_parent
 from vlmembed.training.bad_rows import BadRowFile, ReadableRows, SkipBadRows
+from vlmembed.training.signals import leave_stopping_to_parent
 from vlmembed.types import PATCH_COST, Chunking
 
 Training = str | Source | list[str | Source]

@@ -201,7 +201,7 @@ class ResumableLoader(DataLoader):
         self.sampler.set_epoch(state["epoch"])
         # Of both: another checkpoint may be written before a batch is asked for.
         self._batch = self.sampler.skip = state["rows"] // self.sampler.global_size
-        self._exhausted = state.get("exhausted", False)
+        self._exhausted = bool(state.get("exhausted"))
 
 
 def seeded_generator(*seeds: int) -> torch.Generator:

@@ -105,7 +105,8 @@ def write_card(folder: Path, facts: CardFacts) -> Path:
         metadata=Markup(_metadata(facts, measurements).to_yaml()),
         # One line of Python cannot close the block it stands in.
         source=Markup(repr(facts.source)),
-        dimensions=_dimensions(measurements),
+        # The table's columns: the whole embedding, then ever shorter ones.
+        dimensions=sorted({one.dimension for one in measurements}, key=lambda cut: (cut is not None, -(cut or 0))),
         rows=_rows(measurements),
         config=Markup(html.escape(yaml_dump(dict(facts.config), sort_keys=False), quote=False)),
     )
@@ -157,11 +158,6 @@ def _on_hub(name: str) -> bool:
     except HFValidationError:
         return False
     return "/" in name and not Path(name).exists() and Path(name).suffix not in DATA_FILES
-
-
-def _dimensions(measurements: Sequence[Measurement]) -> list[int | None]:
-    """List the table's columns: the whole embedding, then ever shorter ones."""
-    return sorted({measured.dimension for measured in measurements}, key=lambda cut: (cut is not None, -(cut or 0)))
 
 
 def _rows(measurements: Sequence[Measurement]) -> dict[tuple[str, str], dict[int | None, float]]:

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar, Literal, cast
+from typing import Any
 
 from vlmembed.encoder import Encoder, Scorer
 from vlmembed.export.card import CardFacts, write_card
 from vlmembed.export.modules import check_head, check_servable, yes_no_head
 from vlmembed.export.sentence_transformers import Scoring, write_folder, write_reranker
-from vlmembed.export.verify import Check, ExportError, Verification, brings_code, expect, verify
+from vlmembed.export.verify import ExportError, Verification, brings_code, expect, verify
 from vlmembed.heads import ScoreHead
 from vlmembed.pooling import Pooling
 
@@ -66,93 +66,6 @@ class Exporter(ABC):
         """
 
 
-class ExportFormat(ABC):
-    """One kind of model of Sentence Transformers.
-
-    Attributes:
-        opens_with: The class that reads the folder.
-        task: What the Hub lists it under.
-        usage: A line that tries it, as ``model``.
-    """
-
-    opens_with: ClassVar[Literal["SentenceTransformer", "CrossEncoder"]]
-    task: ClassVar[str]
-    usage: ClassVar[str]
-
-    @abstractmethod
-    def refuse(self, pooling: Pooling) -> None:
-        """Refuse a pooling or a head that could not be written.
-
-        Raises:
-            ValueError: If it could not.
-        """
-
-    @abstractmethod
-    def expect(self, encoder: Encoder, scratch: Path) -> Check:
-        """Compute what the folder will have to, with images drawn into a scratch folder."""
-
-    @abstractmethod
-    def write(self, encoder: Encoder, folder: Path) -> None:
-        """Write the encoder, whose adapters are merged for good, into an existing, empty folder."""
-
-
-class EmbedderFormat(ExportFormat):
-    """A ``SentenceTransformer``.
-
-    Args:
-        truncate_dim: Keep this many leading dimensions only; None for all.
-        dimensions: The dimensions that embeddings were trained to be truncated to.
-    """
-
-    opens_with = "SentenceTransformer"
-    task = "feature-extraction"
-    usage = 'print(model.similarity(model.encode_query("a question"), model.encode_document(["a text", "another"])))'
-
-    def __init__(self, truncate_dim: int | None = None, dimensions: Sequence[int] = ()) -> None:
-        self.truncate_dim = truncate_dim
-        self.dimensions = dimensions
-
-    def refuse(self, pooling: Pooling) -> None:
-        check_servable(pooling)
-
-    def expect(self, encoder: Encoder, scratch: Path) -> Check:
-        return expect(encoder, scratch, self._served_dimensions(encoder))
-
-    def write(self, encoder: Encoder, folder: Path) -> None:
-        dimensions = self._served_dimensions(encoder) if self.dimensions else ()
-        write_folder(encoder, folder, self.truncate_dim, dimensions)
-
-    def _served_dimensions(self, encoder: Encoder) -> list[int]:
-        full = self.truncate_dim or encoder.dimension
-        return [full, *(dimension for dimension in self.dimensions if dimension < full)]
-
-
-class RerankerFormat(ExportFormat):
-    """A ``CrossEncoder``.
-
-    Args:
-        scoring: How it scores.
-    """
-
-    opens_with = "CrossEncoder"
-    task = "text-ranking"
-    usage = 'print(model.rank("a question", ["a text", "another"]))'
-
-    def __init__(self, scoring: Scoring = "dense") -> None:
-        self.scoring = scoring
-
-    def refuse(self, pooling: Pooling) -> None:
-        (check_head if self.scoring == "dense" else yes_no_head)(cast(ScoreHead, pooling))
-
-    def expect(self, encoder: Encoder, scratch: Path) -> Check:
-        # Logits are taken at the last position, where a token has to be.
-        sides = ("left", "right") if self.scoring == "dense" else ("left",)
-        return expect(encoder, scratch, sides=sides)
-
-    def write(self, encoder: Encoder, folder: Path) -> None:
-        write_reranker(cast(Scorer, encoder), folder, self.scoring)
-
-
 class SentenceTransformers(Exporter):
     """Writes a folder that stock Sentence Transformers opens: an embedder's, or a cross-encoder's.
 
@@ -183,11 +96,22 @@ class SentenceTransformers(Exporter):
 
     def check(self, pooling: Pooling) -> None:
         """Refuse poolings whose code no folder can bring along, and what a reranker lacks; see `Exporter.check`."""
-        self._format(pooling).refuse(pooling)
+        if isinstance(pooling, ScoreHead):
+            if self.truncate_dim is not None:
+                raise ValueError(
+                    f"truncate_dim={self.truncate_dim} is for embeddings, and a reranker has none. Remove it."
+                )
+            (check_head if self.reranker_scoring == "dense" else yes_no_head)(pooling)
+        else:
+            if self.reranker_scoring != "dense":
+                raise ValueError(
+                    f"reranker_scoring={self.reranker_scoring} is for rerankers, not embedders. Remove it."
+                )
+            check_servable(pooling)
 
     def export(self, encoder: Encoder, folder: Path, info: ModelInfo) -> Verification:
         """Write and verify the folder; see `Exporter.export`."""
-        export_format = self._format(encoder.pooling, info.dimensions)
+        self.check(encoder.pooling)
         refuse_used(folder)
         draft = folder.with_name(folder.name + ".unverified")
         if draft.is_dir():
@@ -196,40 +120,33 @@ class SentenceTransformers(Exporter):
         draft.mkdir(parents=True)
         print(f"Writing {folder}", flush=True)
         with TemporaryDirectory() as scratch:
-            # Before adapters are merged: what they did in training is what the folder is compared with.
-            check = export_format.expect(encoder, Path(scratch))
-            export_format.write(encoder, draft)
-            [verification] = verify({draft: check})
+            # What is expected is computed first: writing merges the adapters into the weights.
+            if isinstance(encoder, Scorer):
+                # Logits are taken at the last position, where a token has to be.
+                sides = ("left", "right") if self.reranker_scoring == "dense" else ("left",)
+                expected = expect(encoder, Path(scratch), sides=sides)
+                write_reranker(encoder, draft, self.reranker_scoring)
+            else:
+                full = self.truncate_dim or encoder.dimension
+                dimensions = [full, *(dimension for dimension in info.dimensions if dimension < full)]
+                expected = expect(encoder, Path(scratch), dimensions)
+                write_folder(encoder, draft, self.truncate_dim, dimensions if info.dimensions else ())
+            [verification] = verify({draft: expected})
         if not verification.passed:
             raise ExportError(f"The export does not serve what was trained. {verification}. It is left in {draft}.")
-        write_card(draft, self._facts(encoder, info, export_format, draft, info.address or str(folder), verification))
+        facts = self._facts(encoder, info, str(verification), info.address or str(folder), brings_code(draft))
+        write_card(draft, facts)
         if folder.exists():
             folder.rmdir()
         draft.rename(folder)
-        print(f"Verified: {verification}\n\n{_how_to_open(folder, export_format)}")
+        print(f"Verified: {verification}\n\n{_how_to_open(folder, facts.opens_with)}")
         return verification
 
-    def _format(self, pooling: Pooling, dimensions: Sequence[int] = ()) -> ExportFormat:
-        """Return what the folder will be, once it is known that the settings are meant for it."""
-        ranks = isinstance(pooling, ScoreHead)
-        if ranks and self.truncate_dim is not None:
-            raise ValueError(f"truncate_dim={self.truncate_dim} is for embeddings, and a reranker has none. Remove it.")
-        if not ranks and self.reranker_scoring != "dense":
-            raise ValueError(f"reranker_scoring={self.reranker_scoring} is for rerankers, not embedders. Remove it.")
-        return RerankerFormat(self.reranker_scoring) if ranks else EmbedderFormat(self.truncate_dim, dimensions)
-
-    def _facts(
-        self,
-        encoder: Encoder,
-        info: ModelInfo,
-        export_format: ExportFormat,
-        draft: Path,
-        address: str,
-        verification: Verification,
-    ) -> CardFacts:
+    def _facts(self, encoder: Encoder, info: ModelInfo, verification: str, address: str, code: bool) -> CardFacts:
         model, data = (info.config.get(part, {}).get("init_args", {}) for part in ("model", "data"))
         parts = {part.capitalize(): model.get(part) for part in ("pooling", "head", "template", "loss", "adapters")}
         train = data.get("train")
+        ranks = isinstance(encoder, Scorer)
         return CardFacts(
             title=info.name,
             source=address,
@@ -238,12 +155,12 @@ class SentenceTransformers(Exporter):
             datasets=[name for name in (train if isinstance(train, list) else [train]) if isinstance(name, str)],
             metrics=info.metrics,
             config=info.config,
-            verification=str(verification),
-            opens_with=export_format.opens_with,
-            trust_remote_code=brings_code(draft),
+            verification=verification,
+            opens_with="CrossEncoder" if ranks else "SentenceTransformer",
+            trust_remote_code=code,
             versions={library: version(library) for library in LIBRARIES},
             license=self.license,
-            pipeline_tag=self.pipeline_tag or export_format.task,
+            pipeline_tag=self.pipeline_tag or ("text-ranking" if ranks else "feature-extraction"),
         )
 
 
@@ -265,12 +182,14 @@ def refuse_used(folder: Path) -> None:
         raise FileExistsError(f"{folder} is not empty. Export into another folder, or move this one away.")
 
 
-def _how_to_open(folder: Path, export_format: ExportFormat) -> str:
+def _how_to_open(folder: Path, opens_with: str) -> str:
     """Say what the folder needs, and show three lines that try it."""
     code, trust = "Modules of Sentence Transformers do all of it; it brings no code along.", ""
     if brings_code(folder):
         code = "It brings the pooling's code along, and is opened with trust_remote_code=True."
         trust = ", trust_remote_code=True"
-    name = export_format.opens_with
-    opened = f"model = {name}({str(folder)!r}{trust})"
-    return f"{code}\n\nfrom sentence_transformers import {name}\n{opened}\n{export_format.usage}"
+    usage = 'model.rank("a question", ["a text", "another"])'
+    if opens_with == "SentenceTransformer":
+        usage = 'model.similarity(model.encode_query("a question"), model.encode_document(["a text", "another"]))'
+    opened = f"model = {opens_with}({str(folder)!r}{trust})"
+    return f"{code}\n\nfrom sentence_transformers import {opens_with}\n{opened}\nprint({usage})"

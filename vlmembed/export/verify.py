@@ -157,17 +157,18 @@ class Probe:
 
         return Item(role, tuple(Part(kind, value) for kind, value in self.content), origin=f"export probe {name!r}")
 
-    def description(self) -> str | dict[str, list[str]]:
-        """Return the input as JSON: a text, or values by kind."""
+    def description(self) -> str | dict[str, str | list[str]]:
+        """Return the input as JSON: a text, or by kind a value or a list of several."""
         if len(self.content) == 1 and self.content[0][0] == "text":
             return str(self.content[0][1])
         values: dict[str, list[str]] = {}
         for kind, value in self.content:
             values.setdefault(kind, []).extend(map(str, value if isinstance(value, tuple) else [value]))
-        return values
+        return {kind: several if len(several) > 1 else several[0] for kind, several in values.items()}
 
 
-IMAGES = {"wide": (160, 96), "tall": (64, 192), "tiny": (3, 2)} | {f"frame{index}": (96, 64) for index in range(4)}
+IMAGES = {"wide": (160, 96), "tall": (64, 192), "tiny": (3, 2), "rotated": (128, 64)}
+IMAGES |= {f"frame{index}": (96, 64) for index in range(4)}
 WORDS = ("retrieval", "of", "pages", "und", "Bilder", "числа", "数字", "42", "naïve", "—", "\n")
 #: Every kind as a query and as a document, and a query with several documents to rank.
 PAIRS = (
@@ -190,8 +191,10 @@ def make_probes(folder: Path, with_video: bool = False) -> dict[str, Probe]:
     for name, size in IMAGES.items():
         # Smooth coloured noise, so that resizing matters as it does for photographs.
         coarse = Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-        coarse.resize(size, Image.Resampling.BICUBIC).save(paths[name])
-    wide, tall, tiny, *frames = paths.values()
+        exif = Image.Exif()
+        exif[0x0112] = 6 if name == "rotated" else 1  # Whether it is to be turned before it is shown.
+        coarse.resize(size, Image.Resampling.BICUBIC).save(paths[name], exif=exif)
+    wide, tall, tiny, rotated, *frames = paths.values()
     question = ("text", "What does the picture show?")
     probes = {
         "text": Probe((("text", "four zero seven"),)),
@@ -200,6 +203,7 @@ def make_probes(folder: Path, with_video: bool = False) -> dict[str, Probe]:
         "two images and text": Probe((("image", wide), ("image", tall), question)),
         "long text": Probe((("text", " ".join(random.choice(WORDS) for _ in range(400))),)),
         "tiny image": Probe((("image", tiny),)),
+        "rotated image": Probe((("image", rotated),)),
     }
     return probes | ({"video": Probe((("video", tuple(frames)),))} if with_video else {})
 
@@ -265,8 +269,12 @@ def expect(
     )
 
 
-def verify(checks: Mapping[Path, Check]) -> list[Verification]:
+def verify(checks: Mapping[Path, Check], python: str = sys.executable) -> list[Verification]:
     """Open folders in one process without vlmembed, and compare what each computes with what it should.
+
+    Args:
+        checks: By folder.
+        python: The interpreter of an environment with Sentence Transformers.
 
     Raises:
         ExportError: If Sentence Transformers cannot open a folder or use an input.
@@ -275,7 +283,7 @@ def verify(checks: Mapping[Path, Check]) -> list[Verification]:
         plan, output = Path(scratch, "plan.json"), Path(scratch, "results.npz")
         plan.write_text(json.dumps([_job(folder, check) for folder, check in checks.items()]), encoding="utf-8")
         # -P keeps this file's folder, and with it our modules, off the path.
-        command = [sys.executable, "-P", __file__, str(plan), str(output)]
+        command = [python, "-P", __file__, str(plan), str(output)]
         process = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
         if process.returncode:
             folders = ", ".join(map(str, checks))
@@ -356,7 +364,7 @@ def _scores(job: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
         rows = [row for row, other in enumerate(queries) if other == query]
         documents = [pairs[row][1] for row in rows]
         for hit in model.rank(pairs[rows[0]][0], documents, **logits):
-            ranked[rows[hit["corpus_id"]]] = hit["score"]
+            ranked[rows[hit["corpus_id"]]] = float(hit["score"])
     yield "pair//ranked", ranked
 
 

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
@@ -288,7 +287,7 @@ class RetrievalModule(LightningModule, ABC):
 
     def log_metrics(self) -> None:
         """Rank, and log every metric of every set; not where a smoke test has cut the sets short."""
-        if self.trainer.fast_dev_run or self.trainer.sanity_checking:
+        if getattr(self.trainer, "fast_dev_run", False) or self.trainer.sanity_checking:
             return
         for name, metric in zip(self._names, self.metrics, strict=True):
             prefix = f"{self._stage}/{name}/" if len(self._names) > 1 else f"{self._stage}/"

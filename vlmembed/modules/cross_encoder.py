@@ -78,7 +78,7 @@ class CrossEncoderModule(RetrievalModule):
 
     def write_predictions(self, metric: RerankingMetrics, folder: Path) -> None:
         """Write each query's candidates in their new order, with logits as scores."""
-        scores, columns = metric.top_k(metric.candidates.shape[1])
+        scores, columns = metric.top_k(metric.depth)
         if self.trainer.is_global_zero:
             write_run(metric.evaluation, scores, columns, folder)
 

@@ -1,4 +1,4 @@
-"""What modules share about optimizers: which parameters, at which rate, on which schedule, and whether all are reached."""
+"""Optimizers: which parameters, at which rate, on which schedule, and whether the gradient reaches them all."""
 
 from __future__ import annotations
 
@@ -129,7 +129,9 @@ def build_schedule(make: SchedulerCallable, optimizer: Optimizer, trainer: Train
     parts = (make.func, *make.args) if isinstance(make, partial) else (make,)
     target = next((part for part in parts if isinstance(part, type)), make)
     if isinstance(target, type) and issubclass(target, ReduceLROnPlateau):
-        raise ValueError("lr_scheduler: ReduceLROnPlateau goes by a metric, and schedules here go by steps. Use another.")
+        raise ValueError(
+            "lr_scheduler: ReduceLROnPlateau goes by a metric, and schedules here go by steps. Use another."
+        )
     values = make.keywords if isinstance(make, partial) else {}
     names = [name for name in inspect.signature(target).parameters if name in STEP_PARAMETERS]
     steps = {name: total_steps(trainer) for name in names if values.get(name) is None and not values.get("epochs")}

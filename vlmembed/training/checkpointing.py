@@ -1,7 +1,7 @@
 """Checkpoints: exact, small, and there whole or not at all.
 
-*Exact*: a run resumed from a checkpoint that was written after an optimizer step, a validation or an epoch goes on as if
-it had not been interrupted; on a CPU to the bit. `Checkpointing` keeps what Lightning does not: the random state of
+*Exact*: a run resumed from a checkpoint that was written after an optimizer step, a validation or an epoch is equal to
+one that was not interrupted; on a CPU to the bit. `Checkpointing` keeps what Lightning does not: the random state of
 every process, the metrics that callbacks watch, what `ModelCheckpoint` keeps to itself, and the row of ``metrics.csv``
 that is written after the checkpoint. Not covered are a source that draws at random in a loader's worker, features that
 are kept in memory (computed anew, they are rounded otherwise), and a GPU, whose sums come in any order.
@@ -126,7 +126,7 @@ class Checkpointing:
         elif state["moment"] == "batch":
             # See `_settle`: a validation that is due has been made to look interrupted, and begins anew.
             loop.val_loop.batch_progress.total.ready -= 1
-            loop.val_loop.batch_progress.total.started -= 1
+            loop.val_loop.batch_progress.total.started -= 1  # type: ignore[attr-defined]
             loop.val_loop.restarting = False
         for logger in trainer.loggers if state["row"] else []:
             logger.log_metrics(state["row"] | {"epoch": trainer.current_epoch}, step=state["step"] - 1)
@@ -261,7 +261,7 @@ def _settle(loops: dict[str, Any], state: dict[str, Any], max_steps: int) -> boo
 
 def _unwritten_row(trainer: lightning.Trainer) -> dict[str, float]:
     """Return what the step that has just been taken will log once the checkpoint is written."""
-    if trainer.global_step % trainer.log_every_n_steps and not trainer.should_stop:
+    if trainer.global_step % trainer.log_every_n_steps and not trainer.should_stop:  # type: ignore[attr-defined]
         return {}
     return {name: float(value) for name, value in trainer.logged_metrics.items() if not name.startswith("val/")}
 

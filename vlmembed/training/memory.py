@@ -91,7 +91,8 @@ class MeasureMemory(Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if not hasattr(data, "set_chunking") or not hasattr(pl_module, "encoder"):
             return
-        encoder, tokens = pl_module.encoder, data.chunk_tokens
+        encoder: Any = pl_module.encoder
+        tokens = data.chunk_tokens
         if data.chunk_size == "auto" and tokens is None:
             if distributed.is_sharded(encoder):
                 raise ValueError("With ModelParallelStrategy, data.chunk_size is a number: processes go in step.")

@@ -63,10 +63,11 @@ class ParityCheck(Callback):
         kept = torch.isin(batch.pairs[:, 0], batch.query_ids)
         scores = None if batch.scores is None else batch.scores[kept]
         batch = replace(batch, pairs=batch.pairs[kept], labels=batch.labels[kept], scores=scores)
-        step = StepGradients(trainer, pl_module, batch)
+        module: Any = pl_module
+        step = StepGradients(trainer, module, batch)
         expected, gradient = step.unchunked(), step.chunked()
         table, complaint = step.compare(gradient, expected)
-        losses = {type(part).__name__ for part in pl_module.loss.modules() if isinstance(part, Loss)}
+        losses = {type(part).__name__ for part in module.loss.modules() if isinstance(part, Loss)}
         others = ", ".join(sorted(losses - {"InfoNCE", "Matryoshka", "WeightedSum"}))
         chunks = f"{len(batch.chunks)} chunks" if len(batch.chunks) > 1 else "a single chunk (so nothing is chunked)"
         distributed.print_once(

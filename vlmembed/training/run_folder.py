@@ -119,7 +119,9 @@ def _last_fit(trainer: Trainer, logger: CSVLogger, version_given: bool) -> Path 
     folders = [Path(logger.log_dir)] if version_given else sorted(Path(logger.root_dir).glob("version_*"), key=_number)
     fits = [folder for folder in folders if (folder / LOCK).exists()]
     with_checkpoint = (
-        folder for folder in reversed(fits) if any(any(place.rglob("*.ckpt")) for place in _checkpoint_folders(trainer, folder))
+        folder
+        for folder in reversed(fits)
+        if any(any(place.rglob("*.ckpt")) for place in _checkpoint_folders(trainer, folder))
     )
     return next(with_checkpoint, fits[-1] if fits else None)
 
@@ -182,7 +184,9 @@ def _open_log(logger: CSVLogger, count: int) -> None:
     if count and source.exists():
         table = pandas.read_csv(source, dtype=str, keep_default_na=False, nrows=count)
     if count and (table is None or len(table) < count):
-        warnings.warn(f"{log} has {0 if table is None else len(table)} of {count} rows: the others are lost.", stacklevel=2)
+        warnings.warn(
+            f"{log} has {0 if table is None else len(table)} of {count} rows: the others are lost.", stacklevel=2
+        )
     if table is not None:
         table.to_csv(draft, index=False)
     with warnings.catch_warnings():

@@ -62,7 +62,9 @@ def shard(encoder: Encoder, mesh: DeviceMesh) -> None:
     fully_shard(encoder, mesh=mesh["data_parallel"], ignored_params=copied)
     # FSDP would copy a call's arguments to the device, where nobody expects the chunk yet, and take the arrival of a
     # gradient at the features for the end of the backward. So they are hidden from its hook, and unpacked behind it.
-    encoder.register_forward_pre_hook(lambda _, args, kwargs: ((lambda: (args, kwargs),), {}), prepend=True, with_kwargs=True)
+    encoder.register_forward_pre_hook(
+        lambda _, args, kwargs: ((lambda: (args, kwargs),), {}), prepend=True, with_kwargs=True
+    )
     encoder.register_forward_pre_hook(lambda _, args, kwargs: args[0](), with_kwargs=True)
     # FSDP reduces where the gradient passes: let it pass all layers, whatever this process trains below them.
     language_model.embed_tokens.register_forward_hook(lambda _, args, embeddings: embeddings.requires_grad_())
