@@ -9,13 +9,14 @@ from typing import Any
 import lightning
 import yaml
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from vlmembed.distributed import is_sharded
 from vlmembed.export import Exporter, ModelInfo, push, refuse_used
 from vlmembed.modules import RetrievalModule
 from vlmembed.training.checkpointing import CheckpointFiles, in_window, read_checkpoint
-from vlmembed.training.memory import MeasureMemory
+from vlmembed.training.memory import MeasureChunks, MeasureGraphMemory
 from vlmembed.training.run_folder import refuse_changes
 from vlmembed.training.sharding import whole_weights
 from vlmembed.training.signals import StopSafely
@@ -50,8 +51,9 @@ class Trainer(lightning.Trainer):
         _refuse_worst(self.callbacks)
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:
             self.strategy.checkpoint_io = CheckpointFiles()
+        measure = MeasureGraphMemory if isinstance(self.accelerator, CUDAAccelerator) else MeasureChunks
         # After the others, so that a step at which a run is stopped is one like any other.
-        self.callbacks += [MeasureMemory(), _RunState(), StopSafely()]
+        self.callbacks += [measure(), StopSafely()]
 
     # The data module is handed what makes batches before Lightning sets anything up; it never reads the module.
 
@@ -189,20 +191,6 @@ class Trainer(lightning.Trainer):
             )
         content: dict[str, Any] = self.strategy.checkpoint_io.load_checkpoint(checkpoint, weights_only=weights_only)
         return content
-
-
-class _RunState(Callback):
-    """Writes the configuration into checkpoints, and those that waited for a step after it."""
-
-    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Add the configuration, so that a run cannot be resumed with another one unnoticed."""
-        checkpoint["config"] = getattr(trainer, "run_config", "")
-
-    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-        """Write what has waited; see `CheckpointFiles`."""
-        files = trainer.strategy.checkpoint_io
-        if isinstance(files, CheckpointFiles) and not in_window(trainer):
-            files.write_postponed()
 
 
 def _connect(model: Any, data: Any) -> None:

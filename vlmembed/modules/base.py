@@ -33,7 +33,7 @@ from vlmembed.modules.optimization import (
     parameters_of,
     refuse_untouched_parameters,
 )
-from vlmembed.training.checkpointing import Checkpointing, refuse_split_windows, step_follows
+from vlmembed.training.checkpointing import Checkpointing, refuse_split_windows
 from vlmembed.training.guards import CollapseMonitor, NonFiniteGuard, refuse_broken_weights
 from vlmembed.training.memory import graph_bytes, open_features
 from vlmembed.training.sharding import ShardedGradCache, refuse_strategy, shard
@@ -87,6 +87,8 @@ class RetrievalModule(LightningModule, ABC):
         self.guard = NonFiniteGuard(max_skipped_steps)
         self.monitor = self.collapse_monitor()
         self.checkpointing = Checkpointing()
+        #: Whether the optimizer steps after the batch under way, not after another whose gradient is added to its.
+        self.steps_after_batch = True
         self._configured = False
         self._reached_everything = self._saw_images = False
         #: Batches since the optimizer's last step.
@@ -197,7 +199,9 @@ class RetrievalModule(LightningModule, ABC):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Encode the batch and compute the loss of all processes' batches."""
-        self.grad_cache.before_step = step_follows(self.trainer, batch_idx)
+        window_ends = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+        epoch_ends = self.trainer.is_last_batch or batch_idx + 1 == self.trainer.num_training_batches
+        self.steps_after_batch = self.grad_cache.before_step = window_ends or epoch_ends
         outputs = self.grad_cache.embed(batch)  # (N, D) of this process
         arguments = self.gather_batch(outputs, batch)  # embeddings (Q, D), (P, D) or scores (Q, C), of all processes
         loss: Tensor = self.loss(*arguments)
@@ -251,6 +255,7 @@ class RetrievalModule(LightningModule, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to write weights that are not finite; add what a resumed run needs."""
         refuse_broken_weights(self)
+        checkpoint["config"] = getattr(self.trainer, "run_config", "")  # So that another one is noticed on resuming.
         checkpoint["non_finite"] = self.guard.state()
         self.checkpointing.save(self, checkpoint)
 

@@ -148,11 +148,6 @@ class Checkpointing:
             checkpoint["state_dict"] = complete_frozen(checkpoint, module, self._sums)
 
 
-def step_follows(trainer: lightning.Trainer, batch_idx: int) -> bool:
-    """Whether the optimizer steps after a batch of the epoch, and not after another whose gradient is added to its."""
-    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or _is_last_of_epoch(trainer, batch_idx)
-
-
 def _is_last_of_epoch(trainer: lightning.Trainer, batch_idx: int) -> bool:
     return trainer.is_last_batch or batch_idx + 1 == trainer.num_training_batches
 
@@ -207,9 +202,9 @@ def moment_of(trainer: lightning.Trainer) -> str:
 
 
 def in_window(trainer: lightning.Trainer) -> bool:
-    """Whether gradients of the last batch wait for those of the next."""
-    index = trainer.fit_loop.epoch_loop.batch_idx
-    return bool(trainer.training) and moment_of(trainer) == "batch" and not step_follows(trainer, index)
+    """Whether gradients of the last batch wait for those of the next; `RetrievalModule` knows."""
+    waits = not getattr(trainer.lightning_module, "steps_after_batch", True)
+    return bool(trainer.training) and moment_of(trainer) == "batch" and waits
 
 
 def _is_validation_due(trainer: lightning.Trainer) -> bool:

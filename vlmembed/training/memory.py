@@ -83,8 +83,8 @@ class StepPeak:
         return torch.cuda.max_memory_allocated(self._device) - self._before if self._device.type == "cuda" else 0
 
 
-class MeasureMemory(Callback):
-    """Tells the data module what a chunk may hold, and on a GPU the gradient cache what the first step left free."""
+class MeasureChunks(Callback):
+    """Tells the data module what a chunk may hold."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure, where ``chunk_size`` is ``auto``, before the training loader is made."""
@@ -101,6 +101,10 @@ class MeasureMemory(Callback):
             _report(trainer, tokens)
         # A frozen tower keeps no activations, so its patches cost nothing.
         data.set_chunking(tokens, PATCH_COST if encoder.backbone.trains_vision else 0.0)
+
+
+class MeasureGraphMemory(MeasureChunks):
+    """Tells the gradient cache, too, what the first step has left free on a GPU."""
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin to count, before the first step."""

@@ -97,6 +97,7 @@ class StepGradients:
             module.guard, module.monitor = NonFiniteGuard(), copy.copy(module.monitor)
             vars(module)["log"] = lambda *_, **__: None
             loss: Any = self.trainer.strategy.training_step(self.batch, 0)
+            module._accumulated = self.trainer.accumulate_grad_batches  # By which nothing has divided this loss.
             module.backward(loss)
             if not module.grad_cache.before_step and distributed.defer_gradient_reduction(self.trainer.strategy.model):
                 distributed.mean_gradients(module.parameters())

@@ -14,7 +14,6 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from vlmembed import distributed
-from vlmembed.training.checkpointing import in_window
 
 #: SLURM's jobs get this before their time is over, if they ask for it: ``sbatch --signal=USR1@120``. Windows has none.
 REQUEUE: signal.Signals | None = getattr(signal, "SIGUSR1", None)
@@ -46,8 +45,11 @@ class StopSafely(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop, if any process has been told to, and no gradients wait for another batch's."""
-        if in_window(trainer):
+        if not getattr(pl_module, "steps_after_batch", True):
             return
+        files: Any = trainer.strategy.checkpoint_io
+        if getattr(files, "postponed", None):
+            files.write_postponed()
         received = distributed.largest(self._received, pl_module.device)
         if received:
             self._save(trainer)
