@@ -32,18 +32,17 @@ from report import machine
 from sentence_transformers import CrossEncoder
 from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss, ListNetLoss
 from transformers.utils import logging
-from vlmembed.export.reranker import write_reranker
 
 from vlmembed.adapters import Freeze
 from vlmembed.backbones import DocumentFirst, QueryFirst, Qwen3VL
-from vlmembed.data import Reranking
+from vlmembed.export.sentence_transformers import write_reranker
 from vlmembed.features import RecentFeatures
 from vlmembed.gradcache import GradCache
 from vlmembed.heads import Linear
 from vlmembed.losses import BinaryCrossEntropy, ListNet
 from vlmembed.modules import CrossEncoderModule
 from vlmembed.pooling import LastToken
-from vlmembed.types import EvaluationSet, Example, Item, Part, RerankingSet
+from vlmembed.types import Chunking, EvaluationSet, Example, Item, Part, RerankingSet
 
 QUERIES, CANDIDATES, PICTURES = 10, 50, 100
 TRAINED_QUERIES, TRAINED_CANDIDATES = 8, 8
@@ -107,13 +106,13 @@ def _scoring(folder: Path, template: type, rounds: int) -> Race:
     corpus = [Item("document", (Part("image", picture),)) for picture in pictures]
     names = [str(number) for number in range(PICTURES)]
     evaluation = EvaluationSet("pictures", queries, corpus, names[:QUERIES], names, {})
-    task, module = Reranking(BinaryCrossEntropy.label_spec, template.ends_with_query), _module(folder, template).eval()
+    module = _module(folder, template).eval()
     theirs = CrossEncoder(str(folder), device="cpu")
     asked = [(texts[query], pictures[column]) for query, row in enumerate(found) for column in row]
 
     @torch.inference_mode()
     def ours(size: int) -> float:
-        loader = task.loader(RerankingSet(evaluation, found), module.preprocessor, size, 0, 1, batch_size=None)
+        loader = module.collator().loader(RerankingSet(evaluation, found), size, 0, 1)
         recent, total = RecentFeatures(module.encoder), 0.0
         for batch in loader:
             features = recent.encode_images(batch.images)
@@ -148,7 +147,8 @@ def _our_step(folder: Path, template: type, rows: list, frozen: bool, kind: str)
     weights = [weight for weight in module.parameters() if weight.requires_grad]
     optimizer = torch.optim.SGD(weights, LEARNING_RATE)
     grad_cache = GradCache(module.encoder, graph_bytes=4 * 2**30)
-    collate = module.task.collator(module.preprocessor, 16, None, 0.0 if frozen else 0.5)
+    collate = module.collator()
+    collate.chunking = Chunking(16, patch_cost=0.0 if frozen else 0.5)
 
     def step() -> float:
         batch = collate(examples)

@@ -9,17 +9,16 @@ import torch
 from data import Pair
 from work import LEARNING_RATE, TEMPERATURE, Work, lora
 
-from vlmembed import memory
 from vlmembed.adapters import Adapter, Freeze, LoRA
 from vlmembed.backbones import Qwen3VL
-from vlmembed.data import Collator
 from vlmembed.features import InMemory
 from vlmembed.gradcache import GradCache
 from vlmembed.losses import InfoNCE, Matryoshka
-from vlmembed.modules import EmbeddingModule, probing
+from vlmembed.modules import EmbeddingModule
 from vlmembed.modules.embedding import gather_batch
 from vlmembed.pooling import LastToken
-from vlmembed.types import Batch, Example, Item, Part
+from vlmembed.training import memory
+from vlmembed.types import PATCH_COST, Batch, Chunking, Example, Item, Part
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,9 @@ class Ours:
             Example(Item("query", (Part("text", text),)), (Item("document", (Part("image", picture),)),))
             for text, picture in pairs
         ]
-        cost = None if self.setting.chunk else probing.chunk_cost(self.model.encoder)
-        collate = Collator(self.model.preprocessor, self.setting.chunk, cost, probing.patch_cost(self.model.encoder))
+        collate, encoder = self.model.collator(), self.model.encoder
+        tokens = None if self.setting.chunk else memory.tokens_per_chunk(encoder, collate)
+        collate.chunking = Chunking(self.setting.chunk, tokens, PATCH_COST if encoder.backbone.trains_vision else 0.0)
         batch = collate(examples)
         return batch.pin_memory() if self.model.device.type == "cuda" else batch
 
