@@ -26,8 +26,10 @@ from scenarios import (
 from torch.nn.functional import normalize
 
 from vlmembed.adapters import Freeze, LoRA
-from vlmembed.data import RetrievalDataModule, load_evaluation
+from vlmembed.data import RetrievalDataModule
+from vlmembed.data.evaluation import as_evaluation
 from vlmembed.losses import InfoNCE, Matryoshka
+from vlmembed.modules import EmbeddingModule
 
 # Training
 
@@ -102,7 +104,7 @@ def validate(checkpoint: Path, rows: Path) -> tuple[dict[str, float], list[int]]
 
 def pytrec_eval_of(checkpoint: Path, rows: Path) -> dict[str, float]:
     """The same numbers from embeddings made one at a time."""
-    evaluation = load_evaluation(str(rows))
+    evaluation = as_evaluation(str(rows))
     model = module(checkpoint)
     with torch.no_grad():
         queries, documents = (

@@ -442,5 +442,5 @@ def test_memory_hardly_grows_with_the_batch(checkpoint: Path, options: dict[str,
         features = sum(each.nbytes for each in model.encoder.encode_images(data.images)) if options else 0
         # Embeddings come with their gradients, in several copies while the loss is computed.
         kept[size] = 8 * embeddings.nbytes + features
-        del embeddings, cache
+        del embeddings, grad_cache
     assert peaks[64] - kept[64] < 1.1 * (peaks[8] - kept[8])

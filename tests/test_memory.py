@@ -11,13 +11,13 @@ import yaml
 from building import batch, examples, gradients, module, relative_difference, trainer, write_rows
 from lightning.pytorch.loggers import CSVLogger
 
-from vlmembed import gradcache, memory
 from vlmembed.adapters import Freeze
 from vlmembed.data import RetrievalDataModule
 from vlmembed.features import InMemory
-from vlmembed.gradcache import GradCache, GraphBudget
-from vlmembed.modules import EmbeddingModule, probing
+from vlmembed.gradcache import GradCache, GraphBudget, forward_chunks
+from vlmembed.modules import EmbeddingModule
 from vlmembed.modules.embedding import gather_batch
+from vlmembed.training import memory
 
 # Sums of float32 in another order.
 EXACT = 1e-5
@@ -41,28 +41,30 @@ def test_auto_measures_says_and_writes_down(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = fit(module(checkpoint), tmp_path, chunk_size="auto")
-    assert data.chunk_tokens == probing.MOST["cpu"]  # There is memory enough for a tiny model.
-    assert "A chunk has room for 8,192 tokens" in capsys.readouterr().out
-    assert yaml.safe_load((tmp_path / "chunks.yaml").read_text()) == {"chunk_cost": 8192}
+    assert data.chunk_tokens == memory.MOST_TOKENS["cpu"]  # There is memory enough for a tiny model.
+    assert "A chunk may have 8,192 tokens" in capsys.readouterr().out
+    assert yaml.safe_load((tmp_path / "chunks.yaml").read_text()) == {"tokens": 8192}
 
 
 def test_auto_takes_a_share_of_what_is_free(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder = module(checkpoint).encoder
-    taken = dict(probing._try(encoder, tokens) for tokens in (1024, 2048))
+    model = module(checkpoint)
+    encoder, collator = model.encoder, model.collator()
+    taken = dict(memory._try(encoder, collator, tokens) for tokens in (1024, 2048))
     (few, small), (many, large) = taken.items()
     per_token = (large - small) / (many - few)
-    monkeypatch.setattr(memory, "free", lambda device: 5000 * per_token / probing.SHARE)
-    assert probing.chunk_cost(encoder) == pytest.approx(5000, abs=1)
-    monkeypatch.setattr(memory, "free", lambda device: 0.0)
-    assert probing.chunk_cost(encoder) == probing.LEAST
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 5000 * per_token / memory.CHUNK_SHARE)
+    assert memory.tokens_per_chunk(encoder, collator) == pytest.approx(5000, abs=1)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 0.0)
+    assert memory.tokens_per_chunk(encoder, collator) == memory.FEWEST_TOKENS
 
 
 def test_probing_leaves_nothing_behind(checkpoint: Path) -> None:
-    encoder = module(checkpoint).encoder
+    model = module(checkpoint)
+    encoder, collator = model.encoder, model.collator()
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    probing.chunk_cost(encoder)
+    memory.tokens_per_chunk(encoder, collator)
     assert torch.equal(torch.rand(3), expected)
     assert not gradients(encoder)
 
@@ -105,7 +107,7 @@ def test_a_graph_is_kept_where_there_is_room_for_it(kept: int, calls: int) -> No
         return layer(chunk["numbers"]).tanh()
 
     one_graph = 2 * 4 * 64 * 4  # The inputs, and what tanh returned, in float32.
-    step = gradcache.forward_chunks(
+    step = forward_chunks(
         lambda chunk: (encode(chunk),), numbers(4), GraphBudget(kept * one_graph, layer.parameters())
     )
     step.embeddings.sum().backward()
@@ -125,12 +127,12 @@ def test_a_graph_is_what_it_owns() -> None:
 
 @pytest.mark.parametrize(("wanted", "bytes"), [("none", 0), (0.5, 2**29), (2, 2**31), ("auto", 0.5 * 1000)], ids=str)
 def test_room_for_graphs(monkeypatch: pytest.MonkeyPatch, wanted: memory.GraphMemory, bytes: float) -> None:
-    monkeypatch.setattr(memory, "free", lambda device: 1000.0)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000.0)
     assert memory.graph_bytes(wanted, CPU) == bytes
 
 
 def test_auto_on_a_gpu_waits_for_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "free", lambda device: 1000.0)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000.0)
     gpu = torch.device("cuda")
     assert memory.graph_bytes("auto", gpu) == 0
     assert memory.graph_bytes("auto", gpu, step=400) == pytest.approx(0.9 * 600)
@@ -203,7 +205,7 @@ def test_too_little_memory_for_half_a_chunk_fails_with_advice(
 ) -> None:
     model = module(checkpoint)
     Scarce(model, 10, monkeypatch)
-    with pytest.raises(RuntimeError, match=r"Out of memory while embedding \d+ chunks.*Lower data.chunk_size"):
+    with pytest.raises(RuntimeError, match=r"Out of memory in \d+ chunks.*Lower data.chunk_size"):
         step(model, GradCache(model.encoder), 4)
 
 
