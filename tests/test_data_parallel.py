@@ -99,7 +99,7 @@ def validate(checkpoint: Path, rows: Path) -> tuple[dict[str, float], list[int]]
     data = RetrievalDataModule(val=str(rows), eval_batch_size=4, num_workers=0)
     options = {"devices": 2, "strategy": DDPStrategy(process_group_backend="gloo")} if dist.is_initialized() else {}
     (found,) = trainer(**options).validate(model, data, verbose=False)
-    return found, torch.cat(model.metrics[0].rows).flatten().tolist()
+    return found, torch.cat(model.metrics[0].numbers).flatten().tolist()
 
 
 def pytrec_eval_of(checkpoint: Path, rows: Path) -> dict[str, float]:
