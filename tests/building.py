@@ -17,8 +17,10 @@ from torch.utils.data import DataLoader
 from vlmembed.backbones import Qwen3VL
 from vlmembed.data import Collator
 from vlmembed.encoder import Encoder
+from vlmembed.gradcache import GradCache
 from vlmembed.losses import BinaryCrossEntropy, InfoNCE, Loss, RankingLoss
 from vlmembed.modules import CrossEncoderModule, EmbeddingModule, RetrievalModule
+from vlmembed.modules.embedding import gather_batch
 from vlmembed.pooling import LastToken, Pooling
 from vlmembed.trainer import Trainer
 from vlmembed.types import Batch, Chunking, Example, Item, Part, RankingBatch, Role
@@ -116,6 +118,18 @@ def ranker(checkpoint: Path, loss: RankingLoss | None = None, **options: Any) ->
 
 def ranking_batch(model: CrossEncoderModule, rows: list[Example], chunk_size: int | None = None) -> RankingBatch:
     return collated(model.collator(), rows, chunk_size)
+
+
+def step_gradients(
+    model: EmbeddingModule, grad_cache: GradCache, data: Batch
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The embeddings and the gradients of one step, without a trainer."""
+    embeddings = grad_cache.embed(data)
+    model.loss(*gather_batch(embeddings, data)).backward()
+    grad_cache.backward()
+    found = gradients(model)
+    model.zero_grad()
+    return embeddings.detach(), found
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:

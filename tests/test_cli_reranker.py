@@ -102,7 +102,7 @@ def test_fit_then_everything_else(config: dict[str, Any], capfd: pytest.CaptureF
     call("fit", config)
     folder = Path("runs/small")
     printed = capfd.readouterr().out
-    assert printed.count("chunk_size: auto. A chunk has room for") == 1
+    assert printed.count("chunk_size: auto. A chunk may have") == 1
     assert "before reranking" in printed
     assert "before training" in printed
     assert "Verified: " in printed

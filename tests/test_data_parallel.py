@@ -26,8 +26,10 @@ from scenarios import (
 from torch.nn.functional import normalize
 
 from vlmembed.adapters import Freeze, LoRA
-from vlmembed.data import RetrievalDataModule, load_evaluation
+from vlmembed.data import RetrievalDataModule
+from vlmembed.data.evaluation import as_evaluation
 from vlmembed.losses import InfoNCE, Matryoshka
+from vlmembed.modules import EmbeddingModule
 
 # Training
 
@@ -97,12 +99,12 @@ def validate(checkpoint: Path, rows: Path) -> tuple[dict[str, float], list[int]]
     data = RetrievalDataModule(val=str(rows), eval_batch_size=4, num_workers=0)
     options = {"devices": 2, "strategy": DDPStrategy(process_group_backend="gloo")} if dist.is_initialized() else {}
     (found,) = trainer(**options).validate(model, data, verbose=False)
-    return found, torch.cat(model.metrics[0].rows).flatten().tolist()
+    return found, torch.cat(model.metrics[0].numbers).flatten().tolist()
 
 
 def pytrec_eval_of(checkpoint: Path, rows: Path) -> dict[str, float]:
     """The same numbers from embeddings made one at a time."""
-    evaluation = load_evaluation(str(rows))
+    evaluation = as_evaluation(str(rows))
     model = module(checkpoint)
     with torch.no_grad():
         queries, documents = (

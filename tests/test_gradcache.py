@@ -1,24 +1,58 @@
+"""The gradient cache: gradients of ordinary autograd, each image encoded once, no wait for the device."""
+
 from __future__ import annotations
 
+import contextlib
+import gc
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from building import batch, examples, gradients, module, relative_difference
+from building import (
+    Recorder,
+    batch,
+    encoder,
+    examples,
+    fit,
+    gradients,
+    item,
+    mixed_items,
+    module,
+    picture,
+    relative_difference,
+    step_gradients,
+    trainer,
+    write_rows,
+)
+from kept_features import on_disk, opened
 from peft import LoraConfig
-from torch import nn
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from vlmembed import gradcache
-from vlmembed.adapters import Freeze, LoRA
-from vlmembed.gradcache import GradCache
-from vlmembed.losses import InfoNCE, Matryoshka
+from vlmembed.adapters import Adapter, Freeze, LoRA
+from vlmembed.data import RetrievalDataModule
+from vlmembed.features import FeatureCache, InMemory
+from vlmembed.gradcache import GradCache, forward_chunks
+from vlmembed.losses import BinaryCrossEntropy, InfoNCE, Matryoshka
+from vlmembed.modules import EmbeddingModule
 from vlmembed.modules.embedding import gather_batch
-from vlmembed.types import Batch
+from vlmembed.training.guards import CollapseMonitor
+from vlmembed.types import Batch, Example, Inputs
 
-# Chunks only change the order of float32 sums.
+#: Chunks only change the order of float32 sums.
 EXACT = 1e-5
+ALL = math.inf
+FROZEN: dict[str, Any] = {"adapters": [Freeze(["vision", "merger"])]}
+
+
+# Of any function of chunks
 
 
 class Toy(nn.Module):
@@ -30,103 +64,91 @@ class Toy(nn.Module):
         self.layers = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Dropout(dropout), nn.Linear(16, 4))
         self.calls = 0
 
-    def forward(self, chunk: dict[str, torch.Tensor]) -> torch.Tensor:
+    def forward(self, chunk: Inputs) -> Tensor:
         self.calls += 1
         return self.layers(chunk["numbers"])
 
 
-def toy_chunks(size: int) -> list[dict[str, torch.Tensor]]:
+def toy_chunks(size: int, device: str = "cpu") -> list[Inputs]:
     numbers = torch.randn(10, 6, generator=torch.Generator().manual_seed(1))
-    return [{"numbers": part} for part in numbers.split(size)]
+    return [{"numbers": part.to(device)} for part in numbers.split(size)]
 
 
-def toy_loss(embeddings: torch.Tensor) -> torch.Tensor:
+def toy_loss(embeddings: Tensor) -> Tensor:
     relevance = torch.eye(5, dtype=torch.int8)[torch.tensor([3, 0, 4, 1, 2])]
-    return InfoNCE(0.1, directions=["query_to_document", "document_to_query"])(
-        embeddings[:5], embeddings[5:], relevance
-    )
+    both = ["query_to_document", "document_to_query"]
+    return InfoNCE(0.1, directions=both)(embeddings[:5], embeddings[5:], relevance)
 
 
-def step(encoder: nn.Module, chunks: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    cached = gradcache.forward_chunks(lambda chunk: (encoder(chunk),), chunks)
-    toy_loss(cached.embeddings).backward()
+def toy_step(toy: nn.Module, chunks: list[Inputs], autocast: bool = False) -> dict[str, Tensor]:
+    with torch.autocast("cpu", torch.bfloat16, autocast):
+        cached = forward_chunks(lambda chunk: (toy(chunk),), chunks)
+        loss = toy_loss(cached.embeddings)
+    loss.backward()
     cached.backward()
-    return gradients(encoder)
+    return gradients(toy)
 
 
-def unchunked(encoder: nn.Module, chunks: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def unchunked(toy: nn.Module, chunks: list[Inputs], autocast: bool = False) -> dict[str, Tensor]:
     """Ordinary autograd through every chunk at once."""
-    toy_loss(torch.cat([encoder(chunk) for chunk in chunks])).backward()
-    return gradients(encoder)
+    with torch.autocast("cpu", torch.bfloat16, autocast):
+        toy_loss(torch.cat([toy(chunk) for chunk in chunks])).backward()
+    return gradients(toy)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("size", [1, 3, 10])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_gradients_equal_those_without_a_cache(size: int, dropout: float) -> None:
+def test_gradients_equal_those_without_a_cache(size: int, dropout: float, device: str) -> None:
     torch.manual_seed(7)
-    expected = unchunked(Toy(dropout), toy_chunks(size))
+    expected = unchunked(Toy(dropout).to(device), toy_chunks(size, device))
     torch.manual_seed(7)
-    assert relative_difference(step(Toy(dropout), toy_chunks(size)), expected) < EXACT
+    assert relative_difference(toy_step(Toy(dropout).to(device), toy_chunks(size, device)), expected) < EXACT
+
+
+def test_replay_enters_the_first_pass_precision() -> None:
+    expected = unchunked(Toy(), toy_chunks(3), autocast=True)
+    # bfloat16 keeps 8 bits: sums of chunks may round differently.
+    assert relative_difference(toy_step(Toy(), toy_chunks(3), autocast=True), expected) < 2e-2
 
 
 def test_dropout_falls_differently_in_each_chunk() -> None:
-    """Else the test above would pass with every chunk replayed from one state."""
-    encoder, chunk = Toy(0.5), {"numbers": torch.ones(2, 6)}
-    embeddings = gradcache.forward_chunks(lambda chunk: (encoder(chunk),), [chunk, chunk]).embeddings
+    """Else the tests above would pass with every chunk replayed from one state."""
+    toy, chunk = Toy(0.5), {"numbers": torch.ones(2, 6)}
+    embeddings = forward_chunks(lambda chunk: (toy(chunk),), [chunk, chunk]).embeddings
     assert not torch.equal(embeddings[:2], embeddings[2:])
 
 
-def test_random_numbers_go_on_as_if_nothing_was_replayed() -> None:
-    torch.manual_seed(7)
-    encoder = Toy(0.5)
-    torch.cat([encoder(chunk) for chunk in toy_chunks(3)])
-    expected = torch.rand(3)
-    torch.manual_seed(7)
-    step(Toy(0.5), toy_chunks(3))
-    assert torch.equal(torch.rand(3), expected)
+def test_random_numbers_continue_as_if_nothing_was_replayed() -> None:
+    drawn = []
+    for train in (unchunked, toy_step):
+        torch.manual_seed(7)
+        toy = Toy(0.5)
+        train(toy, toy_chunks(3))
+        drawn.append(torch.rand(3))
+    assert torch.equal(*drawn)
 
 
 @pytest.mark.parametrize(("size", "calls"), [(10, 1), (5, 3), (1, 19)])
 def test_the_last_chunk_is_not_computed_twice(size: int, calls: int) -> None:
-    encoder = Toy()
-    step(encoder, toy_chunks(size))
-    assert encoder.calls == calls
+    toy = Toy()
+    toy_step(toy, toy_chunks(size))
+    assert toy.calls == calls
 
 
-def test_replay_enters_the_first_pass_precision() -> None:
-    encoder = Toy()
-    with torch.autocast("cpu", torch.bfloat16):
-        expected = unchunked(encoder, toy_chunks(3))
-    encoder.zero_grad()
-    with torch.autocast("cpu", torch.bfloat16):
-        cached = gradcache.forward_chunks(lambda chunk: (encoder(chunk),), toy_chunks(3))
-        loss = toy_loss(cached.embeddings)
-    loss.backward()
-    cached.backward()
-    # bfloat16 keeps 8 bits: sums of chunks may round differently.
-    assert relative_difference(gradients(encoder), expected) < 2e-2
-
-
-def test_nothing_trainable_is_no_error() -> None:
-    encoder = Toy().requires_grad_(False)
-    cached = gradcache.forward_chunks(lambda chunk: (encoder(chunk),), toy_chunks(3))
-    toy_loss(cached.embeddings).backward()
-    cached.backward()
-    assert not gradients(encoder)
-
-
-def test_replay_without_backward_is_refused() -> None:
+def test_what_has_no_gradient() -> None:
+    """Nothing trainable is no error; a backward before the loss's is one; without gradients it only embeds."""
+    assert not toy_step(Toy().requires_grad_(False), toy_chunks(3))
+    toy = Toy()
     with pytest.raises(RuntimeError, match="backward"):
-        gradcache.forward_chunks(lambda chunk: (Toy()(chunk),), toy_chunks(3)).backward()
-
-
-def test_without_gradients_it_only_embeds() -> None:
-    encoder = Toy()
+        forward_chunks(lambda chunk: (toy(chunk),), toy_chunks(3)).backward()
     with torch.no_grad():
-        embeddings = gradcache.forward_chunks(lambda chunk: (encoder(chunk),), toy_chunks(3)).embeddings
+        embeddings = forward_chunks(lambda chunk: (toy(chunk),), toy_chunks(3)).embeddings
     assert not embeddings.requires_grad
-    torch.testing.assert_close(embeddings, torch.cat([encoder(chunk) for chunk in toy_chunks(3)]))
+    torch.testing.assert_close(embeddings, torch.cat([toy(chunk) for chunk in toy_chunks(3)]))
 
+
+# Of whole models
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "qkv"], "init_lora_weights": False}
 
@@ -154,17 +176,9 @@ def test_whole_model(
     model = module(checkpoint, loss, **options)
     data = batch(model, examples(), size)
 
-    def loss_of(embeddings: torch.Tensor, data: Batch) -> torch.Tensor:
-        return model.loss(*gather_batch(embeddings, data))
-
-    def gradients_of_a_step() -> dict[str, torch.Tensor]:
+    def gradients_of_a_step() -> dict[str, Tensor]:
         torch.manual_seed(3)
-        grad_cache = GradCache(model.encoder, graph_bytes)
-        loss_of(grad_cache.embed(data), data).backward()
-        grad_cache.backward()
-        found = gradients(model)
-        model.zero_grad()
-        return found
+        return step_gradients(model, GradCache(model.encoder, graph_bytes), data)[1]
 
     actual = gradients_of_a_step()
     monkeypatch.setattr(gradcache, "forward_chunks", ordinary_autograd)
@@ -178,25 +192,372 @@ def ordinary_autograd(forward: Any, chunks: list[Any], budget: Any = None) -> Si
     return SimpleNamespace(outputs=outputs, embeddings=embeddings, backward=lambda: None)
 
 
-@pytest.mark.parametrize("size", [1, 5])
-def test_chunk_size_does_not_matter(checkpoint: Path, size: int) -> None:
-    found = {}
+def rows() -> list[Example]:
+    """Some images are in several items, of which some are in one chunk and some are not; items show up to two."""
+    pages = [picture(32 + 32 * number, 64, number) for number in range(4)]
+    return [
+        *examples(),
+        Example(item(pages[0], "which is it?", role="query"), (item(pages[0]),), (item(pages[1], pages[2]),)),
+        Example(item(pages[3], role="query"), (item("words " * 9, pages[1]),), (item(pages[0], "again", pages[3]),)),
+        page(1),
+        page(2),
+    ]
+
+
+def page(number: int) -> Example:
+    """A query and a large page, of one size for all numbers."""
+    return Example(item(f"query {number:03}", role="query"), (item(picture(256, 256, number), f"page {number:03}"),))
+
+
+class Counts:
+    """How many patches go into the vision tower, and of how many a gradient comes back out of it."""
+
+    def __init__(self, model: EmbeddingModule) -> None:
+        self.forward = self.backward = 0
+        tower = model.encoder.backbone.model.visual
+        tower.register_forward_hook(self._seen)
+        tower.patch_embed.register_forward_hook(self._embedded)
+
+    def _seen(self, tower: nn.Module, arguments: tuple[Tensor, ...], output: object) -> None:
+        self.forward += len(arguments[0])
+
+    def _embedded(self, layer: nn.Module, arguments: object, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(self._returned)
+
+    def _returned(self, gradient: Tensor) -> None:
+        self.backward += len(gradient)
+
+
+def patches(model: EmbeddingModule, data: list[Example]) -> int:
+    """Of all distinct images, by the Hugging Face processor."""
+    items = [each for row in data for each in (row.query, *row.positives, *row.negatives)]
+    images = {part.digest: part.value for each in items for part in each.parts if part.kind == "image"}
+    found = model.preprocessor.processor.image_processor(images=list(images.values()), return_tensors="pt")
+    return int(found["image_grid_thw"].prod(dim=1).sum())
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, None])
+@pytest.mark.parametrize(
+    ("options", "graph_bytes"),
+    [
+        pytest.param(FROZEN, 0.0, id="frozen"),
+        pytest.param(FROZEN, ALL, id="frozen, all graphs"),
+        pytest.param({}, ALL, id="trainable, all graphs"),
+    ],
+)
+def test_the_tower_sees_each_image_once(
+    checkpoint: Path, options: dict[str, Any], graph_bytes: float, chunk_size: int | None
+) -> None:
+    model = module(checkpoint, **options)
+    counts = Counts(model)
+    step_gradients(model, GradCache(model.encoder, graph_bytes), batch(model, rows(), chunk_size))
+    every = patches(model, rows())
+    assert counts.forward == every
+    assert counts.backward == (0 if options else every)
+
+
+def test_with_little_room_a_trainable_tower_sees_images_twice_and_goes_back_once(checkpoint: Path) -> None:
+    """But for the last chunk of images, whose graph is kept."""
     model = module(checkpoint)
-    for chunk_size in (size, None):
-        model.zero_grad()
-        data = batch(model, examples(), chunk_size)
-        grad_cache = GradCache(model.encoder)
-        model.loss(*gather_batch(grad_cache.embed(data), data)).backward()
+    counts = Counts(model)
+    data = batch(model, rows(), chunk_size=1)
+    step_gradients(model, GradCache(model.encoder, graph_bytes=1.0), data)
+    every = patches(model, rows())
+    assert len(data.images) > 1
+    assert counts.forward == 2 * every - int(data.images[-1]["grid_thw"].prod(dim=1).sum())
+    assert counts.backward == every
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3])
+def test_without_graphs_a_trainable_tower_sees_what_each_chunk_shows_twice(checkpoint: Path, chunk_size: int) -> None:
+    """But for the last chunk, whose graph is kept; then no features wait for the other chunks."""
+    model = module(checkpoint)
+    counts = Counts(model)
+    data = batch(model, rows(), chunk_size)
+    step_gradients(model, GradCache(model.encoder), data)
+    sizes = torch.cat([images["grid_thw"].prod(dim=1) for images in data.images])
+    shown = [int(sizes[chunk["images"][:, 1].unique()].sum()) for chunk in data.chunks]
+    assert counts.forward == 2 * sum(shown) - shown[-1]
+    assert counts.backward == sum(shown)
+
+
+@pytest.mark.parametrize("graph_bytes", [0.0, ALL])
+@pytest.mark.parametrize("options", [FROZEN, {}], ids=["frozen", "trainable"])
+def test_features_are_gone_after_the_step(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], graph_bytes: float
+) -> None:
+    """Else the next step would hold those of two batches, and measuring would hold those of one."""
+    model = module(checkpoint, **options)
+    encode_images, seen = model.encoder.backbone.encode_images, []
+
+    def watched(images: Inputs) -> Sequence[Tensor]:
+        features = encode_images(images)
+        seen.extend(StorageWeakRef(each.untyped_storage()) for each in features)
+        return features
+
+    monkeypatch.setattr(model.encoder.backbone, "encode_images", watched)
+    grad_cache = GradCache(model.encoder, graph_bytes)
+    step_gradients(model, grad_cache, batch(model, rows(), 3))
+    gc.collect()
+    assert seen
+    assert all(storage.expired() for storage in seen)
+
+
+# Features that are kept from step to step
+
+
+@pytest.fixture(params=["memory", "disk"])
+def cache(request: pytest.FixtureRequest, tmp_path: Path) -> FeatureCache:
+    return opened(InMemory(1.0)) if request.param == "memory" else on_disk(tmp_path / "features")
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, None])
+def test_kept_features_are_never_computed_again(checkpoint: Path, cache: FeatureCache, chunk_size: int | None) -> None:
+    model = module(checkpoint, **FROZEN)
+    counts = Counts(model)
+    data = batch(model, rows(), chunk_size)
+    without = step_gradients(model, GradCache(model.encoder), data)
+    counts.forward = 0
+    grad_cache = GradCache(model.encoder, features=cache, steps=1)
+    first = step_gradients(model, grad_cache, data)
+    assert counts.forward == patches(model, rows())
+    second = step_gradients(model, grad_cache, batch(model, rows()[::-1], chunk_size))
+    again = step_gradients(model, grad_cache, data)
+    assert counts.forward == patches(model, rows())
+    for embeddings, found in (first, again):
+        assert torch.equal(embeddings, without[0])
+        assert all(torch.equal(found[name], without[1][name]) for name in without[1])
+    assert relative_difference(second[1], without[1]) < EXACT
+    assert (cache.hits, cache.misses) == (2 * cache.misses, cache.misses)
+
+
+def test_only_new_images_are_seen(checkpoint: Path, cache: FeatureCache) -> None:
+    model = module(checkpoint, **FROZEN)
+    grad_cache = GradCache(model.encoder, features=cache, steps=1)
+    step_gradients(model, grad_cache, batch(model, examples(), 2))
+    expected = step_gradients(model, GradCache(model.encoder), batch(model, rows(), 2))
+    counts = Counts(model)
+    embeddings, found = step_gradients(model, grad_cache, batch(model, rows(), 2))
+    assert counts.forward == patches(model, rows()) - patches(model, examples())
+    # Images were seen in other company, which changes the order of sums.
+    torch.testing.assert_close(embeddings, expected[0], rtol=0, atol=1e-5)
+    assert relative_difference(found, expected[1]) < 1e-5
+
+
+def test_the_first_step_predicts_what_an_epoch_will_take(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token has several vectors: its own, and one for each DeepStack layer."""
+    model = module(checkpoint, **FROZEN)
+    cache, given = opened(InMemory(1.0)), []
+    monkeypatch.setattr(cache, "predict", lambda *numbers, announce: given.append(numbers))
+    grad_cache = GradCache(model.encoder, features=cache, steps=7)
+    data = batch(model, rows(), 2)
+    for _ in range(2):
+        step_gradients(model, grad_cache, data)
+    levels = 1 + len(model.encoder.backbone.model.visual.deepstack_visual_indexes)
+    floats = patches(model, rows()) // 4 * levels * 64
+    assert given == [(4 * floats / len(rows()), 7 * len(rows()))]
+
+
+def test_other_pixel_limits_make_other_keys(checkpoint: Path) -> None:
+    """Of an image that they resize; one that fits both is the same to the tower."""
+    large, small = picture(256, 192, 1), picture(64, 64, 2)
+    keys = []
+    for options in ({}, {"max_pixels": 128 * 128}, {"min_pixels": 96 * 96}):
+        model = encoder(checkpoint, **options)
+        prepared = model.backbone.preprocessor.prepare([item(large), item(small)])
+        (images,) = prepared.images(None)
+        keys.append(set(images["keys"].tolist()))
+    assert [len(both) for both in keys] == [2, 2, 2]
+    assert [len(keys[0] & other) for other in keys[1:]] == [1, 1]
+    assert not keys[1] & keys[2]
+
+
+@pytest.mark.parametrize(
+    "adapters",
+    [
+        pytest.param([], id="all"),
+        pytest.param([Freeze(["vision"])], id="merger"),
+        pytest.param([LoRA(LoraConfig(r=2, target_modules=["q_proj", "qkv"]))], id="LoRA"),
+    ],
+)
+def test_features_of_a_trained_tower_are_not_kept(checkpoint: Path, adapters: list[Adapter]) -> None:
+    model = module(checkpoint, adapters=adapters, features=InMemory(1.0))
+    with pytest.raises(ValueError, match=r"needs a frozen vision tower, but '\S*visual\.\S*' is trained"):
+        fit(model, [batch(model, examples())])
+
+
+def test_features_need_images_in_chunks_of_their_own(checkpoint: Path) -> None:
+    options = {"backbone": {"attn_implementation": "sdpa"}, "features": InMemory(1.0)}
+    model = module(checkpoint, **FROZEN, **options)
+    with pytest.raises(ValueError, match="features: Qwen3VL reads images together with their text"):
+        fit(model, [batch(model, examples())])
+
+
+def test_the_tower_rests_from_the_second_epoch_on(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a whole run, which learns what one without a cache does; LoRA in the language model leaves the tower alone."""
+    rows, runs = write_rows(tmp_path / "rows.jsonl"), []
+    for features in (None, InMemory(1.0)):
+        torch.manual_seed(0)
+        adapters = [LoRA(LoraConfig(r=2, target_modules=["q_proj"]))]
+        model = module(checkpoint, adapters=adapters, features=features)
+        counts, before = Counts(model), []
+        model.on_train_epoch_start = lambda before=before, counts=counts: before.append(counts.forward)
+        runs.append(Recorder())
+        data = RetrievalDataModule(str(rows), batch_size=3, chunk_size=2, num_workers=0)
+        trainer(max_epochs=3, callbacks=[runs[-1]], log_every_n_steps=1).fit(model, data)
+    assert runs[1].losses == pytest.approx(runs[0].losses, rel=EXACT)
+    assert before[0] == 0
+    assert before[1] == before[2] == counts.forward > 0
+    assert "Feature cache: about" in capsys.readouterr().out
+
+
+# Waiting
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what makes the host wait until the device has done all its work.
+
+    Made for a model on the "meta" device, where the numbers of a tensor do not exist: what asks for them (``item``,
+    ``tolist``, ``cpu``, ``nonzero``, ``unique``, a mask as an index) fails by itself. Left are copies to the device
+    that wait for themselves.
+    """
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        options = options or {}
+        given, results = self.places(arguments), function(*arguments, **options)
+        made_there = function is torch.ops.aten.lift_fresh.default and given == {"meta"}
+        copied = given == {"cpu"} and self.places(results) == {"meta"} and not options.get("non_blocking")
+        waiting = made_there or copied
+        assert not waiting, f"{function} copies to the device, and waits: pass non_blocking=True"
+        assert len(given) < 2, f"{function} on the device takes a tensor of the host's"
+        return results
+
+    @staticmethod
+    def places(values: Any) -> set[str]:
+        return {each.device.type for each in tree_leaves(values) if isinstance(each, Tensor) and each.ndim}
+
+
+@pytest.fixture
+def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autocast does not know the device."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: False)
+    monkeypatch.setattr(torch, "autocast", lambda *device, **options: contextlib.nullcontext())
+
+
+MODES = [
+    pytest.param(FROZEN, 0.0, id="frozen, no graphs"),
+    pytest.param(FROZEN, ALL, id="frozen, all graphs"),
+    pytest.param({}, 0.0, id="trainable, no graphs"),
+    pytest.param({}, 1.0, id="trainable, little room"),
+    pytest.param({}, ALL, id="trainable, all graphs"),
+]
+
+
+@pytest.mark.usefixtures("on_meta")
+@pytest.mark.parametrize(("options", "graph_bytes"), MODES)
+def test_a_step_never_waits_for_the_device(checkpoint: Path, options: dict[str, Any], graph_bytes: float) -> None:
+    """Through the encoder, the loss, and back."""
+    model = module(checkpoint, Matryoshka(InfoNCE(0.05), [64, 16]), **options)
+    data = batch(model, [*rows(), Example(mixed_items()[0], (mixed_items()[4],))], 3)
+    queries, documents, relevance = on_device(data, "meta")
+    model.to("meta")
+    grad_cache = GradCache(model.encoder, graph_bytes)
+    with NoWaiting():
+        embeddings = grad_cache.embed(data)
+        model.loss(embeddings[queries], embeddings[documents], relevance).backward()
         grad_cache.backward()
-        found[chunk_size] = gradients(model)
-    assert relative_difference(found[size], found[None]) < EXACT
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert all(parameter.grad is not None for parameter in trained)
+
+
+@pytest.mark.usefixtures("on_meta")
+def test_joining_a_batch_never_waits_for_the_device(checkpoint: Path) -> None:
+    """All that it needs to know is on the host."""
+    data = batch(module(checkpoint), rows(), 3)
+    count = sum(len(chunk["input_ids"]) for chunk in data.chunks)
+    embeddings = torch.randn(count, 64, device="meta", requires_grad=True)
+    with NoWaiting():
+        queries, documents, _ = gather_batch(embeddings, data)
+    assert (len(queries), len(documents)) == (len(data.queries), len(data.documents))
+
+
+@pytest.mark.usefixtures("on_meta")
+def test_watching_never_waits_for_the_device() -> None:
+    """But once in a hundred steps; see `test_guards` for what a step asks."""
+    scores, mask = (torch.zeros(4, 5, device="meta", dtype=dtype) for dtype in (torch.float32, torch.bool))
+    embeddings = torch.zeros(4, 8, device="meta")
+    fitting: Any = SimpleNamespace(
+        trainer=SimpleNamespace(precision_plugin=SimpleNamespace(train_step_context=contextlib.nullcontext))
+    )
+    for watched, loss, given in (
+        (CollapseMonitor.of_embeddings(), InfoNCE(), (embeddings, embeddings, torch.eye(4, dtype=torch.int8))),
+        (CollapseMonitor.of_scores(), BinaryCrossEntropy(), (scores, scores, mask)),
+    ):
+        with NoWaiting():
+            watched.note(0, given, embeddings.sum())
+            watched.check(fitting, loss)
+        assert len(watched._looks) == 1
+
+
+def on_device(data: Batch, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of queries and documents there, and on the host who answers whom."""
+    relevance = torch.zeros(len(data.queries), len(data.documents), dtype=torch.int8)
+    places = [{int(key): row for row, key in enumerate(ids)} for ids in (data.query_ids, data.document_ids)]
+    for (query, document), label in zip(data.pairs.tolist(), data.labels.tolist(), strict=True):
+        relevance[places[0][query], places[1][document]] = label
+    return data.queries.to(device), data.documents.to(device), relevance
+
+
+QUESTIONS = {
+    "item": lambda states: states.sum().item(),
+    "tolist": lambda states: states[0].tolist(),
+    "cpu": lambda states: states.cpu(),
+    "bool": lambda states: bool((states > 0).all()),
+    "nonzero": lambda states: states.nonzero(),
+    "mask": lambda states: states[states > 0],
+    "unique": lambda states: states.unique(),
+    "new tensor": lambda states: torch.tensor([1.0, 2.0], device=states.device),
+    "copy": lambda states: torch.ones(3).to(states.device),
+    "index": lambda states: states[torch.tensor([0])],
+}
+
+
+@pytest.mark.usefixtures("on_meta")
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_waiting_would_be_noticed(name: str) -> None:
+    """Planted one by one."""
+    states = nn.Linear(4, 4, device="meta")(torch.ones(2, 4, device="meta"))
+    waits = pytest.raises((RuntimeError, NotImplementedError, AssertionError))
+    with waits, NoWaiting():
+        QUESTIONS[name](states)
+    with NoWaiting():
+        torch.ones(3).to(states.device, non_blocking=True) + states[:, :3]
+
+
+@pytest.fixture
+def _no_waiting_on_a_gpu() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("size", [1, 3])
-def test_dropout_on_a_gpu(size: int) -> None:
-    chunks = [{"numbers": chunk["numbers"].cuda()} for chunk in toy_chunks(size)]
-    torch.manual_seed(7)
-    expected = unchunked(Toy(0.5).cuda(), chunks)
-    torch.manual_seed(7)
-    assert relative_difference(step(Toy(0.5).cuda(), chunks), expected) < EXACT
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("options", "graph_bytes"), MODES)
+def test_a_step_never_waits_for_a_gpu(
+    checkpoint: Path, options: dict[str, Any], graph_bytes: float, precision: str, request: pytest.FixtureRequest
+) -> None:
+    loss = Matryoshka(InfoNCE(0.05), [64, 16])
+    model = module(checkpoint, loss, backbone={"dtype": precision}, **options).cuda()
+    data = batch(model, rows(), 3).pin_memory()
+    queries, documents, relevance = on_device(data, "cuda")
+    relevance = relevance.pin_memory()
+    grad_cache = GradCache(model.encoder, graph_bytes)
+    step_gradients(model, grad_cache, data)  # What is set up once may wait.
+    request.getfixturevalue("_no_waiting_on_a_gpu")
+    embeddings = grad_cache.embed(data)
+    model.loss(embeddings[queries], embeddings[documents], relevance).backward()
+    grad_cache.backward()

@@ -1,5 +1,8 @@
+"""Which parameters learn, at which rate, on which schedule, over how many steps; and what the loss does not reach."""
+
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,16 +11,21 @@ import pytest
 import torch
 from building import batch, examples, fit, module, texts, trainer
 from lightning import LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import LambdaCallback
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR, PolynomialLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader
+from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from vlmembed.adapters import Freeze, LoRA
 from vlmembed.losses import InfoNCE
-from vlmembed.modules import EmbeddingModule
+from vlmembed.modules import Constant, CosineDecay, EmbeddingModule, LinearDecay
 from vlmembed.modules.optimization import parameter_groups, total_steps
 from vlmembed.pooling import Mean
+
+SCHEDULES = [LinearDecay, CosineDecay, Constant]
 
 # Parameter groups
 
@@ -32,20 +40,19 @@ def groups_of(model: EmbeddingModule, learning_rates: dict[str, float]) -> list[
     return [(group.get("lr"), {names[id(parameter)] for parameter in group["params"]}) for group in groups]
 
 
-def test_one_rate_is_one_group(checkpoint: Path) -> None:
-    ((rate, names),) = groups_of(module(checkpoint, InfoNCE(learnable_temperature=True)), {})
-    assert rate is None
-    assert "loss.log_scale" in names
-
-
 def test_rates_of_named_groups(checkpoint: Path) -> None:
     model = module(checkpoint, InfoNCE(learnable_temperature=True))
+    ((rate, names),) = groups_of(model, {})
+    assert rate is None
+    assert "loss.log_scale" in names
     rest, vision, merger, language = groups_of(model, {"vision": 1e-5, "merger": 1e-4, "language": 1e-3})
-    names = [name for name, _ in model.named_parameters()]
     assert rest == (None, {"loss.log_scale"})
     assert merger == (1e-4, {name for name in names if "merger" in name})
     assert vision == (1e-5, {name for name in names if "visual" in name and "merger" not in name})
     assert language == (1e-3, {name for name in names if "language_model" in name})
+    # Groups that cover everything leave no empty one.
+    without = groups_of(module(checkpoint), {"vision": 1.0, "merger": 2.0, "language": 3.0})
+    assert [rate for rate, _ in without] == [1.0, 2.0, 3.0]
 
 
 def test_first_matching_pattern_decides(checkpoint: Path) -> None:
@@ -55,11 +62,6 @@ def test_first_matching_pattern_decides(checkpoint: Path) -> None:
     assert second_layer == (2.0, expected)
     assert language[1] & expected == set()
     assert all("visual" in name for name in rest[1])
-
-
-def test_groups_that_cover_everything_leave_no_empty_one(checkpoint: Path) -> None:
-    groups = groups_of(module(checkpoint), {"vision": 1.0, "merger": 2.0, "language": 3.0})
-    assert [rate for rate, _ in groups] == [1.0, 2.0, 3.0]
 
 
 def test_rates_with_adapters(checkpoint: Path) -> None:
@@ -83,7 +85,9 @@ def test_rates_reach_the_optimizer(checkpoint: Path) -> None:
         ({}, ["vision", "merger", "language"], "Nothing is trainable"),
     ],
 )
-def test_refused(checkpoint: Path, learning_rates: dict[str, float], frozen: list[str], message: str) -> None:
+def test_rates_of_nothing_are_refused(
+    checkpoint: Path, learning_rates: dict[str, float], frozen: list[str], message: str
+) -> None:
     model = module(checkpoint, adapters=[Freeze(frozen)] if frozen else [])
     with pytest.raises(ValueError, match=message):
         parameter_groups(model, model.encoder.backbone, learning_rates)
@@ -163,6 +167,112 @@ def test_steps_are_enough_where_epochs_have_no_known_length() -> None:
     assert model.expected_steps == lightning.global_step == 16
 
 
+# Schedules
+
+
+def rates(schedule: Any, total: int, **options: Any) -> list[float]:
+    """The learning rate of each step, the optimizer's own being 1."""
+    optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler: LRScheduler = schedule(optimizer, total, **options)
+    found = []
+    for _ in range(total):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "expected"),
+    [
+        (LinearDecay, 0.3, [1 / 3, 2 / 3, 1, 1, 6 / 7, 5 / 7, 4 / 7, 3 / 7, 2 / 7, 1 / 7]),
+        (CosineDecay, 0.2, [1 / 2, 1, *((1 + math.cos(math.pi * step / 8)) / 2 for step in range(8))]),
+        (Constant, 0.5, [1 / 5, 2 / 5, 3 / 5, 4 / 5, 1, 1, 1, 1, 1, 1]),
+    ],
+)
+def test_schedules_by_hand(schedule: Any, warmup: float, expected: list[float]) -> None:
+    assert rates(schedule, 10, warmup=warmup) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("warmup", [0, 3, 5, 20])
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [(LinearDecay, get_linear_schedule_with_warmup), (CosineDecay, get_cosine_schedule_with_warmup)],
+)
+def test_decays_are_those_of_transformers_one_step_ahead_in_the_warmup(ours: Any, theirs: Any, warmup: int) -> None:
+    """Theirs spends its first step at a rate of zero."""
+    expected = rates(lambda optimizer, total: theirs(optimizer, warmup, total), 20)
+    assert rates(ours, 20, warmup=warmup / 20)[warmup:] == pytest.approx(expected[warmup:], abs=1e-12)
+    assert rates(ours, 20, warmup=warmup / 20)[:warmup] == pytest.approx([*expected[1:warmup], 1.0][:warmup])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_warmup_is_a_share_and_no_step_is_wasted(schedule: Any) -> None:
+    for warmup in (0.0, 0.01, 0.5, 1.0):
+        assert all(0 < rate <= 1 for rate in rates(schedule, 10, warmup=warmup))
+    for warmup in (-0.1, 1.5, 100):
+        with pytest.raises(ValueError, match=f"between 0 and 1; got {warmup}"):
+            rates(schedule, 10, warmup=warmup)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_resumed_run_continues_where_it_was_and_takes_its_own_length(schedule: Any, tmp_path: Path) -> None:
+    """What a checkpoint keeps is how many steps were taken; a run that is resumed to be longer decays later."""
+    optimizers = [SGD([nn.Parameter(torch.zeros(1))], lr=1.0) for _ in range(2)]
+    short, longer = schedule(optimizers[0], 10, warmup=0.2), schedule(optimizers[1], 20, warmup=0.2)
+    for _ in range(7):
+        optimizers[0].step()
+        short.step()
+    torch.save(short.state_dict(), tmp_path / "schedule.pt")
+    longer.load_state_dict(torch.load(tmp_path / "schedule.pt", weights_only=True))
+    optimizers[1].step()
+    longer.step()
+    assert optimizers[1].param_groups[0]["lr"] == pytest.approx(rates(schedule, 20, warmup=0.2)[8])
+
+
+def test_the_first_step_trains_at_the_schedule_rate(checkpoint: Path) -> None:
+    """The rate of a fit's first step is what it moved, over the gradient."""
+    schedule = partial(LinearDecay, warmup=0.5)
+    model = module(checkpoint, optimizer=partial(SGD, lr=0.1), lr_scheduler=schedule)
+    run = fit(model, [batch(model, examples(4))], max_epochs=-1, max_steps=8)
+    name = "encoder.backbone.model.language_model.embed_tokens.weight"
+    moved, gradient = run.update(1)[name], run.gradients[0][name].double()
+    # Weights are float32: what they moved by is rounded.
+    torch.testing.assert_close(moved, -0.1 / 4 * gradient, rtol=0, atol=1e-7)
+    assert gradient.abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps"),
+    [
+        (partial(OneCycleLR, max_lr=0.5), "total_steps"),
+        (partial(PolynomialLR, total_iters=3), None),
+        (partial(CosineAnnealingLR, T_max=5), None),
+        (CosineAnnealingLR, "T_max"),
+        (partial(CosineDecay, warmup=0.5), "total"),
+    ],
+)
+def test_any_schedule_gets_the_steps_where_a_parameter_means_them(checkpoint: Path, schedule: Any, steps: Any) -> None:
+    model = module(checkpoint, optimizer=partial(SGD, lr=0.1), lr_scheduler=schedule)
+    seen: list[Any] = []
+    record = LambdaCallback(on_train_start=lambda run, _: seen.append(run.lr_scheduler_configs[0].scheduler))
+    trainer(max_epochs=-1, max_steps=8, callbacks=[record]).fit(
+        model, DataLoader([batch(model, examples(4))] * 8, batch_size=None)
+    )
+    if steps in ("total_steps", "T_max"):
+        assert getattr(seen[0], steps) == 8
+    if isinstance(seen[0], OneCycleLR):
+        assert max(group["max_lr"] for group in seen[0].optimizer.param_groups) == 0.5
+    if isinstance(seen[0], CosineAnnealingLR) and steps is None:
+        assert seen[0].T_max == 5
+
+
+def test_a_schedule_that_goes_by_a_metric_is_refused(checkpoint: Path) -> None:
+    model = module(checkpoint, lr_scheduler=ReduceLROnPlateau)
+    with pytest.raises(ValueError, match="ReduceLROnPlateau goes by a metric"):
+        fit(model, [batch(model, examples(4))], max_epochs=-1, max_steps=8)
+
+
 # What the loss does not reach
 
 
@@ -173,16 +283,12 @@ class MeanWithUnused(Mean):
         self.unused = nn.Parameter(torch.zeros(hidden_size))
 
 
-def test_a_weight_the_loss_does_not_reach_stops_the_run(checkpoint: Path) -> None:
+@pytest.mark.parametrize("rows", [examples(4), texts(4)], ids=["images", "texts alone"])
+def test_a_weight_the_loss_does_not_reach_stops_the_run(checkpoint: Path, rows: list[Any]) -> None:
+    """Texts alone do not blame the vision tower."""
     model = module(checkpoint, pooling=MeanWithUnused(), optimizer=partial(SGD, lr=0.01))
     with pytest.raises(RuntimeError, match=r"^1 trainable parameters .*encoder\.pooling\.unused"):
-        fit(model, [batch(model, examples(4), 3)])
-
-
-def test_texts_alone_do_not_blame_the_vision_tower(checkpoint: Path) -> None:
-    model = module(checkpoint, pooling=MeanWithUnused(), optimizer=partial(SGD, lr=0.01))
-    with pytest.raises(RuntimeError, match=r"^1 trainable parameters .*encoder\.pooling\.unused"):
-        fit(model, [batch(model, texts(4), 3)])
+        fit(model, [batch(model, rows, 3)])
 
 
 def test_the_vision_tower_is_checked_when_the_first_picture_comes(checkpoint: Path) -> None:

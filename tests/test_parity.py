@@ -33,7 +33,6 @@ from vlmembed.gradcache import CachedForward
 from vlmembed.losses import InfoNCE, Loss, Matryoshka
 from vlmembed.modules import EmbeddingModule, ParityCheck, embedding
 from vlmembed.pooling import LastToken, Pooling
-from vlmembed.training.parity import defined_loss
 from vlmembed.types import Batch, Example
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "qkv"]}
@@ -313,20 +312,6 @@ def test_errors_between_processes_are_caught(checkpoint: Path, plant: Any, advic
     (first,), (second,) = ddp.run(check_here, checkpoint, plant, "LoRA")
     assert advice in first
     assert advice in second
-
-
-# What it compares with
-
-
-def same_value_and_gradients(loss: Loss, expected: Callable[..., Tensor]) -> None:
-    *vectors, relevance = graded_batch()
-    ours, theirs = ([each.clone().requires_grad_() for each in vectors] for _ in range(2))
-    value, reference = defined_loss(loss, *ours, relevance), expected(*theirs, relevance)
-    torch.testing.assert_close(value, reference, rtol=1e-9, atol=0)
-    value.backward()
-    reference.backward()
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one.grad, other.grad, **CLOSE)
 
 
 # What it leaves behind

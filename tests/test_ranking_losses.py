@@ -15,7 +15,7 @@ import ddp
 import pytest
 import torch
 import torch.distributed as dist
-from building import Recorder, batch, item, module, picture, trainer
+from building import Recorder, batch, collated, item, module, picture, trainer
 from lightning.pytorch.strategies import DDPStrategy
 from scenarios import OPTIMIZER, Scenario, check_trained_as_one
 from sentence_transformers.cross_encoder import CrossEncoder
@@ -27,7 +27,7 @@ from test_losses import CLOSE, columns, compare, shuffled
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vlmembed.data import Collator
+from vlmembed.data import ItemCollator
 from vlmembed.losses import (
     BinaryCrossEntropy,
     InfoNCE,
@@ -459,7 +459,7 @@ ROWS = [scored(number, 1 + number % 3) for number in range(5)]
 
 def test_a_batch_carries_the_scores_of_its_pairs() -> None:
     rows = [scored(number) for number in (0, 2, 4)]
-    data = Collator(Letters(), 2, wants_scores=True)(rows)
+    data = collated(ItemCollator(Letters(), teacher_scores=True), rows, 2)
     assert data.scores is not None
     assert data.scores.shape == data.labels.shape
     *_, relevance, scores = gather_batch(torch.zeros(len(data.queries) + len(data.documents), 3), data)
@@ -471,14 +471,14 @@ def test_a_batch_carries_the_scores_of_its_pairs() -> None:
             expected[query_ids.index(row.query.id), document_ids.index(document.id)] = score
     torch.testing.assert_close(scores, expected, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(scores.isnan(), relevance == 0)
-    assert Collator(Letters())([Example(rows[0].query, rows[0].positives)]).scores is None
+    assert ItemCollator(Letters())([Example(rows[0].query, rows[0].positives)]).scores is None
 
 
 def test_of_two_scores_for_a_pair_the_higher_counts() -> None:
     row = scored(0)
     other = Example(row.query, row.positives, row.negatives, scores=(9.0, -9.0, -9.0))
     for rows in ([row, other], [other, row]):
-        scores = Collator(Letters(), wants_scores=True)(rows).scores
+        scores = ItemCollator(Letters(), teacher_scores=True)(rows).scores
         assert scores is not None
         assert sorted(scores.tolist()) == pytest.approx([-4 / 3, -1.0, 9.0])
 
@@ -492,7 +492,7 @@ def test_rows_that_do_not_fit_the_loss_are_refused() -> None:
         (Example(query, positive, scores=(1.0,)), True, "the row has one"),
     ):
         with pytest.raises(ValueError, match=f"rows.jsonl, row 3.*{message}"):
-            Collator(Letters(), wants_scores=wants_scores)([example])
+            ItemCollator(Letters(), teacher_scores=wants_scores)([example])
 
 
 # Training

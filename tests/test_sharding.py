@@ -35,7 +35,6 @@ from scenarios import (
 )
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
-from vlmembed.sharding import refuse_strategy
 
 from vlmembed.adapters import Freeze, LoRA
 from vlmembed.backbones import Qwen3VL
@@ -46,6 +45,7 @@ from vlmembed.losses import InfoNCE
 from vlmembed.modules import EmbeddingModule
 from vlmembed.pooling import LastToken
 from vlmembed.trainer import Trainer
+from vlmembed.training.sharding import refuse_strategy
 
 
 def strategy(**options: Any) -> ModelParallelStrategy:

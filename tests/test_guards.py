@@ -1,34 +1,45 @@
-"""Steps that are not finite, and weights that are not."""
+"""Steps that are not finite, weights that are not, and warnings of outputs that are all alike or a loss at chance."""
 
 from __future__ import annotations
 
 import csv
+import json
 import math
+import warnings
+from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import ddp
+import lightning
 import pytest
 import torch
 import torch.distributed as dist
-from building import Recorder, lists, module, ranker, ranking_batch, trainer, write_rows
+from building import Recorder, batch, examples, lists, module, ranker, ranking_batch, trainer, write_rows
 from lightning import LightningModule
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from planted import Plant, batches, named, run, same, skipped, weight
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 from torch.optim import SGD, Adafactor, AdamW
 from torch.utils.data import DataLoader
 
 from vlmembed.backbones import Qwen3VL
 from vlmembed.data import RetrievalDataModule
-from vlmembed.losses import InfoNCE
-from vlmembed.modules import EmbeddingModule
+from vlmembed.losses import BinaryCrossEntropy, InfoNCE, Matryoshka, RankingLoss, ScoreDistillation, SoftmaxCrossEntropy
+from vlmembed.modules import CosineDecay, EmbeddingModule, RetrievalModule
 from vlmembed.pooling import LastToken
-from vlmembed.training.guards import CollapseMonitor
+from vlmembed.training import guards
+from vlmembed.training.guards import CollapseMonitor, embedding_likeness, score_likeness
+from vlmembed.types import Batch
+
+ROWS = 3
+
 
 OPTIMIZERS = {
     "AdamW": partial(AdamW, lr=1e-3, weight_decay=0.1),
@@ -37,6 +48,71 @@ OPTIMIZERS = {
     "SGD with momentum": partial(SGD, lr=1e-3, momentum=0.9, weight_decay=0.1),
     "Adafactor": partial(Adafactor, lr=1e-3, weight_decay=0.1),
 }
+
+
+class Plant(Callback):
+    """Breaks the batches of some numbers.
+
+    Args:
+        batches: Their numbers in the epoch.
+        what: The embeddings, and with them all; the value of the loss alone; or the gradient of one weight alone.
+        rank: In which process.
+    """
+
+    def __init__(
+        self, batches: Collection[int], what: Literal["embeddings", "loss", "gradient"] = "embeddings", rank: int = 0
+    ) -> None:
+        self.batches, self.what, self.rank = batches, what, rank
+        self.factor = 1.0
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        if trainer.global_rank != self.rank:
+            return
+        if self.what == "embeddings":
+            pl_module.encoder.register_forward_hook(lambda *given: self.factor * given[-1])
+        elif self.what == "loss":
+            pl_module.loss.register_forward_hook(lambda *given: given[-1] + (self.factor - 1))
+        else:
+            weight(pl_module).register_hook(lambda gradient: self.factor * gradient)
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: Any, data: Any, batch_idx: int) -> None:
+        self.factor = math.nan if batch_idx in self.batches else 1.0
+
+
+def weight(model: RetrievalModule) -> Tensor:
+    return model.encoder.backbone.model.language_model.norm.weight
+
+
+def batches(model: EmbeddingModule, count: int, rank: int = 0) -> list[Batch]:
+    """Batches of a few rows, which say where these come from."""
+    rows = examples(ROWS * count)
+    starts = [ROWS * number for number in range(count)]
+    return [
+        replace(batch(model, rows[start : start + ROWS], 2), origins=named(range(start, start + ROWS), rank))
+        for start in starts
+    ]
+
+
+def named(rows: Collection[int], rank: int = 0) -> tuple[str, ...]:
+    return tuple(f"part {rank}, row {row}" for row in rows)
+
+
+def run(model: RetrievalModule, data: list[Any], *callbacks: Callback, **options: Any) -> Recorder:
+    """Train on each batch once."""
+    recorder = Recorder()
+    fitted = trainer(callbacks=[*callbacks, recorder], log_every_n_steps=1, **options)
+    fitted.fit(model, DataLoader(data, batch_size=None))
+    return recorder
+
+
+def skipped(folder: Path) -> list[dict[str, Any]]:
+    """What the run's folder says."""
+    path = folder / "non_finite.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def csv_logger(folder: Path) -> CSVLogger:
@@ -50,7 +126,7 @@ class Last(Callback):
         self.state = trainer.optimizers[0].state_dict()["state"]
 
 
-# One step
+# Steps that are not finite
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -154,9 +230,6 @@ def test_guards_change_no_bit(checkpoint: Path, monkeypatch: pytest.MonkeyPatch)
     assert same(one.weights[-1], other.weights[-1])
 
 
-# Too many
-
-
 def test_too_many_in_a_row_stop_the_run(checkpoint: Path, tmp_path: Path) -> None:
     model = module(checkpoint, max_skipped_steps=2)
     data = batches(model, 7)
@@ -195,9 +268,6 @@ def test_a_resumed_run_counts_on(checkpoint: Path, tmp_path: Path) -> None:
         go_on({3}, tmp_path / "step=3.ckpt")
 
 
-# Several processes
-
-
 def train_together(checkpoint: Path, folder: Path) -> dict[str, tuple[Recorder, int]]:
     """Break batches of the second process alone."""
     rank, found = dist.get_rank(), {}
@@ -228,7 +298,7 @@ def test_all_processes_skip_what_is_broken_in_one(checkpoint: Path, tmp_path: Pa
         assert line["batches"][0]["rows"] == [*named(range(3, 6)), *named(range(9, 12), rank=1)]
 
 
-# Weights
+# Weights that are not finite
 
 
 class Breaks(Callback):
@@ -278,9 +348,6 @@ def test_broken_weights_are_not_measured(checkpoint: Path, tmp_path: Path) -> No
         trainer().validate(model, data)
 
 
-# Half precision
-
-
 def test_a_scaler_looks_for_its_scale_undisturbed(checkpoint: Path, tmp_path: Path) -> None:
     """Gradients overflow until it has found one; a loss that is not finite has nothing to do with it."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
@@ -293,3 +360,211 @@ def test_a_scaler_looks_for_its_scale_undisturbed(checkpoint: Path, tmp_path: Pa
     assert not skipped(tmp_path / "run")
     with pytest.raises(RuntimeError, match="1 optimizer steps in a row"):
         run(model, data, Plant({2}), plugins=[plugin], logger=csv_logger(tmp_path))
+
+
+# Outputs that are all alike, and a loss at chance
+
+
+def test_likeness_is_the_mean_cosine_of_two_embeddings() -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries, documents = torch.randn(3, 8, generator=generator) + 1, 5 * torch.randn(4, 8, generator=generator)
+    everything = [*queries, *documents]
+    cosines = [
+        cosine_similarity(one, other, dim=0) for place, one in enumerate(everything) for other in everything[:place]
+    ]
+    expected = torch.stack(cosines).mean()
+    torch.testing.assert_close(embedding_likeness(queries, documents, torch.zeros(3, 4))[0], expected)
+    same = torch.ones(3, 8).bfloat16()
+    torch.testing.assert_close(embedding_likeness(same, 2 * same)[0], torch.tensor(1.0))
+
+
+def test_likeness_of_scores_does_not_look_at_places_without_candidate() -> None:
+    scores = torch.tensor([[30.0, 33.0], [36.0, math.nan]])
+    mask = torch.tensor([[True, True], [True, False]])
+    # Their mean is 33, and their standard deviation the square root of 6.
+    torch.testing.assert_close(score_likeness(scores, scores, mask)[0], torch.tensor(1 - math.sqrt(6) / 33))
+    torch.testing.assert_close(score_likeness(scores / 100, scores, mask)[0], torch.tensor(1 - math.sqrt(6) / 100))
+
+
+#: Two queries with one right answer of three documents each.
+RELEVANCE = torch.tensor([[1, 0, -1], [0, 1, 0]], dtype=torch.int8)
+
+
+@pytest.mark.parametrize(
+    ("loss", "scores", "expected"),
+    [
+        (InfoNCE(0.05), None, math.log(3)),
+        (InfoNCE(0.05, learnable_temperature=True), None, math.log(3)),
+        (Matryoshka(InfoNCE(0.02), [8, 4], [1.0, 0.5]), None, 1.5 * math.log(3)),
+        # The teacher prefers one of two by log 3, so it gives them shares of 3/4 and 1/4.
+        (
+            ScoreDistillation(),
+            torch.tensor([[math.log(3), math.nan, 0.0], [0.0, 0.0, math.nan]]),
+            (0.75 * math.log(1.5) + 0.25 * math.log(0.5)) / 2,
+        ),
+    ],
+    ids=["InfoNCE", "learnable temperature", "Matryoshka", "distillation"],
+)
+def test_chance_is_the_loss_of_equal_embeddings(loss: nn.Module, scores: Tensor | None, expected: float) -> None:
+    teacher = () if scores is None else (scores,)
+    given = (torch.randn(2, 8), torch.randn(3, 8), RELEVANCE, *teacher)
+    with torch.no_grad():
+        assert float(loss(*embedding_likeness(*given)[1])) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        (SoftmaxCrossEntropy(), math.log(4)),
+        # A score whose sigmoid is the share of right answers is the best that knows nothing else.
+        (BinaryCrossEntropy(), -0.25 * math.log(0.25) - 0.75 * math.log(0.75)),
+    ],
+)
+def test_chance_is_the_loss_of_equal_scores(loss: RankingLoss, expected: float) -> None:
+    scores = math.log(1 / 3) + torch.tensor([[0.5, -0.5, 0.2, -0.2], [-0.7, 0.7, 0.0, 0.0]])
+    targets = torch.tensor([[0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]])
+    given = score_likeness(scores, targets, torch.ones(2, 4, dtype=torch.bool))[1]
+    assert float(loss(*given)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.fixture
+def _often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Judge every two steps."""
+    monkeypatch.setattr(guards, "EVERY", 1)
+    monkeypatch.setattr(guards, "LOOKS", 2)
+
+
+def said(model: RetrievalModule, data: list[Any], epochs: int | None = 1, **options: Any) -> list[str]:
+    """Train, and return what was warned of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(max_epochs=epochs, **options).fit(model, DataLoader(data, batch_size=None))
+    return [str(each.message) for each in caught if "Likely causes" in str(each.message)]
+
+
+def flatten(model: RetrievalModule, spread: float) -> None:
+    """Have the encoder say about the same of everything."""
+    model.encoder.register_forward_hook(lambda *given: 1 + spread * given[-1])
+
+
+@pytest.mark.usefixtures("_often")
+def test_collapse_is_said_once(checkpoint: Path) -> None:
+    model = module(checkpoint, InfoNCE(1.0))
+    flatten(model, 1e-4)
+    found = said(model, batches(model, 3), epochs=4)
+    assert len(found) == 2
+    assert "collapsed" in found[0]
+    assert "was 1.0000 of 1" in found[0]
+    assert "The loss is at chance" in found[1]
+    assert "(0.001 now)" in found[1]
+
+
+@pytest.mark.usefixtures("_often")
+def test_a_loss_with_nothing_to_learn_from_is_said_at_once(checkpoint: Path) -> None:
+    """One row in a batch, and rows whose documents are all the same: even while the learning rate rises."""
+    rows = examples(3)[:2]
+    same = [replace(row, positives=rows[0].positives[:1], negatives=()) for row in rows]
+    for batch_rows in (same[:1], same):
+        model = module(checkpoint, lr_scheduler=lambda optimizer: CosineDecay(optimizer, 12, warmup=0.9))
+        with pytest.warns(UserWarning, match=r"The loss was exactly 0 over the last 2 steps.*no query has a negative"):
+            trainer(max_epochs=None, max_steps=2).fit(
+                model, DataLoader([batch(model, batch_rows)] * 2, batch_size=None)
+            )
+
+
+@pytest.mark.usefixtures("_often")
+def test_a_healthy_run_is_not_warned(checkpoint: Path) -> None:
+    model = module(checkpoint, InfoNCE(0.05), optimizer=partial(AdamW, lr=3e-3))
+    assert not said(model, batches(model, 3), epochs=4)
+    other = ranker(checkpoint, SoftmaxCrossEntropy(), optimizer=partial(AdamW, lr=3e-3))
+    assert not said(other, [ranking_batch(other, lists(4), 3)] * 3, epochs=4)
+
+
+@pytest.mark.usefixtures("_often")
+def test_nothing_is_judged_while_the_rate_rises(checkpoint: Path) -> None:
+    model = module(checkpoint, InfoNCE(1.0), lr_scheduler=lambda optimizer: CosineDecay(optimizer, 12, warmup=0.9))
+    flatten(model, 1e-4)
+    assert not said(model, batches(model, 3), epochs=None, max_steps=9)
+
+
+@pytest.mark.usefixtures("_often")
+def test_scores_that_are_all_alike_are_named(checkpoint: Path) -> None:
+    model = ranker(checkpoint, BinaryCrossEntropy())
+    flatten(model, 1e-4)
+    found = said(model, [ranking_batch(model, lists(4), 3)] * 6)
+    assert ["collapsed" in sentence for sentence in found] == [True, False]
+    assert "Scores have collapsed" in found[0]
+
+
+@pytest.mark.usefixtures("_often")
+def test_it_is_said_again_after_it_was_better() -> None:
+    watched, said = CollapseMonitor.of_embeddings(), []
+    fitting: Any = SimpleNamespace(
+        trainer=SimpleNamespace(
+            optimizers=[SimpleNamespace(param_groups=[{"lr": 0.0}])],
+            precision_plugin=SimpleNamespace(train_step_context=lambda: warnings.catch_warnings()),
+        )
+    )
+    far, near = torch.eye(4), torch.ones(4, 4)
+    for step, documents in enumerate([near, near, near, near, far, far, near, near]):
+        queries = documents[:2]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            watched.note(step, (queries, documents, torch.eye(2, 4, dtype=torch.int8)), torch.tensor(0.1))
+            watched.check(fitting, InfoNCE())
+        said.append(len(caught))
+    assert said == [0, 1, 0, 0, 0, 0, 0, 1]
+
+
+class Queue(InfoNCE):
+    """Remembers how often it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__(1.0)
+        self.register_buffer("asked", torch.tensor(0))
+
+    def forward(self, *given: Tensor) -> Tensor:
+        self.asked += 1
+        return super().forward(*given)
+
+
+@pytest.mark.usefixtures("_often")
+def test_a_loss_that_remembers_is_not_asked_for_chance(checkpoint: Path) -> None:
+    model = module(checkpoint, Queue())
+    flatten(model, 1e-4)
+    (sentence,) = said(model, batches(model, 3), epochs=2)
+    assert "collapsed" in sentence
+    assert int(model.loss.asked) == 6
+
+
+class Dice(InfoNCE):
+    """Draws a number whenever it is asked."""
+
+    def forward(self, *given: Tensor) -> Tensor:
+        return super().forward(*given) + 0 * torch.rand(())
+
+
+@pytest.mark.usefixtures("_often")
+def test_looking_draws_no_random_number(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = []
+    for every in (1, 1000):
+        monkeypatch.setattr(guards, "EVERY", every)
+        torch.manual_seed(0)
+        model = module(checkpoint, Dice())
+        said(model, batches(model, 3))
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
+def collapse_together(checkpoint: Path) -> list[str]:
+    guards.EVERY, guards.LOOKS = 1, 2
+    model = module(checkpoint, InfoNCE(1.0))
+    flatten(model, 1e-4)
+    data = batches(model, 3)[torch.distributed.get_rank() :]
+    return said(model, data[:2] * 2, devices=2, strategy=DDPStrategy(process_group_backend="gloo"))
+
+
+def test_one_process_speaks_for_all(checkpoint: Path) -> None:
+    first, second = ddp.run(collapse_together, checkpoint)
+    assert len(first) == 2
+    assert not second

@@ -1,0 +1,457 @@
+"""What runs leave on disk: checkpoints, without what is frozen; folders and logs; configurations that have changed."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import pickle
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from building import module, trainer, write_rows
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from vlmembed.ablation.probe import Probe
+from vlmembed.adapters import Freeze, LoRA
+from vlmembed.backbones import tiny
+from vlmembed.data import RetrievalDataModule
+from vlmembed.files import HOST
+from vlmembed.losses import InfoNCE
+from vlmembed.modules import EmbeddingModule
+from vlmembed.trainer import Trainer
+from vlmembed.training import run_folder
+from vlmembed.training.checkpointing import FROZEN, CheckpointFiles, Checkpointing, complete_frozen, newest_checkpoint
+from vlmembed.training.run_folder import refuse_changes
+from vlmembed.training.signals import _requeue
+
+# Files
+
+STATE = {"state_dict": {"weight": torch.arange(1000.0)}, "optimizer_states": [], "global_step": 3}
+
+
+def written(path: Path, step: int, age: float, **more: Any) -> Path:
+    CheckpointFiles().save_checkpoint({**STATE, "global_step": step, **more}, path)
+    os.utime(path, (time.time() - age, time.time() - age))
+    return path
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "truncated": lambda content: content[:-100],
+    "a bit flipped": lambda content: content[: len(content) // 2] + b"\x55" + content[len(content) // 2 + 1 :],
+    "empty": lambda content: b"",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_the_newest_whole_checkpoint_is_found(tmp_path: Path, damage: str) -> None:
+    written(tmp_path / "a/older.ckpt", 1, age=300)
+    whole = written(tmp_path / "b/newer.ckpt", 2, age=200)
+    only_weights = io.BytesIO()
+    torch.save({"state_dict": {}}, only_weights)
+    written(tmp_path / "a/weights.ckpt", 4, age=50).write_bytes(only_weights.getvalue())
+    torn = written(tmp_path / "a/{val/ndcg@10}/last.ckpt", 3, age=100)  # A metric's name makes folders.
+    torn.write_bytes(DAMAGES[damage](torn.read_bytes()))
+    os.utime(torn, (time.time(), time.time()))
+    with pytest.warns(UserWarning, match=r"last\.ckpt is not whole: .*\. An earlier one is looked for"):
+        newest = newest_checkpoint([tmp_path / "a", tmp_path / "b", tmp_path / "nowhere"])
+    assert newest is not None
+    assert newest[0] == whole
+    assert newest[1]["global_step"] == 2
+
+
+def test_a_full_disk_leaves_the_checkpoint_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path / "last.ckpt", 1, age=0)
+    before = path.read_bytes()
+    open_file = Path.open
+    full = lambda path, *mode, **more: open_file(  # noqa: E731
+        Path("/dev/full") if path.suffix == ".draft" else path, *mode, **more
+    )
+    monkeypatch.setattr(Path, "open", full)  # Where it will be written before it is moved.
+    with pytest.raises(
+        OSError, match=r"last\.ckpt could not be written: No space left .* are as they were.*--ckpt_path last"
+    ):
+        CheckpointFiles().save_checkpoint({**STATE, "global_step": 2}, path)
+    assert path.read_bytes() == before
+    assert [each.name for each in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_its_place_never_holds_a_part_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path / "last.ckpt", 1, age=0)
+    before = path.read_bytes()
+    seen = []
+    monkeypatch.setattr(os, "replace", lambda draft, place: seen.append((Path(draft), Path(place).read_bytes())))
+    CheckpointFiles().save_checkpoint({**STATE, "global_step": 2}, path)
+    (draft, there) = seen[0]
+    assert there == before
+    assert draft.parent == path.parent  # Moving it from another file system would be copying it.
+
+
+class Code:
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("run",)
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
+def test_a_checkpoint_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    write({**STATE, "more": Code()}, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match=r"last\.ckpt (holds more than tensors|is not whole)"):
+        CheckpointFiles().load_checkpoint(tmp_path / "last.ckpt")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_from_the_network_is_not_run_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda url, **options: asked.update(options) or STATE)
+    monkeypatch.setattr("fsspec.implementations.http.HTTPFileSystem._exists", _exists, raising=False)
+    CheckpointFiles().load_checkpoint("https://example.org/last.ckpt")
+    assert asked["weights_only"] is True
+
+
+async def _exists(*arguments: Any, **options: Any) -> bool:
+    return True
+
+
+def test_the_trainer_uses_them_unless_others_are_given() -> None:
+    class Own(TorchCheckpointIO):
+        pass
+
+    options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    assert isinstance(Trainer(**options).strategy.checkpoint_io, CheckpointFiles)
+    assert isinstance(Trainer(**options, plugins=[Own()]).strategy.checkpoint_io, Own)
+
+
+# Frozen weights
+
+FAST = partial(AdamW, lr=0.01)
+
+
+def model(checkpoint: Path, targets: tuple[str, ...] = ("q_proj",)) -> EmbeddingModule:
+    adapters = [LoRA(LoraConfig(r=2, target_modules=list(targets)))]
+    return module(checkpoint, InfoNCE(0.05, learnable_temperature=True), adapters=adapters, optimizer=FAST)
+
+
+def trained(built: EmbeddingModule, folder: Path, **options: Any) -> Path:
+    """Train a little; return the checkpoint."""
+    rows = write_rows(folder / "rows.jsonl")
+    data = RetrievalDataModule(str(rows), batch_size=3, num_workers=0)
+    saver = ModelCheckpoint(folder)
+    trainer(enable_checkpointing=True, callbacks=[saver], **options).fit(built, datamodule=data)
+    return Path(saver.best_model_path)
+
+
+def load(built: EmbeddingModule, file: Path) -> None:
+    built.checkpointing.load_weights(built, torch.load(file, weights_only=True))
+
+
+def test_a_checkpoint_of_a_lora_has_the_lora_alone(checkpoint: Path, tmp_path: Path) -> None:
+    built = model(checkpoint)
+    file = trained(built, tmp_path)
+    trainable = {name for name, parameter in built.named_parameters() if parameter.requires_grad}
+    assert torch.load(file, weights_only=True)["state_dict"].keys() == trainable
+    assert file.stat().st_size < (checkpoint / "model.safetensors").stat().st_size / 10
+
+
+def test_a_fresh_model_takes_it_up(checkpoint: Path, tmp_path: Path) -> None:
+    built = model(checkpoint)
+    file = trained(built, tmp_path)
+    fresh = model(checkpoint)
+    load(fresh, file)
+    expected = built.state_dict()
+    assert fresh.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in fresh.state_dict().items())
+
+
+def test_frozen_weights_are_rounded_as_they_were_in_training(checkpoint: Path, tmp_path: Path) -> None:
+    built = model(checkpoint)
+    file = trained(built, tmp_path, precision="bf16-true")
+    fresh = model(checkpoint)
+    before = {name: tensor.clone() for name, tensor in fresh.state_dict().items()}
+    load(fresh, file)
+    name = next(name for name in built.checkpointing._sums if "embed_tokens" in name)
+    used, loaded = built.state_dict()[name], fresh.state_dict()[name]
+    assert used.dtype == torch.bfloat16
+    assert loaded.dtype == torch.float32
+    assert torch.equal(loaded, used.float())
+    assert not torch.equal(loaded, before[name])
+
+
+@pytest.mark.parametrize("command", ["fit", "test"])
+def test_the_trainer_takes_it_up(checkpoint: Path, tmp_path: Path, command: str) -> None:
+    built = model(checkpoint)
+    file = trained(built, tmp_path)
+    rows = str(tmp_path / "rows.jsonl")
+    data = RetrievalDataModule(rows, test=rows, batch_size=3, num_workers=0)
+    fresh = model(checkpoint)
+    if command == "fit":
+        trainer().fit(fresh, datamodule=data, ckpt_path=file)
+        weights = fresh.state_dict()
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in built.state_dict().items())
+    else:
+        run = partial(trainer().test, datamodule=data, verbose=False)
+        assert run(fresh, ckpt_path=file) == run(built)
+
+
+def test_other_frozen_weights_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    file = trained(model(checkpoint), tmp_path)
+    tiny.create(tmp_path / "other", hidden_size=64, layers=2, heads=2, vision_hidden_size=32, vision_layers=2, seed=1)
+    with pytest.raises(ValueError, match=r"was trained with other frozen weights: \d+ of them, such as encoder\."):
+        trainer().fit(model(tmp_path / "other"), torch.utils.data.DataLoader([]), ckpt_path=file)
+
+
+def test_other_adapters_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    file = trained(model(checkpoint), tmp_path)
+    with pytest.raises(ValueError, match=r"lacks weights: .* another model, or with other adapters"):
+        load(model(checkpoint, ("q_proj", "v_proj")), file)
+
+
+def test_weights_that_nobody_asks_for_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    file = trained(model(checkpoint), tmp_path)
+    fixed = model(checkpoint)
+    fixed.loss = InfoNCE(0.05)
+    with pytest.raises(ValueError, match=r"has weights that this model lacks: 1 of them, such as loss\.log_scale"):
+        load(fixed, file)
+
+
+def test_a_probe_reads_the_lora_of_a_run(checkpoint: Path, tmp_path: Path) -> None:
+    built = model(checkpoint)
+    file = trained(built, tmp_path)
+    probe = Probe(model(checkpoint), checkpoint=str(file))
+    probe.configure_model()
+    expected = built.encoder.backbone.state_dict()
+    found = probe.model.encoder.backbone.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+class Parts(nn.Module):
+    """Tied weights, running statistics, and a weight in four bits, which keeps its scales beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trained = nn.Linear(2, 2, bias=False)
+        self.normed = nn.BatchNorm1d(2).requires_grad_(False)
+        self.tied = nn.Linear(2, 2, bias=False).requires_grad_(False)
+        self.tied_too = self.tied
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {**super().state_dict(*args, **kwargs), "tied.weight.quant_state.nf4": torch.ones(1)}
+
+
+def test_what_goes_with_frozen_weights_is_left_out_and_what_changes_is_not() -> None:
+    parts = Parts()
+    checkpoint = {"state_dict": parts.state_dict()}
+    checkpointing = Checkpointing()
+    checkpointing.recognise_frozen(parts)
+    checkpointing.save(parts, checkpoint)
+    left = {"trained.weight", "normed.running_mean", "normed.running_var", "normed.num_batches_tracked"}
+    assert checkpoint["state_dict"].keys() == left
+    assert checkpoint["frozen"].keys() == {"normed.weight", "normed.bias", "tied.weight", "tied_too.weight"}
+    assert complete_frozen(checkpoint, parts, checkpointing._sums) == checkpoint["state_dict"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_a_sum_changes_with_any_bit(dtype: torch.dtype, size: int) -> None:
+    def sum_of(tensor: Tensor) -> int:
+        part = nn.Module()
+        part.register_parameter("weight", nn.Parameter(tensor, requires_grad=False))
+        checkpointing = Checkpointing()
+        checkpointing.recognise_frozen(part)
+        return checkpointing._sums["weight"]
+
+    tensor = (torch.rand(size) * 100).to(dtype)
+    changed = tensor.clone()
+    changed.view(torch.uint8)[-1] ^= 1
+    assert sum_of(tensor) == sum_of(tensor.clone())
+    assert sum_of(tensor) != sum_of(changed)
+
+
+def test_what_is_trained_is_kept_and_a_frozen_tower_left_out(checkpoint: Path, tmp_path: Path) -> None:
+    built = module(checkpoint)
+    saved = torch.load(trained(built, tmp_path), weights_only=True)
+    assert saved["state_dict"].keys() == built.state_dict().keys()
+    assert FROZEN not in saved
+    built = module(checkpoint, adapters=[Freeze(["vision", "merger"])])
+    saved = torch.load(trained(built, tmp_path), weights_only=True)
+    assert saved["state_dict"].keys() | saved[FROZEN].keys() == built.state_dict().keys()
+    assert all("visual" in name for name in saved[FROZEN])
+
+
+# Folders
+
+
+def run_in(folder: Path, version: str | int | None = None, dirpath: Path | None = None) -> Trainer:
+    logger = CSVLogger(folder, "name", version)
+    built = Trainer(accelerator="cpu", logger=logger, callbacks=[ModelCheckpoint(dirpath)])
+    built.version_given = version is not None
+    return built
+
+
+def fit_folder(run: Any, path: str | None) -> Any:
+    return run_folder.fit_folder(run, path, run.version_given)
+
+
+def other_folder(run: Any, path: str | None, writes: bool) -> Any:
+    return run_folder.other_folder(run, path, run.version_given, writes)
+
+
+def test_runs_that_begin_together_have_folders_of_their_own(tmp_path: Path) -> None:
+    def begin(_: int) -> str:
+        logger = CSVLogger(tmp_path, "name")
+        return run_folder._claim(logger, version_given=False).name
+
+    with ThreadPoolExecutor(16) as pool:
+        claimed = [*pool.map(begin, range(64))]
+    assert sorted(claimed) == sorted(f"version_{number}" for number in range(64))
+
+
+@pytest.mark.parametrize("version", ["mine", 3, ""])
+def test_a_folder_with_a_run_is_not_written_over(tmp_path: Path, version: str | int) -> None:
+    first = run_in(tmp_path, version)
+    with fit_folder(first, None):
+        first.loggers[0].log_metrics({"train/loss": 1.0}, 0)
+        first.loggers[0].save()
+    log = Path(first.loggers[0].log_dir, "metrics.csv")
+    before = log.read_text()
+    for again in (fit_folder(run_in(tmp_path, version), None), other_folder(run_in(tmp_path, version), None, True)):
+        with pytest.raises(ValueError, match=r"has a run already, .*--ckpt_path last"), again:
+            pass
+    assert log.read_text() == before
+
+
+def test_one_process_at_a_time_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "PATIENCE", 0.2)
+    with (
+        fit_folder(run_in(tmp_path), None),
+        pytest.raises(TimeoutError, match=r"version_0: another process is at work here"),
+        fit_folder(run_in(tmp_path), "last"),
+    ):
+        pass
+    with fit_folder(run_in(tmp_path), "last") as path:
+        assert path is None
+
+
+def test_last_is_the_newest_fit_and_its_newest_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with fit_folder(run_in(tmp_path), "last") as path:
+        assert path is None
+    assert "There is no run in" in capsys.readouterr().out
+    written(tmp_path / "name/version_0/checkpoints/last.ckpt", 7, age=10)
+    for _ in range(9):  # version_10 is after version_9.
+        with fit_folder(run_in(tmp_path), None):
+            pass
+    newest = written(tmp_path / "elsewhere/step.ckpt", 5, age=5)
+    with other_folder(run_in(tmp_path), None, writes=True):
+        pass  # Of a test, which nobody goes on with.
+    with fit_folder(run_in(tmp_path), "last") as path:  # The later ones have nothing.
+        assert path == str(tmp_path / "name/version_0/checkpoints/last.ckpt")
+    assert "version_0 after step 7: last.ckpt" in capsys.readouterr().out
+    with fit_folder(run_in(tmp_path, dirpath=tmp_path / "elsewhere"), "last") as path:
+        assert path == str(newest)
+    assert "version_9 after step 5: step.ckpt" in capsys.readouterr().out
+    with other_folder(run_in(tmp_path, 0), "last", writes=False) as path:
+        assert path == str(tmp_path / "name/version_0/checkpoints/last.ckpt")
+
+
+def test_measuring_the_last_of_nothing_is_refused(tmp_path: Path) -> None:
+    folder = other_folder(run_in(tmp_path), "last", True)
+    with pytest.raises(ValueError, match=r"no run in .* has a whole checkpoint"), folder:
+        pass
+
+
+def test_what_was_half_written_is_removed(tmp_path: Path) -> None:
+    with fit_folder(run_in(tmp_path), None):
+        pass
+    kept = written(tmp_path / "name/version_0/checkpoints/last.ckpt", 7, age=10)
+    kept.with_name(f".epoch=1.ckpt.{'0' * 32}.{HOST}.4194305.draft").write_bytes(b"half")  # No process has this number.
+    with fit_folder(run_in(tmp_path), "last"):
+        assert [path.name for path in kept.parent.iterdir()] == ["last.ckpt"]
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def logger_of(folder: Path) -> CSVLogger:
+    return CSVLogger(folder, "name", "")
+
+
+@pytest.mark.parametrize("killed", [None, "before the log is written again", "after"])
+def test_a_log_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: str | None) -> None:
+    first = logger_of(tmp_path)
+    run_folder._open_log(first, 0)
+    for step in range(3):
+        first.log_metrics({"train/loss": step / 10}, step)
+    first.log_metrics({"val/ndcg@10": 0.5}, 2)
+    for step in (3, 4):
+        first.log_metrics({"train/loss": step / 10}, step)
+    first.save()
+    if killed:
+        with monkeypatch.context() as patch:
+            patch.setattr(*_killed(killed))
+            with pytest.raises(KeyboardInterrupt):
+                run_folder._open_log(logger_of(tmp_path), 4)
+    second = logger_of(tmp_path)
+    run_folder._open_log(second, 4)
+    second.log_metrics({"train/loss": 0.9, "lr": 1.0}, 3)
+    second.save()
+    found = rows_of(tmp_path / "name")
+    assert [(row["step"], row["train/loss"], row["val/ndcg@10"], row["lr"]) for row in found] == [
+        ("0", "0.0", "", ""),
+        ("1", "0.1", "", ""),
+        ("2", "0.2", "", ""),
+        ("2", "", "0.5", ""),
+        ("3", "0.9", "", "1.0"),
+    ]
+
+
+def _killed(when: str) -> tuple[Any, str, Any]:
+    def die(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    return (os, "replace", die) if when.startswith("before") else (Path, "unlink", die)
+
+
+# Configurations
+
+BEFORE = "data: {init_args: {batch_size: 8, val: a}}\ntrainer: {max_epochs: 1}\nckpt_path: null\n"
+
+
+def test_only_what_changes_a_result_is_refused_unless_it_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    refuse_changes(BEFORE, BEFORE.replace("ckpt_path: null", "ckpt_path: last"))
+    assert not capsys.readouterr().out
+    refuse_changes(BEFORE, BEFORE.replace("val: a", "val: b"))
+    assert "data.init_args.val: 'a' → 'b'" in capsys.readouterr().out
+    after = BEFORE.replace("batch_size: 8", "batch_size: 16").replace("max_epochs: 1", "max_epochs: 2")
+    message = r"batch_size: 8 → 16\n  trainer\.max_epochs: 1 → 2\nGo back .* --trainer\.allow_changed '\[.*\]'"
+    with pytest.raises(ValueError, match=message):
+        refuse_changes(BEFORE, after)
+    with pytest.raises(ValueError, match=r"this one:\n  data\.init_args\.batch_size: 8 → 16\nGo back"):
+        refuse_changes(BEFORE, after, ["trainer"])
+    refuse_changes(BEFORE, after, ["data.init_args.batch_size", "trainer.max_epochs"])
+    assert "max_epochs: 1 → 2" in capsys.readouterr().out
+
+
+def test_a_job_is_put_back_into_its_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    _requeue(run_in(tmp_path))  # Not under SLURM: nobody is asked.
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    _requeue(run_in(tmp_path))
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "16")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    _requeue(run_in(tmp_path))
+    assert (tmp_path / "asked").read_text() == "requeue 17\nrequeue 16_3\n"
