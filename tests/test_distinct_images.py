@@ -12,11 +12,10 @@ import pytest
 import torch
 from building import encoder, item, picture, ranker
 from torch import Tensor
-from vlmembed.memory import GIB
 
 from vlmembed.backbones import Qwen3VL
 from vlmembed.encoder import Encoder
-from vlmembed.features import RecentFeatures
+from vlmembed.features import GIB, RecentFeatures
 from vlmembed.media import load_image
 from vlmembed.types import EvaluationSet, Inputs, Item, Pair, Part, RerankingSet
 
@@ -219,7 +218,7 @@ def test_scores_do_not_depend_on_what_is_kept(checkpoint: Path, limit: float) ->
         "set", queries, corpus, *names, {"0": {"1": 1}, "1": {"2": 1}, "2": {"3": 1}, "3": {"4": 1}}
     )
     reranking = RerankingSet(evaluation, [[0, 1, 4], [2, 0], [4, 3, 2, 1], [0, 4]])
-    metrics = module.measurement(reranking)
+    metrics = module.metric(reranking)
     module._recent = RecentFeatures(module.encoder, limit)
     for batch in module.collator().loader(reranking, 1, 0, 1):
         module.measure(batch, metrics)

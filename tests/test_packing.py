@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Sequence
+from inspect import isabstract
 from itertools import chain, product
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,6 +43,7 @@ from vlmembed.pooling import (
     Mean,
     MeanOfLast,
     Pooling,
+    PoolingWrapper,
 )
 from vlmembed.types import Batch, Example, Inputs, Item, Pair, Part
 
@@ -256,13 +258,19 @@ class TwoLayers(Pooling):
 
 
 POOLINGS = [
-    *(one for one in vars(pooling).values() if isinstance(one, type) and Pooling in one.__bases__),
+    *(
+        one
+        for one in vars(pooling).values()
+        if isinstance(one, type) and Pooling in one.__bases__ and not isabstract(one)
+    ),
     TwoLayers,
 ]
 
 
 def built(kind: type[Pooling]) -> Pooling:
-    return Concatenation([Mean(), LastToken()]) if kind is Concatenation else kind()
+    if kind is Concatenation:
+        return kind([Mean(), LastToken()])
+    return kind(Mean()) if kind is PoolingWrapper else kind()
 
 
 @pytest.mark.parametrize("kind", POOLINGS, ids=lambda kind: kind.__name__)
