@@ -104,7 +104,7 @@ def mixed_data() -> dict[str, Any]:
     config["data"]["init_args"]["train"] = part(
         "vlmembed.data.Mixture", sources=[numbers(ROWS), numbers(ROWS // 2, seed=1)], weights=[1.0, 2.0]
     )
-    config["trainer"] |= {"accumulate_grad_batches": 4, "max_epochs": EPOCHS, "val_check_interval": 7}
+    config["trainer"] |= {"accumulate_grad_batches": 4, "max_epochs": EPOCHS, "val_check_interval": 8}
     return config
 
 

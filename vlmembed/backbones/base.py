@@ -222,7 +222,7 @@ class VisionLanguageModel(nn.Module):
         if modules := _other_modules(self.checkpoint, self.revision):
             print_once(
                 f"{self.checkpoint} has weights of {', '.join(modules)} (modules.json). They are not loaded: the "
-                "backbone is taken up, what stands behind it begins anew."
+                "backbone is loaded, what stands behind it begins anew."
             )
 
     def _attention(self, config: PretrainedConfig) -> str:
