@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_metrics import candidate_scores, reranked, reranking_set
-from vlmembed.modules.prediction import write_reranking
 
 from vlmembed.data import (
     EvaluationFolder,
@@ -30,6 +29,7 @@ from vlmembed.data import (
 from vlmembed.data.evaluation import as_evaluation, as_reranking
 from vlmembed.losses import LabelSpec
 from vlmembed.media import load_image
+from vlmembed.modules.base import write_run
 from vlmembed.types import EvaluationSet, Example, Item, RerankingSet
 
 
@@ -316,9 +316,7 @@ def test_what_is_written_is_read_back_in_the_same_order(tmp_path: Path) -> None:
     # Neighbours in float32, which six decimals would make one.
     scores[0][:2] = [1e-7, float(np.nextafter(np.float32(1e-7), np.float32(1)))]
     measured = reranked(reranking, scores)
-    write_reranking(measured, tmp_path / "nobody", is_writer=False)
-    assert not (tmp_path / "nobody").exists()
-    write_reranking(measured, tmp_path / "predictions")
+    write_run(reranking.evaluation, *measured.top_k(measured.depth), tmp_path / "predictions")
     again = RerankingRun(Given(evaluation), str(tmp_path / "predictions" / "digits.trec")).load()
     expected = [[column for column in row if column >= 0] for row in measured.top_k(1000)[1].tolist()]
     assert again.candidates == expected

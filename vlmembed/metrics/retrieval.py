@@ -197,7 +197,7 @@ class RerankingMetrics(EvaluationMetrics):
             query = evaluation.query_names[int(twice[0, 0])]
             raise ValueError(f"reranking set {reranking.name!r}: query {query!r} has a candidate twice")
         #: The position of each candidate among those of its query, from 1.
-        self._positions = torch.arange(1, len(pairs) + 1) - torch.searchsorted(pairs[:, 0].contiguous(), pairs[:, 0])
+        self._positions = torch.arange(1, len(pairs) + 1) - torch.searchsorted(pairs[:, 0].contiguous(), pairs[:, 0].contiguous())
         relevant = torch.stack([self.relevance.queries, self.relevance.documents], dim=1)
         self._relevant, self._is_candidate = self._find(relevant)
 
