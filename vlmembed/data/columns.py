@@ -20,7 +20,7 @@ Row = Mapping[str, Any]
 
 
 def check_columns(columns: Collection[str], origin: str) -> None:
-    """Refuse columns (after renaming) that are no training rows', or that nothing would read, and say what to do."""
+    """Refuse columns (after renaming) that are no training rows', or that nothing would read."""
     for column in columns:
         if not KNOWN.fullmatch(column):
             what = "negatives given but unused" if "neg" in column.lower() else "nothing reads it"
@@ -53,13 +53,9 @@ def _single_negatives(columns: Collection[str]) -> list[str]:
 
 
 def to_examples(rows: Sequence[Row], folder: Folder, origins: Sequence[str]) -> list[Example]:
-    """Turn rows, whose columns have been checked, into examples.
+    """Turn rows, whose columns have been checked, into examples; a ``ValueError`` names row, column and value.
 
-    The documents of a row of ``query``, ``document`` and ``label`` are positives where their label is above 0, and
-    negatives where it is 0. The origins are file and row of each, for error messages.
-
-    Raises:
-        ValueError: Naming row, column and value of what cannot be read.
+    Documents are positives where their label is above 0. The origins are file and row of each, for error messages.
     """
     # All cells of all rows are read at once: each row's query, its positives or documents, its negatives.
     cells: list[Cell] = []

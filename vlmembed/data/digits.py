@@ -1,10 +1,8 @@
 """Handwritten numbers: real handwriting to retrieve, with no network and no GPU.
 
-The query "four zero seven" is answered by images of the number 407. Its digits come from the 1,797 scans of 8×8
-pixels that scikit-learn carries (Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998).
-
-Training, validation and test share no number to search for and no scan: a model that scores well has read digits that
-it never saw, in combinations that it never saw.
+The query "four zero seven" is answered by images of the number 407, of the 1,797 scans of 8×8 pixels that scikit-learn
+carries (Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998). Training, validation and test
+share no number to search for and no scan.
 """
 
 from __future__ import annotations

@@ -24,11 +24,10 @@ class Batches(Sampler[list[int]]):
 
     The global batch is drawn from seed and epoch alone and cut into one piece per process, so any number of processes
     trains on the same batches. Where ``distinct``, no query comes twice in a global batch, where it would be its own
-    negative: its second row waits for a later batch. The number of batches is the number of rows over the size of a
-    global batch, rounded down, whatever the duplicates: where waiting rows alone cannot fill a last batch, rows of the
-    next shuffle do. Where not ``distinct``, rows come as drawn, and no query is read.
+    negative: its second row waits for a later batch. Where not, rows come as drawn, and no query is read.
 
-    A ``ValueError`` says that there are fewer rows, or fewer distinct queries, than one global batch has.
+    The number of batches is that of rows over the size of a global batch, rounded down: where waiting rows cannot fill
+    the last one, rows of the next shuffle do. A ``ValueError`` says that a batch is larger than the rows or queries.
     """
 
     def __init__(
@@ -42,12 +41,8 @@ class Batches(Sampler[list[int]]):
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size is 1 or more, got {batch_size}.")
-        self.mixture = mixture
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.distinct = distinct
+        self.mixture, self.batch_size, self.seed, self.distinct = mixture, batch_size, seed, distinct
+        self.rank, self.world_size = rank, world_size
         self.epoch = 0
         #: Batches of the epoch to leave out, because a run that is resumed has had them.
         self.skip = 0
@@ -79,7 +74,8 @@ class Batches(Sampler[list[int]]):
 
     def _of_all_sources(self, generator: np.random.Generator) -> Iterator[list[int]]:
         counts = self.mixture.apportion(len(self.mixture))
-        streams = [_passes(rows, generator) for rows in self._source_rows()]
+        sources = [range(start, stop) for start, stop in pairwise(self.mixture.offsets)]
+        streams = [_passes(rows, generator) for rows in sources]
 
         def epochs() -> Iterator[int]:
             while True:
@@ -89,19 +85,14 @@ class Batches(Sampler[list[int]]):
         return self._cut(epochs(), range(len(self.mixture)))
 
     def _of_one_source(self, generator: np.random.Generator) -> Iterator[list[int]]:
-        streams = [self._cut(_passes(rows, generator), rows) for rows in self._source_rows()]
+        sources = [range(start, stop) for start, stop in pairwise(self.mixture.offsets)]
+        streams = [self._cut(_passes(rows, generator), rows) for rows in sources]
         schedule = np.repeat(range(len(streams)), self.mixture.apportion(len(self)))
         for source in generator.permutation(schedule):
             yield next(streams[source])
 
-    def _source_rows(self) -> list[range]:
-        return [range(start, stop) for start, stop in pairwise(self.mixture.offsets)]
-
     def _cut(self, stream: Iterator[int], rows: range) -> Iterator[list[int]]:
-        """Cut an endless stream of some rows into batches; a row whose query is in the batch already waits.
-
-        What waits has precedence in the next batch.
-        """
+        """Cut an endless stream of rows into batches; a row whose query is in the batch already waits for the next."""
         size = self.global_size
         if not self.distinct:
             yield from (list(islice(stream, size)) for _ in repeat(None))
@@ -172,8 +163,7 @@ class RowLists(Dataset[list[Example]]):
 class ResumableLoader(DataLoader):
     """A training loader whose position in the epoch is saved in checkpoints.
 
-    Lightning makes the first iterator of a run before it sets the epoch. Iteration here starts with the first batch
-    that is asked for, so the epoch is the right one.
+    Lightning makes the first iterator before it sets the epoch, so iteration starts with the first batch asked for.
     """
 
     sampler: Batches
@@ -210,10 +200,9 @@ def seeded_generator(*seeds: int) -> torch.Generator:
 
 
 def shard(costs: Sequence[int], batch_size: int, rank: int, world_size: int) -> list[list[int]]:
-    """Cut rows into batches of similar cost, the most expensive first, and deal them to the processes.
+    """Cut rows into batches of similar cost, the most expensive first, and deal equally many to each process.
 
-    All processes get equally many batches, so that none waits for another that has no more. Every row is in one batch
-    of one process; only where there are fewer rows than batches does one repeat.
+    Every row is in one batch of one process; only where there are fewer rows than batches does one repeat.
     """
     order = np.argsort(-np.asarray(costs), kind="stable")
     rounds = -(-len(order) // (batch_size * world_size))
