@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,25 +13,11 @@ from building import Trainer
 from jsonargparse import ArgumentParser
 from lightning import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
+from test_collate import Letters, text
 
 from vlmembed.data import EvaluationRows, EvaluationSource, ItemCollator, Mixture, RetrievalDataModule, Rows
 from vlmembed.data.sampling import shard
-from vlmembed.types import Batch, EvaluationSet, Inputs, Item, ItemBatch, Part, Preprocessor
-
-
-class Letters(Preprocessor):
-    """One token per character; padded on the right."""
-
-    def __call__(self, items: Sequence[Item]) -> Inputs:
-        rows = [torch.tensor([ord(letter) for letter in text(item)]) for item in items]
-        return {"input_ids": torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)}
-
-    def cost(self, item: Item) -> int:
-        return len(text(item))
-
-
-def text(item: Item) -> str:
-    return str(item.parts[0].value)
+from vlmembed.types import Batch, EvaluationSet, Item, ItemBatch, Part, Preprocessor
 
 
 class Recorder(LightningModule):

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import pickle
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -62,6 +61,7 @@ def values(items: Any) -> list[list[Any]]:
     return [[part.value for part in item.parts] for item in items]
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_folder(folder: Path) -> None:
     found = as_evaluation(str(folder))
     assert found.name == "pages"
@@ -132,12 +132,6 @@ def test_judged_documents_that_are_not_in_the_corpus_are_kept_and_counted_once(f
         found = as_evaluation(str(folder))
     assert len(caught) == 1
     assert found.qrels["2"] == {"d3": 1, "gone": 1, "away": 1}
-
-
-def test_no_warning_without_reason(folder: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        as_evaluation(str(folder))
 
 
 ROWS = [

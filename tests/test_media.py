@@ -120,11 +120,6 @@ def test_transparency_is_on_white_as_transformers_shows_it(tmp_path: Path, kind:
         assert np.array_equal(np.asarray(load_image(frame)), expected)
 
 
-def test_black_on_transparent_is_black_on_white(tmp_path: Path) -> None:
-    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "page.png")
-    assert load_image(tmp_path / "page.png").getcolors() == [(16, (255, 255, 255))]
-
-
 @pytest.mark.parametrize(
     ("low", "high", "scale"), [(0, 65_535, 256), (0, 32_768, 256), (291, 694, 4), (0, 4_095, 16), (3, 255, 1)]
 )
@@ -245,12 +240,6 @@ def test_drafts_keep_their_colours(tmp_path: Path, mode: str) -> None:
     draft = load_image(tmp_path / "scan.jpg", resized=to(128 * 128))
     assert (draft.mode, draft.size) == ("RGB", (512, 256))
     assert resized_distance(stored.convert("RGB"), (256, 512), draft)[1] <= ROUNDING
-
-
-def test_an_image_that_the_processor_refuses_is_named_with_its_row(tmp_path: Path) -> None:
-    Image.new("L", (2010, 10)).save(tmp_path / "strip.jpg")
-    with pytest.raises(ValueError, match=rf"{ORIGIN}: cannot read the image .*strip\.jpg .*aspect ratio"):
-        load_image(tmp_path / "strip.jpg", ORIGIN, to(128 * 128))
 
 
 def test_a_file_its_content_and_the_open_image_are_one(checkpoint: Path, tmp_path: Path) -> None:

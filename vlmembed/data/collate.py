@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from vlmembed.data.evaluation import as_evaluation, as_reranking
-from vlmembed.data.sampling import shard
+from vlmembed.data.sampling import RowLists, shard
 from vlmembed.types import (
     Batch,
     Chunking,
@@ -146,10 +146,12 @@ class ItemCollator(Collator):
 
     def loader(self, evaluation: Any, batch_size: int, rank: int, world_size: int, **options: Any) -> DataLoader:
         """See `Collator.loader`: queries and corpus, sorted by cost."""
-        items = EvaluationItems(evaluation)
-        costs = [self.preprocessor.cost(item) for _, item in items[range(len(items))]]
+        read = partial(_read_items, evaluation)
+        costs = [
+            self.preprocessor.cost(item) for _, item in read(range(len(evaluation.queries) + len(evaluation.corpus)))
+        ]
         batches = shard(costs, batch_size, rank, world_size)
-        return DataLoader(items, batch_size=None, sampler=batches, collate_fn=self.collate_items, **options)
+        return DataLoader(RowLists(read), batch_size=None, sampler=batches, collate_fn=self.collate_items, **options)
 
     def collate_items(self, rows: Sequence[tuple[int, Item]]) -> ItemBatch:
         """Preprocess items as one chunk."""
@@ -158,18 +160,10 @@ class ItemCollator(Collator):
         return ItemBatch([chunk], prepared.images(None), torch.tensor([row for row, _ in rows]))
 
 
-class EvaluationItems(Dataset[list[tuple[int, Item]]]):
-    """The items of an evaluation set, queries first, by lists of row numbers; they come with their numbers."""
-
-    def __init__(self, evaluation: EvaluationSet):
-        self.queries, self.corpus = evaluation.queries, evaluation.corpus
-
-    def __len__(self) -> int:
-        return len(self.queries) + len(self.corpus)
-
-    def __getitem__(self, rows: Iterable[int]) -> list[tuple[int, Item]]:
-        first = len(self.queries)
-        return [(row, self.queries[row] if row < first else self.corpus[row - first]) for row in rows]
+def _read_items(evaluation: EvaluationSet, rows: Sequence[int]) -> list[tuple[int, Item]]:
+    """Read items by number, queries first; they come with their numbers."""
+    queries, corpus = evaluation.queries, evaluation.corpus
+    return [(row, queries[row] if row < len(queries) else corpus[row - len(queries)]) for row in rows]
 
 
 def check_scores(examples: Sequence[Example], wanted: bool) -> None:
@@ -269,7 +263,7 @@ class PairCollator(Collator):
             if spec.needs_positive and max(labels) <= 0:
                 raise ValueError(
                     f"{origin}: none of the query's {len(documents)} candidates has a label above 0, and this loss "
-                    "needs a positive. Remove the row, use vlmembed.data.GroupByQuery, or a loss like BinaryCrossEntropy."
+                    "needs a positive. Use vlmembed.data.GroupByQuery, or a pointwise loss such as BinaryCrossEntropy."
                 )
 
     def _with_negatives(self, examples: Sequence[Example]) -> list[Example]:
@@ -295,12 +289,15 @@ class PairCollator(Collator):
 
     def loader(self, evaluation: Any, batch_size: int, rank: int, world_size: int, **options: Any) -> DataLoader:
         """See `Collator.loader`: pairs that share a query, or a document, one after the other."""
-        pairs = EvaluationPairs(evaluation, self.by_document)
+        pairs = [(query, column) for query, row in enumerate(evaluation.candidates) for column in row]
+        if self.by_document:
+            pairs.sort(key=lambda pair: pair[1])
         count = world_size * -(-len(pairs) // (batch_size * CHUNKS_PER_BATCH * world_size))
         edges = [len(pairs) * number // count for number in range(count + 1)]
-        batches = [[*range(*edges[number : number + 2])] or [0] for number in range(rank, count, world_size)]
+        batches = [pairs[slice(*edges[number : number + 2])] or pairs[:1] for number in range(rank, count, world_size)]
+        read = RowLists(partial(read_pairs, evaluation.evaluation))
         collate = partial(self.collate_pairs, chunking=Chunking(batch_size, patch_cost=0.0))
-        return DataLoader(pairs, batch_size=None, sampler=batches, collate_fn=collate, **options)
+        return DataLoader(read, batch_size=None, sampler=batches, collate_fn=collate, **options)
 
     def collate_pairs(self, pairs: Sequence[NumberedPair], chunking: Chunking) -> PairBatch:
         """Preprocess pairs, and their distinct images once."""
@@ -308,21 +305,8 @@ class PairCollator(Collator):
         return PairBatch(chunks, images, torch.tensor([pairs[row][:2] for row in order]))
 
 
-class EvaluationPairs(Dataset[list[NumberedPair]]):
-    """The pairs of a reranking set by lists of numbers, those of one query, or of one document, next to each other."""
-
-    def __init__(self, reranking: RerankingSet, by_document: bool = False) -> None:
-        self.evaluation = reranking.evaluation
-        self.pairs = [(query, column) for query, row in enumerate(reranking.candidates) for column in row]
-        if by_document:
-            self.pairs.sort(key=lambda pair: pair[1])
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, numbers: Iterable[int]) -> list[NumberedPair]:
-        chosen = [self.pairs[number] for number in numbers]
-        # An item is read once, whatever it is paired with.
-        queries = {query: self.evaluation.queries[query] for query in {query for query, _ in chosen}}
-        documents = {column: self.evaluation.corpus[column] for column in {column for _, column in chosen}}
-        return [(query, column, Pair(queries[query], documents[column])) for query, column in chosen]
+def read_pairs(evaluation: EvaluationSet, numbers: Sequence[tuple[int, int]]) -> list[NumberedPair]:
+    """Read the pairs of a query's number and a document's; an item is read once, whatever it is paired with."""
+    queries = {query: evaluation.queries[query] for query in {query for query, _ in numbers}}
+    documents = {column: evaluation.corpus[column] for column in {column for _, column in numbers}}
+    return [(query, column, Pair(queries[query], documents[column])) for query, column in numbers]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -126,16 +127,13 @@ def _numbers(row: Row, column: str, count: int, origin: str) -> tuple[float, ...
         raise ValueError(f"{origin}, column {column!r}: expected {expected}; got {cell!r:.100}.")
     expected = "a number of 0 (irrelevant) or above (a teacher's scores go in 'scores')" if is_label else "a number"
     for number in numbers:
-        # Labels may be strings: a CSV file has nothing else.
-        if not isinstance(number, int | float | str if is_label else int | float) or not _fits(number, is_label):
+        try:
+            # Labels may be strings: a CSV file has nothing else.
+            value = float(number) if is_label or not isinstance(number, str) else math.nan
+        except (TypeError, ValueError, OverflowError):
+            value = math.nan
+        if not (0 if is_label else -LARGEST) <= value <= LARGEST:
             raise ValueError(
                 f"{origin}, column {column!r}: expected {expected}, finite in 32 bits; got {number!r:.50}."
             )
     return tuple(map(float, numbers))
-
-
-def _fits(cell: Any, is_label: bool) -> bool:
-    try:
-        return (0 if is_label else -LARGEST) <= float(cell) <= LARGEST
-    except (ValueError, OverflowError):
-        return False

@@ -47,6 +47,8 @@ class RetrievalDataModule(LightningDataModule):
         max_bad_rows: How many rows may be left out, over all processes and restarts, before the run stops.
     """
 
+    trainer: Any  # Says which process this is, and where its device is.
+
     def __init__(
         self,
         train: Training | None = None,
@@ -117,7 +119,7 @@ class RetrievalDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Return the loader of training batches."""
-        trainer, collator = self._trainer, self._collator
+        trainer, collator = self.trainer, self._collator
         if trainer.overfit_batches:
             raise ValueError(
                 "trainer.overfit_batches is not supported: Lightning would replace the sampler by one that knows no "
@@ -129,7 +131,7 @@ class RetrievalDataModule(LightningDataModule):
             collator.chunking = Chunking(None, self.chunk_tokens, self.patch_cost)
         else:
             collator.chunking = Chunking(self.chunk_size, None, self.patch_cost)
-        rows: Any = RowLists(self._mixture)
+        rows: Any = RowLists(self._mixture.__getitems__)
         collate: Any = collator
         if self.on_bad_row == "skip":
             rows, collate = ReadableRows(self._mixture), SkipBadRows(collator, collator.check)
@@ -168,12 +170,12 @@ class RetrievalDataModule(LightningDataModule):
         return batch
 
     def _batches(self) -> Batches:
-        rank, world_size = self._trainer.global_rank, self._trainer.world_size
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
         distinct = self._collator.distinct_queries
         return Batches(self._mixture, self.batch_size, self.seed, rank, world_size, distinct)
 
     def _evaluation_loaders(self, stage: str) -> list[DataLoader]:
-        rank, world_size = self._trainer.global_rank, self._trainer.world_size
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
         return [
             self._collator.loader(evaluation, self.eval_batch_size, rank, world_size, **self._loader_options)
             for evaluation in self.evaluations.get(stage, [])
@@ -183,16 +185,10 @@ class RetrievalDataModule(LightningDataModule):
     def _loader_options(self) -> dict[str, Any]:
         return {
             "num_workers": self.num_workers,
-            "pin_memory": self._trainer.strategy.root_device.type == "cuda",
+            "pin_memory": self.trainer.strategy.root_device.type == "cuda",
             "generator": seeded_generator(self.seed),
             "worker_init_fn": leave_stopping_to_parent,
         }
-
-    @property
-    def _trainer(self) -> Any:
-        if self.trainer is None:
-            raise ValueError("The data module needs a Trainer: it asks it for rank and device.")
-        return self.trainer
 
     @property
     def _collator(self) -> Collator:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice, pairwise, repeat
 from typing import Any
 
@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from vlmembed.data.sources import Mixture, Source
-from vlmembed.types import Example
+from vlmembed.data.sources import Mixture
 
 #: Stands for the id of a query that has not been read.
 UNREAD = np.iinfo(np.int64).min
@@ -67,29 +66,24 @@ class Batches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = np.random.default_rng([self.seed, self.epoch])
-        draw = self._of_one_source if self.mixture.one_source_batches else self._of_all_sources
+        sources = [range(start, stop) for start, stop in pairwise(self.mixture.offsets)]
+        rows = [_passes(source, generator) for source in sources]
+        if self.mixture.one_source_batches:
+            streams = [self._cut(stream, source) for stream, source in zip(rows, sources, strict=True)]
+            schedule = np.repeat(range(len(streams)), self.mixture.apportion(len(self)))
+            batches: Iterator[list[int]] = (next(streams[source]) for source in generator.permutation(schedule))
+        else:
+            batches = self._cut(self._mixed(rows, generator), range(len(self.mixture)))
         start = self.rank * self.batch_size
-        for batch in islice(draw(generator), self.skip, len(self)):
+        for batch in islice(batches, self.skip, len(self)):
             yield batch[start : start + self.batch_size]
 
-    def _of_all_sources(self, generator: np.random.Generator) -> Iterator[list[int]]:
+    def _mixed(self, streams: list[Iterator[int]], generator: np.random.Generator) -> Iterator[int]:
+        """Shuffle each source's share of an epoch together, epoch after epoch."""
         counts = self.mixture.apportion(len(self.mixture))
-        sources = [range(start, stop) for start, stop in pairwise(self.mixture.offsets)]
-        streams = [_passes(rows, generator) for rows in sources]
-
-        def epochs() -> Iterator[int]:
-            while True:
-                drawn = [row for stream, count in zip(streams, counts, strict=True) for row in islice(stream, count)]
-                yield from generator.permutation(drawn).tolist()
-
-        return self._cut(epochs(), range(len(self.mixture)))
-
-    def _of_one_source(self, generator: np.random.Generator) -> Iterator[list[int]]:
-        sources = [range(start, stop) for start, stop in pairwise(self.mixture.offsets)]
-        streams = [self._cut(_passes(rows, generator), rows) for rows in sources]
-        schedule = np.repeat(range(len(streams)), self.mixture.apportion(len(self)))
-        for source in generator.permutation(schedule):
-            yield next(streams[source])
+        while True:
+            drawn = [row for stream, count in zip(streams, counts, strict=True) for row in islice(stream, count)]
+            yield from generator.permutation(drawn).tolist()
 
     def _cut(self, stream: Iterator[int], rows: range) -> Iterator[list[int]]:
         """Cut an endless stream of rows into batches; a row whose query is in the batch already waits for the next."""
@@ -115,7 +109,7 @@ class Batches(Sampler[list[int]]):
                         delayed += 1
                     else:
                         batch[query] = row
-                if in_vain > len(rows):
+                if in_vain > len(rows):  # A whole pass brought nothing new: are there queries enough?
                     self._check_queries(rows)
                     in_vain = 0
             if delayed > len(rows) / 2 and not (self._warned or self.rank):
@@ -150,14 +144,14 @@ def _passes(rows: range, generator: np.random.Generator) -> Iterator[int]:
         yield from (rows.start + generator.permutation(len(rows))).tolist()
 
 
-class RowLists(Dataset[list[Example]]):
-    """Training rows by lists of row numbers, as a sampler of whole batches asks for them."""
+class RowLists(Dataset[Any]):
+    """What a function reads of a list of row numbers, as a sampler of whole batches asks for them."""
 
-    def __init__(self, source: Source):
-        self.source = source
+    def __init__(self, read: Callable[[Sequence[Any]], list[Any]]):
+        self.read = read
 
-    def __getitem__(self, rows: Sequence[int]) -> list[Example]:
-        return self.source.__getitems__(rows)
+    def __getitem__(self, rows: Sequence[Any]) -> list[Any]:
+        return self.read(rows)
 
 
 class ResumableLoader(DataLoader):

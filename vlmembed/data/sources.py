@@ -400,10 +400,10 @@ class Mixture(Source):
         """Read all rows of a source at once."""
         offsets = self.offsets
         rows: dict[int, list[int]] = {}
-        for index in indices:
+        order = [bisect_right(offsets, index) - 1 for index in indices]
+        for index, source in zip(indices, order, strict=True):
             if not 0 <= index < offsets[-1]:
                 raise IndexError(f"row {index} of {offsets[-1]}")
-            source = bisect_right(offsets, index) - 1
             rows.setdefault(source, []).append(index - offsets[source])
-        results = {source: iter(read(self.sources[source], rows[source])) for source in rows}
-        return [next(results[bisect_right(offsets, index) - 1]) for index in indices]
+        results = {source: iter(read(self.sources[source], numbers)) for source, numbers in rows.items()}
+        return [next(results[source]) for source in order]
