@@ -386,30 +386,31 @@ def contents(example: Example) -> tuple[str, list[str], list[str], Any, Any]:
     return text(example.query), positives, negatives, example.labels, example.scores
 
 
-def test_lists_join_the_rows_of_a_query(tmp_path: Path) -> None:
-    lists = GroupByQuery(Rows(write(tmp_path / "rows.jsonl", LABELLED)))
-    expected = [
-        ("q1", ["b", "c"], ["a", "d"], (2.0, 3.0, 0.0, 0.0), None),
-        ("q2", [], ["b", "d"], (0.0, 0.0), None),
-        ("q3", ["a"], ["e"], (1.0, 0.0), None),
-    ]
-    assert (lists.name, len(lists)) == ("rows", 3)
-    assert [contents(lists[index]) for index in range(3)] == expected
-    again = pickle.loads(pickle.dumps(lists))
-    assert again.query_ids(range(3)) == [lists[index].query.id for index in range(3)]
-    assert contents(Mixture([Rows(lists.rows.path), lists])[4]) == expected[0]  # type: ignore[attr-defined]
+SINGLE = [{"query": "q", "document": name, "label": label} for name, label in (("a", 0), ("b", 1), ("a", 1))]
+MINED = [{"query": "q", "positive": name, "negative": "n", "scores": [k, -1]} for name, k in (("a", 3), ("b", 2))]
 
 
-def test_lists_of_single_documents_and_of_positives_with_negatives(tmp_path: Path) -> None:
-    single = [{"query": "q", "document": name, "label": label} for name, label in (("a", 0), ("b", 1), ("a", 1))]
-    lists = GroupByQuery(Rows(write(tmp_path / "single.jsonl", single)))
-    assert [contents(lists[index]) for index in range(len(lists))] == [("q", ["a", "b"], [], (1.0, 1.0), None)]
-    mined = [
-        {"query": "q", "positive": name, "negative": "n", "scores": [score, -1]} for name, score in (("a", 3), ("b", 2))
-    ]
-    lists = GroupByQuery(Rows(write(tmp_path / "mined.jsonl", mined)))
-    expected = ("q", ["a", "b"], ["n"], (1.0, 1.0, 0.0), (3.0, 2.0, -1.0))
-    assert [contents(lists[index]) for index in range(len(lists))] == [expected]
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (
+            LABELLED,
+            [
+                ("q1", ["b", "c"], ["a", "d"], (2.0, 3.0, 0.0, 0.0), None),
+                ("q2", [], ["b", "d"], (0.0, 0.0), None),
+                ("q3", ["a"], ["e"], (1.0, 0.0), None),
+            ],
+        ),
+        (SINGLE, [("q", ["a", "b"], [], (1.0, 1.0), None)]),
+        (MINED, [("q", ["a", "b"], ["n"], (1.0, 1.0, 0.0), (3.0, 2.0, -1.0))]),
+    ],
+)
+def test_groups_join_the_rows_of_a_query(rows: list[Any], expected: list[Any], tmp_path: Path) -> None:
+    source = Rows(write(tmp_path / "rows.jsonl", rows))
+    groups = pickle.loads(pickle.dumps(GroupByQuery(source)))
+    assert (groups.name, [contents(groups[index]) for index in range(len(groups))]) == ("rows", expected)
+    assert groups.query_ids(range(len(groups))) == [groups[index].query.id for index in range(len(groups))]
+    assert contents(Mixture([source, groups])[len(rows)]) == expected[0]
 
 
 def test_scores_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
