@@ -54,7 +54,7 @@ class Part:
 
     @cached_property
     def digest(self) -> bytes:
-        """Equal for equal content. A file counts as its path, encoded images as bytes, open ones as pixels."""
+        """Equal for equal content: of a file its path, of encoded images the bytes, of open ones the pixels."""
         hashed = hashlib.blake2b(self.kind.encode(), digest_size=16)
         for value in self.value if isinstance(self.value, tuple) else (self.value,):
             if isinstance(value, Image):
@@ -250,7 +250,7 @@ class RankingBatch(_Chunks):
 
 @dataclass
 class ItemBatch(_Chunks):
-    """Items to encode for measuring or prediction, as one chunk."""
+    """Items to encode for measuring or prediction, as one chunk; pairs to score are a `PairBatch`."""
 
     rows: Int[Tensor, " B"]  # Of the evaluation set: its queries first, then its corpus.
 

@@ -363,7 +363,7 @@ class Mixture(Source):
     def __getitems__(self, indices: Sequence[int]) -> list[Example]:
         examples = self._read(indices, lambda source, rows: source.__getitems__(rows))
         for number, (index, example) in enumerate(zip(indices, examples, strict=True)):
-            items = example.query, *example.documents
+            items = example.query, *example.positives, *example.negatives
             if not all([item.origin for item in items]):
                 source = bisect_right(self.offsets, index) - 1
                 origin = f"{self.sources[source].name}, row {index - self.offsets[source] + 1}"
