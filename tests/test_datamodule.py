@@ -15,7 +15,7 @@ from lightning import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_collate import Letters, text
 
-from vlmembed.data import EvaluationRows, EvaluationSource, ItemCollator, Mixture, RetrievalDataModule, Rows
+from vlmembed.data import EvaluationSource, ItemCollator, RetrievalDataModule
 from vlmembed.data.sampling import shard
 from vlmembed.types import Batch, EvaluationSet, Item, ItemBatch, Part, Preprocessor
 
@@ -232,19 +232,3 @@ def test_a_bad_eval_batch_size_and_overfit_batches_are_refused(train: str, tmp_p
         RetrievalDataModule(train, eval_batch_size=0)
     with pytest.raises(ValueError, match="overfit_batches is not supported"):
         trainer(tmp_path, overfit_batches=1).fit(Recorder(), datamodule=RetrievalDataModule(train, batch_size=5))
-
-
-def test_a_bad_row_in_a_worker_keeps_its_message(tmp_path: Path) -> None:
-    path = rows(tmp_path / "train.jsonl", 6)
-    with Path(path).open("a") as file:
-        file.write(json.dumps({"query": "bad", "positive": {"image": "gone.png"}}) + "\n")
-    data = RetrievalDataModule(path, batch_size=7, num_workers=1)
-    with pytest.raises(ValueError, match=r"train.jsonl, row 7, column 'positive': the image file .*gone.png"):
-        trainer(tmp_path, max_epochs=1).fit(Recorder(), datamodule=data)
-
-
-def test_a_mixture_is_taken_as_it_is(train: str) -> None:
-    mixture = Mixture([Rows(train)], one_source_batches=True)
-    data = attached(RetrievalDataModule(mixture, val=EvaluationRows(Rows(train)), batch_size=5))
-    data.setup("fit")
-    assert data.train_dataloader().sampler.mixture is mixture

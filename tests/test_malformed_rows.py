@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import building
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -132,10 +133,7 @@ def image(random: Random, folder: Path, name: str) -> str:
     path = folder / f"{name}.{kind}"
     picture(int(random.integers(1, 80)), int(random.integers(1, 80)), int(random.integers(100))).save(path)
     if random.random() < 0.4:
-        content = bytearray(path.read_bytes())
-        for place in random.integers(0, min(len(content), int(random.choice([40, 4000]))), 4).tolist():
-            content[place : place + int(random.choice([0, 1, 4]))] = random.bytes(int(random.choice([0, 1, 4])))
-        path.write_bytes(content)
+        path.write_bytes(building.damaged(random, path.read_bytes(), int(random.choice([40, 4000]))))
     return path.name
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import other_models
 import pytest
 import torch
+from building import damaged as damage
 from building import picture
 from PIL import Image
 from sklearn.datasets import load_sample_image
@@ -325,10 +326,7 @@ def test_a_damaged_video_is_read_or_refused_with_its_row(checkpoint: Path, tmp_p
     good = film(tmp_path / "good.mp4", frames=8).read_bytes()
     said, path = [], tmp_path / "damaged.mp4"
     for number in range(120):
-        content = bytearray(good)
-        for place in random.integers(0, len(good), random.integers(1, 6)).tolist():
-            length = int(random.choice([0, 1, 4]))
-            content[place : place + length] = random.bytes(int(random.choice([0, 1, 4])))
+        content = damage(random, good)
         path.write_bytes(content[: random.integers(len(good))] if number % 4 == 0 else content)
         try:
             assert preprocessor([Item("document", (Part("video", path),), ORIGIN)])["input_ids"].shape[0] == 1

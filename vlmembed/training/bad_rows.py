@@ -54,7 +54,17 @@ class SkipBadRows:
         try:
             return self._batch(good, bad)
         except ValueError:
-            refused = [bad_row for row in good if (bad_row := self._refusal(*row)) is not None]
+            refused = []
+            for index, example in good:
+                try:
+                    self.check(example)
+                except ValueError as error:
+                    # An error that names nothing of the row is about the configuration.
+                    if not any(
+                        item.origin and item.origin in str(error) for item in (example.query, *example.documents)
+                    ):
+                        raise
+                    refused.append(BadRow(index + 1, str(error)[:LONGEST_REASON]))
             if not refused:
                 raise
         left_out = {row.row for row in refused}
@@ -67,16 +77,6 @@ class SkipBadRows:
                 f"remove them, or raise batch_size. The first: {bad[0].reason}"
             )
         return replace(self.collate([example for _, example in good]), bad_rows=tuple(bad))
-
-    def _refusal(self, index: int, example: Example) -> BadRow | None:
-        try:
-            self.check(example)
-        except ValueError as error:
-            # An error that names nothing of the row is about the configuration.
-            if any(item.origin and item.origin in str(error) for item in (example.query, *example.documents)):
-                return BadRow(index + 1, str(error)[:LONGEST_REASON])
-            raise
-        return None
 
 
 class BadRowFile:
