@@ -30,6 +30,15 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
+def damaged(random: np.random.Generator, content: bytes, within: int | None = None) -> bytes:
+    """Change one to five places among the first bytes: cut some out, put some in."""
+    changed = bytearray(content)
+    for place in random.integers(0, min(len(content), within or len(content)), random.integers(1, 6)).tolist():
+        length = int(random.choice([0, 1, 4]))
+        changed[place : place + length] = random.bytes(int(random.choice([0, 1, 4])))
+    return bytes(changed)
+
+
 def item(*content: str | Image.Image, role: Role = "document") -> Item:
     return Item(role, tuple(Part("text" if isinstance(value, str) else "image", value) for value in content))
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from building import item, picture
+from building import damaged, item, picture
 from PIL import Image
 
 from vlmembed import media as images
@@ -232,12 +232,8 @@ def test_a_damaged_file_is_read_or_refused_with_its_row(
     good = (tmp_path / f"good.{kind}").read_bytes()
     said = []
     for _ in range(200):
-        content = bytearray(good)
-        for place in random.integers(0, min(len(good), random.choice([40, 400, 4000])), random.integers(1, 6)).tolist():
-            length = int(random.choice([0, 1, 4]))
-            content[place : place + length] = random.bytes(int(random.choice([0, 1, 4])))
         path = tmp_path / "damaged"
-        path.write_bytes(content)
+        path.write_bytes(damaged(random, good, random.choice([40, 400, 4000])))
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

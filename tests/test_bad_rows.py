@@ -29,7 +29,7 @@ from torch.optim import SGD
 
 from vlmembed.backbones import Qwen3VL
 from vlmembed.cli import main
-from vlmembed.data import GroupByQuery, ItemCollator, Mixture, PairCollator, RetrievalDataModule, Rows, Source
+from vlmembed.data import ItemCollator, Mixture, PairCollator, RetrievalDataModule, Rows, Source
 from vlmembed.losses import LabelSpec
 from vlmembed.modules import CrossEncoderModule
 from vlmembed.training.bad_rows import BadRowFile, SkipBadRows
@@ -134,16 +134,6 @@ def test_rows_are_numbered_over_all_sources(tmp_path: Path) -> None:
     assert found[11].startswith(f"{second}, row 5, column 'positive'")
 
 
-@pytest.mark.filterwarnings("ignore:Left out")
-def test_a_query_that_cannot_be_read_is_a_list_of_its_own(tmp_path: Path) -> None:
-    path = write(tmp_path / "train.jsonl", 8, {2: BAD["query of a wrong type"][0]})
-    model = recorder()
-    data = RetrievalDataModule(GroupByQuery(Rows(path)), batch_size=4, num_workers=0, on_bad_row="skip")
-    trainer(tmp_path, max_epochs=1).fit(model, datamodule=data)
-    assert sum(map(len, model.trained)) == 7
-    assert "row 3, column 'query'" in left_out(tmp_path)[3]
-
-
 def test_too_many_bad_rows_stop_the_run_and_a_restart_does_not_forget(tmp_path: Path) -> None:
     bad = {k: BAD["not JSON"][0] for k in (1, 5, 7)}
     path = write(tmp_path / "train.jsonl", 12, bad)
@@ -239,7 +229,7 @@ def test_only_a_rows_own_fault_is_skipped(tmp_path: Path, error: Exception, work
 
 def test_what_is_wrong_with_the_configuration_is_not_skipped(checkpoint: Path) -> None:
     """The error names no row, although one row is tried by itself."""
-    preprocessor = Qwen3VL(str(checkpoint), max_length=3).preprocessor
+    preprocessor = Qwen3VL(str(checkpoint), max_length=3).make_preprocessor()
     collate = ItemCollator(preprocessor)
     with pytest.raises(ValueError, match=r"^max_length=3 has no room for a text"):
         SkipBadRows(collate, collate.check)([*enumerate([Faulty(None)[0], Faulty(None)[1]])])
@@ -375,7 +365,9 @@ def test_two_processes_train_as_one_on_what_is_left(checkpoint: Path, tmp_path: 
     path = write(tmp_path / "train.jsonl", 12, {2: BAD["empty query"][0], 7: BAD["image gone"][0]})
     alone = train(checkpoint, tmp_path / "alone", path)
     one, other = ddp.run(train, checkpoint, tmp_path / "both", path)
-    assert one.losses == other.losses == pytest.approx(alone.losses, rel=1e-5)  # Another order of float32 sums.
+    assert one.losses == other.losses
+    # The logits are about 20, so float32 rounds each by some 1e-6, and so it does their differences, the losses.
+    assert one.losses == pytest.approx(alone.losses, rel=0, abs=2e-6)
     assert relative_difference(one.update(4), alone.update(4)) < 1e-5
     assert left_out(tmp_path / "both") == left_out(tmp_path / "alone")
     assert {*left_out(tmp_path / "both")} == {3, 8}
@@ -416,17 +408,12 @@ def test_a_line_that_was_cut_short_harms_no_other(tmp_path: Path) -> None:
     whole = '{"row": 1, "reason": "x"}\n'
     (tmp_path / "bad_rows.jsonl").write_text(whole + '{"row": 2, "rea')
     file = BadRowFile(tmp_path, 9)
-    with pytest.warns(UserWarning, match="Left out of training: y"):
-        file.add([BadRow(2, "y"), BadRow(1, "x")])
-    assert (tmp_path / "bad_rows.jsonl").read_text() == whole + '{"row": 2, "rea\n{"row": 2, "reason": "y"}\n'
-
-
-def test_each_is_warned_of_once(tmp_path: Path) -> None:
-    file = BadRowFile(tmp_path, 9)
     with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         for _ in range(3):
             file.add([BadRow(2, "y"), BadRow(1, "x")])
-    assert len(said) == 2
+    assert [str(warning.message).startswith("Left out of training: y") for warning in said] == [True]
+    assert (tmp_path / "bad_rows.jsonl").read_text() == whole + '{"row": 2, "rea\n{"row": 2, "reason": "y"}\n'
 
 
 # Cross-encoders

@@ -16,7 +16,7 @@ from test_metrics import reranking_set
 
 from vlmembed.backbones import DocumentFirst, QueryFirst, Qwen3VL
 from vlmembed.data import ItemCollator, PairCollator
-from vlmembed.data.collate import EvaluationPairs, cut
+from vlmembed.data.collate import cut, read_pairs
 from vlmembed.losses import LabelSpec
 from vlmembed.types import (
     Batch,
@@ -126,12 +126,6 @@ def test_a_chunk_takes_no_more_than_so_many_average_items(chunk_size: int) -> No
         # The next item had no room.
         assert (len(chunk["input_ids"]) + 1) * longest > room
         assert following["attention_mask"].shape[1] <= longest
-
-
-def test_short_items_share_a_chunk_that_has_room_for_one_long_item() -> None:
-    batch = collated(ItemCollator(Letters()), EXAMPLES, 1)
-    assert strings(batch)[0] == "long question here"
-    assert [len(chunk["input_ids"]) for chunk in batch.chunks] == [1, 1, 3, 4, 2]
 
 
 def test_chunks_of_so_many_tokens() -> None:
@@ -331,8 +325,7 @@ def test_in_batch_negatives_have_no_teacher() -> None:
 
 def preprocessor(checkpoint: Path, template: type[QueryFirst] = QueryFirst) -> Preprocessor:
     backbone = Qwen3VL(str(checkpoint), query_instruction=None, document_instruction=None)
-    backbone.pair_template = template()
-    return backbone.preprocessor
+    return backbone.make_preprocessor(template())
 
 
 @pytest.mark.parametrize("template", [QueryFirst, DocumentFirst])
@@ -371,14 +364,6 @@ def test_a_chunk_has_room_for_new_tokens(checkpoint: Path, chunk_cost: int) -> N
     assert all(cost + more > chunk_cost for cost, more in zip(costs, following, strict=False))
 
 
-def test_a_patch_costs_as_much_as_is_said(checkpoint: Path) -> None:
-    sizes = [
-        len(collated(PairCollator(preprocessor(checkpoint), LABELS), lists(), tokens=500, patch_cost=cost).chunks)
-        for cost in (0.0, 5.0)
-    ]
-    assert sizes[0] < sizes[1]
-
-
 @pytest.mark.parametrize(
     ("example", "wanted", "message"),
     [
@@ -410,16 +395,9 @@ def test_what_a_pointwise_loss_can_use_is_not() -> None:
 
 @pytest.mark.parametrize("by_document", [False, True])
 def test_pairs_of_one_query_or_of_one_document_stand_together(by_document: bool) -> None:
-    reranking = reranking_set()
-    pairs = EvaluationPairs(reranking, by_document)
-    found = pairs[range(len(pairs))]
-    expected = {(query, column) for query, row in enumerate(reranking.candidates) for column in row}
-    assert {(query, column) for query, column, _ in found} == expected
-    assert len(found) == len(expected)
-    together = [numbers[by_document] for numbers in found]
+    loader = PairCollator(Named(), LABELS, 0, by_document).loader(reranking_set(), 1, 0, 1)
+    together = [numbers[by_document] for batch in loader.sampler for numbers in batch]
     assert len([*groupby(together)]) == len(set(together))
-    for query, column, pair in found:
-        assert pair == Pair(reranking.evaluation.queries[query], reranking.evaluation.corpus[column])
 
 
 def test_an_item_is_read_once_for_a_list() -> None:
@@ -432,11 +410,10 @@ def test_an_item_is_read_once_for_a_list() -> None:
             return super().__getitem__(column)
 
     corpus = Corpus(reranking.evaluation.corpus)
-    pairs = EvaluationPairs(replace(reranking, evaluation=replace(reranking.evaluation, corpus=corpus)))
-    assert read == []
-    columns = [column for _, column, _ in pairs[range(100)]]
-    assert len(columns) > len(set(columns))
-    assert sorted(read) == sorted(set(columns))
+    numbers = [(query, column) for query, row in enumerate(reranking.candidates) for column in row][:100]
+    read_pairs(replace(reranking.evaluation, corpus=corpus), numbers)
+    assert sorted(read) == sorted({column for _, column in numbers})
+    assert len(read) < len(numbers)
 
 
 @pytest.mark.parametrize("by_document", [False, True])

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,25 +13,11 @@ from building import Trainer
 from jsonargparse import ArgumentParser
 from lightning import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
+from test_collate import Letters, text
 
-from vlmembed.data import EvaluationRows, EvaluationSource, ItemCollator, Mixture, RetrievalDataModule, Rows
+from vlmembed.data import EvaluationSource, ItemCollator, RetrievalDataModule
 from vlmembed.data.sampling import shard
-from vlmembed.types import Batch, EvaluationSet, Inputs, Item, ItemBatch, Part, Preprocessor
-
-
-class Letters(Preprocessor):
-    """One token per character; padded on the right."""
-
-    def __call__(self, items: Sequence[Item]) -> Inputs:
-        rows = [torch.tensor([ord(letter) for letter in text(item)]) for item in items]
-        return {"input_ids": torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)}
-
-    def cost(self, item: Item) -> int:
-        return len(text(item))
-
-
-def text(item: Item) -> str:
-    return str(item.parts[0].value)
+from vlmembed.types import Batch, EvaluationSet, Item, ItemBatch, Part, Preprocessor
 
 
 class Recorder(LightningModule):
@@ -247,19 +232,3 @@ def test_a_bad_eval_batch_size_and_overfit_batches_are_refused(train: str, tmp_p
         RetrievalDataModule(train, eval_batch_size=0)
     with pytest.raises(ValueError, match="overfit_batches is not supported"):
         trainer(tmp_path, overfit_batches=1).fit(Recorder(), datamodule=RetrievalDataModule(train, batch_size=5))
-
-
-def test_a_bad_row_in_a_worker_keeps_its_message(tmp_path: Path) -> None:
-    path = rows(tmp_path / "train.jsonl", 6)
-    with Path(path).open("a") as file:
-        file.write(json.dumps({"query": "bad", "positive": {"image": "gone.png"}}) + "\n")
-    data = RetrievalDataModule(path, batch_size=7, num_workers=1)
-    with pytest.raises(ValueError, match=r"train.jsonl, row 7, column 'positive': the image file .*gone.png"):
-        trainer(tmp_path, max_epochs=1).fit(Recorder(), datamodule=data)
-
-
-def test_a_mixture_is_taken_as_it_is(train: str) -> None:
-    mixture = Mixture([Rows(train)], one_source_batches=True)
-    data = attached(RetrievalDataModule(mixture, val=EvaluationRows(Rows(train)), batch_size=5))
-    data.setup("fit")
-    assert data.train_dataloader().sampler.mixture is mixture

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import pickle
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_metrics import candidate_scores, reranked, reranking_set
-from vlmembed.modules.prediction import write_reranking
 
 from vlmembed.data import (
     EvaluationFolder,
@@ -30,6 +28,7 @@ from vlmembed.data import (
 from vlmembed.data.evaluation import as_evaluation, as_reranking
 from vlmembed.losses import LabelSpec
 from vlmembed.media import load_image
+from vlmembed.modules.base import write_run
 from vlmembed.types import EvaluationSet, Example, Item, RerankingSet
 
 
@@ -62,6 +61,7 @@ def values(items: Any) -> list[list[Any]]:
     return [[part.value for part in item.parts] for item in items]
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_folder(folder: Path) -> None:
     found = as_evaluation(str(folder))
     assert found.name == "pages"
@@ -132,12 +132,6 @@ def test_judged_documents_that_are_not_in_the_corpus_are_kept_and_counted_once(f
         found = as_evaluation(str(folder))
     assert len(caught) == 1
     assert found.qrels["2"] == {"d3": 1, "gone": 1, "away": 1}
-
-
-def test_no_warning_without_reason(folder: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        as_evaluation(str(folder))
 
 
 ROWS = [
@@ -316,9 +310,7 @@ def test_what_is_written_is_read_back_in_the_same_order(tmp_path: Path) -> None:
     # Neighbours in float32, which six decimals would make one.
     scores[0][:2] = [1e-7, float(np.nextafter(np.float32(1e-7), np.float32(1)))]
     measured = reranked(reranking, scores)
-    write_reranking(measured, tmp_path / "nobody", is_writer=False)
-    assert not (tmp_path / "nobody").exists()
-    write_reranking(measured, tmp_path / "predictions")
+    write_run(reranking.evaluation, *measured.top_k(measured.depth), tmp_path / "predictions")
     again = RerankingRun(Given(evaluation), str(tmp_path / "predictions" / "digits.trec")).load()
     expected = [[column for column in row if column >= 0] for row in measured.top_k(1000)[1].tolist()]
     assert again.candidates == expected
@@ -394,30 +386,31 @@ def contents(example: Example) -> tuple[str, list[str], list[str], Any, Any]:
     return text(example.query), positives, negatives, example.labels, example.scores
 
 
-def test_lists_join_the_rows_of_a_query(tmp_path: Path) -> None:
-    lists = GroupByQuery(Rows(write(tmp_path / "rows.jsonl", LABELLED)))
-    expected = [
-        ("q1", ["b", "c"], ["a", "d"], (2.0, 3.0, 0.0, 0.0), None),
-        ("q2", [], ["b", "d"], (0.0, 0.0), None),
-        ("q3", ["a"], ["e"], (1.0, 0.0), None),
-    ]
-    assert (lists.name, len(lists)) == ("rows", 3)
-    assert [contents(lists[index]) for index in range(3)] == expected
-    again = pickle.loads(pickle.dumps(lists))
-    assert again.query_ids(range(3)) == [lists[index].query.id for index in range(3)]
-    assert contents(Mixture([Rows(lists.rows.path), lists])[4]) == expected[0]  # type: ignore[attr-defined]
+SINGLE = [{"query": "q", "document": name, "label": label} for name, label in (("a", 0), ("b", 1), ("a", 1))]
+MINED = [{"query": "q", "positive": name, "negative": "n", "scores": [k, -1]} for name, k in (("a", 3), ("b", 2))]
 
 
-def test_lists_of_single_documents_and_of_positives_with_negatives(tmp_path: Path) -> None:
-    single = [{"query": "q", "document": name, "label": label} for name, label in (("a", 0), ("b", 1), ("a", 1))]
-    lists = GroupByQuery(Rows(write(tmp_path / "single.jsonl", single)))
-    assert [contents(lists[index]) for index in range(len(lists))] == [("q", ["a", "b"], [], (1.0, 1.0), None)]
-    mined = [
-        {"query": "q", "positive": name, "negative": "n", "scores": [score, -1]} for name, score in (("a", 3), ("b", 2))
-    ]
-    lists = GroupByQuery(Rows(write(tmp_path / "mined.jsonl", mined)))
-    expected = ("q", ["a", "b"], ["n"], (1.0, 1.0, 0.0), (3.0, 2.0, -1.0))
-    assert [contents(lists[index]) for index in range(len(lists))] == [expected]
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (
+            LABELLED,
+            [
+                ("q1", ["b", "c"], ["a", "d"], (2.0, 3.0, 0.0, 0.0), None),
+                ("q2", [], ["b", "d"], (0.0, 0.0), None),
+                ("q3", ["a"], ["e"], (1.0, 0.0), None),
+            ],
+        ),
+        (SINGLE, [("q", ["a", "b"], [], (1.0, 1.0), None)]),
+        (MINED, [("q", ["a", "b"], ["n"], (1.0, 1.0, 0.0), (3.0, 2.0, -1.0))]),
+    ],
+)
+def test_groups_join_the_rows_of_a_query(rows: list[Any], expected: list[Any], tmp_path: Path) -> None:
+    source = Rows(write(tmp_path / "rows.jsonl", rows))
+    groups = pickle.loads(pickle.dumps(GroupByQuery(source)))
+    assert (groups.name, [contents(groups[index]) for index in range(len(groups))]) == ("rows", expected)
+    assert groups.query_ids(range(len(groups))) == [groups[index].query.id for index in range(len(groups))]
+    assert contents(Mixture([source, groups])[len(rows)]) == expected[0]
 
 
 def test_scores_that_contradict_each_other_are_refused(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import other_models
 import pytest
 import torch
+from building import damaged as damage
 from building import picture
 from PIL import Image
 from sklearn.datasets import load_sample_image
@@ -118,11 +119,6 @@ def test_transparency_is_on_white_as_transformers_shows_it(tmp_path: Path, kind:
         assert not np.array_equal(np.asarray(opened.convert("RGB")), expected)
     for frame in (path, path.read_bytes()):
         assert np.array_equal(np.asarray(load_image(frame)), expected)
-
-
-def test_black_on_transparent_is_black_on_white(tmp_path: Path) -> None:
-    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "page.png")
-    assert load_image(tmp_path / "page.png").getcolors() == [(16, (255, 255, 255))]
 
 
 @pytest.mark.parametrize(
@@ -247,12 +243,6 @@ def test_drafts_keep_their_colours(tmp_path: Path, mode: str) -> None:
     assert resized_distance(stored.convert("RGB"), (256, 512), draft)[1] <= ROUNDING
 
 
-def test_an_image_that_the_processor_refuses_is_named_with_its_row(tmp_path: Path) -> None:
-    Image.new("L", (2010, 10)).save(tmp_path / "strip.jpg")
-    with pytest.raises(ValueError, match=rf"{ORIGIN}: cannot read the image .*strip\.jpg .*aspect ratio"):
-        load_image(tmp_path / "strip.jpg", ORIGIN, to(128 * 128))
-
-
 def test_a_file_its_content_and_the_open_image_are_one(checkpoint: Path, tmp_path: Path) -> None:
     picture(64, 96).save(tmp_path / "page.png")
     ours = preprocessor(checkpoint)
@@ -336,10 +326,7 @@ def test_a_damaged_video_is_read_or_refused_with_its_row(checkpoint: Path, tmp_p
     good = film(tmp_path / "good.mp4", frames=8).read_bytes()
     said, path = [], tmp_path / "damaged.mp4"
     for number in range(120):
-        content = bytearray(good)
-        for place in random.integers(0, len(good), random.integers(1, 6)).tolist():
-            length = int(random.choice([0, 1, 4]))
-            content[place : place + length] = random.bytes(int(random.choice([0, 1, 4])))
+        content = damage(random, good)
         path.write_bytes(content[: random.integers(len(good))] if number % 4 == 0 else content)
         try:
             assert preprocessor([Item("document", (Part("video", path),), ORIGIN)])["input_ids"].shape[0] == 1

@@ -4,6 +4,7 @@ import math
 import pickle
 import random
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -243,39 +244,6 @@ def test_state_empties_on_reset_and_survives_copies():
     assert len(measured.numbers) == 1
 
 
-def results(measured: RetrievalMetrics) -> dict[str, Tensor]:
-    scores, columns = measured.top_k(5)
-    each = {f"each {name}": values for name, values in measured.per_query().items()}
-    return {**measured.compute(), **each, "scores": scores, "columns": columns}
-
-
-def measure_shares(rank: int, folder: Path, shares: list[dict[str, list[Tensor]]]) -> None:
-    """One of two processes: update with its share, write down what comes out."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    metrics.retrieval.ROWS_PER_GATHER = 16  # So that a share takes several pieces.
-    evaluation = evaluation_set()
-    embeddings = embeddings_of(evaluation)
-    for name, batches in shares[rank].items():
-        measured = RetrievalMetrics(evaluation, dimensions=(3,))
-        for rows in batches:
-            measured.update(rows, embeddings[rows])
-        torch.save(results(measured), folder / f"{name}-{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def test_two_processes_equal_one(tmp_path: Path):
-    order = torch.randperm(90, generator=torch.Generator().manual_seed(4))
-    # Uneven: five rows are on both processes, and two of them twice on the second.
-    first = {"uneven": list(order[:61].split(9)), "alone": [order]}
-    second = {"uneven": [order[61:], order[:5], order[:2]], "alone": []}
-    torch.multiprocessing.spawn(measure_shares, (tmp_path, [first, second]), nprocs=2)
-    evaluation = evaluation_set()
-    expected = results(updated(evaluation, embeddings_of(evaluation), dimensions=(3,)))
-    for name in first:
-        for rank in range(2):
-            torch.testing.assert_close(torch.load(tmp_path / f"{name}-{rank}.pt"), expected)
-
-
 # Reranking
 
 QUERIES, DOCUMENTS = 25, 70
@@ -387,17 +355,6 @@ def test_top_k_is_by_score_and_then_by_name(k: int) -> None:
         assert ranked[query, len(expected) :].eq(-torch.inf).all()
 
 
-def test_missing_pairs_are_counted() -> None:
-    reranking = reranking_set()
-    pairs = pairs_of(reranking)
-    measured = RerankingMetrics(reranking)
-    measured.update(pairs[5:], torch.zeros(len(pairs) - 5))
-    with pytest.raises(RuntimeError, match=rf"5 of the {len(pairs)} scores of evaluation set 'graded' are missing"):
-        measured.compute()
-    with pytest.raises(RuntimeError, match="are missing"), pytest.warns(UserWarning, match="before"):
-        RerankingMetrics(reranking).compute()
-
-
 def test_update_refuses_pairs_and_values() -> None:
     reranking = reranking_set()
     measured = RerankingMetrics(reranking)
@@ -435,46 +392,48 @@ def test_reranking_sets_that_cannot_be_measured_are_refused() -> None:
         RerankingMetrics(replace(reranking, candidates=[[4], [2, 5, 2], *reranking.candidates[2:]]))
 
 
-def test_reranking_state_empties_on_reset_and_survives_copies() -> None:
-    reranking = reranking_set()
-    scores = candidate_scores(reranking)
-    measured = reranked(reranking, scores)
-    value = measured.compute()["map"]
-    assert pickle.loads(pickle.dumps(measured)).compute()["map"] == value
-    measured.reset()
-    measured.update(pairs_of(reranking), -torch.tensor([score for row in scores for score in row]))
-    opposite = reranking_reference(reranking, [[-score for score in row] for row in scores])["map"]
-    assert measured.compute()["map"].item() == pytest.approx(np.mean(opposite), abs=1e-6)
+# Processes
 
 
-def reranking_results(measured: RerankingMetrics) -> dict[str, Tensor]:
-    scores, columns = measured.top_k(1000)
-    each = {f"each {name}": values for name, values in measured.per_query().items()}
-    return {**measured.compute(), **each, "scores": scores, "columns": columns}
+def retrieval_metrics() -> tuple[RetrievalMetrics, Tensor, Tensor]:
+    """A metric without values, and all rows and values that it takes."""
+    evaluation = evaluation_set()
+    embeddings = embeddings_of(evaluation)
+    return RetrievalMetrics(evaluation, dimensions=(3,)), torch.arange(len(embeddings)), embeddings
 
 
-def measure_candidate_shares(rank: int, folder: Path, shares: list[dict[str, list[Tensor]]]) -> None:
-    """One of two processes: update with its share, write down what comes out."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    metrics.retrieval.ROWS_PER_GATHER = 100  # So that a share takes several pieces.
+def reranking_metrics() -> tuple[RerankingMetrics, Tensor, Tensor]:
     reranking = reranking_set()
     scores = torch.tensor([score for row in candidate_scores(reranking) for score in row])
-    for name, batches in shares[rank].items():
-        measured = RerankingMetrics(reranking)
-        for chosen in batches:
-            measured.update(pairs_of(reranking)[chosen], scores[chosen])
-        torch.save(reranking_results(measured), folder / f"{name}-{rank}.pt")
+    return RerankingMetrics(reranking), pairs_of(reranking), scores
+
+
+def results(make: Callable, batches: list[Tensor]) -> dict[str, Tensor]:
+    """Whatever a metric says of some batches."""
+    measured, rows, values = make()
+    for chosen in batches:
+        measured.update(rows[chosen], values[chosen])
+    scores, columns = measured.top_k(1000)
+    per_query = {f"{name} of each": found for name, found in measured.per_query().items()}
+    return {**measured.compute(), **per_query, "scores": scores, "columns": columns}
+
+
+def measure_shares(rank: int, folder: Path, make: Callable, shares: list[list[list[Tensor]]]) -> None:
+    """One of two processes: update with its share, write down what comes out."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    metrics.retrieval.ROWS_PER_GATHER = 16  # So that a share takes several pieces.
+    for number, share in enumerate(shares):
+        torch.save(results(make, share[rank]), folder / f"{number}-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def test_reranking_two_processes_equal_one(tmp_path: Path) -> None:
-    reranking = reranking_set()
-    order = torch.randperm(len(pairs_of(reranking)), generator=torch.Generator().manual_seed(4))
-    # Uneven: five pairs are on both processes, and two of them twice on the second.
-    first = {"uneven": list(order[:61].split(9)), "alone": [order]}
-    second = {"uneven": [order[61:], order[:5], order[:2]], "alone": []}
-    torch.multiprocessing.spawn(measure_candidate_shares, (tmp_path, [first, second]), nprocs=2)
-    expected = reranking_results(reranked(reranking, candidate_scores(reranking)))
-    for name in first:
+@pytest.mark.parametrize("make", [retrieval_metrics, reranking_metrics])
+def test_two_processes_equal_one(tmp_path: Path, make: Callable) -> None:
+    order = torch.randperm(len(make()[1]), generator=torch.Generator().manual_seed(4))
+    # Uneven: five items are on both processes, and two of them twice on the second. Then one has nothing.
+    uneven = [[*order[:61].split(9)], [order[61:], order[:5], order[:2]]]
+    torch.multiprocessing.spawn(measure_shares, (tmp_path, make, [uneven, [[order], []]]), nprocs=2)
+    expected = results(make, [torch.arange(len(order))])
+    for number in range(2):
         for rank in range(2):
-            torch.testing.assert_close(torch.load(tmp_path / f"{name}-{rank}.pt"), expected, rtol=0, atol=0)
+            torch.testing.assert_close(torch.load(tmp_path / f"{number}-{rank}.pt"), expected)

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 from building import batch, examples, item, lists, module, ranker, ranking_batch, trainer, write_rows
 from lightning.pytorch.callbacks import Callback
-from vlmembed.engine import _halved
 
 from vlmembed.data import Mixture, RetrievalDataModule, Rows, Source
-from vlmembed.types import Batch, Example, RankingBatch
+from vlmembed.types import Batch, Example
 
 
 class Nameless(Source):
@@ -79,11 +78,9 @@ def origins(rows: list[Example]) -> list[Example]:
 
 
 def test_rows_are_named_one_by_one_though_equal_items_are_merged(checkpoint: Path) -> None:
-    model, other = module(checkpoint), ranker(checkpoint)
-    made: list[Batch | RankingBatch] = [
-        batch(model, origins(examples(5)), 3),
-        ranking_batch(other, origins(lists(5)), 3),
-    ]
-    for each in made:
-        assert each.origins == tuple(f"row {number}" for number in range(5))
-        assert _halved(each).origins == each.origins
+    for model, data in (
+        (module(checkpoint), batch(module(checkpoint), origins(examples(5)), 3)),
+        (ranker(checkpoint), ranking_batch(ranker(checkpoint), origins(lists(5)), 3)),
+    ):
+        assert data.origins == tuple(f"row {number}" for number in range(5))
+        assert model.encoder.halve(data).origins == data.origins

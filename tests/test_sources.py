@@ -18,7 +18,7 @@ from vlmembed.data import GroupByQuery, Mixture, Rows
 from vlmembed.data.cells import Folder, to_items
 from vlmembed.data.evaluation import as_evaluation
 from vlmembed.media import load_image
-from vlmembed.types import Example, Item, Part, Role
+from vlmembed.types import Example, Item, Part
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -114,6 +114,8 @@ def test_negatives_are_ordered_by_number_and_may_be_a_list(tmp_path: Path) -> No
     numbered = {f"negative_{k}": f"n{k}" for k in (10, 9, 8, 7, 6, 5, 4, 3, 2, 1)}
     row = {"query": "q", "positive": "p", **numbered, "negative": "n0"}
     assert texts(Rows(write(tmp_path / "a.jsonl", [row]))[0].negatives) == [f"n{k}" for k in range(11)]
+    row = {"query": "q", "positive": "p", "negative_1": "n1", "negative_0": "n0", "negative": "n"}
+    assert texts(Rows(write(tmp_path / "c.jsonl", [row]))[0].negatives) == ["n", "n0", "n1"]
     rows = [{"query": "q", "positive": "p", "negatives": negatives} for negatives in (["x", "y"], [])]
     listed = Rows(write(tmp_path / "b.jsonl", rows))
     assert [texts(listed[k].negatives) for k in (0, 1)] == [["x", "y"], []]
@@ -131,12 +133,8 @@ def test_labelled_documents(tmp_path: Path) -> None:
     right = ["d"], []
     assert [content(example)[1:] for example in examples] == [right, ([], ["d"]), right, right, right, right]
     assert [example.labels for example in examples] == [(1.0,), (0.0,), (1.0,), (1.0,), (3.0,), (0.25,)]
-
-
-def test_labels_of_a_csv_file_are_strings(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("query,document,label\nq,d,0\nq,e,1\nq,f,0.5\n")
-    rows = Rows(str(tmp_path / "t.csv"))
-    assert [rows[k].labels for k in range(3)] == [(0.0,), (1.0,), (0.5,)]
+    assert [Rows(str(tmp_path / "t.csv"))[k].labels for k in range(3)] == [(0.0,), (1.0,), (0.5,)]
 
 
 def test_a_list_of_documents_with_labels(tmp_path: Path) -> None:
@@ -225,25 +223,22 @@ def test_bad_rows_are_refused(good: Any, bad: Any, message: str, tmp_path: Path)
     assert "t.jsonl" in str(error.value)
 
 
-@pytest.mark.parametrize("label", [-1, None, "yes", float("nan"), float("inf"), ""])
-def test_labels_below_0_and_what_is_no_number_are_refused(label: Any, tmp_path: Path) -> None:
-    rows = Rows(write(tmp_path / "t.jsonl", [{"query": "q", "document": "d", "label": label}]))
-    with pytest.raises(ValueError, match=f"row 1, column 'label': expected a number of 0 .*got {label!r}"):
-        rows[0]
+NO_LABEL = "column 'label': expected a number of 0 .*got "
 
 
 @pytest.mark.parametrize(
     ("documents", "label", "message"),
     [
+        *(("d", label, f"{NO_LABEL}{label!r}") for label in (-1, None, "yes", float("nan"), float("inf"), "")),
         (["d", "e"], [1], r"column 'label': expected a list of 2 numbers, one per document; got \[1\]"),
         (["d", "e"], 1, "column 'label': expected a list of 2 numbers, one per document; got 1"),
         ("d", [1], r"column 'label': expected one number.*; got \[1\]"),
         ([], [], "column 'document': the list is empty"),
         (["d", ""], [1, 0], r"column 'document'\[1\]: the text is empty"),
-        (["d", "e"], [1, -2], "column 'label': expected a number of 0 .*got -2"),
+        (["d", "e"], [1, -2], f"{NO_LABEL}-2"),
     ],
 )
-def test_bad_lists_of_documents_are_refused(documents: Any, label: Any, message: str, tmp_path: Path) -> None:
+def test_bad_documents_and_labels_are_refused(documents: Any, label: Any, message: str, tmp_path: Path) -> None:
     rows = Rows(write(tmp_path / "t.jsonl", [{"query": "q", "document": documents, "label": label}]))
     with pytest.raises(ValueError, match=f"row 1, {message}"):
         rows[0]
@@ -287,22 +282,14 @@ def test_blank_lines_at_the_end_and_a_missing_last_newline_are_fine(tmp_path: Pa
         assert [content(rows[k])[0] for k in range(len(rows))] == [["q"], ["q"]]
 
 
-@pytest.mark.parametrize("name", ["gone.jsonl", "gone.csv", "gone.parquet"])
-def test_a_missing_file_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"{name}: no such file"):
-        len(Rows(str(tmp_path / name)))
-
-
-def test_a_csv_row_with_another_number_of_cells_is_refused(tmp_path: Path) -> None:
+def test_missing_files_and_splits_and_ragged_tables_are_refused(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("query,positive\nq,p\nq,p,n\n")
-    with pytest.raises(ValueError, match="row 2: 3 cells under 2 columns"):
-        len(Rows(str(tmp_path / "t.csv")))
-
-
-def test_an_unknown_split_is_refused(tmp_path: Path) -> None:
     datasets.DatasetDict({"dev": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "saved")
-    with pytest.raises(ValueError, match="no split 'train'; it has dev"):
-        len(Rows(str(tmp_path / "saved")))
+    messages = {f"gone.{ending}": f"gone.{ending}: no such file" for ending in ("jsonl", "csv", "parquet")}
+    messages |= {"t.csv": "row 2: 3 cells under 2 columns", "saved": "no split 'train'; it has dev"}
+    for name, message in messages.items():
+        with pytest.raises(ValueError, match=message):
+            len(Rows(str(tmp_path / name)))
 
 
 @pytest.mark.parametrize(
@@ -333,11 +320,6 @@ def test_recipes_read_rows_with_the_columns_of_the_data_set_that_they_name(name:
         found = as_evaluation(Rows(str(tmp_path / "replica.parquet"), columns=options["columns"]))
         assert (len(found.queries), len(found.corpus)) == (2, 1)
     assert rows or "visual_document_re" not in name or name == "visual_document_retrieval_2b.yaml"
-
-
-def test_negatives_may_be_numbered_from_0(tmp_path: Path) -> None:
-    row = {"query": "q", "positive": "p", "negative_1": "n1", "negative_0": "n0", "negative": "n"}
-    assert texts(Rows(write(tmp_path / "a.jsonl", [row]))[0].negatives) == ["n", "n0", "n1"]
 
 
 @pytest.mark.parametrize("row", [0, 2])
@@ -371,11 +353,9 @@ def test_a_batch_is_read_as_its_rows_are(tmp_path: Path) -> None:
     assert mixture.__getitems__([4, 0, 3, 4]) == [mixture[4], mixture[0], mixture[3], mixture[4]]
 
 
+# Cells
+
 ORIGIN = "train.jsonl, row 17, column 'positive'"
-
-
-def to_item(cell: Any, role: Role, media_folder: Folder, origin: str) -> Item:
-    return to_items([(cell, role, origin)], media_folder)[0]
 
 
 @pytest.fixture
@@ -387,85 +367,64 @@ def media_folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def parts(cell: Any, media_folder: Path) -> tuple[Part, ...]:
-    return to_item(cell, "document", Folder(media_folder), ORIGIN).parts
+def parts(cell: Any, folder: Path) -> tuple[Part, ...]:
+    (found,) = to_items([(cell, "document", ORIGIN)], Folder(folder))
+    assert (found.role, found.origin) == ("document", ORIGIN)
+    return found.parts
 
 
-def encoded(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
+OPEN = Image.new("RGB", (2, 3), "green")
+CHAT = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "cat"}]
+#: What a cell stands for: words are text; names with an ending, an image; a tuple of such names, a video's frames.
+CELLS: list[tuple[Any, list[Any]]] = [
+    ("cat", ["cat"]),
+    (OPEN, [OPEN]),
+    ({"image": OPEN}, [OPEN]),
+    ({"image": "a.png"}, ["a.png"]),
+    ({"image": Path("a.png")}, ["a.png"]),
+    ({"image": {"bytes": None, "path": "a.png"}}, ["a.png"]),
+    ({"text": "cat", "image": "a.png"}, ["cat", "a.png"]),  # The order of keys is the order of parts.
+    ({"image": "a.png", "text": "cat"}, ["a.png", "cat"]),
+    ({"image": ["b.png", "a.png"], "text": ["x", "y"]}, ["b.png", "a.png", "x", "y"]),
+    ({"video": "film.mp4"}, ["film.mp4"]),
+    ({"video": ["b.png", "a.png"]}, [("b.png", "a.png")]),
+    ({"video": ["other.mp4", "film.mp4"]}, ["other.mp4", "film.mp4"]),
+    ({"video": [["b.png", "a.png"], "film.mp4"]}, [("b.png", "a.png"), "film.mp4"]),
+    (CHAT, ["a.png", "cat"]),
+    ({"role": "user", "content": CHAT}, ["a.png", "cat"]),
+    ([{"role": "user", "content": CHAT}], ["a.png", "cat"]),
+    ([{"role": "user", "content": "cat"}], ["cat"]),
+    ({"text": "cat", "image": None}, ["cat"]),  # Arrow adds nulls.
+    ([{"type": "text", "text": "cat", "image": None}], ["cat"]),
+]
 
 
-def test_a_string_is_text_even_if_a_file_has_its_name(media_folder: Path) -> None:
+@pytest.mark.parametrize(("cell", "expected"), CELLS)
+def test_every_form_of_a_cell(cell: Any, expected: list[Any], media_folder: Path) -> None:
+    def part(value: Any) -> Part:
+        if isinstance(value, tuple):
+            return Part("video", tuple(media_folder / name for name in value))
+        if isinstance(value, str) and "." in value:
+            return Part("video" if value.endswith("mp4") else "image", media_folder / value)
+        return Part("text" if isinstance(value, str) else "image", value)
+
+    assert parts(cell, media_folder) == tuple(map(part, expected))
+
+
+def test_a_string_is_text_even_if_a_file_has_its_name_and_paths_may_be_absolute(media_folder: Path) -> None:
+    path = media_folder / "a.png"
     assert parts("a.png", media_folder) == (Part("text", "a.png"),)
-    assert parts(str(media_folder / "a.png"), media_folder) == (Part("text", str(media_folder / "a.png")),)
-
-
-def test_the_item_knows_its_role_and_origin(media_folder: Path) -> None:
-    item = to_item("cat", "query", Folder(media_folder), ORIGIN)
-    assert (item.role, item.origin) == ("query", ORIGIN)
-
-
-def test_an_open_image(media_folder: Path) -> None:
-    image = Image.new("RGB", (2, 3))
-    assert parts(image, media_folder) == (Part("image", image),)
-    assert parts({"image": image}, media_folder) == (Part("image", image),)
-
-
-def test_paths_start_at_the_folder_unless_absolute(media_folder: Path) -> None:
-    expected = (Part("image", media_folder / "a.png"),)
-    assert parts({"image": "a.png"}, media_folder) == expected
-    assert parts({"image": str(media_folder / "a.png")}, media_folder) == expected
-    assert parts({"image": Path("a.png")}, media_folder) == expected
+    assert parts(str(path), media_folder) == (Part("text", str(path)),)
+    assert parts({"image": str(path)}, media_folder) == (Part("image", path),)
 
 
 def test_an_encoded_image_alone_and_in_a_mapping(media_folder: Path) -> None:
-    image = Image.new("RGB", (2, 3), "green")
-    value = {"bytes": encoded(image), "path": "gone.png"}
+    buffer = io.BytesIO()
+    OPEN.save(buffer, format="PNG")
+    value = {"bytes": buffer.getvalue(), "path": "gone.png"}
     for cell in (value, {"image": value}):
         (part,) = parts(cell, media_folder)
-        assert load_image(part.value).tobytes() == image.tobytes()
-    assert parts({"image": {"bytes": None, "path": "a.png"}}, media_folder) == (Part("image", media_folder / "a.png"),)
-
-
-def test_the_order_of_keys_is_the_order_of_parts(media_folder: Path) -> None:
-    text, image = Part("text", "cat"), Part("image", media_folder / "a.png")
-    assert parts({"text": "cat", "image": "a.png"}, media_folder) == (text, image)
-    assert parts({"image": "a.png", "text": "cat"}, media_folder) == (image, text)
-
-
-def test_lists_of_values(media_folder: Path) -> None:
-    assert parts({"image": ["b.png", "a.png"], "text": ["x", "y"]}, media_folder) == (
-        Part("image", media_folder / "b.png"),
-        Part("image", media_folder / "a.png"),
-        Part("text", "x"),
-        Part("text", "y"),
-    )
-
-
-def test_a_video_is_a_file_or_its_frames(media_folder: Path) -> None:
-    frames = (media_folder / "b.png", media_folder / "a.png")
-    film, other = Part("video", media_folder / "film.mp4"), Part("video", media_folder / "other.mp4")
-    assert parts({"video": "film.mp4"}, media_folder) == (film,)
-    assert parts({"video": ["b.png", "a.png"]}, media_folder) == (Part("video", frames),)
-    assert parts({"video": ["other.mp4", "film.mp4"]}, media_folder) == (other, film)
-    assert parts({"video": [["b.png", "a.png"], "film.mp4"]}, media_folder) == (Part("video", frames), film)
-
-
-def test_chat_content_and_messages(media_folder: Path) -> None:
-    content = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "cat"}]
-    expected = (Part("image", media_folder / "a.png"), Part("text", "cat"))
-    assert parts(content, media_folder) == expected
-    assert parts({"role": "user", "content": content}, media_folder) == expected
-    assert parts([{"role": "user", "content": content}], media_folder) == expected
-    assert parts([{"role": "user", "content": "cat"}], media_folder) == (Part("text", "cat"),)
-
-
-def test_nulls_that_arrow_adds_are_skipped(media_folder: Path) -> None:
-    assert parts({"text": "cat", "image": None}, media_folder) == (Part("text", "cat"),)
-    content = [{"type": "text", "text": "cat", "image": None}]
-    assert parts(content, media_folder) == (Part("text", "cat"),)
+        assert load_image(part.value).tobytes() == OPEN.tobytes()
 
 
 @pytest.mark.parametrize(
@@ -499,5 +458,5 @@ def test_nulls_that_arrow_adds_are_skipped(media_folder: Path) -> None:
 )
 def test_bad_cells_are_refused_with_their_origin(cell: Any, message: str, media_folder: Path) -> None:
     with pytest.raises(ValueError, match=message) as error:
-        to_item(cell, "document", Folder(media_folder), ORIGIN)
+        parts(cell, media_folder)
     assert str(error.value).startswith(ORIGIN)

@@ -28,15 +28,13 @@ from torch import Tensor
 
 Role = Literal["query", "document"]
 
-#: What one forward pass takes: ``input_ids`` and ``attention_mask`` of shape (B, L), and whatever else the backbone
-#: reads (``pixel_values``, ``image_grid_thw``, …).
+#: What one forward pass takes: ``input_ids`` and ``attention_mask`` (B, L), and whatever else the backbone reads.
 Inputs = dict[str, Tensor]
 
 #: An image: open, in a file, or the content of a file.
 Frame = Image | Path | bytes
 
-#: What a patch costs, in tokens, where the vision tower is trained. Its activations are about half of a token's in the
-#: language model, by the widths and depths of any Qwen3-VL, and of small ones alike.
+#: What a patch costs, in tokens, where the vision tower is trained: about half of a token's activations in Qwen3-VL.
 PATCH_COST = 0.5
 
 
@@ -56,7 +54,7 @@ class Part:
 
     @cached_property
     def digest(self) -> bytes:
-        """Equal for equal content. A file counts as its path, encoded images as bytes, open ones as pixels."""
+        """Equal for equal content: of a file its path, of encoded images the bytes, of open ones the pixels."""
         hashed = hashlib.blake2b(self.kind.encode(), digest_size=16)
         for value in self.value if isinstance(self.value, tuple) else (self.value,):
             if isinstance(value, Image):
@@ -137,32 +135,25 @@ class Chunking:
             raise ValueError(f"chunk_size is 1 or more, or null for a single chunk; got {self.size}.")
 
     def room(self, costs: Sequence[float]) -> int | None:
-        """What a chunk may cost, if these are the costs of all items (or images); None for no limit."""
+        """What a chunk may cost, given the costs of all items (or images); None for no limit."""
         if self.tokens is not None or self.size is None:
             return self.tokens
         return math.ceil(max(*costs, 1, self.size * sum(costs) / len(costs))) if costs else 1
 
 
 class Preprocessor(ABC):
-    """Turns items into model inputs. Runs in data loader workers: it is pickled, and never holds weights."""
+    """Turns items into model inputs, in data loader workers: it is pickled, and never holds weights."""
 
     @abstractmethod
     def __call__(self, items: Sequence[Item | Pair]) -> Inputs:
-        """Preprocess B items (roles mixed as they come), or B pairs, into one padded chunk, images included.
-
-        Raises:
-            ValueError: If an item cannot be read or would be cut in a harmful way; the message names its origin.
-        """
+        """Preprocess B items, or pairs, into one padded chunk, images included; a ``ValueError`` names an origin."""
 
     @abstractmethod
     def cost(self, item: Item | Pair) -> int:
         """Estimate the tokens an item will take, cheaply: evaluation batches hold items of similar cost."""
 
     def prepare(self, items: Sequence[Item | Pair], draft: bool = False) -> Prepared:
-        """Read N items or pairs, before it is decided which of them share a chunk.
-
-        With ``draft``, large JPEGs may be decoded at less than their full size where that changes little.
-        """
+        """Read N items or pairs; with ``draft``, large JPEGs may be decoded at less than their full size."""
         return Prepared(self, items)
 
 
@@ -231,9 +222,8 @@ class _Chunks:
 class Batch(_Chunks):
     """The N distinct items of some examples, ready to encode, and who belongs to whom.
 
-    Encoding the chunks in order and concatenating gives embeddings (N, D). A document that several examples share is
-    one column of the score matrix, so it can never be a negative of a query that it answers. Ids are `Item.id`, so
-    that processes can compare theirs.
+    The chunks in order give embeddings (N, D). A document that several examples share is one column of the score
+    matrix, so it can never be a negative of a query that it answers. Ids are `Item.id`, the same in every process.
     """
 
     queries: Int[Tensor, " Q"]  # The row of each query in the embeddings.
@@ -260,7 +250,7 @@ class RankingBatch(_Chunks):
 
 @dataclass
 class ItemBatch(_Chunks):
-    """Items to encode for measuring or prediction, as one chunk."""
+    """Items to encode for measuring or prediction, as one chunk; pairs to score are a `PairBatch`."""
 
     rows: Int[Tensor, " B"]  # Of the evaluation set: its queries first, then its corpus.
 

@@ -101,7 +101,7 @@ def main() -> None:
     print("| input | outcome |\n|---|---|")
     with TemporaryDirectory() as scratch:
         tiny.create(Path(scratch) / "checkpoint")
-        preprocessor = Qwen3VL(str(Path(scratch) / "checkpoint"), max_length=256).preprocessor
+        preprocessor = Qwen3VL(str(Path(scratch) / "checkpoint"), max_length=256).make_preprocessor()
         for kind, each, ending in outcomes(preprocessor, Path(scratch)):
             print(f"| {kind.lower()}: {each.name} | {ending} |", flush=True)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20

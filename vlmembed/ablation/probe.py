@@ -120,7 +120,7 @@ class Probe(LightningModule):
         """Rank, and write."""
         rows = []
         for (name, layer), metrics in (pair for measured in self._metrics for pair in measured.items()):
-            values, full = metrics.compute(), metrics.embeddings[0].shape[1]
+            values, full = metrics.compute(), metrics.values[0].shape[1]
             keys = {"evaluation set": metrics.evaluation.name, "pooling": name, "layer": layer}
             for dimension in dict.fromkeys((full, *self.dimensions)):
                 suffix = "" if dimension == full else f"/{dimension}"

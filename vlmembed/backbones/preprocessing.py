@@ -21,7 +21,7 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from vlmembed.backbones.chat_templates import PairTemplate
 from vlmembed.backbones.packing import PackedItems
-from vlmembed.media import image_size, load_image, load_video
+from vlmembed.media import image_size, load_images, load_video
 from vlmembed.pooling import Template
 from vlmembed.types import Inputs, Item, Pair, Part, Preprocessor, Role
 
@@ -102,11 +102,15 @@ class ChatPreprocessor(Preprocessor):
         return cost
 
     def _read(self, items: Sequence[Item | Pair], apply: Applied, resized: Resized | None = None) -> Inputs:
-        images: dict[bytes, Any] = {}  # Equal images of a batch are opened once, and are one object.
+        frames: dict[bytes, Any] = {}  # Equal images of a batch are opened once, and are one object.
+        for item in items:
+            for one in _split(item):
+                for part in one.parts:
+                    if part.kind == "image":
+                        frames.setdefault(part.digest, (part.value, one.origin))
+        images = load_images(frames, resized)
         conversations = [
-            self._chat(
-                {one.role: [self._content(part, one, images, resized) for part in one.parts] for one in _split(item)}
-            )
+            self._chat({one.role: [self._content(part, one, images) for part in one.parts] for one in _split(item)})
             for item in items
         ]
         try:
@@ -136,12 +140,10 @@ class ChatPreprocessor(Preprocessor):
             return [user]
         return [{"role": "system", "content": [{"type": "text", "text": instruction}]}, user]
 
-    def _content(self, part: Part, item: Item, images: dict[bytes, Any], resized: Resized | None) -> dict[str, Any]:
+    def _content(self, part: Part, item: Item, images: Mapping[bytes, Any]) -> dict[str, Any]:
         """Return one content part of a chat message."""
         value: Any = part.value
         if part.kind == "image":
-            if part.digest not in images:
-                images[part.digest] = load_image(value, item.origin, resized)
             return {"type": "image", "image": images[part.digest]}
         if part.kind == "video":
             if getattr(self.processor, "video_processor", None) is None:

@@ -20,8 +20,7 @@ from vlmembed.types import Frame, Item, Part, Role
 
 KINDS = ("text", "image", "video")
 
-#: The most bytes, in UTF-8, that a text may have. ``max_length`` cuts it only once all of it has been tokenized, and a
-#: million tokens take two seconds and a gigabyte.
+#: The most bytes, in UTF-8, that a text may have: ``max_length`` cuts it only once all of it has been tokenized.
 MAX_TEXT_BYTES = limit("VLMEMBED_MAX_TEXT_BYTES", 2**21)
 
 #: ``https://…``, ``file:/…``, ``data:…``, but not ``figure:1.png``.
@@ -35,9 +34,8 @@ Cell = tuple[Any, Role, str]
 class Folder:
     """The media root of a data set: where relative paths start, and what they may not leave.
 
-    A data set that somebody else wrote could name any file of this machine, to have it embedded, shown in a report or
-    written into another data set. So a path that leads out of the folder is refused, whether it is absolute, goes up,
-    or goes through a link; and nothing is ever downloaded.
+    A data set could name any file of this machine, to have it embedded or shown in a report. So a path that leads out,
+    whether it is absolute, goes up, or goes through a link, is refused; and nothing is ever downloaded.
     """
 
     path: Path
@@ -45,7 +43,7 @@ class Folder:
 
     @classmethod
     def of(cls, path: str, allow_outside: Iterable[str] | None) -> Folder:
-        """Return the folder of a file, a folder or a Hub id; the latter two have files where ``datasets`` puts them."""
+        """Return the media root of a path or Hub id; ``datasets`` puts the files of a Hub id into its caches."""
         others = tuple(map(Path, allow_outside or ()))
         if Path(path).is_file():
             return cls(Path(path).parent, others)
@@ -86,15 +84,10 @@ class Folder:
 
 
 def to_items(cells: Iterable[Cell], folder: Folder) -> list[Item]:
-    """Read cells.
+    """Read cells, of the forms in README.md; a ``ValueError`` names the cell that is empty or has another form.
 
-    A plain string is always text, never a path, so that no text can turn into an image because a file of that name
-    exists: write ``{"image": "page.png"}``. The keys of a mapping stay in order, because the order changes the
-    embedding; keys whose value is null are skipped, because Arrow fills every key that another row has. The forms of
-    a cell are in README.md.
-
-    Raises:
-        ValueError: If a cell is empty, has another form, or names a file that does not exist or is outside.
+    A plain string is always text, never a path. The keys of a mapping stay in order, because the order changes the
+    embedding; keys whose value is null are skipped, because Arrow fills every key that another row has.
     """
     items = []
     for cell, role, origin in cells:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from vlmembed.data.evaluation import as_evaluation, as_reranking
-from vlmembed.data.sampling import shard
+from vlmembed.data.sampling import RowLists, shard
 from vlmembed.types import (
     Batch,
     Chunking,
@@ -60,7 +60,7 @@ class Collator(ABC):
 
     @abstractmethod
     def loader(self, evaluation: Any, batch_size: int, rank: int, world_size: int, **options: Any) -> DataLoader:
-        """Return the loader of an evaluation set, for one process: ``batch_size`` items go through the model at once.
+        """Return the loader of a process's share: ``batch_size`` items go through the model at once.
 
         All processes get equally many batches, so that none waits for another that has no more.
         """
@@ -69,10 +69,9 @@ class Collator(ABC):
 def cut(prepared: Prepared, chunking: Chunking) -> tuple[list[int], list[Inputs], list[Inputs]]:
     """Cut items into chunks of about equal cost, so that a batch that does not fit in memory fails at once.
 
-    An item costs its tokens and its patches, and what it shares with the beginning of the one before costs nothing
-    again; where chunks are padded, it costs as many tokens as the longest, which comes first. An item that costs more
-    than there is room for has a chunk for itself. Returns the rows of the items in the order of the chunks, the
-    chunks, and the chunks of the distinct images.
+    An item costs its tokens and its patches, without what it shares with the beginning of the one before; where chunks
+    are padded, as many tokens as the longest, which comes first. An item that costs too much has a chunk for itself.
+    Returns the items' rows in the order of the chunks, the chunks, and the chunks of the distinct images.
     """
     order, lengths, patches = prepared.order, prepared.lengths, prepared.patches
     shared = prepared.shared(order)
@@ -103,7 +102,7 @@ class ItemCollator(Collator):
         self.teacher_scores = teacher_scores
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
-        """Merge equal items, and equal queries with all their documents; see `Collator.__call__`."""
+        """Merge equal items, and equal queries with all their documents."""
         queries: dict[int, Item] = {}
         documents: dict[int, Item] = {}
         labels: dict[tuple[int, int], int] = {}
@@ -125,6 +124,7 @@ class ItemCollator(Collator):
                 )
         distinct = {**queries, **documents}
         order, chunks, images = cut(self.preprocessor.prepare([*distinct.values()], draft=True), self.chunking)
+        # Items are encoded in the order of the chunks: the row of each id in the embeddings.
         ids = [*distinct]
         row = {ids[number]: row for row, number in enumerate(order)}
         return Batch(
@@ -144,14 +144,14 @@ class ItemCollator(Collator):
         """See `Collator.load`."""
         return as_evaluation(value, split)
 
-    def loader(
-        self, evaluation: EvaluationSet, batch_size: int, rank: int, world_size: int, **options: Any
-    ) -> DataLoader:
+    def loader(self, evaluation: Any, batch_size: int, rank: int, world_size: int, **options: Any) -> DataLoader:
         """See `Collator.loader`: queries and corpus, sorted by cost."""
-        items = EvaluationItems(evaluation)
-        costs = [self.preprocessor.cost(item) for _, item in items[range(len(items))]]
+        read = partial(_read_items, evaluation)
+        costs = [
+            self.preprocessor.cost(item) for _, item in read(range(len(evaluation.queries) + len(evaluation.corpus)))
+        ]
         batches = shard(costs, batch_size, rank, world_size)
-        return DataLoader(items, batch_size=None, sampler=batches, collate_fn=self.collate_items, **options)
+        return DataLoader(RowLists(read), batch_size=None, sampler=batches, collate_fn=self.collate_items, **options)
 
     def collate_items(self, rows: Sequence[tuple[int, Item]]) -> ItemBatch:
         """Preprocess items as one chunk."""
@@ -160,18 +160,10 @@ class ItemCollator(Collator):
         return ItemBatch([chunk], prepared.images(None), torch.tensor([row for row, _ in rows]))
 
 
-class EvaluationItems(Dataset[list[tuple[int, Item]]]):
-    """The items of an evaluation set, queries first, by lists of row numbers; they come with their numbers."""
-
-    def __init__(self, evaluation: EvaluationSet):
-        self.evaluation = evaluation
-
-    def __len__(self) -> int:
-        return len(self.evaluation.queries) + len(self.evaluation.corpus)
-
-    def __getitem__(self, rows: Iterable[int]) -> list[tuple[int, Item]]:
-        queries, corpus = self.evaluation.queries, self.evaluation.corpus
-        return [(row, queries[row] if row < len(queries) else corpus[row - len(queries)]) for row in rows]
+def _read_items(evaluation: EvaluationSet, rows: Sequence[int]) -> list[tuple[int, Item]]:
+    """Read items by number, queries first; they come with their numbers."""
+    queries, corpus = evaluation.queries, evaluation.corpus
+    return [(row, queries[row] if row < len(queries) else corpus[row - len(queries)]) for row in rows]
 
 
 def check_scores(examples: Sequence[Example], wanted: bool) -> None:
@@ -224,7 +216,7 @@ class PairCollator(Collator):
         self.by_document = by_document
 
     def __call__(self, examples: Sequence[Example]) -> RankingBatch:
-        """Pair each query with its candidates, equal pairs once; see `Collator.__call__`."""
+        """Pair each query with its candidates, equal pairs once."""
         targets: dict[tuple[int, int], float] = {}
         pairs: dict[tuple[int, int], Pair] = {}
         extended = self._with_negatives(examples) if self.in_batch_negatives else examples
@@ -266,15 +258,12 @@ class PairCollator(Collator):
                 continue
             for document, label in zip(documents, labels, strict=True):
                 if not 0 <= label <= spec.largest:
-                    raise ValueError(
-                        f"{document.origin or origin}: label {label:g} is outside of what this loss takes, 0 to "
-                        f"{spec.largest:g}."
-                    )
+                    takes = f"what this loss takes, 0 to {spec.largest:g}"
+                    raise ValueError(f"{document.origin or origin}: label {label:g} is outside of {takes}.")
             if spec.needs_positive and max(labels) <= 0:
                 raise ValueError(
                     f"{origin}: none of the query's {len(documents)} candidates has a label above 0, and this loss "
-                    "needs a positive. Remove the row, group the rows of a query with vlmembed.data.GroupByQuery, or "
-                    "take a pointwise loss such as BinaryCrossEntropy."
+                    "needs a positive. Use vlmembed.data.GroupByQuery, or a pointwise loss such as BinaryCrossEntropy."
                 )
 
     def _with_negatives(self, examples: Sequence[Example]) -> list[Example]:
@@ -298,16 +287,17 @@ class PairCollator(Collator):
         """See `Collator.load`."""
         return as_reranking(value, split)
 
-    def loader(
-        self, evaluation: RerankingSet, batch_size: int, rank: int, world_size: int, **options: Any
-    ) -> DataLoader:
+    def loader(self, evaluation: Any, batch_size: int, rank: int, world_size: int, **options: Any) -> DataLoader:
         """See `Collator.loader`: pairs that share a query, or a document, one after the other."""
-        pairs = EvaluationPairs(evaluation, self.by_document)
+        pairs = [(query, column) for query, row in enumerate(evaluation.candidates) for column in row]
+        if self.by_document:
+            pairs.sort(key=lambda pair: pair[1])
         count = world_size * -(-len(pairs) // (batch_size * CHUNKS_PER_BATCH * world_size))
         edges = [len(pairs) * number // count for number in range(count + 1)]
-        batches = [[*range(*edges[number : number + 2])] or [0] for number in range(rank, count, world_size)]
+        batches = [pairs[slice(*edges[number : number + 2])] or pairs[:1] for number in range(rank, count, world_size)]
+        read = RowLists(partial(read_pairs, evaluation.evaluation))
         collate = partial(self.collate_pairs, chunking=Chunking(batch_size, patch_cost=0.0))
-        return DataLoader(pairs, batch_size=None, sampler=batches, collate_fn=collate, **options)
+        return DataLoader(read, batch_size=None, sampler=batches, collate_fn=collate, **options)
 
     def collate_pairs(self, pairs: Sequence[NumberedPair], chunking: Chunking) -> PairBatch:
         """Preprocess pairs, and their distinct images once."""
@@ -315,21 +305,8 @@ class PairCollator(Collator):
         return PairBatch(chunks, images, torch.tensor([pairs[row][:2] for row in order]))
 
 
-class EvaluationPairs(Dataset[list[NumberedPair]]):
-    """The pairs of a reranking set by lists of numbers, those of one query, or of one document, next to each other."""
-
-    def __init__(self, reranking: RerankingSet, by_document: bool = False) -> None:
-        self.evaluation = reranking.evaluation
-        self.pairs = [(query, column) for query, row in enumerate(reranking.candidates) for column in row]
-        if by_document:
-            self.pairs.sort(key=lambda pair: pair[1])
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, numbers: Iterable[int]) -> list[NumberedPair]:
-        chosen = [self.pairs[number] for number in numbers]
-        # An item is read once, whatever it is paired with.
-        queries = {query: self.evaluation.queries[query] for query in {query for query, _ in chosen}}
-        documents = {column: self.evaluation.corpus[column] for column in {column for _, column in chosen}}
-        return [(query, column, Pair(queries[query], documents[column])) for query, column in chosen]
+def read_pairs(evaluation: EvaluationSet, numbers: Sequence[tuple[int, int]]) -> list[NumberedPair]:
+    """Read the pairs of a query's number and a document's; an item is read once, whatever it is paired with."""
+    queries = {query: evaluation.queries[query] for query in {query for query, _ in numbers}}
+    documents = {column: evaluation.corpus[column] for column in {column for _, column in numbers}}
+    return [(query, column, Pair(queries[query], documents[column])) for query, column in numbers]

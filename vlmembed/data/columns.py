@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ Row = Mapping[str, Any]
 
 
 def check_columns(columns: Collection[str], origin: str) -> None:
-    """Refuse columns (after renaming) that are no training rows', or that nothing would read, and say what to do."""
+    """Refuse columns (after renaming) that are no training rows', or that nothing would read."""
     for column in columns:
         if not KNOWN.fullmatch(column):
             what = "negatives given but unused" if "neg" in column.lower() else "nothing reads it"
@@ -53,13 +54,9 @@ def _single_negatives(columns: Collection[str]) -> list[str]:
 
 
 def to_examples(rows: Sequence[Row], folder: Folder, origins: Sequence[str]) -> list[Example]:
-    """Turn rows, whose columns have been checked, into examples.
+    """Turn rows, whose columns have been checked, into examples; a ``ValueError`` names row, column and value.
 
-    The documents of a row of ``query``, ``document`` and ``label`` are positives where their label is above 0, and
-    negatives where it is 0. The origins are file and row of each, for error messages.
-
-    Raises:
-        ValueError: Naming row, column and value of what cannot be read.
+    Documents are positives where their label is above 0. The origins are file and row of each, for error messages.
     """
     # All cells of all rows are read at once: each row's query, its positives or documents, its negatives.
     cells: list[Cell] = []
@@ -130,16 +127,13 @@ def _numbers(row: Row, column: str, count: int, origin: str) -> tuple[float, ...
         raise ValueError(f"{origin}, column {column!r}: expected {expected}; got {cell!r:.100}.")
     expected = "a number of 0 (irrelevant) or above (a teacher's scores go in 'scores')" if is_label else "a number"
     for number in numbers:
-        # Labels may be strings: a CSV file has nothing else.
-        if not isinstance(number, int | float | str if is_label else int | float) or not _fits(number, is_label):
+        try:
+            # Labels may be strings: a CSV file has nothing else.
+            value = float(number) if is_label or not isinstance(number, str) else math.nan
+        except (TypeError, ValueError, OverflowError):
+            value = math.nan
+        if not (0 if is_label else -LARGEST) <= value <= LARGEST:
             raise ValueError(
                 f"{origin}, column {column!r}: expected {expected}, finite in 32 bits; got {number!r:.50}."
             )
     return tuple(map(float, numbers))
-
-
-def _fits(cell: Any, is_label: bool) -> bool:
-    try:
-        return (0 if is_label else -LARGEST) <= float(cell) <= LARGEST
-    except (ValueError, OverflowError):
-        return False

@@ -25,32 +25,29 @@ Evaluations = Evaluation | list[Evaluation]
 class RetrievalDataModule(LightningDataModule):
     """Training rows and evaluation sets, as batches for a model.
 
-    Where a path is a data set with several splits, ``train``, ``val`` and ``test`` mean its ``train``, ``validation``
-    and ``test``; write a ``vlmembed.data.Rows`` for another. Use ``Trainer(use_distributed_sampler=False)``: batches
-    are cut for the processes here. `vlmembed.trainer.Trainer` sets ``collator`` to the model's; with another trainer,
-    set it before anything runs.
+    Of a data set with several splits, ``train``, ``val`` and ``test`` read ``train``, ``validation`` and ``test``;
+    write a ``vlmembed.data.Rows`` for another. `vlmembed.trainer.Trainer` sets ``collator`` to the model's; with
+    another trainer, set it before anything runs, and ``use_distributed_sampler=False``.
 
     Args:
-        train: Training rows: a JSONL, CSV or Parquet file, a saved data set, a Hub id, a ``vlmembed.data.Source`` (a
-            ``Mixture`` decides how sources are mixed), or a list of these, mixed by size.
-        val: What to measure on while training: a folder with ``corpus.jsonl``, ``queries.jsonl`` and ``qrels.tsv``;
-            training rows; a ``vlmembed.data.EvaluationSource``; for a cross-encoder, training rows or a
-            ``vlmembed.data.RerankingRun``; or a list of these.
-        test: What to measure on with ``test``, and to embed with ``predict`` (which takes ``val`` if there is no
-            ``test``). As ``val``.
+        train: Training rows: a JSONL, CSV or Parquet file, a saved data set, a Hub id, a ``vlmembed.data.Source``, or
+            a list of these, mixed by size.
+        val: What to measure on while training: an evaluation folder, training rows, a
+            ``vlmembed.data.EvaluationSource``, for a cross-encoder a ``vlmembed.data.RerankingRun``, or a list.
+        test: What to measure on with ``test``, and to embed with ``predict``, which takes ``val`` if there is none.
         batch_size: Training rows per process and step; the documents of all other rows are negatives.
-        chunk_size: Items of average cost that go through the model at once in training: more short texts, fewer large
-            images. ``auto`` measures what memory allows. Changes memory and speed, never the gradient. Null for the
-            whole batch.
+        chunk_size: Items of average cost that go through the model at once in training. ``auto`` measures what memory
+            allows, null is the whole batch. Changes memory and speed, never the gradient.
         eval_batch_size: Items that go through the model at once when measuring.
         num_workers: Processes per loader that read and preprocess; 0 to do it in the training process.
         seed: Draws the order of the training rows.
-        on_bad_row: What to do with a training row that cannot be used: it is not JSON, a cell has the wrong type, a
-            score is no number, an image is gone or damaged. ``raise`` stops and names it. ``skip`` leaves it out, so
-            that its batch is smaller, and names it in ``bad_rows.jsonl`` in the run's folder. Evaluation sets have no
-            such choice: a metric over fewer rows is another metric.
+        on_bad_row: What to do with a training row that cannot be used: ``raise`` stops and names it, ``skip`` leaves it
+            out of its batch and names it in ``bad_rows.jsonl`` in the run's folder. Evaluation sets have no such
+            choice: a metric over fewer rows is another metric.
         max_bad_rows: How many rows may be left out, over all processes and restarts, before the run stops.
     """
+
+    trainer: Any  # Says which process this is, and where its device is.
 
     def __init__(
         self,
@@ -72,16 +69,10 @@ class RetrievalDataModule(LightningDataModule):
             raise ValueError(
                 f"on_bad_row is raise or skip, max_bad_rows 0 or more; got {on_bad_row!r} and {max_bad_rows}."
             )
-        self.train = train
-        self.val = val
-        self.test = test
-        self.batch_size = batch_size
-        self.chunk_size = chunk_size
-        self.eval_batch_size = eval_batch_size
-        self.num_workers = num_workers
-        self.seed = seed
-        self.on_bad_row = on_bad_row
-        self.max_bad_rows = max_bad_rows
+        self.train, self.val, self.test = train, val, test
+        self.batch_size, self.chunk_size, self.eval_batch_size = batch_size, chunk_size, eval_batch_size
+        self.num_workers, self.seed = num_workers, seed
+        self.on_bad_row, self.max_bad_rows = on_bad_row, max_bad_rows
         #: Makes batches of the model's kind.
         self.collator: Collator | None = None
         #: The tokens of a chunk, where ``chunk_size: auto`` has measured them.
@@ -91,16 +82,11 @@ class RetrievalDataModule(LightningDataModule):
         self.evaluations: dict[str, list[Any]] = {}
 
     def set_chunking(self, tokens: int | None, patch_cost: float) -> None:
-        """Take what was measured on the model; see `Chunking`. A number in ``chunk_size`` takes precedence."""
-        self.chunk_tokens = tokens
-        self.patch_cost = patch_cost
+        """Take what was measured on the model; a number in ``chunk_size`` takes precedence."""
+        self.chunk_tokens, self.patch_cost = tokens, patch_cost
 
     def setup(self, stage: str) -> None:
-        """Open what the stage needs.
-
-        Raises:
-            ValueError: If something is missing, cannot be read, or two evaluation sets of a stage have one name.
-        """
+        """Open what the stage needs; a ``ValueError`` says what is missing or cannot be read."""
         if stage == "fit":
             self._mixture = as_mixture(self.train)
         if stage == "validate" or (stage == "fit" and self.val is not None):
@@ -133,30 +119,28 @@ class RetrievalDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Return the loader of training batches."""
-        trainer, collator = self._trainer, self._collator
+        trainer, collator = self.trainer, self._collator
         if trainer.overfit_batches:
             raise ValueError(
                 "trainer.overfit_batches is not supported: Lightning would replace the sampler by one that knows no "
                 "batches. Train on a small file instead."
             )
-        if self.chunk_size == "auto" and self.chunk_tokens is None:
-            raise ValueError("chunk_size: auto needs a vlmembed module to measure it; give a number, or null.")
-        size = None if self.chunk_size == "auto" else self.chunk_size
-        tokens = self.chunk_tokens if self.chunk_size == "auto" else None
-        collator.chunking = Chunking(size, tokens, self.patch_cost)
+        if self.chunk_size == "auto":
+            if self.chunk_tokens is None:
+                raise ValueError("chunk_size: auto needs a vlmembed module to measure it; give a number, or null.")
+            collator.chunking = Chunking(None, self.chunk_tokens, self.patch_cost)
+        else:
+            collator.chunking = Chunking(self.chunk_size, None, self.patch_cost)
+        rows: Any = RowLists(self._mixture.__getitems__)
+        collate: Any = collator
         if self.on_bad_row == "skip":
+            rows, collate = ReadableRows(self._mixture), SkipBadRows(collator, collator.check)
             self._bad_rows = BadRowFile(Path(trainer.log_dir or trainer.default_root_dir), self.max_bad_rows)
-        return ResumableLoader(
-            ReadableRows(self._mixture) if self.on_bad_row == "skip" else RowLists(self._mixture),
-            batch_size=None,
-            sampler=self._batches(),
-            collate_fn=SkipBadRows(collator, collator.check) if self.on_bad_row == "skip" else collator,
-            persistent_workers=self.num_workers > 0,
-            **self._loader_options,
-        )
+        options = {"persistent_workers": self.num_workers > 0, **self._loader_options}
+        return ResumableLoader(rows, batch_size=None, sampler=self._batches(), collate_fn=collate, **options)
 
     def val_dataloader(self) -> list[DataLoader]:
-        """Return a loader for each validation set: its queries and corpus, sorted by cost."""
+        """Return a loader for each validation set."""
         return self._evaluation_loaders("val")
 
     def test_dataloader(self) -> list[DataLoader]:
@@ -186,12 +170,12 @@ class RetrievalDataModule(LightningDataModule):
         return batch
 
     def _batches(self) -> Batches:
-        rank, world_size = self._trainer.global_rank, self._trainer.world_size
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
         distinct = self._collator.distinct_queries
         return Batches(self._mixture, self.batch_size, self.seed, rank, world_size, distinct)
 
     def _evaluation_loaders(self, stage: str) -> list[DataLoader]:
-        rank, world_size = self._trainer.global_rank, self._trainer.world_size
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
         return [
             self._collator.loader(evaluation, self.eval_batch_size, rank, world_size, **self._loader_options)
             for evaluation in self.evaluations.get(stage, [])
@@ -201,16 +185,10 @@ class RetrievalDataModule(LightningDataModule):
     def _loader_options(self) -> dict[str, Any]:
         return {
             "num_workers": self.num_workers,
-            "pin_memory": self._trainer.strategy.root_device.type == "cuda",
+            "pin_memory": self.trainer.strategy.root_device.type == "cuda",
             "generator": seeded_generator(self.seed),
             "worker_init_fn": leave_stopping_to_parent,
         }
-
-    @property
-    def _trainer(self) -> Any:
-        if self.trainer is None:
-            raise ValueError("The data module needs a Trainer: it asks it for rank and device.")
-        return self.trainer
 
     @property
     def _collator(self) -> Collator:
@@ -223,11 +201,7 @@ class RetrievalDataModule(LightningDataModule):
 
 
 def as_mixture(train: Training | None) -> Mixture:
-    """Turn what the YAML says about training data into one mixture.
-
-    Raises:
-        ValueError: If there is nothing.
-    """
+    """Turn what the YAML says about training data into one mixture; a ``ValueError`` if that is nothing."""
     values = train if isinstance(train, list) else [train]
     sources = [Rows(value) if isinstance(value, str) else value for value in values if value is not None]
     if not sources:

@@ -1,10 +1,8 @@
 """Handwritten numbers: real handwriting to retrieve, with no network and no GPU.
 
-The query "four zero seven" is answered by images of the number 407. Its digits come from the 1,797 scans of 8×8
-pixels that scikit-learn carries (Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998).
-
-Training, validation and test share no number to search for and no scan: a model that scores well has read digits that
-it never saw, in combinations that it never saw.
+The query "four zero seven" is answered by images of the number 407, of the 1,797 scans of 8×8 pixels that scikit-learn
+carries (Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998). Training, validation and test
+share no number to search for and no scan.
 """
 
 from __future__ import annotations
@@ -37,7 +35,7 @@ SCAN_SPLITS: dict[Split, slice] = {"test": slice(0, 270), "val": slice(270, 400)
 
 @cache
 def numbers(split: Split) -> tuple[int, ...]:
-    """Return the numbers that are queries of a split. The same ones always: no seed can mix training and test."""
+    """Return the numbers that are queries of a split: always the same, so that no seed can mix training and test."""
     return tuple(np.random.default_rng(0).permutation(10**DIGITS)[NUMBER_SPLITS[split]].tolist())
 
 
@@ -50,7 +48,7 @@ def scans() -> tuple[list[Image.Image], np.ndarray]:
 
 @cache
 def scans_of(split: Split) -> tuple[np.ndarray, ...]:
-    """Return, for each digit, the indexes of its scans in a split: the same ones always, see `numbers`."""
+    """Return, for each digit, the indices of its scans in a split: always the same."""
     target = scans()[1]
     within = np.random.default_rng(1).permutation(len(target))[SCAN_SPLITS[split]]
     return tuple(within[target[within] == digit] for digit in range(10))
@@ -117,11 +115,10 @@ class HandwrittenNumbers(Source):
 class HandwrittenNumbersEvaluation(EvaluationSource):
     """Numbers in words, to find among images that are written with scans held out of training.
 
-    ``test`` has 200 numbers with 5 images each, among 1,000 images of other numbers; ``val`` has 100 with 2 each, among
-    300. No number of either is ever trained on, and they share no number and no scan.
+    ``test`` has 200 numbers with 5 images each, among 1,000 images of other numbers; ``val`` 100 with 2, among 300.
 
     Args:
-        split: Which of the two.
+        split: Which of the two; they share no number and no scan.
         seed: Draws the images.
     """
 
@@ -138,17 +135,13 @@ class HandwrittenNumbersEvaluation(EvaluationSource):
         shown = [*np.repeat(asked, copies), *generator.choice(others, distractors)]
         names = [f"{number:0{DIGITS}}-{row}" for row, number in enumerate(shown)]
         origin = f"HandwrittenNumbersEvaluation(split={self.split}, seed={self.seed})"
-        query_names = [f"{number:0{DIGITS}}" for number in asked]
+        asked_names = [f"{number:0{DIGITS}}" for number in asked]
+        images = [(Part("image", write(int(number), self.split, generator)),) for number in shown]
         return EvaluationSet(
-            name="handwritten-numbers",
-            queries=[query(number, f"{origin}, {in_words(number)}") for number in asked],
-            corpus=[
-                Item("document", (Part("image", write(int(number), self.split, generator)),), f"{origin}, {name}")
-                for number, name in zip(shown, names, strict=True)
-            ],
-            query_names=query_names,
-            document_names=names,
-            qrels={
-                name: dict.fromkeys(names[copies * row : copies * (row + 1)], 1) for row, name in enumerate(query_names)
-            },
+            "handwritten-numbers",
+            [query(number, f"{origin}, {in_words(number)}") for number in asked],
+            [Item("document", parts, f"{origin}, {name}") for parts, name in zip(images, names, strict=True)],
+            asked_names,
+            names,
+            {name: dict.fromkeys(names[copies * k : copies * (k + 1)], 1) for k, name in enumerate(asked_names)},
         )

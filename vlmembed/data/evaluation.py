@@ -24,11 +24,7 @@ class EvaluationSource(ABC):
 
     @abstractmethod
     def load(self) -> EvaluationSet:
-        """Read the queries, the corpus and the judgements.
-
-        Raises:
-            ValueError: Naming file, row and value of what cannot be read.
-        """
+        """Read the queries, the corpus and the judgements; a ``ValueError`` names file, row and value at fault."""
 
 
 class RerankingSource(ABC):
@@ -36,17 +32,16 @@ class RerankingSource(ABC):
 
     @abstractmethod
     def load(self) -> RerankingSet:
-        """Read the queries, the corpus, the judgements and the candidates; raises as `EvaluationSource.load` does."""
+        """Read the queries, the corpus, the judgements and the candidates; a ``ValueError`` as for retrieval."""
 
 
 @dataclass(eq=False)
 class EvaluationFolder(EvaluationSource):
     """A folder in the manner of BEIR and MTEB: ``corpus.jsonl``, ``queries.jsonl`` and ``qrels.tsv``.
 
-    A row of the two JSONL files has ``id`` (or ``_id``) and any of ``text``, ``image``, ``video``; images and videos
-    are paths relative to the folder. BEIR's ``title`` is put before the text, as MTEB does, and its ``metadata`` is
-    not read. ``qrels.tsv`` has query id, corpus id and an integer grade, separated by tabs, and may have a header.
-    Queries without judgements are left out.
+    A row of the two JSONL files has ``id`` (or ``_id``) and any of ``text``, ``image``, ``video``; paths are relative
+    to the folder. ``title`` is put before the text, as MTEB does, and ``metadata`` is not read. ``qrels.tsv`` has
+    query id, corpus id and an integer grade, and may have a header. Queries without judgements are left out.
 
     Args:
         path: The folder.
@@ -83,9 +78,8 @@ class EvaluationFolder(EvaluationSource):
 class EvaluationRows(EvaluationSource):
     """Training rows as a retrieval measurement.
 
-    The corpus is all their positives and negatives, the queries are those with a positive, equal ones once; relevant
-    to a query are the positives of all its rows. A document's grade is its label: 1 for a positive and 0 for a
-    negative where the rows give none. Where rows disagree, the highest counts.
+    The corpus is all their documents, the queries are those with a positive, equal ones once. A document's grade is its
+    label, or 1 for a positive and 0 for a negative; where rows of a query disagree, the highest counts.
 
     Args:
         rows: The training rows.
@@ -119,10 +113,9 @@ class EvaluationRows(EvaluationSource):
 
 
 class RowItems(Sequence[Item]):
-    """Items of training rows, read when asked for, so that images are not all held in memory.
+    """Items of training rows, read when asked for, so that only the images of the last row are held in memory.
 
-    Only the row that was read last is: its other items are often asked for next. The indices are of each item its row,
-    and its index in the row: query, positives, negatives.
+    The indices are of each item its row, and its index in the row: query, positives, negatives.
     """
 
     def __init__(self, rows: Source, indices: Sequence[tuple[int, int]]):
@@ -147,14 +140,13 @@ class RowItems(Sequence[Item]):
 class RerankingRun(RerankingSource):
     """What another model found for the queries of an evaluation set, to be put in a better order.
 
-    Metrics are reported before (``ndcg@10/before``) and after. A relevant document that the run does not have counts
-    against both, and a query that it does not have counts 0.
+    Metrics are reported before (``ndcg@10/before``) and after. A query that the run does not have counts 0.
 
     Args:
         evaluation: The queries, the corpus and the judgements: a folder, or a ``vlmembed.data.EvaluationSource``.
         run: A TREC run file, such as an embedder's ``predict`` writes: lines ``query Q0 document rank score tag``.
-        depth: How many documents of each query are candidates: those of the highest scores, compared in float32 and
-            equal ones by document name, both descending, as ``trec_eval`` does. The file's ranks are not read.
+        depth: How many documents of each query are candidates, the highest scores first; equal ones (in float32) by
+            document name, descending, as ``trec_eval`` does. The file's ranks are not read.
         name: What metrics call it; the evaluation set's name if null.
     """
 
@@ -184,8 +176,7 @@ class RerankingRun(RerankingSource):
 class RerankingRows(RerankingSource):
     """Training rows as a reranking measurement: the candidates of a query are the documents of all its rows.
 
-    Rows know no first stage: candidates stand in the order of their names, which are hashes of the content, and what
-    is reported as ``before`` is what chance gives.
+    They stand in the order of hashes of their content, so what is reported as ``before`` is what chance gives.
 
     Args:
         rows: The training rows.
@@ -204,7 +195,7 @@ class RerankingRows(RerankingSource):
 
 
 def as_evaluation(value: str | Source | EvaluationSource, split: str = "test") -> EvaluationSet:
-    """Load what stands for an evaluation set: a path (of a folder or of rows), training rows, or a source."""
+    """Load what stands for an evaluation set."""
     if isinstance(value, RerankingSource):
         raise ValueError(f"{type(value).__name__} is for a cross-encoder; an embedder searches a whole corpus.")
     if isinstance(value, str):
@@ -213,7 +204,7 @@ def as_evaluation(value: str | Source | EvaluationSource, split: str = "test") -
 
 
 def as_reranking(value: str | Source | EvaluationSource | RerankingSource, split: str = "test") -> RerankingSet:
-    """Load what stands for queries and their candidates: a path of rows, training rows, or a source."""
+    """Load what stands for queries and their candidates."""
     if isinstance(value, EvaluationSource) or (isinstance(value, str) and _is_evaluation_folder(value)):
         what = value if isinstance(value, str) else type(value).__name__
         raise ValueError(
@@ -237,8 +228,8 @@ def _read_items(path: Path, role: Role, root: Folder) -> dict[str, Item]:
     table = JSONLines(path)
     names: dict[str, str] = {}
     cells: list[Cell] = []
-    for index in range(len(table)):
-        row, origin = table[index], f"{path}, row {index + 1}"
+    for number, row in enumerate(table.__getitems__(range(len(table))), start=1):
+        origin = f"{path}, row {number}"
         ids = [row.pop(key) for key in ("id", "_id") if key in row]
         if len(ids) != 1 or not isinstance(ids[0], str | int):
             raise ValueError(f"{origin}: expected one 'id' (or '_id'), a string, got {ids!r}.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice, pairwise, repeat
 from typing import Any
 
@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from vlmembed.data.sources import Mixture, Source
-from vlmembed.types import Example
+from vlmembed.data.sources import Mixture
 
 #: Stands for the id of a query that has not been read.
 UNREAD = np.iinfo(np.int64).min
@@ -24,11 +23,10 @@ class Batches(Sampler[list[int]]):
 
     The global batch is drawn from seed and epoch alone and cut into one piece per process, so any number of processes
     trains on the same batches. Where ``distinct``, no query comes twice in a global batch, where it would be its own
-    negative: its second row waits for a later batch. The number of batches is the number of rows over the size of a
-    global batch, rounded down, whatever the duplicates: where waiting rows alone cannot fill a last batch, rows of the
-    next shuffle do. Where not ``distinct``, rows come as drawn, and no query is read.
+    negative: its second row waits for a later batch. Where not, rows come as drawn, and no query is read.
 
-    A ``ValueError`` says that there are fewer rows, or fewer distinct queries, than one global batch has.
+    The number of batches is that of rows over the size of a global batch, rounded down: where waiting rows cannot fill
+    the last one, rows of the next shuffle do. A ``ValueError`` says that a batch is larger than the rows or queries.
     """
 
     def __init__(
@@ -42,12 +40,8 @@ class Batches(Sampler[list[int]]):
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size is 1 or more, got {batch_size}.")
-        self.mixture = mixture
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.distinct = distinct
+        self.mixture, self.batch_size, self.seed, self.distinct = mixture, batch_size, seed, distinct
+        self.rank, self.world_size = rank, world_size
         self.epoch = 0
         #: Batches of the epoch to leave out, because a run that is resumed has had them.
         self.skip = 0
@@ -72,36 +66,27 @@ class Batches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = np.random.default_rng([self.seed, self.epoch])
-        draw = self._of_one_source if self.mixture.one_source_batches else self._of_all_sources
+        sources = [range(start, stop) for start, stop in pairwise(self.mixture.offsets)]
+        rows = [_passes(source, generator) for source in sources]
+        if self.mixture.one_source_batches:
+            streams = [self._cut(stream, source) for stream, source in zip(rows, sources, strict=True)]
+            schedule = np.repeat(range(len(streams)), self.mixture.apportion(len(self)))
+            batches: Iterator[list[int]] = (next(streams[source]) for source in generator.permutation(schedule))
+        else:
+            batches = self._cut(self._mixed(rows, generator), range(len(self.mixture)))
         start = self.rank * self.batch_size
-        for batch in islice(draw(generator), self.skip, len(self)):
+        for batch in islice(batches, self.skip, len(self)):
             yield batch[start : start + self.batch_size]
 
-    def _of_all_sources(self, generator: np.random.Generator) -> Iterator[list[int]]:
+    def _mixed(self, streams: list[Iterator[int]], generator: np.random.Generator) -> Iterator[int]:
+        """Shuffle each source's share of an epoch together, epoch after epoch."""
         counts = self.mixture.apportion(len(self.mixture))
-        streams = [_passes(rows, generator) for rows in self._source_rows()]
-
-        def epochs() -> Iterator[int]:
-            while True:
-                drawn = [row for stream, count in zip(streams, counts, strict=True) for row in islice(stream, count)]
-                yield from generator.permutation(drawn).tolist()
-
-        return self._cut(epochs(), range(len(self.mixture)))
-
-    def _of_one_source(self, generator: np.random.Generator) -> Iterator[list[int]]:
-        streams = [self._cut(_passes(rows, generator), rows) for rows in self._source_rows()]
-        schedule = np.repeat(range(len(streams)), self.mixture.apportion(len(self)))
-        for source in generator.permutation(schedule):
-            yield next(streams[source])
-
-    def _source_rows(self) -> list[range]:
-        return [range(start, stop) for start, stop in pairwise(self.mixture.offsets)]
+        while True:
+            drawn = [row for stream, count in zip(streams, counts, strict=True) for row in islice(stream, count)]
+            yield from generator.permutation(drawn).tolist()
 
     def _cut(self, stream: Iterator[int], rows: range) -> Iterator[list[int]]:
-        """Cut an endless stream of some rows into batches; a row whose query is in the batch already waits.
-
-        What waits has precedence in the next batch.
-        """
+        """Cut an endless stream of rows into batches; a row whose query is in the batch already waits for the next."""
         size = self.global_size
         if not self.distinct:
             yield from (list(islice(stream, size)) for _ in repeat(None))
@@ -124,7 +109,7 @@ class Batches(Sampler[list[int]]):
                         delayed += 1
                     else:
                         batch[query] = row
-                if in_vain > len(rows):
+                if in_vain > len(rows):  # A whole pass brought nothing new: are there queries enough?
                     self._check_queries(rows)
                     in_vain = 0
             if delayed > len(rows) / 2 and not (self._warned or self.rank):
@@ -159,21 +144,20 @@ def _passes(rows: range, generator: np.random.Generator) -> Iterator[int]:
         yield from (rows.start + generator.permutation(len(rows))).tolist()
 
 
-class RowLists(Dataset[list[Example]]):
-    """Training rows by lists of row numbers, as a sampler of whole batches asks for them."""
+class RowLists(Dataset[Any]):
+    """What a function reads of a list of row numbers, as a sampler of whole batches asks for them."""
 
-    def __init__(self, source: Source):
-        self.source = source
+    def __init__(self, read: Callable[[Sequence[Any]], list[Any]]):
+        self.read = read
 
-    def __getitem__(self, rows: Sequence[int]) -> list[Example]:
-        return self.source.__getitems__(rows)
+    def __getitem__(self, rows: Sequence[Any]) -> list[Any]:
+        return self.read(rows)
 
 
 class ResumableLoader(DataLoader):
     """A training loader whose position in the epoch is saved in checkpoints.
 
-    Lightning makes the first iterator of a run before it sets the epoch. Iteration here starts with the first batch
-    that is asked for, so the epoch is the right one.
+    Lightning makes the first iterator before it sets the epoch, so iteration starts with the first batch asked for.
     """
 
     sampler: Batches
@@ -210,10 +194,9 @@ def seeded_generator(*seeds: int) -> torch.Generator:
 
 
 def shard(costs: Sequence[int], batch_size: int, rank: int, world_size: int) -> list[list[int]]:
-    """Cut rows into batches of similar cost, the most expensive first, and deal them to the processes.
+    """Cut rows into batches of similar cost, the most expensive first, and deal equally many to each process.
 
-    All processes get equally many batches, so that none waits for another that has no more. Every row is in one batch
-    of one process; only where there are fewer rows than batches does one repeat.
+    Every row is in one batch of one process; only where there are fewer rows than batches does one repeat.
     """
     order = np.argsort(-np.asarray(costs), kind="stable")
     rounds = -(-len(order) // (batch_size * world_size))

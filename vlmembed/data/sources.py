@@ -24,17 +24,15 @@ from vlmembed.types import Example, Item
 
 #: The most bytes that a line of a JSONL or TSV file may have.
 MAX_LINE_BYTES = limit("VLMEMBED_MAX_LINE_BYTES", 2**26)
-
-
 #: Bounds the memory of reading the queries of a whole source.
 ROWS_AT_ONCE = 1024
 
 
 class Source(ABC):
-    """Training rows by number. Goes to loader workers: it must pickle. Subclass it to train on anything.
+    """Training rows by number; must pickle. Subclass it to train on anything.
 
-    A ``ValueError`` of ``__getitem__`` says that the row cannot be used, and names it; see ``on_bad_row`` of the data
-    module. Batches are read by ``__getitems__``, PyTorch's protocol: override it where that is faster.
+    A ``ValueError`` of ``__getitem__`` says that the row cannot be used, and names it. Batches are read by
+    ``__getitems__``, PyTorch's protocol: override it where that is faster.
     """
 
     @property
@@ -56,10 +54,9 @@ class Source(ABC):
         return [example.query for example in self.__getitems__(indices)]
 
     def query_ids(self, indices: Sequence[int]) -> list[int]:
-        """Return ``Item.id`` of some rows' queries: no batch holds one query twice.
+        """Return ``Item.id`` of some rows' queries, and a number below 0 for a row whose query cannot be read.
 
-        A row whose query cannot be read has a number below 0 for itself, so that it comes up, and reading it says what
-        is wrong.
+        So that row comes up in a batch, and reading it says what is wrong.
         """
         ids: list[int] = []
         for start in range(0, len(indices), ROWS_AT_ONCE):
@@ -118,17 +115,18 @@ class Rows(Source):
         return to_examples(renamed, self._folder, origins)
 
     def read_queries(self, indices: Sequence[int]) -> list[Item]:
-        """See `Source.read_queries`; without the other columns where the file allows it."""
-        column = next(old for old, new in self._opened[1].items() if new == "query")
-        rows = zip(indices, self._read(_select(self._opened[0], [column]), indices), strict=True)
+        """See `Source.read_queries`; leaves the other columns of an Arrow table undecoded."""
+        table, names = self._opened
+        column = next(old for old, new in names.items() if new == "query")
+        selected = table if isinstance(table, JSONLines) else table.select_columns([column])
+        rows = zip(indices, self._read(selected, indices), strict=True)
         cells: list[Cell] = [(row.get(column), "query", f"{self.path}, row {k + 1}, column 'query'") for k, row in rows]
         return to_items(cells, self._folder)
 
     def _read(self, table: Table, indices: Sequence[int]) -> list[dict[str, Any]]:
         try:
             return table.__getitems__(list(indices)) if indices else []
-        except OSError as error:
-            # The file's fault, and no row's.
+        except OSError as error:  # The file's fault, and no row's.
             raise OSError(f"{self.path}, row {indices[0] + 1}: cannot be read: {error}") from error
 
     @cached_property
@@ -137,7 +135,7 @@ class Rows(Source):
 
     @cached_property
     def _opened(self) -> tuple[Table, dict[str, str]]:
-        """The table; and the file's name → the name in `Example`, of the columns that are not dropped."""
+        """The table, and the columns that are not dropped: the file's name → the name after renaming."""
         table, columns = open_table(self.path, self.split, self.subset), self.columns or {}
         if absent := [column for column in columns if column not in table.column_names]:
             raise ValueError(
@@ -148,16 +146,11 @@ class Rows(Source):
         if twice := [name for name in renamed if renamed.count(name) > 1]:
             raise ValueError(f"{self.path}: two columns would be called {twice[0]!r}; columns is {columns}.")
         check_columns(renamed, self.path)
-        return _select(table, [*names]), names
-
-
-def _select(table: Table, columns: list[str]) -> Table:
-    """Leave the other columns of an Arrow table undecoded; a JSON line is read whole in any case."""
-    return table.select_columns(columns) if isinstance(table, datasets.Dataset) else table
+        return table if isinstance(table, JSONLines) else table.select_columns([*names]), names
 
 
 def read_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    """Read a file line by line, and refuse a line above ``MAX_LINE_BYTES`` before it is in memory."""
+    """Read a file line by line; a line above ``MAX_LINE_BYTES`` is refused before it is in memory."""
     for number, line in enumerate(iter(partial(file.readline, MAX_LINE_BYTES + 1), b""), start=1):
         if len(line) > MAX_LINE_BYTES:
             raise ValueError(
@@ -168,10 +161,10 @@ def read_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
 
 
 class JSONLines:
-    """A JSONL file, read line by line when asked for; only the offset of each line is in memory.
+    """A JSONL file, read when asked for; only the offset of each line is in memory.
 
-    Not read through Arrow, which wants one type per column: here a cell may be a string in one row and a mapping in the
-    next. Raises an ``OSError`` when the file is another one by now: its rows would be others, unnoticed.
+    Not through Arrow, which wants one type per column: a cell may be a string in one row and a mapping in the next.
+    Raises an ``OSError`` when the file has changed: its rows would be others, unnoticed.
     """
 
     def __init__(self, path: Path):
@@ -197,17 +190,11 @@ class JSONLines:
     def __len__(self) -> int:
         return len(self._offsets)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.__getitems__([index])[0]
-
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         rows = []
         with self.path.open("rb") as file:
             if _version(file) != self._version:
-                raise OSError(
-                    f"{self.path} has changed since it was opened. Write a new version of a data set to another file, "
-                    "and start again."
-                )
+                raise OSError(f"{self.path} has changed since it was opened. Write a new version to another file.")
             for index in indices:
                 file.seek(int(self._offsets[index]))
                 line = file.readline()
@@ -223,7 +210,7 @@ class JSONLines:
     @cached_property
     def column_names(self) -> list[str]:
         """The keys of the first row."""
-        return list(self[0])
+        return list(self.__getitems__([0])[0])
 
 
 def _version(file: BinaryIO) -> tuple[int, int]:
@@ -235,11 +222,7 @@ Table: TypeAlias = JSONLines | datasets.Dataset
 
 
 def open_table(path: str, split: str, subset: str | None = None) -> Table:
-    """Open a JSONL, CSV or Parquet file, a folder saved with ``save_to_disk``, or what ``load_dataset`` opens.
-
-    Raises:
-        ValueError: If there is no such file or split, or it has no rows.
-    """
+    """Open what a path or a Hub id stands for; a ``ValueError`` if there is no such file or split, or no row."""
     file = Path(path)
     if file.suffix in (".jsonl", ".ndjson"):
         return JSONLines(file)
@@ -253,9 +236,7 @@ def open_table(path: str, split: str, subset: str | None = None) -> Table:
         table = datasets.load_from_disk(path)
         if isinstance(table, datasets.DatasetDict):
             if split not in table:
-                raise ValueError(
-                    f"{path}: no split {split!r}; it has {', '.join(table)}. Choose with Rows(path, split=…)."
-                )
+                raise ValueError(f"{path}: no split {split!r}; it has {', '.join(table)}. Choose with Rows(split=…).")
             table = table[split]
     else:
         table = datasets.load_dataset(path, subset, split=split)
@@ -290,8 +271,8 @@ def _encoded(feature: Any) -> Any:
 class GroupByQuery(Source):
     """Groups the rows of each query into one, whose candidates are the documents of all of them.
 
-    For rows ``query, document, label`` and losses that compare the candidates of a query. Documents and queries stand
-    in the order in which they first come up; a document that comes up again counts once, with its highest label.
+    For losses that compare the candidates of a query. Queries and documents stand in the order of their first row; a
+    document that comes up again counts once, with its highest label.
 
     Args:
         rows: The rows to group.
@@ -312,11 +293,11 @@ class GroupByQuery(Source):
         query = examples[0].query
         candidates: dict[int, tuple[Item, float, float | None]] = {}
         for example in examples:
-            row_scores = example.scores or (None,) * len(example.documents)
-            for document, label, score in zip(example.documents, example.grades, row_scores, strict=True):
-                first, highest, known = candidates.setdefault(document.id, (document, label, score))
-                if known != score:
-                    raise ValueError(f"{document.origin}: score {score}, and {known} in an earlier row.")
+            scores = example.scores or (None,) * len(example.documents)
+            for document, label, score in zip(example.documents, example.grades, scores, strict=True):
+                first, highest, before = candidates.setdefault(document.id, (document, label, score))
+                if before != score:
+                    raise ValueError(f"{document.origin}: score {score}, and {before} in an earlier row.")
                 candidates[document.id] = first, max(highest, label), score
         if len({score is None for _, _, score in candidates.values()}) > 1:
             raise ValueError(f"{query.origin}: some rows of this query have scores and some have none.")
@@ -339,16 +320,15 @@ class GroupByQuery(Source):
 class Mixture(Source):
     """Several sources, each with its share of every epoch.
 
-    An epoch is as many rows as the sources have together; a source with more than its natural share repeats rows within
-    it, one with less shows another random part of its rows each epoch.
+    An epoch is as many rows as the sources have together: a source with more than its natural share repeats rows, one
+    with less shows another random part of them each epoch.
 
     Args:
         sources: What to mix.
         weights: Shares of the sources, in their order, in any unit. Null for shares by size.
         alpha: Without weights, shares are proportional to size to this power: 1 keeps the natural shares, 0 makes them
             equal, values between favour small sources (multilingual BERT used 0.7, XLM-R 0.3).
-        one_source_batches: Whether every batch, over all processes, holds rows of a single source, so that negatives in
-            the batch are of the same kind as the positives.
+        one_source_batches: Whether every batch, over all processes, holds rows of a single source.
     """
 
     sources: list[Source]
@@ -381,7 +361,17 @@ class Mixture(Source):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Example]:
-        return self._read(indices, _with_origins)
+        examples = self._read(indices, lambda source, rows: source.__getitems__(rows))
+        for number, (index, example) in enumerate(zip(indices, examples, strict=True)):
+            items = example.query, *example.positives, *example.negatives
+            if not all([item.origin for item in items]):
+                source = bisect_right(self.offsets, index) - 1
+                origin = f"{self.sources[source].name}, row {index - self.offsets[source] + 1}"
+                query, *documents = (replace(item, origin=item.origin or origin) for item in items)
+                count = len(example.positives)
+                positives, negatives = tuple(documents[:count]), tuple(documents[count:])
+                examples[number] = replace(example, query=query, positives=positives, negatives=negatives)
+        return examples
 
     def read_queries(self, indices: Sequence[int]) -> list[Item]:
         """See `Source.read_queries`."""
@@ -393,11 +383,7 @@ class Mixture(Source):
         return [0, *accumulate(map(len, self.sources))]
 
     def apportion(self, count: int) -> list[int]:
-        """Divide a number of rows (or batches) among the sources by their shares, largest remainders first.
-
-        Raises:
-            ValueError: If a source gets none, so that it would never be seen.
-        """
+        """Divide a number of rows (or batches) among the sources by their shares, largest remainders first."""
         shares = np.array(self.weights or [len(source) ** self.alpha for source in self.sources], dtype=float)
         exact = shares / shares.sum() * count
         parts = np.floor(exact).astype(int)
@@ -414,26 +400,10 @@ class Mixture(Source):
         """Read all rows of a source at once."""
         offsets = self.offsets
         rows: dict[int, list[int]] = {}
-        for index in indices:
+        order = [bisect_right(offsets, index) - 1 for index in indices]
+        for index, source in zip(indices, order, strict=True):
             if not 0 <= index < offsets[-1]:
                 raise IndexError(f"row {index} of {offsets[-1]}")
-            source = bisect_right(offsets, index) - 1
             rows.setdefault(source, []).append(index - offsets[source])
-        results = {source: iter(read(self.sources[source], rows[source])) for source in rows}
-        return [next(results[bisect_right(offsets, index) - 1]) for index in indices]
-
-
-def _with_origins(source: Source, rows: list[int]) -> list[Example]:
-    """Read rows whose items all say where they came from, whether their source says it or not."""
-    examples = list(source.__getitems__(rows))
-    for number, (row, example) in enumerate(zip(rows, examples, strict=True)):
-        has_origins = bool(example.query.origin)
-        for item in example.documents:
-            has_origins = has_origins and bool(item.origin)
-        if not has_origins:
-            query, positives, negatives = (
-                tuple(replace(item, origin=item.origin or f"{source.name}, row {row + 1}") for item in items)
-                for items in ((example.query,), example.positives, example.negatives)
-            )
-            examples[number] = replace(example, query=query[0], positives=positives, negatives=negatives)
-    return examples
+        results = {source: iter(read(self.sources[source], numbers)) for source, numbers in rows.items()}
+        return [next(results[source]) for source in order]

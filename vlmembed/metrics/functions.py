@@ -30,11 +30,7 @@ class Relevance:
 
     @classmethod
     def of(cls, evaluation: EvaluationSet) -> Relevance:
-        """Read the judgements of an evaluation set.
-
-        Raises:
-            ValueError: If two documents share a name, or no query has a relevant document.
-        """
+        """Read the judgements of an evaluation set; a ``ValueError`` if two documents share a name, or none counts."""
         columns = {name: column for column, name in enumerate(evaluation.document_names)}
         if len(columns) < len(evaluation.document_names):
             raise ValueError(f"evaluation set {evaluation.name!r} has documents that share a name")
@@ -85,13 +81,9 @@ def ranks(
     documents: Int[Tensor, " M"],
     name_order: Int[Tensor, " P"],
 ) -> Float64[Tensor, " M"]:
-    """Rank of each relevant document, from 1; infinite where the corpus lacks it.
+    """Rank of each relevant document, from 1; infinite where the corpus lacks it, and its column is -1.
 
-    Args:
-        scores: Of every document for every query.
-        queries: Row of ``scores`` of each relevant document, ascending.
-        documents: Its column; -1 where the corpus lacks it.
-        name_order: See `name_order`.
+    ``queries`` are the rows of ``scores`` of the relevant documents, ascending.
     """
     keys = order_keys(scores, name_order).numpy()
     wanted = keys[queries.numpy(), documents.clamp(min=0).numpy()]
@@ -105,10 +97,7 @@ def ranks(
 
 
 def ndcg_at_k(ranks: Float64[Tensor, " M"], relevance: Relevance, k: int) -> Float64[Tensor, " Q"]:
-    """Normalised discounted cumulative gain: grade over log2(rank + 1), relative to the best possible order.
-
-    A query without relevant documents counts 0, in all of these metrics.
-    """
+    """Grade over log2(rank + 1), relative to the best order; a query without relevant documents counts 0, as below."""
     gained, ideal = (
         relevance.sum(torch.where(rank <= k, relevance.grades / torch.log2(rank.double() + 1), 0.0))
         for rank in (ranks, relevance.positions)

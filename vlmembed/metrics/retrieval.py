@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Float64, Int, Int64
+from jaxtyping import Float, Float64, Int, Int64
 from torch import Tensor
 from torch.nn.functional import normalize
 from torchmetrics import Metric
@@ -16,21 +16,16 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from vlmembed.metrics.functions import METRICS, Relevance, name_order, order_keys, ranks
 from vlmembed.types import EvaluationSet, RerankingSet
 
-#: How many items a message names.
-NAMED = 5
-
-#: Bounds the device memory of gathering, where a whole corpus may not fit: rows of each process sent together.
-ROWS_PER_GATHER = 2**15
-
-#: Bounds the memory of scoring: this many query-document scores are looked at together (some 500 MiB with all copies).
-SCORES_PER_BLOCK = 2**24
+NAMED = 5  # How many items a message names.
+ROWS_PER_GATHER = 2**15  # Rows of each process sent together: a whole corpus may not fit on the device.
+SCORES_PER_BLOCK = 2**24  # Query-document scores looked at together: some 500 MiB with all copies.
 
 
 class EvaluationMetrics(Metric):
     """Collects what a model makes of an evaluation set, and measures it once all of it is there.
 
-    Processes may each update with a share; ``compute``, ``per_query`` and ``top_k`` join the shares, so all processes
-    must call them. What comes twice (samplers repeat items to even out processes) counts once.
+    Processes may each update with a share; all must call what joins them: ``compute``, ``per_query`` and ``top_k``.
+    What comes twice counts once.
     """
 
     full_state_update = False
@@ -84,8 +79,7 @@ class EvaluationMetrics(Metric):
         """The value of each thing in order: the first that came."""
         came = dim_zero_cat(self.numbers)[:, 0] if len(self.numbers) else torch.empty(0, dtype=torch.long)
         first = torch.full((self._count,), len(came)).scatter_reduce_(0, came, torch.arange(len(came)), "amin")
-        missing = int((first == len(came)).sum())
-        if missing:
+        if missing := int((first == len(came)).sum()):
             raise RuntimeError(
                 f"{missing} of the {self._count} {self._thing}s of evaluation set {self.evaluation.name!r} are "
                 "missing: metrics need all of its batches, limit none of them"
@@ -117,21 +111,15 @@ class RetrievalMetrics(EvaluationMetrics):
         self.dimensions = tuple(dimensions)
 
     def update(self, rows: Int[Tensor, " B"], embeddings: Float[Tensor, "B D"]) -> None:
-        """Take the embeddings of some items: any float type, not normalised.
+        """Take embeddings, not normalised, of items by number: the set's queries first, then its corpus.
 
-        Rows are numbers in the evaluation set: its queries first, then its corpus. A ``ValueError`` says that one is
-        not in the set, or that an embedding is not finite.
+        A ``ValueError`` says that a row is not in the set, or that an embedding is not finite.
         """
         rows, embeddings = rows.detach().cpu().long(), embeddings.detach().float().cpu()
         outside = rows[(rows < 0) | (rows >= self._count)].tolist()
         if outside:
             raise ValueError(f"evaluation set {self.evaluation.name!r} has {self._count} items, no rows {outside}")
         self._take(rows, embeddings, rows)
-
-    @property
-    def embeddings(self) -> list[Tensor]:
-        """What has come so far."""
-        return self.values
 
     def gather_embeddings(self) -> Float[Tensor, "N D"]:
         """The embeddings of all items, queries first, not normalised; raises as `per_query` does."""
@@ -175,31 +163,30 @@ class RetrievalMetrics(EvaluationMetrics):
 
 
 class RerankingMetrics(EvaluationMetrics):
-    """Measures the order that scores give to each query's candidates.
+    """Measures the order that scores give to each query's candidates, and, as ``name/before``, the first stage's.
 
-    Metrics of retrieval are reported after reranking under their names, and in the first stage's order as
-    ``name/before``. A relevant document that is not among the candidates counts against both, as one that is never
-    found; a query without candidates counts 0. Candidates are ordered by logits in float32, which no sigmoid has made
-    equal, and equal ones by document name, as ``pytrec_eval`` does.
+    A relevant document that is no candidate counts as one that is never found; a query without candidates counts 0.
+    Candidates are ordered by logits in float32, equal ones by document name, as ``pytrec_eval`` does.
     """
 
     def __init__(self, reranking: RerankingSet) -> None:
         evaluation = reranking.evaluation
-        # (N, 2) query and column of every candidate, by query, in the first stage's order.
-        pairs = torch.tensor([(query, column) for query, row in enumerate(reranking.candidates) for column in row])
-        if not len(pairs):
+        # Query and column of every candidate, by query, in the first stage's order.
+        pairs = [(query, column) for query, row in enumerate(reranking.candidates) for column in row]
+        if not pairs:
             raise ValueError(f"reranking set {reranking.name!r} has no query with a candidate")
         super().__init__(evaluation, len(pairs), "score")
-        self.pairs = pairs
-        self._keys, self._order = self._key(pairs).sort()
-        twice = pairs[self._order[1:][self._keys[1:] == self._keys[:-1]]]
-        if len(twice):
-            query = evaluation.query_names[int(twice[0, 0])]
-            raise ValueError(f"reranking set {reranking.name!r}: query {query!r} has a candidate twice")
+        self.pairs = torch.tensor(pairs)  # (N, 2)
+        self._numbers = {pair: number for number, pair in enumerate(pairs)}
+        if len(self._numbers) < len(pairs):
+            query = next(query for number, (query, column) in enumerate(pairs) if self._numbers[query, column] > number)
+            name = evaluation.query_names[query]
+            raise ValueError(f"reranking set {reranking.name!r}: query {name!r} has a candidate twice")
         #: The position of each candidate among those of its query, from 1.
-        self._positions = torch.arange(1, len(pairs) + 1) - torch.searchsorted(pairs[:, 0].contiguous(), pairs[:, 0])
-        relevant = torch.stack([self.relevance.queries, self.relevance.documents], dim=1)
-        self._relevant, self._is_candidate = self._find(relevant)
+        self._positions = torch.tensor([position + 1 for row in reranking.candidates for position in range(len(row))])
+        #: (M,) the number of each relevant document among the candidates, -1 where it is none.
+        relevant = zip(self.relevance.queries.tolist(), self.relevance.documents.tolist(), strict=True)
+        self._relevant = torch.tensor([self._numbers.get(pair, -1) for pair in relevant])
 
     @property
     def depth(self) -> int:
@@ -207,19 +194,17 @@ class RerankingMetrics(EvaluationMetrics):
         return int(self._positions.max())
 
     def update(self, rows: Int[Tensor, "B 2"], scores: Float[Tensor, " B"]) -> None:
-        """Take the scores of some pairs: logits, of any float type.
+        """Take the logits of some pairs: the number of a query and the corpus column of a document.
 
-        Rows are the number of a query and the corpus column of a document. A ``ValueError`` says that a pair is no
-        candidate, or that a score is not finite.
+        A ``ValueError`` says that a pair is no candidate, or that a score is not finite.
         """
-        rows, scores = rows.detach().cpu().long(), scores.detach().float().cpu()
-        numbers, is_candidate = self._find(rows)
-        foreign = rows[~is_candidate].tolist()
-        if foreign:
+        rows, scores = rows.detach().cpu(), scores.detach().float().cpu()
+        pairs: list[Any] = rows.tolist()
+        if foreign := [pair for pair in pairs if tuple(pair) not in self._numbers]:
             raise ValueError(
                 f"reranking set {self.evaluation.name!r} has no candidates {foreign} (query number, corpus column)"
             )
-        self._take(numbers, scores[:, None], rows)
+        self._take(torch.tensor([self._numbers[query, column] for query, column in pairs]), scores[:, None], rows)
 
     def top_k(self, k: int) -> tuple[Float[Tensor, "Q K"], Int64[Tensor, "Q K"]]:
         """Scores and corpus columns of each query's first K = min(k, depth) candidates; raises as `per_query` does.
@@ -241,7 +226,7 @@ class RerankingMetrics(EvaluationMetrics):
         after[self._ranked(self._matrix()[:, 0])] = before
         values: dict[str, Tensor] = {}
         for suffix, rank in {"": after, "/before": before}.items():
-            relevant = torch.where(self._is_candidate, rank[self._relevant], torch.inf)
+            relevant = torch.where(self._relevant >= 0, rank[self._relevant], torch.inf)
             values |= {name + suffix: metric(relevant, self.relevance) for name, metric in METRICS.items()}
         return values
 
@@ -249,16 +234,6 @@ class RerankingMetrics(EvaluationMetrics):
         """The pairs by query, and those of a query the best first."""
         best_first = order_keys(scores, self.name_order[self.pairs[:, 1]]).argsort(descending=True)
         return best_first[self.pairs[best_first, 0].argsort(stable=True)]
-
-    def _find(self, pairs: Int64[Tensor, "B 2"]) -> tuple[Int64[Tensor, " B"], Bool[Tensor, " B"]]:
-        """The number of each pair among the candidates, and whether it is one."""
-        keys = self._key(pairs)
-        index = torch.searchsorted(self._keys, keys).clamp(max=len(self._keys) - 1)
-        inside = (pairs >= 0).all(1) & (pairs[:, 1] < len(self.evaluation.corpus))
-        return self._order[index], inside & (self._keys[index] == keys)
-
-    def _key(self, pairs: Int64[Tensor, "B 2"]) -> Int64[Tensor, " B"]:
-        return pairs[:, 0] * len(self.evaluation.corpus) + pairs[:, 1]
 
     def _name(self, row: Any) -> str:
         return f"{super()._name(row[0])} with {super()._name(len(self.evaluation.queries) + row[1])}"

@@ -23,10 +23,7 @@ LONGEST_REASON = 1000
 
 
 class ReadableRows(Dataset[list[NumberedExample | BadRow]]):
-    """Rows of a ``vlmembed.data.Source`` by lists of row numbers, and a `BadRow` in place of one that cannot be read.
-
-    Only a ``ValueError`` is a row's fault. A file that is gone, or a bug, is not.
-    """
+    """Rows of a ``vlmembed.data.Source`` by lists of numbers, and a `BadRow` in place of one that raises ValueError."""
 
     def __init__(self, rows: Any) -> None:
         self.rows = rows
@@ -43,8 +40,7 @@ class ReadableRows(Dataset[list[NumberedExample | BadRow]]):
 class SkipBadRows:
     """Makes a batch (by ``collate``) of the rows that can be used, in a loader worker.
 
-    Where the batch of all that were read fails, ``check`` tries the rows one by one. So which rows are left out depends
-    on nothing but the rows: a resumed run, and any number of processes, leaves out the same.
+    Where that fails, ``check`` tries the rows one by one: which are left out depends on nothing but the rows.
     """
 
     def __init__(self, collate: Callable[[list[Example]], Any], check: Callable[[Example], None]) -> None:
@@ -58,7 +54,17 @@ class SkipBadRows:
         try:
             return self._batch(good, bad)
         except ValueError:
-            refused = [bad_row for row in good if (bad_row := self._refusal(*row)) is not None]
+            refused = []
+            for index, example in good:
+                try:
+                    self.check(example)
+                except ValueError as error:
+                    # An error that names nothing of the row is about the configuration.
+                    if not any(
+                        item.origin and item.origin in str(error) for item in (example.query, *example.documents)
+                    ):
+                        raise
+                    refused.append(BadRow(index + 1, str(error)[:LONGEST_REASON]))
             if not refused:
                 raise
         left_out = {row.row for row in refused}
@@ -72,22 +78,11 @@ class SkipBadRows:
             )
         return replace(self.collate([example for _, example in good]), bad_rows=tuple(bad))
 
-    def _refusal(self, index: int, example: Example) -> BadRow | None:
-        try:
-            self.check(example)
-        except ValueError as error:
-            # An error that names nothing of the row is about the configuration.
-            if any(item.origin and item.origin in str(error) for item in (example.query, *example.documents)):
-                return BadRow(index + 1, str(error)[:LONGEST_REASON])
-            raise
-        return None
-
 
 class BadRowFile:
     """``bad_rows.jsonl`` of a run: which training rows were left out, once each, and why.
 
-    All processes write to it, each what its batches lack. A run that is resumed in its folder appends to the file, so
-    that it does not start to count again.
+    All processes write to it, and a resumed run appends to it, so that it does not start to count again.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
