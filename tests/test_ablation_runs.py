@@ -22,7 +22,7 @@ from transformers import AutoModel
 
 from vlmembed.ablation.record import Record, content_path, show
 from vlmembed.ablation.run import Trial, read_trials
-from vlmembed.data import load_evaluation
+from vlmembed.data.evaluation import as_evaluation
 from vlmembed.types import Item, Part
 
 OWN_POOLING = """
@@ -98,7 +98,7 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 def check_record(trial: Trial, rows: str) -> None:
     """What is written of each query agrees with the metrics, and with itself; what can be shown is there."""
-    evaluation = load_evaluation(rows)
+    evaluation = as_evaluation(rows)
     measured, documents = trial.folder / "measured" / evaluation.name, trial.folder.parents[2] / "documents"
     queries = pd.read_csv(measured / "per_query.csv", index_col="query", dtype={"query": str})
     assert list(queries.index) == evaluation.query_names

@@ -24,14 +24,13 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import cos_sim, mine_hard_negatives
 from torch import Tensor
-from vlmembed.export.reranker import write_reranker
 
 from vlmembed.backbones import QueryFirst, Qwen3VL
 from vlmembed.cli import check, main
 from vlmembed.data import Rows, Source
 from vlmembed.data.digits import HandwrittenNumbers
 from vlmembed.encoder import Scorer
-from vlmembed.export.sentence_transformers import write_folder
+from vlmembed.export.sentence_transformers import write_folder, write_reranker
 from vlmembed.files import HOST
 from vlmembed.heads import YesNo
 from vlmembed.mining import mine, score, write_rows

@@ -16,7 +16,7 @@ from vlmembed.ablation.command import ablate
 from vlmembed.ablation.plan import plan, read_ablation
 from vlmembed.cli import main
 from vlmembed.export.hub import PushError, push
-from vlmembed.mining.command import run as mine
+from vlmembed.mining.command import main as mine
 from vlmembed.secrets import refuse_secrets, refuse_secrets_in
 
 ROOT = Path(__file__).parent.parent
@@ -111,7 +111,7 @@ def test_what_is_no_yaml_is_left_to_the_parser(tmp_path: Path) -> None:
 
 def test_the_other_commands_refuse_too(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="command line: model holds what looks like a token"):
-        mine("mine", ["--model", TOKEN])
+        mine(["mine", "--model", TOKEN])
     with pytest.raises(ValueError, match=r"executor\.options holds"):
         ablate(["--config", "a.yaml", "--executor", "Slurm", "--executor.options", f"[--export=X={TOKEN}]"], print)
     base = ROOT / "configs" / "quickstart.yaml"
