@@ -51,34 +51,6 @@ def opened(browser: Any, folder: Path) -> Iterator[Any]:
     assert complaints == []
 
 
-def column(page: Any, number: int) -> list[str]:
-    """The first table's texts in a column, from top to bottom."""
-    rows = "[...document.querySelector('tbody').rows]"
-    return page.evaluate(f"number => {rows}.map(row => row.children[number].textContent)", number)
-
-
-def test_a_click_sorts_the_next_one_turns_and_what_is_missing_stays_last(opened: Any) -> None:
-    page = opened()
-    headings = page.locator("thead").first.locator("th")
-    names = [text.split(" ↕")[0] for text in headings.all_inner_texts()]
-    seconds, best = names.index("s per step"), names.index("to the best")
-    before = column(page, seconds)
-    for state, sign in (("ascending", 1), ("descending", -1)):
-        headings.nth(seconds).locator("button").click()
-        assert headings.nth(seconds).get_attribute("aria-sort") == state
-        assert column(page, seconds) == sorted(before, key=lambda text: sign * float(text)) != before
-    for sign in (1, -1):
-        headings.nth(best).locator("button").focus()
-        page.keyboard.press("Enter")
-        *texts, last = column(page, best)
-        assert last == "–"
-        values = [float(text.split()[0].replace("−", "-")) for text in texts]
-        assert values == sorted(values, key=lambda value: sign * value)
-    assert page.locator("[aria-sort]").count() == 1
-    headings.nth(0).locator("button").click()
-    assert column(page, 0) == sorted(column(page, 0), key=str.casefold)
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
 def test_it_fits_the_screen(opened: Any, width: int, scheme: str) -> None:
@@ -90,6 +62,3 @@ def test_it_fits_the_screen(opened: Any, width: int, scheme: str) -> None:
         assert (text < ground) == (scheme == "light")
     page.locator(".box").first.evaluate("box => box.scrollLeft = 600")
     assert 0 <= page.locator("tbody th").first.bounding_box()["x"] < 40
-    image = page.locator("img").first
-    image.scroll_into_view_if_needed()
-    assert image.evaluate("image => image.naturalWidth") == 160

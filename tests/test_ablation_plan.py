@@ -88,7 +88,7 @@ def test_a_trial_logs_into_its_folder_and_keeps_other_loggers(tmp_path: Path) ->
     assert second == board
     first, record = configuration["trainer"]["callbacks"]
     assert first == callback
-    assert record["init_args"] == {"documents": str(tmp_path / "documents"), "stage": "val"}
+    assert record["init_args"] == {"stage": "val"}
     assert configuration["x"] == 1
     assert configuration["trainer"]["max_steps"] == 3
 

@@ -12,11 +12,9 @@ from building import write_rows
 from hub_server import Hub, Refusal, serve
 from test_hub import connect
 
-from vlmembed.ablation.command import ablate
 from vlmembed.ablation.plan import plan, read_ablation
 from vlmembed.cli import main
 from vlmembed.export.hub import PushError, push
-from vlmembed.mining.command import main as mine
 from vlmembed.secrets import refuse_secrets, refuse_secrets_in
 
 ROOT = Path(__file__).parent.parent
@@ -111,9 +109,9 @@ def test_what_is_no_yaml_is_left_to_the_parser(tmp_path: Path) -> None:
 
 def test_the_other_commands_refuse_too(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="command line: model holds what looks like a token"):
-        mine(["mine", "--model", TOKEN])
+        main(["mine", "--model", TOKEN])
     with pytest.raises(ValueError, match=r"executor\.options holds"):
-        ablate(["--config", "a.yaml", "--executor", "Slurm", "--executor.options", f"[--export=X={TOKEN}]"], print)
+        main(["ablate", "--config", "a.yaml", "--executor", "Slurm", "--executor.options", f"[--export=X={TOKEN}]"])
     base = ROOT / "configs" / "quickstart.yaml"
     changed = {"model.init_args.api_key": "abcdef"}
     given = {"base": str(base), "output_dir": str(tmp_path / "out"), "metric": "test/ndcg@10", "set": changed}

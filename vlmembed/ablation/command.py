@@ -20,7 +20,6 @@ from vlmembed.ablation.probe import run_probe
 from vlmembed.ablation.report import write_report
 from vlmembed.ablation.run import FIT, Executor, Local, Trial, locked, start
 from vlmembed.files import write_whole
-from vlmembed.secrets import refuse_secrets_in
 
 #: Steps of the trial that the time is estimated from, and Lightning's epochs where nothing is said.
 STEPS, EPOCHS = 6, 1000
@@ -32,18 +31,13 @@ def main(words: Sequence[str]) -> None:
 
 
 def ablate(args: Sequence[str], check: Callable[[dict[str, Any]], None], fit: str = FIT) -> None:
-    """Run the command.
+    """Run the command; the exit status is 1 if a trial has failed or was not done.
 
     Args:
         args: The command line after ``ablate``.
         check: Parses a trial's configuration without building anything; raises a ValueError if it is none.
         fit: The command that trains and measures, before the path of its configuration.
-
-    Raises:
-        ValueError: If something holds what looks like a token or a password, or cannot be read.
-        SystemExit: With status 1, if a trial has failed or was not done.
     """
-    refuse_secrets_in(args)
     command_line = parser()
     options = command_line.parse_args(list(args))
     if "probe" in read_mapping(Path(options.config)):
@@ -101,18 +95,12 @@ def _dry_run(trials: Sequence[Trial], left: Sequence[Trial], ablation: Ablation,
     else:
         print("None has finished, so the first is tried for its time.")
         seconds, source = time_trial(left[0], ablation.output_dir, executor, fit)
-    total = seconds * -(-len(left) // ablation.jobs)
-    units = (("h", 3600), ("min", 60))
-    duration = next((f"{total / size:.1f} {unit}" for unit, size in units if total >= 2 * size), f"{total:.0f} s")
-    print(f"About {duration} for {len(left)} trials, {ablation.jobs} at the same time: {source}.")
+    minutes = seconds * -(-len(left) // ablation.jobs) / 60
+    print(f"About {minutes:.1f} min for {len(left)} trials, {ablation.jobs} at the same time: {source}.")
 
 
 def time_trial(trial: Trial, output_dir: Path, executor: Executor, fit: str) -> tuple[float, str]:
-    """Estimate the seconds of a trial, and say how: a few steps, with all measuring, and the others at their pace.
-
-    Raises:
-        RuntimeError: If the attempt fails, as the trial would.
-    """
+    """Estimate the seconds of a trial, and say how: a few steps, with all measuring, and the others at their pace."""
     attempt = output_dir.resolve() / ".trial"
     folder = attempt.joinpath(*trial.folder.parts[-3:])
     trainer = trial.config.get("trainer") or {}

@@ -58,10 +58,6 @@ def compare(scores: Sequence[Float64[np.ndarray, "_ Q"]]) -> dict[tuple[int, int
     Args:
         scores: Of each setting, a row per seed and a column per query; the same queries in all of them. Settings may
             have different numbers of seeds.
-
-    Raises:
-        ValueError: If settings have different numbers of queries, fewer than two, no seed, or scores that are not
-            finite.
     """
     _check(scores)
     means = np.stack([rows.mean(0) for rows in scores])  # (K, Q)
