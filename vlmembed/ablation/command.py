@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from jsonargparse import ArgumentParser, lazy_instance
@@ -101,23 +101,20 @@ def _dry_run(trials: Sequence[Trial], left: Sequence[Trial], ablation: Ablation,
 
 def time_trial(trial: Trial, output_dir: Path, executor: Executor, fit: str) -> tuple[float, str]:
     """Estimate the seconds of a trial, and say how: a few steps, with all measuring, and the others at their pace."""
-    attempt = output_dir.resolve() / ".trial"
-    folder = attempt.joinpath(*trial.folder.parts[-3:])
     trainer = trial.config.get("trainer") or {}
     wanted = trainer.get("max_steps") or -1
     short = {**trial.config, "trainer": {**trainer, "max_steps": STEPS if wanted < 0 else min(STEPS, wanted)}}
-    try:
-        attempted = replace(trial, folder=folder, config=short)
-        start([attempted], executor, 1, fit)
-        attempted = attempted.ended()
-    finally:
-        shutil.rmtree(attempt, ignore_errors=True)
-    if attempted.status != "finished":
-        raise RuntimeError(f"An attempt at {trial} failed: {attempted.error or 'it left no result'}")
-    left = max(0.0, planned_steps(trainer, attempted.cost["steps_per_epoch"]) - STEPS)
-    step = attempted.cost["seconds_per_step"]
-    source = f"an attempt at {trial} took {attempted.seconds:.0f} s with {STEPS} steps, and {left:.0f} more take "
-    return attempted.seconds + step * left, f"{source}{step:.3f} s each; measuring while it trains is not counted"
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".trial-", dir=output_dir.resolve()) as folder:
+        attempt = replace(trial, folder=Path(folder).joinpath(*trial.folder.parts[-3:]), config=short)
+        start([attempt], executor, 1, fit)
+        attempt = attempt.ended()
+    if attempt.status != "finished":
+        raise RuntimeError(f"An attempt at {trial} failed: {attempt.error or 'it left no result'}")
+    left = max(0.0, planned_steps(trainer, attempt.cost["steps_per_epoch"]) - STEPS)
+    step = attempt.cost["seconds_per_step"]
+    source = f"an attempt at {trial} took {attempt.seconds:.0f} s with {STEPS} steps, and {left:.0f} more take "
+    return attempt.seconds + step * left, f"{source}{step:.3f} s each; measuring while it trains is not counted"
 
 
 def planned_steps(trainer: Mapping[str, Any], steps_per_epoch: float) -> float:
@@ -129,14 +126,14 @@ def planned_steps(trainer: Mapping[str, Any], steps_per_epoch: float) -> float:
 
 
 def _conclude(trials: Sequence[Trial], output_dir: Path) -> None:
-    """Report, and fail if a trial has failed."""
+    """Report, and fail if a trial has failed or was not done."""
     ended = [trial.ended() for trial in trials]
     if any(trial.status == "finished" for trial in ended):
         print(f"Report: {write_report(output_dir)}")
+    log = "has failed, see {}; --retry_failed runs it again."
     for trial in ended:
-        if trial.status == "planned":
-            print(f"{trial} was not done.", file=sys.stderr)
-        elif trial.status == "failed":
-            print(f"{trial} has failed, see {trial.folder / 'log.txt'}; --retry_failed runs it again.", file=sys.stderr)
+        if trial.status != "finished":
+            failure = log.format(trial.folder / "log.txt") if trial.status == "failed" else "was not done."
+            print(f"{trial} {failure}", file=sys.stderr)
     if any(trial.status != "finished" for trial in ended):
         sys.exit(1)

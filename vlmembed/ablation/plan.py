@@ -28,8 +28,6 @@ KINDS: dict[str, type] = {
 #: What a seed changes if the file does not say: chance in the weights and in dropout, and the order of training rows.
 SEED_KEYS = ["seed_everything", "data.init_args.seed"]
 DEFAULTS: dict[str, Any] = {"baseline": {}, "seeds": [0], "seed_keys": SEED_KEYS, "set": {}, "jobs": 1}
-#: File systems take names of 255 bytes.
-LONGEST_SLUG = 200
 
 
 class Axis(NamedTuple):
@@ -86,12 +84,7 @@ def read_ablation(path: Path) -> Ablation:
 
 
 def read_mapping(path: Path, keys: Sequence[str] = (), optional: Sequence[str] = ()) -> dict[str, Any]:
-    """Read a YAML file as the command line does, which knows more floats (1e-3) and no dates.
-
-    Raises:
-        ValueError: If there is no such file, or it holds no mapping, what looks like a secret, a key that is not among
-            ``keys`` where some are named, or not all of them but the ``optional`` ones.
-    """
+    """Read a YAML file as the command line does, which knows more floats (1e-3) and no dates; refuse wrong keys."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file.")
     try:
@@ -112,9 +105,6 @@ def plan(ablation: Ablation) -> list[Trial]:
     """Plan every trial, those of the first seed first, so that every setting has a number early.
 
     A configuration is the base with what all trials change, then what the setting changes, then the seed.
-
-    Raises:
-        ValueError: If a key cannot be set in the base, or two settings would share a folder.
     """
     base, settings = read_mapping(ablation.base), ablation.output_dir.resolve() / "settings"
     slugs, trials = _slugs(ablation), []
@@ -168,11 +158,7 @@ def merge(old: Any, new: Any) -> Any:
 
 
 def remaining(trials: Sequence[Trial], retry_failed: bool = False) -> list[Trial]:
-    """Return the trials that have not ended, or, perhaps, failed.
-
-    Raises:
-        ValueError: If a trial has ended that is not what is planned now.
-    """
+    """Return the trials that have not ended, or, perhaps, failed; refuse to go on from those of another plan."""
     left = []
     for trial in trials:
         status = trial.ended().status
@@ -217,8 +203,6 @@ def _slugs(ablation: Ablation) -> dict[str, dict[str, str]]:
     slugs: dict[str, dict[str, str]] = {}
     for setting in ablation.settings:
         slug = "_".join(re.sub(r"[^\w.+-]+", "-", f"{axis}-{label}") for axis, label in setting.items())
-        fits = len(slug.encode()) <= LONGEST_SLUG
-        _expect(fits, ablation.path, "grid", setting, f"its folder would be {slug!r}: give it shorter labels")
         # Some file systems do not tell a from A.
         same = [other for other in slugs if other.casefold() == slug.casefold()]
         _expect(not same, ablation.path, "grid", setting, f"another would share the folder {slug!r}; rename a label")

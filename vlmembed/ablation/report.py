@@ -97,9 +97,8 @@ def write_report(folder: Path) -> Path:
     numbers, ablation = numbers_table(summary), summary.ablation
     if summary.finished:
         note = (
-            "Differences stand with their 95 % interval; p is corrected for all pairs. In the chart, dots are single "
+            "Differences with their 95 % intervals (in the chart: bars; dots are seeds); p is corrected for all pairs."
         )
-        note += "seeds, bars the 95 % interval of the difference from the best."
         sections.append(Section("Settings", note, settings_table(summary, numbers), chart(summary, numbers)))
         note = f"{ablation.metric}, mean over seeds. Every query of a trial is in its measured/*/per_query.csv."
         sections.append(Section("Queries on which settings differ most", note, queries_table(summary)))
@@ -211,7 +210,7 @@ def settings_table(summary: Summary, numbers: pd.DataFrame) -> pd.DataFrame:
             difference, high, p, verdict = (row[f"{title}_{part}"] for part in ("difference", "high", "p", "verdict"))
             shown = isinstance(verdict, str)
             interval = f"{difference:+.4f} ± {high - difference:.4f}".replace("-", "−") if shown else "–"
-            texts |= {f"to the {title}": interval, f"p, {title}": f"{p_text(p)}, {verdict}" if shown else "–"}
+            texts |= {f"to the {title}": interval, f"p, {title}": f"{_p_value(p)}, {verdict}" if shown else "–"}
         for cost, (heading, form, divisor) in COSTS.items():
             texts[heading] = form.format(row[cost] / divisor).replace("nan", "–")
         rows[f"{name} (baseline)" if summary.baseline_of(name) == name else name] = texts
@@ -221,8 +220,7 @@ def settings_table(summary: Summary, numbers: pd.DataFrame) -> pd.DataFrame:
     return table[[name for name in table if set(table[name]) != {"–"} and not (same and name.endswith("baseline"))]]
 
 
-def p_text(value: float) -> str:
-    """Write a p-value."""
+def _p_value(value: float) -> str:
     return "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
@@ -239,7 +237,7 @@ def _lead(summary: Summary) -> str:
     baseline = summary.baseline_of(names[0])
     if baseline and baseline != names[0]:
         pair = summary.pairs[0, names.index(baseline)]
-        verdict = f"p {p_text(pair.corrected)}, {pair.verdict}"
+        verdict = f"p {_p_value(pair.corrected)}, {pair.verdict}"
         text += f" It is {pair.difference:.4f} above its baseline, “{baseline}” ({verdict})."
     return text
 

@@ -135,11 +135,7 @@ def perform(folder: Path, fit: str) -> Trial:
 def locked(folder: Path, patience: float = 60.0) -> Iterator[int]:
     """Hold the lock of a folder, and yield its file descriptor; wait some seconds for killed processes to end.
 
-    It is not `filelock`'s, because a child process must be able to inherit it: this one is free when the last process
-    that has it has ended.
-
-    Raises:
-        TimeoutError: If another process still holds it.
+    Unlike `filelock`'s, a child process inherits it: it is free when the last process that has it has ended.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock, deadline = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT), time.monotonic() + patience
