@@ -5,14 +5,12 @@ from __future__ import annotations
 import html
 import re
 import shutil
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from ablation_folders import (
-    HOSTILE,
     POOLINGS,
     QUERIES,
     SEEDS,
@@ -120,17 +118,12 @@ def test_queries_are_shown_on_which_settings_differ_most(folder: Path, page: str
         assert values == [f"{means.loc[int(name[1:]), pooling]:.3f}" for pooling in head[1:]]
 
 
-def test_names_cannot_break_the_page(folder: Path, page: str) -> None:
-    assert HOSTILE not in page
-    assert "<script>alert" not in page + (folder / "report.md").read_text()
-    assert "<script" not in page
-
-
-def test_the_page_loads_nothing(page: str) -> None:
+def test_names_cannot_break_the_page_and_it_loads_nothing(folder: Path, page: str) -> None:
+    assert "<script" not in page + (folder / "report.md").read_text()
     addresses = re.findall(r"""(?:src|href|action)=["']([^"']*)""", page)
     assert addresses
     assert all(address.startswith("#") for address in addresses)
-    assert not re.search(r"@import|https?://|\bfetch\(|XMLHttpRequest|import\(|url\((?!#)", page)
+    assert not re.search(r"@import|https?://|url\((?!#)", page)
     assert "default-src 'none'" in page
 
 
@@ -146,10 +139,8 @@ def test_it_says_how_far_the_ablation_has_come(folder: Path, page: str) -> None:
 
 
 def test_headings_and_charts_are_for_every_reader(page: str) -> None:
-    levels = [int(level) for level in re.findall(r"<h(\d)", page)]
-    assert levels[0] == 1
-    assert levels.count(1) == 1
-    assert all(after <= before + 1 for before, after in pairwise(levels))
+    levels = re.findall(r"<h(\d)", page)
+    assert levels == ["1", *["2"] * (len(levels) - 1)]
     labels = re.findall(r'<svg viewBox="[^"]+" role="img" aria-label="([^"]+)"', page)
     assert [label.split(",")[0] for label in labels] == ["test/ndcg@10 of each setting"]
     # Charts have the page's text colour, on its ground.
@@ -174,14 +165,11 @@ def test_one_seed_and_one_setting(tmp_path: Path) -> None:
     assert len(numbers(tmp_path / "setting")) == 1
 
 
-def test_no_trial_yet(tmp_path: Path) -> None:
+def test_no_trial_yet_and_trials_that_nobody_asked_for(tmp_path: Path) -> None:
     configure(tmp_path, list(POOLINGS), SEEDS)
     text = write_report(tmp_path).read_text()
     assert "No trial has finished yet." in text
     assert "0 of 24 trials finished" in text
-
-
-def test_trials_that_nobody_asked_for_are_left_out(tmp_path: Path) -> None:
     build(tmp_path, poolings=["mean", "last", "first"])
     configure(tmp_path, ["mean", "last"], [0, 1])
     assert "5 more in the folder" in write_report(tmp_path).read_text()

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from building import write_rows
+from building import run_config, write_rows
 from transformers import AutoModel
 
 from vlmembed.ablation.record import Record
@@ -38,44 +38,16 @@ def folder(checkpoint: Path, tmp_path: Path) -> Path:
     (tmp_path / "data").mkdir()
     write_rows(tmp_path / "data" / "rows.jsonl")
     (tmp_path / "my_parts.py").write_text(OWN_POOLING)
-    loss = {"class_path": "vlmembed.losses.InfoNCE", "init_args": {"temperature": 0.05}}
-    base = {
-        "model": {
-            "class_path": "vlmembed.modules.EmbeddingModule",
-            "init_args": {
-                "backbone": {"class_path": "vlmembed.backbones.Qwen3VL", "init_args": {"checkpoint": str(checkpoint)}},
-                "pooling": {"class_path": "vlmembed.pooling.LastToken"},
-                "loss": {
-                    "class_path": "vlmembed.losses.Matryoshka",
-                    "init_args": {"loss": loss, "dimensions": [64, 16]},
-                },
-                "graph_memory": "none",
-            },
-        },
-        "data": {
-            "class_path": "vlmembed.data.RetrievalDataModule",
-            "init_args": {"train": "data/rows.jsonl", "test": "data/rows.jsonl", "batch_size": 3, "num_workers": 0},
-        },
-        "trainer": {
-            "accelerator": "cpu",
-            "max_epochs": 2,
-            "log_every_n_steps": 1,
-            "enable_progress_bar": False,
-            "exporter": None,
-        },
-    }
+    base = run_config(checkpoint, train="data/rows.jsonl", test="data/rows.jsonl", batch_size=3)
+    loss = {"loss": {"class_path": "vlmembed.losses.InfoNCE"}, "dimensions": [64, 16]}
+    base["model"]["init_args"]["loss"] = {"class_path": "vlmembed.losses.Matryoshka", "init_args": loss}
+    base["model"]["init_args"]["graph_memory"] = "none"
+    base["trainer"] |= {"max_epochs": 2, "exporter": None}
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
-    (tmp_path / "ablation.yaml").write_text(
-        "base: base.yaml\n"
-        "output_dir: out\n"
-        "metric: test/ndcg@10\n"
-        "grid:\n"
-        "  pooling:\n"
-        "    key: model.init_args.pooling\n"
-        "    values:\n"
-        "      mean: {class_path: vlmembed.pooling.Mean}\n"
-        "      mine: {class_path: my_parts.Doubled}\n"
-    )
+    values = {"mean": {"class_path": "vlmembed.pooling.Mean"}, "mine": {"class_path": "my_parts.Doubled"}}
+    grid = {"pooling": {"key": "model.init_args.pooling", "values": values}}
+    ablation = {"base": "base.yaml", "output_dir": "out", "metric": "test/ndcg@10", "grid": grid}
+    (tmp_path / "ablation.yaml").write_text(yaml.safe_dump(ablation, sort_keys=False))
     return tmp_path
 
 

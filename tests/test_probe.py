@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from building import module, trainer, write_rows
+from building import module, run_config, trainer, write_rows
 from lightning.pytorch.loggers import CSVLogger
 
 from vlmembed.ablation.probe import READ_OUTS, Probe
@@ -82,18 +82,7 @@ def test_the_heat_map_says_what_it_compares(checkpoint: Path, tmp_path: Path) ->
 def test_the_command(checkpoint: Path, tmp_path: Path) -> None:
     """A probe is a run of ``test`` with the base's model inside."""
     write_rows(tmp_path / "rows.jsonl")
-    backbone = {"class_path": "vlmembed.backbones.Qwen3VL", "init_args": {"checkpoint": str(checkpoint)}}
-    model = {
-        "backbone": backbone,
-        "pooling": {"class_path": "vlmembed.pooling.LastToken"},
-        "loss": {"class_path": "vlmembed.losses.InfoNCE"},
-    }
-    data = {"test": str(tmp_path / "rows.jsonl"), "num_workers": 0}
-    base = {
-        "model": {"class_path": "vlmembed.modules.EmbeddingModule", "init_args": model},
-        "data": {"class_path": "vlmembed.data.RetrievalDataModule", "init_args": data},
-        "trainer": {"accelerator": "cpu"},
-    }
+    base = run_config(checkpoint, test=str(tmp_path / "rows.jsonl"))
     given = {
         "base": "base.yaml",
         "output_dir": str(tmp_path / "probe"),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from building import write_rows
+from building import run_config, write_rows
 from hub_server import Hub, Refusal, serve
 from test_hub import connect
 
@@ -138,11 +138,8 @@ def test_a_token_of_the_environment_is_nowhere_in_what_a_run_writes_or_says(
     for name in ("HF_TOKEN", "WANDB_API_KEY"):
         monkeypatch.setenv(name, TOKEN)
     write_rows(tmp_path / "train.jsonl")
-    config = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
-    config["model"]["init_args"]["backbone"]["init_args"]["checkpoint"] = str(checkpoint)
-    config["model"]["init_args"]["loss"] = {"class_path": "vlmembed.losses.InfoNCE"}
-    config["data"]["init_args"] = {"train": "train.jsonl", "batch_size": 3, "num_workers": 0}
-    config["trainer"] = {"accelerator": "cpu", "max_steps": 1, "log_every_n_steps": 1}
+    config = run_config(checkpoint, train="train.jsonl", batch_size=3)
+    config["trainer"]["max_steps"] = 1
     Path("run.yaml").write_text(yaml.safe_dump(config))
     main(["fit", "--config", "run.yaml"])
     folder = Path("runs/run/version_0")
