@@ -128,8 +128,7 @@ class FeatureCache(ABC):
         if written and lookups and not hits and comparable:
             raise RuntimeError(
                 f"The feature cache is of no use: none of {lookups:,} images of this epoch came a second time, though "
-                f"{written:,} were kept before. The data are augmented at random, or new in every epoch. Remove the "
-                "feature cache from the YAML, or the augmentation from the data."
+                f"{written:,} were kept before. Remove the cache from the YAML, or random augmentation from the data."
             )
         self._lookups_before, self._written_before = lookups, self._written
         self.hits = self.misses = 0

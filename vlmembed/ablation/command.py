@@ -130,10 +130,8 @@ def _conclude(trials: Sequence[Trial], output_dir: Path) -> None:
     ended = [trial.ended() for trial in trials]
     if any(trial.status == "finished" for trial in ended):
         print(f"Report: {write_report(output_dir)}")
-    log = "has failed, see {}; --retry_failed runs it again."
-    for trial in ended:
-        if trial.status != "finished":
-            failure = log.format(trial.folder / "log.txt") if trial.status == "failed" else "was not done."
-            print(f"{trial} {failure}", file=sys.stderr)
+    for trial in [trial for trial in ended if trial.status != "finished"]:
+        log = f"has failed, see {trial.folder / 'log.txt'}; --retry_failed runs it again."
+        print(f"{trial} {'was not done.' if trial.status == 'planned' else log}", file=sys.stderr)
     if any(trial.status != "finished" for trial in ended):
         sys.exit(1)

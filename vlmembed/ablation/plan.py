@@ -214,8 +214,8 @@ def _axis(path: Path, key: str, content: Any) -> Axis:
     known = isinstance(content, dict) and content.keys() == {"key", "values"}
     _expect(known, path, key, content, "it has key and values")
     name, values = content["key"], content["values"]
-    _expect(isinstance(name, str) and bool(name), path, f"{key}.key", name, "it is a key of a configuration of `fit`")
-    _expect(isinstance(values, dict) and bool(values), path, f"{key}.values", values, "it maps labels to values")
+    are_typed = isinstance(name, str) and name and isinstance(values, dict) and values
+    _expect(bool(are_typed), path, key, content, "key is one of a configuration of `fit`, values map labels to values")
     for label in values:
         # YAML reads on, off, yes and no as booleans; nobody would find True in the report.
         is_text = isinstance(label, str | int | float) and not isinstance(label, bool)

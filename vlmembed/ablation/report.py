@@ -67,7 +67,6 @@ class Section:
 class Summary:
     """An ablation, as far as it has come."""
 
-    folder: Path
     ablation: Ablation
     ended: Sequence[Trial]  # the trials that were asked for and have ended; the best setting's first
     missing: Sequence[str]  # those that have not ended
@@ -127,7 +126,7 @@ def summarize(folder: Path) -> Summary:
     planned = [(name_of(setting), seed) for setting in ablation.settings for seed in ablation.seeds]
     ended = [known[key] for key in planned if key in known]
     missing = [f"“{name}” (seed {seed})" for name, seed in planned if (name, seed) not in known]
-    summary = Summary(folder, ablation, ended, missing, len(known) - len(ended))
+    summary = Summary(ablation, ended, missing, len(known) - len(ended))
     if not summary.finished:
         return summary
     scores = read_scores(ablation.metric, summary.finished)
@@ -295,7 +294,6 @@ def render_page(title: str, lead: str, notes: Sequence[str], sections: Sequence[
     """Render a page that needs nothing else; whatever comes from data is escaped."""
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(autoescape=True, loader=loader, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters["table"] = lambda table: Markup(table.to_html())
     template = environment.get_template("report.html.jinja")
     return template.render(title=title, lead=lead, notes=notes, sections=sections)
 
