@@ -26,11 +26,9 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, Literal
 
 import yaml
@@ -185,19 +183,20 @@ class Local(Executor):
 
     def run(self, commands: Sequence[Sequence[str]], jobs: int) -> None:
         """Run in processes of this machine."""
-        shares: SimpleQueue[dict[str, str]] = SimpleQueue()
-        for share in shares_of_machine(jobs):
-            shares.put(share)
-
-        # The tie is inside: an interrupt ends the trials before the pool waits for its threads.
-        with ThreadPoolExecutor(jobs) as pool, tie() as pipe:
-
-            def work(command: Sequence[str]) -> None:
-                share = shares.get()
-                run_tied(command, pipe, share)
-                shares.put(share)
-
-            list(pool.map(work, commands))
+        shares, waiting = shares_of_machine(jobs), [*commands]
+        running: dict[subprocess.Popen[bytes], dict[str, str]] = {}
+        try:
+            while waiting or running:
+                for process in [process for process in running if process.poll() is not None]:
+                    end(process)
+                    shares.append(running.pop(process))
+                while waiting and shares:
+                    share = shares.pop(0)
+                    running[start_tied(waiting.pop(0), share)] = share
+                time.sleep(0.05)
+        finally:
+            for process in running:
+                end(process)
 
 
 class Slurm(Executor):
@@ -281,32 +280,28 @@ def shares_of_machine(jobs: int) -> list[dict[str, str]]:
     return [{"OMP_NUM_THREADS": threads, **gpu} for gpu in gpus]
 
 
-@contextmanager
-def tie() -> Iterator[int]:
-    """Yield the end of a pipe that trials read from: the pipe closes when this process ends, even if it is killed."""
-    reading, writing = os.pipe()
-    try:
-        yield reading
-    finally:
-        os.close(writing)
-        os.close(reading)
-
-
-def run_tied(command: Sequence[str], pipe: int, share: Mapping[str, str], folder: str = ".") -> None:
-    """Run a trial in a session of its own, and end whatever it leaves behind."""
+def start_tied(command: Sequence[str], share: Mapping[str, str], folder: str = ".") -> subprocess.Popen[bytes]:
+    """Start a trial in a session of its own; its standard input closes when this process ends, even if it is killed."""
     environment = {**os.environ, **share}
     # A trial is one process that starts its others itself; Lightning would take SLURM's count of tasks for theirs.
     environment.pop("SLURM_NTASKS", None)
-    process = subprocess.Popen(command, stdin=pipe, env=environment, cwd=folder, start_new_session=True)
-    process.wait()
+    return subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, cwd=folder, start_new_session=True)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a trial, and whatever it leaves behind."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
 
 
 def _run_there(command: Sequence[str], folder: str) -> None:
     """Run a trial in a worker of a cluster, and end it with the worker."""
-    with tie() as pipe:
-        run_tied(command, pipe, {}, folder)
+    process = start_tied(command, {}, folder)
+    try:
+        process.wait()
+    finally:
+        end(process)
 
 
 def _end_with_parent() -> None:
