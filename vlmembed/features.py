@@ -111,11 +111,9 @@ class FeatureCache(ABC):
         self._full = not self._write(f"{key:016x}", features)
         self._written += not self._full
         if self._full:
-            message = (
-                f"The feature cache is full: {self._written:,} images were kept in this run, and the next one does "
-            )
-            message += f"not fit (limit {_size(self.limit)}, in {self.location}). Others are computed in every epoch."
-            warnings.warn(message, stacklevel=2)
+            limit = f"(limit {_size(self.limit)}, in {self.location})"
+            kept = f"{self._written:,} images were kept in this run, and the next one does not fit {limit}."
+            warnings.warn(f"The feature cache is full: {kept} Others are computed in every epoch.", stacklevel=2)
 
     def end_epoch(self, total: Callable[[int], int] = int) -> None:
         """Close the epoch's counts; refuse if features were kept before, and none was asked for in this epoch.
