@@ -232,3 +232,17 @@ def fit(model: RetrievalModule, batches: list[Any], **options: Any) -> Recorder:
     recorder = Recorder()
     trainer(callbacks=[recorder], log_every_n_steps=1, **options).fit(model, DataLoader(batches, batch_size=None))
     return recorder
+
+
+def run_config(checkpoint: Path, **data: Any) -> dict[str, Any]:
+    """A configuration of ``fit``, as its file holds it."""
+    model = {
+        "backbone": {"class_path": "vlmembed.backbones.Qwen3VL", "init_args": {"checkpoint": str(checkpoint)}},
+        "pooling": {"class_path": "vlmembed.pooling.LastToken"},
+        "loss": {"class_path": "vlmembed.losses.InfoNCE"},
+    }
+    return {
+        "model": {"class_path": "vlmembed.modules.EmbeddingModule", "init_args": model},
+        "data": {"class_path": "vlmembed.data.RetrievalDataModule", "init_args": {"num_workers": 0, **data}},
+        "trainer": {"accelerator": "cpu", "enable_progress_bar": False, "log_every_n_steps": 1},
+    }

@@ -8,15 +8,13 @@ from typing import Any
 
 import pytest
 import yaml
-from building import write_rows
+from building import run_config, write_rows
 from hub_server import Hub, Refusal, serve
 from test_hub import connect
 
-from vlmembed.ablation.command import ablate
 from vlmembed.ablation.plan import plan, read_ablation
 from vlmembed.cli import main
 from vlmembed.export.hub import PushError, push
-from vlmembed.mining.command import run as mine
 from vlmembed.secrets import refuse_secrets, refuse_secrets_in
 
 ROOT = Path(__file__).parent.parent
@@ -111,9 +109,9 @@ def test_what_is_no_yaml_is_left_to_the_parser(tmp_path: Path) -> None:
 
 def test_the_other_commands_refuse_too(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="command line: model holds what looks like a token"):
-        mine("mine", ["--model", TOKEN])
+        main(["mine", "--model", TOKEN])
     with pytest.raises(ValueError, match=r"executor\.options holds"):
-        ablate(["--config", "a.yaml", "--executor", "Slurm", "--executor.options", f"[--export=X={TOKEN}]"], print)
+        main(["ablate", "--config", "a.yaml", "--executor", "Slurm", "--executor.options", f"[--export=X={TOKEN}]"])
     base = ROOT / "configs" / "quickstart.yaml"
     changed = {"model.init_args.api_key": "abcdef"}
     given = {"base": str(base), "output_dir": str(tmp_path / "out"), "metric": "test/ndcg@10", "set": changed}
@@ -140,11 +138,8 @@ def test_a_token_of_the_environment_is_nowhere_in_what_a_run_writes_or_says(
     for name in ("HF_TOKEN", "WANDB_API_KEY"):
         monkeypatch.setenv(name, TOKEN)
     write_rows(tmp_path / "train.jsonl")
-    config = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
-    config["model"]["init_args"]["backbone"]["init_args"]["checkpoint"] = str(checkpoint)
-    config["model"]["init_args"]["loss"] = {"class_path": "vlmembed.losses.InfoNCE"}
-    config["data"]["init_args"] = {"train": "train.jsonl", "batch_size": 3, "num_workers": 0}
-    config["trainer"] = {"accelerator": "cpu", "max_steps": 1, "log_every_n_steps": 1}
+    config = run_config(checkpoint, train="train.jsonl", batch_size=3)
+    config["trainer"]["max_steps"] = 1
     Path("run.yaml").write_text(yaml.safe_dump(config))
     main(["fit", "--config", "run.yaml"])
     folder = Path("runs/run/version_0")

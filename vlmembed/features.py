@@ -30,8 +30,6 @@ from torch import Tensor, nn
 
 from vlmembed.files import clear_drafts, digest, write_whole
 
-__all__ = ["FeatureCache", "InMemory", "OnDisk", "RecentFeatures", "fingerprint", "refuse_trainable"]
-
 GIB = 2**30
 
 
@@ -47,12 +45,7 @@ def refuse_trainable(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> No
 
 
 def fingerprint(parameters: Iterable[tuple[str, Tensor]], settings: Mapping[str, Any]) -> str:
-    """Identify what makes features: another name, type, shape, byte or setting gives another fingerprint.
-
-    Args:
-        parameters: The tower's weights and buffers, as in ``state_dict().items()``, on any device.
-        settings: All else that decides about the features, as JSON knows it: the processor's settings, the precision.
-    """
+    """Identify what makes features: another name, type, shape, byte or setting (as JSON) gives another fingerprint."""
     # One weight at a time: the tower may be on a device, and the host need not hold it whole.
     weights = (_spelled(name, parameter.detach().cpu()) for name, parameter in parameters)
     return digest(chain([json.dumps(dict(settings), sort_keys=True)], chain.from_iterable(weights)))
@@ -74,20 +67,14 @@ class FeatureCache(ABC):
         self.limit = limit_gib * GIB
 
     def open(self, fingerprint: str) -> None:
-        """Start a run. Features of another `vlmembed.features.fingerprint` are not served; nothing is written yet."""
+        """Start a run. Features of another fingerprint are not served; nothing is written yet."""
         self.fingerprint = fingerprint
         self.hits = self.misses = 0  #: How often an image was asked for in this epoch and was there, and was not.
         self._predicted = self._full = False
         self._written = self._written_before = self._lookups_before = 0
 
     def predict(self, bytes_per_example: float, examples: int, announce: Callable[[str], None] = print) -> None:
-        """Say how much will be kept, before anything is; refuse more than the limit, or than the disk has left.
-
-        Args:
-            bytes_per_example: The size of the features of one training row's images.
-            examples: The training rows.
-            announce: Is given the sentence; where several processes run, let one of them speak.
-        """
+        """Announce how much will be kept, before anything is; refuse more than the limit, or than the disk has left."""
         predicted = bytes_per_example * examples
         present, others, free = self._occupied()
         sentence = (
@@ -112,10 +99,7 @@ class FeatureCache(ABC):
         return features
 
     def put(self, key: int, features: Float[Tensor, "L K H"]) -> None:
-        """Keep an image's features, unless the cache is full.
-
-        Of its L tokens, they are what stands in for their embeddings and what later layers add (DeepStack): K vectors.
-        """
+        """Keep an image's features, of L tokens K vectors for the layers that take them, unless the cache is full."""
         if not self._predicted:
             raise RuntimeError("Call predict before the first put: nothing is written that was not announced.")
         if self._full:
@@ -127,17 +111,14 @@ class FeatureCache(ABC):
         self._full = not self._write(f"{key:016x}", features)
         self._written += not self._full
         if self._full:
-            warnings.warn(
-                f"The feature cache is full: {self._written:,} images were kept in this run, and the next one does not "
-                f"fit (limit {_size(self.limit)}, in {self.location}). Further images are computed in every epoch.",
-                stacklevel=2,
-            )
+            limit = f"(limit {_size(self.limit)}, in {self.location})"
+            kept = f"{self._written:,} images were kept in this run, and the next one does not fit {limit}."
+            warnings.warn(f"The feature cache is full: {kept} Others are computed in every epoch.", stacklevel=2)
 
     def end_epoch(self, total: Callable[[int], int] = int) -> None:
         """Close the epoch's counts; refuse if features were kept before, and none was asked for in this epoch.
 
-        Args:
-            total: Adds a number up over processes, so that all of them refuse or none does.
+        ``total`` adds a number up over processes, so that all of them refuse or none does.
         """
         hits, lookups, written = total(self.hits), total(self.hits + self.misses), total(self._written_before)
         # In an epoch that was cut short, chance may do it where processes share the images out anew each time.
@@ -145,8 +126,7 @@ class FeatureCache(ABC):
         if written and lookups and not hits and comparable:
             raise RuntimeError(
                 f"The feature cache is of no use: none of {lookups:,} images of this epoch came a second time, though "
-                f"{written:,} were kept before. The data are augmented at random, or new in every epoch. Remove the "
-                "feature cache from the YAML, or the augmentation from the data."
+                f"{written:,} were kept before. Remove the cache from the YAML, or random augmentation from the data."
             )
         self._lookups_before, self._written_before = lookups, self._written
         self.hits = self.misses = 0
@@ -167,8 +147,7 @@ class FeatureCache(ABC):
 class InMemory(FeatureCache):
     """Keeps the features in the training process's memory, until it ends.
 
-    Each process keeps its own: an image is computed once by every process that meets it. A resumed run computes them
-    anew, with other images beside them, so that they are rounded otherwise; ``OnDisk`` keeps them to the bit.
+    A resumed run computes them anew, with other images beside them, so that they are rounded otherwise.
 
     Args:
         limit_gib: The most to keep, in GiB per process.
@@ -177,7 +156,7 @@ class InMemory(FeatureCache):
     location = "memory"
 
     def open(self, fingerprint: str) -> None:
-        """Start a run; see `FeatureCache.open`."""
+        """Start a run; a run of the same fingerprint before it has left its features."""
         if fingerprint != self.fingerprint:
             self._features: dict[str, Tensor] = {}
             self._bytes = 0
@@ -201,8 +180,7 @@ class InMemory(FeatureCache):
 class OnDisk(FeatureCache):
     """Keeps the features in files, for later epochs and later runs; processes and runs may share a folder.
 
-    It gets a sub-folder for each tower's weights and settings; delete those that are no longer needed. What is read
-    equals to the bit what was computed: a resumed run gets the same features.
+    Each tower's weights and settings have a sub-folder: delete those that are no longer needed.
 
     Args:
         folder: Where; made when the first features are written.
@@ -224,6 +202,9 @@ class OnDisk(FeatureCache):
         existing = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
         return sizes[True], sizes[False], shutil.disk_usage(existing).free
 
+    def _path(self, name: str) -> Path:
+        return self.folder / self.fingerprint / name[-2:] / f"{name}.safetensors"
+
     def _read(self, name: str) -> Tensor | None:
         return read_tensor(self._path(name), f"{self.fingerprint} {name}")
 
@@ -240,7 +221,7 @@ class OnDisk(FeatureCache):
                 if total > self.limit:
                     return False
                 # Counted before it is written: a process killed in between leaves the count too high, not the folder
-                # too full. In place and at a fixed width: emptying a file can make the file system wait for the disk.
+                # too full. In place, at a fixed width: emptying a file can make the file system wait for the disk.
                 with self._count.open("r+") as count:
                     count.write(f"{total:20d}")
                 write_whole(path, content)
@@ -262,17 +243,9 @@ class OnDisk(FeatureCache):
         self._counted = True
         return sum(self._occupied()[:2])
 
-    def _path(self, name: str) -> Path:
-        return self.folder / self.fingerprint / name[-2:] / f"{name}.safetensors"
-
 
 class RecentFeatures:
-    """Keeps the features of the images that were asked for last, in main memory: for measuring and predicting.
-
-    Args:
-        encoder: A `vlmembed.encoder.Encoder`, whose weights stay as they are.
-        limit_gib: The most to keep, in GiB.
-    """
+    """Keeps the features of the images that were asked for last, in main memory: for measuring and predicting."""
 
     def __init__(self, encoder: Any, limit_gib: float = 1.0) -> None:
         self._encoder = encoder
@@ -282,7 +255,13 @@ class RecentFeatures:
 
     def encode_images(self, images: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
         """Return the features of some chunks of images, as `Encoder.encode_images` does."""
-        features, new = self._encoder.encode_missing_images(images, self._recent)
+
+        def recent(key: int) -> Tensor | None:
+            if key in self._features:
+                self._features.move_to_end(key)
+            return self._features.get(key)
+
+        features, new = self._encoder.encode_missing_images(images, recent)
         for key, image in new.items():
             # A copy, so that one image does not keep its whole chunk in memory.
             self._features[key] = image.to("cpu", copy=True)
@@ -290,11 +269,6 @@ class RecentFeatures:
         while self._bytes > self._limit:
             self._bytes -= self._features.popitem(last=False)[1].nbytes
         return features
-
-    def _recent(self, key: int) -> Tensor | None:
-        if key in self._features:
-            self._features.move_to_end(key)
-        return self._features.get(key)
 
 
 def read_tensor(path: Path, label: str) -> Tensor | None:

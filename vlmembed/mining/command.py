@@ -1,13 +1,13 @@
 """``python -m vlmembed mine`` and ``python -m vlmembed score``."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from jsonargparse import auto_cli
 
 from vlmembed.cli import Parser
-from vlmembed.mining import COMMANDS
+from vlmembed.mining import mine, score
+
+COMMANDS: dict[str, Callable[..., None]] = {"mine": mine, "score": score}
 
 
 def main(words: Sequence[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from itertools import chain, groupby
 from pathlib import Path
@@ -50,8 +50,7 @@ def _digest(part: Part, origin: str) -> str:
         return digest([part.kind, _file_digest(part.value)])
     # `Part.digest` takes a file for its path; here a copy of an image is the same image. One is open at a time.
     images = (load_image(frame, origin) for frame in part.frames)
-    pixels = ((f"{image.size}", image.tobytes()) for image in images)
-    return digest(chain([part.kind], chain.from_iterable(pixels)))
+    return digest(chain([part.kind], chain.from_iterable((f"{image.size}", image.tobytes()) for image in images)))
 
 
 def _file_digest(path: Path) -> bytes:
@@ -65,21 +64,21 @@ def model_input(item: Item) -> dict[str, Any]:
     Raises:
         ValueError: If the item shows kinds by turns, which such a mapping cannot say.
     """
-
-    def value(part: Part) -> Any:
-        images = [load_image(frame, item.origin) for frame in part.frames]
-        if part.kind == "image":
-            return images[0]
-        return part.value if part.kind == "text" else images or str(Path(str(part.value)).absolute())
-
-    groups = [(kind, [*parts]) for kind, parts in groupby(item.parts, key=lambda part: part.kind)]
-    content = {kind: [value(part) for part in parts] for kind, parts in groups}
-    if len(content) < len(groups):
-        raise ValueError(
-            f"{item.origin}: texts and images by turns ({', '.join(kind for kind, _ in groups)}) cannot be given to "
-            "Sentence Transformers in order. Put all images together."
-        )
-    return {kind: values[0] if len(values) == 1 else values for kind, values in content.items()}
+    content: dict[str, Any] = {}
+    for kind, parts in groupby(item.parts, key=lambda part: part.kind):
+        if kind in content:
+            kinds = ", ".join(kind for kind, _ in groupby(part.kind for part in item.parts))
+            raise ValueError(
+                f"{item.origin}: texts and images by turns ({kinds}) cannot be given to Sentence Transformers in "
+                "order. Put all images together."
+            )
+        values: list[Any] = []
+        for part in parts:
+            images = [load_image(frame, item.origin) for frame in part.frames]
+            video = images or str(Path(str(part.value)).absolute())
+            values.append(images[0] if kind == "image" else part.value if kind == "text" else video)
+        content[kind] = values[0] if len(values) == 1 else values
+    return content
 
 
 class Embedder:
@@ -97,28 +96,32 @@ class Embedder:
         self.model = SentenceTransformer(model, trust_remote_code=trust_remote_code)
         self.batch_size = batch_size
         self._cache = None if cache is None else Path(cache)
-        self._version = ""
         if self._cache is not None:
             clear_drafts(self._cache)
             self._version = f"{model_version(model)} by sentence-transformers {version('sentence-transformers')}"
 
     def embed(self, items: DistinctItems, role: Role) -> Float[Tensor, "N D"]:
         """Embed items as queries or as documents, in float32, where the model is."""
-        encode = self.model.encode_query if role == "query" else self.model.encode_document
-        contents, size, pieces = [*items], BATCHES * self.batch_size, []
+        distinct, size, pieces = [*items], BATCHES * self.batch_size, []
         for start in tqdm(range(0, len(items), size), desc=f"Embedding {len(items)} distinct items ({role})"):
-            some = contents[start : start + size]
-            key = digest([self._version, role, *some])
-            path = None if self._cache is None else self._cache / f"{key}.safetensors"
-            piece = None if path is None else read_tensor(path, key)
+            contents = distinct[start : start + size]
+            if self._cache is None:
+                pieces.append(self._encode(items, contents, role))
+                continue
+            key = digest([self._version, role, *contents])
+            path = self._cache / f"{key}.safetensors"
+            piece = read_tensor(path, key)
             if piece is None:
-                inputs = [model_input(items[content].read()) for content in some]
-                piece = encode(inputs, batch_size=self.batch_size, convert_to_tensor=True, show_progress_bar=False)
-                piece = piece.float().cpu()
-                if path is not None:
-                    write_whole(path, save({signed(key, piece): piece}))
+                piece = self._encode(items, contents, role)
+                write_whole(path, save({signed(key, piece): piece}))
             pieces.append(piece)
         return torch.cat(pieces).to(self.model.device)
+
+    def _encode(self, items: DistinctItems, contents: Sequence[str], role: Role) -> Float[Tensor, "N D"]:
+        encode = self.model.encode_query if role == "query" else self.model.encode_document
+        inputs = [model_input(items[content].read()) for content in contents]
+        options: Any = {"batch_size": self.batch_size, "convert_to_tensor": True, "show_progress_bar": False}
+        return encode(inputs, **options).float().cpu()
 
 
 def model_version(model: str) -> str:
@@ -127,7 +130,7 @@ def model_version(model: str) -> str:
         folder = Path(model if Path(model).is_dir() else snapshot_download(model, local_files_only=True))
     except ValueError as error:
         raise ValueError(
-            f"{model}: its files are not found, so its embeddings have no key. Leave out --cache."
+            f"{model}: its files are not found, so its embeddings have no key; leave out cache."
         ) from error
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return digest(chain.from_iterable((path.relative_to(folder).as_posix(), _file_digest(path)) for path in files))

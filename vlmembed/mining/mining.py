@@ -62,9 +62,6 @@ def mine(
         batch_size: Items that go through the model at once.
         cache: A folder of embeddings: the same content is not embedded twice with the same files of a model.
         trust_remote_code: Whether to run code that the model brings.
-
-    Raises:
-        ValueError: If something cannot be read, or no row has a negative.
     """
     choice = Choice(negatives, depth, skip, margin, relative_margin, max_score)
     source = Rows(rows) if isinstance(rows, str) else rows
@@ -122,13 +119,10 @@ class Choice:
 
     def ceiling(self, positive: float) -> float:
         """Return the largest similarity of a negative, given that of the positive."""
-        ceilings = [math.inf if self.max_score is None else self.max_score]
-        if self.margin is not None:
-            ceilings.append(positive - self.margin)
-        if self.relative_margin is not None:
-            # A share of the size, so that a similarity below zero gets a lower ceiling too.
-            ceilings.append(positive - abs(positive) * self.relative_margin)
-        return min(ceilings)
+        # A share of the size, so that a similarity below zero gets a lower ceiling too.
+        below = max(self.margin or 0.0, abs(positive) * (self.relative_margin or 0.0))
+        ceiling = math.inf if self.margin is None and self.relative_margin is None else positive - below
+        return min(ceiling, math.inf if self.max_score is None else self.max_score)
 
 
 @dataclass
@@ -148,16 +142,15 @@ def gather(rows: Source, corpus: str | Source | EvaluationSource | None) -> Pool
     with ThreadPoolExecutor() as threads:  # Decoding images leaves Python's lock to others.
         if corpus is not None:
             sequence = as_evaluation(corpus).corpus
-            for start in range(0, len(sequence), ROWS):
-                items = [sequence[index] for index in range(start, min(start + ROWS, len(sequence)))]
-                for index, (content, images) in enumerate(threads.map(identify, items), start):
+            for indices in _blocks(len(sequence)):
+                identities = threads.map(identify, [sequence[index] for index in indices])
+                for index, (content, images) in zip(indices, identities, strict=True):
                     pool.documents.setdefault(content, Entry(partial(sequence.__getitem__, index), images))
             pool.candidates = len(pool.documents)
-        for start in range(0, len(rows), ROWS):
-            examples = [unscored(rows[row]) for row in range(start, min(start + ROWS, len(rows)))]
-            items = [item for example in examples for item in (example.query, *example.documents)]
-            identities = threads.map(identify, items)
-            for row, example in enumerate(examples, start):
+        for indices in _blocks(len(rows)):
+            examples = [unscored(rows[row]) for row in indices]
+            identities = threads.map(identify, [item for one in examples for item in (one.query, *one.documents)])
+            for row, example in zip(indices, examples, strict=True):
                 # Of the query and of each document: its content, and how to read it again.
                 query, *documents = (
                     (content, Entry(partial(_item, rows, row, rank), images))
@@ -174,6 +167,10 @@ def gather(rows: Source, corpus: str | Source | EvaluationSource | None) -> Pool
     return pool
 
 
+def _blocks(size: int) -> list[range]:
+    return [range(start, min(start + ROWS, size)) for start in range(0, size, ROWS)]
+
+
 def _item(rows: Source, row: int, rank: int) -> Item:
     """Read a row's query (0), or its document of that rank."""
     example = rows[row]
@@ -188,11 +185,7 @@ def hard_negatives(
     choice: Choice,
     tile_bytes: int = 2**28,
 ) -> tuple[dict[str, list[str]], Counter[str]]:
-    """Choose hard negatives by the similarities of a pool's embeddings, ``tile_bytes`` of similarities at a time.
-
-    Returns:
-        Of each query its hard negatives, by content; and how many candidates were left out, and why.
-    """
+    """Choose hard negatives of each query, by content; and count the candidates that were left out, by reason."""
     names, contents = [*pool.queries], [*pool.documents]
     indices = {content: index for index, content in enumerate(contents)}
     chosen, reasons = dict[str, list[str]](), Counter[str]()
@@ -207,10 +200,8 @@ def hard_negatives(
             # Below the least similar positive: a candidate above it would be ranked above a positive.
             ceiling = choice.ceiling(float(row[[indices[content] for content in positives]].min()))
             ranked = [(contents[index], score) for index, score in zip(ranks, scores, strict=True)]
-            ranked = [pair for pair in ranked if pair[0] not in positives][: choice.depth]
-            taken = list[str]()
-            shown = {pool.documents[content].images for content in positives}
-            for content, score in ranked:
+            taken, shown = list[str](), {pool.documents[content].images for content in positives}
+            for content, score in [pair for pair in ranked if pair[0] not in positives][: choice.depth]:
                 images = pool.documents[content].images
                 if content == query:
                     reasons["the query itself"] += 1

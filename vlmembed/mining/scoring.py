@@ -35,9 +35,6 @@ def score(model: str, rows: str | Source, output: str, batch_size: int = 32, tru
         output: The JSONL file to write. Images that are in no file are written beside it.
         batch_size: Pairs that go through the model at once.
         trust_remote_code: Whether to run code that the model brings.
-
-    Raises:
-        ValueError: If something cannot be read, the model gives several scores, or one that is no finite number.
     """
     source = Rows(rows) if isinstance(rows, str) else rows
     reranker = sentence_transformers.CrossEncoder(model, trust_remote_code=trust_remote_code)
@@ -69,14 +66,8 @@ def _logits(reranker: sentence_transformers.CrossEncoder, examples: Sequence[Exa
     for index, (query, document) in enumerate(inputs):
         if query.keys() == document.keys() == {"text"}:
             inputs[index] = query["text"], document["text"]  # Rerankers of text take nothing else.
-    logits = reranker.predict(
-        inputs,
-        batch_size=batch_size,
-        activation_fn=torch.nn.Identity(),
-        convert_to_tensor=True,
-        show_progress_bar=False,
-    )
-    numbers: list[float] = logits.tolist()
+    options: Any = {"activation_fn": torch.nn.Identity(), "convert_to_tensor": True, "show_progress_bar": False}
+    numbers: list[float] = reranker.predict(inputs, batch_size=batch_size, **options).tolist()
     for (_, document), number in zip(pairs, numbers, strict=True):
         if not math.isfinite(number):
             raise ValueError(f"{document.origin}: the reranker's score is {number}, not a finite number.")
@@ -97,10 +88,8 @@ def write_rows(path: Path, examples: Iterable[Example]) -> int:
     """Write training rows that ``vlmembed.data.Rows`` reads; the file is there once all of them are.
 
     Images and videos in files are named by their path relative to the written file; where one is outside of its
-    folder, it is said how to allow that. Open images are written as PNG into a folder beside it, each once.
-
-    Returns:
-        How many rows there are.
+    folder, it is said how to allow that. Open images are written as PNG into a folder beside it, each once. Returns
+    the number of rows.
     """
     outside: set[Path] = set()
 
