@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import yaml
+from PIL import Image, ImageDraw
 
+from vlmembed.ablation.record import content_path
 from vlmembed.ablation.report import write_report
 from vlmembed.ablation.run import Trial
 
@@ -29,6 +32,7 @@ POOLINGS: dict[str, tuple[float, float, int]] = {
 }
 SEEDS = (0, 1, 2)
 QUERIES = 60
+DOCUMENTS = 40
 
 
 def build(
@@ -38,12 +42,13 @@ def build(
     generator = np.random.default_rng(0)
     difficulty = generator.normal(0, 0.35, QUERIES)
     configure(folder, poolings, seeds, baseline)
+    write_documents(folder / "documents" / "numbers")
     for pooling in poolings:
         taste = generator.normal(0, 0.15, QUERIES)
         for seed in seeds:
             noise = generator.normal(0, 0.15, QUERIES) + generator.normal(0, 0.01)
             scores = (POOLINGS[pooling][0] + difficulty + taste + noise).clip(0, 1)
-            write_trial(folder, {"pooling": pooling}, seed, scores)
+            write_trial(folder, {"pooling": pooling}, seed, scores, generator)
     return folder
 
 
@@ -79,8 +84,10 @@ def trial_folder(folder: Path, pooling: str, seed: int) -> Path:
     return folder / "settings" / slug / f"seed-{seed}"
 
 
-def write_trial(folder: Path, setting: Mapping[str, str], seed: int, scores: np.ndarray) -> None:
-    """Write a finished trial."""
+def write_trial(
+    folder: Path, setting: Mapping[str, str], seed: int, scores: np.ndarray, generator: np.random.Generator
+) -> None:
+    """Write a finished trial, with a log as Lightning does it: losses and validations in lines of their own."""
     trial = trial_folder(folder, setting["pooling"], seed)
     _, seconds, dimension = POOLINGS[setting["pooling"]]
     columns = {
@@ -105,3 +112,31 @@ def write_trial(folder: Path, setting: Mapping[str, str], seed: int, scores: np.
     measured.mkdir(parents=True)
     queries = pd.Index([f"q{index}" for index in range(QUERIES)], name="query")
     pd.DataFrame(columns, queries).to_csv(measured / "per_query.csv")
+    steps = range(0, 241, 40)
+    losses = [{"step": step, "train/loss": 5 / (1 + step / 40)} for step in steps]
+    pd.DataFrame(
+        [*losses, *({"step": step, "val/ndcg@10": scores.mean() * step / (step + 40)} for step in steps)]
+    ).to_csv(trial / "metrics.csv", index=False)
+    found = {}
+    for index, score in enumerate(scores):
+        # A query's own document is where the score says, if anywhere.
+        own = f"doc {index % DOCUMENTS}"
+        others = [f"doc {other}" for other in generator.permutation(DOCUMENTS) if other != index % DOCUMENTS][:5]
+        rank = 0 if score > 0.9 else 2 if score > 0.5 else 9
+        names = [*others[:rank], own, *others[rank:]][:5]
+        top = [[name, 0.9 - 0.1 * rank, int(name == own)] for rank, name in enumerate(names)]
+        found[f"q{index}"] = {"top": top, "relevant": {own: 1}}
+    (measured / "top.json").write_text(json.dumps(found))
+
+
+def write_documents(folder: Path) -> None:
+    """Write three of four documents as images, the others as texts."""
+    folder.mkdir(parents=True)
+    for index in range(DOCUMENTS):
+        if index % 4 == 0:
+            text = f"A text of some length about number {index}. {HOSTILE}"
+            content_path(folder, f"doc {index}", "txt").write_text(text)
+            continue
+        image = Image.new("RGB", (160, 64), "white")
+        ImageDraw.Draw(image).text((50, 10), str(index), fill="black", font_size=40)
+        image.save(content_path(folder, f"doc {index}", "jpg"), "JPEG")

@@ -88,7 +88,7 @@ def test_a_trial_logs_into_its_folder_and_keeps_other_loggers(tmp_path: Path) ->
     assert second == board
     first, record = configuration["trainer"]["callbacks"]
     assert first == callback
-    assert record["init_args"] == {"stage": "val"}
+    assert record["init_args"] == {"documents": str(tmp_path / "documents"), "stage": "val"}
     assert configuration["x"] == 1
     assert configuration["trainer"]["max_steps"] == 3
 
@@ -136,6 +136,7 @@ def test_a_bad_file_is_refused(tmp_path: Path, changes: dict[str, Any], message:
     [
         ({"base": "gone.yaml"}, "gone.yaml: no such file"),
         ({"grid": {"part": {"key": "part", "values": {"a b": 1, "A-B": 2}}}}, "would share the folder 'part-A-B'"),
+        ({"grid": {"part": {"key": "part", "values": {"a" * 300: 1}}}}, "give it shorter labels"),
         ({"set": {"seed.deep": 1}, "seed_keys": ["other"]}, "seed.deep cannot be 1: seed is 9 in the base"),
     ],
 )

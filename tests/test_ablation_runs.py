@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -15,12 +16,14 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from building import run_config, write_rows
+from building import write_rows
+from PIL import Image
 from transformers import AutoModel
 
-from vlmembed.ablation.record import Record
+from vlmembed.ablation.record import Record, content_path, show
 from vlmembed.ablation.run import Trial, read_trials
 from vlmembed.data.evaluation import as_evaluation
+from vlmembed.types import Item, Part
 
 OWN_POOLING = """
 from vlmembed.pooling import Mean
@@ -38,16 +41,44 @@ def folder(checkpoint: Path, tmp_path: Path) -> Path:
     (tmp_path / "data").mkdir()
     write_rows(tmp_path / "data" / "rows.jsonl")
     (tmp_path / "my_parts.py").write_text(OWN_POOLING)
-    base = run_config(checkpoint, train="data/rows.jsonl", test="data/rows.jsonl", batch_size=3)
-    loss = {"loss": {"class_path": "vlmembed.losses.InfoNCE"}, "dimensions": [64, 16]}
-    base["model"]["init_args"]["loss"] = {"class_path": "vlmembed.losses.Matryoshka", "init_args": loss}
-    base["model"]["init_args"]["graph_memory"] = "none"
-    base["trainer"] |= {"max_epochs": 2, "exporter": None}
+    loss = {"class_path": "vlmembed.losses.InfoNCE", "init_args": {"temperature": 0.05}}
+    base = {
+        "model": {
+            "class_path": "vlmembed.modules.EmbeddingModule",
+            "init_args": {
+                "backbone": {"class_path": "vlmembed.backbones.Qwen3VL", "init_args": {"checkpoint": str(checkpoint)}},
+                "pooling": {"class_path": "vlmembed.pooling.LastToken"},
+                "loss": {
+                    "class_path": "vlmembed.losses.Matryoshka",
+                    "init_args": {"loss": loss, "dimensions": [64, 16]},
+                },
+                "graph_memory": "none",
+            },
+        },
+        "data": {
+            "class_path": "vlmembed.data.RetrievalDataModule",
+            "init_args": {"train": "data/rows.jsonl", "test": "data/rows.jsonl", "batch_size": 3, "num_workers": 0},
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "max_epochs": 2,
+            "log_every_n_steps": 1,
+            "enable_progress_bar": False,
+            "exporter": None,
+        },
+    }
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
-    values = {"mean": {"class_path": "vlmembed.pooling.Mean"}, "mine": {"class_path": "my_parts.Doubled"}}
-    grid = {"pooling": {"key": "model.init_args.pooling", "values": values}}
-    ablation = {"base": "base.yaml", "output_dir": "out", "metric": "test/ndcg@10", "grid": grid}
-    (tmp_path / "ablation.yaml").write_text(yaml.safe_dump(ablation, sort_keys=False))
+    (tmp_path / "ablation.yaml").write_text(
+        "base: base.yaml\n"
+        "output_dir: out\n"
+        "metric: test/ndcg@10\n"
+        "grid:\n"
+        "  pooling:\n"
+        "    key: model.init_args.pooling\n"
+        "    values:\n"
+        "      mean: {class_path: vlmembed.pooling.Mean}\n"
+        "      mine: {class_path: my_parts.Doubled}\n"
+    )
     return tmp_path
 
 
@@ -66,14 +97,30 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 
 def check_record(trial: Trial, rows: str) -> None:
-    """What is written of each query agrees with the metrics."""
+    """What is written of each query agrees with the metrics, and with itself; what can be shown is there."""
     evaluation = as_evaluation(rows)
-    measured = trial.folder / "measured" / evaluation.name
+    measured, documents = trial.folder / "measured" / evaluation.name, trial.folder.parents[2] / "documents"
     queries = pd.read_csv(measured / "per_query.csv", index_col="query", dtype={"query": str})
     assert list(queries.index) == evaluation.query_names
     for name in ("ndcg@10", "map", "ndcg@10/16"):
         # Logged values are float32.
         assert queries[name].mean() == pytest.approx(trial.metrics[f"test/{name}"], rel=1e-6)
+    found = json.loads((measured / "top.json").read_text())
+    assert [*found] == sorted(evaluation.query_names)
+    for name, entry in found.items():
+        top, relevant = entry["top"], entry["relevant"]
+        asked = evaluation.queries[evaluation.query_names.index(name)].parts[0].value
+        assert content_path(documents / "queries" / evaluation.name, name, "txt").read_text() == asked
+        assert relevant == {key: grade for key, grade in evaluation.qrels[name].items() if grade > 0}
+        assert [score for _, score, _ in top] == sorted((score for _, score, _ in top), reverse=True)
+        assert [grade for _, _, grade in top] == [relevant.get(key, 0) for key, *_ in top]
+        assert len(top) == 5
+        assert queries.loc[name, "recall@1"] == pytest.approx(top[0][2] / len(relevant))
+        for key, *_ in top:
+            content = evaluation.corpus[evaluation.document_names.index(key)].parts[0]
+            path = content_path(documents / evaluation.name, key, "txt" if content.kind == "text" else "jpg")
+            assert content.kind != "text" or path.read_text() == content.value
+            assert content.kind == "text" or Image.open(path).size == Image.open(content.value).size
 
 
 @pytest.mark.slow
@@ -125,7 +172,7 @@ class Clocked(Record):
 
 def test_a_step_is_what_its_batches_take_together() -> None:
     """Batches of 1, 2, 3 … seconds, two to a step: 3, 7, 11, 15 and 19 seconds, of which the first two do not count."""
-    recorded = Clocked()
+    recorded = Clocked("documents")
     recorded.times = [value for batch in range(1, 11) for value in (100 * batch, 101 * batch)]
     trainer, model = SimpleNamespace(global_step=4), SimpleNamespace(device=torch.device("cpu"))
     recorded.on_train_start(trainer, model)
@@ -134,3 +181,10 @@ def test_a_step_is_what_its_batches_take_together() -> None:
         trainer.global_step += batch % 2
         recorded.on_train_batch_end(trainer, model, None, None, batch)
     assert recorded.seconds_per_step == 15
+
+
+def test_an_item_is_shown_by_its_image_made_small_and_its_text(tmp_path: Path) -> None:
+    parts = (Part("image", Image.new("RGB", (640, 320))), Part("text", "but in red"), Part("video", Path("crane.mp4")))
+    show(Item("query", parts, "row 3"), tmp_path, "a/b")
+    assert Image.open(content_path(tmp_path, "a/b", "jpg")).size == (160, 80)
+    assert content_path(tmp_path, "a/b", "txt").read_text() == "but in red\ncrane.mp4"

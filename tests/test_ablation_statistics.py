@@ -75,6 +75,15 @@ def test_the_test_is_not_shy_either() -> None:
     assert found_without_difference(seeds=5, shift=0.2) >= 0.05 - SLACK
 
 
+def test_seeds_that_shift_whole_runs_deceive_a_test_over_queries_alone() -> None:
+    """Why the variance of seeds is in: with it hidden, most trials without a difference find one."""
+    generator = np.random.default_rng(0)
+    trials = [simulate(generator, queries=300, shift=0.1) for _ in range(200)]
+    hidden = [[rows.mean(0, keepdims=True) for rows in each] for each in trials]
+    assert rate([compare(each)[0, 1].p_value < 0.05 for each in hidden]) > 0.3
+    assert rate([compare(each)[0, 1].p_value < 0.05 for each in trials]) <= 0.05 + 2 * SLACK
+
+
 @pytest.mark.parametrize(
     ("settings", "seeds", "shift", "loss"),
     [(2, 1, 0.0, 0.0), (2, 3, 0.0, 0.25), (2, 3, 0.1, 0.25), (10, 3, 0.0, 0.06), (10, 3, 0.1, 0.06)],
@@ -123,6 +132,12 @@ def test_with_seeds_it_is_worked_by_hand() -> None:
     assert between > within
     assert pair.margin == pytest.approx(t.ppf(0.975, freedom) * np.sqrt(variance))
     assert pair.p_value == pytest.approx(2 * t.sf(abs(pair.difference) / np.sqrt(variance), freedom))
+
+
+def test_the_interval_excludes_zero_where_the_p_value_says_so() -> None:
+    generator = np.random.default_rng(0)
+    pairs = [pair for _ in range(50) for pair in compare(simulate(generator, settings=4, shift=0.05)).values()]
+    assert all((abs(pair.difference) > pair.margin) == (pair.p_value < 0.05) for pair in pairs)
 
 
 def test_the_variance_of_seeds_is_estimated_without_bias() -> None:

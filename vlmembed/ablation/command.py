@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from jsonargparse import ArgumentParser, lazy_instance
@@ -20,6 +20,7 @@ from vlmembed.ablation.probe import run_probe
 from vlmembed.ablation.report import write_report
 from vlmembed.ablation.run import FIT, Executor, Local, Trial, locked, start
 from vlmembed.files import write_whole
+from vlmembed.secrets import refuse_secrets_in
 
 #: Steps of the trial that the time is estimated from, and Lightning's epochs where nothing is said.
 STEPS, EPOCHS = 6, 1000
@@ -31,13 +32,18 @@ def main(words: Sequence[str]) -> None:
 
 
 def ablate(args: Sequence[str], check: Callable[[dict[str, Any]], None], fit: str = FIT) -> None:
-    """Run the command; the exit status is 1 if a trial has failed or was not done.
+    """Run the command.
 
     Args:
         args: The command line after ``ablate``.
         check: Parses a trial's configuration without building anything; raises a ValueError if it is none.
         fit: The command that trains and measures, before the path of its configuration.
+
+    Raises:
+        ValueError: If something holds what looks like a token or a password, or cannot be read.
+        SystemExit: With status 1, if a trial has failed or was not done.
     """
+    refuse_secrets_in(args)
     command_line = parser()
     options = command_line.parse_args(list(args))
     if "probe" in read_mapping(Path(options.config)):
@@ -95,26 +101,35 @@ def _dry_run(trials: Sequence[Trial], left: Sequence[Trial], ablation: Ablation,
     else:
         print("None has finished, so the first is tried for its time.")
         seconds, source = time_trial(left[0], ablation.output_dir, executor, fit)
-    minutes = seconds * -(-len(left) // ablation.jobs) / 60
-    print(f"About {minutes:.1f} min for {len(left)} trials, {ablation.jobs} at the same time: {source}.")
+    total = seconds * -(-len(left) // ablation.jobs)
+    units = (("h", 3600), ("min", 60))
+    duration = next((f"{total / size:.1f} {unit}" for unit, size in units if total >= 2 * size), f"{total:.0f} s")
+    print(f"About {duration} for {len(left)} trials, {ablation.jobs} at the same time: {source}.")
 
 
 def time_trial(trial: Trial, output_dir: Path, executor: Executor, fit: str) -> tuple[float, str]:
-    """Estimate the seconds of a trial, and say how: a few steps, with all measuring, and the others at their pace."""
+    """Estimate the seconds of a trial, and say how: a few steps, with all measuring, and the others at their pace.
+
+    Raises:
+        RuntimeError: If the attempt fails, as the trial would.
+    """
+    attempt = output_dir.resolve() / ".trial"
+    folder = attempt.joinpath(*trial.folder.parts[-3:])
     trainer = trial.config.get("trainer") or {}
     wanted = trainer.get("max_steps") or -1
     short = {**trial.config, "trainer": {**trainer, "max_steps": STEPS if wanted < 0 else min(STEPS, wanted)}}
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".trial-", dir=output_dir.resolve()) as folder:
-        attempt = replace(trial, folder=Path(folder).joinpath(*trial.folder.parts[-3:]), config=short)
-        start([attempt], executor, 1, fit)
-        attempt = attempt.ended()
-    if attempt.status != "finished":
-        raise RuntimeError(f"An attempt at {trial} failed: {attempt.error or 'it left no result'}")
-    left = max(0.0, planned_steps(trainer, attempt.cost["steps_per_epoch"]) - STEPS)
-    step = attempt.cost["seconds_per_step"]
-    source = f"an attempt at {trial} took {attempt.seconds:.0f} s with {STEPS} steps, and {left:.0f} more take "
-    return attempt.seconds + step * left, f"{source}{step:.3f} s each; measuring while it trains is not counted"
+    try:
+        attempted = replace(trial, folder=folder, config=short)
+        start([attempted], executor, 1, fit)
+        attempted = attempted.ended()
+    finally:
+        shutil.rmtree(attempt, ignore_errors=True)
+    if attempted.status != "finished":
+        raise RuntimeError(f"An attempt at {trial} failed: {attempted.error or 'it left no result'}")
+    left = max(0.0, planned_steps(trainer, attempted.cost["steps_per_epoch"]) - STEPS)
+    step = attempted.cost["seconds_per_step"]
+    source = f"an attempt at {trial} took {attempted.seconds:.0f} s with {STEPS} steps, and {left:.0f} more take "
+    return attempted.seconds + step * left, f"{source}{step:.3f} s each; measuring while it trains is not counted"
 
 
 def planned_steps(trainer: Mapping[str, Any], steps_per_epoch: float) -> float:
@@ -126,12 +141,14 @@ def planned_steps(trainer: Mapping[str, Any], steps_per_epoch: float) -> float:
 
 
 def _conclude(trials: Sequence[Trial], output_dir: Path) -> None:
-    """Report, and fail if a trial has failed or was not done."""
+    """Report, and fail if a trial has failed."""
     ended = [trial.ended() for trial in trials]
     if any(trial.status == "finished" for trial in ended):
         print(f"Report: {write_report(output_dir)}")
-    for trial in [trial for trial in ended if trial.status != "finished"]:
-        log = f"has failed, see {trial.folder / 'log.txt'}; --retry_failed runs it again."
-        print(f"{trial} {'was not done.' if trial.status == 'planned' else log}", file=sys.stderr)
+    for trial in ended:
+        if trial.status == "planned":
+            print(f"{trial} was not done.", file=sys.stderr)
+        elif trial.status == "failed":
+            print(f"{trial} has failed, see {trial.folder / 'log.txt'}; --retry_failed runs it again.", file=sys.stderr)
     if any(trial.status != "finished" for trial in ended):
         sys.exit(1)

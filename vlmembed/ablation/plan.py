@@ -25,9 +25,14 @@ KINDS: dict[str, type] = {
     **dict.fromkeys(("seeds", "seed_keys"), list),
     "jobs": int,
 }
+
 #: What a seed changes if the file does not say: chance in the weights and in dropout, and the order of training rows.
 SEED_KEYS = ["seed_everything", "data.init_args.seed"]
+
 DEFAULTS: dict[str, Any] = {"baseline": {}, "seeds": [0], "seed_keys": SEED_KEYS, "set": {}, "jobs": 1}
+
+#: File systems take names of 255 bytes.
+LONGEST_SLUG = 200
 
 
 class Axis(NamedTuple):
@@ -71,20 +76,26 @@ def read_ablation(path: Path) -> Ablation:
     Raises:
         ValueError: Naming the file, the key, its value and what to do.
     """
-    content = read_mapping(path, [*KINDS], optional=[*DEFAULTS])
+    content = read_mapping(path)
+    check_keys(path, content, list(KINDS), list(DEFAULTS))
     fields = DEFAULTS | content
     for key, kind in KINDS.items():
         _expect(type(fields[key]) is kind, path, key, fields[key], f"it is a {kind.__name__}")
     fields["grid"] = {str(name): _axis(path, f"grid.{name}", axis) for name, axis in fields["grid"].items()}
     fields["baseline"] = {str(axis): str(label) for axis, label in fields["baseline"].items()}
-    fields |= {"base": (path.parent / fields["base"]).resolve(), "output_dir": Path(fields["output_dir"])}
-    ablation = Ablation(path, **fields)
+    fields["base"] = (path.parent / fields["base"]).resolve()
+    ablation = Ablation(path, **(fields | {"output_dir": Path(fields["output_dir"])}))
     _check(ablation)
+    _check_overlaps(ablation)
     return ablation
 
 
-def read_mapping(path: Path, keys: Sequence[str] = (), optional: Sequence[str] = ()) -> dict[str, Any]:
-    """Read a YAML file as the command line does, which knows more floats (1e-3) and no dates; refuse wrong keys."""
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Read a YAML file as the command line does, which knows more floats (1e-3) and no dates.
+
+    Raises:
+        ValueError: If there is no such file, or it holds no mapping, or what looks like a secret.
+    """
     if not path.is_file():
         raise ValueError(f"{path}: no such file.")
     try:
@@ -94,36 +105,39 @@ def read_mapping(path: Path, keys: Sequence[str] = (), optional: Sequence[str] =
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected keys and values, got {content!r:.100}.")
     refuse_secrets(content, str(path))
-    for key in content.keys() - set(keys) if keys else ():
+    return content
+
+
+def check_keys(path: Path, content: Mapping[str, Any], keys: Sequence[str], optional: Sequence[str]) -> None:
+    """Refuse unknown and missing keys of a file."""
+    for key in content.keys() - set(keys):
         raise ValueError(f"{path}: there is no key {key!r} (its value is {content[key]!r}). The keys are {[*keys]}.")
     for key in set(keys) - set(optional) - content.keys():
         raise ValueError(f"{path}: the key {key!r} is missing. The keys are {[*keys]}; see the README for an example.")
-    return content
 
 
 def plan(ablation: Ablation) -> list[Trial]:
     """Plan every trial, those of the first seed first, so that every setting has a number early.
 
-    A configuration is the base with what all trials change, then what the setting changes, then the seed.
+    Raises:
+        ValueError: If a key cannot be set in the base, or two settings would share a folder.
     """
-    base, settings = read_mapping(ablation.base), ablation.output_dir.resolve() / "settings"
-    slugs, trials = _slugs(ablation), []
-    for seed, (slug, setting) in product(ablation.seeds, slugs.items()):
-        config = copy.deepcopy(base)
-        changes = {**ablation.set, **{axis.key: axis.values[setting[name]] for name, axis in ablation.grid.items()}}
-        refuse_secrets(changes, str(ablation.path))
-        for key, value in {**changes, **dict.fromkeys(ablation.seed_keys, seed)}.items():
-            try:
-                set_key(config, key, value)
-            except TypeError as error:
-                message = f"{ablation.path}: {key} cannot be {value!r:.100}: {error} ({ablation.base})."
-                raise ValueError(message) from error
-        trials.append(Trial(settings / slug / f"seed-{seed}", setting, seed, ablation.metric, config))
+    base, output = read_mapping(ablation.base), ablation.output_dir.resolve()
+    trials = []
+    for seed in ablation.seeds:
+        for slug, setting in _slugs(ablation).items():
+            folder = output / "settings" / slug / f"seed-{seed}"
+            config = configuration(ablation, base, setting, seed)
+            trials.append(Trial(folder, setting, seed, ablation.metric, config))
     return trials
 
 
-def check_trials(trials: Sequence[Trial], check: Callable[[dict[str, Any]], None], path: Path) -> None:
-    """Parse each setting's configuration with ``check``, so that the last one's typo shows before anything runs."""
+def check_trials(trials: list[Trial], check: Callable[[dict[str, Any]], None], path: Path) -> None:
+    """Parse each setting's configuration with ``check``, so that the last one's typo shows before anything runs.
+
+    Raises:
+        ValueError: Naming the file at ``path``, the trial, and what ``check`` says.
+    """
     # Seeds differ in nothing that could be wrong.
     for trial in [trial for trial in trials if trial.seed == trials[0].seed]:
         try:
@@ -132,8 +146,25 @@ def check_trials(trials: Sequence[Trial], check: Callable[[dict[str, Any]], None
             raise ValueError(f"{path}: {trial} is not a configuration of `fit`: {error}") from None
 
 
+def configuration(ablation: Ablation, base: Mapping[str, Any], setting: Mapping[str, str], seed: int) -> dict[str, Any]:
+    """Return the base with what all trials change, then what the setting changes, then the seed; raises as ``plan``."""
+    config = copy.deepcopy(dict(base))
+    changes = {**ablation.set, **{axis.key: axis.values[setting[name]] for name, axis in ablation.grid.items()}}
+    refuse_secrets(changes, str(ablation.path))
+    for key, value in {**changes, **dict.fromkeys(ablation.seed_keys, seed)}.items():
+        try:
+            set_key(config, key, value)
+        except TypeError as error:
+            raise ValueError(f"{ablation.path}: {key} cannot be {value!r:.100}: {error} ({ablation.base}).") from error
+    return config
+
+
 def set_key(config: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key of a configuration; raises a TypeError if it lies within something that is not a mapping."""
+    """Set a dotted key of a configuration.
+
+    Raises:
+        TypeError: If it lies within something that is not a mapping.
+    """
     *parents, last = key.split(".")
     if last == "class_path" and parents:
         # Naming the class alone is naming it without arguments: those of the class before go with it.
@@ -158,13 +189,16 @@ def merge(old: Any, new: Any) -> Any:
 
 
 def remaining(trials: Sequence[Trial], retry_failed: bool = False) -> list[Trial]:
-    """Return the trials that have not ended, or, perhaps, failed; refuse to go on from those of another plan."""
-    left = []
-    for trial in trials:
-        status = trial.ended().status
-        if status == "planned" or (retry_failed and status == "failed"):
-            left.append(trial)
-        elif changed := differences(Trial.read(trial.folder), trial):
+    """Return the trials that have not ended, or, perhaps, failed.
+
+    Raises:
+        ValueError: If a trial has ended that is not what is planned now.
+    """
+    states = [trial.ended().status for trial in trials]
+    left = [status == "planned" or (retry_failed and status == "failed") for status in states]
+    for trial, status, is_left in zip(trials, states, left, strict=True):
+        changed = [] if is_left else differences(Trial.read(trial.folder), trial)
+        if changed:
             retry = ", run with --retry_failed" if status == "failed" else ""
             raise ValueError(
                 f"{trial.folder / 'planned.json'}: {trial} has {status} with another configuration: "
@@ -180,7 +214,7 @@ def remaining(trials: Sequence[Trial], retry_failed: bool = False) -> list[Trial
             f"{output} has {len(unplanned)} trials that are not in the configuration (any more), such as {names}. Put "
             "them back into its grid or seeds, delete their folders, or give another --output_dir."
         )
-    return left
+    return [trial for trial, is_left in zip(trials, left, strict=True) if is_left]
 
 
 def differences(before: Trial, now: Trial) -> list[str]:
@@ -194,7 +228,7 @@ def _flat(value: Any, key: str = "") -> dict[str, str]:
     """Return every value as JSON, by its dotted key; as JSON, NaN equals itself."""
     if not isinstance(value, dict) or not value:
         return {key: json.dumps(value)}
-    inner = [_flat(part, f"{key}.{name}".strip(".")) for name, part in value.items()]
+    inner = [_flat(part, f"{key}.{name}" if key else str(name)) for name, part in value.items()]
     return {name: text for part in inner for name, text in part.items()}
 
 
@@ -203,6 +237,8 @@ def _slugs(ablation: Ablation) -> dict[str, dict[str, str]]:
     slugs: dict[str, dict[str, str]] = {}
     for setting in ablation.settings:
         slug = "_".join(re.sub(r"[^\w.+-]+", "-", f"{axis}-{label}") for axis, label in setting.items())
+        fits = len(slug.encode()) <= LONGEST_SLUG
+        _expect(fits, ablation.path, "grid", setting, f"its folder would be {slug!r}: give it shorter labels")
         # Some file systems do not tell a from A.
         same = [other for other in slugs if other.casefold() == slug.casefold()]
         _expect(not same, ablation.path, "grid", setting, f"another would share the folder {slug!r}; rename a label")
@@ -214,8 +250,8 @@ def _axis(path: Path, key: str, content: Any) -> Axis:
     known = isinstance(content, dict) and content.keys() == {"key", "values"}
     _expect(known, path, key, content, "it has key and values")
     name, values = content["key"], content["values"]
-    are_typed = isinstance(name, str) and name and isinstance(values, dict) and values
-    _expect(bool(are_typed), path, key, content, "key is one of a configuration of `fit`, values map labels to values")
+    _expect(isinstance(name, str) and bool(name), path, f"{key}.key", name, "it is a key of a configuration of `fit`")
+    _expect(isinstance(values, dict) and bool(values), path, f"{key}.values", values, "it maps labels to values")
     for label in values:
         # YAML reads on, off, yes and no as booleans; nobody would find True in the report.
         is_text = isinstance(label, str | int | float) and not isinstance(label, bool)
@@ -238,13 +274,16 @@ def _check(ablation: Ablation) -> None:
     are_keys = bool(ablation.seed_keys) and all(isinstance(key, str) for key in ablation.seed_keys)
     _expect(are_keys, path, "seed_keys", ablation.seed_keys, "give keys of a configuration of `fit`")
     _expect(ablation.jobs >= 1, path, "jobs", ablation.jobs, "give 1 or more")
-    # A key that overwrites what was set before it: nobody would notice.
+
+
+def _check_overlaps(ablation: Ablation) -> None:
+    """Refuse keys that overwrite what was set before them: nobody would notice."""
     keys = [(key, "set") for key in ablation.set]
     keys += [(axis.key, f"grid.{name}") for name, axis in ablation.grid.items()]
     keys += [(key, "seed_keys") for key in ablation.seed_keys]
     for (earlier, origin), (later, where) in combinations(keys, 2):
         over = f"{earlier}.".startswith(f"{later.removesuffix('.class_path')}.")
-        _expect(not over, path, where, later, f"it overwrites {earlier!r} of {origin}; leave one of them out")
+        _expect(not over, ablation.path, where, later, f"it overwrites {earlier!r} of {origin}; leave one of them out")
 
 
 def _expect(met: bool, path: Path, key: str, value: Any, advice: str) -> None:

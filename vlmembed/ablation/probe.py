@@ -11,10 +11,13 @@ from typing import Any
 import pandas as pd
 import yaml
 from lightning import LightningModule
+from markupsafe import Markup
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 
 from vlmembed import pooling
-from vlmembed.ablation.plan import merge, read_mapping, set_key
-from vlmembed.ablation.report import Section, render_page
+from vlmembed.ablation.plan import check_keys, merge, read_mapping, set_key
+from vlmembed.ablation.report import CHART_STYLE, Section, render_page, to_svg
 from vlmembed.ablation.run import csv_logger
 from vlmembed.data import Collator
 from vlmembed.files import write_whole
@@ -44,12 +47,17 @@ NOTES = [
 class Probe(LightningModule):
     """Scores read-outs of a model's test sets, and writes ``probe.csv`` and ``probe.html`` into the run's folder.
 
+    It compares read-outs of one model: what a model would be that is trained with a pooling is another question.
+
     Args:
         model: The model; what it trains with, its pooling included, is not used.
         layers: Which hidden states to pool: -1 the last one after the final norm, 0 the token embeddings.
         dimensions: Cut embeddings to these as well.
         checkpoint: Of a run of this model, for its backbone's weights; null for the fresh ones.
         metric: What the heat map shows.
+
+    Raises:
+        ValueError: If no layer is given, or one twice; or if there is no such metric.
     """
 
     def __init__(
@@ -83,10 +91,7 @@ class Probe(LightningModule):
         self.model.configure_model()
         if self.checkpoint is not None:
             content = read_checkpoint(Path(self.checkpoint))
-            try:
-                self.model.checkpointing.load_weights(self.model, content, prefix="encoder.backbone.")
-            except ValueError as error:
-                raise ValueError(f"Probe: {self.checkpoint}: {error}") from error
+            self.model.checkpointing.load_weights(self.model, content, prefix="encoder.backbone.")
         self._read_outs = {name: build() for name, build in READ_OUTS.items()}
         for read_out in self._read_outs.values():
             read_out.template = self.model.encoder.preprocessor.template
@@ -116,11 +121,11 @@ class Probe(LightningModule):
         rows = []
         for (name, layer), metrics in (pair for measured in self._metrics for pair in measured.items()):
             values, full = metrics.compute(), metrics.values[0].shape[1]
+            keys = {"evaluation set": metrics.evaluation.name, "pooling": name, "layer": layer}
             for dimension in dict.fromkeys((full, *self.dimensions)):
                 suffix = "" if dimension == full else f"/{dimension}"
-                row = {"evaluation set": metrics.evaluation.name, "pooling": name, "layer": layer}
-                row |= {"dimension": dimension}
-                rows.append(row | {metric: float(values[metric + suffix]) for metric in METRICS})
+                numbers = {metric: float(values[metric + suffix]) for metric in METRICS}
+                rows.append({**keys, "dimension": dimension, **numbers})
         folder, table = Path(self.trainer.log_dir or "."), pd.DataFrame(rows)
         if self.trainer.is_global_zero:
             write_whole(folder / "probe.csv", table.to_csv(index=False, float_format="%.6f").encode())
@@ -129,26 +134,44 @@ class Probe(LightningModule):
 
     def _page(self, table: pd.DataFrame) -> str:
         """Render a heat map and a table for each evaluation set and dimension."""
-        sections = list[Section]()
+        sections = []
         for (name, dimension), part in table.groupby(["evaluation set", "dimension"], sort=False):
             grid = part.pivot(index="pooling", columns="layer", values=self.metric)[[*self.layers]].loc[[*READ_OUTS]]
-            heat_map = (
-                grid.style.background_gradient("viridis", axis=None).format("{:.3f}").set_uuid(f"{len(sections)}")
-            )
-            note = f"{self.metric} of each pooling (rows) and layer (columns)."
-            sections.append(Section(f"{name}, {dimension} dimensions", note, heat_map))
+            chart = heat_map(grid, f"{self.metric} of each pooling and layer")
+            sections.append(Section(f"{name}, {dimension} dimensions", charts=[chart]))
         weights = f"weights of {self.checkpoint}" if self.checkpoint else "weights as released"
         lead = f"{self.metric} of every pooling without weights, in one pass over the test data; {weights}."
         return render_page(f"Read-outs of {self.model.encoder.backbone.checkpoint}", lead, NOTES, sections)
 
 
+@rc_context(CHART_STYLE | {"axes.grid": False})
+def heat_map(grid: pd.DataFrame, title: str) -> Markup:
+    """Draw a table as coloured cells with their numbers."""
+    rows, columns = grid.shape
+    figure = Figure(figsize=(2.5 + 0.8 * columns, 0.8 + 0.35 * rows), layout="constrained")
+    axes = figure.add_subplot(xlabel="layer")
+    axes.pcolormesh(grid.to_numpy(), cmap="viridis", edgecolors="face")
+    for row, column in ((row, column) for row in range(rows) for column in range(columns)):
+        value, middle = grid.iat[row, column], (grid.to_numpy().min() + grid.to_numpy().max()) / 2
+        colour = "black" if value > middle else "white"
+        axes.text(column + 0.5, row + 0.5, f"{value:.3f}", ha="center", va="center", color=colour)
+    axes.set_xticks([column + 0.5 for column in range(columns)], [str(layer) for layer in grid.columns])
+    axes.set_yticks([row + 0.5 for row in range(rows)], [*grid.index])
+    axes.invert_yaxis()
+    return to_svg(figure, title)
+
+
 def run_probe(path: Path, output_dir: str | None = None) -> None:
     """Run ``test`` on the base of a file with its model inside a `Probe`.
 
-    The file has ``base``, ``output_dir``, ``probe`` (what `Probe` takes besides the model), and perhaps ``set``. The
-    exit status is that of the run, if it fails.
+    The file has ``base``, ``output_dir``, ``probe`` (what `Probe` takes besides the model), and perhaps ``set``.
+
+    Raises:
+        ValueError: If the file does not say what to do.
+        SystemExit: With the status of the run, if it fails.
     """
-    content = read_mapping(path, ["base", "output_dir", "set", "probe"], optional=["set"])
+    content = read_mapping(path)
+    check_keys(path, content, ["base", "output_dir", "set", "probe"], optional=["set"])
     folder = Path(output_dir or content["output_dir"]).resolve()
     base = read_mapping((path.parent / content["base"]).resolve())
     for key, value in (content.get("set") or {}).items():

@@ -1,7 +1,9 @@
-"""The Lightning callback that records what a trial cost, and how every query scored."""
+"""The Lightning callback that records what a trial cost, and what each query found."""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import resource
 import statistics
@@ -16,22 +18,31 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 
 from vlmembed.files import write_whole
+from vlmembed.media import load_image
 from vlmembed.metrics import RerankingMetrics, RetrievalMetrics
+from vlmembed.types import EvaluationSet, Item
 
+#: Documents of each query, and queries of each evaluation set, that the report can show.
+DOCUMENTS, QUERIES = 5, 200
+#: Pixels of the longest side of an image, and characters of a text.
+SIDE, CHARACTERS = 160, 2_000
 #: Steps that are slower than the others: kernels are chosen and memory is found.
 FIRST_STEPS = 2
 
 
 class Record(Callback):
-    """Records cost, and scores per query; ``ablate`` adds it to its trials.
+    """Records cost, scores per query and top documents; ``ablate`` adds it to its trials.
 
     Args:
+        documents: The folder of the documents that can be shown, for all trials together.
         stage: Which evaluation sets are recorded.
     """
 
-    def __init__(self, stage: Literal["val", "test"] = "test") -> None:
+    def __init__(self, documents: str, stage: Literal["val", "test"] = "test") -> None:
+        self.documents = Path(documents)
         self.stage = stage
         self._has_trained = False
         self._steps: list[float] = []
@@ -83,21 +94,66 @@ class Record(Callback):
             write_whole(folder / "cost.json", json.dumps(cost, indent=1).encode())
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Record how the trained model scores in the validation sets."""
+        """Record what the trained model finds in the validation sets."""
         if self.stage == "val" and trainer.state.fn == TrainerFn.VALIDATING:
             self._write(trainer, pl_module.metrics)
 
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Record how the trained model scores in the test sets."""
+        """Record what the trained model finds in the test sets."""
         if self.stage == "test":
             self._write(trainer, pl_module.metrics)
 
     def _write(self, trainer: Trainer, measured: Iterable[RetrievalMetrics | RerankingMetrics]) -> None:
-        """Write the scores of the trained model; those of the fresh one are not recorded."""
-        folder = Path(trainer.log_dir or ".") / "measured"
+        """Write scores and top documents; those of the fresh model are not recorded."""
+        folder = Path(trainer.log_dir or ".")
         for metrics in measured if self._has_trained else ():
-            values = metrics.per_query()  # (Q,) each. Each process has a share of the embeddings, so all of them ask.
-            if trainer.is_global_zero:
-                table = pd.DataFrame({name: column.tolist() for name, column in values.items()})
-                text = table.set_index(pd.Index(metrics.evaluation.query_names, name="query")).to_csv()
-                write_whole(folder / metrics.evaluation.name / "per_query.csv", text.encode())
+            # Each process has a share of the embeddings or scores, so all of them ask.
+            values, (scores, columns) = metrics.per_query(), metrics.top_k(DOCUMENTS)  # (Q,) each; (Q, 5)
+            if not trainer.is_global_zero:
+                continue
+            evaluation = metrics.evaluation
+            measured_folder = folder / "measured" / evaluation.name
+            table = pd.DataFrame({name: column.tolist() for name, column in values.items()})
+            text = table.set_index(pd.Index(evaluation.query_names, name="query")).to_csv()
+            write_whole(measured_folder / "per_query.csv", text.encode())
+            # The same queries in every trial: the first by name.
+            names, documents = evaluation.query_names, self.documents / evaluation.name
+            rows = sorted(range(len(names)), key=names.__getitem__)[:QUERIES]
+            tops = {names[row]: _top_documents(evaluation, row, scores[row], columns[row]) for row in rows}
+            write_whole(measured_folder / "top.json", json.dumps(tops).encode())
+            shown = {name for entry in tops.values() for name, *_ in entry["top"]}
+            shown |= {name for entry in tops.values() for name in [*entry["relevant"]][:DOCUMENTS]}
+            for name, document in zip(evaluation.document_names, evaluation.corpus, strict=True):
+                if name in shown:
+                    show(document, documents, name)
+            for row in rows:
+                show(evaluation.queries[row], self.documents / "queries" / evaluation.name, names[row])
+
+
+def show(item: Item, folder: Path, name: str) -> None:
+    """Write an item's first image, made small, and its texts, unless another trial has."""
+    image_path, text_path = (content_path(folder, name, kind) for kind in ("jpg", "txt"))
+    frames = [frame for part in item.parts for frame in part.frames]
+    # A video file is shown by its name.
+    words = [getattr(part.value, "name", str(part.value)) for part in item.parts if not part.frames]
+    if words and not text_path.exists():
+        write_whole(text_path, "\n".join(words)[:CHARACTERS].encode())
+    if frames and not image_path.exists():
+        image, file = load_image(frames[0], item.origin), io.BytesIO()
+        image.thumbnail((SIDE, SIDE))
+        image.save(file, "JPEG", quality=80)
+        write_whole(image_path, file.getvalue())
+
+
+def content_path(folder: Path, name: str, kind: str) -> Path:
+    """Return where a document or query is shown, as ``jpg`` or ``txt``; its id may hold any character."""
+    return folder / f"{hashlib.sha1(name.encode()).hexdigest()[:16]}.{kind}"
+
+
+def _top_documents(evaluation: EvaluationSet, row: int, scores: Tensor, columns: Tensor) -> dict[str, Any]:
+    """Return what the report shows of a query: its first documents, and its positives."""
+    grades = evaluation.qrels[evaluation.query_names[row]]
+    # A reranker's list of candidates may be shorter than others, and -1 fills it up.
+    names = [evaluation.document_names[column] for column in columns.tolist() if column >= 0]
+    top = [[name, score, grades.get(name, 0)] for name, score in zip(names, scores.tolist(), strict=False)]
+    return {"top": top, "relevant": {name: grade for name, grade in grades.items() if grade > 0}}

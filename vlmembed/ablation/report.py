@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import io
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,9 +20,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from pandas.io.formats.style import Styler
 
 from vlmembed.ablation.plan import Ablation, read_ablation
+from vlmembed.ablation.record import content_path
 from vlmembed.ablation.run import Trial, read_trials
 from vlmembed.ablation.statistics import ALPHA, PairwiseComparison, compare, seed_variance
 from vlmembed.files import write_whole
@@ -33,14 +35,16 @@ COSTS = {
     "pooling_parameters": ("of the pooling", "{:,.0f}", 1),
     "embedding_bytes": ("bytes per embedding", "{:,.0f}", 1),
 }
-#: Queries shown, and characters of a setting's name in the chart.
-QUERIES, LONGEST = 10, 28
+#: Queries shown of each kind, characters of a query or document, and positives of a query.
+QUERIES, CHARACTERS, POSITIVES = 4, 300, 4
+#: Colours of the first settings in charts, characters of a name there, and points of a line without markers.
+COLOURS, LONGEST, MARKERS = ["#3f83d6", "#d9782d", "#2f9e77", "#a266c9", "#a98b00", "#d2568b"], 28, 10
 #: A colour that stands for the page's own text colour while matplotlib draws.
 INK = "#010203"
 CHART_STYLE: Any = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
     **{"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3},
-    **{"svg.fonttype": "none", "svg.hashsalt": "vlmembed", "text.parse_math": False},
+    **{"legend.frameon": False, "svg.fonttype": "none", "svg.hashsalt": "vlmembed", "text.parse_math": False},
 }
 READING = f"""A setting’s metric is the mean over its seeds and all queries; ± over seeds is the standard deviation of
 the means of its n trials. Settings are compared by a paired test over queries, of which each is averaged over seeds
@@ -54,23 +58,26 @@ process’s where there is none; bytes per embedding are those of float32.""".re
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a report: a heading, a sentence, and any of a table of texts, a chart, and texts to unfold."""
+    """A part of a report: a heading, a sentence, and any of a table of texts, charts, texts to unfold, and queries."""
 
     heading: str
     note: str = ""
-    table: pd.DataFrame | Styler | None = None
-    chart: Markup | None = None
+    table: pd.DataFrame | None = None
+    charts: Sequence[Markup] = ()
     details: Mapping[str, str] = field(default_factory=dict)
+    queries: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True)
 class Summary:
     """An ablation, as far as it has come."""
 
+    folder: Path
     ablation: Ablation
     ended: Sequence[Trial]  # the trials that were asked for and have ended; the best setting's first
     missing: Sequence[str]  # those that have not ended
     surplus: int  # how many other trials the folder holds
+    evaluation: str = ""  # the evaluation set of the metric that settings are compared by
     scores: pd.DataFrame = field(default_factory=pd.DataFrame)  # that metric: row (setting, seed), column query
     pairs: Mapping[tuple[int, int], PairwiseComparison] = field(default_factory=dict)
 
@@ -91,19 +98,21 @@ class Summary:
 
 
 def write_report(folder: Path) -> Path:
-    """Write ``report.html``, ``report.csv`` and ``report.md`` of an output folder, and return the path of the first."""
-    summary, sections = summarize(folder), list[Section]()
-    numbers, ablation = numbers_table(summary), summary.ablation
+    """Write ``report.html``, ``report.csv`` and ``report.md`` of an output folder, and return the path of the first.
+
+    Raises:
+        ValueError: If the folder's ``ablation.yaml`` or what its trials have left cannot be read, or trials were
+            measured on different queries.
+    """
+    summary = summarize(folder)
+    numbers, ablation, sections = numbers_table(summary), summary.ablation, []
     if summary.finished:
-        note = (
-            "Differences with their 95 % intervals (in the chart: bars; dots are seeds); p is corrected for all pairs."
-        )
-        sections.append(Section("Settings", note, settings_table(summary, numbers), chart(summary, numbers)))
-        note = f"{ablation.metric}, mean over seeds. Every query of a trial is in its measured/*/per_query.csv."
-        sections.append(Section("Queries on which settings differ most", note, queries_table(summary)))
+        note = "Click on a heading to sort. Differences stand with their 95 % interval; p is corrected for all pairs."
+        sections += [Section("Settings", note, settings_table(summary, numbers)), _charts(summary, numbers)]
+        sections += _shown_queries(summary)
         note = "Means over seeds. A number behind a name is the dimension that embeddings were cut to."
         metrics = numbers[[name for name in numbers if "/" in name]].map("{:.4f}".format).replace("nan", "–")
-        sections.append(Section("All metrics", note, metrics.rename_axis("setting", axis="columns")))
+        sections.append(Section("All metrics", note, metrics))
     errors = {f"{name_of(trial.setting)}, seed {trial.seed}": trial.error for trial in summary.ended if trial.error}
     if errors:
         sections.append(Section("Failed trials", details=errors))
@@ -120,20 +129,22 @@ def write_report(folder: Path) -> Path:
 
 
 def summarize(folder: Path) -> Summary:
-    """Read an output folder and compare its settings."""
+    """Read an output folder and compare its settings; raises as ``write_report`` does."""
     ablation = read_ablation(folder / "ablation.yaml")
     known = {(name_of(trial.setting), trial.seed): trial for trial in read_trials(folder)}
     planned = [(name_of(setting), seed) for setting in ablation.settings for seed in ablation.seeds]
     ended = [known[key] for key in planned if key in known]
     missing = [f"“{name}” (seed {seed})" for name, seed in planned if (name, seed) not in known]
-    summary = Summary(ablation, ended, missing, len(known) - len(ended))
+    summary = Summary(folder, ablation, ended, missing, len(known) - len(ended))
     if not summary.finished:
         return summary
-    scores = read_scores(ablation.metric, summary.finished)
-    best_first = [*scores.mean(axis=1).groupby(level=0).mean().sort_values(ascending=False).index]
-    # A setting of which no trial has finished has no scores.
-    ended.sort(key=lambda trial: [*best_first, name_of(trial.setting)].index(name_of(trial.setting)))
-    return replace(summary, scores=scores.loc[best_first], pairs=compare(_arrays(scores.loc[best_first])))
+    evaluation, scores = read_scores(ablation.metric, summary.finished)
+    best_first = scores.mean(axis=1).groupby(level=0).mean().sort_values(ascending=False).index
+    scores = scores.loc[best_first]
+    ranks = {name: rank for rank, name in enumerate(best_first)}
+    ended.sort(key=lambda trial: ranks.get(name_of(trial.setting), len(ranks)))
+    pairs = compare(_arrays(scores))
+    return replace(summary, evaluation=evaluation, scores=scores, pairs=pairs)
 
 
 def name_of(setting: Mapping[str, str]) -> str:
@@ -141,8 +152,8 @@ def name_of(setting: Mapping[str, str]) -> str:
     return " · ".join(setting.values())
 
 
-def read_scores(metric: str, trials: Sequence[Trial]) -> pd.DataFrame:
-    """Read a metric by its logged name: a row per trial with a column per query.
+def read_scores(metric: str, trials: Sequence[Trial]) -> tuple[str, pd.DataFrame]:
+    """Read a metric by its logged name: the evaluation set, and a row per trial with a column per query.
 
     Raises:
         ValueError: If a trial has not measured it, or on other queries than the first.
@@ -164,7 +175,7 @@ def read_scores(metric: str, trials: Sequence[Trial]) -> pd.DataFrame:
         if rows and list(row.index) != list(rows[0].index):
             raise ValueError(f"{measured / evaluation}: other queries than in {trials[0].folder}, so not comparable")
         rows.append(row.rename((name_of(trial.setting), trial.seed)))
-    return pd.DataFrame(rows, pd.MultiIndex.from_tuples([row.name for row in rows]))
+    return evaluation, pd.DataFrame(rows, pd.MultiIndex.from_tuples([row.name for row in rows]))
 
 
 def _arrays(scores: pd.DataFrame) -> list[np.ndarray]:
@@ -209,17 +220,18 @@ def settings_table(summary: Summary, numbers: pd.DataFrame) -> pd.DataFrame:
             difference, high, p, verdict = (row[f"{title}_{part}"] for part in ("difference", "high", "p", "verdict"))
             shown = isinstance(verdict, str)
             interval = f"{difference:+.4f} ± {high - difference:.4f}".replace("-", "−") if shown else "–"
-            texts |= {f"to the {title}": interval, f"p, {title}": f"{_p_value(p)}, {verdict}" if shown else "–"}
+            texts |= {f"to the {title}": interval, f"p, {title}": f"{p_text(p)}, {verdict}" if shown else "–"}
         for cost, (heading, form, divisor) in COSTS.items():
             texts[heading] = form.format(row[cost] / divisor).replace("nan", "–")
         rows[f"{name} (baseline)" if summary.baseline_of(name) == name else name] = texts
-    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("setting", axis="columns")
+    table = pd.DataFrame.from_dict(rows, orient="index")
     same = table["to the baseline"].equals(table["to the best"])
     # A column without a comparison says nothing, nor does one that repeats another.
     return table[[name for name in table if set(table[name]) != {"–"} and not (same and name.endswith("baseline"))]]
 
 
-def _p_value(value: float) -> str:
+def p_text(value: float) -> str:
+    """Write a p-value."""
     return "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
@@ -236,7 +248,7 @@ def _lead(summary: Summary) -> str:
     baseline = summary.baseline_of(names[0])
     if baseline and baseline != names[0]:
         pair = summary.pairs[0, names.index(baseline)]
-        verdict = f"p {_p_value(pair.corrected)}, {pair.verdict}"
+        verdict = f"p {p_text(pair.corrected)}, {pair.verdict}"
         text += f" It is {pair.difference:.4f} above its baseline, “{baseline}” ({verdict})."
     return text
 
@@ -263,37 +275,122 @@ def _notes(summary: Summary) -> list[str]:
     return [note for note, is_met in notes.items() if is_met]
 
 
-def queries_table(summary: Summary) -> pd.DataFrame:
-    """Make a row for each of the queries on which settings differ most: its mean over seeds in every setting."""
-    means = summary.scores.groupby(level=0, sort=False).mean()
-    spread = (means.max() - means.min()).sort_values(ascending=False, kind="stable")
-    return means[spread.index[:QUERIES]].map("{:.3f}".format).T.rename_axis(index=None, columns="query")
+def _shown_queries(summary: Summary) -> list[Section]:
+    """Show what single queries find: where settings differ most, the best, and the worst.
+
+    Shown are the best setting, the baseline, and those with the highest and the lowest score of the query, each by its
+    first finished seed.
+    """
+    names, documents = list(summary.settings), summary.folder / "documents" / summary.evaluation
+    first = {name_of(trial.setting): trial.folder for trial in reversed(summary.finished)}
+    paths = [first[name] / "measured" / summary.evaluation / "top.json" for name in names]
+    tops = [json.loads(path.read_text(encoding="utf-8")) if path.exists() else {} for path in paths]
+    recorded = [query for query in summary.scores if all(query in top for top in tops)]
+    if not recorded:
+        return []
+    scores = summary.scores[recorded].groupby(level=0, sort=False).first().to_numpy()  # (K, Q)
+    baseline = names.index(summary.baseline_of(names[0]) or names[0])
+    mean, spread = scores.mean(0), np.ptp(scores, axis=0)
+    kinds = {"Queries on which settings differ most": -spread, "Best queries": -mean, "Worst queries": mean}
+    sections = []
+    for heading, key in kinds.items():
+        queries = []
+        for column in np.argsort(key, kind="stable")[:QUERIES].tolist():
+            query, values, sides = recorded[column], scores[:, column], []
+            for index in sorted({0, baseline, int(values.argmax()), int(values.argmin())}):
+                top = [(_content(documents, name), score, grade) for name, score, grade in tops[index][query]["top"]]
+                sides.append((f"{names[index]}: {values[index]:.3f}", top))
+            relevant = [*tops[0][query]["relevant"]]
+            positives = [_content(documents, name) for name in relevant[:POSITIVES]]
+            asked = _content(summary.folder / "documents" / "queries" / summary.evaluation, query)
+            queries.append({"asked": asked, "positives": positives, "count": len(relevant), "sides": sides})
+        note = f"{summary.ablation.metric} and the first documents. A tick and a thick frame mark positives."
+        sections.append(Section(heading, note, queries=queries))
+    return sections
+
+
+def _content(folder: Path, name: str) -> dict[str, str]:
+    """Read what can be shown of a document or query: an image, and a text, which is its id where it has neither."""
+    image, text = (content_path(folder, name, kind) for kind in ("jpg", "txt"))
+    data = base64.b64encode(image.read_bytes()).decode() if image.exists() else ""
+    words = text.read_text(encoding="utf-8") if text.exists() else "" if data else name
+    words = words if len(words) <= CHARACTERS else f"{words[: CHARACTERS - 1]}…"
+    return {"id": name, "image": f"data:image/jpeg;base64,{data}" if data else "", "text": words}
 
 
 @rc_context(CHART_STYLE)
-def chart(summary: Summary, numbers: pd.DataFrame) -> Markup:
-    """Draw the settings' means with their intervals and single seeds, as inline SVG in the page's colours."""
+def _charts(summary: Summary, numbers: pd.DataFrame) -> Section:
+    """Draw quality with its intervals, quality against cost, and learning."""
     metric, names = summary.ablation.metric, list(summary.settings)
-    figure = Figure(figsize=(7, 0.9 + 0.3 * len(names)), layout="constrained")
+    figure = Figure(figsize=(5.5, 0.9 + 0.3 * len(names)), layout="constrained")
     axes = figure.add_subplot(xlabel=metric)
     margins = [0.0, *(summary.pairs[index, 0].margin for index in range(1, len(names)))]
     axes.errorbar(numbers["mean"], range(len(names)), xerr=margins, fmt="o", color=INK, markersize=5, capsize=3)
     for index, array in enumerate(_arrays(summary.scores)):
-        axes.plot(array.mean(1), [index] * len(array), "o", color="#3f83d6", markersize=4, alpha=0.7)
-    axes.set_yticks(range(len(names)), [name if len(name) <= LONGEST else f"{name[:LONGEST]}…" for name in names])
+        axes.plot(array.mean(1), [index] * len(array), "o", color=COLOURS[0], markersize=4, alpha=0.7)
+    axes.set_yticks(range(len(names)), [_shortened(name) for name in names])
     axes.invert_yaxis()
+    logs = {trial.folder: pd.read_csv(trial.folder / "metrics.csv") for trial in summary.finished}
+    validation = validation_name(metric, [column for log in logs.values() for column in log])
+    seconds, learning = {}, {}
+    for name, row in numbers.iterrows():
+        seconds[name] = pd.DataFrame({"mean": [row["mean"]]}, index=[row["seconds_per_step"]])
+        if validation:
+            tables = [logs[trial.folder] for trial in summary.finished if name_of(trial.setting) == name]
+            values = pd.concat(tables).reindex(columns=["step", validation]).dropna()
+            learning[name] = values.groupby("step")[validation].agg(["mean", "min", "max"])
+    charts = [to_svg(figure, f"{metric} of each setting, best first; the numbers are in the table")]
+    charts.append(line_chart(seconds, "seconds per training step", metric))
+    charts += [line_chart(learning, "training step", validation)] if validation else []
+    note = "Dots are single seeds, bars the 95 % interval of the difference from the best, shades the range over seeds."
+    return Section("Charts", note, charts=charts)
+
+
+def validation_name(metric: str, logged: Sequence[str]) -> str:
+    """Return the logged validation metric that is closest to another one; an empty text if there is none.
+
+    That is the same name under ``val/``; else the same measure, whole or on another evaluation set.
+    """
+    rest = metric.partition("/")[2]
+    measure = next(part for part in reversed(rest.split("/")) if not part.isdecimal())
+    others = [name for name in logged if name.startswith("val/") and name.endswith(f"/{measure}")]
+    return next((name for name in (f"val/{rest}", f"val/{measure}", *others) if name in logged), "")
+
+
+def line_chart(curves: Mapping[str, pd.DataFrame], x_label: str, y_label: str) -> Markup:
+    """Draw a line per setting, its mean, and perhaps min and max, by x; the first settings in colour."""
+    figure = Figure(figsize=(5.5, 4.2), layout="constrained")
+    axes = figure.add_subplot(xlabel=x_label, ylabel=y_label)
+    for index, (name, curve) in enumerate(curves.items()):
+        colour, label = (COLOURS[index], _shortened(name)) if index < len(COLOURS) else (INK, None)
+        line = "o-" if len(curve) < MARKERS else "-"
+        axes.plot(curve.index, curve["mean"], line, color=colour, label=label, alpha=1 if label else 0.3)
+        if label and "min" in curve:
+            axes.fill_between(curve.index, curve["min"], curve["max"], color=colour, alpha=0.15, linewidth=0)
+    figure.legend(loc="outside lower center", ncols=2)
+    return to_svg(figure, f"{y_label} by {x_label}, for each setting")
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
+
+
+def to_svg(figure: Figure, title: str) -> Markup:
+    """Write a figure as inline SVG in the page's colours; the title is for those who do not see it."""
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     head, body = file.getvalue().split("<svg", 1)[1].split(">", 1)
-    view = head[head.index("viewBox") :].split(" xmlns")[0]  # The width is the page's.
-    label = html.escape(f"{metric} of each setting, best first; the numbers are in the table")
-    return Markup(f'<svg {view} role="img" aria-label="{label}">{body.replace(INK, "currentColor")}')
+    # The width is the page's, and identifiers that nothing refers to would repeat from chart to chart.
+    view, body = head[head.index("viewBox") :].split(" xmlns")[0], re.sub(r' id="[A-Za-z.2]+_\d+"', "", body)
+    name = f'role="img" aria-label="{html.escape(title)}"'
+    return Markup(f"<svg {view} {name}>{body.replace(INK, 'currentColor')}")
 
 
 def render_page(title: str, lead: str, notes: Sequence[str], sections: Sequence[Section]) -> str:
     """Render a page that needs nothing else; whatever comes from data is escaped."""
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(autoescape=True, loader=loader, undefined=StrictUndefined, trim_blocks=True)
+    environment.filters["table"] = lambda table: Markup(table.rename_axis("setting", axis="columns").to_html(border=0))
     template = environment.get_template("report.html.jinja")
     return template.render(title=title, lead=lead, notes=notes, sections=sections)
 
@@ -302,12 +399,12 @@ def _markdown(title: str, notes: Sequence[str], sections: Sequence[Section]) -> 
     """Write what is not drawn."""
     blocks = [f"# {plain(title)}", *map(plain, notes)]
     for section in sections:
+        if section.charts or section.queries:
+            continue
         blocks += [f"## {section.heading}", plain(section.note)]
-        if isinstance(section.table, pd.DataFrame):
-            table = section.table
-            rows = [[table.columns.name, *table], *table.itertuples(name=None)]
-            rows = [[plain(cell) for cell in row] for row in rows]
-            rows.insert(1, ["---"] * len(rows[0]))
+        if section.table is not None:
+            rows = [["setting", *section.table], ["---"] * (1 + section.table.shape[1])]
+            rows += [[plain(cell) for cell in row] for row in section.table.itertuples(name=None)]
             blocks.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
         for label, text in section.details.items():
             blocks += [plain(label), f"<pre>{html.escape(text, quote=False)}</pre>"]

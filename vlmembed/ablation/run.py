@@ -1,9 +1,9 @@
 """One trial of an ablation, from its plan to its result on disk, and the executors that run many.
 
-``python -m vlmembed.ablation.run FOLDER COMMAND`` performs one trial in a process of its own, so that it can run on
-another machine. That process loads no model: it starts ``fit`` as its child, and waits for it. On disk::
+``python -m vlmembed.ablation.run FOLDER`` performs one trial in a process of its own, so that it can run on another
+machine. That process loads no model: it starts ``fit`` as its child, and waits for it. On disk::
 
-    OUTPUT/ablation.yaml, report.html, report.md, report.csv
+    OUTPUT/ablation.yaml, report.html, report.md, report.csv, documents/
     OUTPUT/settings/<setting>/seed-<n>/
         planned.json   what is to run            result.json   what came of it; there once the trial has ended
         run.yaml       the configuration of fit  metrics.csv   Lightning's log
@@ -12,6 +12,7 @@ another machine. That process loads no model: it starts ``fit`` as its child, an
 
 from __future__ import annotations
 
+import argparse
 import csv
 import fcntl
 import json
@@ -26,9 +27,11 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Literal
 
 import yaml
@@ -37,6 +40,7 @@ from vlmembed.files import write_whole
 
 #: The command that trains and measures; the path of a configuration comes after it.
 FIT = shlex.join([sys.executable, "-m", "vlmembed", "fit", "--config"])
+
 #: Lines of its log that a failed trial keeps as its error.
 ERROR_LINES = 20
 
@@ -79,15 +83,12 @@ class Trial:
     def configuration(self) -> dict[str, Any]:
         """Return the configuration of ``fit`` with the log in this folder, and with a `Record` of what is measured."""
         trainer = self.config.get("trainer") or {}
-        # Lightning takes one or several; true and false name none.
-        loggers, callbacks = (
-            value if isinstance(value, list) else [] if value is None or isinstance(value, bool) else [value]
-            for value in (trainer.get("logger"), trainer.get("callbacks"))
-        )
-        loggers = [csv_logger(self.folder), *(logger for logger in loggers if "CSVLogger" not in str(logger))]
-        stage = {"stage": self.metric.split("/")[0]}
-        record = {"class_path": "vlmembed.ablation.record.Record", "init_args": stage}
-        return self.config | {"trainer": trainer | {"logger": loggers, "callbacks": [*callbacks, record]}}
+        loggers = [logger for logger in _listed(trainer.get("logger")) if "CSVLogger" not in str(logger)]
+        options = {"documents": str(self.folder.parents[2] / "documents"), "stage": self.metric.split("/")[0]}
+        record = {"class_path": "vlmembed.ablation.record.Record", "init_args": options}
+        changes = {"logger": [csv_logger(self.folder), *loggers]}
+        changes["callbacks"] = [*_listed(trainer.get("callbacks")), record]
+        return self.config | {"trainer": trainer | changes}
 
 
 def read_trials(output: Path) -> list[Trial]:
@@ -102,8 +103,17 @@ def csv_logger(folder: Path) -> dict[str, Any]:
     return {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": names}
 
 
-def perform(folder: Path, fit: str) -> Trial:
-    """Perform the planned trial of a folder from its start, unless it has finished already."""
+def _listed(value: Any) -> list[Any]:
+    """Make a list of what Lightning takes as one or as several; true and false name none."""
+    return value if isinstance(value, list) else [] if value is None or isinstance(value, bool) else [value]
+
+
+def perform(folder: Path, fit: str = FIT) -> Trial:
+    """Perform the planned trial of a folder from its start, unless it has finished already.
+
+    Raises:
+        TimeoutError: If another process works in the folder.
+    """
     with locked(folder) as lock:
         trial = Trial.read(folder)
         if trial.ended().status == "finished":
@@ -133,7 +143,11 @@ def perform(folder: Path, fit: str) -> Trial:
 def locked(folder: Path, patience: float = 60.0) -> Iterator[int]:
     """Hold the lock of a folder, and yield its file descriptor; wait some seconds for killed processes to end.
 
-    Unlike `filelock`'s, a child process inherits it: it is free when the last process that has it has ended.
+    It is not `filelock`'s, because a child process must be able to inherit it: this one is free when the last process
+    that has it has ended.
+
+    Raises:
+        TimeoutError: If another process still holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock, deadline = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT), time.monotonic() + patience
@@ -144,8 +158,9 @@ def locked(folder: Path, patience: float = 60.0) -> Iterator[int]:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    message = f"{folder}: another process is at work here; let it finish, or end it."
-                    raise TimeoutError(message) from None
+                    raise TimeoutError(
+                        f"{folder}: another process is at work here; let it finish, or end it."
+                    ) from None
                 time.sleep(0.2)
         yield lock
     finally:
@@ -154,16 +169,19 @@ def locked(folder: Path, patience: float = 60.0) -> Iterator[int]:
 
 def _outcome(trial: Trial, status: int) -> dict[str, Any]:
     """Judge a trial by its exit status and by what it logged."""
-    metrics, error = dict[str, float](), None
-    log, cost = trial.folder / "metrics.csv", trial.folder / "cost.json"
-    for row in csv.DictReader(log.read_text(encoding="utf-8").splitlines()) if log.exists() else ():
-        # The last value of a name is the trained model's.
-        metrics |= {name: float(row[name]) for name in row if name.startswith(("val/", "test/")) and row[name]}
+    metrics: dict[str, float] = {}
+    path, cost = trial.folder / "metrics.csv", trial.folder / "cost.json"
+    if path.exists():
+        with path.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                # The last value of a name is the trained model's.
+                metrics |= {name: float(row[name]) for name in row if name.startswith(("val/", "test/")) and row[name]}
+    error = None
     if status:
         cause = f"ended by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-        printed = (trial.folder / "log.txt").read_text(encoding="utf-8", errors="replace")
+        log = (trial.folder / "log.txt").read_text(encoding="utf-8", errors="replace")
         # Progress bars return to the start of their line.
-        error = "\n".join([cause, *re.split(r"[\r\n]+", printed.strip())[-ERROR_LINES:]])
+        error = "\n".join([cause, *re.split(r"[\r\n]+", log.strip())[-ERROR_LINES:]])
     elif trial.metric not in metrics:
         error = f"{trial.metric!r} was not logged, only {sorted(metrics)}; change the metric, or what is measured."
     costs = json.loads(cost.read_text(encoding="utf-8")) if cost.exists() else {}
@@ -182,21 +200,20 @@ class Local(Executor):
     """On this machine. With several GPUs and several trials at a time, each trial sees one of them."""
 
     def run(self, commands: Sequence[Sequence[str]], jobs: int) -> None:
-        """Run in processes of this machine."""
-        shares, waiting = shares_of_machine(jobs), [*commands]
-        running: dict[subprocess.Popen[bytes], dict[str, str]] = {}
-        try:
-            while waiting or running:
-                for process in [process for process in running if process.poll() is not None]:
-                    end(process)
-                    shares.append(running.pop(process))
-                while waiting and shares:
-                    share = shares.pop(0)
-                    running[start_tied(waiting.pop(0), share)] = share
-                time.sleep(0.05)
-        finally:
-            for process in running:
-                end(process)
+        """See ``Executor.run``."""
+        shares: SimpleQueue[dict[str, str]] = SimpleQueue()
+        for share in shares_of_machine(jobs):
+            shares.put(share)
+
+        # The tie is inside: an interrupt ends the trials before the pool waits for its threads.
+        with ThreadPoolExecutor(jobs) as pool, tie() as pipe:
+
+            def work(command: Sequence[str]) -> None:
+                share = shares.get()
+                run_tied(command, pipe, share)
+                shares.put(share)
+
+            list(pool.map(work, commands))
 
 
 class Slurm(Executor):
@@ -212,7 +229,7 @@ class Slurm(Executor):
         self.logs = logs
 
     def run(self, commands: Sequence[Sequence[str]], jobs: int) -> None:
-        """Run as an array, and print why a job did not end."""
+        """See ``Executor.run``."""
         import submitit
 
         options = dict(option.removeprefix("--").partition("=")[::2] for option in self.options)
@@ -246,7 +263,7 @@ class Ray(Executor):
         self.gpus = gpus
 
     def run(self, commands: Sequence[Sequence[str]], jobs: int) -> None:
-        """Run as tasks, and print why one did not end."""
+        """See ``Executor.run``."""
         import ray
 
         ray.init(ignore_reinit_error=True)
@@ -262,7 +279,7 @@ def start(trials: Sequence[Trial], executor: Executor, jobs: int, fit: str = FIT
     """Perform trials, ``jobs`` at a time, each in a process of its own, and wait for them."""
     for trial in trials:
         trial.write()
-    commands = [[sys.executable, "-m", "vlmembed.ablation.run", str(trial.folder), fit] for trial in trials]
+    commands = [[sys.executable, "-m", "vlmembed.ablation.run", str(trial.folder), "--fit", fit] for trial in trials]
     if commands:
         executor.run(commands, jobs)
 
@@ -280,39 +297,53 @@ def shares_of_machine(jobs: int) -> list[dict[str, str]]:
     return [{"OMP_NUM_THREADS": threads, **gpu} for gpu in gpus]
 
 
-def start_tied(command: Sequence[str], share: Mapping[str, str], folder: str = ".") -> subprocess.Popen[bytes]:
-    """Start a trial in a session of its own; its standard input closes when this process ends, even if it is killed."""
+@contextmanager
+def tie() -> Iterator[int]:
+    """Yield the end of a pipe that trials read from: the pipe closes when this process ends, even if it is killed."""
+    reading, writing = os.pipe()
+    try:
+        yield reading
+    finally:
+        os.close(writing)
+        os.close(reading)
+
+
+def run_tied(command: Sequence[str], pipe: int, share: Mapping[str, str], folder: str = ".") -> None:
+    """Run a trial in a session of its own, and end whatever it leaves behind."""
     environment = {**os.environ, **share}
     # A trial is one process that starts its others itself; Lightning would take SLURM's count of tasks for theirs.
     environment.pop("SLURM_NTASKS", None)
-    return subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, cwd=folder, start_new_session=True)
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """End a trial, and whatever it leaves behind."""
+    process = subprocess.Popen([*command, "--tied"], stdin=pipe, env=environment, cwd=folder, start_new_session=True)
+    process.wait()
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
 
 
 def _run_there(command: Sequence[str], folder: str) -> None:
     """Run a trial in a worker of a cluster, and end it with the worker."""
-    process = start_tied(command, {}, folder)
-    try:
-        process.wait()
-    finally:
-        end(process)
+    with tie() as pipe:
+        run_tied(command, pipe, {}, folder)
 
 
-def _end_with_parent() -> None:
-    """End this whole process group when standard input closes, which it does when the parent ends, however it does."""
-    os.read(0, 1)
-    os.killpg(os.getpgrp(), signal.SIGKILL)
+def main() -> None:
+    """Perform the trial of a folder; the exit status is 1 if it fails."""
+    parser = argparse.ArgumentParser(prog="python -m vlmembed.ablation.run", description=main.__doc__)
+    parser.add_argument("folder", type=Path, help="the trial's folder")
+    parser.add_argument("--fit", default=FIT, help="the command that trains, before the path of its configuration")
+    parser.add_argument("--tied", action="store_true", help="end, and the training with it, when standard input closes")
+    options = parser.parse_args()
+    if options.tied:
+        # Standard input closes when the parent ends, however it does: then this whole process group does too.
+        def end_with_parent() -> None:
+            os.read(0, 1)
+            os.killpg(os.getpgrp(), signal.SIGKILL)
+
+        threading.Thread(target=end_with_parent, daemon=True).start()
+    trial = perform(options.folder, options.fit)
+    if trial.error is not None:
+        sys.exit(f"{trial}: failed after {trial.seconds:.0f} s: {trial.error.splitlines()[-1]}")
+    print(f"{trial}: {trial.metric} {trial.metrics[trial.metric]:.4f}, {trial.seconds:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    done = perform(Path(sys.argv[1]), sys.argv[2])
-    if done.error is not None:
-        sys.exit(f"{done}: failed after {done.seconds:.0f} s: {done.error.splitlines()[-1]}")
-    print(f"{done}: {done.metric} {done.metrics[done.metric]:.4f}, {done.seconds:.0f} s", flush=True)
+    main()

@@ -1,19 +1,24 @@
 """Which differences between settings are more than noise: a paired t-test over queries, with the variance of seeds.
 
+A setting's mean moves for two reasons that have nothing to do with the setting: other queries might have been asked,
+and training again with another seed would have given another model.
+
 *Queries.* A query's score is averaged over the seeds first, and two settings are compared query by query, so that what
-makes a query easy for both cancels. The paired t-test agrees with randomisation and the bootstrap (Smucker, Allan and
-Carterette, CIKM 2007). Scores of one query under several seeds are no further queries.
+makes a query easy for both cancels. Smucker, Allan and Carterette ("A Comparison of Statistical Significance Tests for
+Information Retrieval Evaluation", CIKM 2007) found that the paired t-test agrees with randomisation and the bootstrap.
+Scores of one query under several seeds are no further queries.
 
 *Seeds.* A seed shifts all queries of a trial alike, which the variance over queries does not show. The variance of that
-shift is estimated from all settings together and added: the variance of the trials' means, less what seeds and single
-queries make together, which the variance over queries has already (two-way random effects: Searle, Casella and
-McCulloch, "Variance Components", 1992). Where every setting has one seed nothing is known of it: then the answer is
-about these trained models alone.
+shift is estimated from all settings together, because a few seeds say little alone, and is added: the variance of the
+trials' means, less what seeds and single queries make together, which the variance over queries has already (two-way
+random effects: Searle, Casella and McCulloch, "Variance Components", 1992). Where every setting has one seed nothing is
+known of it: then the answer is about these trained models alone.
 
-The degrees of freedom are those of Satterthwaite (Biometrics Bulletin 1946), with the variance of the means whole: what
-is taken off makes it no surer; with the difference there, 9 % of ablations without any difference would find one. The
-p-value is corrected after Holm (Scandinavian Journal of Statistics 1979) over *all* pairs of settings: the best is
-known only after looking.
+The degrees of freedom of the sum are those of Satterthwaite ("An Approximate Distribution of Estimates of Variance
+Components", Biometrics Bulletin 1946), with the variance of the means whole: what is taken off makes it no surer. With
+the difference there, 9 % of ablations without any difference would find one. The p-value is corrected after Holm ("A
+Simple Sequentially Rejective Multiple Test Procedure", Scandinavian Journal of Statistics 1979) over *all* pairs of
+settings: the best is known only after looking.
 """
 
 from __future__ import annotations
@@ -53,6 +58,10 @@ def compare(scores: Sequence[Float64[np.ndarray, "_ Q"]]) -> dict[tuple[int, int
     Args:
         scores: Of each setting, a row per seed and a column per query; the same queries in all of them. Settings may
             have different numbers of seeds.
+
+    Raises:
+        ValueError: If settings have different numbers of queries, fewer than two, no seed, or scores that are not
+            finite.
     """
     _check(scores)
     means = np.stack([rows.mean(0) for rows in scores])  # (K, Q)
