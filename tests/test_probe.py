@@ -64,7 +64,7 @@ def test_weights_of_a_run(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_a_file_without_a_backbone_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "empty.ckpt")
-    with pytest.raises(ValueError, match=r"empty\.ckpt has no weights of an embedding module"):
+    with pytest.raises(ValueError, match=r"empty\.ckpt: The checkpoint lacks weights"):
         Probe(fresh(checkpoint), checkpoint=str(tmp_path / "empty.ckpt")).configure_model()
 
 

@@ -91,7 +91,10 @@ class Probe(LightningModule):
         self.model.configure_model()
         if self.checkpoint is not None:
             content = read_checkpoint(Path(self.checkpoint))
-            self.model.checkpointing.load_weights(self.model, content, prefix="encoder.backbone.")
+            try:
+                self.model.checkpointing.load_weights(self.model, content, prefix="encoder.backbone.")
+            except ValueError as error:
+                raise ValueError(f"{self.checkpoint}: {error}") from error
         self._read_outs = {name: build() for name, build in READ_OUTS.items()}
         for read_out in self._read_outs.values():
             read_out.template = self.model.encoder.preprocessor.template
