@@ -30,7 +30,7 @@ CHOSEN = {
     "steps": ["04 epoch", "06 batch", "06 validation"],
     "mixture": ["05 batch", "07 epoch"],
     "reranker": ["02 batch", "02 validation", "04 batch"],
-    "watched": ["04 batch", "06 batch", "06 validation", "06 epoch"],
+    "watched": ["04 batch", "06 batch", "06 validation"],
     "two processes": ["02 batch", "04 validation"],
     "shards": ["03 batch"],
 }

@@ -65,10 +65,8 @@ class Sharing:
     counts: Int[Tensor, " B"]
 
     @classmethod
-    def of(cls, lengths: Int[Tensor, " B"], shared: Int[Tensor, " B"] | None) -> Sharing:
+    def of(cls, lengths: Int[Tensor, " B"], shared: Int[Tensor, " B"]) -> Sharing:
         """Follow how many first tokens each item shares with the one before it, which may share them in its turn."""
-        if shared is None:
-            return cls(slice(None), None, lengths)
         counts = lengths - shared
         index: list[Tensor] = []
         start = 0
@@ -87,8 +85,6 @@ def shared_among(shared: Int[Tensor, " B"], rows: Sequence[int]) -> Int[Tensor, 
 
 def computed_images(chunk: Inputs) -> list[int]:
     """Return the index of each image that a chunk computes with: not those of shared beginnings."""
-    images = chunk["images"]
-    if "shared" in chunk:
-        images = images[chunk["image_starts"] >= chunk["shared"][images[:, 0]]]
-    indices: list[int] = images[:, 1].tolist()
+    items, images = chunk["images"].T
+    indices: list[int] = images[chunk["image_starts"] >= chunk["shared"][items]].tolist()
     return indices

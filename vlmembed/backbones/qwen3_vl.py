@@ -105,7 +105,7 @@ class Qwen3VL(VisionLanguageModel):
         here = {name: self._here(tensor) for name, tensor in images.items()}
         frames, height, width = images["grid_thw"].T
         # Frames attend to themselves alone. (patches, numbers) → (tokens, H), one for 2 × 2 patches.
-        bounds = Bounds.of((height * width).repeat_interleave(frames), self.device)
+        bounds = Bounds.of((height * width).repeat_interleave(frames), self.model.device)
         output = self.model.visual(
             self._normalised(here["pixel_values"]),
             here["grid_thw"],
@@ -136,20 +136,22 @@ class Qwen3VL(VisionLanguageModel):
         # (B, L) with padding → (T,) real tokens, end to end, of which those of shared beginnings are not computed.
         mask = inputs["attention_mask"]
         lengths, tokens = mask.sum(dim=1), mask.flatten().nonzero()[:, 0]
-        sharing = Sharing.of(lengths, inputs.get("shared"))
+        # Embedders share nothing; the pairs of a cross-encoder share beginnings, and the images in them.
+        sharing = Sharing.of(lengths, inputs["shared"]) if "shared" in inputs else Sharing(slice(None), None, lengths)
+        shown = computed_images(inputs) if "shared" in inputs else inputs["images"][:, 1].tolist()
         index = None if sharing.index is None else self._here(sharing.index)
         language = self.model.language_model
         ids = inputs["input_ids"].flatten()[tokens][sharing.computed]
         hidden = language.embed_tokens(self._here(ids))[None]  # (1, computed, H)
-        hidden, added = self._insert_images(hidden, ids, [features[image] for image in computed_images(inputs)])
+        hidden, added = self._insert_images(hidden, ids, [features[image] for image in shown])
         deepstack = self.model.config.vision_config.deepstack_visual_indexes
         # The last layer computes the tokens that are read, if it is the only one, and no features are added behind it.
         last = None
         if num_last_tokens and tuple(layers) == (-1,) and len(language.layers) > len(deepstack):
-            last = LastTokens.of(lengths, num_last_tokens, self.device)
+            last = LastTokens.of(lengths, num_last_tokens, self.model.device)
         packed = Packed(
-            Bounds.of(sharing.counts, self.device),
-            Bounds.of(lengths, self.device),
+            Bounds.of(sharing.counts, self.model.device),
+            Bounds.of(lengths, self.model.device),
             index,
             last if last is None or index is None else replace(last, index=index[last.index]),
         )
@@ -203,4 +205,4 @@ class Qwen3VL(VisionLanguageModel):
 
     def _here(self, tensor: Tensor) -> Tensor:
         """Copy to the device; from pinned memory, while the device computes."""
-        return tensor.to(self.device, non_blocking=True)
+        return tensor.to(self.model.device, non_blocking=True)
