@@ -194,7 +194,7 @@ def test_help_explains_the_command(capsys: pytest.CaptureFixture[str], monkeypat
         assert stopped.value.code == 0
         printed.append(" ".join(capsys.readouterr().out.split()))
     assert "--retry_failed run failed trials again" in printed[0]
-    assert "`ablate --help`" in printed[1]
+    assert "ablate Run a grid of settings and seeds" in printed[1]
 
 
 def events(folder: Path) -> list[str]:

@@ -81,7 +81,7 @@ class Trainer(lightning.Trainer):
         Raises:
             ValueError: If the run began with a configuration that differs in what decides what is learned.
         """
-        _connect(model, datamodule)
+        _connect(model, datamodule or train_dataloaders)
         # What is elsewhere, or not to be read without running it, is not looked into before.
         if ckpt_path is not None and Path(ckpt_path).exists() and weights_only is not False:
             checkpoint = read_checkpoint(Path(ckpt_path))
