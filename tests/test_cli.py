@@ -290,6 +290,5 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     output = capsys.readouterr().out
-    assert all(
-        f"    {name} " in output for name in ["fit", "validate", "test", "predict", "export", "ablate", "mine", "score"]
-    )
+    commands = ("fit", "validate", "test", "predict", "export", "ablate", "mine", "score")
+    assert all(f"    {name} " in output for name in commands)
