@@ -261,3 +261,34 @@ def test_help_explains_every_argument_of_the_module(capsys: pytest.CaptureFixtur
         or "From its hidden states to an embedding".lower() in printed.lower()
     )
     assert "Learning rates other than the optimizer's" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--trainer.fast_dev_run=true"], None),
+        (["--trainer.limit_train_batches=0"], "Nothing was trained"),
+        # Weight decay is AdamW's: what the YAML says of it must not reach an SGD.
+        (["--model.init_args.optimizer=torch.optim.SGD", "--model.init_args.optimizer.init_args.lr=0.1"], None),
+    ],
+    ids=["fast_dev_run", "no batches", "SGD"],
+)
+def test_a_fit_of_few_steps_passes(
+    run: dict[str, Any], capsys: pytest.CaptureFixture[str], options: list[str], message: str | None
+) -> None:
+    call("fit", run, *options)
+    output = capsys.readouterr().out
+    assert ("Nothing was trained" in output) == (message is not None)
+    configs = list(Path("runs").rglob("config.yaml"))
+    if "SGD" in options[0]:
+        optimizer = yaml.safe_load(configs[0].read_text())["model"]["init_args"]["optimizer"]
+        assert optimizer["class_path"] == "torch.optim.SGD"
+        assert optimizer["init_args"]["weight_decay"] == 0
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    output = capsys.readouterr().out
+    commands = ("fit", "validate", "test", "predict", "export", "ablate", "mine", "score")
+    assert all(f"    {name} " in output for name in commands)
