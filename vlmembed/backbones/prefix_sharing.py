@@ -80,11 +80,6 @@ class Sharing:
         return cls(torch.cat(computed), torch.cat(index), counts)
 
 
-def shared_among(shared: Int[Tensor, " B"], rows: Sequence[int]) -> Int[Tensor, " rows"]:
-    """Return what some rows of a chunk, in order, share with the one before them once the others are gone."""
-    return torch.tensor([0, *(int(shared[before + 1 : row + 1].min()) for before, row in pairwise(rows))])
-
-
 def computed_images(chunk: Inputs) -> list[int]:
     """Return the index of each image that a chunk computes with: not those of shared beginnings."""
     images = chunk["images"]
