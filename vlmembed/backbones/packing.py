@@ -77,7 +77,7 @@ class PackedItems(Prepared):
             if shares:
                 beginnings.append((ids[mask], types[mask], [run[0].key for run in runs if run]))
             images.update({run[0].key: run[0] for run in runs if run})
-        self._signatures = signatures(beginnings)
+        self._signatures = signatures(beginnings) if shares else []
         # Images before videos, whose patches hold more numbers; then the largest first, as for texts.
         self._images = sorted(images.values(), key=lambda image: (image.kind, -len(image.pixels)))
         self._index = {image.key: index for index, image in enumerate(self._images)}
