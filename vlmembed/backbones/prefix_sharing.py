@@ -55,20 +55,18 @@ class Sharing:
     """Which tokens of a chunk are computed, and which of those each token is.
 
     Args:
-        computed: (T,) True at the tokens that are computed; or a slice of all.
-        index: (T,) each token's index among the computed ones; None where all are computed.
+        computed: (T,) True at the tokens that are computed.
+        index: (T,) each token's index among the computed ones.
         counts: (B,) how many tokens of each item are computed.
     """
 
-    computed: Bool[Tensor, " T"] | slice
-    index: Int[Tensor, " T"] | None
+    computed: Bool[Tensor, " T"]
+    index: Int[Tensor, " T"]
     counts: Int[Tensor, " B"]
 
     @classmethod
-    def of(cls, lengths: Int[Tensor, " B"], shared: Int[Tensor, " B"] | None) -> Sharing:
+    def of(cls, lengths: Int[Tensor, " B"], shared: Int[Tensor, " B"]) -> Sharing:
         """Follow how many first tokens each item shares with the one before it, which may share them in its turn."""
-        if shared is None:
-            return cls(slice(None), None, lengths)
         counts = lengths - shared
         index: list[Tensor] = []
         start = 0
