@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
-from vlmembed.backbones.prefix_sharing import order_by_beginning, shared_among, shared_lengths, signatures
+from vlmembed.backbones.prefix_sharing import order_by_beginning, shared_lengths, signatures
 from vlmembed.types import Inputs, Prepared
 
 #: What transformers calls the pixels and the grids of each of ``mm_token_type_ids``: 0 is text.
@@ -77,7 +77,7 @@ class PackedItems(Prepared):
             if shares:
                 beginnings.append((ids[mask], types[mask], [run[0].key for run in runs if run]))
             images.update({run[0].key: run[0] for run in runs if run})
-        self._signatures = signatures(beginnings)
+        self._signatures = signatures(beginnings) if shares else []
         # Images before videos, whose patches hold more numbers; then the largest first, as for texts.
         self._images = sorted(images.values(), key=lambda image: (image.kind, -len(image.pixels)))
         self._index = {image.key: index for index, image in enumerate(self._images)}
@@ -213,23 +213,20 @@ def picked(chunks: Sequence[Inputs], indices: Collection[int]) -> Iterator[tuple
         yield joined, [index for _, chosen in same for index in chosen]
 
 
-def take(chunk: Inputs, rows: Sequence[int]) -> Inputs:
-    """Take some items out of their chunk, in order, as a chunk of their own."""
-    positions = chunk["position_ids"].split(chunk["attention_mask"].sum(dim=1).tolist(), dim=1)
-    shown = [number for number, row in enumerate(chunk["images"][:, 0].tolist()) if row in rows]
-    part = {
-        "input_ids": chunk["input_ids"][list(rows)],
-        "attention_mask": chunk["attention_mask"][list(rows)],
-        "position_ids": torch.cat([positions[row] for row in rows], dim=1),
-        "images": _pairs([(rows.index(row), index) for row, index in chunk["images"][shown].tolist()]),
-    }
-    if "shared" in chunk:
-        part |= {"image_starts": chunk["image_starts"][shown], "shared": shared_among(chunk["shared"], rows)}
-    return part
-
-
 def halve(chunk: Inputs) -> list[Inputs]:
     """Cut a chunk of items in two, or leave it alone if it has one item."""
-    items = range(len(chunk["attention_mask"]))
-    middle = len(items) // 2
-    return [take(chunk, items[:middle]), take(chunk, items[middle:])] if middle else [chunk]
+    middle = len(chunk["attention_mask"]) // 2
+    if not middle:
+        return [chunk]
+    images = int((chunk["images"][:, 0] < middle).sum())
+    ends = {"position_ids": int(chunk["attention_mask"][:middle].sum()), "images": images, "image_starts": images}
+    parts = {
+        name: values.tensor_split([ends.get(name, middle)], dim=1 if name == "position_ids" else 0)
+        for name, values in chunk.items()
+    }
+    first, second = ({name: pair[half] for name, pair in parts.items()} for half in (0, 1))
+    second["images"] = second["images"] - torch.tensor([middle, 0])
+    if "shared" in second:
+        # The first row of the second half has no row before it any more.
+        second["shared"] = second["shared"].index_fill(0, torch.tensor([0]), 0)
+    return [first, second]

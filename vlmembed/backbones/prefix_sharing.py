@@ -55,13 +55,13 @@ class Sharing:
     """Which tokens of a chunk are computed, and which of those each token is.
 
     Args:
-        computed: (T,) True at the tokens that are computed; or a slice of all.
-        index: (T,) each token's index among the computed ones; None where all are computed.
+        computed: (T,) True at the tokens that are computed.
+        index: (T,) each token's index among the computed ones.
         counts: (B,) how many tokens of each item are computed.
     """
 
-    computed: Bool[Tensor, " T"] | slice
-    index: Int[Tensor, " T"] | None
+    computed: Bool[Tensor, " T"]
+    index: Int[Tensor, " T"]
     counts: Int[Tensor, " B"]
 
     @classmethod
@@ -78,13 +78,10 @@ class Sharing:
         return cls(torch.cat(computed), torch.cat(index), counts)
 
 
-def shared_among(shared: Int[Tensor, " B"], rows: Sequence[int]) -> Int[Tensor, " rows"]:
-    """Return what some rows of a chunk, in order, share with the one before them once the others are gone."""
-    return torch.tensor([0, *(int(shared[before + 1 : row + 1].min()) for before, row in pairwise(rows))])
-
-
 def computed_images(chunk: Inputs) -> list[int]:
     """Return the index of each image that a chunk computes with: not those of shared beginnings."""
-    items, images = chunk["images"].T
-    indices: list[int] = images[chunk["image_starts"] >= chunk["shared"][items]].tolist()
+    images = chunk["images"]
+    if "shared" in chunk:
+        images = images[chunk["image_starts"] >= chunk["shared"][images[:, 0]]]
+    indices: list[int] = images[:, 1].tolist()
     return indices

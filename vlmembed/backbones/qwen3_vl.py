@@ -102,10 +102,11 @@ class Qwen3VL(VisionLanguageModel):
 
     def encode_images(self, images: Inputs) -> Sequence[Float[Tensor, "tokens levels H"]]:
         """Return what stands in for each image's tokens, and what later layers add (DeepStack, arXiv:2406.04334)."""
-        here = {name: self._here(tensor) for name, tensor in images.items()}
+        device = next(self.parameters()).device
+        here = {name: tensor.to(device, non_blocking=True) for name, tensor in images.items()}
         frames, height, width = images["grid_thw"].T
         # Frames attend to themselves alone. (patches, numbers) → (tokens, H), one for 2 × 2 patches.
-        bounds = Bounds.of((height * width).repeat_interleave(frames), self.model.device)
+        bounds = Bounds.of((height * width).repeat_interleave(frames), device)
         output = self.model.visual(
             self._normalised(here["pixel_values"]),
             here["grid_thw"],
@@ -136,28 +137,33 @@ class Qwen3VL(VisionLanguageModel):
         # (B, L) with padding → (T,) real tokens, end to end, of which those of shared beginnings are not computed.
         mask = inputs["attention_mask"]
         lengths, tokens = mask.sum(dim=1), mask.flatten().nonzero()[:, 0]
-        # Embedders share nothing; the pairs of a cross-encoder share beginnings, and the images in them.
-        sharing = Sharing.of(lengths, inputs["shared"]) if "shared" in inputs else Sharing(slice(None), None, lengths)
-        shown = computed_images(inputs) if "shared" in inputs else inputs["images"][:, 1].tolist()
-        index = None if sharing.index is None else self._here(sharing.index)
+        # Copies from pinned memory, while the device computes.
+        device = next(self.parameters()).device
+        here = partial(Tensor.to, device=device, non_blocking=True)
+        computed: Tensor | slice = slice(None)
+        index, counts, shown = None, lengths, inputs["images"][:, 1].tolist()
+        if "shared" in inputs:
+            sharing = Sharing.of(lengths, inputs["shared"])
+            computed, index, counts = sharing.computed, here(sharing.index), sharing.counts
+            shown = computed_images(inputs)
         language = self.model.language_model
-        ids = inputs["input_ids"].flatten()[tokens][sharing.computed]
-        hidden = language.embed_tokens(self._here(ids))[None]  # (1, computed, H)
+        ids = inputs["input_ids"].flatten()[tokens][computed]
+        hidden = language.embed_tokens(here(ids))[None]  # (1, computed, H)
         hidden, added = self._insert_images(hidden, ids, [features[image] for image in shown])
         deepstack = self.model.config.vision_config.deepstack_visual_indexes
         # The last layer computes the tokens that are read, if it is the only one, and no features are added behind it.
         last = None
         if num_last_tokens and tuple(layers) == (-1,) and len(language.layers) > len(deepstack):
-            last = LastTokens.of(lengths, num_last_tokens, self.model.device)
+            last = LastTokens.of(lengths, num_last_tokens, device)
         packed = Packed(
-            Bounds.of(sharing.counts, self.model.device),
-            Bounds.of(lengths, self.model.device),
+            Bounds.of(counts, device),
+            Bounds.of(lengths, device),
             index,
             last if last is None or index is None else replace(last, index=index[last.index]),
         )
         output = language(
             inputs_embeds=hidden,
-            position_ids=self._here(inputs["position_ids"][:, sharing.computed])[:, None],  # (3, 1, computed)
+            position_ids=here(inputs["position_ids"][:, computed])[:, None],  # (3, 1, computed)
             # Comes out in attention._add_features, behind each of the first layers.
             deepstack_visual_embeds=added,
             use_cache=False,
@@ -172,7 +178,7 @@ class Qwen3VL(VisionLanguageModel):
             # What was shared is handed out to all that share it: (1, computed, H) → (1, T, H).
             states = [state[:, index] for state in states]
         # Back to (K, B, L, H). Where a token was left out, whoever reads it should see so.
-        target = self._here(tokens) if last is None else self._here(tokens)[last.index]
+        target = here(tokens) if last is None else here(tokens)[last.index]
         stacked = torch.cat(states)
         padded = stacked.new_full((len(layers), mask.numel(), stacked.shape[-1]), math.nan if last else 0.0)
         padded = padded.index_copy(1, target, stacked).unflatten(1, mask.shape)
@@ -185,8 +191,8 @@ class Qwen3VL(VisionLanguageModel):
         if not images:
             return hidden, None
         visual = torch.tensor([self.model.config.image_token_id, self.model.config.video_token_id])
-        index = self._here(torch.isin(ids, visual).nonzero()[:, 0])
-        features = torch.cat([self._here(image) for image in images]).to(hidden.dtype)
+        index = torch.isin(ids, visual).nonzero()[:, 0].to(hidden.device, non_blocking=True)
+        features = torch.cat([image.to(hidden.device, hidden.dtype, non_blocking=True) for image in images])
         first, *levels = features.transpose(0, 1)[:, None]  # Each (1, tokens, H).
         zeros = torch.zeros_like(hidden)
         return hidden.index_copy(1, index, first), [zeros.index_copy(1, index, level) for level in levels]
@@ -197,12 +203,8 @@ class Qwen3VL(VisionLanguageModel):
             return pixels
         vision, processor = self.model.config.vision_config, self.preprocessor.processor.image_processor
         mean, deviation = (
-            self._here(torch.tensor(values).view(3, 1, 1) * (1.0 / processor.rescale_factor))
+            (torch.tensor(values).view(3, 1, 1) * (1.0 / processor.rescale_factor)).to(pixels.device, non_blocking=True)
             for values in (processor.image_mean, processor.image_std)
         )
         pixels = (pixels.view(len(pixels), 3, -1, vision.patch_size**2).float() - mean) / deviation
         return pixels.expand(-1, -1, vision.temporal_patch_size, -1).flatten(1)
-
-    def _here(self, tensor: Tensor) -> Tensor:
-        """Copy to the device; from pinned memory, while the device computes."""
-        return tensor.to(self.model.device, non_blocking=True)

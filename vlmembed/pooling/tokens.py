@@ -23,9 +23,9 @@ class LastToken(Pooling):
     num_last_tokens = 1
 
     def forward(self, hidden: Tensor, mask: Tensor, input_ids: Tensor | None = None) -> Tensor:
-        last = mask.shape[1] - 1 - mask.flip(1).argmax(dim=1)  # (B,) whichever side is padded
-        states = hidden[torch.arange(len(hidden), device=hidden.device), last]
-        return states.to(torch.promote_types(states.dtype, torch.float32))
+        position = mask.shape[1] - 1 - mask.flip(1).argmax(dim=1)  # (B,), whichever side is padded.
+        last = hidden[torch.arange(len(hidden), device=hidden.device), position]
+        return last.to(torch.promote_types(last.dtype, torch.float32))
 
 
 class EndToken(LastToken):
