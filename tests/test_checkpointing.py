@@ -32,7 +32,8 @@ from vlmembed.losses import InfoNCE
 from vlmembed.modules import EmbeddingModule
 from vlmembed.trainer import Trainer
 from vlmembed.training import run_folder
-from vlmembed.training.checkpointing import FROZEN, CheckpointFiles, Checkpointing, complete_frozen, newest_checkpoint
+from vlmembed.training.checkpoint_files import CheckpointFiles, newest_checkpoint
+from vlmembed.training.checkpointing import FROZEN, Checkpointing, complete_frozen
 from vlmembed.training.run_folder import refuse_changes
 from vlmembed.training.signals import _requeue
 

@@ -260,8 +260,8 @@ UNSAFE = re.compile(
 )
 REASONS = {
     ("cli.py", "import_module"): "Of the commands that the package itself lists.",
-    ("training/checkpointing.py", "torch.load("): "weights_only=True.",
-    ("training/checkpointing.py", "pickle"): "The errors by which a checkpoint that is not read gives itself away.",
+    ("training/checkpoint_files.py", "torch.load("): "weights_only=True.",
+    ("training/checkpoint_files.py", "pickle"): "The errors by which a checkpoint that is not read gives itself away.",
     ("export/verify.py", "np.load("): "numpy refuses pickles unless told otherwise; written by the process before.",
     ("export/exporter.py", "trust_remote_code=True"): "Words, about a pooling of the user's own.",
     ("data/sources.py", "pickle"): "Words, about sources of a user's own.",
@@ -276,6 +276,6 @@ def test_nothing_loads_what_could_run_code() -> None:
         for match in UNSAFE.finditer(path.read_text())
     }
     assert found == REASONS.keys()
-    for name in ("training/checkpointing.py",):
+    for name in ("training/checkpoint_files.py",):
         for call in re.findall(r"torch\.load\((.*)\)", (package / name).read_text()):
             assert re.search(r"weights_only=(True|weights_only)\b", call)

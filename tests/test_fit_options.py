@@ -11,7 +11,8 @@ from building import batch, examples, fit, module, relative_difference, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim import SGD
 
-from vlmembed.training.checkpointing import newest_checkpoint, refuse_split_windows
+from vlmembed.training.checkpoint_files import newest_checkpoint
+from vlmembed.training.checkpointing import refuse_split_windows
 
 
 def test_a_window_that_the_epoch_cuts_short_is_the_mean_of_its_batches(checkpoint: Path) -> None:

@@ -15,7 +15,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from vlmembed.distributed import is_sharded
 from vlmembed.export import Exporter, ModelInfo, push, refuse_used
 from vlmembed.modules import RetrievalModule
-from vlmembed.training.checkpointing import CheckpointFiles, in_window, read_checkpoint
+from vlmembed.training.checkpoint_files import CheckpointFiles, read_checkpoint
+from vlmembed.training.checkpointing import in_window
 from vlmembed.training.memory import MeasureChunks, MeasureGraphMemory
 from vlmembed.training.run_folder import refuse_changes
 from vlmembed.training.sharding import whole_weights

@@ -23,7 +23,7 @@ from vlmembed.data import Collator
 from vlmembed.files import write_whole
 from vlmembed.metrics import METRICS, RetrievalMetrics
 from vlmembed.modules import EmbeddingModule
-from vlmembed.training.checkpointing import read_checkpoint
+from vlmembed.training.checkpoint_files import read_checkpoint
 
 #: All that have no weights, append nothing, and are not another's multiple.
 READ_OUTS: dict[str, type[pooling.Pooling]] = {

@@ -21,7 +21,8 @@ from lightning.pytorch.loggers import CSVLogger
 
 from vlmembed import distributed
 from vlmembed.files import clear_drafts
-from vlmembed.training.checkpointing import STATE, newest_checkpoint, set_version
+from vlmembed.training.checkpoint_files import newest_checkpoint
+from vlmembed.training.checkpointing import STATE, set_version
 
 #: For ``ckpt_path``: the newest whole checkpoint of the newest fit.
 LAST = "last"
