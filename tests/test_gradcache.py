@@ -32,6 +32,7 @@ from kept_features import on_disk, opened
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -428,9 +429,7 @@ class NoWaiting(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         options = options or {}
         given, results = self.places(arguments), function(*arguments, **options)
-        made_there = function is torch.ops.aten.lift_fresh.default and given == {"meta"}
-        copied = given == {"cpu"} and self.places(results) == {"meta"} and not options.get("non_blocking")
-        waiting = made_there or copied
+        waiting = given == {"cpu"} and self.places(results) == {"meta"} and not options.get("non_blocking")
         assert not waiting, f"{function} copies to the device, and waits: pass non_blocking=True"
         assert len(given) < 2, f"{function} on the device takes a tensor of the host's"
         return results
@@ -438,6 +437,22 @@ class NoWaiting(TorchDispatchMode):
     @staticmethod
     def places(values: Any) -> set[str]:
         return {each.device.type for each in tree_leaves(values) if isinstance(each, Tensor) and each.ndim}
+
+
+class NothingMade(TorchFunctionMode):
+    """Refuses tensors made on the device from the host's numbers, which no dispatch mode sees on "meta"."""
+
+    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        result = function(*arguments, **(options or {}))
+        made = function in (torch.tensor, torch.as_tensor) and result.device.type == "meta" and result.ndim
+        assert not made, f"{function} copies to the device, and waits: make it on the host, and copy non_blocking"
+        return result
+
+
+@contextlib.contextmanager
+def no_waiting() -> Iterator[None]:
+    with NothingMade(), NoWaiting():
+        yield
 
 
 @pytest.fixture
@@ -465,7 +480,7 @@ def test_a_step_never_waits_for_the_device(checkpoint: Path, options: dict[str, 
     queries, documents, relevance = on_device(data, "meta")
     model.to("meta")
     grad_cache = GradCache(model.encoder, graph_bytes)
-    with NoWaiting():
+    with no_waiting():
         embeddings = grad_cache.embed(data)
         model.loss(embeddings[queries], embeddings[documents], relevance).backward()
         grad_cache.backward()
@@ -479,7 +494,7 @@ def test_joining_a_batch_never_waits_for_the_device(checkpoint: Path) -> None:
     data = batch(module(checkpoint), rows(), 3)
     count = sum(len(chunk["input_ids"]) for chunk in data.chunks)
     embeddings = torch.randn(count, 64, device="meta", requires_grad=True)
-    with NoWaiting():
+    with no_waiting():
         queries, documents, _ = gather_batch(embeddings, data)
     assert (len(queries), len(documents)) == (len(data.queries), len(data.documents))
 
@@ -496,7 +511,7 @@ def test_watching_never_waits_for_the_device() -> None:
         (CollapseMonitor.of_embeddings(), InfoNCE(), (embeddings, embeddings, torch.eye(4, dtype=torch.int8))),
         (CollapseMonitor.of_scores(), BinaryCrossEntropy(), (scores, scores, mask)),
     ):
-        with NoWaiting():
+        with no_waiting():
             watched.note(0, given, embeddings.sum())
             watched.check(fitting, loss)
         assert len(watched._looks) == 1
@@ -531,9 +546,9 @@ def test_waiting_would_be_noticed(name: str) -> None:
     """Planted one by one."""
     states = nn.Linear(4, 4, device="meta")(torch.ones(2, 4, device="meta"))
     waits = pytest.raises((RuntimeError, NotImplementedError, AssertionError))
-    with waits, NoWaiting():
+    with waits, no_waiting():
         QUESTIONS[name](states)
-    with NoWaiting():
+    with no_waiting():
         torch.ones(3).to(states.device, non_blocking=True) + states[:, :3]
 
 
