@@ -142,7 +142,8 @@ def load_video(
     sample = partial(_sample, processor.sample_frames if samples else default_sample_indices_fn)
     if isinstance(video, tuple):
         width, height = image_size(video[0], origin)
-        metadata = VideoMetadata(total_num_frames=len(video), width=width, height=height)
+        # Frames alone have no rate; transformers' processors then assume this one, and warn.
+        metadata = VideoMetadata(total_num_frames=len(video), fps=24.0, width=width, height=height)
         try:
             metadata.frames_indices = sample(metadata=metadata).tolist()
         except ValueError as error:
