@@ -21,6 +21,7 @@ from other_models import idefics3, qwen2_5_vl, qwen3_vl_moe
 from peft import LoraConfig
 from safetensors import safe_open
 from sentence_transformers import SentenceTransformer
+from transformers.utils.logging import is_progress_bar_enabled
 
 from vlmembed import pooling as zoo
 from vlmembed.adapters import LoRA
@@ -271,6 +272,7 @@ def test_the_exporter(checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFix
     built = trained(checkpoint, Case(lambda: Attention(2), False, lora=True))
     loss = {"class_path": "vlmembed.losses.InfoNCE", "init_args": {"temperature": 1}}
     info = ModelInfo("digits", None, [64, 32], {"test/ndcg@10": 0.5}, {"model": {"init_args": {"loss": loss}}})
+    capfd.readouterr()
     verification = SentenceTransformers().export(built, tmp_path / "export", info)
     assert verification.passed
     assert verification.dimensions == (128, 64, 32)
@@ -279,8 +281,10 @@ def test_the_exporter(checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFix
     config = json.loads((tmp_path / "export" / "config.json").read_text())
     assert (config["is_matryoshka"], config["matryoshka_dimensions"]) == (True, [32, 64, 128])
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
-    printed = capfd.readouterr().out
+    printed, noise = capfd.readouterr()
     assert all(text in printed for text in ("encode_query", "is opened with trust_remote_code=True", "was killed"))
+    assert not any(text in noise for text in ("model shards", "Loading weights", "no video metadata"))
+    assert is_progress_bar_enabled()
 
 
 def test_a_difference_fails_and_leaves_no_export(checkpoint: Path, own: ModuleType, tmp_path: Path) -> None:

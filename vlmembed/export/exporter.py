@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+from transformers.utils import logging as transformers_logging
 
 from vlmembed.encoder import Encoder, Scorer
 from vlmembed.export.card import CardFacts, write_card
@@ -119,7 +122,7 @@ class SentenceTransformers(Exporter):
             shutil.rmtree(draft)
         draft.mkdir(parents=True)
         print(f"Writing {folder}", flush=True)
-        with TemporaryDirectory() as scratch:
+        with TemporaryDirectory() as scratch, _without_bars():
             # What is expected is computed first: writing merges the adapters into the weights.
             if isinstance(encoder, Scorer):
                 # Logits are taken at the last position, where a token has to be.
@@ -162,6 +165,18 @@ class SentenceTransformers(Exporter):
             license=self.license,
             pipeline_tag=self.pipeline_tag or ("text-ranking" if ranks else "feature-extraction"),
         )
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep transformers' progress bars, over a file or two, off the console."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def summarize(value: Any) -> str:

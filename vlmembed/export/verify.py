@@ -287,7 +287,10 @@ def verify(checks: Mapping[Path, Check], python: str = sys.executable) -> list[V
         process = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
         if process.returncode:
             folders = ", ".join(map(str, checks))
-            raise ExportError(f"Sentence Transformers cannot use the exported {folders}:\n{process.stderr[-3000:]}")
+            raise ExportError(
+                f"Sentence Transformers cannot use the exported {folders} (exit status {process.returncode}):\n"
+                f"{process.stderr[-3000:]}"
+            )
         with np.load(output) as arrays:
             results: list[dict[str, Tensor]] = [{} for _ in checks]
             for name in arrays.files:
