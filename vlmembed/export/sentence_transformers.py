@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import transformers
 from jaxtyping import Float
@@ -256,9 +257,15 @@ def _write_modules(
 
 
 def _requirements(modules: Sequence[ModuleSpec]) -> dict[str, str]:
-    """Return the releases that open such modules; tests/test_export.py opens folders with the lowest."""
-    scores = any(module.config.get("module_output_name") == "scores" for module in modules)
-    return {"sentence_transformers": ">=5.5" if scores else ">=5.4", "transformers": ">=5.2"}
+    """Return the releases that serve such modules; tests/test_export.py opens folders with the lowest."""
+    modes = {mode for module in modules for mode in np.atleast_1d(module.config.get("pooling_mode", "none"))}
+    release = ">=5.4"
+    if "cls" in modes or any(module.config.get("module_output_name") == "scores" for module in modules):
+        release = ">=5.5"  # 5.4 takes padding on the left for the first token, and cannot open our dense rerankers.
+    if "weightedmean" in modes:
+        release = ">=6.2"  # Those before count positions from the padding on the left.
+    # transformers before 5.4 keeps the positions of a batch with images for the texts after it, and fails on them.
+    return {"sentence_transformers": release, "transformers": ">=5.4"}
 
 
 def _write_json(path: Path, value: Any) -> None:
