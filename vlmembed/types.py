@@ -167,7 +167,7 @@ class Prepared:
         self._preprocessor = preprocessor
         self._items = items
 
-    @property
+    @cached_property
     def lengths(self) -> list[int]:
         """(N,) the tokens of each item, as well as they are known."""
         return [self._preprocessor.cost(item) for item in self._items]

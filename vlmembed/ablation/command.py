@@ -90,12 +90,13 @@ def parser() -> ArgumentParser:
 
 def _dry_run(trials: Sequence[Trial], left: Sequence[Trial], ablation: Ablation, executor: Executor, fit: str) -> None:
     """List the trials, and estimate how long those take that are left."""
-    for trial in trials:
-        print(f"{'to do' if trial in left else trial.ended().status:>8}  {trial}")
+    ended = [trial.ended() for trial in trials]
+    for trial, end in zip(trials, ended, strict=True):
+        print(f"{'to do' if trial in left else end.status:>8}  {trial}")
     print(f"{len(trials)} trials, {len(left)} to do.")
     if not left:
         return
-    finished = [trial.ended().seconds for trial in trials if trial.ended().status == "finished"]
+    finished = [trial.seconds for trial in ended if trial.status == "finished"]
     if finished:
         seconds, source = mean(finished), f"the mean of {len(finished)} that have finished is {mean(finished):.0f} s"
     else:

@@ -15,7 +15,7 @@ from torch import Tensor
 NAME = "reranker"
 
 #: The default instruction of Qwen3-VL-Reranker (arXiv:2601.04720).
-DEFAULT_INSTRUCTION = "Given a search query, retrieve relevant candidates that answer the query."
+RERANKER_INSTRUCTION = "Given a search query, retrieve relevant candidates that answer the query."
 
 #: What the model is told to do, in the words that Qwen3-VL-Reranker was trained with.
 JUDGE = (
@@ -77,7 +77,7 @@ class QueryFirst(PairTemplate):
 
     pair = "{{- '<Query>:' + show('query') + '\\n<Document>:' + show('document') -}}"
 
-    def __init__(self, instruction: str = DEFAULT_INSTRUCTION, system: str = JUDGE) -> None:
+    def __init__(self, instruction: str = RERANKER_INSTRUCTION, system: str = JUDGE) -> None:
         self.instruction = instruction
         self.system = system
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Collection, Iterator, Sequence
+from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -82,7 +83,7 @@ class PackedItems(Prepared):
         self._images = sorted(images.values(), key=lambda image: (image.kind, -len(image.pixels)))
         self._index = {image.key: index for index, image in enumerate(self._images)}
 
-    @property
+    @cached_property
     def lengths(self) -> list[int]:
         """(N,) the tokens of each item."""
         return [positions.shape[1] for positions in self._positions]
@@ -97,11 +98,11 @@ class PackedItems(Prepared):
         """The items' rows, so that neighbours share a beginning, or are of similar length."""
         if self._shares:
             return order_by_beginning(self._signatures)
-        return sorted(range(len(self.lengths)), key=self.lengths.__getitem__, reverse=True)
+        return super().order
 
     def shared(self, rows: Sequence[int]) -> list[int]:
         """Count, for each of some rows, the first tokens that a chunk of them takes from the row before."""
-        return shared_lengths([self._signatures[row] for row in rows]) if self._shares else [0] * len(rows)
+        return shared_lengths([self._signatures[row] for row in rows]) if self._shares else super().shared(rows)
 
     def chunk(self, rows: Sequence[int]) -> Inputs:
         """Make one chunk of some of the items."""

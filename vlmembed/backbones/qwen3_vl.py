@@ -102,7 +102,7 @@ class Qwen3VL(VisionLanguageModel):
 
     def encode_images(self, images: Inputs) -> Sequence[Float[Tensor, "tokens levels H"]]:
         """Return what stands in for each image's tokens, and what later layers add (DeepStack, arXiv:2406.04334)."""
-        device = next(self.parameters()).device
+        device = self.device
         here = {name: tensor.to(device, non_blocking=True) for name, tensor in images.items()}
         frames, height, width = images["grid_thw"].T
         # Frames attend to themselves alone. (patches, numbers) → (tokens, H), one for 2 × 2 patches.
@@ -138,18 +138,17 @@ class Qwen3VL(VisionLanguageModel):
         mask = inputs["attention_mask"]
         lengths, tokens = mask.sum(dim=1), mask.flatten().nonzero()[:, 0]
         # Copies from pinned memory, while the device computes.
-        device = next(self.parameters()).device
+        device = self.device
         here = partial(Tensor.to, device=device, non_blocking=True)
         computed: Tensor | slice = slice(None)
-        index, counts, shown = None, lengths, inputs["images"][:, 1].tolist()
+        index, counts = None, lengths
         if "shared" in inputs:
             sharing = Sharing.of(lengths, inputs["shared"])
             computed, index, counts = sharing.computed, here(sharing.index), sharing.counts
-            shown = computed_images(inputs)
         language = self.model.language_model
         ids = inputs["input_ids"].flatten()[tokens][computed]
         hidden = language.embed_tokens(here(ids))[None]  # (1, computed, H)
-        hidden, added = self._insert_images(hidden, ids, [features[image] for image in shown])
+        hidden, added = self._insert_images(hidden, ids, [features[image] for image in computed_images(inputs)])
         deepstack = self.model.config.vision_config.deepstack_visual_indexes
         # The last layer computes the tokens that are read, if it is the only one, and no features are added behind it.
         last = None

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import transformers
 from jaxtyping import Float
@@ -258,7 +257,8 @@ def _write_modules(
 
 def _requirements(modules: Sequence[ModuleSpec]) -> dict[str, str]:
     """Return the releases that serve such modules; tests/test_export.py opens folders with the lowest."""
-    modes = {mode for module in modules for mode in np.atleast_1d(module.config.get("pooling_mode", "none"))}
+    named = [module.config.get("pooling_mode", []) for module in modules]
+    modes = {mode for names in named for mode in ([names] if isinstance(names, str) else names)}
     release = ">=5.4"
     if "cls" in modes or any(module.config.get("module_output_name") == "scores" for module in modules):
         release = ">=5.5"  # 5.4 takes padding on the left for the first token, and cannot open our dense rerankers.

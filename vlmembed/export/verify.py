@@ -195,7 +195,7 @@ def make_probes(folder: Path, with_video: bool = False) -> dict[str, Probe]:
         exif[0x0112] = 6 if name == "rotated" else 1  # Whether it is to be turned before it is shown.
         coarse.resize(size, Image.Resampling.BICUBIC).save(paths[name], exif=exif)
     wide, tall, tiny, rotated, *frames = paths.values()
-    question = ("text", "What does the picture show?")
+    question = ("text", "What does the image show?")
     probes = {
         "text": Probe((("text", "four zero seven"),)),
         "image": Probe((("image", wide),)),

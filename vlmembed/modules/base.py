@@ -33,7 +33,7 @@ from vlmembed.modules.optimization import (
     parameters_of,
     refuse_untouched_parameters,
 )
-from vlmembed.training.checkpointing import Checkpointing, refuse_split_windows
+from vlmembed.training.checkpointing import Checkpointing, is_last_of_epoch, refuse_split_windows
 from vlmembed.training.guards import CollapseMonitor, NonFiniteGuard, refuse_broken_weights
 from vlmembed.training.memory import graph_bytes, open_features
 from vlmembed.training.sharding import ShardedGradCache, refuse_strategy, shard
@@ -87,8 +87,6 @@ class RetrievalModule(LightningModule, ABC):
         self.guard = NonFiniteGuard(max_skipped_steps)
         self.monitor = self.collapse_monitor()
         self.checkpointing = Checkpointing()
-        #: Whether the optimizer steps after the batch under way, not after another whose gradient is added to its.
-        self.steps_after_batch = True
         self._configured = False
         self._reached_everything = self._saw_images = False
         #: Batches since the optimizer's last step.
@@ -192,6 +190,11 @@ class RetrievalModule(LightningModule, ABC):
 
     # Training
 
+    @property
+    def steps_after_batch(self) -> bool:
+        """Whether the optimizer steps after the batch under way, not after another whose gradient is added to its."""
+        return self.grad_cache.before_step
+
     def on_train_start(self) -> None:
         """Resume a run as if it had not been interrupted."""
         self.checkpointing.resume(self)
@@ -200,8 +203,7 @@ class RetrievalModule(LightningModule, ABC):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Encode the batch and compute the loss of all processes' batches."""
         window_ends = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
-        epoch_ends = self.trainer.is_last_batch or batch_idx + 1 == self.trainer.num_training_batches
-        self.steps_after_batch = self.grad_cache.before_step = window_ends or epoch_ends
+        self.grad_cache.before_step = window_ends or is_last_of_epoch(self.trainer, batch_idx)
         outputs = self.grad_cache.embed(batch)  # (N, D) of this process
         arguments = self.gather_batch(outputs, batch)  # embeddings (Q, D), (P, D) or scores (Q, C), of all processes
         loss: Tensor = self.loss(*arguments)

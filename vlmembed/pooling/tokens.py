@@ -23,9 +23,7 @@ class LastToken(Pooling):
     num_last_tokens = 1
 
     def forward(self, hidden: Tensor, mask: Tensor, input_ids: Tensor | None = None) -> Tensor:
-        position = mask.shape[1] - 1 - mask.flip(1).argmax(dim=1)  # (B,), whichever side is padded.
-        last = hidden[torch.arange(len(hidden), device=hidden.device), position]
-        return last.to(torch.promote_types(last.dtype, torch.float32))
+        return state_at(hidden, mask.shape[1] - 1 - mask.flip(1).argmax(dim=1))  # Whichever side is padded.
 
 
 class EndToken(LastToken):

@@ -64,14 +64,14 @@ class Checkpointing:
         checkpoint[STATE] = {
             "moment": moment,
             "validation_due": moment == "batch" and _is_validation_due(trainer),
-            "epoch_ends": moment == "batch" and _is_last_of_epoch(trainer, index),
+            "epoch_ends": moment == "batch" and is_last_of_epoch(trainer, index),
             "step": trainer.global_step,
             "random": distributed.gather_objects(_random_state()),
             "metrics": {name: value.detach().cpu() for name, value in trainer.callback_metrics.items()},
             "stops": trainer.should_stop,
             "callbacks": {
                 callback.state_key: {name: getattr(callback, name) for name in HIDDEN}
-                for callback in _model_checkpoints(trainer)
+                for callback in model_checkpoints(trainer)
             },
             "row": _unwritten_row(trainer) if moment == "batch" else {},
             "rows": _count_rows(trainer),
@@ -91,7 +91,10 @@ class Checkpointing:
         Raises:
             ValueError: If frozen weights are others, or weights are missing.
         """
-        self._complete(module, checkpoint)
+        # Where weights were left out, they are compared by name here, and not by torch.
+        module.strict_loading = FROZEN not in checkpoint
+        if FROZEN in checkpoint:
+            checkpoint["state_dict"] = complete_frozen(checkpoint, module, self._sums)
         trainer = module.trainer
         self._state = checkpoint.get(STATE, {}) if trainer.training else {}
         if self._state:
@@ -133,16 +136,6 @@ class Checkpointing:
         optimization.optim_progress.optimizer.step.total.completed += self._step_taken_off
         trainer.should_stop |= self._stops
         self._step_taken_off = self._stops = False
-
-    def _complete(self, module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        # Where weights were left out, they are compared by name here, and not by torch.
-        module.strict_loading = FROZEN not in checkpoint
-        if FROZEN in checkpoint:
-            checkpoint["state_dict"] = complete_frozen(checkpoint, module, self._sums)
-
-
-def _is_last_of_epoch(trainer: lightning.Trainer, batch_idx: int) -> bool:
-    return trainer.is_last_batch or batch_idx + 1 == trainer.num_training_batches
 
 
 def refuse_split_windows(trainer: lightning.Trainer, batches: int | None) -> None:
@@ -192,6 +185,11 @@ def moment_of(trainer: lightning.Trainer) -> str:
     validation = fit.epoch_loop.val_loop.batch_progress
     measured = validation.is_last_batch and validation.current.completed == validation.current.ready
     return "validation" if measured else "elsewhere"
+
+
+def is_last_of_epoch(trainer: lightning.Trainer, batch_idx: int) -> bool:
+    """Whether no other training batch follows in the epoch."""
+    return trainer.is_last_batch or batch_idx + 1 == trainer.num_training_batches
 
 
 def in_window(trainer: lightning.Trainer) -> bool:
@@ -268,7 +266,7 @@ def _count_rows(trainer: lightning.Trainer) -> int:
 def _restore_callbacks(trainer: lightning.Trainer, state: dict[str, Any]) -> None:
     """Tell each ModelCheckpoint what it does not keep; the one whose file this is was saving it at this step."""
     file = Path(str(trainer.ckpt_path)).resolve()
-    for callback in _model_checkpoints(trainer):
+    for callback in model_checkpoints(trainer):
         hidden = state["callbacks"].get(callback.state_key)
         if hidden is None:
             continue
@@ -281,7 +279,8 @@ def _restore_callbacks(trainer: lightning.Trainer, state: dict[str, Any]) -> Non
         vars(callback).update(zip(HIDDEN, (step, waits, path), strict=True))
 
 
-def _model_checkpoints(trainer: lightning.Trainer) -> Iterator[ModelCheckpoint]:
+def model_checkpoints(trainer: lightning.Trainer) -> Iterator[ModelCheckpoint]:
+    """Yield the callbacks that say where checkpoints are, and keep the best."""
     return (callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint))
 
 

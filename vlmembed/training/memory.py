@@ -19,11 +19,9 @@ from vlmembed import distributed
 from vlmembed.backbones import VisionLanguageModel
 from vlmembed.data import Collator
 from vlmembed.encoder import Encoder
-from vlmembed.features import FeatureCache, fingerprint, refuse_trainable
+from vlmembed.features import GIB, FeatureCache, fingerprint, refuse_trainable
 from vlmembed.gradcache import GradCache
 from vlmembed.types import PATCH_COST, Batch, Chunking, Example, Item, Part, RankingBatch
-
-GIB = 2**30
 
 #: The rest is left alone: for what an allocator cannot use, and for batches larger than the first.
 SAFE_SHARE = {"cuda": 0.9, "cpu": 0.5}
@@ -99,8 +97,7 @@ class MeasureChunks(Callback):
             with trainer.precision_plugin.forward_context():
                 tokens = tokens_per_chunk(encoder, data.collator)
             _report(trainer, tokens)
-        # A frozen tower keeps no activations, so its patches cost nothing.
-        data.set_chunking(tokens, PATCH_COST if encoder.backbone.trains_vision else 0.0)
+        data.set_chunking(tokens, _patch_cost(encoder))
 
 
 class MeasureGraphMemory(MeasureChunks):
@@ -139,9 +136,14 @@ def tokens_per_chunk(encoder: Encoder, collator: Collator) -> int:
     return -distributed.largest(-tokens, device)
 
 
+def _patch_cost(encoder: Encoder) -> float:
+    """Return what a patch costs, in tokens: nothing where the tower is frozen, and keeps no activations."""
+    return PATCH_COST if encoder.backbone.trains_vision else 0.0
+
+
 def _try(encoder: Encoder, collator: Collator, tokens: int) -> tuple[int, float]:
     """Send a chunk of about so many tokens forward and back; return how many it had, and the bytes it took."""
-    patch_cost = PATCH_COST if encoder.backbone.trains_vision else 0.0
+    patch_cost = _patch_cost(encoder)
     batch = _batch(collator, tokens / (1 + PATCHES_PER_TOKEN * patch_cost))
     cache = GradCache(encoder, graph_bytes=math.inf)
     peak = StepPeak(encoder.device)

@@ -15,14 +15,13 @@ from filelock import FileLock, Timeout
 from jsonargparse import dict_to_namespace
 from lightning import LightningModule, Trainer
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 
 from vlmembed import distributed
 from vlmembed.files import clear_drafts
 from vlmembed.training.checkpoint_files import newest_checkpoint
-from vlmembed.training.checkpointing import STATE, set_version
+from vlmembed.training.checkpointing import STATE, model_checkpoints, set_version
 
 #: For ``ckpt_path``: the newest whole checkpoint of the newest fit.
 LAST = "last"
@@ -168,8 +167,8 @@ def _take_over(trainer: Trainer, folder: Path) -> tuple[str | None, int]:
 
 
 def _checkpoint_folders(trainer: Trainer, folder: Path) -> list[Path]:
-    callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
-    return [folder / "checkpoints", *(Path(callback.dirpath) for callback in callbacks if callback.dirpath)]
+    named = [Path(callback.dirpath) for callback in model_checkpoints(trainer) if callback.dirpath]
+    return [folder / "checkpoints", *named]
 
 
 def _open_log(logger: CSVLogger, count: int) -> None:
