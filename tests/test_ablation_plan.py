@@ -11,8 +11,8 @@ import yaml
 from ablating import write
 
 from vlmembed.ablation.command import planned_steps
-from vlmembed.ablation.plan import check_trials, plan, read_ablation
-from vlmembed.ablation.run import Trial
+from vlmembed.ablation.plan import check_trials, parse, plan, read_ablation
+from vlmembed.ablation.run import Local, Trial
 from vlmembed.cli import check
 
 ROOT = Path(__file__).parent.parent
@@ -99,10 +99,13 @@ AXIS = {"key": "part", "values": {"plain": 1}}
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sedes": [1]}, "there is no key 'sedes' (its value is [1]). The keys are ['base', 'output_dir'"),
+        ({"sedes": [1]}, "Option 'sedes' is not accepted (`ablate --help` lists the keys)"),
         ({"seeds": [0, 0]}, "seeds is [0, 0]; give different integers"),
-        ({"seeds": 3}, "seeds is 3; it is a list"),
-        ({"jobs": True}, "jobs is True; it is a int"),
+        ({"seeds": [0, -1]}, "seeds is [0, -1]; give different integers, none below 0"),
+        ({"seeds": 3}, "Parser key \"seeds\":\n  Expected a <class 'list'>. Got value: 3"),
+        ({"jobs": True}, "Parser key \"jobs\":\n  Expected a <class 'int'>. Got value: True"),
+        ({"base": None}, "the following arguments are required: base"),
+        ({"probe": {"layers": [0]}}, "probe is {'layers': [0]}; a probe has no grid, seed_keys, seeds"),
         ({"jobs": 0}, "jobs is 0; give 1 or more"),
         ({"metric": "test/ndgc@10"}, "metric is 'test/ndgc@10'; write val/ or test/"),
         ({"metric": "train/loss"}, "metric is 'train/loss'"),
@@ -146,11 +149,12 @@ def test_what_cannot_become_trials_is_refused(tmp_path: Path, changes: dict[str,
         plan(ablation)
 
 
-def test_a_missing_key_is_named(tmp_path: Path) -> None:
+def test_the_command_line_overrides_the_file(tmp_path: Path) -> None:
     path = write(tmp_path)
-    path.write_text(yaml.safe_dump({"base": "base.yaml", "grid": {"part": AXIS}, "output_dir": "out"}))
-    with pytest.raises(ValueError, match="the key 'metric' is missing"):
-        read_ablation(path)
+    ablation, options = parse(["--config", str(path), "--seeds", "[4]", "--metric=val/map", "--jobs", "3"])
+    assert (ablation.seeds, ablation.metric, ablation.jobs) == ([4], "val/map", 3)
+    assert [*ablation.grid] == ["part"]
+    assert isinstance(options.executor, Local)
 
 
 @pytest.mark.parametrize(

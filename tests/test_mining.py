@@ -210,9 +210,9 @@ def test_negatives_come_from_a_corpus_and_after_those_that_are_there(embedder: P
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"count": 0}, "got 0, 10, 0"),
-        ({"skip": -1}, "got 3, 10, -1"),
-        ({"skip": 8}, "depth 10 has no room for 8 to skip and 3 to take"),
+        ({"count": 0}, "got 0, 0 and 10"),
+        ({"skip": -1}, "got 3, -1 and 10"),
+        ({"skip": 8}, "depth at least both together; got 3, 8 and 10"),
         ({"margin": -0.1}, "margin is 0 or more.*-0.1"),
         ({"relative_margin": math.nan}, "relative_margin is 0 or more.*nan"),
     ],

@@ -5,31 +5,22 @@ from __future__ import annotations
 import copy
 import json
 import re
+from argparse import ArgumentError
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from jsonargparse import get_loader
+from jsonargparse import ArgumentParser, Namespace, get_loader, lazy_instance
 
-from vlmembed.ablation.run import Trial, read_trials
+from vlmembed.ablation.run import Executor, Local, Trial
 from vlmembed.metrics import METRICS
-from vlmembed.secrets import refuse_secrets
-
-#: The keys of the file, and the type of each.
-KINDS: dict[str, type] = {
-    **dict.fromkeys(("base", "output_dir", "metric"), str),
-    **dict.fromkeys(("grid", "baseline", "set"), dict),
-    **dict.fromkeys(("seeds", "seed_keys"), list),
-    "jobs": int,
-}
+from vlmembed.secrets import refuse_secrets, refuse_secrets_in
 
 #: What a seed changes if the file does not say: chance in the weights and in dropout, and the order of training rows.
-SEED_KEYS = ["seed_everything", "data.init_args.seed"]
-
-DEFAULTS: dict[str, Any] = {"baseline": {}, "seeds": [0], "seed_keys": SEED_KEYS, "set": {}, "jobs": 1}
+SEED_KEYS = ("seed_everything", "data.init_args.seed")
 
 #: File systems take names of 255 bytes.
 LONGEST_SLUG = 200
@@ -44,18 +35,31 @@ class Axis(NamedTuple):
 
 @dataclass(frozen=True)
 class Ablation:
-    """The content of ``ablation.yaml``."""
+    """What ``ablation.yaml`` holds.
 
-    path: Path  # the file, for error messages
-    base: Path  # the configuration of `fit` that trials differ from; in the file, relative to it
+    Args:
+        base: The configuration of ``fit`` that trials differ from; relative to the file.
+        output_dir: Where trials and their report are written.
+        grid: What is varied, by name: a dotted key of the configuration, and its values by label.
+        metric: The logged name that settings are compared by; higher is better.
+        baseline: Axis → label, of some axes: what the other settings are compared to.
+        seeds: Each setting is run with each of these.
+        seed_keys: The keys that the seed is set at.
+        set: Dotted key → value, for all trials.
+        jobs: How many trials run at the same time.
+        path: The file, for messages.
+    """
+
+    base: Path
     output_dir: Path
-    metric: str  # the logged name that settings are compared by, such as test/ndcg@10; higher is better
-    grid: Mapping[str, Axis]  # a setting is one label per axis
-    baseline: Mapping[str, str]  # axis → label, of some axes: what the other settings are compared to
-    seeds: list[int]  # each setting is run with each of these
-    seed_keys: list[str]  # the keys that the seed is set at
-    set: Mapping[str, Any]  # dotted key → value, for all trials
-    jobs: int  # trials at the same time
+    grid: dict = field(default_factory=dict)  # Of Axis, once it is read.
+    metric: str = "test/ndcg@10"
+    baseline: dict = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=lambda: [0])
+    seed_keys: list[str] = field(default_factory=lambda: [*SEED_KEYS])
+    set: dict = field(default_factory=dict)
+    jobs: int = 1
+    path: Path = Path("ablation.yaml")
 
     @property
     def settings(self) -> list[dict[str, str]]:
@@ -66,36 +70,62 @@ class Ablation:
     def to_yaml(self) -> str:
         """Write what is run, with nothing left to defaults."""
         grid = {name: axis._asdict() for name, axis in self.grid.items()}
-        fields = vars(self) | {"base": str(self.base), "output_dir": str(self.output_dir), "grid": grid}
-        return yaml.safe_dump({key: fields[key] for key in KINDS}, sort_keys=False, allow_unicode=True)
+        content = vars(self) | {"base": str(self.base), "output_dir": str(self.output_dir), "grid": grid}
+        del content["path"]
+        return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+def parse(args: Sequence[str]) -> tuple[Ablation, Namespace]:
+    """Read the command line of ``ablate`` and the file that it names: the ablation, and the other options."""
+    refuse_secrets_in(args)
+    command_line = parser()
+    try:
+        options = command_line.parse_args([*args])
+    except ArgumentError as error:
+        raise ValueError(f"{' '.join(args)}: {error} (`ablate --help` lists the keys).") from None
+    ablation = Ablation(**{key.name: options[key.name] for key in fields(Ablation) if key.name != "path"})
+    path = Path(options.config[-1])
+    ablation = replace(ablation, path=path, base=(path.parent / ablation.base).resolve())
+    if options.probe is None:
+        grid = {str(name): _axis(path, f"grid.{name}", axis) for name, axis in ablation.grid.items()}
+        baseline = {str(axis): str(label) for axis, label in ablation.baseline.items()}
+        ablation = replace(ablation, grid=grid, baseline=baseline)
+        _check(ablation)
+    else:
+        others = {"grid", "metric", "baseline", "seeds", "seed_keys", "jobs"}
+        unused = sorted(key for key in others if options[key] != command_line.get_default(key))
+        _expect(not unused, path, "probe", options.probe, f"a probe has no {', '.join(unused)}")
+    return ablation, command_line.instantiate_classes(options)
 
 
 def read_ablation(path: Path) -> Ablation:
-    """Read and check an ``ablation.yaml``.
+    """Read and check an ``ablation.yaml``; raises as `parse`."""
+    return parse(["--config", str(path)])[0]
 
-    Raises:
-        ValueError: Naming the file, the key, its value and what to do.
-    """
-    content = read_mapping(path)
-    check_keys(path, content, list(KINDS), list(DEFAULTS))
-    fields = DEFAULTS | content
-    for key, kind in KINDS.items():
-        _expect(type(fields[key]) is kind, path, key, fields[key], f"it is a {kind.__name__}")
-    fields["grid"] = {str(name): _axis(path, f"grid.{name}", axis) for name, axis in fields["grid"].items()}
-    fields["baseline"] = {str(axis): str(label) for axis, label in fields["baseline"].items()}
-    fields["base"] = (path.parent / fields["base"]).resolve()
-    ablation = Ablation(path, **(fields | {"output_dir": Path(fields["output_dir"])}))
-    _check(ablation)
-    _check_overlaps(ablation)
-    return ablation
+
+def parser() -> ArgumentParser:
+    """Return the parser of the command line, and of its file."""
+    command_line = ArgumentParser(
+        prog="python -m vlmembed ablate",
+        description="Run every setting of a grid with every seed, and report which differences are real. A trial is an "
+        "ordinary run of `fit`, in a folder of its own. After an interruption, the same command resumes. With a "
+        "`probe` in place of a `grid`, score every pooling without weights of one model, in one pass.",
+        exit_on_error=False,
+    )
+    probe = "in place of a grid: what vlmembed.ablation.probe.Probe takes besides the model"
+    where = "where trials run: Local, Ray, Slurm, or your own; `--executor Slurm --executor.options '[--gpus=1]'`"
+    command_line.add_argument("--config", action="config", required=True, help="the ablation, as YAML")
+    command_line.add_argument("--dry_run", action="store_true", help="list the trials and estimate their time")
+    command_line.add_argument("--retry_failed", action="store_true", help="run failed trials again")
+    command_line.add_argument("--report_only", action="store_true", help="report what has ended; train nothing")
+    command_line.add_argument("--probe", type=dict | None, help=probe)
+    command_line.add_class_arguments(Ablation, skip={"path"})
+    command_line.add_subclass_arguments(Executor, "executor", default=lazy_instance(Local), help=where)
+    return command_line
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """Read a YAML file as the command line does, which knows more floats (1e-3) and no dates.
-
-    Raises:
-        ValueError: If there is no such file, or it holds no mapping, or what looks like a secret.
-    """
+    """Read a YAML file of keys and values as the command line does, which knows more floats (1e-3) and no dates."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file.")
     try:
@@ -108,20 +138,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return content
 
 
-def check_keys(path: Path, content: Mapping[str, Any], keys: Sequence[str], optional: Sequence[str]) -> None:
-    """Refuse unknown and missing keys of a file."""
-    for key in content.keys() - set(keys):
-        raise ValueError(f"{path}: there is no key {key!r} (its value is {content[key]!r}). The keys are {[*keys]}.")
-    for key in set(keys) - set(optional) - content.keys():
-        raise ValueError(f"{path}: the key {key!r} is missing. The keys are {[*keys]}; see the README for an example.")
-
-
 def plan(ablation: Ablation) -> list[Trial]:
-    """Plan every trial, those of the first seed first, so that every setting has a number early.
-
-    Raises:
-        ValueError: If a key cannot be set in the base, or two settings would share a folder.
-    """
+    """Plan every trial, those of the first seed first, so that every setting has a number early."""
     base, output = read_mapping(ablation.base), ablation.output_dir.resolve()
     trials = []
     for seed in ablation.seeds:
@@ -133,11 +151,7 @@ def plan(ablation: Ablation) -> list[Trial]:
 
 
 def check_trials(trials: list[Trial], check: Callable[[dict[str, Any]], None], path: Path) -> None:
-    """Parse each setting's configuration with ``check``, so that the last one's typo shows before anything runs.
-
-    Raises:
-        ValueError: Naming the file at ``path``, the trial, and what ``check`` says.
-    """
+    """Parse each setting's configuration with ``check``, so that the last one's typo shows before anything runs."""
     # Seeds differ in nothing that could be wrong.
     for trial in [trial for trial in trials if trial.seed == trials[0].seed]:
         try:
@@ -189,32 +203,20 @@ def merge(old: Any, new: Any) -> Any:
 
 
 def remaining(trials: Sequence[Trial], retry_failed: bool = False) -> list[Trial]:
-    """Return the trials that have not ended, or, perhaps, failed.
-
-    Raises:
-        ValueError: If a trial has ended that is not what is planned now.
-    """
-    states = [trial.ended().status for trial in trials]
-    left = [status == "planned" or (retry_failed and status == "failed") for status in states]
-    for trial, status, is_left in zip(trials, states, left, strict=True):
-        changed = [] if is_left else differences(Trial.read(trial.folder), trial)
-        if changed:
+    """Return the trials that have not ended, or, perhaps, failed; refuse what ended with another configuration."""
+    left = []
+    for trial in trials:
+        status = trial.ended().status
+        if status == "planned" or (retry_failed and status == "failed"):
+            left.append(trial)
+        elif changed := differences(Trial.read(trial.folder), trial):
             retry = ", run with --retry_failed" if status == "failed" else ""
             raise ValueError(
                 f"{trial.folder / 'planned.json'}: {trial} has {status} with another configuration: "
                 f"{'; '.join(changed)}. Undo the change, delete that folder to run it again{retry}, or give another "
                 "--output_dir."
             )
-    # A report would show trials that the configuration does not have any more.
-    output = trials[0].folder.parents[2]
-    unplanned = sorted({trial.folder for trial in read_trials(output)} - {trial.folder for trial in trials})
-    if unplanned:
-        names = ", ".join(str(folder.relative_to(output)) for folder in unplanned[:3])
-        raise ValueError(
-            f"{output} has {len(unplanned)} trials that are not in the configuration (any more), such as {names}. Put "
-            "them back into its grid or seeds, delete their folders, or give another --output_dir."
-        )
-    return [trial for trial, is_left in zip(trials, left, strict=True) if is_left]
+    return left
 
 
 def differences(before: Trial, now: Trial) -> list[str]:
@@ -260,6 +262,7 @@ def _axis(path: Path, key: str, content: Any) -> Axis:
 
 
 def _check(ablation: Ablation) -> None:
+    """Refuse what does not fit together, and keys that overwrite what was set before them: nobody would notice."""
     path, seeds, (stage, *names) = ablation.path, ablation.seeds, ablation.metric.split("/")
     is_metric = stage in ("val", "test") and any(name in METRICS for name in names)
     advice = f"write val/ or test/, the set's name if there are several, and one of {[*METRICS]}"
@@ -269,21 +272,16 @@ def _check(ablation: Ablation) -> None:
         _expect(axis in ablation.grid, path, f"baseline.{axis}", label, f"the axes of the grid are {[*ablation.grid]}")
         labels = [*ablation.grid[axis].values]
         _expect(label in labels, path, f"baseline.{axis}", label, f"the labels of that axis are {labels}")
-    are_seeds = bool(seeds) and all(type(seed) is int and seed >= 0 for seed in seeds) and len(seeds) == len({*seeds})
+    are_seeds = 0 < len(seeds) == len({*seeds}) and min(seeds) >= 0
     _expect(are_seeds, path, "seeds", seeds, "give different integers, none below 0")
-    are_keys = bool(ablation.seed_keys) and all(isinstance(key, str) for key in ablation.seed_keys)
-    _expect(are_keys, path, "seed_keys", ablation.seed_keys, "give keys of a configuration of `fit`")
+    _expect(bool(ablation.seed_keys), path, "seed_keys", [], "give keys of a configuration of `fit`")
     _expect(ablation.jobs >= 1, path, "jobs", ablation.jobs, "give 1 or more")
-
-
-def _check_overlaps(ablation: Ablation) -> None:
-    """Refuse keys that overwrite what was set before them: nobody would notice."""
     keys = [(key, "set") for key in ablation.set]
     keys += [(axis.key, f"grid.{name}") for name, axis in ablation.grid.items()]
     keys += [(key, "seed_keys") for key in ablation.seed_keys]
     for (earlier, origin), (later, where) in combinations(keys, 2):
         over = f"{earlier}.".startswith(f"{later.removesuffix('.class_path')}.")
-        _expect(not over, ablation.path, where, later, f"it overwrites {earlier!r} of {origin}; leave one of them out")
+        _expect(not over, path, where, later, f"it overwrites {earlier!r} of {origin}; leave one of them out")
 
 
 def _expect(met: bool, path: Path, key: str, value: Any, advice: str) -> None:

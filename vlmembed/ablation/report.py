@@ -37,8 +37,8 @@ COSTS = {
 }
 #: Queries shown of each kind, characters of a query or document, and positives of a query.
 QUERIES, CHARACTERS, POSITIVES = 4, 300, 4
-#: Colours of the first settings in charts, characters of a name there, and points of a line without markers.
-COLOURS, LONGEST, MARKERS = ["#3f83d6", "#d9782d", "#2f9e77", "#a266c9", "#a98b00", "#d2568b"], 28, 10
+#: Colours of the first settings in charts, and characters of a name there.
+COLOURS, LONGEST = ["#3f83d6", "#d9782d", "#2f9e77", "#a266c9", "#a98b00", "#d2568b"], 28
 #: A colour that stands for the page's own text colour while matplotlib draws.
 INK = "#010203"
 CHART_STYLE: Any = {
@@ -46,26 +46,6 @@ CHART_STYLE: Any = {
     **{"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3},
     **{"legend.frameon": False, "svg.fonttype": "none", "svg.hashsalt": "vlmembed", "text.parse_math": False},
 }
-READING = f"""A setting’s metric is the mean over its seeds and all queries; ± over seeds is the standard deviation of
-the means of its n trials. Settings are compared by a paired test over queries, of which each is averaged over seeds
-first; the variance that seeds add is estimated where there are several. ± behind a difference is its 95 %
-interval. p is how often chance alone makes a difference at least as large, corrected after Holm (1979) for all pairs of
-settings, as the best was chosen after looking. Within noise: p is {ALPHA} or more, so these queries and seeds do not
-tell the two apart, which does not make them equal. For a number to publish, measure the best once more on queries that
-had no part in the choice. Seconds per step are medians, without the first two; peak memory is the GPU’s, or the
-process’s where there is none; bytes per embedding are those of float32.""".replace("\n", " ")
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of a report: a heading, a sentence, and any of a table of texts, charts, texts to unfold, and queries."""
-
-    heading: str
-    note: str = ""
-    table: pd.DataFrame | None = None
-    charts: Sequence[Markup] = ()
-    details: Mapping[str, str] = field(default_factory=dict)
-    queries: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True)
@@ -91,6 +71,11 @@ class Summary:
         """The settings with a finished trial by name, best first."""
         return {name_of(trial.setting): trial.setting for trial in self.finished}
 
+    @property
+    def arrays(self) -> list[np.ndarray]:
+        """The scores of each setting: a row per seed and a column per query."""
+        return [table.to_numpy() for _, table in self.scores.groupby(level=0, sort=False)] if self.finished else []
+
     def baseline_of(self, name: str) -> str | None:
         """Return what a setting is compared to: the baseline's labels, and the setting's own where that has none."""
         baseline = name_of({**self.settings[name], **self.ablation.baseline})
@@ -98,38 +83,37 @@ class Summary:
 
 
 def write_report(folder: Path) -> Path:
-    """Write ``report.html``, ``report.csv`` and ``report.md`` of an output folder, and return the path of the first.
-
-    Raises:
-        ValueError: If the folder's ``ablation.yaml`` or what its trials have left cannot be read, or trials were
-            measured on different queries.
-    """
+    """Write ``report.html``, ``report.csv`` and ``report.md`` of an output folder, and return the path of the first."""
     summary = summarize(folder)
-    numbers, ablation, sections = numbers_table(summary), summary.ablation, []
+    numbers, ablation, tables = numbers_table(summary), summary.ablation, dict[str, pd.DataFrame]()
     if summary.finished:
-        note = "Click on a heading to sort. Differences stand with their 95 % interval; p is corrected for all pairs."
-        sections += [Section("Settings", note, settings_table(summary, numbers)), _charts(summary, numbers)]
-        sections += _shown_queries(summary)
-        note = "Means over seeds. A number behind a name is the dimension that embeddings were cut to."
+        # A number behind a name is the dimension that embeddings were cut to.
         metrics = numbers[[name for name in numbers if "/" in name]].map("{:.4f}".format).replace("nan", "–")
-        sections.append(Section("All metrics", note, metrics))
-    errors = {f"{name_of(trial.setting)}, seed {trial.seed}": trial.error for trial in summary.ended if trial.error}
-    if errors:
-        sections.append(Section("Failed trials", details=errors))
-    written = replace(ablation, base=Path(relpath(ablation.base, folder.resolve())), output_dir=Path(".")).to_yaml()
-    packages = [f"{name} {version(name)}" for name in ("vlmembed", "torch", "transformers", "lightning", "scipy")]
-    sections.append(Section("What was run", f"With {', '.join(packages)}.", details={"Configuration": written}))
-    sections.append(Section("How to read this", READING))
-    title, lead, notes = f"Ablation of {' and '.join(ablation.grid)}", _lead(summary), _notes(summary)
+        tables = {"Settings": settings_table(summary, numbers), "All metrics, means over seeds": metrics}
+    title, notes = f"Ablation of {' and '.join(ablation.grid)}", [_lead(summary), *_notes(summary)]
+    loader = FileSystemLoader(Path(__file__).parent)
+    # Whatever comes from data is escaped.
+    environment = Environment(autoescape=True, loader=loader, undefined=StrictUndefined, trim_blocks=True)
+    page = environment.get_template("report.html.jinja").render(
+        title=title,
+        notes=notes,
+        tables={name: Markup(table.rename_axis("setting", axis=1).to_html(border=0)) for name, table in tables.items()},
+        chart=_chart(summary, numbers) if summary.finished else "",
+        queries=_shown_queries(summary),
+        errors={f"{name_of(trial.setting)}, seed {trial.seed}": trial.error for trial in summary.ended if trial.error},
+        ablation=replace(ablation, base=Path(relpath(ablation.base, folder.resolve())), output_dir=Path(".")),
+        versions=[f"{name} {version(name)}" for name in ("vlmembed", "torch", "transformers", "lightning", "scipy")],
+        alpha=ALPHA,
+    )
     labels = pd.DataFrame([*summary.settings.values()], numbers.index, [*ablation.grid])
     write_whole(folder / "report.csv", pd.concat([labels, numbers], axis=1).to_csv(index=False).encode())
-    write_whole(folder / "report.md", _markdown(title, [lead, *notes], sections).encode())
-    write_whole(folder / "report.html", render_page(title, lead, notes, sections).encode())
+    write_whole(folder / "report.md", _markdown(title, notes, tables).encode())
+    write_whole(folder / "report.html", page.encode())
     return folder / "report.html"
 
 
 def summarize(folder: Path) -> Summary:
-    """Read an output folder and compare its settings; raises as ``write_report`` does."""
+    """Read an output folder and compare its settings."""
     ablation = read_ablation(folder / "ablation.yaml")
     known = {(name_of(trial.setting), trial.seed): trial for trial in read_trials(folder)}
     planned = [(name_of(setting), seed) for setting in ablation.settings for seed in ablation.seeds]
@@ -139,12 +123,10 @@ def summarize(folder: Path) -> Summary:
     if not summary.finished:
         return summary
     evaluation, scores = read_scores(ablation.metric, summary.finished)
-    best_first = scores.mean(axis=1).groupby(level=0).mean().sort_values(ascending=False).index
-    scores = scores.loc[best_first]
-    ranks = {name: rank for rank, name in enumerate(best_first)}
-    ended.sort(key=lambda trial: ranks.get(name_of(trial.setting), len(ranks)))
-    pairs = compare(_arrays(scores))
-    return replace(summary, evaluation=evaluation, scores=scores, pairs=pairs)
+    ranks = scores.mean(axis=1).groupby(level=0).mean().rank(ascending=False, method="first")
+    ended.sort(key=lambda trial: ranks.get(name_of(trial.setting), len(planned)))
+    summary = replace(summary, evaluation=evaluation, scores=scores.loc[[*summary.settings]])
+    return replace(summary, pairs=compare(summary.arrays))
 
 
 def name_of(setting: Mapping[str, str]) -> str:
@@ -153,59 +135,51 @@ def name_of(setting: Mapping[str, str]) -> str:
 
 
 def read_scores(metric: str, trials: Sequence[Trial]) -> tuple[str, pd.DataFrame]:
-    """Read a metric by its logged name: the evaluation set, and a row per trial with a column per query.
-
-    Raises:
-        ValueError: If a trial has not measured it, or on other queries than the first.
-    """
-    name, rows = metric.partition("/")[2], list[pd.Series]()
+    """Read a metric by its logged name: the evaluation set, and a row per trial with a column per query."""
+    name, rows = metric.partition("/")[2], dict[tuple[str, int], pd.Series]()
     for trial in trials:
-        measured, columns = trial.folder / "measured", []
+        measured, columns = trial.folder / "measured", dict[tuple[str, str], pd.Series]()
         for path in measured.rglob("per_query.csv"):
             # Ids such as 007 and NA are texts.
             reading: Any = {"index_col": "query", "dtype": {"query": str}, "keep_default_na": False}
-            table = pd.read_csv(path, float_precision="round_trip", **reading)
-            evaluation = path.parent.relative_to(measured).as_posix()
-            columns += [(evaluation, column, table[column].astype(float)) for column in table]
-        meant = [column for column in columns if name in (column[1], f"{column[0]}/{column[1]}")]
+            table = pd.read_csv(path, float_precision="round_trip", **reading).astype(float)
+            columns |= {(path.parent.relative_to(measured).as_posix(), column): table[column] for column in table}
+        meant = [key for key in columns if name in (key[1], "/".join(key))]
         if len(meant) != 1:
-            known = sorted(f"{column[0]}/{column[1]}" for column in columns)
+            known = sorted(map("/".join, columns))
             raise ValueError(f"{measured}: metric {metric!r} means {len(meant)} of the columns, which are {known}")
-        ((evaluation, _, row),) = meant
-        if rows and list(row.index) != list(rows[0].index):
-            raise ValueError(f"{measured / evaluation}: other queries than in {trials[0].folder}, so not comparable")
-        rows.append(row.rename((name_of(trial.setting), trial.seed)))
-    return evaluation, pd.DataFrame(rows, pd.MultiIndex.from_tuples([row.name for row in rows]))
-
-
-def _arrays(scores: pd.DataFrame) -> list[np.ndarray]:
-    """Part the scores by setting."""
-    return [table.to_numpy() for _, table in scores.groupby(level=0, sort=False)]
+        rows[name_of(trial.setting), trial.seed] = row = columns[meant[0]]
+        if list(row.index) != list(next(iter(rows.values())).index):
+            raise ValueError(f"{measured / meant[0][0]}: other queries than in {trials[0].folder}, so not comparable")
+    return meant[0][0], pd.DataFrame(rows).T
 
 
 def numbers_table(summary: Summary) -> pd.DataFrame:
     """Make a row per setting, best first, with all figures of all values."""
     if not summary.finished:
         return pd.DataFrame()
-    rows, names = [], list(summary.settings)
-    for rank, (name, values) in enumerate(summary.scores.mean(axis=1).groupby(level=0, sort=False)):
-        seeds = " ".join(str(seed) for _, seed in values.index)
-        row = {"rank": rank + 1, "seeds": seeds, "mean": values.mean(), "standard_deviation": values.std()}
-        row |= {"least": values.min(), "most": values.max()}
-        for title, other in (("best", names[0]), ("baseline", summary.baseline_of(name))):
+    names, index = list(summary.settings), summary.scores.index
+    means = summary.scores.mean(axis=1).groupby(level=0, sort=False)
+    numbers = means.agg(mean="mean", standard_deviation="std", least="min", most="max")
+    numbers.insert(0, "seeds", [" ".join(str(seed) for _, seed in values.index) for _, values in means])
+    numbers.insert(0, "rank", range(1, len(names) + 1))
+    parts = [numbers]
+    for title in ("best", "baseline"):
+        rows = []
+        for rank, name in enumerate(names):
+            other = names[0] if title == "best" else summary.baseline_of(name)
             pair = summary.pairs.get((rank, names.index(other))) if other else None
-            row |= dict.fromkeys(f"{title}_{part}" for part in ("difference", "low", "high", "p", "verdict"))
+            rows.append(dict.fromkeys(("difference", "low", "high", "p", "verdict")))
             if pair:
                 low, high = pair.difference - pair.margin, pair.difference + pair.margin
-                row |= {f"{title}_difference": pair.difference, f"{title}_low": low, f"{title}_high": high}
-                row |= {f"{title}_p": pair.corrected, f"{title}_verdict": pair.verdict}
-        rows.append(row)
-    index = summary.scores.index
+                rows[-1] |= {"difference": pair.difference, "low": low, "high": high}
+                rows[-1] |= {"p": pair.corrected, "verdict": pair.verdict}
+        parts.append(pd.DataFrame(rows, names).add_prefix(f"{title}_"))
     # The median of costs, because a trial that was disturbed should not count.
     costs = pd.DataFrame([trial.cost for trial in summary.finished], index).reindex(columns=[*COSTS])
     metrics = pd.DataFrame([trial.metrics for trial in summary.finished], index)
-    parts = [table.groupby(level=0, sort=False) for table in (costs, metrics)]
-    return pd.concat([pd.DataFrame(rows, names), parts[0].median(), parts[1].mean()], axis=1)
+    parts += [costs.groupby(level=0, sort=False).median(), metrics.groupby(level=0, sort=False).mean()]
+    return pd.concat(parts, axis=1)
 
 
 def settings_table(summary: Summary, numbers: pd.DataFrame) -> pd.DataFrame:
@@ -218,9 +192,10 @@ def settings_table(summary: Summary, numbers: pd.DataFrame) -> pd.DataFrame:
         texts |= {"over seeds": spread, "s per step": "–"}
         for title in ("best", "baseline"):
             difference, high, p, verdict = (row[f"{title}_{part}"] for part in ("difference", "high", "p", "verdict"))
-            shown = isinstance(verdict, str)
-            interval = f"{difference:+.4f} ± {high - difference:.4f}".replace("-", "−") if shown else "–"
-            texts |= {f"to the {title}": interval, f"p, {title}": f"{p_text(p)}, {verdict}" if shown else "–"}
+            texts |= {f"to the {title}": "–", f"p, {title}": "–"}
+            if isinstance(verdict, str):
+                texts[f"to the {title}"] = f"{difference:+.4f} ± {high - difference:.4f}".replace("-", "−")
+                texts[f"p, {title}"] = f"{'<0.001' if p < 0.001 else f'{p:.3f}'}, {verdict}"
         for cost, (heading, form, divisor) in COSTS.items():
             texts[heading] = form.format(row[cost] / divisor).replace("nan", "–")
         rows[f"{name} (baseline)" if summary.baseline_of(name) == name else name] = texts
@@ -230,26 +205,16 @@ def settings_table(summary: Summary, numbers: pd.DataFrame) -> pd.DataFrame:
     return table[[name for name in table if set(table[name]) != {"–"} and not (same and name.endswith("baseline"))]]
 
 
-def p_text(value: float) -> str:
-    """Write a p-value."""
-    return "<0.001" if value < 0.001 else f"{value:.3f}"
-
-
 def _lead(summary: Summary) -> str:
     """Say what came out."""
     if not summary.finished:
         return "No trial has finished yet."
-    names, first = list(summary.settings), _arrays(summary.scores)[0]
+    names, first = list(summary.settings), summary.arrays[0]
     text = f"The best is “{names[0]}”: {summary.ablation.metric} {first.mean():.4f}, "
     text += f"over {len(first)} seeds and {first.shape[1]} queries."
     close = [f"“{names[j]}”" for (i, j), pair in summary.pairs.items() if not i and pair.verdict == "within noise"]
     if len(names) > 1:
         text += f" Within noise of it: {', '.join(close) or 'no other'} ({len(close)} of {len(names) - 1} others)."
-    baseline = summary.baseline_of(names[0])
-    if baseline and baseline != names[0]:
-        pair = summary.pairs[0, names.index(baseline)]
-        verdict = f"p {p_text(pair.corrected)}, {pair.verdict}"
-        text += f" It is {pair.difference:.4f} above its baseline, “{baseline}” ({verdict})."
     return text
 
 
@@ -257,13 +222,11 @@ def _notes(summary: Summary) -> list[str]:
     """Say how far the ablation has come, and what a reader must know before believing the numbers."""
     finished, jobs, failed = len(summary.finished), summary.ablation.jobs, len(summary.ended) - len(summary.finished)
     planned, hours = len(summary.ended) + len(summary.missing), sum(trial.seconds for trial in summary.ended) / 3600
-    arrays = _arrays(summary.scores) if finished else []
-    counts = [len(array) for array in arrays]
+    counts, deviation = [len(array) for array in summary.arrays], seed_variance(summary.arrays)[0] ** 0.5
     few = [f"“{name}”" for name, count in zip(summary.settings, counts, strict=True) if count < max(counts)]
-    deviation = seed_variance(arrays)[0] ** 0.5
     notes = {
         f"{finished} of {planned} trials finished, in {hours:.2f} hours.": True,
-        f"{failed} failed; the errors are below.": failed,
+        f"{failed} failed; report.html has the errors.": failed,
         f"{len(summary.missing)} not there yet: {', '.join(summary.missing)}.": summary.missing,
         f"{summary.surplus} more in the folder, which the configuration does not ask for, left out.": summary.surplus,
         "One setting alone: there is nothing to compare it with.": len(counts) == 1,
@@ -275,38 +238,35 @@ def _notes(summary: Summary) -> list[str]:
     return [note for note, is_met in notes.items() if is_met]
 
 
-def _shown_queries(summary: Summary) -> list[Section]:
+def _shown_queries(summary: Summary) -> dict[str, list[dict[str, Any]]]:
     """Show what single queries find: where settings differ most, the best, and the worst.
 
     Shown are the best setting, the baseline, and those with the highest and the lowest score of the query, each by its
     first finished seed.
     """
-    names, documents = list(summary.settings), summary.folder / "documents" / summary.evaluation
+    names, documents = list(summary.settings), summary.folder / "documents"
     first = {name_of(trial.setting): trial.folder for trial in reversed(summary.finished)}
     paths = [first[name] / "measured" / summary.evaluation / "top.json" for name in names]
     tops = [json.loads(path.read_text(encoding="utf-8")) if path.exists() else {} for path in paths]
     recorded = [query for query in summary.scores if all(query in top for top in tops)]
     if not recorded:
-        return []
+        return {}
     scores = summary.scores[recorded].groupby(level=0, sort=False).first().to_numpy()  # (K, Q)
     baseline = names.index(summary.baseline_of(names[0]) or names[0])
     mean, spread = scores.mean(0), np.ptp(scores, axis=0)
     kinds = {"Queries on which settings differ most": -spread, "Best queries": -mean, "Worst queries": mean}
-    sections = []
-    for heading, key in kinds.items():
-        queries = []
+    shown: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
+    for kind, key in kinds.items():
         for column in np.argsort(key, kind="stable")[:QUERIES].tolist():
             query, values, sides = recorded[column], scores[:, column], []
+            corpus, relevant = documents / summary.evaluation, [*tops[0][query]["relevant"]]
             for index in sorted({0, baseline, int(values.argmax()), int(values.argmin())}):
-                top = [(_content(documents, name), score, grade) for name, score, grade in tops[index][query]["top"]]
+                top = [(_content(corpus, name), score, grade) for name, score, grade in tops[index][query]["top"]]
                 sides.append((f"{names[index]}: {values[index]:.3f}", top))
-            relevant = [*tops[0][query]["relevant"]]
-            positives = [_content(documents, name) for name in relevant[:POSITIVES]]
-            asked = _content(summary.folder / "documents" / "queries" / summary.evaluation, query)
-            queries.append({"asked": asked, "positives": positives, "count": len(relevant), "sides": sides})
-        note = f"{summary.ablation.metric} and the first documents. A tick and a thick frame mark positives."
-        sections.append(Section(heading, note, queries=queries))
-    return sections
+            positives = [_content(corpus, name) for name in relevant[:POSITIVES]]
+            asked = _content(documents / "queries" / summary.evaluation, query)
+            shown[kind].append({"asked": asked, "positives": positives, "count": len(relevant), "sides": sides})
+    return shown
 
 
 def _content(folder: Path, name: str) -> dict[str, str]:
@@ -319,96 +279,64 @@ def _content(folder: Path, name: str) -> dict[str, str]:
 
 
 @rc_context(CHART_STYLE)
-def _charts(summary: Summary, numbers: pd.DataFrame) -> Section:
-    """Draw quality with its intervals, quality against cost, and learning."""
-    metric, names = summary.ablation.metric, list(summary.settings)
-    figure = Figure(figsize=(5.5, 0.9 + 0.3 * len(names)), layout="constrained")
-    axes = figure.add_subplot(xlabel=metric)
-    margins = [0.0, *(summary.pairs[index, 0].margin for index in range(1, len(names)))]
-    axes.errorbar(numbers["mean"], range(len(names)), xerr=margins, fmt="o", color=INK, markersize=5, capsize=3)
-    for index, array in enumerate(_arrays(summary.scores)):
-        axes.plot(array.mean(1), [index] * len(array), "o", color=COLOURS[0], markersize=4, alpha=0.7)
-    axes.set_yticks(range(len(names)), [_shortened(name) for name in names])
-    axes.invert_yaxis()
-    logs = {trial.folder: pd.read_csv(trial.folder / "metrics.csv") for trial in summary.finished}
-    validation = validation_name(metric, [column for log in logs.values() for column in log])
-    seconds, learning = {}, {}
-    for name, row in numbers.iterrows():
-        seconds[name] = pd.DataFrame({"mean": [row["mean"]]}, index=[row["seconds_per_step"]])
-        if validation:
-            tables = [logs[trial.folder] for trial in summary.finished if name_of(trial.setting) == name]
-            values = pd.concat(tables).reindex(columns=["step", validation]).dropna()
-            learning[name] = values.groupby("step")[validation].agg(["mean", "min", "max"])
-    charts = [to_svg(figure, f"{metric} of each setting, best first; the numbers are in the table")]
-    charts.append(line_chart(seconds, "seconds per training step", metric))
-    charts += [line_chart(learning, "training step", validation)] if validation else []
-    note = "Dots are single seeds, bars the 95 % interval of the difference from the best, shades the range over seeds."
-    return Section("Charts", note, charts=charts)
+def _chart(summary: Summary, numbers: pd.DataFrame) -> Markup:
+    """Draw quality with its intervals, quality against cost, and learning: inline SVG in the page's colours."""
+    metric, names, pairs = summary.ablation.metric, list(summary.settings), summary.pairs
+    logs = [pd.read_csv(trial.folder / "metrics.csv").assign(name=name_of(trial.setting)) for trial in summary.finished]
+    log = pd.concat(logs)
+    validation = validation_name(metric, [*log])
+    heights = [0.9 + 0.3 * len(names), 4, 4][: 3 if validation else 2]
+    figure = Figure(figsize=(5.5, sum(heights)), layout="constrained")
+    quality, cost, *learning = figure.subplots(len(heights), height_ratios=heights)
+    margins = [pairs[index, 0].margin if index else 0.0 for index in range(len(names))]
+    quality.errorbar(numbers["mean"], range(len(names)), xerr=margins, fmt="o", color=INK, markersize=5, capsize=3)
+    labels = [name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…" for name in names]
+    quality.set_yticks(range(len(names)), labels)
+    quality.invert_yaxis()
+    quality.set_xlabel(metric)
+    cost.set(xlabel="seconds per training step", ylabel=metric)
+    for index, (name, array) in enumerate(zip(names, summary.arrays, strict=True)):
+        quality.plot(array.mean(1), [index] * len(array), "o", color=COLOURS[0], markersize=4, alpha=0.7)
+        # The first settings are in colour.
+        style: Any = {"color": INK, "alpha": 0.3}
+        if index < len(COLOURS):
+            style = {"color": COLOURS[index], "label": labels[index]}
+        cost.plot(*numbers.loc[name, ["seconds_per_step", "mean"]], "o", **style)
+        for axes in learning:
+            axes.set(xlabel="training step", ylabel=validation)
+            curve = log[log["name"] == name].groupby("step")[validation].agg(["mean", "min", "max"]).dropna()
+            axes.plot(curve.index, curve["mean"], ".-", **style)
+            axes.fill_between(curve.index, curve["min"], curve["max"], alpha=0.1, color=style["color"], linewidth=0)
+    cost.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+    title = f"{metric} of each setting, best first; {metric} by seconds per training step"
+    return to_svg(figure, title + (f"; {validation} by training step" if validation else ""))
 
 
 def validation_name(metric: str, logged: Sequence[str]) -> str:
-    """Return the logged validation metric that is closest to another one; an empty text if there is none.
-
-    That is the same name under ``val/``; else the same measure, whole or on another evaluation set.
-    """
+    """Return the logged validation metric that is closest: the same name under ``val/``, or the same measure."""
     rest = metric.partition("/")[2]
     measure = next(part for part in reversed(rest.split("/")) if not part.isdecimal())
     others = [name for name in logged if name.startswith("val/") and name.endswith(f"/{measure}")]
     return next((name for name in (f"val/{rest}", f"val/{measure}", *others) if name in logged), "")
 
 
-def line_chart(curves: Mapping[str, pd.DataFrame], x_label: str, y_label: str) -> Markup:
-    """Draw a line per setting, its mean, and perhaps min and max, by x; the first settings in colour."""
-    figure = Figure(figsize=(5.5, 4.2), layout="constrained")
-    axes = figure.add_subplot(xlabel=x_label, ylabel=y_label)
-    for index, (name, curve) in enumerate(curves.items()):
-        colour, label = (COLOURS[index], _shortened(name)) if index < len(COLOURS) else (INK, None)
-        line = "o-" if len(curve) < MARKERS else "-"
-        axes.plot(curve.index, curve["mean"], line, color=colour, label=label, alpha=1 if label else 0.3)
-        if label and "min" in curve:
-            axes.fill_between(curve.index, curve["min"], curve["max"], color=colour, alpha=0.15, linewidth=0)
-    figure.legend(loc="outside lower center", ncols=2)
-    return to_svg(figure, f"{y_label} by {x_label}, for each setting")
-
-
-def _shortened(name: str) -> str:
-    return name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
-
-
 def to_svg(figure: Figure, title: str) -> Markup:
-    """Write a figure as inline SVG in the page's colours; the title is for those who do not see it."""
+    """Write a figure as inline SVG; the title is for those who do not see it."""
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     head, body = file.getvalue().split("<svg", 1)[1].split(">", 1)
-    # The width is the page's, and identifiers that nothing refers to would repeat from chart to chart.
-    view, body = head[head.index("viewBox") :].split(" xmlns")[0], re.sub(r' id="[A-Za-z.2]+_\d+"', "", body)
-    name = f'role="img" aria-label="{html.escape(title)}"'
-    return Markup(f"<svg {view} {name}>{body.replace(INK, 'currentColor')}")
+    view = head[head.index("viewBox") :].split(" xmlns")[0]  # The width is the page's.
+    return Markup(f'<svg {view} role="img" aria-label="{html.escape(title)}">{body.replace(INK, "currentColor")}')
 
 
-def render_page(title: str, lead: str, notes: Sequence[str], sections: Sequence[Section]) -> str:
-    """Render a page that needs nothing else; whatever comes from data is escaped."""
-    loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(autoescape=True, loader=loader, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters["table"] = lambda table: Markup(table.rename_axis("setting", axis="columns").to_html(border=0))
-    template = environment.get_template("report.html.jinja")
-    return template.render(title=title, lead=lead, notes=notes, sections=sections)
-
-
-def _markdown(title: str, notes: Sequence[str], sections: Sequence[Section]) -> str:
-    """Write what is not drawn."""
+def _markdown(title: str, notes: Sequence[str], tables: Mapping[str, pd.DataFrame]) -> str:
+    """Write the notes and the tables."""
     blocks = [f"# {plain(title)}", *map(plain, notes)]
-    for section in sections:
-        if section.charts or section.queries:
-            continue
-        blocks += [f"## {section.heading}", plain(section.note)]
-        if section.table is not None:
-            rows = [["setting", *section.table], ["---"] * (1 + section.table.shape[1])]
-            rows += [[plain(cell) for cell in row] for row in section.table.itertuples(name=None)]
-            blocks.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
-        for label, text in section.details.items():
-            blocks += [plain(label), f"<pre>{html.escape(text, quote=False)}</pre>"]
-    return "\n\n".join(block for block in blocks if block) + "\n"
+    for heading, table in tables.items():
+        rows = [["setting", *table], ["---"] * (1 + table.shape[1])]
+        rows += [[plain(cell) for cell in row] for row in table.itertuples(name=None)]
+        blocks += [f"## {heading}", "\n".join(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n\n".join(blocks) + "\n"
 
 
 def plain(text: str) -> str:

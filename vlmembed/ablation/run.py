@@ -28,7 +28,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -109,11 +109,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def perform(folder: Path, fit: str = FIT) -> Trial:
-    """Perform the planned trial of a folder from its start, unless it has finished already.
-
-    Raises:
-        TimeoutError: If another process works in the folder.
-    """
+    """Perform the planned trial of a folder from its start, unless it has finished; raises as `locked`."""
     with locked(folder) as lock:
         trial = Trial.read(folder)
         if trial.ended().status == "finished":
@@ -144,24 +140,18 @@ def locked(folder: Path, patience: float = 60.0) -> Iterator[int]:
     """Hold the lock of a folder, and yield its file descriptor; wait some seconds for killed processes to end.
 
     It is not `filelock`'s, because a child process must be able to inherit it: this one is free when the last process
-    that has it has ended.
-
-    Raises:
-        TimeoutError: If another process still holds it.
+    that has it has ended. A ``TimeoutError`` says that another process still holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock, deadline = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT), time.monotonic() + patience
     try:
         while True:
-            try:
+            with suppress(BlockingIOError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise TimeoutError(
-                        f"{folder}: another process is at work here; let it finish, or end it."
-                    ) from None
-                time.sleep(0.2)
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{folder}: another process is at work here; let it finish, or end it.")
+            time.sleep(0.2)
         yield lock
     finally:
         os.close(lock)
@@ -169,14 +159,11 @@ def locked(folder: Path, patience: float = 60.0) -> Iterator[int]:
 
 def _outcome(trial: Trial, status: int) -> dict[str, Any]:
     """Judge a trial by its exit status and by what it logged."""
-    metrics: dict[str, float] = {}
-    path, cost = trial.folder / "metrics.csv", trial.folder / "cost.json"
-    if path.exists():
-        with path.open(encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                # The last value of a name is the trained model's.
-                metrics |= {name: float(row[name]) for name in row if name.startswith(("val/", "test/")) and row[name]}
-    error = None
+    path, cost, error = trial.folder / "metrics.csv", trial.folder / "cost.json", None
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    logged = [pair for row in csv.DictReader(lines) for pair in row.items()]
+    # The last value of a name is the trained model's.
+    metrics = {name: float(value) for name, value in logged if value and name.startswith(("val/", "test/"))}
     if status:
         cause = f"ended by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
         log = (trial.folder / "log.txt").read_text(encoding="utf-8", errors="replace")
@@ -205,12 +192,12 @@ class Local(Executor):
         for share in shares_of_machine(jobs):
             shares.put(share)
 
-        # The tie is inside: an interrupt ends the trials before the pool waits for its threads.
-        with ThreadPoolExecutor(jobs) as pool, tie() as pipe:
+        # The ties are inside: an interrupt ends the trials before the pool waits for its threads.
+        with ThreadPoolExecutor(jobs) as pool, ExitStack() as ties:
 
             def work(command: Sequence[str]) -> None:
                 share = shares.get()
-                run_tied(command, pipe, share)
+                run_tied(command, ".", share, ties)
                 shares.put(share)
 
             list(pool.map(work, commands))
@@ -241,7 +228,7 @@ class Slurm(Executor):
             array_parallelism=jobs,
             additional_parameters={name: value or True for name, value in options.items()},
         )
-        for job in executor.map_array(_run_there, commands, [os.getcwd()] * len(commands)):
+        for job in executor.map_array(run_tied, commands, [os.getcwd()] * len(commands)):
             try:
                 job.result()
             except submitit.core.utils.UncompletedJobError as error:
@@ -267,7 +254,7 @@ class Ray(Executor):
         import ray
 
         ray.init(ignore_reinit_error=True)
-        task = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=0)(_run_there)
+        task = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=0)(run_tied)
         for reference in [task.remote(list(command), os.getcwd()) for command in commands]:
             try:
                 ray.get(reference)
@@ -297,32 +284,20 @@ def shares_of_machine(jobs: int) -> list[dict[str, str]]:
     return [{"OMP_NUM_THREADS": threads, **gpu} for gpu in gpus]
 
 
-@contextmanager
-def tie() -> Iterator[int]:
-    """Yield the end of a pipe that trials read from: the pipe closes when this process ends, even if it is killed."""
-    reading, writing = os.pipe()
-    try:
-        yield reading
-    finally:
-        os.close(writing)
-        os.close(reading)
-
-
-def run_tied(command: Sequence[str], pipe: int, share: Mapping[str, str], folder: str = ".") -> None:
-    """Run a trial in a session of its own, and end whatever it leaves behind."""
-    environment = {**os.environ, **share}
+def run_tied(
+    command: Sequence[str], folder: str, share: Mapping[str, str] | None = None, ties: ExitStack | None = None
+) -> None:
+    """Run a trial in a session of its own; it ends with this process, or with ``ties``, and whatever it leaves too."""
+    environment = {**os.environ, **(share or {})}
     # A trial is one process that starts its others itself; Lightning would take SLURM's count of tasks for theirs.
     environment.pop("SLURM_NTASKS", None)
-    process = subprocess.Popen([*command, "--tied"], stdin=pipe, env=environment, cwd=folder, start_new_session=True)
+    # Standard input is a pipe, which closes when this process ends, even if it is killed.
+    options: Any = {"stdin": subprocess.PIPE, "env": environment, "cwd": folder, "start_new_session": True}
+    process = subprocess.Popen([*command, "--tied"], **options)
+    (ties or ExitStack()).enter_context(process)
     process.wait()
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-
-
-def _run_there(command: Sequence[str], folder: str) -> None:
-    """Run a trial in a worker of a cluster, and end it with the worker."""
-    with tie() as pipe:
-        run_tied(command, pipe, {}, folder)
 
 
 def main() -> None:

@@ -55,13 +55,8 @@ class PairwiseComparison:
 def compare(scores: Sequence[Float64[np.ndarray, "_ Q"]]) -> dict[tuple[int, int], PairwiseComparison]:
     """Compare every setting with every other: pair → how its first compares to its second, in both orders.
 
-    Args:
-        scores: Of each setting, a row per seed and a column per query; the same queries in all of them. Settings may
-            have different numbers of seeds.
-
-    Raises:
-        ValueError: If settings have different numbers of queries, fewer than two, no seed, or scores that are not
-            finite.
+    ``scores`` has, of each setting, a row per seed and a column per query: the same queries in all of them, at least
+    two, all scores finite; settings may have different numbers of seeds.
     """
     _check(scores)
     means = np.stack([rows.mean(0) for rows in scores])  # (K, Q)
@@ -90,9 +85,8 @@ def compare(scores: Sequence[Float64[np.ndarray, "_ Q"]]) -> dict[tuple[int, int
 def seed_variance(scores: Sequence[Float64[np.ndarray, "_ Q"]]) -> tuple[float, float, int]:
     """Estimate what another seed changes, from the settings with several; each counts by its degrees of freedom.
 
-    Returns:
-        The variance of the means of a setting's trials; how much of it comes from seeds acting on each query
-        differently; and the degrees of freedom of the former, 0 where no setting has two seeds.
+    That is the variance of the means of a setting's trials; how much of it comes from seeds acting on each query
+    differently; and the degrees of freedom of the former, 0 where no setting has two seeds.
     """
     several = [rows for rows in scores if len(rows) > 1]
     weights = [len(rows) - 1 for rows in several]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from itertools import chain, groupby
 from pathlib import Path
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from vlmembed.features import read_tensor, signed
 from vlmembed.files import clear_drafts, digest, write_whole
 from vlmembed.media import load_image
-from vlmembed.types import Item, Part, Role
+from vlmembed.types import Item, Role
 
 #: Batches that are encoded, and cached, together: their images are open. Sentence Transformers sorts them by length.
 BATCHES = 8
@@ -39,18 +39,18 @@ DistinctItems = dict[str, Entry]
 
 def identify(item: Item) -> tuple[str, str]:
     """Return what identifies an item: its texts, pixels and videos in order, and its images and videos alone."""
-    digests = [(part.kind, _digest(part, item.origin)) for part in item.parts]
-    return digest(part for _, part in digests), " ".join(sorted(part for kind, part in digests if kind != "text"))
-
-
-def _digest(part: Part, origin: str) -> str:
-    if part.kind == "text":
-        return digest([part.kind, str(part.value)])
-    if part.kind == "video" and isinstance(part.value, Path):
-        return digest([part.kind, _file_digest(part.value)])
-    # `Part.digest` takes a file for its path; here a copy of an image is the same image. One is open at a time.
-    images = (load_image(frame, origin) for frame in part.frames)
-    return digest(chain([part.kind], chain.from_iterable((f"{image.size}", image.tobytes()) for image in images)))
+    digests = []
+    for part in item.parts:
+        content: Iterable[str | bytes] = [str(part.value)]
+        if part.kind == "video" and isinstance(part.value, Path):
+            content = [_file_digest(part.value)]
+        elif part.kind != "text":
+            # `Part.digest` takes a file for its path; here a copy of an image is the same image. One is open at a time.
+            images = (load_image(frame, item.origin) for frame in part.frames)
+            content = chain.from_iterable((f"{image.size}", image.tobytes()) for image in images)
+        digests.append(digest(chain([part.kind], content)))
+    shown = [value for part, value in zip(item.parts, digests, strict=True) if part.kind != "text"]
+    return digest(digests), " ".join(sorted(shown))
 
 
 def _file_digest(path: Path) -> bytes:
@@ -61,35 +61,31 @@ def _file_digest(path: Path) -> bytes:
 def model_input(item: Item) -> dict[str, Any]:
     """Return what Sentence Transformers takes for an item: its texts, open images and videos, by kind.
 
-    Raises:
-        ValueError: If the item shows kinds by turns, which such a mapping cannot say.
+    A ``ValueError`` says that the item shows kinds by turns, which such a mapping cannot say.
     """
     content: dict[str, Any] = {}
-    for kind, parts in groupby(item.parts, key=lambda part: part.kind):
-        if kind in content:
-            kinds = ", ".join(kind for kind, _ in groupby(part.kind for part in item.parts))
-            raise ValueError(
-                f"{item.origin}: texts and images by turns ({kinds}) cannot be given to Sentence Transformers in "
-                "order. Put all images together."
-            )
-        values: list[Any] = []
-        for part in parts:
+    kinds = [kind for kind, _ in groupby(part.kind for part in item.parts)]
+    if len(kinds) > len({*kinds}):
+        raise ValueError(
+            f"{item.origin}: texts and images by turns ({', '.join(kinds)}) cannot be given to Sentence Transformers "
+            "in order. Put all images together."
+        )
+    for part in item.parts:
+        value: Any = part.value
+        if part.frames:
             images = [load_image(frame, item.origin) for frame in part.frames]
-            video = images or str(Path(str(part.value)).absolute())
-            values.append(images[0] if kind == "image" else part.value if kind == "text" else video)
-        content[kind] = values[0] if len(values) == 1 else values
-    return content
+            value = images[0] if part.kind == "image" else images
+        elif part.kind == "video":
+            value = str(Path(str(value)).absolute())
+        content.setdefault(part.kind, []).append(value)
+    return {kind: values[0] if len(values) == 1 else values for kind, values in content.items()}
 
 
 class Embedder:
-    """Embeds items with a Sentence Transformers model, with its own prompts for queries and for documents.
+    """Embeds items with any Sentence Transformers model, with its own prompts for queries and for documents.
 
-    Args:
-        model: A folder, or a Hub id.
-        batch_size: Items that go through the model at once.
-        cache: A folder where embeddings are kept, for the next time that the same content is embedded with the same
-            files of a model; None to keep none.
-        trust_remote_code: Whether to run the model's own code.
+    In the folder ``cache`` embeddings are kept, for the next time that the same content is embedded with the same files
+    of a model.
     """
 
     def __init__(self, model: str, batch_size: int, cache: str | None = None, trust_remote_code: bool = False) -> None:
@@ -104,24 +100,22 @@ class Embedder:
         """Embed items as queries or as documents, in float32, where the model is."""
         distinct, size, pieces = [*items], BATCHES * self.batch_size, []
         for start in tqdm(range(0, len(items), size), desc=f"Embedding {len(items)} distinct items ({role})"):
-            contents = distinct[start : start + size]
-            if self._cache is None:
-                pieces.append(self._encode(items, contents, role))
-                continue
-            key = digest([self._version, role, *contents])
-            path = self._cache / f"{key}.safetensors"
-            piece = read_tensor(path, key)
+            contents, piece = distinct[start : start + size], None
+            if self._cache is not None:
+                key = digest([self._version, role, *contents])
+                path = self._cache / f"{key}.safetensors"
+                piece = read_tensor(path, key)
             if piece is None:
-                piece = self._encode(items, contents, role)
-                write_whole(path, save({signed(key, piece): piece}))
+                piece = self._encode([items[content].read() for content in contents], role)
+                if self._cache is not None:
+                    write_whole(path, save({signed(key, piece): piece}))
             pieces.append(piece)
         return torch.cat(pieces).to(self.model.device)
 
-    def _encode(self, items: DistinctItems, contents: Sequence[str], role: Role) -> Float[Tensor, "N D"]:
+    def _encode(self, items: Sequence[Item], role: Role) -> Float[Tensor, "N D"]:
         encode = self.model.encode_query if role == "query" else self.model.encode_document
-        inputs = [model_input(items[content].read()) for content in contents]
         options: Any = {"batch_size": self.batch_size, "convert_to_tensor": True, "show_progress_bar": False}
-        return encode(inputs, **options).float().cpu()
+        return encode([*map(model_input, items)], **options).float().cpu()
 
 
 def model_version(model: str) -> str:
@@ -129,8 +123,6 @@ def model_version(model: str) -> str:
     try:
         folder = Path(model if Path(model).is_dir() else snapshot_download(model, local_files_only=True))
     except ValueError as error:
-        raise ValueError(
-            f"{model}: its files are not found, so its embeddings have no key; leave out cache."
-        ) from error
+        raise ValueError(f"{model}: its files are not found, so embeddings have no key; leave out cache.") from error
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return digest(chain.from_iterable((path.relative_to(folder).as_posix(), _file_digest(path)) for path in files))

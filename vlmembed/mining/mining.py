@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
+from itertools import islice, tee
 from pathlib import Path
 
 from jaxtyping import Float
@@ -20,8 +20,8 @@ from vlmembed.mining.embedding import DistinctItems, Embedder, Entry, identify
 from vlmembed.mining.scoring import unscored, write_rows
 from vlmembed.types import Example, Item
 
-#: Rows, or documents of a corpus, whose items are in memory at the same time.
-ROWS = 64
+#: Items that are in memory at the same time.
+ITEMS = 256
 
 
 def mine(
@@ -107,22 +107,25 @@ class Choice:
     max_score: float | None
 
     def __post_init__(self) -> None:
-        if min(self.count, self.depth) < 1 or self.skip < 0:
+        if self.count < 1 or self.skip < 0 or self.depth < self.skip + self.count:
             raise ValueError(
-                f"negatives and depth are 1 or more, skip is 0 or more; got {self.count}, {self.depth}, {self.skip}."
+                f"negatives is 1 or more, skip 0 or more, and depth at least both together; got {self.count}, "
+                f"{self.skip} and {self.depth}."
             )
-        if self.depth < self.skip + self.count:
-            raise ValueError(f"depth {self.depth} has no room for {self.skip} to skip and {self.count} to take.")
-        for name, value in (("margin", self.margin), ("relative_margin", self.relative_margin)):
+        for name in ("margin", "relative_margin"):
+            value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"{name} is 0 or more, or null; got {value}.")
 
     def ceiling(self, positive: float) -> float:
         """Return the largest similarity of a negative, given that of the positive."""
-        # A share of the size, so that a similarity below zero gets a lower ceiling too.
-        below = max(self.margin or 0.0, abs(positive) * (self.relative_margin or 0.0))
-        ceiling = math.inf if self.margin is None and self.relative_margin is None else positive - below
-        return min(ceiling, math.inf if self.max_score is None else self.max_score)
+        limits = [math.inf if self.max_score is None else self.max_score]
+        if self.margin is not None:
+            limits.append(positive - self.margin)
+        if self.relative_margin is not None:
+            # A share of the size, so that a similarity below zero gets a lower ceiling too.
+            limits.append(positive - abs(positive) * self.relative_margin)
+        return min(limits)
 
 
 @dataclass
@@ -138,43 +141,44 @@ class Pool:
 
 def gather(rows: Source, corpus: str | Source | EvaluationSource | None) -> Pool:
     """Read all rows once, and the corpus; without one, the rows' documents are the candidates."""
+
+    def read(row: int, rank: int) -> Item:
+        return _items(rows[row])[rank]
+
     pool = Pool()
-    with ThreadPoolExecutor() as threads:  # Decoding images leaves Python's lock to others.
-        if corpus is not None:
-            sequence = as_evaluation(corpus).corpus
-            for indices in _blocks(len(sequence)):
-                identities = threads.map(identify, [sequence[index] for index in indices])
-                for index, (content, images) in zip(indices, identities, strict=True):
-                    pool.documents.setdefault(content, Entry(partial(sequence.__getitem__, index), images))
-            pool.candidates = len(pool.documents)
-        for indices in _blocks(len(rows)):
-            examples = [unscored(rows[row]) for row in indices]
-            identities = threads.map(identify, [item for one in examples for item in (one.query, *one.documents)])
-            for row, example in zip(indices, examples, strict=True):
-                # Of the query and of each document: its content, and how to read it again.
-                query, *documents = (
-                    (content, Entry(partial(_item, rows, row, rank), images))
-                    for rank, (content, images) in enumerate(islice(identities, 1 + len(example.documents)))
-                )
-                positives, negatives = dict(documents[: len(example.positives)]), documents[len(example.positives) :]
-                pool.queries.setdefault(*query)
-                pool.positives.setdefault(query[0], set()).update(positives)
-                pool.rows.append((query[0], {content for content, _ in negatives}))
-                for content, entry in documents if corpus is None else positives.items():
-                    pool.documents.setdefault(content, entry)
-    if corpus is None:
+    if corpus is not None:
+        sequence = as_evaluation(corpus).corpus
+        items = (sequence[index] for index in range(len(sequence)))
+        for index, (content, images) in enumerate(_identities(items)):
+            pool.documents.setdefault(content, Entry(partial(sequence.__getitem__, index), images))
         pool.candidates = len(pool.documents)
+    examples, ahead = tee(unscored(rows[row]) for row in range(len(rows)))
+    identities = _identities(item for example in ahead for item in _items(example))
+    for row, example in enumerate(examples):
+        # Of the query and of each document: its content, and how to read it again.
+        query, *documents = (
+            (content, Entry(partial(read, row, rank), images))
+            for rank, (content, images) in enumerate(islice(identities, 1 + len(example.documents)))
+        )
+        count = len(example.positives)
+        pool.queries.setdefault(*query)
+        pool.positives.setdefault(query[0], set()).update(content for content, _ in documents[:count])
+        pool.rows.append((query[0], {content for content, _ in documents[count:]}))
+        for content, entry in documents if corpus is None else documents[:count]:
+            pool.documents.setdefault(content, entry)
+    pool.candidates = pool.candidates or len(pool.documents)
     return pool
 
 
-def _blocks(size: int) -> list[range]:
-    return [range(start, min(start + ROWS, size)) for start in range(0, size, ROWS)]
+def _items(example: Example) -> tuple[Item, ...]:
+    return (example.query, *example.documents)
 
 
-def _item(rows: Source, row: int, rank: int) -> Item:
-    """Read a row's query (0), or its document of that rank."""
-    example = rows[row]
-    return (example.query, *example.documents)[rank]
+def _identities(items: Iterator[Item]) -> Iterator[tuple[str, str]]:
+    """Identify items in order, some at a time: decoding images leaves Python's lock to others."""
+    with ThreadPoolExecutor() as threads:
+        while block := list(islice(items, ITEMS)):
+            yield from threads.map(identify, block)
 
 
 def hard_negatives(

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,9 @@ def _scored(reranker: sentence_transformers.CrossEncoder, source: Source, batch_
         # Several batches at a time, which Sentence Transformers sorts by length.
         full = sum(len(example.documents) for example in examples) >= BATCHES * batch_size
         if full or row == len(source) - 1:
-            scores = iter(_logits(reranker, examples, batch_size))
+            logits = iter(_logits(reranker, examples, batch_size))
             for example in examples:
-                yield replace(example, scores=tuple(next(scores) for _ in example.documents))
+                yield replace(example, scores=tuple(islice(logits, len(example.documents))))
             examples = []
 
 
@@ -67,11 +68,11 @@ def _logits(reranker: sentence_transformers.CrossEncoder, examples: Sequence[Exa
         if query.keys() == document.keys() == {"text"}:
             inputs[index] = query["text"], document["text"]  # Rerankers of text take nothing else.
     options: Any = {"activation_fn": torch.nn.Identity(), "convert_to_tensor": True, "show_progress_bar": False}
-    numbers: list[float] = reranker.predict(inputs, batch_size=batch_size, **options).tolist()
-    for (_, document), number in zip(pairs, numbers, strict=True):
-        if not math.isfinite(number):
-            raise ValueError(f"{document.origin}: the reranker's score is {number}, not a finite number.")
-    return numbers
+    logits: list[float] = reranker.predict(inputs, batch_size=batch_size, **options).tolist()
+    for (_, document), logit in zip(pairs, logits, strict=True):
+        if not math.isfinite(logit):
+            raise ValueError(f"{document.origin}: the reranker's score is {logit}, not a finite number.")
+    return logits
 
 
 def unscored(example: Example) -> Example:
@@ -85,22 +86,20 @@ def unscored(example: Example) -> Example:
 
 
 def write_rows(path: Path, examples: Iterable[Example]) -> int:
-    """Write training rows that ``vlmembed.data.Rows`` reads; the file is there once all of them are.
+    """Write training rows that ``vlmembed.data.Rows`` reads, and return how many; the file is there once all are.
 
     Images and videos in files are named by their path relative to the written file; where one is outside of its
-    folder, it is said how to allow that. Open images are written as PNG into a folder beside it, each once. Returns
-    the number of rows.
+    folder, it is said how to allow that. Open images are written as PNG into a folder beside it, each once.
     """
-    outside: set[Path] = set()
+    images, outside, count = path.parent / f"{path.stem}_images", set[Path](), 0
 
     def cell(item: Item) -> Any:
         if [part.kind for part in item.parts] == ["text"]:
             return item.parts[0].value
-        return [{"type": part.kind, part.kind: _value(part.value, path, outside)} for part in item.parts]
+        return [{"type": part.kind, part.kind: _value(part.value, path, images, outside)} for part in item.parts]
 
     clear_drafts(path.parent, path.name)
-    clear_drafts(_image_folder(path))
-    count = 0
+    clear_drafts(images)
     with whole_file(path) as draft, draft.open("w", encoding="utf-8") as lines:
         for example in examples:
             row = {"query": cell(example.query), "positive": [*map(cell, example.positives)]}
@@ -114,14 +113,14 @@ def write_rows(path: Path, examples: Iterable[Example]) -> int:
     return count
 
 
-def _value(content: str | Frame | tuple[Frame, ...], path: Path, outside: set[Path]) -> Any:
+def _value(content: str | Frame | tuple[Frame, ...], path: Path, images: Path, outside: set[Path]) -> Any:
     """Return a text, or the path of a file relative to the written one's; note the folder of one outside of it."""
     if isinstance(content, str):
         return content
     if isinstance(content, tuple):
-        return [_value(frame, path, outside) for frame in content]
+        return [_value(frame, path, images, outside) for frame in content]
     if not isinstance(content, Path):
-        image, content = content, _image_folder(path) / f"{Part('image', content).digest.hex()}.png"
+        image, content = content, images / f"{Part('image', content).digest.hex()}.png"
         if not content.exists():
             with whole_file(content) as draft:
                 load_image(image).save(draft, "PNG")  # Upright: PNG would lose which side is up.
@@ -129,7 +128,3 @@ def _value(content: str | Frame | tuple[Frame, ...], path: Path, outside: set[Pa
     if not file.is_relative_to(folder):
         outside.add(file.parent)
     return Path(os.path.relpath(file, folder)).as_posix()
-
-
-def _image_folder(path: Path) -> Path:
-    return path.parent / f"{path.stem}_images"
