@@ -137,7 +137,7 @@ def test_a_bad_file_is_refused(tmp_path: Path, changes: dict[str, Any], message:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"base": "gone.yaml"}, "gone.yaml: no such file"),
+        ({"base": "gone.yaml"}, "gone.yaml cannot be read as YAML: [Errno 2]"),
         ({"grid": {"part": {"key": "part", "values": {"a b": 1, "A-B": 2}}}}, "would share the folder 'part-A-B'"),
         ({"grid": {"part": {"key": "part", "values": {"a" * 300: 1}}}}, "give it shorter labels"),
         ({"set": {"seed.deep": 1}, "seed_keys": ["other"]}, "seed.deep cannot be 1: seed is 9 in the base"),
@@ -179,6 +179,24 @@ def test_a_typo_in_a_configuration_shows_before_anything_runs(
     trials = plan(read_ablation(path))
     with pytest.raises(ValueError, match=f"(?s){message}"):
         check_trials([trial for trial in trials if trial.setting["part"] == "bad"], check, path)
+
+
+def test_a_value_that_names_data_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is in the file, nothing of it is parsed, imported or run: neither by the ablation nor by its trials."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path("planted_rows.py").write_text("from pathlib import Path\nPath('imported').touch()\n")
+    planted = {name: f"rows.{name}" for name in ("jsonl", "yaml", "csv")}
+    for name in planted.values():
+        Path(name).write_text("class_path: planted_rows.Rows\n")
+    grid = {"rows": {"key": "data.init_args.train", "values": planted}}
+    changes = {"data.init_args.test": "rows.yaml", "data.init_args.val": ["rows.csv"]}
+    base = str(ROOT / "configs" / "quickstart.yaml")
+    ablation = read_ablation(write(tmp_path, base=base, grid=grid, seed_keys=["seed_everything"], set=changes))
+    trials = plan(ablation)
+    check_trials(trials, check, ablation.path)
+    assert [trial.config["data"]["init_args"]["train"] for trial in trials[:3]] == [*planted.values()]
+    assert not Path("imported").exists()
 
 
 @pytest.mark.parametrize("path", [*(ROOT / "experiments").rglob("ablation.yaml")], ids=lambda path: path.parent.name)

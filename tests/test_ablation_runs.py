@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from ablating import base_with_model
 from building import write_rows
 from PIL import Image
 from transformers import AutoModel
@@ -41,32 +42,10 @@ def folder(checkpoint: Path, tmp_path: Path) -> Path:
     (tmp_path / "data").mkdir()
     write_rows(tmp_path / "data" / "rows.jsonl")
     (tmp_path / "my_parts.py").write_text(OWN_POOLING)
-    loss = {"class_path": "vlmembed.losses.InfoNCE", "init_args": {"temperature": 0.05}}
-    base = {
-        "model": {
-            "class_path": "vlmembed.modules.EmbeddingModule",
-            "init_args": {
-                "backbone": {"class_path": "vlmembed.backbones.Qwen3VL", "init_args": {"checkpoint": str(checkpoint)}},
-                "pooling": {"class_path": "vlmembed.pooling.LastToken"},
-                "loss": {
-                    "class_path": "vlmembed.losses.Matryoshka",
-                    "init_args": {"loss": loss, "dimensions": [64, 16]},
-                },
-                "graph_memory": "none",
-            },
-        },
-        "data": {
-            "class_path": "vlmembed.data.RetrievalDataModule",
-            "init_args": {"train": "data/rows.jsonl", "test": "data/rows.jsonl", "batch_size": 3, "num_workers": 0},
-        },
-        "trainer": {
-            "accelerator": "cpu",
-            "max_epochs": 2,
-            "log_every_n_steps": 1,
-            "enable_progress_bar": False,
-            "exporter": None,
-        },
-    }
+    inner = {"class_path": "vlmembed.losses.InfoNCE", "init_args": {"temperature": 0.05}}
+    loss = {"class_path": "vlmembed.losses.Matryoshka", "init_args": {"loss": inner, "dimensions": [64, 16]}}
+    trainer = {"max_epochs": 2, "log_every_n_steps": 1, "enable_progress_bar": False, "exporter": None}
+    base = base_with_model(checkpoint, trainer, loss, train="data/rows.jsonl", test="data/rows.jsonl", batch_size=3)
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
     (tmp_path / "ablation.yaml").write_text(
         "base: base.yaml\n"

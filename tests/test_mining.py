@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -34,6 +35,7 @@ from vlmembed.export.sentence_transformers import write_folder, write_reranker
 from vlmembed.files import HOST
 from vlmembed.heads import YesNo
 from vlmembed.mining import mine, score, write_rows
+from vlmembed.mining.command import COMMANDS
 from vlmembed.mining.embedding import identify, model_input
 from vlmembed.mining.mining import Choice, Pool, gather, hard_negatives
 from vlmembed.types import Example, Item, Pair, Part
@@ -48,17 +50,8 @@ def embedder(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-class Listed(Source):
+class Listed(list[Example], Source):
     """Examples as they are."""
-
-    def __init__(self, examples: list[Example]) -> None:
-        self.examples = examples
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> Example:
-        return self.examples[index]
 
 
 def asked(number: int) -> Item:
@@ -446,19 +439,42 @@ with whole_file(pathlib.Path(sys.argv[1])) as draft:
 """
 
 
-def test_drafts_of_a_killed_run_are_cleared_by_the_next(embedder: Path, tmp_path: Path) -> None:
+def test_drafts_of_a_killed_run_are_cleared_by_the_next(
+    embedder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of the rows, their images and the embeddings; not those of a process that lives."""
+    monkeypatch.setattr("sentence_transformers.CrossEncoder", Stub)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    for name in ("mined.jsonl", "mined_images/a.png", "cache/b.safetensors"):
+    for name in ("mined.jsonl", "mined_images/a.png", "cache/b.safetensors", "scored.jsonl", "scored_images/c.png"):
         killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / name)], env=environment, check=False)
         assert killed.returncode == -signal.SIGKILL
-    assert len([*tmp_path.rglob("*.draft")]) == 3
+    assert len([*tmp_path.rglob("*.draft")]) == 5
     # Of a process of this machine, and of one of another.
     living = {tmp_path / f".mined.jsonl.{'01' * 16}.{writer}.draft" for writer in (f"{HOST}.{os.getppid()}", "node7.1")}
     for draft in living:
         draft.touch()
     cached(tmp_path, embedder, [Example(asked(number), (item(f"answer {number}"),)) for number in range(3)])
+    score("stub", str(tmp_path / "mined.jsonl"), str(tmp_path / "scored.jsonl"))
     assert {*tmp_path.rglob("*.draft")} == living
+
+
+@pytest.mark.parametrize(("command", "keys"), [("mine", ("rows", "corpus", "cache")), ("score", ("rows", "output"))])
+def test_what_names_data_is_a_path_in_a_file_too(
+    command: str, keys: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A data file that is valid configuration is not opened by the parser, wherever it is named."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "planted_rows.py").write_text("from pathlib import Path\nPath('imported').touch()\n")
+    called: list[dict[str, Any]] = []
+    monkeypatch.setitem(COMMANDS, command, wraps(COMMANDS[command])(lambda **words: called.append(words)))
+    for content in ('{"class_path": "planted_rows.Rows"}\n', "class_path: planted_rows.Rows\n", "[1, 2]"):
+        (tmp_path / "data.jsonl").write_text(content)
+        words = {"model": "folder", "rows": "r", "output": "o"} | dict.fromkeys(keys, "data.jsonl")
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(words))
+        main([command, "--config", "run.yaml"])
+        assert [called[-1][key] for key in keys] == ["data.jsonl"] * len(keys)
+    assert not (tmp_path / "imported").exists()
 
 
 def test_the_commands_explain_themselves_and_read_the_experiment(capsys: pytest.CaptureFixture[str]) -> None:

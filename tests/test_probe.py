@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from ablating import base_with_model
 from building import module, trainer, write_rows
 from lightning.pytorch.loggers import CSVLogger
 
@@ -81,33 +82,13 @@ def test_the_heat_map_says_what_it_compares(checkpoint: Path, tmp_path: Path) ->
 
 def test_the_command(checkpoint: Path, tmp_path: Path) -> None:
     """A probe is a run of ``test`` with the base's model inside."""
-    write_rows(tmp_path / "rows.jsonl")
-    backbone = {"class_path": "vlmembed.backbones.Qwen3VL", "init_args": {"checkpoint": str(checkpoint)}}
-    model = {
-        "backbone": backbone,
-        "pooling": {"class_path": "vlmembed.pooling.LastToken"},
-        "loss": {"class_path": "vlmembed.losses.InfoNCE"},
-    }
-    data = {"test": str(tmp_path / "rows.jsonl"), "num_workers": 0}
-    base = {
-        "model": {"class_path": "vlmembed.modules.EmbeddingModule", "init_args": model},
-        "data": {"class_path": "vlmembed.data.RetrievalDataModule", "init_args": data},
-        "trainer": {"accelerator": "cpu"},
-    }
-    given = {
-        "base": "base.yaml",
-        "output_dir": str(tmp_path / "probe"),
-        "set": {"data.init_args.eval_batch_size": 3},
-        "probe": {"layers": [0, -1], "metric": "map"},
-    }
+    base = base_with_model(checkpoint, {}, test=str(write_rows(tmp_path / "rows.jsonl")))
+    changes = {"data.init_args.eval_batch_size": 3}
+    file = {"base": "base.yaml", "set": changes, "probe": {"layers": [0, -1], "metric": "map"}}
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
-    (tmp_path / "probe.yaml").write_text(yaml.safe_dump(given))
-    main(["ablate", "--config", str(tmp_path / "probe.yaml")])
+    (tmp_path / "probe.yaml").write_text(yaml.safe_dump(file))
+    main(["ablate", "--config", str(tmp_path / "probe.yaml"), "--output_dir", str(tmp_path / "probe")])
     assert "map of read-outs" in (tmp_path / "probe" / "probe.html").read_text()
-    del given["base"]
-    (tmp_path / "probe.yaml").write_text(yaml.safe_dump(given))
-    with pytest.raises(ValueError, match="the following arguments are required: base"):
-        main(["ablate", "--config", str(tmp_path / "probe.yaml")])
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def parse(args: Sequence[str]) -> tuple[Ablation, Namespace]:
 
 
 def read_ablation(path: Path) -> Ablation:
-    """Read and check an ``ablation.yaml``; raises as `parse`."""
+    """Read and check an ``ablation.yaml``."""
     return parse(["--config", str(path)])[0]
 
 
@@ -126,12 +126,10 @@ def parser() -> ArgumentParser:
 
 def read_mapping(path: Path) -> dict[str, Any]:
     """Read a YAML file of keys and values as the command line does, which knows more floats (1e-3) and no dates."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file.")
     try:
         content = get_loader("yaml")(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: this is not YAML: {error}") from error
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected keys and values, got {content!r:.100}.")
     refuse_secrets(content, str(path))
@@ -140,14 +138,18 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 def plan(ablation: Ablation) -> list[Trial]:
     """Plan every trial, those of the first seed first, so that every setting has a number early."""
-    base, output = read_mapping(ablation.base), ablation.output_dir.resolve()
-    trials = []
-    for seed in ablation.seeds:
-        for slug, setting in _slugs(ablation).items():
-            folder = output / "settings" / slug / f"seed-{seed}"
-            config = configuration(ablation, base, setting, seed)
-            trials.append(Trial(folder, setting, seed, ablation.metric, config))
-    return trials
+    base, settings = read_mapping(ablation.base), ablation.output_dir.resolve() / "settings"
+    return [
+        Trial(
+            settings / slug / f"seed-{seed}",
+            setting,
+            seed,
+            ablation.metric,
+            configuration(ablation, base, setting, seed),
+        )
+        for seed in ablation.seeds
+        for slug, setting in _slugs(ablation).items()
+    ]
 
 
 def check_trials(trials: list[Trial], check: Callable[[dict[str, Any]], None], path: Path) -> None:

@@ -90,7 +90,7 @@ def write_report(folder: Path) -> Path:
         # A number behind a name is the dimension that embeddings were cut to.
         metrics = numbers[[name for name in numbers if "/" in name]].map("{:.4f}".format).replace("nan", "–")
         tables = {"Settings": settings_table(summary, numbers), "All metrics, means over seeds": metrics}
-    title, notes = f"Ablation of {' and '.join(ablation.grid)}", [_lead(summary), *_notes(summary)]
+    title, notes = f"Ablation of {' and '.join(ablation.grid)}", _notes(summary)
     loader = FileSystemLoader(Path(__file__).parent)
     # Whatever comes from data is escaped.
     environment = Environment(autoescape=True, loader=loader, undefined=StrictUndefined, trim_blocks=True)
@@ -205,25 +205,21 @@ def settings_table(summary: Summary, numbers: pd.DataFrame) -> pd.DataFrame:
     return table[[name for name in table if set(table[name]) != {"–"} and not (same and name.endswith("baseline"))]]
 
 
-def _lead(summary: Summary) -> str:
-    """Say what came out."""
-    if not summary.finished:
-        return "No trial has finished yet."
-    names, first = list(summary.settings), summary.arrays[0]
-    text = f"The best is “{names[0]}”: {summary.ablation.metric} {first.mean():.4f}, "
-    text += f"over {len(first)} seeds and {first.shape[1]} queries."
-    close = [f"“{names[j]}”" for (i, j), pair in summary.pairs.items() if not i and pair.verdict == "within noise"]
-    if len(names) > 1:
-        text += f" Within noise of it: {', '.join(close) or 'no other'} ({len(close)} of {len(names) - 1} others)."
-    return text
-
-
 def _notes(summary: Summary) -> list[str]:
-    """Say how far the ablation has come, and what a reader must know before believing the numbers."""
-    finished, jobs, failed = len(summary.finished), summary.ablation.jobs, len(summary.ended) - len(summary.finished)
-    planned, hours = len(summary.ended) + len(summary.missing), sum(trial.seconds for trial in summary.ended) / 3600
-    counts, deviation = [len(array) for array in summary.arrays], seed_variance(summary.arrays)[0] ** 0.5
-    few = [f"“{name}”" for name, count in zip(summary.settings, counts, strict=True) if count < max(counts)]
+    """Say what came out, how far the ablation has come, and what a reader must know before believing the numbers."""
+    arrays, names, jobs = summary.arrays, list(summary.settings), summary.ablation.jobs
+    finished, hours = len(summary.finished), sum(trial.seconds for trial in summary.ended) / 3600
+    planned, failed = len(summary.ended) + len(summary.missing), len(summary.ended) - finished
+    lead = "No trial has finished yet."
+    if finished:
+        lead = (
+            f"The best is “{names[0]}”: {summary.ablation.metric} {arrays[0].mean():.4f}, over {len(arrays[0])} seeds "
+        )
+        lead += f"and {arrays[0].shape[1]} queries."
+        close = [f"“{names[j]}”" for (i, j), pair in summary.pairs.items() if not i and pair.verdict == "within noise"]
+        lead += f" Within noise of it: {', '.join(close) or 'no other'} ({len(close)} of {len(names) - 1} others)."
+    counts, deviation = [len(array) for array in arrays], seed_variance(arrays)[0] ** 0.5
+    few = [f"“{name}”" for name, count in zip(names, counts, strict=True) if count < max(counts)]
     notes = {
         f"{finished} of {planned} trials finished, in {hours:.2f} hours.": True,
         f"{failed} failed; report.html has the errors.": failed,
@@ -235,7 +231,7 @@ def _notes(summary: Summary) -> list[str]:
         f"Fewer seeds than the others: {', '.join(few)}.": few,
         f"Up to {jobs} trials at once: on one machine they disturb each other’s times.": jobs > 1,
     }
-    return [note for note, is_met in notes.items() if is_met]
+    return [lead, *(note for note, is_met in notes.items() if is_met)]
 
 
 def _shown_queries(summary: Summary) -> dict[str, list[dict[str, Any]]]:
@@ -286,7 +282,7 @@ def _chart(summary: Summary, numbers: pd.DataFrame) -> Markup:
     log = pd.concat(logs)
     validation = validation_name(metric, [*log])
     heights = [0.9 + 0.3 * len(names), 4, 4][: 3 if validation else 2]
-    figure = Figure(figsize=(5.5, sum(heights)), layout="constrained")
+    figure = Figure(figsize=(7, sum(heights)), layout="constrained")
     quality, cost, *learning = figure.subplots(len(heights), height_ratios=heights)
     margins = [pairs[index, 0].margin if index else 0.0 for index in range(len(names))]
     quality.errorbar(numbers["mean"], range(len(names)), xerr=margins, fmt="o", color=INK, markersize=5, capsize=3)
@@ -307,7 +303,7 @@ def _chart(summary: Summary, numbers: pd.DataFrame) -> Markup:
             curve = log[log["name"] == name].groupby("step")[validation].agg(["mean", "min", "max"]).dropna()
             axes.plot(curve.index, curve["mean"], ".-", **style)
             axes.fill_between(curve.index, curve["min"], curve["max"], alpha=0.1, color=style["color"], linewidth=0)
-    cost.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+    figure.legend(*cost.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     title = f"{metric} of each setting, best first; {metric} by seconds per training step"
     return to_svg(figure, title + (f"; {validation} by training step" if validation else ""))
 
