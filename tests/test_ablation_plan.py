@@ -112,7 +112,7 @@ AXIS = {"key": "part", "values": {"plain": 1}}
         ({"baseline": {"pooling": "plain"}}, "baseline.pooling is 'plain'; the axes of the grid are ['part']"),
         ({"baseline": {"part": "mean"}}, "baseline.part is 'mean'; the labels of that axis are ['plain', 'other']"),
         ({"grid": {}}, "grid is {}; name at least one axis"),
-        ({"grid": {"part": {"key": "part"}}}, "grid.part is {'key': 'part'}; it has key and values"),
+        ({"grid": {"part": {"key": "part"}}}, "grid.part is {'key': 'part'}; it has key, a key of"),
         ({"grid": {"part": {"key": "part", "values": {True: 1}}}}, "grid.part.values is True; a label is a text"),
         ({"grid": {"a": AXIS, "b": AXIS}}, "grid.b is 'part'; it overwrites 'part' of grid.a"),
         (

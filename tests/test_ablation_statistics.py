@@ -26,13 +26,8 @@ def simulate(
     shift: float = 0.0,
     ease: float = 0.5,
 ) -> list[np.ndarray]:
-    """Draw settings that do not differ.
-
-    Args:
-        own: Deviation of what is noise of one seed, setting and query.
-        shift: Deviation of what a seed does to all queries of a run.
-        ease: Of the queries: higher has more exact ones.
-    """
+    """Draw settings that do not differ: by the deviation of one seed's and query's own noise, that of what a seed does to
+    all queries of a run, and how easy queries are, as then more of them are exactly 1."""
     difficulty = generator.normal(ease, 0.6, queries)
     taste = generator.normal(0, 0.3, (settings, 1, queries))
     noise = generator.normal(0, own, (settings, seeds, queries)) + generator.normal(0, shift, (settings, seeds, 1))

@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest.mock import Mock
 
 import datasets
 import numpy as np
@@ -36,7 +37,7 @@ from vlmembed.files import HOST
 from vlmembed.heads import YesNo
 from vlmembed.mining import mine, score, write_rows
 from vlmembed.mining.command import COMMANDS
-from vlmembed.mining.embedding import identify, model_input
+from vlmembed.mining.embedding import Entry, identify, model_input
 from vlmembed.mining.mining import Choice, Pool, gather, hard_negatives
 from vlmembed.types import Example, Item, Pair, Part
 
@@ -81,7 +82,7 @@ def searched() -> tuple[Pool, Tensor, Tensor]:
 def slow(pool: Pool, queries: Tensor, documents: Tensor, choice: Choice) -> Iterator[list[str]]:
     """One query and one document at a time."""
     names = [*pool.documents]
-    for query, contents in enumerate(pool.positives.values()):
+    for query, contents in enumerate([*pool.positives.values()][: len(queries)]):
         positives = {names.index(content) for content in contents}
         scores = [float(torch.cosine_similarity(queries[query], document, dim=0)) for document in documents]
         positive = min(scores[index] for index in positives)
@@ -123,6 +124,20 @@ def test_hard_negatives_are_those_of_a_slow_search(
         assert [*hard_negatives(*searched, cos_sim, choice, tile_bytes)[0].values()] == expected
     if options.keys() & {"margin", "relative_margin", "max_score", "skip"}:
         assert expected != [*slow(*searched, PLAIN)]
+
+
+def test_time_follows_the_number_of_positives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one of many queries has very many, nothing is done for the others but for theirs."""
+    documents, queries = torch.randn(3_000, 4), torch.randn(50, 4)
+    entries = [{f"{kind}{row}": Entry(Mock(), "") for row in range(size)} for kind, size in (("q", 50), ("d", 3_000))]
+    pool = Pool(*entries, candidates=3_000, positives={f"q{row}": {f"d{row}"} for row in range(50)})
+    pool.positives["q7"] = {f"d{row}" for row in range(2_995)}
+    looked_at, topk = list[int](), Tensor.topk
+    monkeypatch.setattr(Tensor, "topk", lambda tensor, k: looked_at.append(k) or topk(tensor, k))
+    chosen, _ = hard_negatives(pool, queries, documents, cos_sim, PLAIN, 20 * 4 * 3_000)
+    assert looked_at == [PLAIN.depth] * 3
+    assert [*chosen.values()] == [*slow(pool, queries[:8], documents, PLAIN), *[*chosen.values()][8:]]
+    assert {*chosen["q7"]} <= {f"d{row}" for row in range(2_995, 3_000)}
 
 
 def test_text_is_mined_as_by_sentence_transformers(embedder: Path, tmp_path: Path) -> None:

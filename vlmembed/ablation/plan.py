@@ -251,16 +251,15 @@ def _slugs(ablation: Ablation) -> dict[str, dict[str, str]]:
 
 
 def _axis(path: Path, key: str, content: Any) -> Axis:
-    known = isinstance(content, dict) and content.keys() == {"key", "values"}
-    _expect(known, path, key, content, "it has key and values")
-    name, values = content["key"], content["values"]
-    _expect(isinstance(name, str) and bool(name), path, f"{key}.key", name, "it is a key of a configuration of `fit`")
-    _expect(isinstance(values, dict) and bool(values), path, f"{key}.values", values, "it maps labels to values")
-    for label in values:
+    fields: dict[str, Any] = content if isinstance(content, dict) else {}
+    name, values = fields.get("key"), fields.get("values")
+    known = len(fields) == 2 and isinstance(name, str) and isinstance(values, dict) and bool(values)
+    _expect(known, path, key, content, "it has key, a key of a configuration of `fit`, and values, a mapping of labels")
+    for label in values or ():
         # YAML reads on, off, yes and no as booleans; nobody would find True in the report.
         is_text = isinstance(label, str | int | float) and not isinstance(label, bool)
         _expect(is_text, path, f"{key}.values", label, "a label is a text: put it in quotes")
-    return Axis(name, {str(label): value for label, value in values.items()})
+    return Axis(fields["key"], {str(label): value for label, value in fields["values"].items()})
 
 
 def _check(ablation: Ablation) -> None:

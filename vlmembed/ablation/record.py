@@ -18,12 +18,11 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
 
 from vlmembed.files import write_whole
 from vlmembed.media import load_image
 from vlmembed.metrics import RerankingMetrics, RetrievalMetrics
-from vlmembed.types import EvaluationSet, Item
+from vlmembed.types import Item
 
 #: Documents of each query, and queries of each evaluation set, that the report can show.
 DOCUMENTS, QUERIES = 5, 200
@@ -111,23 +110,27 @@ class Record(Callback):
             values, (scores, columns) = metrics.per_query(), metrics.top_k(DOCUMENTS)  # (Q,) each; (Q, 5)
             if not trainer.is_global_zero:
                 continue
-            evaluation = metrics.evaluation
-            measured_folder = folder / "measured" / evaluation.name
-            table = pd.DataFrame({name: column.tolist() for name, column in values.items()})
-            text = table.set_index(pd.Index(evaluation.query_names, name="query")).to_csv()
-            write_whole(measured_folder / "per_query.csv", text.encode())
+            evaluation, names = metrics.evaluation, metrics.evaluation.query_names
+            measured_folder, documents = folder / "measured" / evaluation.name, self.documents / evaluation.name
+            table = pd.DataFrame({name: column.tolist() for name, column in values.items()}, names)
+            write_whole(measured_folder / "per_query.csv", table.to_csv(index_label="query").encode())
+            tops, shown = {}, set[str]()
             # The same queries in every trial: the first by name.
-            names, documents = evaluation.query_names, self.documents / evaluation.name
-            rows = sorted(range(len(names)), key=names.__getitem__)[:QUERIES]
-            tops = {names[row]: _top_documents(evaluation, row, scores[row], columns[row]) for row in rows}
+            for row in sorted(range(len(names)), key=names.__getitem__)[:QUERIES]:
+                grades = evaluation.qrels[names[row]]
+                # A reranker's list of candidates may be shorter than others, and -1 fills it up.
+                found = [evaluation.document_names[column] for column in columns[row].tolist() if column >= 0]
+                top = [
+                    [name, score, grades.get(name, 0)] for name, score in zip(found, scores[row].tolist(), strict=False)
+                ]
+                relevant = {name: grade for name, grade in grades.items() if grade > 0}
+                tops[names[row]] = {"top": top, "relevant": relevant}
+                shown |= {*found, *[*relevant][:DOCUMENTS]}
+                show(evaluation.queries[row], self.documents / "queries" / evaluation.name, names[row])
             write_whole(measured_folder / "top.json", json.dumps(tops).encode())
-            shown = {name for entry in tops.values() for name, *_ in entry["top"]}
-            shown |= {name for entry in tops.values() for name in [*entry["relevant"]][:DOCUMENTS]}
             for name, document in zip(evaluation.document_names, evaluation.corpus, strict=True):
                 if name in shown:
                     show(document, documents, name)
-            for row in rows:
-                show(evaluation.queries[row], self.documents / "queries" / evaluation.name, names[row])
 
 
 def show(item: Item, folder: Path, name: str) -> None:
@@ -148,12 +151,3 @@ def show(item: Item, folder: Path, name: str) -> None:
 def content_path(folder: Path, name: str, kind: str) -> Path:
     """Return where a document or query is shown, as ``jpg`` or ``txt``; its id may hold any character."""
     return folder / f"{hashlib.sha1(name.encode()).hexdigest()[:16]}.{kind}"
-
-
-def _top_documents(evaluation: EvaluationSet, row: int, scores: Tensor, columns: Tensor) -> dict[str, Any]:
-    """Return what the report shows of a query: its first documents, and its positives."""
-    grades = evaluation.qrels[evaluation.query_names[row]]
-    # A reranker's list of candidates may be shorter than others, and -1 fills it up.
-    names = [evaluation.document_names[column] for column in columns.tolist() if column >= 0]
-    top = [[name, score, grades.get(name, 0)] for name, score in zip(names, scores.tolist(), strict=False)]
-    return {"top": top, "relevant": {name: grade for name, grade in grades.items() if grade > 0}}

@@ -1,6 +1,6 @@
 """One trial of an ablation, from its plan to its result on disk, and the executors that run many.
 
-``python -m vlmembed.ablation.run FOLDER`` performs one trial in a process of its own, so that it can run on another
+``python -m vlmembed.ablation.run FOLDER FIT`` performs one trial in a process of its own, so that it can run on another
 machine. That process loads no model: it starts ``fit`` as its child, and waits for it. On disk::
 
     OUTPUT/ablation.yaml, report.html, report.md, report.csv, documents/
@@ -12,7 +12,6 @@ machine. That process loads no model: it starts ``fit`` as its child, and waits 
 
 from __future__ import annotations
 
-import argparse
 import csv
 import fcntl
 import json
@@ -266,7 +265,7 @@ def start(trials: Sequence[Trial], executor: Executor, jobs: int, fit: str = FIT
     """Perform trials, ``jobs`` at a time, each in a process of its own, and wait for them."""
     for trial in trials:
         trial.write()
-    commands = [[sys.executable, "-m", "vlmembed.ablation.run", str(trial.folder), "--fit", fit] for trial in trials]
+    commands = [[sys.executable, "-m", "vlmembed.ablation.run", str(trial.folder), fit] for trial in trials]
     if commands:
         executor.run(commands, jobs)
 
@@ -293,32 +292,27 @@ def run_tied(
     environment.pop("SLURM_NTASKS", None)
     # Standard input is a pipe, which closes when this process ends, even if it is killed.
     options: Any = {"stdin": subprocess.PIPE, "env": environment, "cwd": folder, "start_new_session": True}
-    process = subprocess.Popen([*command, "--tied"], **options)
+    process = subprocess.Popen([*command, "tied"], **options)
     (ties or ExitStack()).enter_context(process)
     process.wait()
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def main() -> None:
+def main(folder: str, fit: str, tied: str = "") -> None:
     """Perform the trial of a folder; the exit status is 1 if it fails."""
-    parser = argparse.ArgumentParser(prog="python -m vlmembed.ablation.run", description=main.__doc__)
-    parser.add_argument("folder", type=Path, help="the trial's folder")
-    parser.add_argument("--fit", default=FIT, help="the command that trains, before the path of its configuration")
-    parser.add_argument("--tied", action="store_true", help="end, and the training with it, when standard input closes")
-    options = parser.parse_args()
-    if options.tied:
+    if tied:
         # Standard input closes when the parent ends, however it does: then this whole process group does too.
         def end_with_parent() -> None:
             os.read(0, 1)
             os.killpg(os.getpgrp(), signal.SIGKILL)
 
         threading.Thread(target=end_with_parent, daemon=True).start()
-    trial = perform(options.folder, options.fit)
+    trial = perform(Path(folder), fit)
     if trial.error is not None:
         sys.exit(f"{trial}: failed after {trial.seconds:.0f} s: {trial.error.splitlines()[-1]}")
     print(f"{trial}: {trial.metric} {trial.metrics[trial.metric]:.4f}, {trial.seconds:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

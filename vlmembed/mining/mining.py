@@ -193,20 +193,20 @@ def hard_negatives(
     names, contents = [*pool.queries], [*pool.documents]
     indices = {content: index for index, content in enumerate(contents)}
     chosen, reasons = dict[str, list[str]](), Counter[str]()
-    # Positives are among the most similar, and are not looked at.
-    seen = min(pool.candidates, choice.depth + max(map(len, pool.positives.values())))
     for tile in queries.split(max(1, tile_bytes // (4 * len(contents)))):
-        similarities = similarity(tile, documents)  # (tile, P)
-        top = similarities[:, : pool.candidates].topk(seen)
-        for row, scores, ranks in zip(similarities, top.values.tolist(), top.indices.tolist(), strict=True):
-            query = names[len(chosen)]
-            positives = pool.positives[query]
+        similarities, asked, ceilings = similarity(tile, documents), names[len(chosen) :][: len(tile)], list[float]()
+        for query, row in zip(asked, similarities, strict=True):
+            positives = [indices[content] for content in pool.positives[query]]
             # Below the least similar positive: a candidate above it would be ranked above a positive.
-            ceiling = choice.ceiling(float(row[[indices[content] for content in positives]].min()))
-            ranked = [(contents[index], score) for index, score in zip(ranks, scores, strict=True)]
-            taken, shown = list[str](), {pool.documents[content].images for content in positives}
-            for content, score in [pair for pair in ranked if pair[0] not in positives][: choice.depth]:
+            ceilings.append(choice.ceiling(float(row[positives].min())))
+            row[positives] = -math.inf
+        top = similarities[:, : pool.candidates].topk(min(pool.candidates, choice.depth))  # (tile, depth)
+        for query, ceiling, *ranked in zip(asked, ceilings, top.values.tolist(), top.indices.tolist(), strict=True):
+            taken, shown = list[str](), {pool.documents[content].images for content in pool.positives[query]}
+            for score, content in ((score, contents[index]) for score, index in zip(*ranked, strict=True)):
                 images = pool.documents[content].images
+                if len(taken) == choice.skip + choice.count or score == -math.inf:
+                    break  # There are enough, or only positives are left.
                 if content == query:
                     reasons["the query itself"] += 1
                 elif images and images in shown:
@@ -216,7 +216,5 @@ def hard_negatives(
                 else:
                     taken.append(content)
                     shown.add(images)
-                if len(taken) == choice.skip + choice.count:
-                    break
             chosen[query] = taken[choice.skip :]
     return chosen, reasons
