@@ -26,8 +26,11 @@ def simulate(
     shift: float = 0.0,
     ease: float = 0.5,
 ) -> list[np.ndarray]:
-    """Draw settings that do not differ: by the deviation of one seed's and query's own noise, that of what a seed does to
-    all queries of a run, and how easy queries are, as then more of them are exactly 1."""
+    """Draw settings that do not differ.
+
+    ``own`` is the deviation of one seed's and query's noise, ``shift`` of what a seed does to all queries of a run;
+    the higher ``ease`` is, the more scores are exactly 1.
+    """
     difficulty = generator.normal(ease, 0.6, queries)
     taste = generator.normal(0, 0.3, (settings, 1, queries))
     noise = generator.normal(0, own, (settings, seeds, queries)) + generator.normal(0, shift, (settings, seeds, 1))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -27,14 +27,11 @@ def fresh(checkpoint: Path) -> EmbeddingModule:
     return EmbeddingModule(Qwen3VL(str(checkpoint)), LastToken(), InfoNCE())
 
 
-def probed(model: Probe, folder: Path) -> dict[tuple[str, str, str], dict[str, float]]:
+def probed(model: Probe, folder: Path) -> dict[tuple[str, int, int], dict[str, float]]:
     data = RetrievalDataModule(test=str(write_rows(folder / "rows.jsonl")), eval_batch_size=4, num_workers=0)
     trainer(logger=CSVLogger(folder, name="", version="")).test(model, data, verbose=False)
-    with (folder / "probe.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    return {
-        (row["pooling"], row["layer"], row["dimension"]): {name: float(row[name]) for name in METRICS} for row in rows
-    }
+    table = pd.read_csv(folder / "probe.csv").set_index(["pooling", "layer", "dimension"])
+    return table[[*METRICS]].to_dict("index")
 
 
 def test_numbers_are_those_of_each_pooling_by_itself(checkpoint: Path, tmp_path: Path) -> None:
@@ -47,7 +44,7 @@ def test_numbers_are_those_of_each_pooling_by_itself(checkpoint: Path, tmp_path:
             (expected,) = trainer().test(model, data, verbose=False)
             for metric in METRICS:
                 # Files have six decimals.
-                assert measured[name, str(layer), "64"][metric] == pytest.approx(expected[f"test/{metric}"], abs=1e-6)
+                assert measured[name, layer, 64][metric] == pytest.approx(expected[f"test/{metric}"], abs=1e-6)
 
 
 def test_weights_of_a_run(checkpoint: Path, tmp_path: Path) -> None:
@@ -60,7 +57,7 @@ def test_weights_of_a_run(checkpoint: Path, tmp_path: Path) -> None:
     measured = probed(Probe(fresh(checkpoint), checkpoint=str(tmp_path / "last.ckpt")), tmp_path)
     data = RetrievalDataModule(test=str(tmp_path / "rows.jsonl"), num_workers=0)
     (expected,) = trainer().test(trained, data, verbose=False)
-    assert measured["mean", "-1", "64"]["map"] == pytest.approx(expected["test/map"], abs=1e-6)
+    assert measured["mean", -1, 64]["map"] == pytest.approx(expected["test/map"], abs=1e-6)
 
 
 def test_a_file_without_a_backbone_is_refused(checkpoint: Path, tmp_path: Path) -> None:
