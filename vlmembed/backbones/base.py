@@ -6,15 +6,22 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoProcessor, PretrainedConfig, PreTrainedModel, ProcessorMixin
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, is_flash_attn_2_available
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    is_flash_attn_2_available,
+)
+from transformers.utils.hub import cached_files
 
 from vlmembed.backbones.chat_templates import PairTemplate, TokenEmbeddings, append_tokens, check_template, learn_tokens
 from vlmembed.backbones.preprocessing import ChatPreprocessor
@@ -118,15 +125,21 @@ class VisionLanguageModel(nn.Module):
             ValueError: If the checkpoint has no processor for images and texts, its template drops what it is given,
                 or tokens to append are unknown, or known although they should be new.
         """
-        processor = self.open_processor()
+        processor: Any = self.open_processor()
         instructions: dict[Role, str | None] = {"query": None, "document": None} if template else self.instructions
         if template is not None:
             processor.chat_template = template.source
         elif isinstance(processor.chat_template, dict):
+            if "default" not in processor.chat_template:
+                raise ValueError(f"None of the chat templates of {self.checkpoint!r} is called default: rename one.")
             processor.chat_template = processor.chat_template["default"]
-        roles = ("query", "document") if template else ("system", "user") if any(instructions.values()) else ("user",)
-        origin = type(template).__name__ if template else f"The chat template of {self.checkpoint!r}"
-        check_template(processor, roles, origin)
+        check_template(
+            processor,
+            template.origin if template else f"The chat template of {self.checkpoint!r}",
+            ("query", "document") if template else ("user",),
+            {*instructions.values()},
+            self.generation_prompt,
+        )
         append_tokens(processor, appended, new_tokens)
         return self._preprocessor_class(template)(
             processor, instructions, self.generation_prompt, self.max_length, template, appended
@@ -136,12 +149,30 @@ class VisionLanguageModel(nn.Module):
         return ChatPreprocessor
 
     def open_processor(self) -> ProcessorMixin:
-        """Open the checkpoint's own processor."""
-        self.load_config()  # Says more clearly than the next line what is wrong with a checkpoint.
-        processor = AutoProcessor.from_pretrained(self.checkpoint, **self._source)
-        for part in ("image_processor", "chat_template"):
-            if getattr(processor, part, None) is None:
+        """Open the checkpoint's own processor; refuse one that does not fit the model."""
+        with self._opening():
+            adapter = self._files("adapter_config.json", "adapter_model.safetensors")
+        if adapter:
+            raise ValueError(
+                f"The checkpoint {self.checkpoint!r} has an adapter ({Path(adapter[0]).name}). Merge it into its base "
+                "model (peft's merge_and_unload) and name that, or remove its files to begin without it."
+            )
+        config = self.load_config()
+        with self._opening():
+            processor = AutoProcessor.from_pretrained(self.checkpoint, **self._source)
+        for part in ("image_processor", "chat_template", "tokenizer"):
+            if not getattr(processor, part, None):
                 raise ValueError(f"The checkpoint {self.checkpoint!r} has no {part.replace('_', ' ')}.")
+        # Without its file, transformers makes one of no words.
+        if not processor.tokenizer("one", add_special_tokens=False)["input_ids"]:
+            raise ValueError(f"The tokenizer of {self.checkpoint!r} knows no words. Is its tokenizer.json there?")
+        for name in ("image_token_id", "video_token_id"):
+            tokens = [token for part in (processor, config) if (token := getattr(part, name, None)) is not None]
+            if len({*tokens}) > 1:
+                raise ValueError(
+                    f"In the checkpoint {self.checkpoint!r} the processor's {name} is {tokens[0]}, and config.json "
+                    f"has {tokens[1]}: they are of two models."
+                )
         return processor
 
     def load_config(self) -> PretrainedConfig:
@@ -150,10 +181,8 @@ class VisionLanguageModel(nn.Module):
         Raises:
             ValueError: If there is none, or it is not a vision-language model's.
         """
-        try:
+        with self._opening():
             config = AutoConfig.from_pretrained(self.checkpoint, **self._source)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"Cannot open the checkpoint {self.checkpoint!r}: {error}") from error
         if not hasattr(config, "vision_config"):
             raise ValueError(
                 f"The checkpoint {self.checkpoint!r} is a {config.model_type!r}, not a vision-language model "
@@ -161,9 +190,35 @@ class VisionLanguageModel(nn.Module):
             )
         return config
 
+    @contextmanager
+    def _opening(self) -> Iterator[None]:
+        """Name the folder, and a broken file of it, where an error of transformers does not."""
+        try:
+            yield
+        except Exception as error:
+            files = sorted(Path(self.checkpoint).glob("*.json"))
+            broken = [f"{file.name} is not JSON" for file in files if not _is_json(file)]
+            reason = ", ".join(broken) or f"{type(error).__name__}: {error}"
+            raise ValueError(f"Cannot open the checkpoint {self.checkpoint!r}: {reason}") from error
+
     @property
     def _source(self) -> dict[str, Any]:
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
+    def _files(self, *names: str) -> list[str]:
+        """Return the paths of those of some files that the checkpoint has."""
+        tolerant = ("gated_repo", "missing_entries", "connection_errors")
+        options: dict[str, Any] = {f"_raise_exceptions_for_{problem}": False for problem in tolerant}
+        return cached_files(self.checkpoint, [*names], revision=self.revision, **options) or []
+
+    def _json(self, name: str) -> Any:
+        """Return the content of a JSON file; an empty mapping where the checkpoint has none."""
+        for path in self._files(name):
+            try:
+                return json.loads(Path(path).read_bytes())
+            except ValueError as error:
+                raise ValueError(f"{path} is not JSON: {error}") from error
+        return {}
 
     # Weights
 
@@ -184,9 +239,15 @@ class VisionLanguageModel(nn.Module):
         self._load_model()
         # Opened for inference, with dropout off; whoever measures turns it off again.
         self.model.train()
+        tokenizer = self.preprocessor.processor.tokenizer
         if learned_tokens is not None:
-            tokenizer = self.preprocessor.processor.tokenizer
             learn_tokens(self.model, tokenizer, self.preprocessor.appended, learned_tokens)
+        rows: Any = self.model.get_input_embeddings().num_embeddings
+        if len(tokenizer) > rows:
+            raise ValueError(
+                f"The tokenizer of {self.checkpoint!r} has {len(tokenizer)} tokens, its weights embed {rows}: they are "
+                "of two models."
+            )
         if self.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         if self.liger:
@@ -196,11 +257,7 @@ class VisionLanguageModel(nn.Module):
 
     def _load_model(self) -> None:
         config = self.load_config()
-        if checkpoint_file(self.checkpoint, "adapter_config.json", self.revision):
-            raise ValueError(
-                f"The checkpoint {self.checkpoint!r} has an adapter beside its weights (adapter_config.json). Merge it "
-                "into them (peft's merge_and_unload), or remove its files to begin without it."
-            )
+        self._weight_files()  # Says more clearly than transformers which one is broken.
         if self.bidirectional:
             # transformers reads the flag from the decoder's own config; at the top level it does nothing.
             config.get_text_config().is_causal = False
@@ -212,18 +269,63 @@ class VisionLanguageModel(nn.Module):
             quantization_config=_quantization() if self.load_in_4bit else None,
             use_safetensors=True,  # Not the pickles that old checkpoints are.
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # They are refused below, by name.
             **self._source,
         )
-        if missing := sorted(loading["missing_keys"]):
+        problems = {
+            "lacks": [*loading["missing_keys"]],
+            "has in another shape": [f"{name} {[*saved]}" for name, saved, _ in loading["mismatched_keys"]],
+        }
+        for problem, names in problems.items():
+            if names:
+                raise ValueError(
+                    f"The checkpoint {self.checkpoint!r} {problem} {_listed(names)}: weights of the model that its "
+                    "config.json describes, which would be random. Name a complete checkpoint."
+                )
+        self._say_what_is_left_out([name for name in loading["unexpected_keys"] if not name.startswith("lm_head.")])
+
+    def _weight_files(self) -> list[str]:
+        """Return the paths of the weights; refuse a checkpoint that lacks one of its files, or has a broken one."""
+        names = {SAFE_WEIGHTS_NAME}
+        if not self._files(SAFE_WEIGHTS_NAME) and (index := self._json(SAFE_WEIGHTS_INDEX_NAME)):
+            names = {*index.get("weight_map", {}).values()} or names
+        paths = self._files(*sorted(names))
+        if missing := names - {Path(path).name for path in paths}:
             raise ValueError(
-                f"The checkpoint {self.checkpoint!r} lacks {len(missing)} weights of the model, which would be random: "
-                f"{', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}. Name a complete checkpoint."
+                f"The checkpoint {self.checkpoint!r} has no {_listed([*missing])}. Name a complete checkpoint, whose "
+                "weights are safetensors."
             )
-        if modules := _other_modules(self.checkpoint, self.revision):
+        for path in paths:
+            try:
+                safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{path} is not whole ({error}). Copy or download it again.") from error
+        return paths
+
+    def _say_what_is_left_out(self, weights: Sequence[str]) -> None:
+        """Say what else a checkpoint has: modules and prompts of an earlier stage, adapters, other weights."""
+        left = [f"weights of {module['type'].rsplit('.', 1)[-1]} (modules.json)" for module in self._other_modules()]
+        prompts = dict(self._json("config_sentence_transformers.json")).get("prompts") or {}
+        for role, instruction in self.instructions.items():
+            if (prompt := prompts.get(role)) and prompt != instruction:
+                left.append(f"the prompt {prompt!r} for a {role}")
+        left += [f"an adapter in {path.parent.name}/" for path in Path(self.checkpoint).glob("*/adapter_config.json")]
+        if weights:
+            left.append(f"weights that its config.json has no place for ({_listed(weights)})")
+        if left:
             print_once(
-                f"{self.checkpoint} has weights of {', '.join(modules)} (modules.json). They are not loaded: the "
-                "backbone is loaded, what stands behind it begins anew."
+                f"{self.checkpoint} has {', '.join(left)}. They are not loaded: the backbone is loaded, what stands "
+                "behind it begins anew."
             )
+
+    def _other_modules(self) -> list[dict[str, str]]:
+        """Return the modules of a Sentence Transformers folder that have weights behind the transformer's."""
+        return [
+            module
+            for module in self._json("modules.json")
+            if module["path"]
+            and self._files(*(f"{module['path']}/{name}" for name in (SAFE_WEIGHTS_NAME, WEIGHTS_NAME)))
+        ]
 
     def _attention(self, config: PretrainedConfig) -> str:
         if self.attn_implementation != "auto":
@@ -246,7 +348,15 @@ class VisionLanguageModel(nn.Module):
         """Read some rows of the checkpoint's language-model head; None where it is the token embeddings."""
         if self.model.config.tie_word_embeddings:
             return None
-        return head_rows(self.checkpoint, tokens, self.revision).to(self.device, self.model.dtype)
+        for path in self._weight_files():
+            with safe_open(path, framework="pt") as file:
+                if HEAD in [*file.keys()]:
+                    rows = file.get_slice(HEAD)
+                    return torch.stack([rows[token] for token in tokens]).to(self.device, self.model.dtype)
+        raise ValueError(
+            f"The checkpoint {self.checkpoint!r} has no {HEAD} in safetensors, so there are no logits of yes and no. "
+            "Use another score head, such as vlmembed.heads.Linear."
+        )
 
     def embed(self, tokens: Sequence[int]) -> Float[Tensor, "tokens H"]:
         """Return the embeddings of some tokens, as they are being trained."""
@@ -316,25 +426,17 @@ def _quantization() -> object:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, **options)
 
 
-# Files of a checkpoint that AutoModel does not read
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_bytes())
+    except ValueError:
+        return False
+    return True
 
 
-def checkpoint_file(checkpoint: str, name: str, revision: str | None) -> str | None:
-    """Return the path of a file of a checkpoint, a folder or a Hub id; None if it has no such file."""
-    tolerant = ("gated_repo", "missing_entries", "connection_errors")
-    options: dict[str, Any] = {f"_raise_exceptions_for_{problem}": False for problem in tolerant}
-    return cached_file(checkpoint, name, revision=revision, **options)
-
-
-def _other_modules(checkpoint: str, revision: str | None) -> list[str]:
-    """Name the modules of a Sentence Transformers folder that have weights behind the transformer's."""
-    path = checkpoint_file(checkpoint, "modules.json", revision)
-    modules = json.loads(Path(path).read_text(encoding="utf-8")) if path else []
-    return [
-        module["type"].rsplit(".", 1)[-1]
-        for module in modules
-        if module["path"] and checkpoint_file(checkpoint, f"{module['path']}/{SAFE_WEIGHTS_NAME}", revision)
-    ]
+def _listed(names: Sequence[str]) -> str:
+    """Return the first few names, for a message."""
+    return ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def label_token_ids(tokenizer: Any, words: Sequence[str]) -> list[int]:
@@ -349,18 +451,3 @@ def label_token_ids(tokenizer: Any, words: Sequence[str]) -> list[int]:
     if len({ids[0] for ids in tokens}) < len(words):
         raise ValueError(f"The answers {list(words)} are the same token; a score is the difference of two.")
     return [ids[0] for ids in tokens]
-
-
-def head_rows(checkpoint: str, tokens: Sequence[int], revision: str | None = None) -> Float[Tensor, "tokens H"]:
-    """Read rows of a checkpoint's language-model head, and nothing else; refuse a checkpoint that has none."""
-    index = checkpoint_file(checkpoint, SAFE_WEIGHTS_INDEX_NAME, revision)
-    files = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"] if index else {}
-    if path := checkpoint_file(checkpoint, files.get(HEAD, SAFE_WEIGHTS_NAME), revision):
-        with safe_open(path, framework="pt") as file:
-            if HEAD in [*file.keys()]:
-                rows = file.get_slice(HEAD)
-                return torch.stack([rows[token] for token in tokens])
-    raise ValueError(
-        f"The checkpoint {checkpoint!r} has no {HEAD} in safetensors, so there are no logits of yes and no. Use "
-        "another score head, such as vlmembed.heads.Linear."
-    )

@@ -78,6 +78,8 @@ class PackedItems(Prepared):
             if shares:
                 beginnings.append((ids[mask], types[mask], [run[0].key for run in runs if run]))
             images.update({run[0].key: run[0] for run in runs if run})
+        if any(next(left, None) for left in frames.values()):
+            raise ValueError("The chat template leaves out an image or a video of an item. Mend the template.")
         self._signatures = signatures(beginnings) if shares else []
         # Images before videos, whose patches hold more numbers; then the largest first, as for texts.
         self._images = sorted(images.values(), key=lambda image: (image.kind, -len(image.pixels)))
