@@ -319,18 +319,21 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         "Cannot open the checkpoint '.*/broken'",
     ),
     "no configuration": (lambda folder: (folder / "config.json").unlink(), "broken': .* in its config.json"),
-    "half a configuration": (lambda folder: cut(folder / "config.json", 99), "broken': config.json is not JSON"),
+    "half a configuration": (lambda folder: cut(folder / "config.json", 99), "broken/config.json is not JSON"),
     "a depth of words": (
         lambda folder: edit(folder / "config.json", vision_config={"depth": "x"}),
         "broken': .*'depth'",
     ),
     "no processor": (lambda folder: (folder / "processor_config.json").unlink(), "broken': .*preprocessor_config.json"),
-    "half a processor": (lambda folder: cut(folder / "processor_config.json", 9), "processor_config.json is not JSON"),
+    "half a processor": (
+        lambda folder: cut(folder / "processor_config.json", 9),
+        "broken/processor_config.json is not JSON",
+    ),
     "no tokenizer": (
         lambda folder: (folder / TOKENIZER).unlink(),
         "broken' knows no words. Is its tokenizer.json",
     ),
-    "half a tokenizer": (lambda folder: cut(folder / TOKENIZER, 999), "broken': tokenizer.json is not JSON"),
+    "half a tokenizer": (lambda folder: cut(folder / TOKENIZER, 999), "broken/tokenizer.json is not JSON"),
     "another's tokenizer": (
         lambda folder: edit(folder / "config.json", image_token_id=5),
         "broken' the processor's image_token_id is 6, and config.json has 5",

@@ -28,7 +28,7 @@ from vlmembed.adapters import LoRA
 from vlmembed.backbones import DocumentFirst, QueryFirst, Qwen3VL
 from vlmembed.backbones.attention import Bounds, LastTokens, Packed, packed_attention
 from vlmembed.backbones.packing import PackedItems, halve, select
-from vlmembed.backbones.prefix_sharing import Sharing, order_by_beginning, shared_lengths, signatures
+from vlmembed.backbones.prefix_sharing import Sharing, shared_lengths
 from vlmembed.backbones.preprocessing import PackingPreprocessor
 from vlmembed.data import ItemCollator, RetrievalDataModule
 from vlmembed.encoder import Encoder, Scorer
@@ -577,21 +577,10 @@ def test_sharing_is_that_of_transformers_own_padded_forward(checkpoint: Path) ->
         assert torch.allclose(found, expected, atol=1e-5), side
 
 
-def test_a_signature_tells_images_apart() -> None:
-    tokens, types = torch.tensor([1, 2, 9, 9, 3, 9]), torch.tensor([0, 0, 1, 1, 0, 1])
-    assert signatures([(tokens, types, [70, 80])])[0].tolist() == [1, 2, -71, -71, 3, -81]
-
-
 def test_what_two_items_have_in_common() -> None:
     first, second = np.array([1, 2, 3, 4]), np.array([1, 2, 5])
     # Something of its own is left to compute, even of an item that is another one's beginning.
     assert shared_lengths([first, second, first, first, first[:2]]) == [0, 2, 2, 3, 1]
-
-
-def test_neighbours_begin_alike() -> None:
-    signatures = [np.array(numbers) for numbers in ([3, 1], [1, 2, 3], [3, 0], [1, 2], [1, 9, 9])]
-    order = order_by_beginning(signatures)
-    assert sorted(shared_lengths([signatures[row] for row in order])) == [0, 0, 1, 1, 2]
 
 
 def test_places_follow_what_is_shared_with_the_row_before() -> None:

@@ -14,14 +14,18 @@ import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoProcessor, PretrainedConfig, PreTrainedModel, ProcessorMixin
-from transformers.utils import (
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    WEIGHTS_NAME,
-    is_flash_attn_2_available,
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME, is_flash_attn_2_available
 from transformers.utils.hub import cached_files
+from transformers.utils.import_utils import is_bitsandbytes_available
 
 from vlmembed.backbones.chat_templates import PairTemplate, TokenEmbeddings, append_tokens, check_template, learn_tokens
 from vlmembed.backbones.preprocessing import ChatPreprocessor
@@ -116,14 +120,8 @@ class VisionLanguageModel(nn.Module):
     ) -> ChatPreprocessor:
         """Make the preprocessor of this backbone's inputs; it can be sent to loader workers.
 
-        Args:
-            template: How pairs are read, for a cross-encoder; None to read items with the backbone's instructions.
-            appended: Tokens that every input gets at its end.
-            new_tokens: Whether the checkpoint does not know them.
-
-        Raises:
-            ValueError: If the checkpoint has no processor for images and texts, its template drops what it is given,
-                or tokens to append are unknown, or known although they should be new.
+        It reads pairs by a template, or items with the backbone's instructions. Every input ends with the tokens
+        ``appended``, which the checkpoint knows unless they are new. What does not fit is refused by a ``ValueError``.
         """
         processor: Any = self.open_processor()
         instructions: dict[Role, str | None] = {"query": None, "document": None} if template else self.instructions
@@ -176,11 +174,7 @@ class VisionLanguageModel(nn.Module):
         return processor
 
     def load_config(self) -> PretrainedConfig:
-        """Read the checkpoint's configuration.
-
-        Raises:
-            ValueError: If there is none, or it is not a vision-language model's.
-        """
+        """Read the checkpoint's configuration; refuse one that is not a vision-language model's."""
         with self._opening():
             config = AutoConfig.from_pretrained(self.checkpoint, **self._source)
         if not hasattr(config, "vision_config"):
@@ -196,10 +190,11 @@ class VisionLanguageModel(nn.Module):
         try:
             yield
         except Exception as error:
-            files = sorted(Path(self.checkpoint).glob("*.json"))
-            broken = [f"{file.name} is not JSON" for file in files if not _is_json(file)]
-            reason = ", ".join(broken) or f"{type(error).__name__}: {error}"
-            raise ValueError(f"Cannot open the checkpoint {self.checkpoint!r}: {reason}") from error
+            for path in sorted(Path(self.checkpoint).glob("*.json")):
+                _read_json(path)
+            raise ValueError(
+                f"Cannot open the checkpoint {self.checkpoint!r}: {type(error).__name__}: {error}"
+            ) from error
 
     @property
     def _source(self) -> dict[str, Any]:
@@ -213,26 +208,16 @@ class VisionLanguageModel(nn.Module):
 
     def _json(self, name: str) -> Any:
         """Return the content of a JSON file; an empty mapping where the checkpoint has none."""
-        for path in self._files(name):
-            try:
-                return json.loads(Path(path).read_bytes())
-            except ValueError as error:
-                raise ValueError(f"{path} is not JSON: {error}") from error
-        return {}
+        return next(map(_read_json, self._files(name)), {})
 
     # Weights
 
     def configure(
         self, preprocessor: ChatPreprocessor | None = None, learned_tokens: TokenEmbeddings | None = None
     ) -> None:
-        """Load the weights.
+        """Load the weights; refuse a checkpoint that is not whole, or an option that cannot be served.
 
-        Args:
-            preprocessor: From `make_preprocessor`; None for the one of its defaults.
-            learned_tokens: Returns the embeddings of the tokens that it appends, where they are learned.
-
-        Raises:
-            ValueError: If the checkpoint is not a whole vision-language model, or an option cannot be served.
+        ``learned_tokens`` returns the embeddings of the tokens that the preprocessor appends, where they are learned.
         """
         self.preprocessor = preprocessor or self.make_preprocessor()
         self.learned_tokens = learned_tokens
@@ -290,10 +275,9 @@ class VisionLanguageModel(nn.Module):
         if not self._files(SAFE_WEIGHTS_NAME) and (index := self._json(SAFE_WEIGHTS_INDEX_NAME)):
             names = {*index.get("weight_map", {}).values()} or names
         paths = self._files(*sorted(names))
-        if missing := names - {Path(path).name for path in paths}:
+        if lost := names - {Path(path).name for path in paths}:
             raise ValueError(
-                f"The checkpoint {self.checkpoint!r} has no {_listed([*missing])}. Name a complete checkpoint, whose "
-                "weights are safetensors."
+                f"The checkpoint {self.checkpoint!r} has no {_listed([*lost])}. It needs whole safetensors."
             )
         for path in paths:
             try:
@@ -304,8 +288,12 @@ class VisionLanguageModel(nn.Module):
 
     def _say_what_is_left_out(self, weights: Sequence[str]) -> None:
         """Say what else a checkpoint has: modules and prompts of an earlier stage, adapters, other weights."""
-        left = [f"weights of {module['type'].rsplit('.', 1)[-1]} (modules.json)" for module in self._other_modules()]
-        prompts = dict(self._json("config_sentence_transformers.json")).get("prompts") or {}
+        left = []
+        for module in self._json("modules.json"):
+            files = [f"{module['path']}/{name}" for name in (SAFE_WEIGHTS_NAME, WEIGHTS_NAME)]
+            if module["path"] and self._files(*files):
+                left.append(f"weights of {module['type'].rsplit('.', 1)[-1]} (modules.json)")
+        prompts = self._json("config_sentence_transformers.json").get("prompts") or {}
         for role, instruction in self.instructions.items():
             if (prompt := prompts.get(role)) and prompt != instruction:
                 left.append(f"the prompt {prompt!r} for a {role}")
@@ -317,15 +305,6 @@ class VisionLanguageModel(nn.Module):
                 f"{self.checkpoint} has {', '.join(left)}. They are not loaded: the backbone is loaded, what stands "
                 "behind it begins anew."
             )
-
-    def _other_modules(self) -> list[dict[str, str]]:
-        """Return the modules of a Sentence Transformers folder that have weights behind the transformer's."""
-        return [
-            module
-            for module in self._json("modules.json")
-            if module["path"]
-            and self._files(*(f"{module['path']}/{name}" for name in (SAFE_WEIGHTS_NAME, WEIGHTS_NAME)))
-        ]
 
     def _attention(self, config: PretrainedConfig) -> str:
         if self.attn_implementation != "auto":
@@ -384,26 +363,16 @@ class VisionLanguageModel(nn.Module):
         return False
 
     def encode_images(self, images: Inputs) -> Sequence[Float[Tensor, "tokens levels H"]]:
-        """Run the vision tower on a chunk of images, where the preprocessor makes such chunks.
-
-        Returns:
-            Of each image, what stands at its tokens, at every level of the language model that images enter.
-        """
+        """Return what stands at each image's tokens, at every level of the language model that images enter."""
         raise NotImplementedError(f"{type(self).__name__} reads images together with their text.")
 
     def forward(
         self, inputs: Inputs, layers: Sequence[int] = (-1,), features: Features = (), num_last_tokens: int | None = None
     ) -> Float[Tensor, "*K B L H"]:
-        """Return hidden states.
+        """Return the hidden states of a chunk on any device: (B, L, H), or (K, B, L, H) for K layers.
 
-        Args:
-            inputs: One chunk, from the `preprocessor`, on any device.
-            layers: Which hidden states: -1 is the last one, after the final norm; 0 the token embeddings.
-            features: Of each image of the batch, by its index, where `encode_images` made them.
-            num_last_tokens: How many of an item's last tokens will be read, if not all; other states may be NaN.
-
-        Returns:
-            (B, L, H), or (K, B, L, H) for K layers.
+        Layer -1 is the last one, after the final norm; 0 the token embeddings. ``features`` come from `encode_images`,
+        of each image of the batch by its index. States of other tokens than an item's last ones may be NaN.
         """
         # Chunks wait on the host and come over one at a time, so device memory does not grow with the batch.
         inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
@@ -412,26 +381,26 @@ class VisionLanguageModel(nn.Module):
         return states[0] if len(states) == 1 else torch.stack(states)
 
 
-def _quantization() -> object:
-    from transformers import BitsAndBytesConfig
-    from transformers.utils import is_bitsandbytes_available
-
+def _quantization() -> BitsAndBytesConfig:
     if not (torch.cuda.is_available() and is_bitsandbytes_available()):
         raise ValueError(
             "load_in_4bit needs a CUDA device and the bitsandbytes package "
             f"(CUDA: {torch.cuda.is_available()}, bitsandbytes: {is_bitsandbytes_available()}). "
             "Install vlmembed[quantization] on a machine with a GPU, or set load_in_4bit: false."
         )
-    options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, **options)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
 
 
-def _is_json(path: Path) -> bool:
+def _read_json(path: str | Path) -> Any:
     try:
-        json.loads(path.read_bytes())
-    except ValueError:
-        return False
-    return True
+        return json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
 
 
 def _listed(names: Sequence[str]) -> str:

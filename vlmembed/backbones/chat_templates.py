@@ -95,11 +95,9 @@ class QueryFirst(PairTemplate):
     @property
     def source(self) -> str:
         """The template, with both texts as strings in Jinja."""
-        quoted = {
-            name: "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
-            for name, text in (("instruction", self.instruction), ("system", self.system))
-        }
-        return SHOW + CHAT % {**quoted, "pair": self.pair}
+        # A string in JSON, unescaped, is one in Jinja.
+        system, instruction = (json.dumps(text, ensure_ascii=False) for text in (self.system, self.instruction))
+        return SHOW + CHAT % {"system": system, "instruction": instruction, "pair": self.pair}
 
 
 class DocumentFirst(QueryFirst):
@@ -161,18 +159,7 @@ _passed: set[Any] = set()  # A process makes many preprocessors of one checkpoin
 def check_template(
     processor: Any, origin: str, roles: Sequence[str], instructions: Iterable[str | None], generation_prompt: bool
 ) -> None:
-    """Refuse a template that leaves out a text or an image, by rendering short and long, few and many of them.
-
-    Args:
-        processor: Of transformers, with the template.
-        origin: Whose template it is, for the message.
-        roles: Of the messages with content, in order.
-        instructions: The texts of the system messages that may stand before them; None for none.
-        generation_prompt: Whether the template is asked for one.
-
-    Raises:
-        ValueError: If it does, cannot be rendered, or takes too long.
-    """
+    """Refuse a template that leaves out a text or an image of a role, or the instruction before it, or never ends."""
 
     def render(chat: Mapping[str, Sequence[dict[str, str]]]) -> str:
         messages = [{"role": role, "content": [*content]} for role, content in chat.items()]
@@ -212,33 +199,30 @@ def check_template(
 def _in_limits(function: Callable[[], list[str]]) -> list[str]:
     """Call a function in a child process: a template is a program, which may loop for ever or fill the memory.
 
-    Raises:
-        RuntimeError: If it fails, or takes more than `SECONDS` of computing or `MEMORY`.
+    Raises a ``RuntimeError`` if it fails, or takes more than `SECONDS` of computing or `MEMORY`.
     """
     if sys.platform != "linux":
         return function()
     reading, writing = os.pipe()
     if (child := os.fork()) == 0:
         # Nothing but Python's own code runs here, and nothing of the parent is cleaned up.
-        with suppress(BaseException):
+        with suppress(BaseException), os.fdopen(writing, "w") as pipe:
             try:
                 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
                 resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
                 resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-                answer: list[Any] = [function(), ""]
+                pipe.write(json.dumps([function(), ""]))
             except Exception as error:
-                answer = [[], str(error) if isinstance(error, jinja2.TemplateError) else repr(error)]
-            with os.fdopen(writing, "w") as pipe:
-                json.dump(answer, pipe)
+                pipe.write(json.dumps([[], str(error) if isinstance(error, jinja2.TemplateError) else repr(error)]))
         os._exit(0)
     os.close(writing)
     with os.fdopen(reading) as pipe:
-        answer = json.loads(pipe.read() or "[]")
+        result, problem = json.loads(pipe.read() or f'[[], "it takes more than {SECONDS} seconds"]')
     os.waitpid(child, 0)
-    result, problem = answer or ([], f"it takes more than {SECONDS} seconds")
     if problem:
         raise RuntimeError(problem)
-    return result
+    lines: list[str] = result
+    return lines
 
 
 #: Returns the learned embeddings (tokens, H). A function, because the tensor may be another one in each step.
@@ -246,16 +230,7 @@ TokenEmbeddings = Callable[[], Tensor]
 
 
 def append_tokens(processor: Any, tokens: Sequence[str], new: bool) -> None:
-    """Let a chat template end with some tokens.
-
-    Args:
-        processor: Of transformers. Its template is changed, and its vocabulary where the tokens are new.
-        tokens: In order.
-        new: Whether they have to be missing in the vocabulary; else they must be there.
-
-    Raises:
-        ValueError: If they are there, or missing.
-    """
+    """Let a processor's template end with some tokens, which its vocabulary gets where they are new, or has to have."""
     vocabulary = processor.tokenizer.get_vocab()
     if wrong := [token for token in tokens if (token in vocabulary) == new]:
         raise ValueError(
