@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from building import collated, encoder, gradients, item, mixed_items, picture, relative_difference, texts, write_rows
+from building import encoder, gradients, item, mixed_items, picture, relative_difference, texts, write_rows
 from other_models import qwen3_vl_moe
 from peft import LoraConfig
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ from vlmembed.pooling import (
     Pooling,
     PoolingWrapper,
 )
-from vlmembed.types import Batch, Example, Inputs, Item, Pair, Part
+from vlmembed.types import Batch, Inputs, Item, Pair, Part
 
 #: Sums in float32 in another order, in a few layers.
 ROUNDING = 1e-5
@@ -191,17 +191,6 @@ def test_an_image_that_items_share_is_one_image_of_the_batch(backbone: Qwen3VL) 
     assert packed.chunk([3, 1, 2, 0])["images"].tolist() == [[0, 1], [1, 0], [1, 1], [1, 1], [3, 1]]
     assert packed.chunk([6, 5, 4])["images"].tolist() == [[0, 3], [1, 2], [1, 0], [2, 2]]
     assert packed.chunk([2])["images"].shape == (0, 2)
-
-
-def test_a_query_and_a_document_may_show_one_image(backbone: Qwen3VL) -> None:
-    page = picture(64, 96, 1)
-    examples = [
-        Example(item(page, "what is it?", role="query"), (item(page), item("a page"))),
-        Example(item(picture(32, 64, 2), role="query"), (item("another"),), (item("text", page),)),
-    ]
-    batch = collated(ItemCollator(backbone.preprocessor), examples, 1)
-    assert sum(len(images["keys"]) for images in batch.images) == 2
-    assert sum(len(chunk["images"]) for chunk in batch.chunks) == 4
 
 
 def test_select_takes_the_patches_of_its_images(backbone: Qwen3VL) -> None:
@@ -444,12 +433,6 @@ def test_poolings_together_read_what_the_longest_reads() -> None:
     assert Concatenation([LastToken(), MeanOfLast(3)]).num_last_tokens == 3
     assert Concatenation([LastToken(), Mean()]).num_last_tokens is None
     assert (LastToken().num_last_tokens, FirstToken().num_last_tokens) == (1, None)
-
-
-def test_places_of_the_last_tokens() -> None:
-    tail = LastTokens.of(torch.tensor([3, 1, 4]), 2, torch.device("cpu"))
-    assert tail.index.tolist() == [1, 2, 3, 6, 7]
-    assert tail.bounds.lengths == [2, 1, 2]
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], ids=["loop", "kernel"])
