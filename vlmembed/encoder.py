@@ -21,12 +21,7 @@ from vlmembed.types import Batch, Inputs, RankingBatch
 
 
 class Encoder(nn.Module):
-    """Turns a chunk of inputs into embeddings, not normalised: losses and metrics do that at the dimension they want.
-
-    Args:
-        backbone: Reads the inputs.
-        pooling: Turns its hidden states into one embedding per item.
-    """
+    """Turns a chunk of inputs into embeddings, not normalised: losses and metrics do that at their dimension."""
 
     #: How pairs become one input, where pairs are read.
     template: PairTemplate | None = None
@@ -116,13 +111,7 @@ class Encoder(nn.Module):
 
 
 class Scorer(Encoder):
-    """Turns a chunk of pairs into scores (B, 1): how well each document answers its query.
-
-    Args:
-        backbone: Reads the pairs.
-        head: Turns its hidden states into one score per pair.
-        template: How a query and a document become one input.
-    """
+    """Turns a chunk of pairs into scores (B, 1): how well each document answers its query."""
 
     pooling: ScoreHead
     template: PairTemplate

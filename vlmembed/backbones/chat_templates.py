@@ -119,9 +119,6 @@ class TemplateFile(PairTemplate):
         path: A file in Jinja, which renders messages of the roles ``query`` and ``document``, and may render one of
             the role ``system``.
         ends_with_query: Whether the query comes behind the document.
-
-    Raises:
-        ValueError: If there is no such file.
     """
 
     def __init__(self, path: str, ends_with_query: bool = False) -> None:
