@@ -81,21 +81,18 @@ def test_each_sequence_sees_itself_alone(lengths: list[int], heads: tuple[int, i
         torch.testing.assert_close(ours, theirs, rtol=0, atol=ROUNDING)
 
 
+@pytest.mark.parametrize("scale", [None, 0.7])
 @pytest.mark.parametrize(
     ("asked", "layers_own", "causal"), [(None, True, True), (None, False, False), (False, True, False)]
 )
-def test_who_says_whether_it_is_causal(asked: bool | None, layers_own: bool, causal: bool) -> None:
-    """The call, else the layer, as in transformers."""
+def test_scale_and_causality_are_those_of_the_call(
+    asked: bool | None, layers_own: bool, causal: bool, scale: float | None
+) -> None:
+    """Else the layer says whether it is causal, as in transformers."""
     inputs, layer = tensors([3, 5], (4, 2)), nn.Module()
     layer.is_causal = layers_own  # type: ignore[assignment]
-    output, _ = packed_attention(layer, *inputs, None, is_causal=asked, **bounds([3, 5]))
-    torch.testing.assert_close(output, one_by_one(inputs, [3, 5], causal), rtol=0, atol=ROUNDING)
-
-
-def test_products_are_scaled_as_asked() -> None:
-    inputs = tensors([3, 5], (4, 2))
-    output, _ = packed_attention(nn.Module(), *inputs, None, scaling=0.7, **bounds([3, 5]))
-    torch.testing.assert_close(output, one_by_one(inputs, [3, 5], causal=True, scale=0.7), rtol=0, atol=ROUNDING)
+    output, _ = packed_attention(layer, *inputs, None, scaling=scale, is_causal=asked, **bounds([3, 5]))
+    torch.testing.assert_close(output, one_by_one(inputs, [3, 5], causal, scale), rtol=0, atol=ROUNDING)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,10 +16,10 @@ from building import gradients, item, mixed_items, picture, relative_difference
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModel, AutoProcessor, BertConfig, Qwen3Config
+from transformers import AutoModel, AutoProcessor, AutoTokenizer, BertConfig, Qwen3Config
 from videos import film
 
-from vlmembed.backbones import Qwen3VL, VisionLanguageModel, base
+from vlmembed.backbones import Qwen3VL, TemplateFile, VisionLanguageModel, base, chat_templates
 from vlmembed.types import Inputs, Item, Part
 
 #: Sums in float32 in another order: hidden states are of size one after the norm, and have passed through few layers.
@@ -160,22 +161,12 @@ def test_what_padding_holds_never_matters(checkpoint: Path, items: list[Item], b
     torch.testing.assert_close(noisy[kept], backbone(inputs)[kept], rtol=0, atol=ROUNDING)
 
 
-@pytest.mark.parametrize("bidirectional", [False, True])
-@torch.no_grad()
-def test_the_first_token_sees_the_last_only_if_bidirectional(checkpoint: Path, bidirectional: bool) -> None:
-    backbone = load(checkpoint, bidirectional=bidirectional, generation_prompt=False)
-    one = backbone.preprocessor([item("some words")])
-    other = {**one, "input_ids": one["input_ids"].clone()}
-    other["input_ids"][0, -1] = 7
-    difference = (backbone(one) - backbone(other))[0, 0].abs().max()
-    assert (difference > 100 * ROUNDING) if bidirectional else (difference == 0)
-
-
 @torch.no_grad()
 def test_bidirectional_is_is_causal_false_in_the_text_config(
     checkpoint: Path, backbone: Qwen3VL, tmp_path: Path
 ) -> None:
-    edited = edit_text_config(checkpoint, tmp_path / "bidirectional", is_causal=False)
+    edited = shutil.copytree(checkpoint, tmp_path / "bidirectional")
+    edit_text_config(edited, is_causal=False)
     inputs = backbone.preprocessor([item("some words"), item(picture(64, 32), "more")])
     expected = AutoModel.from_pretrained(edited)(**inputs).last_hidden_state
     kept = inputs["attention_mask"] == 1
@@ -183,12 +174,8 @@ def test_bidirectional_is_is_causal_false_in_the_text_config(
     torch.testing.assert_close(found[kept], expected[kept], rtol=0, atol=ROUNDING)
 
 
-def edit_text_config(checkpoint: Path, folder: Path, **changes: Any) -> Path:
-    shutil.copytree(checkpoint, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["text_config"] |= changes
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+def edit_text_config(folder: Path, **changes: Any) -> None:
+    edit(folder / "config.json", text_config=json.loads((folder / "config.json").read_text())["text_config"] | changes)
 
 
 def test_gradient_checkpointing_recomputes_and_changes_no_gradient(checkpoint: Path) -> None:
@@ -215,7 +202,8 @@ def uneven_loss(backbone: VisionLanguageModel, inputs: Inputs) -> Tensor:
 
 
 def test_dropout_is_on_until_somebody_measures(checkpoint: Path, tmp_path: Path) -> None:
-    backbone = Qwen3VL(str(edit_text_config(checkpoint, tmp_path / "dropout", attention_dropout=0.5)))
+    edit_text_config(shutil.copytree(checkpoint, tmp_path / "dropout"), attention_dropout=0.5)
+    backbone = Qwen3VL(str(tmp_path / "dropout"))
     backbone.configure()
     assert all(module.training for module in backbone.modules())
     inputs = backbone.preprocessor([item("some words")])
@@ -250,7 +238,8 @@ def test_flash_attention_is_for_half_precision_on_cuda(
     asked = {}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(base, "is_flash_attn_2_available", lambda: True)
-    opened = (mock.MagicMock(), {"missing_keys": []})
+    model = mock.MagicMock(**{"get_input_embeddings.return_value.num_embeddings": 9999})
+    opened = (model, {"missing_keys": [], "mismatched_keys": [], "unexpected_keys": []})
     monkeypatch.setattr(AutoModel, "from_pretrained", lambda _, **options: asked.update(options) or opened)
     Qwen3VL(str(checkpoint), dtype=dtype).configure()
     assert asked["attn_implementation"] == expected
@@ -272,79 +261,280 @@ def test_qwen3_vl_refuses_another_family(tmp_path: Path) -> None:
         Qwen3VL(str(folder)).configure()
 
 
-def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"Cannot open the checkpoint '{tmp_path}/nothing'"):
-        Qwen3VL(str(tmp_path / "nothing")).configure()
+WEIGHTS, INDEX, TOKENIZER = "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
+UP, BIAS = "model.language_model.layers.1.mlp.up_proj.weight", "model.visual.merger.norm.bias"
 
 
-def test_a_checkpoint_without_chat_template_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    shutil.copytree(checkpoint, tmp_path / "plain")
-    (tmp_path / "plain" / "chat_template.jinja").unlink()
-    with pytest.raises(ValueError, match="plain' has no chat template"):
-        _ = VisionLanguageModel(tmp_path / "plain").make_preprocessor()
+def edit(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-#: Renders everything, as the tiny checkpoint's own template does.
-WHOLE = """{% for m in messages %}{{ m.role }}{% for part in m.content %}\
-{{ part.text if part.type == 'text' else '<|vision_start|><|image_pad|><|vision_end|>' }}{% endfor %}{% endfor %}"""
+def cut(file: Path, length: int) -> None:
+    file.write_bytes(file.read_bytes()[:length])
+
+
+def reweigh(folder: Path, changes: dict[str, Tensor | None]) -> None:
+    """Change weights by name; None removes one."""
+    weights = load_file(folder / WEIGHTS) | changes
+    present = {name: weight for name, weight in weights.items() if weight is not None}
+    save_file(present, folder / WEIGHTS, {"format": "pt"})
+
+
+def shard(folder: Path, lost: str = "", **index: Any) -> None:
+    """Cut the weights in two files with an index, and lose a file, or a weight."""
+    weights = load_file(folder / WEIGHTS)
+    files = {name: f"model-{1 + number % 2}.safetensors" for number, name in enumerate(weights)}
+    for file in {*files.values()} - {lost}:
+        part = {name: weight for name, weight in weights.items() if files[name] == file and name != lost}
+        save_file(part, folder / file, {"format": "pt"})
+    (folder / WEIGHTS).unlink()
+    (folder / INDEX).write_text(json.dumps(index or {"metadata": {}, "weight_map": files}))
+
+
+def adapt(folder: Path, into: str = "", removed: Sequence[str] = ()) -> None:
+    """Write an adapter into a checkpoint's folder, and remove files."""
+    model = get_peft_model(AutoModel.from_pretrained(folder), LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(folder / into)
+    for name in removed:
+        (folder / name).unlink()
+
+
+LAYER_0 = "language_model.layers.0.mlp"
+BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "nothing": (shutil.rmtree, "Cannot open the checkpoint '.*/broken'"),
+    "an empty folder": (lambda at: [file.unlink() for file in at.iterdir()], "broken': .* its config.json"),
+    "a file": (lambda at: shutil.rmtree(at) or at.write_text("x"), "Cannot open the checkpoint '.*/broken'"),
+    "no configuration": (lambda at: (at / "config.json").unlink(), "broken': .* in its config.json"),
+    "half a configuration": (lambda at: cut(at / "config.json", 99), "broken/config.json is not JSON"),
+    "a depth of words": (lambda at: edit(at / "config.json", vision_config={"depth": "x"}), "broken': .*'depth'"),
+    "no processor": (lambda at: (at / "processor_config.json").unlink(), "broken': .*preprocessor_config.json"),
+    "half a processor": (lambda at: cut(at / "processor_config.json", 9), "broken/processor_config.json is not JSON"),
+    "no tokenizer": (lambda at: (at / TOKENIZER).unlink(), "broken' knows no words. Is its tokenizer.json"),
+    "half a tokenizer": (lambda at: cut(at / TOKENIZER, 999), "broken/tokenizer.json is not JSON"),
+    "another's tokenizer": (
+        lambda at: edit(at / "config.json", image_token_id=5),
+        "processor's image_token_id is 6, and config.json has 5",
+    ),
+    "no chat template": (lambda at: (at / "chat_template.jinja").unlink(), "broken' has no chat template"),
+    "no weights": (lambda at: (at / WEIGHTS).unlink(), "broken' has no model.safetensors"),
+    "half the weights": (lambda at: cut(at / WEIGHTS, 200_000), "broken/model.safetensors is not whole"),
+    "a pointer of git-lfs": (lambda at: (at / WEIGHTS).write_text("version https://"), "broken/model.* not whole"),
+    "no bytes": (lambda at: cut(at / WEIGHTS, 0), "broken/model.safetensors is not whole"),
+    "a lost shard": (lambda at: shard(at, "model-2.safetensors"), "broken' has no model-2.safetensors"),
+    "half a shard": (
+        lambda at: shard(at) or cut(at / "model-1.safetensors", 999),
+        "broken/model-1.safetensors is not whole",
+    ),
+    "a weight that no shard has": (lambda at: shard(at, UP), "broken' lacks language_model.layers.1.mlp.up_proj"),
+    "an index of nothing": (lambda at: shard(at, weights={}), "broken' has no model.safetensors"),
+    "half an index": (lambda at: shard(at) or cut(at / INDEX, 9), "broken/model.*index.json is not JSON"),
+    "two weights missing": (
+        lambda at: reweigh(at, {UP: None, BIAS: None}),
+        r"lacks language_model.layers.1.mlp.up_proj.weight, visual.merger.norm.bias: .* would be random",
+    ),
+    "names of another class": (
+        lambda at: reweigh(at, {name: None for name in load_file(at / WEIGHTS) if "visual" in name}),
+        r"lacks visual\..* and \d+ more: ",
+    ),
+    "a layer more in the configuration": (
+        lambda at: edit_text_config(at, num_hidden_layers=3),
+        r"lacks language_model.layers.2.input_layernorm.weight, .* and 6 more",
+    ),
+    "a weight of another shape": (
+        lambda at: reweigh(at, {BIAS: torch.zeros(7)}),
+        r"broken' has in another shape visual.merger.norm.bias \[7\]",
+    ),
+    "a configuration of another size": (
+        lambda at: edit_text_config(at, intermediate_size=64),
+        rf"has in another shape {LAYER_0}.down_proj.weight \[64, 128\], .* and 1 more",
+    ),
+    "another vocabulary": (
+        lambda at: edit_text_config(at, vocab_size=999),
+        "has in another shape language_model.embed_tokens.weight",
+    ),
+    "a tokenizer of more words": (
+        lambda at: append_words(at, 500),
+        r"broken' has \d+ tokens, its weights embed \d+: they are of two models",
+    ),
+    "an adapter beside the weights": (adapt, r"broken' has an adapter \(adapter_config.json\). Merge it"),
+    "an adapter without its configuration": (
+        lambda at: adapt(at, removed=["adapter_config.json"]),
+        r"has an adapter \(adapter_model.safetensors\)",
+    ),
+    "an adapter alone": (
+        lambda at: adapt(at, removed=["config.json", WEIGHTS]),
+        r"has an adapter \(adapter_config.json\). Merge it into its base model",
+    ),
+}
+
+
+def append_words(folder: Path, count: int) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"<word {number}>" for number in range(count)])
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(("damage", "message"), BROKEN.values(), ids=BROKEN)
+def test_a_checkpoint_that_is_not_whole_is_refused(
+    checkpoint: Path, tmp_path: Path, damage: Callable[[Path], Any], message: str
+) -> None:
+    """By folder and file; transformers draws what is missing at random, and goes on, or fails without a name."""
+    damage(shutil.copytree(checkpoint, tmp_path / "broken"))
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "broken")
+
+
+def stage(folder: Path, kind: str, file: str = WEIGHTS) -> None:
+    """Make a folder of an earlier stage, with a module of two weights."""
+    modules = [{"path": "", "type": "base.Transformer"}, {"path": "1", "type": "Pooling"}, {"path": "2", "type": kind}]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "2").mkdir()
+    (folder / "2" / file).write_bytes(b"weights")
+
+
+def prompt(folder: Path, **prompts: str) -> None:
+    (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": prompts}))
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "message"),
+    ("change", "said"),
     [
-        ("part.text", "'a text'", "drops the system and the user"),
-        ("messages", "messages if m.role != 'system'", "drops the system: .* set query_instruction"),
-        ("messages", "messages if m.role == 'system'", "drops the user and the images of the user"),
-        ("m.content", "m.content if part.type == 'text'", "drops the images of the user"),
-        ("{{ m.role }}", "{{ m.content + 'text' }}", "cannot be rendered for system and user"),
+        (lambda at: stage(at, "models.Dense"), "weights of Dense (modules.json)"),
+        (lambda at: stage(at, "served_pooling.ServedPooling", "pytorch_model.bin"), "weights of ServedPooling"),
+        (lambda at: stage(at, "models.Normalize", "config.json"), ""),
+        (lambda at: prompt(at, query="Find it.", document=""), "the prompt 'Find it.' for a query"),
+        (lambda at: prompt(at, query=base.DEFAULT_INSTRUCTION), ""),
+        (lambda at: adapt(at, "lora"), "an adapter in lora/"),
+        (lambda at: edit_text_config(at, num_hidden_layers=1), "no place for (model.language_model.layers.1."),
+        (
+            lambda at: reweigh(at, {f"{UP}.lora_A.weight": torch.zeros(4, 4)}),
+            f"no place for ({UP}.lora_A.weight)",
+        ),
+        (lambda at: reweigh(at, {"lm_head.weight": torch.zeros(4, 64)}), ""),
+        (shard, ""),
     ],
 )
-def test_a_template_that_drops_what_it_is_given_is_refused(
-    checkpoint: Path, tmp_path: Path, old: str, new: str, message: str
+def test_what_a_checkpoint_has_besides_is_said_to_be_left_out(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Callable[[Path], None], said: str
 ) -> None:
-    shutil.copytree(checkpoint, tmp_path / "changed")
-    template, backbone = tmp_path / "changed" / "chat_template.jinja", Qwen3VL(str(tmp_path / "changed"))
-    template.write_text(WHOLE)
-    backbone.make_preprocessor()
-    template.write_text(WHOLE.replace(old, new))
+    folder = shutil.copytree(checkpoint, tmp_path / "more")
+    change(folder)
+    capsys.readouterr()
+    load(folder)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "are not loaded" in line]
+    assert len(lines) == bool(said)
+    assert all(line.startswith(f"{folder} has ") and said in line for line in lines)
+
+
+PART = "{{ part.text if part.type == 'text' else '<|' + part.type + '_pad|>' }}"
+#: Renders everything.
+WHOLE = "{% for m in messages %}{{ m.role }}{% for part in m.content %}" + PART + "{% endfor %}{% endfor %}"
+LOSSES = {
+    "a fixed text": (WHOLE.replace("part.text", "'a text'"), "texts of the {role}"),
+    "the end of long texts": (WHOLE.replace("part.text", "part.text[:9000]"), "texts of the {role}"),
+    "long texts": (WHOLE.replace("m.content", "m.content if not part.text or part.text|length < 9000"), "texts of the"),
+    "texts behind images": (
+        WHOLE.replace("m.content", "m.content if part.type == 'image' or loop.first"),
+        "texts of the",
+    ),
+    "images": (WHOLE.replace("m.content", "m.content if part.type == 'text'"), "images of the {role}"),
+    "all but the first part": (WHOLE.replace("m.content", "m.content[:1]"), "images of the {role}"),
+    "images without a text": (WHOLE.replace("m.content", "m.content if m.content|length > 1"), "images of the {role}"),
+    "all but one image": (
+        "{% for m in messages %}{{ m.content|selectattr('type', 'eq', 'image')|map(attribute='type')|first }}"
+        "{{ m.content|map(attribute='text')|join }}{% endfor %}",
+        "images of the {role}",
+    ),
+    "all before an answer": ("{% if not add_generation_prompt %}" + WHOLE + "{% endif %}", "images of .* texts of"),
+    "everything": ("hello", "texts of the {role}"),
+    "a misspelt word": (WHOLE.replace("endfor", "endfro"), "cannot be rendered for"),
+    "its own error": ("{{ raise_exception('no') }}", "cannot be rendered for .*: no"),
+    "a missing field": ("{{ messages[0].content.no.thing }}", "cannot be rendered for"),
+    # What templates of language models without eyes do.
+    "a list as a text": ("{{ 'a' + messages[0].content }}", "cannot be rendered for .*: TypeError"),
+    "a range": ("{% for i in range(10**9) %}x{% endfor %}" + WHOLE, "cannot be rendered .*Range too big"),
+    "loops in loops": (
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}" + WHOLE,
+        "cannot be rendered .*it takes more than 1 seconds",
+    ),
+    "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}" + WHOLE, "cannot be rendered .*RecursionError"),
+    "a huge string": ("{{ 'a' * 10**10 }}" + WHOLE, "cannot be rendered .*MemoryError"),
+    "a huge width": ("{{ '%10000000000d' % 1 }}" + WHOLE, "cannot be rendered .*MemoryError"),
+    "a string that doubles": (
+        "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}" + WHOLE,
+        "cannot be rendered .*MemoryError",
+    ),
+    "a huge number": ("{{ 3 ** (10 ** 9) }}" + WHOLE, "cannot be rendered .*it takes more than 1 seconds"),
+}
+
+
+@pytest.mark.parametrize("kind", ["item", "pair"])
+@pytest.mark.parametrize(("template", "message"), LOSSES.values(), ids=LOSSES)
+def test_a_template_that_loses_something_or_never_ends_is_refused(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, message: str, kind: str
+) -> None:
+    monkeypatch.setattr(chat_templates, "SECONDS", 1)
+    if kind == "item":
+        file, read = shutil.copytree(checkpoint, tmp_path / "own") / "chat_template.jinja", None
+    else:
+        (tmp_path / "own").mkdir()
+        file = tmp_path / "own" / "pairs.jinja"
+        file.write_text(WHOLE)
+        read = TemplateFile(str(file))
+    backbone = Qwen3VL(str(checkpoint if read else tmp_path / "own"))
+    for content in (WHOLE, WHOLE.replace("part.text", "part.text|trim")):
+        file.write_text(content)
+        backbone.make_preprocessor(read)
+    file.write_text(template)
+    message = message.format(role="query" if read else "user")
+    with pytest.raises(ValueError, match=f"{file if read else file.parent}'? .*{message}"):
+        backbone.make_preprocessor(read)
+
+
+@pytest.mark.parametrize(
+    ("shown", "message"),
+    [
+        ("messages if m.role != 'system'", "drops the system message: .* set query_instruction"),
+        ("messages if messages|length == 2", "drops images of the user and texts of the user"),
+        ("messages if messages|length == 2 or m.content|length == 1", "drops images of the user and texts of the user"),
+    ],
+)
+def test_queries_may_have_no_instruction(checkpoint: Path, tmp_path: Path, shown: str, message: str) -> None:
+    """And then have to be rendered without a system message."""
+    folder = shutil.copytree(checkpoint, tmp_path / "own")
+    backbone = Qwen3VL(str(folder), query_instruction=None)
+    (folder / "chat_template.jinja").write_text(WHOLE.replace("messages", shown))
     with pytest.raises(ValueError, match=message):
         backbone.make_preprocessor()
 
 
-def test_weights_that_are_missing_are_named(checkpoint: Path, tmp_path: Path) -> None:
-    """transformers would draw them at random, and go on."""
-    shutil.copytree(checkpoint, tmp_path / "holes")
-    weights = load_file(checkpoint / "model.safetensors")
-    del weights["model.language_model.layers.1.mlp.up_proj.weight"], weights["model.visual.merger.norm.bias"]
-    save_file(weights, tmp_path / "holes" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks 2 weights .*layers.1.mlp.up_proj.weight, visual.merger.norm.bias\."):
-        load(tmp_path / "holes")
+@pytest.mark.parametrize(("role", "other"), [("query", "document"), ("document", "query")])
+def test_a_template_reads_both_of_a_pair(checkpoint: Path, tmp_path: Path, role: str, other: str) -> None:
+    (tmp_path / "pairs.jinja").write_text(WHOLE.replace("messages", f"messages if m.role == '{role}'"))
+    with pytest.raises(ValueError, match=rf"drops images of the {other} and texts of the {other}: it has to"):
+        Qwen3VL(str(checkpoint)).make_preprocessor(TemplateFile(str(tmp_path / "pairs.jinja")))
 
 
-def test_an_adapter_beside_the_weights_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    """transformers would put it on top, unmerged, and an export would hold the adapter alone."""
-    shutil.copytree(checkpoint, tmp_path / "adapted")
-    model = get_peft_model(AutoModel.from_pretrained(checkpoint), LoraConfig(target_modules=["q_proj"]))
-    model.save_pretrained(tmp_path / "adapted")
-    with pytest.raises(ValueError, match=r"adapted' has an adapter beside its weights .*Merge it"):
-        load(tmp_path / "adapted")
-
-
-@pytest.mark.parametrize("weights", [True, False])
-def test_learned_modules_of_an_earlier_stage_are_said_to_begin_anew(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], weights: bool
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        (item("words", picture(64, 64)), "chat template leaves out an image or a video"),
+        (
+            Item("document", (Part("video", (picture(64, 64, 1), picture(64, 64, 2))),)),
+            "0 <.video_pad.> tokens and 1 vid",
+        ),
+    ],
+)
+def test_what_a_template_leaves_out_later_is_refused_there(
+    checkpoint: Path, tmp_path: Path, document: Item, message: str
 ) -> None:
-    folder = tmp_path / "stage1"
-    shutil.copytree(checkpoint, folder)
-    modules = [("", "base.modules.Transformer"), ("1_Pooling", "models.Pooling"), ("2_Dense", "models.Dense")]
-    (folder / "modules.json").write_text(json.dumps([{"path": path, "type": kind} for path, kind in modules]))
-    for path, _ in modules[1:]:
-        (folder / path).mkdir()
-    if weights:
-        save_file({"linear.weight": torch.zeros(2, 2)}, folder / "2_Dense" / "model.safetensors")
-    load(folder)
-    sentence = f"{folder} has weights of Dense (modules.json). They are not loaded"
-    assert (sentence in capsys.readouterr().out) is weights
+    """An image beside words that no probe has; and a video, which no probe is."""
+    folder = shutil.copytree(checkpoint, tmp_path / "own")
+    shown = "m.content if part.type == 'text' or part.type == 'image' and m.content[0].text != 'words'"
+    (folder / "chat_template.jinja").write_text(WHOLE.replace("m.content", shown))
+    preprocessor = Qwen3VL(str(folder)).make_preprocessor()
+    with pytest.raises(ValueError, match=message):
+        preprocessor.prepare([document])
 
 
 FAMILIES = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch.nn.functional import gelu, log_softmax
 from transformers import AutoModelForImageTextToText
 
 from vlmembed.backbones import DocumentFirst, QueryFirst, Qwen3VL, TemplateFile, tiny
-from vlmembed.backbones.base import head_rows, label_token_ids
+from vlmembed.backbones.base import label_token_ids
 from vlmembed.backbones.chat_templates import PairTemplate
 from vlmembed.encoder import Scorer
 from vlmembed.heads import MLP, Linear, ScoreHead, YesNo
@@ -92,20 +93,26 @@ def test_an_answer_is_one_token(checkpoint: Path, words: tuple[str, str], messag
 
 
 def test_rows_are_found_in_a_checkpoint_of_several_files(untied: Path, tmp_path: Path) -> None:
-    weights = load_file(untied / "model.safetensors")
+    folder = shutil.copytree(untied, tmp_path / "shards")
+    weights = load_file(folder / "model.safetensors")
+    backbone = Qwen3VL(str(folder))
+    backbone.configure()
     expected = weights["lm_head.weight"][[7, 3]]
-    assert torch.equal(head_rows(str(untied), [7, 3]), expected)
+    assert torch.equal(backbone.lm_head_rows([7, 3]), expected)
     head = {"lm_head.weight": weights.pop("lm_head.weight")}
     places = {**dict.fromkeys(weights, "first.safetensors"), **dict.fromkeys(head, "second.safetensors")}
-    save_file(weights, tmp_path / "first.safetensors")
-    save_file(head, tmp_path / "second.safetensors")
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
-    assert torch.equal(head_rows(str(tmp_path), [7, 3]), expected)
-
-
-def test_a_checkpoint_without_a_head_is_refused(checkpoint: Path) -> None:
+    save_file(weights, folder / "first.safetensors", {"format": "pt"})
+    save_file(head, folder / "second.safetensors", {"format": "pt"})
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    assert torch.equal(backbone.lm_head_rows([7, 3]), expected)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places | {"lm_head.weight": "x"}}))
+    with pytest.raises(ValueError, match="shards' has no x"):
+        backbone.lm_head_rows([7, 3])
+    (folder / "model.safetensors.index.json").unlink()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"has no lm_head.weight in safetensors.*vlmembed.heads.Linear"):
-        head_rows(str(checkpoint), [1])
+        backbone.lm_head_rows([1])
 
 
 # Scores that are learned
@@ -175,40 +182,12 @@ def test_a_template_of_ones_own(checkpoint: Path, tmp_path: Path) -> None:
     assert scorer(checkpoint, template=template).preprocessor.pair_template is template
 
 
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        (
-            WHOLE.replace("messages", "messages if m.role == 'query'"),
-            "TemplateFile drops the document and the images of the document: it has to",
-        ),
-        (
-            WHOLE.replace("messages", "messages if m.role == 'document'"),
-            "TemplateFile drops the query and the images of the query: it has to",
-        ),
-        ("hello", "drops the query and the document"),
-        (WHOLE.replace("endif", "endfi").replace("endfor", "endfro"), "cannot be rendered for query and document"),
-        ("{{ raise_exception('no') }}", "cannot be rendered for query and document: no"),
-        ("{{ messages[0].content.no.thing }}", "cannot be rendered for query and document"),
-        # What templates of language models without eyes do.
-        ("{{ 'a' + messages[0].content + messages[1].content }}", "cannot be rendered for query and document"),
-        (
-            "{% for m in messages %}{{ m.content[0].text }}{% endfor %}",
-            "drops the images of the query and the images of the document",
-        ),
-    ],
-)
-def test_a_template_that_loses_something_is_refused(
-    checkpoint: Path, tmp_path: Path, source: str, message: str
-) -> None:
-    (tmp_path / "own.jinja").write_text(source)
-    with pytest.raises(ValueError, match=message):
-        scorer(checkpoint, template=TemplateFile(str(tmp_path / "own.jinja")))
-
-
 def test_a_template_is_a_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none.jinja: no such file"):
         TemplateFile(str(tmp_path / "none.jinja"))
+    (tmp_path / "bytes.jinja").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"TemplateFile .*bytes.jinja: not a text in UTF-8"):
+        _ = TemplateFile(str(tmp_path / "bytes.jinja")).source
 
 
 # What a scorer refuses

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from building import collated, encoder, gradients, item, mixed_items, picture, relative_difference, texts, write_rows
+from building import encoder, gradients, item, mixed_items, picture, relative_difference, texts, write_rows
 from other_models import qwen3_vl_moe
 from peft import LoraConfig
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from vlmembed.adapters import LoRA
 from vlmembed.backbones import DocumentFirst, QueryFirst, Qwen3VL
 from vlmembed.backbones.attention import Bounds, LastTokens, Packed, packed_attention
 from vlmembed.backbones.packing import PackedItems, halve, select
-from vlmembed.backbones.prefix_sharing import Sharing, order_by_beginning, shared_lengths, signatures
+from vlmembed.backbones.prefix_sharing import Sharing, shared_lengths
 from vlmembed.backbones.preprocessing import PackingPreprocessor
 from vlmembed.data import ItemCollator, RetrievalDataModule
 from vlmembed.encoder import Encoder, Scorer
@@ -45,7 +45,7 @@ from vlmembed.pooling import (
     Pooling,
     PoolingWrapper,
 )
-from vlmembed.types import Batch, Example, Inputs, Item, Pair, Part
+from vlmembed.types import Batch, Inputs, Item, Pair, Part
 
 #: Sums in float32 in another order, in a few layers.
 ROUNDING = 1e-5
@@ -191,17 +191,6 @@ def test_an_image_that_items_share_is_one_image_of_the_batch(backbone: Qwen3VL) 
     assert packed.chunk([3, 1, 2, 0])["images"].tolist() == [[0, 1], [1, 0], [1, 1], [1, 1], [3, 1]]
     assert packed.chunk([6, 5, 4])["images"].tolist() == [[0, 3], [1, 2], [1, 0], [2, 2]]
     assert packed.chunk([2])["images"].shape == (0, 2)
-
-
-def test_a_query_and_a_document_may_show_one_image(backbone: Qwen3VL) -> None:
-    page = picture(64, 96, 1)
-    examples = [
-        Example(item(page, "what is it?", role="query"), (item(page), item("a page"))),
-        Example(item(picture(32, 64, 2), role="query"), (item("another"),), (item("text", page),)),
-    ]
-    batch = collated(ItemCollator(backbone.preprocessor), examples, 1)
-    assert sum(len(images["keys"]) for images in batch.images) == 2
-    assert sum(len(chunk["images"]) for chunk in batch.chunks) == 4
 
 
 def test_select_takes_the_patches_of_its_images(backbone: Qwen3VL) -> None:
@@ -446,12 +435,6 @@ def test_poolings_together_read_what_the_longest_reads() -> None:
     assert (LastToken().num_last_tokens, FirstToken().num_last_tokens) == (1, None)
 
 
-def test_places_of_the_last_tokens() -> None:
-    tail = LastTokens.of(torch.tensor([3, 1, 4]), 2, torch.device("cpu"))
-    assert tail.index.tolist() == [1, 2, 3, 6, 7]
-    assert tail.bounds.lengths == [2, 1, 2]
-
-
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], ids=["loop", "kernel"])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("tokens", [1, 3])
@@ -577,21 +560,10 @@ def test_sharing_is_that_of_transformers_own_padded_forward(checkpoint: Path) ->
         assert torch.allclose(found, expected, atol=1e-5), side
 
 
-def test_a_signature_tells_images_apart() -> None:
-    tokens, types = torch.tensor([1, 2, 9, 9, 3, 9]), torch.tensor([0, 0, 1, 1, 0, 1])
-    assert signatures([(tokens, types, [70, 80])])[0].tolist() == [1, 2, -71, -71, 3, -81]
-
-
 def test_what_two_items_have_in_common() -> None:
     first, second = np.array([1, 2, 3, 4]), np.array([1, 2, 5])
     # Something of its own is left to compute, even of an item that is another one's beginning.
     assert shared_lengths([first, second, first, first, first[:2]]) == [0, 2, 2, 3, 1]
-
-
-def test_neighbours_begin_alike() -> None:
-    signatures = [np.array(numbers) for numbers in ([3, 1], [1, 2, 3], [3, 0], [1, 2], [1, 9, 9])]
-    order = order_by_beginning(signatures)
-    assert sorted(shared_lengths([signatures[row] for row in order])) == [0, 0, 1, 1, 2]
 
 
 def test_places_follow_what_is_shared_with_the_row_before() -> None:

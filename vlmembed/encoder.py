@@ -21,12 +21,7 @@ from vlmembed.types import Batch, Inputs, RankingBatch
 
 
 class Encoder(nn.Module):
-    """Turns a chunk of inputs into embeddings, not normalised: losses and metrics do that at the dimension they want.
-
-    Args:
-        backbone: Reads the inputs.
-        pooling: Turns its hidden states into one embedding per item.
-    """
+    """Turns a chunk of inputs into embeddings, not normalised: losses and metrics do that at their dimension."""
 
     #: How pairs become one input, where pairs are read.
     template: PairTemplate | None = None
@@ -74,19 +69,18 @@ class Encoder(nn.Module):
     ) -> tuple[list[Tensor], dict[int, Tensor]]:
         """Run the vision tower on those images for whose keys ``cached`` has no features.
 
-        Returns:
-            The features of each image, as from `encode_images`; and by key those that are new.
+        Returns the features of each image, as from `encode_images`; and by key those that are new.
         """
-        keys = [chunk["keys"].tolist() for chunk in images]
-        features = {key: cached(key) for chunk_keys in keys for key in chunk_keys}
+        features: dict[int, Tensor] = {}
         new: dict[int, Tensor] = {}
-        for chunk, chunk_keys in zip(images, keys, strict=True):
-            missing = [index for index, key in enumerate(chunk_keys) if features[key] is None]
-            if missing:
+        for chunk in images:
+            keys = chunk["keys"].tolist()
+            features |= {key: image for key in keys if (image := cached(key)) is not None}
+            if missing := [index for index, key in enumerate(keys) if key not in features]:
                 encoded = self.backbone.encode_images(select(chunk, missing))
-                new |= zip([chunk_keys[index] for index in missing], encoded, strict=True)
-        whole = {key: new[key] if image is None else image for key, image in features.items()}
-        return [whole[key] for chunk_keys in keys for key in chunk_keys], new
+                new |= zip([keys[index] for index in missing], encoded, strict=True)
+        features |= new
+        return [features[key] for chunk in images for key in chunk["keys"].tolist()], new
 
     def forward_with_images(self, inputs: Inputs, images: Sequence[Inputs]) -> Float[Tensor, "B D"]:
         """Encode a chunk of B items, and of the batch's images no more than those that it shows."""
@@ -98,13 +92,10 @@ class Encoder(nn.Module):
 
     def halve(self, batch: Batch | RankingBatch) -> Batch | RankingBatch:
         """Cut every chunk in two; items and images keep their order."""
-        images = [
-            select(group, half)
-            for group in batch.images
-            for count in [len(group["keys"])]
-            for half in (range(count // 2), range(count // 2, count))
-            if half
-        ]
+        images = []
+        for group in batch.images:
+            count = len(group["keys"])
+            images += [select(group, half) for half in (range(count // 2), range(count // 2, count)) if half]
         return replace(batch, chunks=[half for chunk in batch.chunks for half in halve(chunk)], images=images)
 
     def fresh(self) -> Encoder:
@@ -120,16 +111,7 @@ class Encoder(nn.Module):
 
 
 class Scorer(Encoder):
-    """Turns a chunk of pairs into scores (B, 1): how well each document answers its query.
-
-    Args:
-        backbone: Reads the pairs.
-        head: Turns its hidden states into one score per pair.
-        template: How a query and a document become one input.
-
-    Raises:
-        ValueError: If the backbone has instructions, which a pair has not, or the head's pooling asks for them.
-    """
+    """Turns a chunk of pairs into scores (B, 1): how well each document answers its query."""
 
     pooling: ScoreHead
     template: PairTemplate
@@ -144,7 +126,7 @@ class Scorer(Encoder):
             )
         if any(isinstance(part, MeanWithoutInstruction) for part in head.modules()):
             raise ValueError(
-                "MeanWithoutInstruction does not know where the instruction of a pair ends. Choose another pooling."
+                "MeanWithoutInstruction does not know where the instruction of a pair ends: choose another."
             )
 
     def fresh(self) -> Scorer:

@@ -12,15 +12,9 @@ from vlmembed.pooling.base import PoolingWrapper
 
 
 class ScoreHead(PoolingWrapper):
-    """A pooling, and a score of what it pools.
+    """A pooling, and a score of what it pools."""
 
-    Args:
-        pooling: What to pool.
-
-    Attributes:
-        label_tokens: Words whose weights in the language-model head are wanted: yes and no, or none.
-    """
-
+    #: Words whose weights in the language-model head are wanted: yes and no, or none.
     label_tokens: tuple[str, ...] = ()
 
     def bind_lm_head(self, rows: Float[Tensor, "answers H"] | None, embed: Callable[[], Tensor]) -> None:
@@ -35,10 +29,7 @@ class ScoreHead(PoolingWrapper):
         return pooled
 
     def forward(
-        self,
-        hidden: Float[Tensor, "*K B L H"],
-        mask: Int[Tensor, "B L"],
-        input_ids: Int[Tensor, "B L"] | None = None,
+        self, hidden: Float[Tensor, "*K B L H"], mask: Int[Tensor, "B L"], input_ids: Int[Tensor, "B L"] | None = None
     ) -> Float[Tensor, "B 1"]:
         """Pool, and score."""
         return self.score(self.pooling(hidden, mask, input_ids))

@@ -17,16 +17,10 @@ def compile_layers(model: nn.Module) -> None:
 
     It happens on their first call, takes a minute or two, and fails there where the machine has no compiler (Triton's
     on a GPU, a C++ compiler elsewhere). Layers of a kind share their code, and chunks of all sizes do.
-
-    Raises:
-        ValueError: If the model has no layers as transformers writes them.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
-        raise ValueError(
-            f"torch_compile: {type(model).__name__} has no layers that transformers could checkpoint, so it is not "
-            "known what to compile. Set torch_compile: false."
-        )
+        raise ValueError(f"{type(model).__name__} has no layers as transformers writes them: set torch_compile: false.")
     # Not the layers themselves: all kinds of them are called through one function of transformers, whose compiled
     # variants, with and without gradients, would soon be more than PyTorch keeps.
     for part in (part for layer in layers for part in layer.children()):
@@ -39,9 +33,6 @@ def use_liger(model: Any) -> None:
 
     Only this model is changed: Liger's own patch replaces functions of transformers, and would reach the stock model
     that an export is compared with.
-
-    Raises:
-        ValueError: If it is another model, there is no GPU, or the package is missing.
     """
     if not model.config.model_type.startswith("qwen3_vl"):
         raise ValueError(f"liger: true is for Qwen3-VL, not for a {model.config.model_type!r}. Set liger: false.")

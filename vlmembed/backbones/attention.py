@@ -62,19 +62,12 @@ class LastTokens:
 
 @dataclass(frozen=True)
 class Packed:
-    """How the tokens of a forward pass lie: what travels through transformers to `packed_attention`.
+    """How the tokens of a forward pass lie: what travels through transformers to `packed_attention`."""
 
-    Args:
-        queries: Bounds of the tokens that are computed.
-        keys: Bounds of the tokens that they see.
-        key_index: (T,) the computed token that each key is, where sequences share some; None where they are the same.
-        last: The tokens that the last layer computes; None for all.
-    """
-
-    queries: Bounds
-    keys: Bounds
-    key_index: Int[Tensor, " T"] | None = None
-    last: LastTokens | None = None
+    queries: Bounds  # Of the tokens that are computed.
+    keys: Bounds  # Of the tokens that they see.
+    key_index: Int[Tensor, " T"] | None = None  # The computed token that each key is, where sequences share some.
+    last: LastTokens | None = None  # The tokens that the last layer computes; None for all.
 
     @property
     def flash_arguments(self) -> dict[str, Any]:
@@ -119,19 +112,15 @@ def packed_attention(
         return varlen_attn(*tokens, *limits, scale=scaling, window_size=window, enable_gqa=True)[None], None
     # Neighbours of equal length go together, as sorted chunks have many.
     runs = [(*lengths, len([*run])) for lengths, run in groupby(zip(queries.lengths, keys.lengths, strict=True))]
-    query_runs, key_runs = (
-        [(length, count) for length, _, count in runs],
-        [(length, count) for _, length, count in runs],
-    )
+    query_runs, key_runs = [(length, count) for length, _, count in runs], [run[1:] for run in runs]
     outputs = []
     for q, k, v in zip(_split(query, query_runs), _split(key, key_runs), _split(value, key_runs), strict=True):
         mask = None
         if causal and q.shape[2] < k.shape[2]:
             # PyTorch aligns queries with the first keys; these are the last tokens, and see all before them.
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
-        output = scaled_dot_product_attention(
-            q, k, v, mask, dropout, is_causal=causal and mask is None, scale=scaling, enable_gqa=True
-        )
+        causal_here = causal and mask is None
+        output = scaled_dot_product_attention(q, k, v, mask, dropout, causal_here, scale=scaling, enable_gqa=True)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)[None], None
 
@@ -184,15 +173,9 @@ def _attend_last(
     query, _ = apply_rotary_pos_emb(query, query, *angles)
     key, _ = apply_rotary_pos_emb(key, key, *position_embeddings)
     packed = replace(packed, queries=last.bounds)
+    options |= packed.flash_arguments | {"packed": packed, "scaling": attention.scaling}
+    dropout = attention.attention_dropout if attention.training else 0.0
     attend = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
-    output, _ = attend(
-        attention,
-        query,
-        key,
-        value,
-        dropout=attention.attention_dropout if attention.training else 0.0,
-        scaling=attention.scaling,
-        **(options | packed.flash_arguments | {"packed": packed}),
-    )
+    output, _ = attend(attention, query, key, value, dropout=dropout, **options)
     projected: Tensor = attention.o_proj(output.flatten(-2))
     return projected

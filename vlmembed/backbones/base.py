@@ -6,15 +6,26 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoProcessor, PretrainedConfig, PreTrainedModel, ProcessorMixin
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, is_flash_attn_2_available
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME, is_flash_attn_2_available
+from transformers.utils.hub import cached_files
+from transformers.utils.import_utils import is_bitsandbytes_available
 
 from vlmembed.backbones.chat_templates import PairTemplate, TokenEmbeddings, append_tokens, check_template, learn_tokens
 from vlmembed.backbones.preprocessing import ChatPreprocessor
@@ -109,24 +120,24 @@ class VisionLanguageModel(nn.Module):
     ) -> ChatPreprocessor:
         """Make the preprocessor of this backbone's inputs; it can be sent to loader workers.
 
-        Args:
-            template: How pairs are read, for a cross-encoder; None to read items with the backbone's instructions.
-            appended: Tokens that every input gets at its end.
-            new_tokens: Whether the checkpoint does not know them.
-
-        Raises:
-            ValueError: If the checkpoint has no processor for images and texts, its template drops what it is given,
-                or tokens to append are unknown, or known although they should be new.
+        It reads pairs by a template, or items with the backbone's instructions. Every input ends with the tokens
+        ``appended``, which the checkpoint knows unless they are new. What does not fit is refused by a ``ValueError``.
         """
-        processor = self.open_processor()
+        processor: Any = self.open_processor()
         instructions: dict[Role, str | None] = {"query": None, "document": None} if template else self.instructions
         if template is not None:
             processor.chat_template = template.source
         elif isinstance(processor.chat_template, dict):
+            if "default" not in processor.chat_template:
+                raise ValueError(f"None of the chat templates of {self.checkpoint!r} is called default: rename one.")
             processor.chat_template = processor.chat_template["default"]
-        roles = ("query", "document") if template else ("system", "user") if any(instructions.values()) else ("user",)
-        origin = type(template).__name__ if template else f"The chat template of {self.checkpoint!r}"
-        check_template(processor, roles, origin)
+        check_template(
+            processor,
+            template.origin if template else f"The chat template of {self.checkpoint!r}",
+            ("query", "document") if template else ("user",),
+            {*instructions.values()},
+            self.generation_prompt,
+        )
         append_tokens(processor, appended, new_tokens)
         return self._preprocessor_class(template)(
             processor, instructions, self.generation_prompt, self.max_length, template, appended
@@ -136,24 +147,36 @@ class VisionLanguageModel(nn.Module):
         return ChatPreprocessor
 
     def open_processor(self) -> ProcessorMixin:
-        """Open the checkpoint's own processor."""
-        self.load_config()  # Says more clearly than the next line what is wrong with a checkpoint.
-        processor = AutoProcessor.from_pretrained(self.checkpoint, **self._source)
-        for part in ("image_processor", "chat_template"):
-            if getattr(processor, part, None) is None:
+        """Open the checkpoint's own processor; refuse one that does not fit the model."""
+        with self._opening():
+            adapter = self._files("adapter_config.json", "adapter_model.safetensors")
+        if adapter:
+            raise ValueError(
+                f"The checkpoint {self.checkpoint!r} has an adapter ({Path(adapter[0]).name}). Merge it into its base "
+                "model (peft's merge_and_unload) and name that, or remove its files to begin without it."
+            )
+        config = self.load_config()
+        with self._opening():
+            processor = AutoProcessor.from_pretrained(self.checkpoint, **self._source)
+        for part in ("image_processor", "chat_template", "tokenizer"):
+            if not getattr(processor, part, None):
                 raise ValueError(f"The checkpoint {self.checkpoint!r} has no {part.replace('_', ' ')}.")
+        # Without its file, transformers makes one of no words.
+        if not processor.tokenizer("one", add_special_tokens=False)["input_ids"]:
+            raise ValueError(f"The tokenizer of {self.checkpoint!r} knows no words. Is its tokenizer.json there?")
+        for name in ("image_token_id", "video_token_id"):
+            tokens = [token for part in (processor, config) if (token := getattr(part, name, None)) is not None]
+            if len({*tokens}) > 1:
+                raise ValueError(
+                    f"In the checkpoint {self.checkpoint!r} the processor's {name} is {tokens[0]}, and config.json "
+                    f"has {tokens[1]}: they are of two models."
+                )
         return processor
 
     def load_config(self) -> PretrainedConfig:
-        """Read the checkpoint's configuration.
-
-        Raises:
-            ValueError: If there is none, or it is not a vision-language model's.
-        """
-        try:
+        """Read the checkpoint's configuration; refuse one that is not a vision-language model's."""
+        with self._opening():
             config = AutoConfig.from_pretrained(self.checkpoint, **self._source)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"Cannot open the checkpoint {self.checkpoint!r}: {error}") from error
         if not hasattr(config, "vision_config"):
             raise ValueError(
                 f"The checkpoint {self.checkpoint!r} is a {config.model_type!r}, not a vision-language model "
@@ -161,32 +184,55 @@ class VisionLanguageModel(nn.Module):
             )
         return config
 
+    @contextmanager
+    def _opening(self) -> Iterator[None]:
+        """Name the folder, and a broken file of it, where an error of transformers does not."""
+        try:
+            yield
+        except Exception as error:
+            for path in sorted(Path(self.checkpoint).glob("*.json")):
+                _read_json(path)
+            raise ValueError(
+                f"Cannot open the checkpoint {self.checkpoint!r}: {type(error).__name__}: {error}"
+            ) from error
+
     @property
     def _source(self) -> dict[str, Any]:
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
+    def _files(self, *names: str) -> list[str]:
+        """Return the paths of those of some files that the checkpoint has."""
+        tolerant = ("gated_repo", "missing_entries", "connection_errors")
+        options: dict[str, Any] = {f"_raise_exceptions_for_{problem}": False for problem in tolerant}
+        return cached_files(self.checkpoint, [*names], revision=self.revision, **options) or []
+
+    def _json(self, name: str) -> Any:
+        """Return the content of a JSON file; an empty mapping where the checkpoint has none."""
+        return next(map(_read_json, self._files(name)), {})
 
     # Weights
 
     def configure(
         self, preprocessor: ChatPreprocessor | None = None, learned_tokens: TokenEmbeddings | None = None
     ) -> None:
-        """Load the weights.
+        """Load the weights; refuse a checkpoint that is not whole, or an option that cannot be served.
 
-        Args:
-            preprocessor: From `make_preprocessor`; None for the one of its defaults.
-            learned_tokens: Returns the embeddings of the tokens that it appends, where they are learned.
-
-        Raises:
-            ValueError: If the checkpoint is not a whole vision-language model, or an option cannot be served.
+        ``learned_tokens`` returns the embeddings of the tokens that the preprocessor appends, where they are learned.
         """
         self.preprocessor = preprocessor or self.make_preprocessor()
         self.learned_tokens = learned_tokens
         self._load_model()
         # Opened for inference, with dropout off; whoever measures turns it off again.
         self.model.train()
+        tokenizer = self.preprocessor.processor.tokenizer
         if learned_tokens is not None:
-            tokenizer = self.preprocessor.processor.tokenizer
             learn_tokens(self.model, tokenizer, self.preprocessor.appended, learned_tokens)
+        rows: Any = self.model.get_input_embeddings().num_embeddings
+        if len(tokenizer) > rows:
+            raise ValueError(
+                f"The tokenizer of {self.checkpoint!r} has {len(tokenizer)} tokens, its weights embed {rows}: they are "
+                "of two models."
+            )
         if self.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         if self.liger:
@@ -196,11 +242,7 @@ class VisionLanguageModel(nn.Module):
 
     def _load_model(self) -> None:
         config = self.load_config()
-        if checkpoint_file(self.checkpoint, "adapter_config.json", self.revision):
-            raise ValueError(
-                f"The checkpoint {self.checkpoint!r} has an adapter beside its weights (adapter_config.json). Merge it "
-                "into them (peft's merge_and_unload), or remove its files to begin without it."
-            )
+        self._weight_files()  # Says more clearly than transformers which one is broken.
         if self.bidirectional:
             # transformers reads the flag from the decoder's own config; at the top level it does nothing.
             config.get_text_config().is_causal = False
@@ -212,17 +254,56 @@ class VisionLanguageModel(nn.Module):
             quantization_config=_quantization() if self.load_in_4bit else None,
             use_safetensors=True,  # Not the pickles that old checkpoints are.
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # They are refused below, by name.
             **self._source,
         )
-        if missing := sorted(loading["missing_keys"]):
+        problems = {
+            "lacks": [*loading["missing_keys"]],
+            "has in another shape": [f"{name} {[*saved]}" for name, saved, _ in loading["mismatched_keys"]],
+        }
+        for problem, names in problems.items():
+            if names:
+                raise ValueError(
+                    f"The checkpoint {self.checkpoint!r} {problem} {_listed(names)}: weights of the model that its "
+                    "config.json describes, which would be random. Name a complete checkpoint."
+                )
+        self._say_what_is_left_out([name for name in loading["unexpected_keys"] if not name.startswith("lm_head.")])
+
+    def _weight_files(self) -> list[str]:
+        """Return the paths of the weights; refuse a checkpoint that lacks one of its files, or has a broken one."""
+        names = {SAFE_WEIGHTS_NAME}
+        if not self._files(SAFE_WEIGHTS_NAME) and (index := self._json(SAFE_WEIGHTS_INDEX_NAME)):
+            names = {*index.get("weight_map", {}).values()} or names
+        paths = self._files(*sorted(names))
+        if lost := names - {Path(path).name for path in paths}:
             raise ValueError(
-                f"The checkpoint {self.checkpoint!r} lacks {len(missing)} weights of the model, which would be random: "
-                f"{', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}. Name a complete checkpoint."
+                f"The checkpoint {self.checkpoint!r} has no {_listed([*lost])}. It needs whole safetensors."
             )
-        if modules := _other_modules(self.checkpoint, self.revision):
+        for path in paths:
+            try:
+                safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{path} is not whole ({error}). Copy or download it again.") from error
+        return paths
+
+    def _say_what_is_left_out(self, weights: Sequence[str]) -> None:
+        """Say what else a checkpoint has: modules and prompts of an earlier stage, adapters, other weights."""
+        left = []
+        for module in self._json("modules.json"):
+            files = [f"{module['path']}/{name}" for name in (SAFE_WEIGHTS_NAME, WEIGHTS_NAME)]
+            if module["path"] and self._files(*files):
+                left.append(f"weights of {module['type'].rsplit('.', 1)[-1]} (modules.json)")
+        prompts = self._json("config_sentence_transformers.json").get("prompts") or {}
+        for role, instruction in self.instructions.items():
+            if (prompt := prompts.get(role)) and prompt != instruction:
+                left.append(f"the prompt {prompt!r} for a {role}")
+        left += [f"an adapter in {path.parent.name}/" for path in Path(self.checkpoint).glob("*/adapter_config.json")]
+        if weights:
+            left.append(f"weights that its config.json has no place for ({_listed(weights)})")
+        if left:
             print_once(
-                f"{self.checkpoint} has weights of {', '.join(modules)} (modules.json). They are not loaded: the "
-                "backbone is loaded, what stands behind it begins anew."
+                f"{self.checkpoint} has {', '.join(left)}. They are not loaded: the backbone is loaded, what stands "
+                "behind it begins anew."
             )
 
     def _attention(self, config: PretrainedConfig) -> str:
@@ -246,7 +327,15 @@ class VisionLanguageModel(nn.Module):
         """Read some rows of the checkpoint's language-model head; None where it is the token embeddings."""
         if self.model.config.tie_word_embeddings:
             return None
-        return head_rows(self.checkpoint, tokens, self.revision).to(self.device, self.model.dtype)
+        for path in self._weight_files():
+            with safe_open(path, framework="pt") as file:
+                if HEAD in [*file.keys()]:
+                    rows = file.get_slice(HEAD)
+                    return torch.stack([rows[token] for token in tokens]).to(self.device, self.model.dtype)
+        raise ValueError(
+            f"The checkpoint {self.checkpoint!r} has no {HEAD} in safetensors, so there are no logits of yes and no. "
+            "Use another score head, such as vlmembed.heads.Linear."
+        )
 
     def embed(self, tokens: Sequence[int]) -> Float[Tensor, "tokens H"]:
         """Return the embeddings of some tokens, as they are being trained."""
@@ -274,26 +363,16 @@ class VisionLanguageModel(nn.Module):
         return False
 
     def encode_images(self, images: Inputs) -> Sequence[Float[Tensor, "tokens levels H"]]:
-        """Run the vision tower on a chunk of images, where the preprocessor makes such chunks.
-
-        Returns:
-            Of each image, what stands at its tokens, at every level of the language model that images enter.
-        """
+        """Return what stands at each image's tokens, at every level of the language model that images enter."""
         raise NotImplementedError(f"{type(self).__name__} reads images together with their text.")
 
     def forward(
         self, inputs: Inputs, layers: Sequence[int] = (-1,), features: Features = (), num_last_tokens: int | None = None
     ) -> Float[Tensor, "*K B L H"]:
-        """Return hidden states.
+        """Return the hidden states of a chunk on any device: (B, L, H), or (K, B, L, H) for K layers.
 
-        Args:
-            inputs: One chunk, from the `preprocessor`, on any device.
-            layers: Which hidden states: -1 is the last one, after the final norm; 0 the token embeddings.
-            features: Of each image of the batch, by its index, where `encode_images` made them.
-            num_last_tokens: How many of an item's last tokens will be read, if not all; other states may be NaN.
-
-        Returns:
-            (B, L, H), or (K, B, L, H) for K layers.
+        Layer -1 is the last one, after the final norm; 0 the token embeddings. ``features`` come from `encode_images`,
+        of each image of the batch by its index. States of other tokens than an item's last ones may be NaN.
         """
         # Chunks wait on the host and come over one at a time, so device memory does not grow with the batch.
         inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
@@ -302,39 +381,31 @@ class VisionLanguageModel(nn.Module):
         return states[0] if len(states) == 1 else torch.stack(states)
 
 
-def _quantization() -> object:
-    from transformers import BitsAndBytesConfig
-    from transformers.utils import is_bitsandbytes_available
-
+def _quantization() -> BitsAndBytesConfig:
     if not (torch.cuda.is_available() and is_bitsandbytes_available()):
         raise ValueError(
             "load_in_4bit needs a CUDA device and the bitsandbytes package "
             f"(CUDA: {torch.cuda.is_available()}, bitsandbytes: {is_bitsandbytes_available()}). "
             "Install vlmembed[quantization] on a machine with a GPU, or set load_in_4bit: false."
         )
-    options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, **options)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
 
 
-# Files of a checkpoint that AutoModel does not read
+def _read_json(path: str | Path) -> Any:
+    try:
+        return json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
 
 
-def checkpoint_file(checkpoint: str, name: str, revision: str | None) -> str | None:
-    """Return the path of a file of a checkpoint, a folder or a Hub id; None if it has no such file."""
-    tolerant = ("gated_repo", "missing_entries", "connection_errors")
-    options: dict[str, Any] = {f"_raise_exceptions_for_{problem}": False for problem in tolerant}
-    return cached_file(checkpoint, name, revision=revision, **options)
-
-
-def _other_modules(checkpoint: str, revision: str | None) -> list[str]:
-    """Name the modules of a Sentence Transformers folder that have weights behind the transformer's."""
-    path = checkpoint_file(checkpoint, "modules.json", revision)
-    modules = json.loads(Path(path).read_text(encoding="utf-8")) if path else []
-    return [
-        module["type"].rsplit(".", 1)[-1]
-        for module in modules
-        if module["path"] and checkpoint_file(checkpoint, f"{module['path']}/{SAFE_WEIGHTS_NAME}", revision)
-    ]
+def _listed(names: Sequence[str]) -> str:
+    """Return the first few names, for a message."""
+    return ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def label_token_ids(tokenizer: Any, words: Sequence[str]) -> list[int]:
@@ -349,18 +420,3 @@ def label_token_ids(tokenizer: Any, words: Sequence[str]) -> list[int]:
     if len({ids[0] for ids in tokens}) < len(words):
         raise ValueError(f"The answers {list(words)} are the same token; a score is the difference of two.")
     return [ids[0] for ids in tokens]
-
-
-def head_rows(checkpoint: str, tokens: Sequence[int], revision: str | None = None) -> Float[Tensor, "tokens H"]:
-    """Read rows of a checkpoint's language-model head, and nothing else; refuse a checkpoint that has none."""
-    index = checkpoint_file(checkpoint, SAFE_WEIGHTS_INDEX_NAME, revision)
-    files = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"] if index else {}
-    if path := checkpoint_file(checkpoint, files.get(HEAD, SAFE_WEIGHTS_NAME), revision):
-        with safe_open(path, framework="pt") as file:
-            if HEAD in [*file.keys()]:
-                rows = file.get_slice(HEAD)
-                return torch.stack([rows[token] for token in tokens])
-    raise ValueError(
-        f"The checkpoint {checkpoint!r} has no {HEAD} in safetensors, so there are no logits of yes and no. Use "
-        "another score head, such as vlmembed.heads.Linear."
-    )

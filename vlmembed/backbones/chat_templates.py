@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+import resource
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +72,11 @@ class PairTemplate(ABC):
     def source(self) -> str:
         """A chat template in Jinja, for a message of role ``query`` and one of role ``document``."""
 
+    @property
+    def origin(self) -> str:
+        """What messages call it."""
+        return type(self).__name__
+
 
 class QueryFirst(PairTemplate):
     """The input of Qwen3-VL-Reranker (arXiv:2601.04720): instruction, query, document. Candidates share their query.
@@ -84,11 +95,9 @@ class QueryFirst(PairTemplate):
     @property
     def source(self) -> str:
         """The template, with both texts as strings in Jinja."""
-        quoted = {
-            name: "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
-            for name, text in (("instruction", self.instruction), ("system", self.system))
-        }
-        return SHOW + CHAT % {**quoted, "pair": self.pair}
+        # A string in JSON, unescaped, is one in Jinja.
+        system, instruction = (json.dumps(text, ensure_ascii=False) for text in (self.system, self.instruction))
+        return SHOW + CHAT % {"system": system, "instruction": instruction, "pair": self.pair}
 
 
 class DocumentFirst(QueryFirst):
@@ -110,9 +119,6 @@ class TemplateFile(PairTemplate):
         path: A file in Jinja, which renders messages of the roles ``query`` and ``document``, and may render one of
             the role ``system``.
         ends_with_query: Whether the query comes behind the document.
-
-    Raises:
-        ValueError: If there is no such file.
     """
 
     def __init__(self, path: str, ends_with_query: bool = False) -> None:
@@ -124,41 +130,96 @@ class TemplateFile(PairTemplate):
     @property
     def source(self) -> str:
         """The file's content."""
-        return Path(self.path).read_text(encoding="utf-8")
+        try:
+            return Path(self.path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.origin}: not a text in UTF-8 ({error}).") from error
+
+    @property
+    def origin(self) -> str:
+        """The class and the path."""
+        return f"TemplateFile {self.path}"
 
 
-def check_template(processor: Any, roles: Sequence[str], origin: str) -> None:
-    """Refuse a template that leaves out the text of a role, or the images of one; a system message has none.
+TEXT, IMAGE = {"type": "text", "text": "one"}, {"type": "image"}
+LONG_TEXT = {"type": "text", "text": " ".join(map(str, range(20_000)))}
 
-    Args:
-        processor: Of transformers, with the template.
-        roles: Of the messages, in order.
-        origin: Whose template it is, for the message.
+#: What a message may hold: a template may cut long texts, or show the first image alone.
+PROBES = ([TEXT], [IMAGE], [IMAGE, TEXT, IMAGE, LONG_TEXT])
 
-    Raises:
-        ValueError: If it does, or cannot be rendered.
-    """
-    one, two, image = {"type": "text", "text": "one"}, {"type": "text", "text": "two"}, {"type": "image"}
+#: What rendering them may take.
+SECONDS, MEMORY = 5, 2**30
 
-    def render(changed: str = "", content: Sequence[dict[str, str]] = ()) -> str:
-        chat = [{"role": role, "content": [*content] if role == changed else [one]} for role in roles]
-        rendered: str = processor.apply_chat_template(chat, tokenize=False)
+_passed: set[Any] = set()  # A process makes many preprocessors of one checkpoint.
+
+
+def check_template(
+    processor: Any, origin: str, roles: Sequence[str], instructions: Iterable[str | None], generation_prompt: bool
+) -> None:
+    """Refuse a template that leaves out a text or an image of a role, or the instruction before it, or never ends."""
+
+    def render(chat: Mapping[str, Sequence[dict[str, str]]]) -> str:
+        messages = [{"role": role, "content": [*content]} for role, content in chat.items()]
+        rendered: str = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
         return rendered
 
+    def losses() -> list[str]:
+        losses = set()
+        for instruction, role, content in product(instructions, roles, PROBES):
+            system = {"system": [{"type": "text", "text": instruction}]} if instruction else {}
+            chat = {**system, **{key: [TEXT] for key in roles}, role: content}
+            rendered = render(chat)
+            if instruction and instruction.strip() not in rendered:
+                losses.add("the system message")
+            for index, part in enumerate(content):
+                fewer = {**chat, role: content[:index] + content[index + 1 :]}
+                if part["text"].strip() not in rendered if "text" in part else render(fewer) == rendered:
+                    losses.add(f"{part['type']}s of the {role}")
+        return sorted(losses)
+
+    key = (type(processor), processor.chat_template, tuple(roles), frozenset(instructions), generation_prompt)
+    if key in _passed:
+        return
     try:
-        plain = render()
-        dropped = [f"the {role}" for role in roles if render(role, [two]) == plain]
-        shown = [role for role in roles if role != "system"]
-        dropped += [f"the images of the {role}" for role in shown if render(role, [one, image]) == plain]
-    # The second is Python's, where a template takes a content for a text, and it is a list of parts.
-    except (jinja2.TemplateError, TypeError) as error:
+        dropped = _in_limits(losses)
+    except RuntimeError as error:
         raise ValueError(f"{origin} cannot be rendered for {' and '.join(roles)}: {error}") from error
     if dropped:
         raise ValueError(
-            f"{origin} drops {' and '.join(dropped)}: it has to render a message of each role of {', '.join(roles)}, "
-            "with the images of all but a system message. Mend it; or use vlmembed.backbones.QueryFirst for pairs, and "
-            "set query_instruction and document_instruction to null where it takes no system message."
+            f"{origin} drops {' and '.join(dropped)}: it has to render all texts and images of a message of each role "
+            f"of {', '.join(roles)}, and the text of a system message. Mend it; or use vlmembed.backbones.QueryFirst "
+            "for pairs, and set query_instruction and document_instruction to null where it takes no system message."
         )
+    _passed.add(key)
+
+
+def _in_limits(function: Callable[[], list[str]]) -> list[str]:
+    """Call a function in a child process: a template is a program, which may loop for ever or fill the memory.
+
+    Raises a ``RuntimeError`` if it fails, or takes more than `SECONDS` of computing or `MEMORY`.
+    """
+    if sys.platform != "linux":
+        return function()
+    reading, writing = os.pipe()
+    if (child := os.fork()) == 0:
+        # Nothing but Python's own code runs here, and nothing of the parent is cleaned up.
+        with suppress(BaseException), os.fdopen(writing, "w") as pipe:
+            try:
+                used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+                resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+                resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+                pipe.write(json.dumps([function(), ""]))
+            except Exception as error:
+                pipe.write(json.dumps([[], str(error) if isinstance(error, jinja2.TemplateError) else repr(error)]))
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        result, problem = json.loads(pipe.read() or f'[[], "it takes more than {SECONDS} seconds"]')
+    os.waitpid(child, 0)
+    if problem:
+        raise RuntimeError(problem)
+    lines: list[str] = result
+    return lines
 
 
 #: Returns the learned embeddings (tokens, H). A function, because the tensor may be another one in each step.
@@ -166,16 +227,7 @@ TokenEmbeddings = Callable[[], Tensor]
 
 
 def append_tokens(processor: Any, tokens: Sequence[str], new: bool) -> None:
-    """Let a chat template end with some tokens.
-
-    Args:
-        processor: Of transformers. Its template is changed, and its vocabulary where the tokens are new.
-        tokens: In order.
-        new: Whether they have to be missing in the vocabulary; else they must be there.
-
-    Raises:
-        ValueError: If they are there, or missing.
-    """
+    """Let a processor's template end with some tokens, which its vocabulary gets where they are new, or has to have."""
     vocabulary = processor.tokenizer.get_vocab()
     if wrong := [token for token in tokens if (token in vocabulary) == new]:
         raise ValueError(

@@ -1,8 +1,7 @@
 """Qwen3-VL inputs without padding: what travels from loader workers to the model.
 
-transformers' inputs are split into the texts, chunk by chunk, and the distinct images. What follows from the images'
-sizes (positions, weights of position embeddings) is computed here, in the worker, so that the model never has to ask
-the device for a number.
+What follows from the images' sizes (positions, weights of position embeddings) is computed here, in the worker, so
+that the model never has to ask the device for a number.
 """
 
 from __future__ import annotations
@@ -14,13 +13,14 @@ from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
-from vlmembed.backbones.prefix_sharing import order_by_beginning, shared_lengths, signatures
+from vlmembed.backbones.prefix_sharing import shared_lengths
 from vlmembed.types import Inputs, Prepared
 
 #: What transformers calls the pixels and the grids of each of ``mm_token_type_ids``: 0 is text.
@@ -62,7 +62,8 @@ class PackedItems(Prepared):
         self.padded = not shares  # Sharing items are packed; see `collate.cut`.
         self._positions: list[Tensor] = []
         self._item_images: list[list[tuple[int, int]]] = []  # Of each item: key and first token of its images.
-        beginnings: list[tuple[Tensor, Tensor, list[int]]] = []
+        # Of each item: (L,) numbers that are equal where tokens, and the images at them, are.
+        self._signatures: list[np.ndarray] = []
         images: dict[int, _Image] = {}
         frames = {kind: _frames(inputs, kind) for kind in VISION_INPUTS}
         rows = zip(inputs["input_ids"], inputs["mm_token_type_ids"], inputs["attention_mask"].bool(), strict=True)
@@ -76,9 +77,12 @@ class PackedItems(Prepared):
                 [(run[0].key, start) for start, run in zip(starts, runs, strict=False) if run and run[1] == 0]
             )
             if shares:
-                beginnings.append((ids[mask], types[mask], [run[0].key for run in runs if run]))
+                # Negative, so that no image's key is a token's id.
+                keys = np.repeat([-1 - run[0].key if run else 0 for run in runs], lengths)
+                self._signatures.append(np.where(types[mask] > 0, keys, ids[mask]))
             images.update({run[0].key: run[0] for run in runs if run})
-        self._signatures = signatures(beginnings) if shares else []
+        if any(next(left, None) for left in frames.values()):
+            raise ValueError("The chat template leaves out an image or a video of an item. Mend the template.")
         # Images before videos, whose patches hold more numbers; then the largest first, as for texts.
         self._images = sorted(images.values(), key=lambda image: (image.kind, -len(image.pixels)))
         self._index = {image.key: index for index, image in enumerate(self._images)}
@@ -96,9 +100,9 @@ class PackedItems(Prepared):
     @property
     def order(self) -> list[int]:
         """The items' rows, so that neighbours share a beginning, or are of similar length."""
-        if self._shares:
-            return order_by_beginning(self._signatures)
-        return super().order
+        if not self._shares:
+            return super().order
+        return sorted(range(len(self._signatures)), key=lambda row: self._signatures[row].astype(">i8").tobytes())
 
     def shared(self, rows: Sequence[int]) -> list[int]:
         """Count, for each of some rows, the first tokens that a chunk of them takes from the row before."""
@@ -113,7 +117,7 @@ class PackedItems(Prepared):
             "input_ids": self._inputs["input_ids"][list(rows), :width],
             "attention_mask": mask[:, :width].contiguous(),
             "position_ids": torch.cat([self._positions[row] for row in rows], dim=1),
-            "images": _pairs([(number, self._index[key]) for number, key, _ in shown]),
+            "images": torch.tensor([(number, self._index[key]) for number, key, _ in shown]).long().reshape(-1, 2),
         }
         if self._shares:
             chunk["image_starts"] = torch.tensor([start for _, _, start in shown], dtype=torch.long)
@@ -166,27 +170,18 @@ def _frames(inputs: Inputs, kind: int) -> Iterator[tuple[_Image, int]]:
 def _rotary_positions(
     lengths: Sequence[int], grids: Sequence[tuple[int, int, int] | None], vision: PretrainedConfig
 ) -> Int[Tensor, "3 L"]:
-    """Give the runs of an item's tokens their time, height and width, as Qwen3-VL does (arXiv:2409.12191).
-
-    A text, whose grid is None, counts on by one in all three. An image, or a frame, has one time, lies in the plane,
-    and takes as many positions as its longer side has tokens.
-    """
-    pieces = []
-    start = 0
+    """Give the runs of an item's tokens their time, height and width, as Qwen3-VL does (arXiv:2409.12191)."""
+    pieces, start = [], 0
     for length, grid in zip(lengths, grids, strict=True):
-        if grid is None:
+        if grid is None:  # A text counts on by one in all three.
             pieces.append(torch.arange(start, start + length).expand(3, -1))
             start += length
-        else:
+        else:  # An image, or a frame, has one time, lies in the plane, and takes as many positions as its longer side.
             sides = [side // vision.spatial_merge_size for side in grid[1:]]
             rows, columns = torch.meshgrid(*map(torch.arange, sides), indexing="ij")
             pieces.append(start + torch.stack([torch.zeros_like(rows), rows, columns]).flatten(1))
             start += max(sides)
     return torch.cat(pieces, dim=1)
-
-
-def _pairs(images: Sequence[tuple[int, int]]) -> Int[Tensor, "n 2"]:
-    return torch.tensor(images, dtype=torch.long).reshape(-1, 2)
 
 
 def select(chunk: Inputs, indices: Sequence[int]) -> Inputs:

@@ -7,7 +7,7 @@ less time. A chunk's items stand in order, each beside the one that it shares mo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -17,27 +17,6 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from vlmembed.types import Inputs
-
-
-def signatures(items: Iterable[tuple[Int[Tensor, " L"], Int[Tensor, " L"], Sequence[int]]]) -> list[np.ndarray]:
-    """Return each item's tokens as (L,) numbers that are equal where tokens, and the images at them, are.
-
-    Args:
-        items: Of each the tokens' ids; their types, 0 for a text's; and the key of each run of visual tokens, in order.
-    """
-    numbers = []
-    for tokens, types, images in items:
-        visual = types.numpy() > 0
-        starts = visual & ~np.concatenate([[False], visual[:-1]])
-        keys = np.asarray([0, *images], dtype=np.int64)
-        # Negative, so that no key is a token's id.
-        numbers.append(np.where(visual, -1 - keys[np.cumsum(starts)], tokens.numpy().astype(np.int64)))
-    return numbers
-
-
-def order_by_beginning(signatures: Sequence[np.ndarray]) -> list[int]:
-    """Return the rows of items, those that begin alike beside each other."""
-    return sorted(range(len(signatures)), key=lambda row: signatures[row].astype(">i8").tobytes())
 
 
 def shared_lengths(signatures: Sequence[np.ndarray]) -> list[int]:
@@ -52,24 +31,17 @@ def shared_lengths(signatures: Sequence[np.ndarray]) -> list[int]:
 
 @dataclass(frozen=True)
 class Sharing:
-    """Which tokens of a chunk are computed, and which of those each token is.
+    """Which tokens of a chunk are computed, and which of those each token is."""
 
-    Args:
-        computed: (T,) True at the tokens that are computed.
-        index: (T,) each token's index among the computed ones.
-        counts: (B,) how many tokens of each item are computed.
-    """
-
-    computed: Bool[Tensor, " T"]
-    index: Int[Tensor, " T"]
-    counts: Int[Tensor, " B"]
+    computed: Bool[Tensor, " T"]  # True at the tokens that are computed.
+    index: Int[Tensor, " T"]  # Of each token, among the computed ones.
+    counts: Int[Tensor, " B"]  # How many tokens of each item are computed.
 
     @classmethod
     def of(cls, lengths: Int[Tensor, " B"], shared: Int[Tensor, " B"]) -> Sharing:
         """Follow how many first tokens each item shares with the one before it, which may share them in its turn."""
-        counts = lengths - shared
+        counts, start = lengths - shared, 0
         index: list[Tensor] = []
-        start = 0
         for prefix, count in zip(shared.tolist(), counts.tolist(), strict=True):
             new = torch.arange(start, start + count)
             index.append(torch.cat([index[-1][:prefix], new]) if prefix else new)

@@ -37,9 +37,6 @@ class Qwen3VL(VisionLanguageModel):
         min_pixels: The fewest pixels of a resized image; null keeps the checkpoint's.
         max_pixels: The most pixels of a resized image; null keeps the checkpoint's. 600 × 600 is 360000.
         **options: As for `VisionLanguageModel`.
-
-    Raises:
-        ValueError: If ``min_pixels`` is above ``max_pixels``.
     """
 
     #: Parts of it are asked for that other models do not have.
@@ -75,9 +72,7 @@ class Qwen3VL(VisionLanguageModel):
         size = processor.image_processor.size
         shortest, longest = self.min_pixels or size["shortest_edge"], self.max_pixels or size["longest_edge"]
         if shortest > longest:
-            raise ValueError(
-                f"min_pixels={shortest} is above max_pixels={longest} (one of them is the checkpoint's own). Set both."
-            )
+            raise ValueError(f"min_pixels={shortest} is above max_pixels={longest} (where null, the checkpoint's own).")
         if self.separate_vision_pass:
             check_normalisation(processor, self.checkpoint)
         # In this family's processors an "edge" is a number of pixels.
@@ -135,11 +130,9 @@ class Qwen3VL(VisionLanguageModel):
             features = [image for images in items.images() for image in self.encode_images(images)]
             inputs = items.chunk(range(len(inputs["input_ids"])))
         # (B, L) with padding → (T,) real tokens, end to end, of which those of shared beginnings are not computed.
-        mask = inputs["attention_mask"]
+        mask, device = inputs["attention_mask"], self.device
         lengths, tokens = mask.sum(dim=1), mask.flatten().nonzero()[:, 0]
-        # Copies from pinned memory, while the device computes.
-        device = self.device
-        here = partial(Tensor.to, device=device, non_blocking=True)
+        here = partial(Tensor.to, device=device, non_blocking=True)  # From pinned memory, while the device computes.
         computed: Tensor | slice = slice(None)
         index, counts = None, lengths
         if "shared" in inputs:
@@ -154,12 +147,8 @@ class Qwen3VL(VisionLanguageModel):
         last = None
         if num_last_tokens and tuple(layers) == (-1,) and len(language.layers) > len(deepstack):
             last = LastTokens.of(lengths, num_last_tokens, device)
-        packed = Packed(
-            Bounds.of(counts, device),
-            Bounds.of(lengths, device),
-            index,
-            last if last is None or index is None else replace(last, index=index[last.index]),
-        )
+        read = last if last is None or index is None else replace(last, index=index[last.index])
+        packed = Packed(Bounds.of(counts, device), Bounds.of(lengths, device), index, read)
         output = language(
             inputs_embeds=hidden,
             position_ids=here(inputs["position_ids"][:, computed])[:, None],  # (3, 1, computed)

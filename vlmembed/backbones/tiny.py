@@ -1,7 +1,6 @@
 """A tiny fresh Qwen3-VL: the real architecture and files with random weights, for the quick start and the tests.
 
-Nothing is downloaded. The folder is an ordinary checkpoint: ``from_pretrained`` opens it like any other, and like any
-fresh checkpoint it knows nothing until it is trained.
+Nothing is downloaded. ``from_pretrained`` opens the folder like any other, which knows nothing until it is trained.
 
     python -m vlmembed.backbones.tiny checkpoints/tiny
 """
@@ -10,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import filecmp
+import os
 import shutil
 from collections.abc import Sequence
 from itertools import product
@@ -83,16 +83,10 @@ def create(
     tie_word_embeddings: bool = True,
     seed: int = 0,
 ) -> bool:
-    """Write a fresh Qwen3-VL checkpoint.
+    """Write a fresh Qwen3-VL checkpoint; return False where the folder held the same one already.
 
     ``hidden_size`` is a multiple of ``2 * heads``, ``vision_hidden_size`` of ``4 * heads``; MLPs are twice as wide.
     All vision layers but the last also feed the language model directly (DeepStack).
-
-    Returns:
-        Whether it wrote; False where ``folder`` held the same checkpoint already.
-
-    Raises:
-        FileExistsError: If ``folder`` holds anything else.
     """
     processor = fresh_processor()
     head_dim = hidden_size // heads
@@ -138,17 +132,16 @@ def create(
         torch.random.default_generator.manual_seed(seed)
         Qwen3VLForConditionalGeneration(config).save_pretrained(scratch)
         processor.save_pretrained(scratch)
-        if folder.is_dir() and any(folder.iterdir()):
-            names = sorted(path.name for path in Path(scratch).iterdir())
-            _, differing, missing = filecmp.cmpfiles(scratch, folder, names, shallow=False)
-            if differing or missing:
-                raise FileExistsError(
-                    f"{folder} is not empty and does not hold this checkpoint ({', '.join(differing + missing)} would "
-                    "change): name another folder, or delete this one"
-                )
-            return False
-        shutil.copytree(scratch, folder, dirs_exist_ok=True, copy_function=shutil.copyfile)
-        return True
+        fresh = not folder.is_dir() or not any(folder.iterdir())
+        if fresh:
+            shutil.copytree(scratch, folder, dirs_exist_ok=True, copy_function=shutil.copyfile)
+        _, differing, missing = filecmp.cmpfiles(scratch, folder, os.listdir(scratch), shallow=False)
+    if differing or missing:
+        raise FileExistsError(
+            f"{folder} is not empty and does not hold this checkpoint ({', '.join(sorted(differing + missing))} would "
+            "change): name another folder, or delete this one"
+        )
+    return fresh
 
 
 def fresh_processor() -> Qwen3VLProcessor:
@@ -177,16 +170,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="where to write it; made if it is not there")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights (default: 0)")
     options = parser.parse_args(arguments)
-    folder = options.folder
     try:
-        wrote = create(folder, seed=options.seed)
+        wrote = create(options.folder, seed=options.seed)
     except FileExistsError as error:
         parser.exit(1, f"{error}\n")
     print(
-        f"Wrote a fresh Qwen3-VL to {options.folder}:" if wrote else f"{options.folder} holds this checkpoint already:"
+        f"Wrote a fresh Qwen3-VL to {options.folder}." if wrote else f"{options.folder} holds this checkpoint already."
     )
-    for path in sorted(options.folder.iterdir()):
-        print(f"  {path.name:24}{path.stat().st_size:>12,} bytes")
 
 
 if __name__ == "__main__":
