@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import signal
 import sys
 from argparse import ArgumentError
+from dataclasses import replace
+from enum import Enum
 from functools import cache, partial
 from importlib import import_module
 from typing import Any, cast
 
-from jsonargparse import Namespace
+from jsonargparse import Namespace, _typehints, add_instantiator
 from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.optim.lr_scheduler import LRScheduler
 
 from vlmembed.distributed import print_once
 from vlmembed.modules import RetrievalModule
+from vlmembed.modules.optimization import STEP_PARAMETERS, SchedulerCallable
 from vlmembed.secrets import refuse_secrets, refuse_secrets_in
 from vlmembed.trainer import Trainer
 from vlmembed.training.run_folder import LAST, SaveConfiguration, fit_folder, other_folder
@@ -31,14 +36,38 @@ COMMANDS = {
 
 
 class Parser(LightningArgumentParser):
-    """Lightning's parser, which opens no file but the one of ``--config``.
+    """Lightning's parser, which opens no file but the one of ``--config``, and knows what schedules want.
 
     jsonargparse takes a string for the path of a configuration wherever a class may stand, so that a data set named by
     its path would be parsed as configuration, and could name classes to import and run.
     """
 
-    def _add_signature_parameter(self, *args: Any, **options: Any) -> None:
-        super()._add_signature_parameter(*args, **{**options, "sub_configs": False})
+    def _add_signature_parameter(
+        self, container: Any, nested_key: str | None, param: Any, *args: Any, **options: Any
+    ) -> None:
+        """Add a parameter; one of a schedule may be left out if the module knows it, and schedules within are made."""
+        if _is_schedule(param.parent or param.component):
+            if param.name in STEP_PARAMETERS:
+                param = replace(param, default=None)
+            elif param.name == "schedulers":
+                param = replace(param, annotation=list[SchedulerCallable])
+        if param.annotation is str and isinstance(param.default, Enum):  # Which no YAML could hold; Timer has one.
+            param = replace(param, default=param.default.value)
+        super()._add_signature_parameter(container, nested_key, param, *args, **{**options, "sub_configs": False})
+
+    def add_class_arguments(self, class_type: Any, *args: Any, **options: Any) -> Any:
+        """Add those of a class. The optimizer is given by the module, wherever among a schedule's it stands."""
+        if options.get("skip") and _is_schedule(class_type):
+            options["skip"] = {"optimizer"}
+        return super().add_class_arguments(class_type, *args, **options)
+
+    def add_function_arguments(self, function: Any, *args: Any, **options: Any) -> Any:
+        """Add those of a function. One that takes an optimizer, such as transformers' schedules, is called later."""
+        if _is_schedule(function):
+            later: Any = lambda schedule, **values: partial(schedule, **values)  # noqa: E731
+            add_instantiator(later, function, subclasses=False)
+            options |= {"skip": {"optimizer"}, "fail_untyped": False}
+        return super().add_function_arguments(function, *args, **options)
 
     def add_subcommands(self, *args: Any, **options: Any) -> Any:
         """Add those of Lightning, and list those that have a parser of their own."""
@@ -46,6 +75,22 @@ class Parser(LightningArgumentParser):
         for name, (_, description) in COMMANDS.items():
             commands.add_subcommand(name, Parser(description=description), help=description)
         return commands
+
+
+def _is_schedule(target: Any) -> bool:
+    """Whether something is a class of schedules, or a function that makes one."""
+    if isinstance(target, type):
+        return issubclass(target, LRScheduler)
+    return callable(target) and "optimizer" in inspect.signature(target).parameters
+
+
+def _discard_arguments(_: Any, before: Any, now: Any) -> None:
+    """Let no argument of a class survive naming another; jsonargparse keeps those that both have."""
+    if before and "init_args" in before and before["class_path"] != now["class_path"]:
+        before["init_args"] = Namespace()
+
+
+_typehints.discard_init_args_on_class_path_change = _discard_arguments
 
 
 class CLI(LightningCLI):
@@ -99,6 +144,7 @@ class CLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Measure the fresh model, unless the run is resumed."""
+        self.trainer.refuse_monitors(self.datamodule)
         if self.trainer.exporter is not None and isinstance(self.model, RetrievalModule):
             self.trainer.exporter.check(self.model.encoder.pooling)
         self._before = {} if self._get(self.config_init, "ckpt_path") else self._measure()
@@ -138,7 +184,8 @@ class CLI(LightningCLI):
         return results
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
-        config["logger"] = _with_csv(config.get("logger"), config.get("default_root_dir"))
+        if not config.get("barebones"):  # Which logs nothing.
+            config["logger"] = _with_csv(config.get("logger"), config.get("default_root_dir"))
         trainer = cast(Trainer, super()._instantiate_trainer(config, callbacks))
         trainer.run_config = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
         return trainer

@@ -32,6 +32,7 @@ from vlmembed.modules.optimization import (
     parameter_groups,
     parameters_of,
     refuse_untouched_parameters,
+    try_schedule,
 )
 from vlmembed.training.checkpointing import Checkpointing, is_last_of_epoch, refuse_split_windows
 from vlmembed.training.guards import CollapseMonitor, NonFiniteGuard, refuse_broken_weights
@@ -140,6 +141,8 @@ class RetrievalModule(LightningModule, ABC):
             refuse_strategy(self.trainer.strategy)
             data = getattr(self.trainer, "datamodule", None)
             refuse_split_windows(self.trainer, getattr(data, "steps_per_epoch", None))
+            if self.lr_scheduler is not None and not self.learning_rates:
+                try_schedule(self.lr_scheduler, self.optimizer or AdamW, self.trainer)
 
     def configure_model(self) -> None:
         """Load the weights and apply the adapters. Does nothing the second time."""
@@ -306,6 +309,8 @@ class RetrievalModule(LightningModule, ABC):
 
     def on_predict_epoch_end(self) -> None:
         """Write what was predicted into the run's folder."""
+        if getattr(self.trainer, "fast_dev_run", False):
+            return
         folder = Path(self.trainer.log_dir or ".") / "predictions"
         for metric in self.metrics:
             self.write_predictions(metric, folder)

@@ -8,9 +8,12 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
+import torch
 from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
@@ -21,8 +24,8 @@ from vlmembed.backbones import VisionLanguageModel
 
 SchedulerCallable = Callable[[Optimizer], LRScheduler]
 
-#: Parameters of schedules that mean the run's number of optimizer steps. They are given where the YAML does not.
-STEP_PARAMETERS = ("total_steps", "T_max", "num_training_steps")
+#: Parameters of schedules that mean a number of optimizer steps: the run's, where the YAML does not say.
+STEP_PARAMETERS = ("total_steps", "T_max", "total_iters", "num_training_steps", "max_iters", "max_steps")
 
 
 def parameter_groups(
@@ -114,28 +117,68 @@ def refuse_untouched_parameters(module: LightningModule, backbone: VisionLanguag
 # Schedules
 
 
-def build_schedule(make: SchedulerCallable, optimizer: Optimizer, trainer: Trainer) -> LRScheduler:
-    """Build a schedule, and tell it the run's number of steps if one of its parameters means that.
+def try_schedule(make: SchedulerCallable, optimizer: Callable[..., Optimizer], trainer: Trainer) -> None:
+    """Build a schedule, and save its state, with a weight of its own: what it does not accept shows before any loads.
+
+    Raises:
+        ValueError: As `build_schedule`, or if no checkpoint could hold the schedule's state.
+    """
+    schedule = build_schedule(make, optimizer([nn.Parameter(torch.zeros(1, 1))]), trainer)
+    try:
+        schedule.state_dict()
+    except AttributeError as error:
+        raise ValueError(
+            f"lr_scheduler: {type(schedule).__name__} cannot be written into a checkpoint: {error}. Name a function "
+            "that is written in Python."
+        ) from error
+
+
+def build_schedule(
+    make: SchedulerCallable, optimizer: Optimizer, trainer: Trainer, length: Callable[[], int] | None = None
+) -> LRScheduler:
+    """Build a schedule, and tell it its number of steps if one of its parameters means that.
 
     Args:
-        make: A class, or one with arguments of its own.
+        make: A class or function, or one with arguments of its own; those of SequentialLR are made likewise.
         optimizer: Whose rate it sets.
         trainer: Knows the run's length.
+        length: How many steps the schedule is for; null for the run's.
 
     Raises:
         ValueError: If the schedule goes by a metric, or the run's length is not known.
     """
-    # jsonargparse makes partials of a function of its own, and the class is its argument.
-    parts = (make.func, *make.args) if isinstance(make, partial) else (make,)
-    target = next((part for part in parts if isinstance(part, type)), make)
-    if isinstance(target, type) and issubclass(target, ReduceLROnPlateau):
+    length = length or partial(total_steps, trainer)
+    # jsonargparse makes partials of a function of its own, and the class is its last argument.
+    bound = make if isinstance(make, partial) else partial(make)
+    target = next((part for part in reversed(bound.args) if callable(part)), bound.func)
+    names, given = inspect.signature(target).parameters, bound.keywords
+    missing = {name for name in names if given.get(name) is None}
+    values: dict[str, Any] = {}
+    if given.get("epochs"):  # OneCycleLR takes these or total_steps.
+        values = {name: steps_of_epoch(trainer, 0) for name in missing & {"steps_per_epoch"}}
+    else:
+        values = {name: length() for name in missing & {*STEP_PARAMETERS}}
+    if "schedulers" in given:
+        lengths = _lengths(len(given["schedulers"]), given.get("milestones"), length)
+        parts = zip(given["schedulers"], lengths, strict=True)
+        values["schedulers"] = [build_schedule(part, optimizer, trainer, steps) for part, steps in parts]
+    # By its name, as ChainedScheduler has it second.
+    schedule = partial(make, optimizer=optimizer)(**values) if "optimizer" in names else make(optimizer, **values)
+    if isinstance(schedule, ReduceLROnPlateau):
         raise ValueError(
             "lr_scheduler: ReduceLROnPlateau goes by a metric, and schedules here go by steps. Use another."
         )
-    values = make.keywords if isinstance(make, partial) else {}
-    names = [name for name in inspect.signature(target).parameters if name in STEP_PARAMETERS]
-    steps = {name: total_steps(trainer) for name in names if values.get(name) is None and not values.get("epochs")}
-    return make(optimizer, **steps)
+    return schedule
+
+
+def _lengths(count: int, milestones: list[int] | None, length: Callable[[], int]) -> list[Callable[[], int]]:
+    """Return for how many steps each of several schedules is: all, or those between two milestones."""
+    if milestones is None:
+        return [length] * count
+    if len(milestones) != count - 1:
+        raise ValueError(f"lr_scheduler: {count} schedules need {count - 1} milestones between them; got {milestones}.")
+    starts = [0, *milestones]
+    return [*(partial(int, end - start) for start, end in pairwise(starts)), lambda: max(1, length() - starts[-1])]
 
 
 def total_steps(trainer: Trainer) -> int:
@@ -151,11 +194,20 @@ def total_steps(trainer: Trainer) -> int:
         if trainer.max_steps < 0:
             raise ValueError("A learning-rate schedule needs the run's length: set trainer.max_epochs or max_steps.")
         return trainer.max_steps
+    steps = sum(steps_of_epoch(trainer, epoch) for epoch in range(trainer.max_epochs))
+    return min(steps, trainer.max_steps) if trainer.max_steps > 0 else steps
+
+
+def steps_of_epoch(trainer: Trainer, epoch: int) -> int:
+    """Return the optimizer steps of an epoch; raises as `batches_per_epoch`."""
     batches = batches_per_epoch(trainer.datamodule)  # type: ignore[attr-defined]
     limit = trainer.limit_train_batches
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-    steps = -(-batches // trainer.accumulate_grad_batches) * trainer.max_epochs
-    return min(steps, trainer.max_steps) if trainer.max_steps > 0 else steps
+    window = trainer.accumulate_grad_batches
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler):
+            window = callback.get_accumulate_grad_batches(epoch)
+    return -(-batches // window)
 
 
 def batches_per_epoch(data: Any) -> int:
