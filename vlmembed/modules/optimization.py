@@ -162,8 +162,9 @@ def build_schedule(
         lengths = _lengths(len(given["schedulers"]), given.get("milestones"), length)
         parts = zip(given["schedulers"], lengths, strict=True)
         values["schedulers"] = [build_schedule(part, optimizer, trainer, steps) for part, steps in parts]
+    build: Any = make
     # By its name, as ChainedScheduler has it second.
-    schedule = partial(make, optimizer=optimizer)(**values) if "optimizer" in names else make(optimizer, **values)
+    schedule: LRScheduler = build(optimizer=optimizer, **values) if "optimizer" in names else build(optimizer, **values)
     if isinstance(schedule, ReduceLROnPlateau):
         raise ValueError(
             "lr_scheduler: ReduceLROnPlateau goes by a metric, and schedules here go by steps. Use another."
