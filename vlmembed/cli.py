@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from jsonargparse import Namespace, _typehints, add_instantiator
 from lightning import LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -81,11 +82,11 @@ def _is_schedule(target: Any) -> bool:
     """Whether something is a class of schedules, or a function that makes one."""
     if isinstance(target, type):
         return issubclass(target, LRScheduler)
-    return callable(target) and "optimizer" in inspect.signature(target).parameters
+    return inspect.isfunction(target) and "optimizer" in inspect.signature(target).parameters
 
 
 def _discard_arguments(_: Any, before: Any, now: Any) -> None:
-    """Let no argument of a class survive naming another; jsonargparse keeps those that both have."""
+    """Let no argument of a class survive naming another; jsonargparse would keep those that both have."""
     if before and "init_args" in before and before["class_path"] != now["class_path"]:
         before["init_args"] = Namespace()
 
@@ -143,11 +144,14 @@ class CLI(LightningCLI):
             super()._run_subcommand(subcommand)
 
     def before_fit(self) -> None:
-        """Measure the fresh model, unless the run is resumed."""
-        self.trainer.refuse_monitors(self.datamodule)
+        """Measure the fresh model, unless the run is resumed, and refuse to wait for what is not measured."""
         if self.trainer.exporter is not None and isinstance(self.model, RetrievalModule):
             self.trainer.exporter.check(self.model.encoder.pooling)
-        self._before = {} if self._get(self.config_init, "ckpt_path") else self._measure()
+        self._before = {}
+        if not self._get(self.config_init, "ckpt_path") and not self.trainer.fast_dev_run:
+            self._before = self._measure()
+            for callback in self.trainer.callbacks:
+                _refuse_unmeasured(callback, [name for name in self._before if name.startswith("val/")])
 
     def after_fit(self) -> None:
         """Measure and export the best checkpoint, or the last weights where no metric decides."""
@@ -197,6 +201,15 @@ class CLI(LightningCLI):
         entries = loggers if isinstance(loggers, list) else [loggers]
         csv = [entry for entry in entries if isinstance(entry, Namespace) and entry.class_path.endswith("CSVLogger")]
         return any(entry.init_args.get("version") is not None for entry in csv[:1])
+
+
+def _refuse_unmeasured(callback: Callback, measured: list[str]) -> None:
+    monitor = str(getattr(callback, "monitor", None))
+    if monitor.startswith(("val/", "test/")) and monitor not in measured:
+        raise ValueError(
+            f"{type(callback).__name__}(monitor: {monitor}): training does not measure that. It measures "
+            f"{', '.join(measured) or 'nothing: give data.val, and do not limit trainer.limit_val_batches to 0'}."
+        )
 
 
 def _with_csv(logger: Logger | list[Logger] | bool | None, root: str | None) -> list[Logger] | bool:

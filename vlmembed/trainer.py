@@ -23,7 +23,6 @@ from lightning.pytorch.callbacks import (
 
 from vlmembed.distributed import is_sharded
 from vlmembed.export import Exporter, ModelInfo, push, refuse_used
-from vlmembed.metrics import METRICS
 from vlmembed.modules import RetrievalModule
 from vlmembed.training.checkpoint_files import CheckpointFiles, read_checkpoint
 from vlmembed.training.checkpointing import in_window
@@ -41,10 +40,7 @@ PART = "a metric over part of a corpus is another metric. Give 0 not to measure,
 #: Options that are refused: for which values, and why.
 OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **{f"limit_{stage}_batches": (_is_part, PART) for stage in ("val", "test", "predict")},
-    "overfit_batches": (
-        bool,
-        "Lightning would take away the sampler that makes batches. Train on a small file.",
-    ),
+    "overfit_batches": (bool, "Lightning would take away the sampler that makes batches. Train on a small file."),
     "gradient_clip_val": (lambda value: value < 0, "gradients would be turned around. Give 0 for none, or more."),
     "val_check_interval": (
         lambda value: not isinstance(value, int | float),
@@ -121,7 +117,6 @@ class Trainer(lightning.Trainer):
         Raises:
             ValueError: If the run began with a configuration that differs in what decides what is learned.
         """
-        self.refuse_monitors(datamodule)
         _connect(model, datamodule or train_dataloaders)
         # What is elsewhere, or not to be read without running it, is not looked into before.
         if ckpt_path is not None and Path(ckpt_path).exists() and weights_only is not False:
@@ -153,19 +148,6 @@ class Trainer(lightning.Trainer):
             files.postponed.append(partial(super().save_checkpoint, filepath, weights_only, storage_options))
         else:
             super().save_checkpoint(filepath, weights_only, storage_options)
-
-    def refuse_monitors(self, data: Any) -> None:
-        """Refuse callbacks that wait for a metric that training never measures, by a ValueError."""
-        is_measured = self.limit_val_batches and getattr(data, "val", True)
-        for callback in self.callbacks:
-            monitor = str(getattr(callback, "monitor", None))
-            is_metric = monitor.startswith("val/") and any(part in METRICS for part in monitor.split("/"))
-            if monitor.startswith("test/") or (monitor.startswith("val/") and not (is_measured and is_metric)):
-                raise ValueError(
-                    f"{type(callback).__name__}(monitor: {monitor}): training does not measure that. It measures "
-                    f"{', '.join(f'val/{name}' for name in METRICS)} on data.val, which is "
-                    f"{'there' if is_measured else 'not given, or limited to 0 batches'}."
-                )
 
     @property
     def export_folder(self) -> Path:
