@@ -247,23 +247,12 @@ def _checker() -> _Checker:
 
 
 def check(config: dict[str, Any]) -> None:
-    """Try whether something is a configuration of ``fit``, building nothing of it.
-
-    Args:
-        config: What a file would hold.
-
-    Raises:
-        ValueError: Saying what is wrong.
-    """
+    """Try whether a mapping is a configuration of ``fit``, building nothing of it; a ValueError says what is wrong."""
     _checker().check(config)
 
 
 def main(args: ArgsType = None) -> None:
-    """Run one command.
-
-    Args:
-        args: The command line, without the program's name; None for the process's own.
-    """
+    """Run one command: a command line without the program's name, or the process's own."""
     words = sys.argv[1:] if args is None else args
     if isinstance(words, list):
         refuse_secrets_in(words)

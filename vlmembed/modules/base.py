@@ -102,12 +102,7 @@ class RetrievalModule(LightningModule, ABC):
 
     @abstractmethod
     def gather_batch(self, outputs: Tensor, batch: Any) -> tuple[Tensor, ...]:
-        """Join all processes' batches into what the loss takes.
-
-        Args:
-            outputs: (N, D) what the encoder made of this process's batch, in the order of its chunks.
-            batch: This process's batch.
-        """
+        """Join all processes' batches into what the loss takes; outputs (N, D) are in the order of its chunks."""
 
     @abstractmethod
     def metric(self, evaluation: Any) -> Metric:
@@ -326,11 +321,7 @@ class RetrievalModule(LightningModule, ABC):
 def write_run(evaluation: Any, scores: Tensor, columns: Tensor, folder: Path) -> None:
     """Write rankings as a TREC run, ``NAME.trec``: lines ``query Q0 document rank score vlmembed``.
 
-    Args:
-        evaluation: The evaluation set.
-        scores: (Q, K) the best first.
-        columns: (Q, K) of the documents in the corpus; those from the first -1 on are not written.
-        folder: Where to write; made if it is not there.
+    Scores (Q, K) come with their documents' columns (Q, K) in the corpus, the best first, up to the first column of -1.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{evaluation.name}.trec").open("w", encoding="utf-8") as file:

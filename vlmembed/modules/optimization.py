@@ -31,18 +31,9 @@ STEP_PARAMETERS = ("total_steps", "T_max", "total_iters", "num_training_steps", 
 def parameter_groups(
     module: LightningModule, backbone: VisionLanguageModel, learning_rates: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """Split a module's trainable parameters by learning rate.
+    """Split a module's trainable parameters by learning rate: the first group name or expression that matches decides.
 
-    Args:
-        module: The module.
-        backbone: Its backbone, whose groups may be named.
-        learning_rates: group name or regular expression → learning rate, the first match deciding.
-
-    Returns:
-        Optimizer parameter groups; the one without ``lr`` takes the optimizer's own.
-
-    Raises:
-        ValueError: If nothing is trainable, or an entry of ``learning_rates`` matches nothing trainable.
+    The group without ``lr`` takes the optimizer's own.
     """
     remaining = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     if not remaining:
@@ -61,18 +52,7 @@ def parameter_groups(
 
 
 def clip(module: LightningModule, optimizer: Optimizer, limit: float, algorithm: str | None, norm: Tensor) -> None:
-    """Clip gradients; what is in shards and what is not by one norm, which PyTorch does not.
-
-    Args:
-        module: What is trained.
-        optimizer: What is about to step.
-        limit: The largest norm, or the largest value.
-        algorithm: What Lightning calls it.
-        norm: () of all gradients together.
-
-    Raises:
-        ValueError: If shards are to be clipped by value.
-    """
+    """Clip gradients by the norm () of all together, which PyTorch would not do where some are in shards."""
     sharded, by_norm = distributed.is_sharded(module), algorithm in (None, "norm")
     if sharded and not by_norm:
         raise ValueError(f"ModelParallelStrategy clips by norm: gradient_clip_algorithm={algorithm}.")
@@ -89,18 +69,10 @@ def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
 
 
 def refuse_untouched_parameters(module: LightningModule, backbone: VisionLanguageModel, saw_images: bool) -> bool:
-    """Check that a backward reached every trainable parameter.
+    """Refuse to train on if a backward did not reach a trainable parameter, by a RuntimeError with the names.
 
-    Args:
-        module: The module, after a backward.
-        backbone: Its backbone.
-        saw_images: Whether the batch had images; one without says nothing about the vision tower.
-
-    Returns:
-        Whether everything was reached; False asks to check again after the next batch.
-
-    Raises:
-        RuntimeError: If a trainable parameter cannot be reached, with the names.
+    A batch without images says nothing about the vision tower. Returns whether everything was reached; otherwise the
+    next batch is to be checked too.
     """
     untouched = [
         name for name, parameter in module.named_parameters() if parameter.requires_grad and parameter.grad is None
@@ -118,11 +90,7 @@ def refuse_untouched_parameters(module: LightningModule, backbone: VisionLanguag
 
 
 def try_schedule(make: SchedulerCallable, optimizer: Callable[..., Optimizer], trainer: Trainer) -> None:
-    """Build a schedule, and save its state, with a weight of its own: what it does not accept shows before any loads.
-
-    Raises:
-        ValueError: As `build_schedule`, or if no checkpoint could hold the schedule's state.
-    """
+    """Build a schedule, and save its state, with a weight of its own, so that mistakes show before any is loaded."""
     schedule = build_schedule(make, optimizer([nn.Parameter(torch.zeros(1, 1))]), trainer)
     try:
         schedule.state_dict()
@@ -138,14 +106,8 @@ def build_schedule(
 ) -> LRScheduler:
     """Build a schedule, and tell it its number of steps if one of its parameters means that.
 
-    Args:
-        make: A class or function, or one with arguments of its own; those of SequentialLR are made likewise.
-        optimizer: Whose rate it sets.
-        trainer: Knows the run's length.
-        length: How many steps the schedule is for; null for the run's.
-
-    Raises:
-        ValueError: If the schedule goes by a metric, or the run's length is not known.
+    ``make`` is a class or function, or one with arguments of its own; the schedules of SequentialLR are made likewise,
+    each for its ``length``. Null is the run's.
     """
     length = length or partial(total_steps, trainer)
     # jsonargparse makes partials of a function of its own, and the class is its last argument.
@@ -187,9 +149,6 @@ def total_steps(trainer: Trainer) -> int:
 
     ``trainer.estimated_stepping_batches`` says the same, but a module that reads it while its optimizers are built
     makes Lightning 2.6 forget a stateful loader's position in the epoch when the run is resumed.
-
-    Raises:
-        ValueError: If the run has no end, or nothing says how many batches an epoch has.
     """
     if trainer.max_epochs is None or trainer.max_epochs < 0:
         if trainer.max_steps < 0:
@@ -200,7 +159,7 @@ def total_steps(trainer: Trainer) -> int:
 
 
 def steps_of_epoch(trainer: Trainer, epoch: int) -> int:
-    """Return the optimizer steps of an epoch; raises as `batches_per_epoch`."""
+    """Return the optimizer steps of an epoch."""
     batches = batches_per_epoch(trainer.datamodule)  # type: ignore[attr-defined]
     limit = trainer.limit_train_batches
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
@@ -212,11 +171,7 @@ def steps_of_epoch(trainer: Trainer, epoch: int) -> int:
 
 
 def batches_per_epoch(data: Any) -> int:
-    """Ask a data module for its training batches per epoch and process.
-
-    Raises:
-        ValueError: If it does not know.
-    """
+    """Ask a data module for its training batches per epoch and process."""
     batches: int | None = getattr(data, "steps_per_epoch", None)
     if batches is None:
         silent = "a fit without a data module" if data is None else f"the data module {type(data).__name__}"
