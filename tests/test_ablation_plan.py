@@ -55,6 +55,7 @@ def test_every_setting_meets_every_seed(tmp_path: Path) -> None:
         ("part.init_args.in", {"class_path": "B"}, PLAIN | {"init_args": OWN | {"in": {"class_path": "B"}}}),
         ("part.init_args.in.init_args.n", 2, PLAIN | {"init_args": OWN | {"in": IN | {"init_args": {"n": 2}}}}),
         ("part.init_args.in", "module.B", PLAIN | {"init_args": OWN | {"in": "module.B"}}),
+        ("alone", {"init_args": {"n": 1}}, {"class_path": "Alone", "init_args": {"n": 1}}),
         ("part", None, None),
     ],
 )
@@ -65,9 +66,9 @@ def test_a_class_brings_its_own_arguments_and_nothing_else(
     grid = {"part": {"key": key if way == "grid" else "other", "values": {"one": value}}}
     path = write(tmp_path, grid=grid, set={key: value} if way == "set" else {})
     base = yaml.safe_load((tmp_path / "base.yaml").read_text())
-    base["part"]["init_args"] = OWN
+    base["part"]["init_args"], base["alone"] = OWN, "Alone"
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
-    assert plan(read_ablation(path))[0].config["part"] == expected
+    assert plan(read_ablation(path))[0].config[key.split(".")[0]] == expected
 
 
 def test_numbers_are_read_as_the_command_line_reads_them(tmp_path: Path) -> None:

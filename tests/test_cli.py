@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,65 @@ def test_every_argument_can_be_overridden(run: dict[str, Any], capsys: pytest.Ca
     assert printed["data"]["init_args"]["batch_size"] == 2
 
 
+OPTIMIZER = "--model.init_args.optimizer"
+ADAMW = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.5, "weight_decay": 0.05}}
+
+
+@pytest.mark.parametrize(
+    ("overlay", "options", "arguments"),
+    [
+        ({"optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 1.0}}}, [], {"lr": 1.0}),
+        ({"optimizer": "torch.optim.SGD"}, [], {}),
+        (None, [f"{OPTIMIZER}=torch.optim.SGD"], {}),
+        (None, [f"{OPTIMIZER}=SGD", f"{OPTIMIZER}.lr=2"], {"lr": 2.0}),
+        (None, [f"{OPTIMIZER}.class_path=torch.optim.SGD", f"{OPTIMIZER}.init_args.lr=2"], {"lr": 2.0}),
+        (None, [f"{OPTIMIZER}.init_args.lr=2", f"{OPTIMIZER}=torch.optim.SGD"], {}),
+        (None, [OPTIMIZER + '={"class_path": "torch.optim.SGD", "init_args": {"lr": 3}}'], {"lr": 3.0}),
+    ],
+)
+def test_no_argument_of_an_earlier_class_survives(
+    run: dict[str, Any], capsys: pytest.CaptureFixture[str], overlay: Any, options: list[str], arguments: dict[str, Any]
+) -> None:
+    run["model"]["init_args"]["optimizer"] = ADAMW
+    if overlay is not None:
+        Path("overlay.yaml").write_text(yaml.safe_dump({"model": {"init_args": overlay}}))
+        options = ["--config", "overlay.yaml", *options]
+    printed = expanded(run, options, capsys)["optimizer"]
+    assert printed["class_path"] == "torch.optim.SGD"
+    defaults = inspect.signature(torch.optim.SGD).parameters
+    expected = {name: defaults[name].default for name in printed["init_args"]} | arguments
+    assert printed["init_args"] == expected
+
+
+def test_a_class_deep_inside_and_one_of_another_key_keep_nothing_either(
+    run: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run["model"]["init_args"]["lr_scheduler"] = {
+        "class_path": "torch.optim.lr_scheduler.PolynomialLR",
+        "init_args": {"total_iters": 7},
+    }
+    loss = "--model.init_args.loss.init_args.loss=vlmembed.losses.ScoreDistillation"
+    schedule = "--model.init_args.lr_scheduler=torch.optim.lr_scheduler.LinearLR"
+    printed = expanded(run, [loss, schedule], capsys)
+    assert printed["loss"]["init_args"]["dimensions"] == [64, 16]  # Of a class that stays.
+    assert printed["loss"]["init_args"]["loss"]["init_args"]["temperature"] != 0.05
+    assert printed["lr_scheduler"]["init_args"]["total_iters"] is None
+
+
+def test_what_names_no_other_class_is_merged(run: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    run["model"]["init_args"]["optimizer"] = ADAMW
+    optimizer = expanded(run, [OPTIMIZER + '={"init_args": {"lr": 3}}', f"{OPTIMIZER}.eps=1e-3"], capsys)["optimizer"]
+    assert [optimizer["init_args"][name] for name in ("lr", "weight_decay", "eps")] == [3.0, 0.05, 1e-3]
+
+
+def expanded(run: dict[str, Any], options: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """The model's arguments, as the parser has them at the end."""
+    with pytest.raises(SystemExit):
+        call("fit", run, *options, "--print_config")
+    arguments: dict[str, Any] = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
+    return arguments
+
+
 @pytest.mark.parametrize("place", ["model", "data", "trainer"])
 def test_an_unknown_key_is_refused(run: dict[str, Any], place: str, capsys: pytest.CaptureFixture[str]) -> None:
     target = run[place].get("init_args", run[place])
@@ -261,29 +321,6 @@ def test_help_explains_every_argument_of_the_module(capsys: pytest.CaptureFixtur
         or "From its hidden states to an embedding".lower() in printed.lower()
     )
     assert "Learning rates other than the optimizer's" in printed
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--trainer.fast_dev_run=true"], None),
-        (["--trainer.limit_train_batches=0"], "Nothing was trained"),
-        # Weight decay is AdamW's: what the YAML says of it must not reach an SGD.
-        (["--model.init_args.optimizer=torch.optim.SGD", "--model.init_args.optimizer.init_args.lr=0.1"], None),
-    ],
-    ids=["fast_dev_run", "no batches", "SGD"],
-)
-def test_a_fit_of_few_steps_passes(
-    run: dict[str, Any], capsys: pytest.CaptureFixture[str], options: list[str], message: str | None
-) -> None:
-    call("fit", run, *options)
-    output = capsys.readouterr().out
-    assert ("Nothing was trained" in output) == (message is not None)
-    configs = list(Path("runs").rglob("config.yaml"))
-    if "SGD" in options[0]:
-        optimizer = yaml.safe_load(configs[0].read_text())["model"]["init_args"]["optimizer"]
-        assert optimizer["class_path"] == "torch.optim.SGD"
-        assert optimizer["init_args"]["weight_decay"] == 0
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -230,5 +230,5 @@ def test_what_a_stage_lacks_is_said(stage: str, options: dict[str, Any], message
 def test_a_bad_eval_batch_size_and_overfit_batches_are_refused(train: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="eval_batch_size is 1 or more, got 0"):
         RetrievalDataModule(train, eval_batch_size=0)
-    with pytest.raises(ValueError, match="overfit_batches is not supported"):
+    with pytest.raises(ValueError, match="overfit_batches is 1: Lightning would take away the sampler"):
         trainer(tmp_path, overfit_batches=1).fit(Recorder(), datamodule=RetrievalDataModule(train, batch_size=5))

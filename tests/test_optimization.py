@@ -5,24 +5,33 @@ from __future__ import annotations
 import math
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from building import batch, examples, fit, module, texts, trainer
 from lightning import LightningDataModule, LightningModule
-from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR, PolynomialLR, ReduceLROnPlateau
+from torch.optim import lr_scheduler as schedules
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader
-from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+from transformers import (
+    get_cosine_schedule_with_warmup,
+    get_linear_schedule_with_warmup,
+    get_scheduler,
+    get_wsd_schedule,
+)
 
 from vlmembed.adapters import Freeze, LoRA
+from vlmembed.backbones import Qwen3VL
+from vlmembed.cli import Parser
 from vlmembed.losses import InfoNCE
 from vlmembed.modules import Constant, CosineDecay, EmbeddingModule, LinearDecay
-from vlmembed.modules.optimization import parameter_groups, total_steps
+from vlmembed.modules.optimization import SchedulerCallable, build_schedule, parameter_groups, total_steps
 from vlmembed.pooling import Mean
 
 SCHEDULES = [LinearDecay, CosineDecay, Constant]
@@ -135,6 +144,7 @@ class OneWeight(LightningModule):
         ({"max_epochs": 2, "limit_train_batches": 1.0}, 14),
         ({"max_epochs": 2, "limit_train_batches": 0.5}, 6),
         ({"max_epochs": 2, "limit_train_batches": 0.75, "accumulate_grad_batches": 2}, 6),
+        ({"max_epochs": 3, "callbacks": [GradientAccumulationScheduler({0: 3, 1: 2})]}, 3 + 4 + 4),
         ({"fast_dev_run": True}, 1),
     ],
 )
@@ -242,35 +252,98 @@ def test_the_first_step_trains_at_the_schedule_rate(checkpoint: Path) -> None:
     assert gradient.abs().max() > 1e-2
 
 
+# Schedules that the YAML names
+
+TORCH = "torch.optim.lr_scheduler."
+WARM_AND_COOL = [{"class_path": f"{TORCH}LinearLR"}, {"class_path": f"{TORCH}CosineAnnealingLR"}]
+FALLING = {"class_path": f"{TORCH}ExponentialLR", "init_args": {"gamma": 0.9}}
+
+
+def from_yaml(class_path: str, arguments: dict[str, Any]) -> SchedulerCallable:
+    parser = Parser()
+    parser.add_argument("--schedule", type=SchedulerCallable)
+    values = {"schedule": {"class_path": class_path, "init_args": arguments}}
+    made: SchedulerCallable = parser.instantiate(parser.parse_object(values)).schedule
+    return made
+
+
 @pytest.mark.parametrize(
-    ("schedule", "steps"),
+    ("name", "arguments", "by_hand"),
     [
-        (partial(OneCycleLR, max_lr=0.5), "total_steps"),
-        (partial(PolynomialLR, total_iters=3), None),
-        (partial(CosineAnnealingLR, T_max=5), None),
-        (CosineAnnealingLR, "T_max"),
-        (partial(CosineDecay, warmup=0.5), "total"),
+        ("CosineAnnealingLR", {}, lambda it: schedules.CosineAnnealingLR(it, 12)),
+        ("CosineAnnealingLR", {"T_max": 5}, lambda it: schedules.CosineAnnealingLR(it, 5)),
+        ("PolynomialLR", {"power": 2.0}, lambda it: schedules.PolynomialLR(it, 12, 2.0)),
+        # What is written counts, even where it is torch's default.
+        ("PolynomialLR", {"total_iters": 5}, lambda it: schedules.PolynomialLR(it, 5)),
+        ("LinearLR", {"start_factor": 1.0, "end_factor": 0.0}, lambda it: schedules.LinearLR(it, 1.0, 0.0, 12)),
+        ("ConstantLR", {"factor": 0.5, "total_iters": 4}, lambda it: schedules.ConstantLR(it, 0.5, 4)),
+        ("OneCycleLR", {"max_lr": 0.5}, lambda it: schedules.OneCycleLR(it, 0.5, 12)),
+        ("OneCycleLR", {"max_lr": 0.5, "total_steps": 20}, lambda it: schedules.OneCycleLR(it, 0.5, 20)),
+        ("OneCycleLR", {"max_lr": 0.5, "epochs": 3}, lambda it: schedules.OneCycleLR(it, 0.5, 18)),
+        ("MultiStepLR", {"milestones": [3, 6]}, lambda it: schedules.MultiStepLR(it, [3, 6])),
+        ("CosineAnnealingWarmRestarts", {"T_0": 4}, lambda it: schedules.CosineAnnealingWarmRestarts(it, 4)),
+        ("LambdaLR", {"lr_lambda": "math.sqrt"}, lambda it: schedules.LambdaLR(it, math.sqrt)),
+        (
+            "SequentialLR",
+            {"schedulers": WARM_AND_COOL, "milestones": [3]},
+            lambda it: schedules.SequentialLR(
+                it, [schedules.LinearLR(it, total_iters=3), schedules.CosineAnnealingLR(it, 9)], [3]
+            ),
+        ),
+        (
+            "ChainedScheduler",
+            {"schedulers": [{"class_path": f"{TORCH}PolynomialLR"}, FALLING]},
+            lambda it: schedules.ChainedScheduler(
+                [schedules.PolynomialLR(it, 12), schedules.ExponentialLR(it, 0.9)], optimizer=it
+            ),
+        ),
+        (
+            "transformers.get_linear_schedule_with_warmup",
+            {"num_warmup_steps": 3},
+            lambda it: get_linear_schedule_with_warmup(it, 3, 12),
+        ),
+        (
+            "transformers.get_cosine_schedule_with_warmup",
+            {"num_warmup_steps": 3, "num_training_steps": 8},
+            lambda it: get_cosine_schedule_with_warmup(it, 3, 8),
+        ),
+        (
+            "transformers.get_wsd_schedule",
+            {"num_warmup_steps": 2, "num_decay_steps": 4},
+            lambda it: get_wsd_schedule(it, 2, 4, 12),
+        ),
+        (
+            "transformers.get_scheduler",
+            {"name": "polynomial", "num_warmup_steps": 2},
+            lambda it: get_scheduler("polynomial", it, 2, 12),
+        ),
     ],
 )
-def test_any_schedule_gets_the_steps_where_a_parameter_means_them(checkpoint: Path, schedule: Any, steps: Any) -> None:
-    model = module(checkpoint, optimizer=partial(SGD, lr=0.1), lr_scheduler=schedule)
-    seen: list[Any] = []
-    record = LambdaCallback(on_train_start=lambda run, _: seen.append(run.lr_scheduler_configs[0].scheduler))
-    trainer(max_epochs=-1, max_steps=8, callbacks=[record]).fit(
-        model, DataLoader([batch(model, examples(4))] * 8, batch_size=None)
-    )
-    if steps in ("total_steps", "T_max"):
-        assert getattr(seen[0], steps) == 8
-    if isinstance(seen[0], OneCycleLR):
-        assert max(group["max_lr"] for group in seen[0].optimizer.param_groups) == 0.5
-    if isinstance(seen[0], CosineAnnealingLR) and steps is None:
-        assert seen[0].T_max == 5
+def test_a_schedule_has_the_arguments_of_the_yaml_and_the_steps_of_the_run(
+    name: str, arguments: dict[str, Any], by_hand: Any
+) -> None:
+    """Steps go to the parameter that means them, where it is left out."""
+    schedule = from_yaml(name if "." in name else TORCH + name, arguments)
+    run: Any = SimpleNamespace(max_epochs=2, max_steps=-1, datamodule=Numbers(), limit_train_batches=6, callbacks=[])
+    run.accumulate_grad_batches = 1
+    ours = rates(lambda optimizer, _: build_schedule(schedule, optimizer, run), 12)
+    assert ours == pytest.approx(rates(lambda optimizer, _: by_hand(optimizer), 12))
 
 
-def test_a_schedule_that_goes_by_a_metric_is_refused(checkpoint: Path) -> None:
-    model = module(checkpoint, lr_scheduler=ReduceLROnPlateau)
-    with pytest.raises(ValueError, match="ReduceLROnPlateau goes by a metric"):
-        fit(model, [batch(model, examples(4))], max_epochs=-1, max_steps=8)
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        (ReduceLROnPlateau, "ReduceLROnPlateau goes by a metric"),
+        (partial(get_scheduler, "reduce_lr_on_plateau"), "ReduceLROnPlateau goes by a metric"),
+        (partial(schedules.LambdaLR, lr_lambda=math.sqrt), "LambdaLR cannot be written into a checkpoint"),
+        (from_yaml(f"{TORCH}SequentialLR", {"schedulers": WARM_AND_COOL, "milestones": [3, 6]}), "need 1 milestones"),
+        (partial(schedules.OneCycleLR, max_lr=1.0, pct_start=2.0), "pct_start"),
+    ],
+)
+def test_a_schedule_that_cannot_work_is_refused_before_weights_are_loaded(schedule: Any, message: str) -> None:
+    model = EmbeddingModule(Qwen3VL("nowhere"), Mean(), InfoNCE(), lr_scheduler=schedule)
+    with pytest.raises(ValueError, match=message):
+        trainer(max_epochs=-1, max_steps=8).fit(model, DataLoader([]))
 
 
 # What the loss does not reach

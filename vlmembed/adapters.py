@@ -17,11 +17,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def apply(self, backbone: VisionLanguageModel) -> None:
-        """Change the backbone in place.
-
-        Raises:
-            ValueError: If nothing in the backbone matches; an adapter never does nothing silently.
-        """
+        """Change the backbone in place; a ValueError if nothing in it matches."""
 
 
 class LoRA(Adapter):
@@ -69,9 +65,6 @@ class Freeze(Adapter):
     Args:
         modules: What to freeze: ``vision``, ``merger`` or ``language``, or regular expressions that are searched for in
             parameter names, such as ``visual\.blocks\.[0-5]\.``.
-
-    Raises:
-        ValueError: If ``modules`` is one string, whose letters would each be a pattern, or empty.
     """
 
     def __init__(self, modules: Sequence[str]) -> None:
@@ -87,11 +80,7 @@ class Freeze(Adapter):
 
 
 def matching_parameters(backbone: VisionLanguageModel, pattern: str) -> list[tuple[str, nn.Parameter]]:
-    """Return the backbone's parameters that a group's name or a regular expression means, with their names.
-
-    Raises:
-        ValueError: If there are none.
-    """
+    """Return the backbone's parameters that a group's name or a regular expression means, with their names."""
     parameters = [*backbone.named_parameters()]
     if pattern in backbone.groups:
         matches = [entry for entry in parameters if backbone.group_of(entry[0]) == pattern]

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import signal
 import sys
 from argparse import ArgumentError
+from dataclasses import replace
+from enum import Enum
 from functools import cache, partial
 from importlib import import_module
 from typing import Any, cast
 
-from jsonargparse import Namespace
+from jsonargparse import Namespace, _typehints, add_instantiator
 from lightning import LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.optim.lr_scheduler import LRScheduler
 
 from vlmembed.distributed import print_once
 from vlmembed.modules import RetrievalModule
+from vlmembed.modules.optimization import STEP_PARAMETERS, SchedulerCallable
 from vlmembed.secrets import refuse_secrets, refuse_secrets_in
 from vlmembed.trainer import Trainer
 from vlmembed.training.run_folder import LAST, SaveConfiguration, fit_folder, other_folder
@@ -31,14 +37,38 @@ COMMANDS = {
 
 
 class Parser(LightningArgumentParser):
-    """Lightning's parser, which opens no file but the one of ``--config``.
+    """Lightning's parser, which opens no file but the one of ``--config``, and knows what schedules want.
 
     jsonargparse takes a string for the path of a configuration wherever a class may stand, so that a data set named by
     its path would be parsed as configuration, and could name classes to import and run.
     """
 
-    def _add_signature_parameter(self, *args: Any, **options: Any) -> None:
-        super()._add_signature_parameter(*args, **{**options, "sub_configs": False})
+    def _add_signature_parameter(
+        self, container: Any, nested_key: str | None, param: Any, *args: Any, **options: Any
+    ) -> None:
+        """Add a parameter; one of a schedule may be left out if the module knows it, and schedules within are made."""
+        if _is_schedule(param.parent or param.component):
+            if param.name in STEP_PARAMETERS:
+                param = replace(param, default=None)
+            elif param.name == "schedulers":
+                param = replace(param, annotation=list[SchedulerCallable])
+        if param.annotation is str and isinstance(param.default, Enum):  # Which no YAML could hold; Timer has one.
+            param = replace(param, default=param.default.value)
+        super()._add_signature_parameter(container, nested_key, param, *args, **{**options, "sub_configs": False})
+
+    def add_class_arguments(self, class_type: Any, *args: Any, **options: Any) -> Any:
+        """Add those of a class. The optimizer is given by the module, wherever among a schedule's it stands."""
+        if options.get("skip") and _is_schedule(class_type):
+            options["skip"] = {"optimizer"}
+        return super().add_class_arguments(class_type, *args, **options)
+
+    def add_function_arguments(self, function: Any, *args: Any, **options: Any) -> Any:
+        """Add those of a function. One that takes an optimizer, such as transformers' schedules, is called later."""
+        if _is_schedule(function):
+            later: Any = lambda schedule, **values: partial(schedule, **values)  # noqa: E731
+            add_instantiator(later, function, subclasses=False)
+            options |= {"skip": {"optimizer"}, "fail_untyped": False}
+        return super().add_function_arguments(function, *args, **options)
 
     def add_subcommands(self, *args: Any, **options: Any) -> Any:
         """Add those of Lightning, and list those that have a parser of their own."""
@@ -46,6 +76,22 @@ class Parser(LightningArgumentParser):
         for name, (_, description) in COMMANDS.items():
             commands.add_subcommand(name, Parser(description=description), help=description)
         return commands
+
+
+def _is_schedule(target: Any) -> bool:
+    """Whether something is a class of schedules, or a function that makes one."""
+    if isinstance(target, type):
+        return issubclass(target, LRScheduler)
+    return inspect.isfunction(target) and "optimizer" in inspect.signature(target).parameters
+
+
+def _discard_arguments(_: Any, before: Any, now: Any) -> None:
+    """Let no argument of a class survive naming another; jsonargparse would keep those that both have."""
+    if before and "init_args" in before and before["class_path"] != now["class_path"]:
+        before["init_args"] = Namespace()
+
+
+_typehints.discard_init_args_on_class_path_change = _discard_arguments
 
 
 class CLI(LightningCLI):
@@ -98,10 +144,14 @@ class CLI(LightningCLI):
             super()._run_subcommand(subcommand)
 
     def before_fit(self) -> None:
-        """Measure the fresh model, unless the run is resumed."""
+        """Measure the fresh model, unless the run is resumed, and refuse to wait for what is not measured."""
         if self.trainer.exporter is not None and isinstance(self.model, RetrievalModule):
             self.trainer.exporter.check(self.model.encoder.pooling)
-        self._before = {} if self._get(self.config_init, "ckpt_path") else self._measure()
+        self._before = {}
+        if not self._get(self.config_init, "ckpt_path") and not self.trainer.fast_dev_run:
+            self._before = self._measure()
+            for callback in self.trainer.callbacks:
+                _refuse_unmeasured(callback, [name for name in self._before if name.startswith("val/")])
 
     def after_fit(self) -> None:
         """Measure and export the best checkpoint, or the last weights where no metric decides."""
@@ -138,7 +188,8 @@ class CLI(LightningCLI):
         return results
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
-        config["logger"] = _with_csv(config.get("logger"), config.get("default_root_dir"))
+        if not config.get("barebones"):  # Which logs nothing.
+            config["logger"] = _with_csv(config.get("logger"), config.get("default_root_dir"))
         trainer = cast(Trainer, super()._instantiate_trainer(config, callbacks))
         trainer.run_config = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
         return trainer
@@ -150,6 +201,15 @@ class CLI(LightningCLI):
         entries = loggers if isinstance(loggers, list) else [loggers]
         csv = [entry for entry in entries if isinstance(entry, Namespace) and entry.class_path.endswith("CSVLogger")]
         return any(entry.init_args.get("version") is not None for entry in csv[:1])
+
+
+def _refuse_unmeasured(callback: Callback, measured: list[str]) -> None:
+    monitor = str(getattr(callback, "monitor", None))
+    if monitor.startswith(("val/", "test/")) and monitor not in measured:
+        raise ValueError(
+            f"{type(callback).__name__}(monitor: {monitor}): training does not measure that. It measures "
+            f"{', '.join(measured) or 'nothing: give data.val, and do not limit trainer.limit_val_batches to 0'}."
+        )
 
 
 def _with_csv(logger: Logger | list[Logger] | bool | None, root: str | None) -> list[Logger] | bool:
@@ -187,23 +247,12 @@ def _checker() -> _Checker:
 
 
 def check(config: dict[str, Any]) -> None:
-    """Try whether something is a configuration of ``fit``, building nothing of it.
-
-    Args:
-        config: What a file would hold.
-
-    Raises:
-        ValueError: Saying what is wrong.
-    """
+    """Try whether a mapping is a configuration of ``fit``, building nothing of it; a ValueError says what is wrong."""
     _checker().check(config)
 
 
 def main(args: ArgsType = None) -> None:
-    """Run one command.
-
-    Args:
-        args: The command line, without the program's name; None for the process's own.
-    """
+    """Run one command: a command line without the program's name, or the process's own."""
     words = sys.argv[1:] if args is None else args
     if isinstance(words, list):
         refuse_secrets_in(words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,15 @@ import lightning
 import yaml
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.accelerators import CUDAAccelerator
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BasePredictionWriter,
+    BatchSizeFinder,
+    Callback,
+    LearningRateFinder,
+    ModelCheckpoint,
+    ModelPruning,
+)
 
 from vlmembed.distributed import is_sharded
 from vlmembed.export import Exporter, ModelInfo, push, refuse_used
@@ -21,6 +30,32 @@ from vlmembed.training.memory import MeasureChunks, MeasureGraphMemory
 from vlmembed.training.run_folder import refuse_changes
 from vlmembed.training.sharding import whole_weights
 from vlmembed.training.signals import StopSafely
+
+
+def _is_part(limit: float) -> bool:
+    return limit > 0 and not (isinstance(limit, float) and limit == 1)
+
+
+PART = "a metric over part of a corpus is another metric. Give 0 not to measure, or a smaller evaluation set."
+#: Options that are refused: for which values, and why.
+OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **{f"limit_{stage}_batches": (_is_part, PART) for stage in ("val", "test", "predict")},
+    "overfit_batches": (bool, "Lightning would take away the sampler that makes batches. Train on a small file."),
+    "gradient_clip_val": (lambda value: value < 0, "gradients would be turned around. Give 0 for none, or more."),
+    "val_check_interval": (
+        lambda value: not isinstance(value, int | float),
+        "a run that is measured by the clock cannot be resumed exactly. Give batches, or a share of the epoch.",
+    ),
+    "use_distributed_sampler": (bool, "the data module shards by itself, in whole batches. Leave it out, or false."),
+}
+#: Callbacks that are refused, and what to use.
+CALLBACKS: dict[type[Callback], str] = {
+    BaseFinetuning: "it freezes weights before they are loaded. Use vlmembed.adapters.Freeze and model.learning_rates.",
+    BasePredictionWriter: "predict writes rankings and embeddings into the run's folder, and hands no batches on.",
+    BatchSizeFinder: "the batch size decides what is learned. Choose it; data.chunk_size: auto makes it fit.",
+    LearningRateFinder: "it steps before training begins. Compare rates with the command ablate.",
+    ModelPruning: "it looks for weights before they are loaded, and an export would not be pruned. Prune the export.",
+}
 
 
 class Trainer(lightning.Trainer):
@@ -47,9 +82,9 @@ class Trainer(lightning.Trainer):
         self, *args: Any, exporter: Exporter | None = None, allow_changed: list[str] | None = None, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
+        _refuse(self, kwargs)
         self.exporter = exporter
         self.allow_changed = allow_changed or []
-        _refuse_worst(self.callbacks)
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:
             self.strategy.checkpoint_io = CheckpointFiles()
         measure = MeasureGraphMemory if isinstance(self.accelerator, CUDAAccelerator) else MeasureChunks
@@ -200,16 +235,26 @@ def _connect(model: Any, data: Any) -> None:
         data.collator = model.collator()
 
 
-def _refuse_worst(callbacks: list[Callback]) -> None:
-    """Refuse callbacks that would keep the worst model: every metric that is logged is better when larger."""
-    for callback in callbacks:
-        monitor = getattr(callback, "monitor", None)
-        if (
-            isinstance(monitor, str)
-            and monitor.startswith(("val/", "test/"))
-            and getattr(callback, "mode", "") == "min"
-        ):
-            raise ValueError(
-                f"{type(callback).__name__}(monitor: {monitor}) has mode: min, Lightning's default, which would prefer "
-                "the worst model: the metric is better when it is larger. Add mode: max."
-            )
+def _refuse(trainer: Trainer, options: Mapping[str, Any]) -> None:
+    """Refuse options and callbacks that would not do here what they say, before anything is loaded."""
+    exempt = [name for name in OPTIONS if name.startswith("limit")] if trainer.fast_dev_run else []
+    exempt += ["use_distributed_sampler"] if trainer.world_size == 1 else []
+    for name, (is_refused, advice) in OPTIONS.items():
+        value = options.get(name)
+        if value is not None and is_refused(value) and name not in exempt:
+            raise ValueError(f"trainer.{name} is {value}: {advice}")
+    for callback in trainer.callbacks:
+        for kind, advice in CALLBACKS.items():
+            if isinstance(callback, kind):
+                raise ValueError(f"trainer.callbacks: {type(callback).__name__} is not supported: {advice}")
+        _refuse_worst(callback, str(getattr(callback, "monitor", None)), getattr(callback, "mode", None))
+
+
+def _refuse_worst(callback: Callback, monitor: str, mode: str | None) -> None:
+    """Refuse a callback that would keep the worst model."""
+    right = "max" if monitor.startswith(("val/", "test/")) else "min" if monitor.startswith("train/") else mode
+    if mode != right:
+        raise ValueError(
+            f"{type(callback).__name__}(monitor: {monitor}) has mode: {mode}, which would prefer the worst model: a "
+            f"metric is better when larger, a loss when smaller; Lightning's default is min. Add mode: {right}."
+        )

@@ -199,6 +199,8 @@ def merge(old: Any, new: Any) -> Any:
 
     A class comes with its own arguments: those of another one, or of the same one before, are gone.
     """
+    if isinstance(old, str) and isinstance(new, dict) and "init_args" in new:
+        old = {"class_path": old}  # A class that is named alone.
     if not isinstance(old, dict) or not isinstance(new, dict) or "class_path" in new:
         return copy.deepcopy(new)
     return old | {key: merge(old.get(key), value) for key, value in new.items()}

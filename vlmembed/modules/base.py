@@ -32,6 +32,7 @@ from vlmembed.modules.optimization import (
     parameter_groups,
     parameters_of,
     refuse_untouched_parameters,
+    try_schedule,
 )
 from vlmembed.training.checkpointing import Checkpointing, is_last_of_epoch, refuse_split_windows
 from vlmembed.training.guards import CollapseMonitor, NonFiniteGuard, refuse_broken_weights
@@ -101,12 +102,7 @@ class RetrievalModule(LightningModule, ABC):
 
     @abstractmethod
     def gather_batch(self, outputs: Tensor, batch: Any) -> tuple[Tensor, ...]:
-        """Join all processes' batches into what the loss takes.
-
-        Args:
-            outputs: (N, D) what the encoder made of this process's batch, in the order of its chunks.
-            batch: This process's batch.
-        """
+        """Join all processes' batches into what the loss takes; outputs (N, D) are in the order of its chunks."""
 
     @abstractmethod
     def metric(self, evaluation: Any) -> Metric:
@@ -140,6 +136,8 @@ class RetrievalModule(LightningModule, ABC):
             refuse_strategy(self.trainer.strategy)
             data = getattr(self.trainer, "datamodule", None)
             refuse_split_windows(self.trainer, getattr(data, "steps_per_epoch", None))
+            if self.lr_scheduler is not None and not self.learning_rates:
+                try_schedule(self.lr_scheduler, self.optimizer or AdamW, self.trainer)
 
     def configure_model(self) -> None:
         """Load the weights and apply the adapters. Does nothing the second time."""
@@ -306,6 +304,8 @@ class RetrievalModule(LightningModule, ABC):
 
     def on_predict_epoch_end(self) -> None:
         """Write what was predicted into the run's folder."""
+        if getattr(self.trainer, "fast_dev_run", False):
+            return
         folder = Path(self.trainer.log_dir or ".") / "predictions"
         for metric in self.metrics:
             self.write_predictions(metric, folder)
@@ -321,11 +321,7 @@ class RetrievalModule(LightningModule, ABC):
 def write_run(evaluation: Any, scores: Tensor, columns: Tensor, folder: Path) -> None:
     """Write rankings as a TREC run, ``NAME.trec``: lines ``query Q0 document rank score vlmembed``.
 
-    Args:
-        evaluation: The evaluation set.
-        scores: (Q, K) the best first.
-        columns: (Q, K) of the documents in the corpus; those from the first -1 on are not written.
-        folder: Where to write; made if it is not there.
+    Scores (Q, K) come with their documents' columns (Q, K) in the corpus, the best first, up to the first column of -1.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{evaluation.name}.trec").open("w", encoding="utf-8") as file:

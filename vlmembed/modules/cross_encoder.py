@@ -89,14 +89,7 @@ def gather_candidates(
     """Join all processes' pairs into what a ranking loss takes: the candidates of each query, side by side.
 
     A pair that several processes hold is kept once, with its highest target, so that the loss is that of one process
-    with all their pairs.
-
-    Args:
-        scores: Of this process's pairs.
-        batch: This process's batch.
-
-    Returns:
-        Scores, targets and mask, the same on every process.
+    with all their pairs. Returns scores, targets and mask, the same on every process.
     """
     device = scores.device
     gathered = distributed.gather(scores)

@@ -85,15 +85,9 @@ def gather_batch(embeddings: Tensor, batch: Batch) -> tuple[Tensor, ...]:
     """Join all processes' batches into what a loss takes.
 
     A document, or a query, that several processes hold is kept once, so that the loss is that of one process with
-    all their examples.
-
-    Args:
-        embeddings: (N, D) of this process's items, in the order of its chunks.
-        batch: This process's batch.
-
-    Returns:
-        Queries (Q, D), documents (P, D), relevance (Q, P) and, if the batch has them, a teacher's scores (Q, P), the
-        same on every process. Relevance stays on the host, which knows it already: nobody waits for the device.
+    all their examples. From embeddings (N, D), in the order of the batch's chunks, come queries (Q, D), documents
+    (P, D), relevance (Q, P) and, if the batch has them, a teacher's scores (Q, P), the same on every process. Relevance
+    stays on the host, which knows it already: nobody waits for the device.
     """
     queries, query_ids = _gather_distinct(embeddings, batch.queries, batch.query_ids)
     documents, document_ids = _gather_distinct(embeddings, batch.documents, batch.document_ids)

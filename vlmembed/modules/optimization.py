@@ -8,9 +8,12 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
+import torch
 from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
@@ -21,25 +24,16 @@ from vlmembed.backbones import VisionLanguageModel
 
 SchedulerCallable = Callable[[Optimizer], LRScheduler]
 
-#: Parameters of schedules that mean the run's number of optimizer steps. They are given where the YAML does not.
-STEP_PARAMETERS = ("total_steps", "T_max", "num_training_steps")
+#: Parameters of schedules that mean a number of optimizer steps: the run's, where the YAML does not say.
+STEP_PARAMETERS = ("total_steps", "T_max", "total_iters", "num_training_steps", "max_iters", "max_steps")
 
 
 def parameter_groups(
     module: LightningModule, backbone: VisionLanguageModel, learning_rates: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """Split a module's trainable parameters by learning rate.
+    """Split a module's trainable parameters by learning rate: the first group name or expression that matches decides.
 
-    Args:
-        module: The module.
-        backbone: Its backbone, whose groups may be named.
-        learning_rates: group name or regular expression → learning rate, the first match deciding.
-
-    Returns:
-        Optimizer parameter groups; the one without ``lr`` takes the optimizer's own.
-
-    Raises:
-        ValueError: If nothing is trainable, or an entry of ``learning_rates`` matches nothing trainable.
+    The group without ``lr`` takes the optimizer's own.
     """
     remaining = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     if not remaining:
@@ -58,18 +52,7 @@ def parameter_groups(
 
 
 def clip(module: LightningModule, optimizer: Optimizer, limit: float, algorithm: str | None, norm: Tensor) -> None:
-    """Clip gradients; what is in shards and what is not by one norm, which PyTorch does not.
-
-    Args:
-        module: What is trained.
-        optimizer: What is about to step.
-        limit: The largest norm, or the largest value.
-        algorithm: What Lightning calls it.
-        norm: () of all gradients together.
-
-    Raises:
-        ValueError: If shards are to be clipped by value.
-    """
+    """Clip gradients by the norm () of all together, which PyTorch would not do where some are in shards."""
     sharded, by_norm = distributed.is_sharded(module), algorithm in (None, "norm")
     if sharded and not by_norm:
         raise ValueError(f"ModelParallelStrategy clips by norm: gradient_clip_algorithm={algorithm}.")
@@ -86,18 +69,10 @@ def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
 
 
 def refuse_untouched_parameters(module: LightningModule, backbone: VisionLanguageModel, saw_images: bool) -> bool:
-    """Check that a backward reached every trainable parameter.
+    """Refuse to train on if a backward did not reach a trainable parameter, by a RuntimeError with the names.
 
-    Args:
-        module: The module, after a backward.
-        backbone: Its backbone.
-        saw_images: Whether the batch had images; one without says nothing about the vision tower.
-
-    Returns:
-        Whether everything was reached; False asks to check again after the next batch.
-
-    Raises:
-        RuntimeError: If a trainable parameter cannot be reached, with the names.
+    A batch without images says nothing about the vision tower. Returns whether everything was reached; otherwise the
+    next batch is to be checked too.
     """
     untouched = [
         name for name, parameter in module.named_parameters() if parameter.requires_grad and parameter.grad is None
@@ -114,28 +89,59 @@ def refuse_untouched_parameters(module: LightningModule, backbone: VisionLanguag
 # Schedules
 
 
-def build_schedule(make: SchedulerCallable, optimizer: Optimizer, trainer: Trainer) -> LRScheduler:
-    """Build a schedule, and tell it the run's number of steps if one of its parameters means that.
+def try_schedule(make: SchedulerCallable, optimizer: Callable[..., Optimizer], trainer: Trainer) -> None:
+    """Build a schedule, and save its state, with a weight of its own, so that mistakes show before any is loaded."""
+    schedule = build_schedule(make, optimizer([nn.Parameter(torch.zeros(1, 1))]), trainer)
+    try:
+        schedule.state_dict()
+    except AttributeError as error:
+        raise ValueError(
+            f"lr_scheduler: {type(schedule).__name__} cannot be written into a checkpoint: {error}. Name a function "
+            "that is written in Python."
+        ) from error
 
-    Args:
-        make: A class, or one with arguments of its own.
-        optimizer: Whose rate it sets.
-        trainer: Knows the run's length.
 
-    Raises:
-        ValueError: If the schedule goes by a metric, or the run's length is not known.
+def build_schedule(
+    make: SchedulerCallable, optimizer: Optimizer, trainer: Trainer, length: Callable[[], int] | None = None
+) -> LRScheduler:
+    """Build a schedule, and tell it its number of steps if one of its parameters means that.
+
+    ``make`` is a class or function, or one with arguments of its own; the schedules of SequentialLR are made likewise,
+    each for its ``length``. Null is the run's.
     """
-    # jsonargparse makes partials of a function of its own, and the class is its argument.
-    parts = (make.func, *make.args) if isinstance(make, partial) else (make,)
-    target = next((part for part in parts if isinstance(part, type)), make)
-    if isinstance(target, type) and issubclass(target, ReduceLROnPlateau):
+    length = length or partial(total_steps, trainer)
+    # jsonargparse makes partials of a function of its own, and the class is its last argument.
+    bound = make if isinstance(make, partial) else partial(make)
+    target = next((part for part in reversed(bound.args) if callable(part)), bound.func)
+    names, given = inspect.signature(target).parameters, bound.keywords
+    missing = {name for name in names if given.get(name) is None}
+    values: dict[str, Any] = {}
+    if given.get("epochs"):  # OneCycleLR takes these or total_steps.
+        values = {name: steps_of_epoch(trainer, 0) for name in missing & {"steps_per_epoch"}}
+    else:
+        values = {name: length() for name in missing & {*STEP_PARAMETERS}}
+    if "schedulers" in given:
+        lengths = _lengths(len(given["schedulers"]), given.get("milestones"), length)
+        parts = zip(given["schedulers"], lengths, strict=True)
+        values["schedulers"] = [build_schedule(part, optimizer, trainer, steps) for part, steps in parts]
+    build: Any = make
+    # By its name, as ChainedScheduler has it second.
+    schedule: LRScheduler = build(optimizer=optimizer, **values) if "optimizer" in names else build(optimizer, **values)
+    if isinstance(schedule, ReduceLROnPlateau):
         raise ValueError(
             "lr_scheduler: ReduceLROnPlateau goes by a metric, and schedules here go by steps. Use another."
         )
-    values = make.keywords if isinstance(make, partial) else {}
-    names = [name for name in inspect.signature(target).parameters if name in STEP_PARAMETERS]
-    steps = {name: total_steps(trainer) for name in names if values.get(name) is None and not values.get("epochs")}
-    return make(optimizer, **steps)
+    return schedule
+
+
+def _lengths(count: int, milestones: list[int] | None, length: Callable[[], int]) -> list[Callable[[], int]]:
+    """Return for how many steps each of several schedules is: all, or those between two milestones."""
+    if milestones is None:
+        return [length] * count
+    if len(milestones) != count - 1:
+        raise ValueError(f"lr_scheduler: {count} schedules need {count - 1} milestones between them; got {milestones}.")
+    starts = [0, *milestones]
+    return [*(partial(int, end - start) for start, end in pairwise(starts)), lambda: max(1, length() - starts[-1])]
 
 
 def total_steps(trainer: Trainer) -> int:
@@ -143,27 +149,29 @@ def total_steps(trainer: Trainer) -> int:
 
     ``trainer.estimated_stepping_batches`` says the same, but a module that reads it while its optimizers are built
     makes Lightning 2.6 forget a stateful loader's position in the epoch when the run is resumed.
-
-    Raises:
-        ValueError: If the run has no end, or nothing says how many batches an epoch has.
     """
     if trainer.max_epochs is None or trainer.max_epochs < 0:
         if trainer.max_steps < 0:
             raise ValueError("A learning-rate schedule needs the run's length: set trainer.max_epochs or max_steps.")
         return trainer.max_steps
-    batches = batches_per_epoch(trainer.datamodule)  # type: ignore[attr-defined]
-    limit = trainer.limit_train_batches
-    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-    steps = -(-batches // trainer.accumulate_grad_batches) * trainer.max_epochs
+    steps = sum(steps_of_epoch(trainer, epoch) for epoch in range(trainer.max_epochs))
     return min(steps, trainer.max_steps) if trainer.max_steps > 0 else steps
 
 
-def batches_per_epoch(data: Any) -> int:
-    """Ask a data module for its training batches per epoch and process.
+def steps_of_epoch(trainer: Trainer, epoch: int) -> int:
+    """Return the optimizer steps of an epoch."""
+    batches = batches_per_epoch(trainer.datamodule)  # type: ignore[attr-defined]
+    limit = trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    window = trainer.accumulate_grad_batches
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler):
+            window = callback.get_accumulate_grad_batches(epoch)
+    return -(-batches // window)
 
-    Raises:
-        ValueError: If it does not know.
-    """
+
+def batches_per_epoch(data: Any) -> int:
+    """Ask a data module for its training batches per epoch and process."""
     batches: int | None = getattr(data, "steps_per_epoch", None)
     if batches is None:
         silent = "a fit without a data module" if data is None else f"the data module {type(data).__name__}"
