@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import pickle
@@ -282,14 +283,52 @@ def test_blank_lines_at_the_end_and_a_missing_last_newline_are_fine(tmp_path: Pa
         assert [content(rows[k])[0] for k in range(len(rows))] == [["q"], ["q"]]
 
 
-def test_missing_files_and_splits_and_ragged_tables_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "t.csv").write_text("query,positive\nq,p\nq,p,n\n")
+def test_missing_files_and_splits_are_refused(tmp_path: Path) -> None:
     datasets.DatasetDict({"dev": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "saved")
-    messages = {f"gone.{ending}": f"gone.{ending}: no such file" for ending in ("jsonl", "csv", "parquet")}
-    messages |= {"t.csv": "row 2: 3 cells under 2 columns", "saved": "no split 'train'; it has dev"}
-    for name, message in messages.items():
+    messages = {f"gone.{ending}": f"gone.{ending}: no such file" for ending in ("jsonl", "csv", "parquet", "json")}
+    for name, message in (messages | {"saved": "no split 'train'; it has dev"}).items():
         with pytest.raises(ValueError, match=message):
             len(Rows(str(tmp_path / name)))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.csv", b"query,positive\nq,p\nq,p,n\n", "row 2: 3 cells under 2 columns"),
+        ("t.csv", b"query,positive\n\nq,p\n", "row 1: 0 cells under 2 columns"),
+        ("t.csv", b"query,positive,positive\nq,p,r\n", "two columns are called 'positive'"),
+        ("t.csv", b'query,positive\nq,"p\nr,s\n', "line 3: not CSV: .*is a quote left open"),
+        ("t.csv", b'query,positive\nq,"p"r\n', "line 2: not CSV"),
+        ("t.csv", b"query,positive\nq,\xe9\n", "row 2: not UTF-8"),
+        ("t.csv", b"query,positive\n", "the data set has no rows"),
+        ("t.csv", b"", "the data set has no rows"),
+        ("t.parquet", b"noise", "cannot be opened: .*Parquet"),
+        ("t.json", b"noise", "cannot be opened: JSON parse error"),
+        ("t.jsonl.gz", gzip.compress(b'{"query": "q", "positive": "p"}\n'), "unknown kind of file '.gz'. Rows are in"),
+        ("t.tar", b"noise", "unknown kind of file '.tar'. Rows are in"),
+        ("t", b"q\tp\n", "unknown kind of file ''. Rows are in"),
+    ],
+)
+def test_files_that_are_no_tables_are_refused(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{tmp_path / name}.* ?{message}"):
+        len(Rows(str(tmp_path / name)))
+
+
+@pytest.mark.parametrize("name", ["T[1].CSV", "t[1].csv", "t[1].parquet", "t*.json", "T.JSONL", "t{a}.ndjson"])
+def test_names_are_no_patterns_and_endings_may_be_large(name: str, tmp_path: Path) -> None:
+    makers = {".csv": as_csv, ".parquet": as_parquet, ".jsonl": as_jsonl, ".ndjson": as_jsonl, ".json": as_jsonl}
+    rows = makers[Path(name).suffix.lower()](tmp_path)
+    Path(rows.path).rename(tmp_path / name)
+    rows = Rows(str(tmp_path / name))
+    assert [content(rows[k]) for k in range(len(rows))] == EXPECTED
+
+
+def test_a_long_text_of_a_csv_file_is_read(tmp_path: Path) -> None:
+    text = 'a, "b"\r\nc\r' * 30_000
+    with (tmp_path / "t.csv").open("w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file).writerows([["query", "positive"], ["q", text]])
+    assert content(Rows(str(tmp_path / "t.csv"))[0]) == (["q"], [text], [])
 
 
 @pytest.mark.parametrize(
@@ -322,27 +361,36 @@ def test_recipes_read_rows_with_the_columns_of_the_data_set_that_they_name(name:
     assert rows or "visual_document_re" not in name or name == "visual_document_retrieval_2b.yaml"
 
 
-@pytest.mark.parametrize("row", [0, 2])
-def test_a_line_that_is_too_long_is_refused_while_it_is_read(row: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["first.jsonl", "third.jsonl", "t.csv", "t.json", "folder", "qrels.tsv", "corpus.jsonl"]
+)
+def test_a_line_that_is_too_long_is_refused_while_it_is_read(name: str, tmp_path: Path) -> None:
     """In a process of its own, whose peak is not that of other tests; the file has holes, and takes no disk."""
-    with (tmp_path / "t.jsonl").open("wb") as file:
-        file.write(b'{"query": "q", "positive": "p"}\n' * row)
+    line = b"query,positive\n" if name == "t.csv" else b'{"query": "q", "positive": "p"}\n'
+    path = tmp_path / ("train.jsonl" if name == "folder" else name)
+    for other in ("qrels.tsv", "queries.jsonl", "corpus.jsonl") if name in ("qrels.tsv", "corpus.jsonl") else ():
+        (tmp_path / other).write_bytes(b"q\td\t1\n" if other == "qrels.tsv" else b'{"id": "q", "text": "x"}\n')
+    count = 2 if name in ("third.jsonl", "t.csv") else 0
+    with path.open("wb") as file:
+        file.write(line * count)
         file.truncate(600_000_000)
     program = """
 import resource, sys
-from vlmembed.data import Rows
+from vlmembed.data import EvaluationFolder, Rows
 
+import datasets.packaged_modules.json.json
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak()
 try:
-    len(Rows(sys.argv[1]))
+    EvaluationFolder(sys.argv[1]).load() if sys.argv[2] == "1" else len(Rows(sys.argv[1]))
 except ValueError as error:
     print(peak() - before, error)
 """
-    command = [sys.executable, "-c", program, str(tmp_path / "t.jsonl")]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    is_evaluation = name in ("qrels.tsv", "corpus.jsonl")
+    command = [sys.executable, "-c", program, str(tmp_path if is_evaluation or name == "folder" else path)]
+    said = subprocess.run([*command, str(int(is_evaluation))], capture_output=True, text=True, check=True).stdout
     used, _, message = said.partition(" ")
-    assert f"t.jsonl, row {row + 1}: the line has more than 67,108,864 bytes; VLMEMBED_MAX_LINE_BYTES" in message
+    assert f"{path}, row {count + 1}: the line has more than 67,108,864 bytes; VLMEMBED_MAX_LINE_BYTES" in message
     assert int(used) < 200_000  # KiB: the line up to the limit, and once more while it is put together.
 
 

@@ -46,7 +46,7 @@ class Batches(Sampler[list[int]]):
         #: Batches of the epoch to leave out, because a run that is resumed has had them.
         self.skip = 0
         self._query_ids = np.full(len(mixture), UNREAD)
-        self._warned = False
+        self._checked: set[range] = set()
         if not len(self):
             raise ValueError(f"The {len(mixture)} training rows are fewer than one batch of {self.global_size}.")
 
@@ -69,11 +69,12 @@ class Batches(Sampler[list[int]]):
         sources = [range(start, stop) for start, stop in pairwise(self.mixture.offsets)]
         rows = [_passes(source, generator) for source in sources]
         if self.mixture.one_source_batches:
-            streams = [self._cut(stream, source) for stream, source in zip(rows, sources, strict=True)]
-            schedule = np.repeat(range(len(streams)), self.mixture.apportion(len(self)))
-            batches: Iterator[list[int]] = (next(streams[source]) for source in generator.permutation(schedule))
+            counts = self.mixture.apportion(len(self))
+            streams = [self._cut(*parts) for parts in zip(rows, sources, counts, strict=True)]
+            schedule = generator.permutation(np.repeat(range(len(streams)), counts))
+            batches: Iterator[list[int]] = (next(streams[source]) for source in schedule)
         else:
-            batches = self._cut(self._mixed(rows, generator), range(len(self.mixture)))
+            batches = self._cut(self._mixed(rows, generator), range(len(self.mixture)), len(self))
         start = self.rank * self.batch_size
         for batch in islice(batches, self.skip, len(self)):
             yield batch[start : start + self.batch_size]
@@ -85,49 +86,52 @@ class Batches(Sampler[list[int]]):
             drawn = [row for stream, count in zip(streams, counts, strict=True) for row in islice(stream, count)]
             yield from generator.permutation(drawn).tolist()
 
-    def _cut(self, stream: Iterator[int], rows: range) -> Iterator[list[int]]:
-        """Cut an endless stream of rows into batches; a row whose query is in the batch already waits for the next."""
+    def _cut(self, stream: Iterator[int], rows: range, count: int) -> Iterator[list[int]]:
+        """Cut an endless stream of rows into batches, ``count`` of them in an epoch.
+
+        A row whose query is in the batch already waits for the next one.
+        """
         size = self.global_size
         if not self.distinct:
             yield from (list(islice(stream, size)) for _ in repeat(None))
         waiting: OrderedDict[int, deque[int]] = OrderedDict()  # Query id → its rows, the longest wait first.
-        delayed = 0
+        drawn = delayed = 0
         while True:
             batch = {query: waiting[query].popleft() for query in islice(waiting, size)}
-            delayed -= len(batch)
             for query in batch:
                 waiting.move_to_end(query)
                 if not waiting[query]:
                     del waiting[query]
-            in_vain = 0
             while len(batch) < size:
-                drawn = list(islice(stream, size - len(batch)))
-                for row, query in zip(drawn, self._queries_of(drawn), strict=True):
-                    in_vain = in_vain + 1 if query in batch else 0
+                more = list(islice(stream, size - len(batch)))
+                for row, query in zip(more, self._queries_of(more), strict=True):
                     if query in batch:
                         waiting.setdefault(query, deque()).append(row)
                         delayed += 1
                     else:
                         batch[query] = row
-                if in_vain > len(rows):  # A whole pass brought nothing new: are there queries enough?
-                    self._check_queries(rows)
-                    in_vain = 0
-            if delayed > len(rows) / 2 and not (self._warned or self.rank):
-                self._warned = True
-                warnings.warn(
-                    f"{delayed} of the {len(rows)} rows of {self.mixture.name} wait, because a batch holds a query "
-                    "once: an epoch shows rows of rare queries again instead. Use vlmembed.data.GroupByQuery.",
-                    stacklevel=2,
-                )
+                drawn += len(more)
+                if delayed > drawn / 10 and rows not in self._checked:
+                    self._checked.add(rows)
+                    self._check_queries(rows, count)
             yield [*batch.values()]
 
-    def _check_queries(self, rows: range) -> None:
-        distinct = len({*self._queries_of(rows)})
-        if distinct < self.global_size:
+    def _check_queries(self, rows: range, count: int) -> None:
+        """Refuse rows of too few queries, and say how many of them the batches of an epoch can show, if not all."""
+        queries, frequencies = np.unique(self._queries_of(rows), return_counts=True)
+        if len(queries) < self.global_size:
             raise ValueError(
-                f"Rows {rows.start + 1} to {rows.stop} of {self.mixture.name} ask {distinct} distinct queries, fewer "
-                f"than the {self.global_size} rows of a batch over all processes, where each query may come once. "
-                "Lower batch_size."
+                f"Rows {rows.start + 1} to {rows.stop} of {self.mixture.name} ask {len(queries)} distinct queries, "
+                f"fewer than the {self.global_size} rows of a batch over all processes, where each query may come "
+                "once. Lower batch_size."
+            )
+        seen, places = int(np.minimum(frequencies, count).sum()), min(len(rows), count * self.global_size)
+        if seen < 0.9 * places and not self.rank:
+            warnings.warn(
+                f"An epoch sees {seen:,} of the {len(rows):,} rows of {self.mixture.name}, some of them again and "
+                f"again: a batch holds a query once, and {frequencies.max():,} rows ask the same. "
+                "vlmembed.data.GroupByQuery makes one row of them, with several positives; an epoch then sees all.",
+                stacklevel=2,
             )
 
     def _queries_of(self, rows: Sequence[int]) -> list[int]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import glob
 import json
 import os
 from abc import ABC, abstractmethod
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -16,8 +18,10 @@ from typing import Any, BinaryIO, TypeAlias
 
 import datasets
 import numpy as np
+import yaml
+from huggingface_hub import hf_hub_download, metadata_load
 
-from vlmembed.data.cells import Cell, Folder, to_items
+from vlmembed.data.cells import URL, Cell, Folder, to_items
 from vlmembed.data.columns import check_columns, labelled, to_examples
 from vlmembed.media import limit
 from vlmembed.types import Example, Item
@@ -136,7 +140,7 @@ class Rows(Source):
     @cached_property
     def _opened(self) -> tuple[Table, dict[str, str]]:
         """The table, and the columns that are not dropped: the file's name → the name after renaming."""
-        table, columns = open_table(self.path, self.split, self.subset), self.columns or {}
+        table, columns = open_table(self.path, self.split, self.subset, self._folder), self.columns or {}
         if absent := [column for column in columns if column not in table.column_names]:
             raise ValueError(
                 f"{self.path}: no column {absent[0]!r} to rename or drop; it has {', '.join(table.column_names)}."
@@ -158,6 +162,16 @@ def read_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
                 "the limit. Are there line ends between the rows?"
             )
         yield line
+
+
+def text_lines(path: Path) -> Iterator[str]:
+    """Read a text file line by line; a ``ValueError`` names a line that is too long or not UTF-8."""
+    with path.open("rb") as file:
+        for number, line in enumerate(read_lines(path, file), start=1):
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}, row {number}: not UTF-8 ({error}): {line[:100]!r}") from error
 
 
 class JSONLines:
@@ -221,25 +235,23 @@ def _version(file: BinaryIO) -> tuple[int, int]:
 Table: TypeAlias = JSONLines | datasets.Dataset
 
 
-def open_table(path: str, split: str, subset: str | None = None) -> Table:
+def open_table(path: str, split: str, subset: str | None, folder: Folder) -> Table:
     """Open what a path or a Hub id stands for; a ``ValueError`` if there is no such file or split, or no row."""
     file = Path(path)
-    if file.suffix in (".jsonl", ".ndjson"):
+    kind = file.suffix.lower()
+    if kind in (".jsonl", ".ndjson"):
         return JSONLines(file)
-    if file.suffix in (".csv", ".parquet", ".json") and not file.is_file():
-        raise ValueError(f"{path}: no such file.")
-    if file.suffix == ".csv":
-        table = _read_csv(file)
-    elif file.suffix in (".parquet", ".json"):
-        table = datasets.load_dataset(file.suffix[1:], data_files=path, split="train")
-    elif (file / "dataset_dict.json").exists() or (file / "state.json").exists():
-        table = datasets.load_from_disk(path)
-        if isinstance(table, datasets.DatasetDict):
-            if split not in table:
-                raise ValueError(f"{path}: no split {split!r}; it has {', '.join(table)}. Choose with Rows(split=…).")
-            table = table[split]
-    else:
-        table = datasets.load_dataset(path, subset, split=split)
+    try:
+        if file.is_file() or kind in (".csv", ".json", ".parquet"):
+            table = _read_file(file, kind)
+        elif (file / "dataset_dict.json").exists() or (file / "state.json").exists():
+            table = _open_saved(path, split, folder)
+        else:
+            table = _load(path, split, subset, folder)
+    except Exception as error:  # Of many kinds, and often raised from what is the reason.
+        if isinstance(error, ValueError) and str(error).startswith(path):
+            raise
+        raise ValueError(f"{path}: cannot be opened: {error.__cause__ or error}") from error
     # Images and the like come as they are stored: opened by `datasets`, they could be of any size, or a URL.
     table.info.features = datasets.Features({name: _encoded(feature) for name, feature in table.features.items()})
     if not len(table):
@@ -247,15 +259,92 @@ def open_table(path: str, split: str, subset: str | None = None) -> Table:
     return table
 
 
+def _read_file(path: Path, kind: str) -> datasets.Dataset:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file.")
+    if kind == ".csv":
+        return _read_csv(path)
+    if kind not in (".json", ".parquet"):
+        raise ValueError(
+            f"{path}: unknown kind of file {kind!r}. Rows are in .jsonl, .ndjson, .csv, .json or .parquet files, not "
+            "compressed, or in a folder that datasets.load_dataset opens."
+        )
+    if kind == ".json":
+        _refuse_long_lines(path)
+    return datasets.load_dataset(kind[1:], data_files=glob.escape(str(path)), split="train")
+
+
 def _read_csv(path: Path) -> datasets.Dataset:
     # Not datasets' reader: it guesses types, so the text "None" becomes nothing and "1984" a number.
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.reader(file, strict=True))
-    names = rows[0] if rows else []
-    for number, row in enumerate(rows[1:], start=1):
+    csv.field_size_limit(MAX_LINE_BYTES)
+    reader = csv.reader(text_lines(path), strict=True)
+    try:
+        names, *rows = [*reader] or [[]]
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: not CSV: {error}; is a quote left open?") from error
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{path}: two columns are called {twice[0]!r}.")
+    for number, row in enumerate(rows, start=1):
         if len(row) != len(names):
             raise ValueError(f"{path}, row {number}: {len(row)} cells under {len(names)} columns: {row!r:.200}")
-    return datasets.Dataset.from_dict({name: [row[k] for row in rows[1:]] for k, name in enumerate(names)})
+    return datasets.Dataset.from_dict({name: [row[k] for row in rows] for k, name in enumerate(names)})
+
+
+def _open_saved(path: str, split: str, folder: Folder) -> datasets.Dataset:
+    """Open what ``save_to_disk`` wrote; its own files name those that hold the rows."""
+    table = datasets.load_from_disk(path, keep_in_memory=False)
+    if isinstance(table, datasets.DatasetDict):
+        if split not in table:
+            raise ValueError(f"{path}: no split {split!r}; it has {', '.join(table)}. Choose with Rows(split=…).")
+        table = table[split]
+    for file in table.cache_files:
+        folder.locate(os.path.abspath(file["filename"]), "data", path)
+    return table
+
+
+def _load(path: str, split: str, subset: str | None, folder: Folder) -> datasets.Dataset:
+    """Open a folder or a Hub id as ``load_dataset`` does, of whose files none lies elsewhere."""
+    _refuse_other_files(path, folder)
+    builder = datasets.load_dataset_builder(path, subset)
+    files = [file for files in (builder.config.data_files or {}).values() for file in files]
+    local = [file for file in files if not file.startswith(f"hf://datasets/{path.removeprefix('hf://datasets/')}@")]
+    prepared = Path(builder.cache_dir).exists()
+    for file in local:  # Also links, and what the pages of older releases say.
+        located = folder.locate(file if URL.match(file) else os.path.abspath(file), "data", path)
+        if not prepared and located.suffix in (".json", ".jsonl", ".ndjson"):
+            _refuse_long_lines(located)
+    builder.download_and_prepare()
+    return builder.as_dataset(split=split)
+
+
+def _refuse_other_files(path: str, folder: Folder) -> None:
+    """Refuse a data set whose page names files elsewhere before they are looked for: an address would be asked."""
+    for name in ("README.md", ".huggingface.yaml"):
+        try:
+            page, offline = Path(path, name), datasets.config.HF_HUB_OFFLINE
+            if not Path(path).is_dir():
+                page = Path(hf_hub_download(path, name, repo_type="dataset", local_files_only=offline))
+            metadata = metadata_load(page) if name == "README.md" else yaml.safe_load(page.read_text())
+        except OSError:  # There is none, or no Hub; the data set may be in a cache.
+            continue
+        for config in (metadata or {}).get("configs") or ():
+            for pattern in _strings([config.get("data_files"), config.get("data_dir")]):
+                # Chained, as in zip://x::http://y, any part may be an address.
+                folder.locate(pattern.replace("::", "://"), "data", f"{path}, {name}")
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _strings(inner)
+
+
+def _refuse_long_lines(path: Path) -> None:
+    """Refuse a file that a library would take into memory whole; a file within the limit has no such line."""
+    if path.stat().st_size > MAX_LINE_BYTES:
+        with path.open("rb") as file:
+            deque(read_lines(path, file), maxlen=0)
 
 
 def _encoded(feature: Any) -> Any:
