@@ -199,9 +199,12 @@ def test_every_form_that_the_yaml_may_take(tmp_path: Path) -> None:
 
 
 class Two(EvaluationSource):
+    def __init__(self, name: str = "two") -> None:
+        self.name = name
+
     def load(self) -> EvaluationSet:
         items = [Item(role, (Part("text", "x"),)) for role in ("query", "document")]
-        return EvaluationSet("two", items[:1], items[1:], ["q"], ["d"], {"q": {"d": 1}})
+        return EvaluationSet(self.name, items[:1], items[1:], ["q"], ["d"], {"q": {"d": 1}})
 
 
 def test_an_evaluation_source_of_ones_own() -> None:
@@ -220,6 +223,8 @@ def test_an_evaluation_source_of_ones_own() -> None:
         ("test", {"test": []}, "nothing to measure on"),
         ("predict", {}, "nothing to measure on"),
         ("test", {"test": [Two(), Two()]}, "2 evaluation sets are called 'two'"),
+        ("predict", {"test": Two("vidore/two")}, "set 'vidore/two' has no name that a file may have"),
+        ("predict", {"val": Two("../two")}, "set '../two' has no name that a file may have"),
     ],
 )
 def test_what_a_stage_lacks_is_said(stage: str, options: dict[str, Any], message: str) -> None:

@@ -13,11 +13,12 @@ from typing import Any
 import datasets
 import pytest
 import yaml
+from jsonargparse import ArgumentParser
 from PIL import Image
 
-from vlmembed.data import GroupByQuery, Mixture, Rows
+from vlmembed.data import GroupByQuery, Mixture, RetrievalDataModule, Rows
 from vlmembed.data.cells import Folder, to_items
-from vlmembed.data.evaluation import as_evaluation
+from vlmembed.data.evaluation import as_evaluation, as_reranking
 from vlmembed.media import load_image
 from vlmembed.types import Example, Item, Part
 
@@ -340,57 +341,76 @@ def test_bad_renaming_is_refused(columns: dict[str, str | None], message: str, t
         len(Rows(write(tmp_path / "t.jsonl", [GOOD]), columns=columns))
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml")))
-def test_recipes_read_rows_with_the_columns_of_the_data_set_that_they_name(name: str, tmp_path: Path) -> None:
-    """A replica of tomaarsen/llamaindex-vdr-en-train-preprocessed: query, image, negative_0 … negative_3."""
-    data = yaml.safe_load((CONFIGS / name).read_text())["data"]["init_args"]
-    rows = [data[key] for key in ("train", "val") if isinstance(data.get(key), dict)]
-    rows = [row["init_args"] for row in rows if "llamaindex-vdr" in str(row["init_args"].get("path"))]
-    Image.new("RGB", (4, 4), "red").save(tmp_path / "a.png")
-    content = {"bytes": (tmp_path / "a.png").read_bytes(), "path": None}
-    names = ["image", *(f"negative_{number}" for number in range(4))]
-    features = datasets.Features({"query": datasets.Value("string")} | dict.fromkeys(names, datasets.Image()))
-    table = {"query": ["q1", "q2"]} | dict.fromkeys(names, [content] * 2)
-    datasets.Dataset.from_dict(table, features=features).to_parquet(tmp_path / "replica.parquet")
-    for options in rows:
-        example = Rows(str(tmp_path / "replica.parquet"), columns=options["columns"])[1]
-        kept = sum(new is not None for new in options["columns"].values()) + 4 - len(options["columns"]) + 1
-        assert len(example.documents) == kept
-        found = as_evaluation(Rows(str(tmp_path / "replica.parquet"), columns=options["columns"]))
-        assert (len(found.queries), len(found.corpus)) == (2, 1)
-    assert rows or "visual_document_re" not in name or name == "visual_document_retrieval_2b.yaml"
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("visual_*.yaml")), ids=lambda path: path.stem)
+def test_recipes_read_the_data_set_that_they_name(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replica of it: configurations train, eval and full, of one split each, with the columns of the data set."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path("tomaarsen/llamaindex-vdr-en-train-preprocessed")
+    columns = ["image", *(f"negative_{number}" for number in range(4))]
+    features = datasets.Features({"query": datasets.Value("string")} | dict.fromkeys(columns, datasets.Image()))
+    page = "---\nconfigs:\n"
+    for subset, count in {"train": 4, "eval": 3, "full": 7}.items():
+        table: dict[str, Any] = {"query": [f"{subset} {row}" for row in range(count)]}
+        for number, column in enumerate(columns):
+            table[column] = [Image.new("RGB", (4, 4), (count, row, number)) for row in range(count)]
+        (folder / subset).mkdir(parents=True)
+        datasets.Dataset.from_dict(table, features=features).to_parquet(folder / subset / "0.parquet")
+        page += f"- config_name: {subset}\n  data_files: [{{split: train, path: {subset}/*}}]\n"
+    (folder / "README.md").write_text(page + "---\n")
+    parser = ArgumentParser()
+    parser.add_class_arguments(RetrievalDataModule, "data")
+    written = {"data": yaml.safe_load(path.read_text())["data"]["init_args"]}
+    data = parser.instantiate_classes(parser.parse_object(written)).data
+    is_reranker = "reranking" in path.stem
+    examples = data.train.__getitems__(range(len(data.train)))
+    assert [content(example)[0] for example in examples] == [[f"train {row}"] for row in range(4)]
+    shown = [
+        [load_image(part.value).getpixel((0, 0)) for item in example.documents for part in item.parts]
+        for example in examples
+    ]
+    assert shown == [[(4, row, number) for number in range(5 if is_reranker else 2)] for row in range(4)]
+    found = as_reranking(data.val, "validation").evaluation if is_reranker else as_evaluation(data.val, "validation")
+    assert (texts(tuple(found.queries)), len(found.corpus)) == ([f"eval {row}" for row in range(3)], 3 * 5)
+    assert [sum(judged.values()) for judged in found.qrels.values()] == [1, 1, 1]
 
 
-@pytest.mark.parametrize(
-    "name", ["first.jsonl", "third.jsonl", "t.csv", "t.json", "folder", "qrels.tsv", "corpus.jsonl"]
-)
-def test_a_line_that_is_too_long_is_refused_while_it_is_read(name: str, tmp_path: Path) -> None:
-    """In a process of its own, whose peak is not that of other tests; the file has holes, and takes no disk."""
-    line = b"query,positive\n" if name == "t.csv" else b'{"query": "q", "positive": "p"}\n'
-    path = tmp_path / ("train.jsonl" if name == "folder" else name)
-    for other in ("qrels.tsv", "queries.jsonl", "corpus.jsonl") if name in ("qrels.tsv", "corpus.jsonl") else ():
-        (tmp_path / other).write_bytes(b"q\td\t1\n" if other == "qrels.tsv" else b'{"id": "q", "text": "x"}\n')
-    count = 2 if name in ("third.jsonl", "t.csv") else 0
-    with path.open("wb") as file:
-        file.write(line * count)
-        file.truncate(600_000_000)
+def test_lines_that_are_too_long_are_refused_while_they_are_read(tmp_path: Path) -> None:
+    """In a process of its own, whose peak is not that of other tests; the files have holes, and take no disk."""
+    before = dict.fromkeys(
+        ("first.jsonl", "t.json", "folder/train.jsonl", "qrels/qrels.tsv", "corpus/corpus.jsonl"), b""
+    )
+    before |= {"third.jsonl": b'{"query": "q", "positive": "p"}\n' * 2, "t.csv": b"query,positive\n" * 2}
+    for name, content in before.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        with (tmp_path / name).open("wb") as file:
+            file.write(content)
+            file.truncate(600_000_000)
+    for name in ("corpus/queries.jsonl", "qrels/queries.jsonl", "qrels/corpus.jsonl"):
+        (tmp_path / name).write_text('{"id": "q", "text": "x"}\n')
+    (tmp_path / "corpus" / "qrels.tsv").write_text("q\td\t1\n")
     program = """
 import resource, sys
-from vlmembed.data import EvaluationFolder, Rows
-
 import datasets.packaged_modules.json.json
+from vlmembed.data import Rows
+from vlmembed.data.evaluation import as_evaluation
+
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak()
-try:
-    EvaluationFolder(sys.argv[1]).load() if sys.argv[2] == "1" else len(Rows(sys.argv[1]))
-except ValueError as error:
-    print(peak() - before, error)
+for path in sys.argv[1:]:
+    try:
+        as_evaluation(path)
+    except ValueError as error:
+        print(error)
+print(peak() - before)
 """
-    is_evaluation = name in ("qrels.tsv", "corpus.jsonl")
-    command = [sys.executable, "-c", program, str(tmp_path if is_evaluation or name == "folder" else path)]
-    said = subprocess.run([*command, str(int(is_evaluation))], capture_output=True, text=True, check=True).stdout
-    used, _, message = said.partition(" ")
-    assert f"{path}, row {count + 1}: the line has more than 67,108,864 bytes; VLMEMBED_MAX_LINE_BYTES" in message
+    paths = [str(tmp_path / (name if name.count("/") == 0 else Path(name).parent)) for name in before]
+    command = [sys.executable, "-c", program, *paths]
+    *said, used = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    for (name, content), message in zip(before.items(), said, strict=True):
+        row = content.count(b"\n") + 1
+        assert message.startswith(
+            f"{tmp_path / name}, row {row}: the line has more than 67,108,864 bytes; VLMEMBED_MAX"
+        )
     assert int(used) < 200_000  # KiB: the line up to the limit, and once more while it is put together.
 
 

@@ -110,6 +110,8 @@ class RetrievalDataModule(LightningDataModule):
                 raise ValueError(
                     f"{count} evaluation sets are called {name!r}; give their EvaluationFolder or -Rows a name."
                 )
+            if stage == "predict" and (paths := [one.name for one in sets if Path(one.name).name != one.name]):
+                raise ValueError(f"The evaluation set {paths[0]!r} has no name that a file may have; give it another.")
             self.evaluations[stage] = sets
 
     @property
