@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from building import collated, item, lists, picture
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from test_metrics import reranking_set
 
 from vlmembed.backbones import DocumentFirst, QueryFirst, Qwen3VL
@@ -198,6 +199,7 @@ def test_types_and_pickling() -> None:
     for tensor in (batch.queries, batch.documents, batch.query_ids, batch.document_ids, batch.pairs):
         assert tensor.dtype == torch.int64
     assert batch.pairs.shape == (9, 2)
+    assert move_data_to_device(batch, torch.device("meta")) is batch  # The encoder takes over chunk after chunk.
 
 
 def test_scores_that_nothing_reads_are_refused() -> None:

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from test_collate import Letters, text
 
 from vlmembed.data import EvaluationSource, ItemCollator, RetrievalDataModule
-from vlmembed.data.sampling import shard
+from vlmembed.data.sources import shard
 from vlmembed.types import Batch, EvaluationSet, Item, ItemBatch, Part, Preprocessor
 
 
@@ -35,9 +35,6 @@ class Recorder(LightningModule):
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
-        return batch
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         self.trained.append(batch.query_ids.tolist())

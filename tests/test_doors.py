@@ -223,6 +223,14 @@ def test_a_folder_names_no_rows_elsewhere(data_set: Path, where: str, form: str)
         len(Rows(str(data_set)))
 
 
+def test_a_data_set_of_the_hub_names_no_rows_elsewhere(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is looked for: only its page is asked for."""
+    (data_set / "README.md").write_text("---\nconfigs: [{config_name: a, data_files: 'http://127.0.0.1:9/x'}]\n---\n")
+    monkeypatch.setattr("vlmembed.data.rows.hf_hub_download", lambda *_, **__: str(data_set / "README.md"))
+    with pytest.raises(ValueError, match=r"somebody/pages, README.md: the data 'http://127.*' is a URL"):
+        len(Rows("somebody/pages"))
+
+
 def test_a_folder_names_its_own_rows(data_set: Path) -> None:
     (data_set / "README.md").write_text(
         "---\nconfigs:\n- config_name: a\n  data_files: pages/*.jsonl\n- config_name: b\n  data_files: [{split: dev, "

@@ -7,7 +7,7 @@ from itertools import chain
 import pytest
 
 from vlmembed.data import GroupByQuery, Mixture, Source
-from vlmembed.data.sampling import Batches
+from vlmembed.data.sources import Batches
 from vlmembed.types import Example, Item, Part
 
 
