@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, TypeAlias
 
 import datasets
 import numpy as np
@@ -227,25 +227,25 @@ class Rows(Source):
         return table if isinstance(table, JSONLines) else table.select_columns([*names]), names
 
 
-def read_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
+def read_lines(path: Path) -> Iterator[bytes]:
     """Read a file line by line; a line above ``MAX_LINE_BYTES`` is refused before it is in memory."""
-    for number, line in enumerate(iter(partial(file.readline, MAX_LINE_BYTES + 1), b""), start=1):
-        if len(line) > MAX_LINE_BYTES:
-            raise ValueError(
-                f"{path}, row {number}: the line has more than {MAX_LINE_BYTES:,} bytes; VLMEMBED_MAX_LINE_BYTES sets "
-                "the limit. Are there line ends between the rows?"
-            )
-        yield line
+    with path.open("rb") as file:
+        for number, line in enumerate(iter(partial(file.readline, MAX_LINE_BYTES + 1), b""), start=1):
+            if len(line) > MAX_LINE_BYTES:
+                raise ValueError(
+                    f"{path}, row {number}: the line has more than {MAX_LINE_BYTES:,} bytes; VLMEMBED_MAX_LINE_BYTES "
+                    "sets the limit. Are there line ends between the rows?"
+                )
+            yield line
 
 
 def text_lines(path: Path) -> Iterator[str]:
     """Read a text file line by line; a ``ValueError`` names a line that is too long or not UTF-8."""
-    with path.open("rb") as file:
-        for number, line in enumerate(read_lines(path, file), start=1):
-            try:
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}, row {number}: not UTF-8 ({error}): {line[:100]!r}") from error
+    for number, line in enumerate(read_lines(path), start=1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}, row {number}: not UTF-8 ({error}): {line[:100]!r}") from error
 
 
 class JSONLines:
@@ -258,19 +258,17 @@ class JSONLines:
     def __init__(self, path: Path):
         if not path.is_file():
             raise ValueError(f"{path}: no such file.")
-        self.path = path
+        self.path, self._version = path, _version(path.stat())
         offsets: list[int] = []
         position, blank = 0, 0
-        with path.open("rb") as file:
-            self._version = _version(file)
-            for line in read_lines(path, file):
-                if not line.strip():
-                    blank = blank or len(offsets) + 1
-                elif blank:  # Row numbers in messages are line numbers, so no line may be skipped.
-                    raise ValueError(f"{path}, row {blank}: a blank line; remove it.")
-                else:
-                    offsets.append(position)
-                position += len(line)
+        for line in read_lines(path):
+            if not line.strip():
+                blank = blank or len(offsets) + 1
+            elif blank:  # Row numbers in messages are line numbers, so no line may be skipped.
+                raise ValueError(f"{path}, row {blank}: a blank line; remove it.")
+            else:
+                offsets.append(position)
+            position += len(line)
         if not offsets:
             raise ValueError(f"{path}: the file has no rows.")
         self._offsets = np.array(offsets)
@@ -281,7 +279,7 @@ class JSONLines:
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         rows = []
         with self.path.open("rb") as file:
-            if _version(file) != self._version:
+            if _version(os.fstat(file.fileno())) != self._version:
                 raise OSError(f"{self.path} has changed since it was opened. Write a new version to another file.")
             for index in indices:
                 file.seek(int(self._offsets[index]))
@@ -301,8 +299,7 @@ class JSONLines:
         return list(self.__getitems__([0])[0])
 
 
-def _version(file: BinaryIO) -> tuple[int, int]:
-    status = os.fstat(file.fileno())
+def _version(status: os.stat_result) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
@@ -315,8 +312,10 @@ def open_table(path: str, split: str, subset: str | None, folder: Folder) -> Tab
     kind = file.suffix.lower()
     if kind in (".jsonl", ".ndjson"):
         return JSONLines(file)
+    if kind in (".csv", ".json", ".parquet") and not file.is_file():
+        raise ValueError(f"{path}: no such file.")
     try:
-        if file.is_file() or kind in (".csv", ".json", ".parquet"):
+        if file.is_file():
             table = _read_file(file, kind)
         elif (file / "dataset_dict.json").exists() or (file / "state.json").exists():
             table = _open_saved(path, split, folder)
@@ -334,8 +333,6 @@ def open_table(path: str, split: str, subset: str | None, folder: Folder) -> Tab
 
 
 def _read_file(path: Path, kind: str) -> datasets.Dataset:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file.")
     if kind == ".csv":
         return _read_csv(path)
     if kind not in (".json", ".parquet"):
@@ -417,8 +414,7 @@ def _strings(value: Any) -> Iterator[str]:
 def _refuse_long_lines(path: Path) -> None:
     """Refuse a file that a library would take into memory whole; a file within the limit has no such line."""
     if path.stat().st_size > MAX_LINE_BYTES:
-        with path.open("rb") as file:
-            deque(read_lines(path, file), maxlen=0)
+        deque(read_lines(path), maxlen=0)
 
 
 def _encoded(feature: Any) -> Any:
