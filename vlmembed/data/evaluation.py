@@ -268,12 +268,9 @@ def _read_qrels(path: Path) -> Qrels:
     qrels: Qrels = {}
     for number, line in _text_lines(path, "query-id, corpus-id and grade, separated by tabs"):
         cells = [cell.strip() for cell in line.split("\t")]
-        try:
-            grade = float(cells[-1])
-        except ValueError:
-            grade = math.nan
-            if number == 1 and len(cells) == 3:  # A header.
-                continue
+        grade = _number(cells[-1])
+        if number == 1 and len(cells) == 3 and math.isnan(grade):  # A header.
+            continue
         if len(cells) != 3 or not grade.is_integer() or abs(grade) > MOST_GRADE:
             raise ValueError(f"{path}, row {number}: expected query-id, corpus-id, integer grade; got {line!r:.200}.")
         query, document, grade = cells[0], cells[1], int(grade)
@@ -292,11 +289,7 @@ def read_run(path: Path, evaluation: EvaluationSet) -> dict[str, dict[str, float
         cells, origin = line.split(), f"{path}, row {number}"
         if len(cells) != 6:
             raise ValueError(f"{origin}: expected 'query Q0 document rank score tag', got {line.strip()!r:.200}.")
-        query, document = cells[0], cells[2]
-        try:
-            score = float(cells[4])
-        except ValueError:
-            score = math.nan
+        query, document, score = cells[0], cells[2], _number(cells[4])
         if not math.isfinite(score):
             raise ValueError(f"{origin}: score {cells[4]!r} is not a finite number.")
         if query not in queries:
@@ -312,6 +305,13 @@ def read_run(path: Path, evaluation: EvaluationSet) -> dict[str, dict[str, float
     if not run:
         raise ValueError(f"{path}: the file has no rows.")
     return run
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def _text_lines(path: Path, content: str) -> Iterator[tuple[int, str]]:
