@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 import yaml
 from building import Recorder as LossRecorder
-from building import lists, module, picture, relative_difference
+from building import lists, module, picture, relative_difference, run_config
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from test_datamodule import Letters, Recorder, attached, trainer
@@ -169,25 +169,16 @@ def test_a_run_of_the_command_line_trains_on_the_rest(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["vlmembed"])
     write(tmp_path / "train.jsonl", 12, {2: BAD["image gone"][0], 7: BAD["not JSON"][0]})
-    model = {
-        "backbone": {"class_path": "vlmembed.backbones.Qwen3VL", "init_args": {"checkpoint": str(checkpoint)}},
-        "pooling": {"class_path": "vlmembed.pooling.LastToken"},
-        "loss": {"class_path": "vlmembed.losses.InfoNCE"},
-    }
-    data = {"train": "train.jsonl", "batch_size": 4, "num_workers": 1, "on_bad_row": "skip"}
-    config = {
-        "seed_everything": 0,
-        "model": {"class_path": "vlmembed.modules.EmbeddingModule", "init_args": model},
-        "data": {"class_path": "vlmembed.data.RetrievalDataModule", "init_args": data},
-        "trainer": {"accelerator": "cpu", "max_epochs": 2, "exporter": None},
-    }
+    config = run_config(checkpoint, train="train.jsonl", batch_size=4, on_bad_row="skip") | {"seed_everything": 0}
+    config["trainer"] |= {"max_epochs": 2, "exporter": None}
+    config["data"]["init_args"]["num_workers"] = 1
     Path("run.yaml").write_text(yaml.safe_dump(config))
     main(["fit", "--config", "run.yaml"])
     (folder,) = Path("runs/run").iterdir()
     assert {*left_out(folder)} == {3, 8}
     assert [*folder.rglob("*.ckpt")]
     assert yaml.safe_load((folder / "config.yaml").read_text())["data"]["init_args"]["max_bad_rows"] == 100
-    data["max_bad_rows"] = 1
+    config["data"]["init_args"]["max_bad_rows"] = 1
     Path("run.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(ValueError, match=r"max_bad_rows=1\. runs/run/version_1/bad_rows\.jsonl has them all"):
         main(["fit", "--config", "run.yaml"])
@@ -239,9 +230,7 @@ def test_what_is_wrong_with_the_configuration_is_not_skipped(checkpoint: Path) -
 def test_a_worker_that_dies_ends_the_run_at_once(tmp_path: Path, killed_by: signal.Signals) -> None:
     data = RetrievalDataModule(Faulty(killed_by), batch_size=4, num_workers=2, on_bad_row="skip")
     start = time.monotonic()
-    with pytest.raises(
-        RuntimeError, match=r"DataLoader worker \(pid.* \d+\) (is killed by signal|exited unexpectedly)"
-    ):
+    with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid.* \d+\) (is killed by|exited unexpectedly)"):
         trainer(tmp_path, max_epochs=1).fit(recorder(), datamodule=data)
     assert time.monotonic() - start < 30
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from building import collated, item, lists, picture
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from test_metrics import reranking_set
 
 from vlmembed.backbones import DocumentFirst, QueryFirst, Qwen3VL
@@ -128,11 +129,6 @@ def test_a_chunk_takes_no_more_than_so_many_average_items(chunk_size: int) -> No
         assert following["attention_mask"].shape[1] <= longest
 
 
-def test_chunks_of_so_many_tokens() -> None:
-    batch = collated(ItemCollator(Letters()), EXAMPLES, 1, tokens=12)
-    assert areas(batch) == [18, 10, 12, 10, 12, 1]  # A long item has a chunk for itself, whatever it takes.
-
-
 def test_what_images_cost_counts_as_tokens_do() -> None:
     items = [text_item("query", "x" * length) for length in (30, 5, 20, 5, 5)]
     sizes = {None: [5], 150: [1, 2, 2], 200: [1, 4], 240: [2, 3], 1: [1] * 5}
@@ -186,9 +182,14 @@ def test_equal_content_in_two_roles_is_two_items() -> None:
     assert batch.query_ids.tolist() != batch.document_ids.tolist()
 
 
-def test_an_example_may_have_only_negatives() -> None:
-    batch = ItemCollator(Letters())([example("q", [], ["n"])])
-    assert judgements(batch) == {("q", "n"): -1}
+def test_an_example_may_have_only_negatives_and_many_the_same() -> None:
+    """However often a document comes, it is one column of the scores: a positive of some, a negative of others."""
+    batch = ItemCollator(Letters())([example(f"q{number}", [], ["n"]) for number in range(9)])
+    assert judgements(batch) == {(f"q{number}", "n"): -1 for number in range(9)}
+    batch = ItemCollator(Letters())([example(f"q{k}", ["same"] if k else ["other"], ["same"][k:]) for k in range(9)])
+    assert len(batch.documents) == 2
+    expected = {("q0", "other"): 1, ("q0", "same"): -1} | {(f"q{k}", "same"): 1 for k in range(1, 9)}
+    assert judgements(batch) == expected
 
 
 def test_types_and_pickling() -> None:
@@ -198,6 +199,7 @@ def test_types_and_pickling() -> None:
     for tensor in (batch.queries, batch.documents, batch.query_ids, batch.document_ids, batch.pairs):
         assert tensor.dtype == torch.int64
     assert batch.pairs.shape == (9, 2)
+    assert move_data_to_device(batch, torch.device("meta")) is batch  # The encoder takes over chunk after chunk.
 
 
 def test_scores_that_nothing_reads_are_refused() -> None:
@@ -370,11 +372,7 @@ def test_a_chunk_has_room_for_new_tokens(checkpoint: Path, chunk_cost: int) -> N
         (row("7", "a", "bb"), SCORES, r"train.jsonl, row 7: the loss distils a teacher's scores, and there are none"),
         (row("7", "a", "bb", scores=(1.0, 2.0)), LABELS, r"train.jsonl, row 7: scores given but unused"),
         (row("7", "a"), LISTWISE, r"train.jsonl, row 7: the query has one candidate, .* Add negatives, or group"),
-        (
-            row("7", "", "a bb", labels=(0.0, 0.0)),
-            LISTWISE,
-            r"row 7: none of the query's 2 candidates has a label above",
-        ),
+        (row("7", "", "a bb", labels=(0.0, 0.0)), LISTWISE, r"row 7: none of the query's 2 candidates has a label"),
         (row("7", "a", "bb", labels=(2.0, 0.0)), LabelSpec(largest=1.0), r"row 7: label 2 is outside of .* 0 to 1\."),
         (row("7", "a", "bb", labels=(1.0, -0.5)), LABELS, r"row 7: label -0.5 is outside of .* 0 to inf"),
         (row("7", "a", "bb", labels=(float("nan"), 0.0)), LABELS, r"row 7: label nan is outside"),

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from test_collate import Letters, text
 
 from vlmembed.data import EvaluationSource, ItemCollator, RetrievalDataModule
-from vlmembed.data.sampling import shard
+from vlmembed.data.sources import shard
 from vlmembed.types import Batch, EvaluationSet, Item, ItemBatch, Part, Preprocessor
 
 
@@ -35,9 +35,6 @@ class Recorder(LightningModule):
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
-        return batch
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         self.trained.append(batch.query_ids.tolist())
@@ -199,9 +196,12 @@ def test_every_form_that_the_yaml_may_take(tmp_path: Path) -> None:
 
 
 class Two(EvaluationSource):
+    def __init__(self, name: str = "two") -> None:
+        self.name = name
+
     def load(self) -> EvaluationSet:
         items = [Item(role, (Part("text", "x"),)) for role in ("query", "document")]
-        return EvaluationSet("two", items[:1], items[1:], ["q"], ["d"], {"q": {"d": 1}})
+        return EvaluationSet(self.name, items[:1], items[1:], ["q"], ["d"], {"q": {"d": 1}})
 
 
 def test_an_evaluation_source_of_ones_own() -> None:
@@ -220,6 +220,8 @@ def test_an_evaluation_source_of_ones_own() -> None:
         ("test", {"test": []}, "nothing to measure on"),
         ("predict", {}, "nothing to measure on"),
         ("test", {"test": [Two(), Two()]}, "2 evaluation sets are called 'two'"),
+        ("predict", {"test": Two("vidore/two")}, "set 'vidore/two' has no name that a file may have"),
+        ("predict", {"val": Two("../two")}, "set '../two' has no name that a file may have"),
     ],
 )
 def test_what_a_stage_lacks_is_said(stage: str, options: dict[str, Any], message: str) -> None:

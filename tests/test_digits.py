@@ -46,21 +46,12 @@ def test_a_scan_is_dark_ink_on_white():
 @pytest.mark.parametrize("seed", [0, 7])
 def test_training_never_meets_what_is_held_out(pasted, seed):
     rows = HandwrittenNumbers(size=1500, seed=seed)
-    asked = [words_of(rows[index].query) for index in range(len(rows))]
+    asked = {words_of(rows[index].query) for index in range(len(rows))}
     # Rows take the training numbers in turn, so 1500 rows meet all of them, and no longer source can meet another.
-    assert set(asked) == {digits.in_words(number) for number in digits.numbers("train")}
-    held = {digits.in_words(number) for split in ("val", "test") for number in digits.numbers(split)}
-    assert not held & set(asked)
+    assert asked == {digits.in_words(number) for number in digits.numbers("train")}
     held_scans = np.concatenate(digits.scans_of("val") + digits.scans_of("test"))
     assert len(pasted) == len(rows)
     assert not set(held_scans) & {scan for chosen in pasted for scan in chosen}
-
-
-@pytest.mark.parametrize("split", ["val", "test"])
-def test_evaluation_is_drawn_with_its_own_scans(pasted, split):
-    corpus = HandwrittenNumbersEvaluation(split).load()
-    assert len(pasted) == len(corpus.corpus)
-    assert {scan for chosen in pasted for scan in chosen} <= set(np.concatenate(digits.scans_of(split)))
 
 
 def test_pictures_show_the_number(pasted):
@@ -69,16 +60,8 @@ def test_pictures_show_the_number(pasted):
     for index in range(len(rows)):
         shown = " ".join(digits.WORDS[target[scan]] for scan in (rows[index], pasted[-1])[1])
         assert words_of(rows[index].query) == shown
-    evaluation = HandwrittenNumbersEvaluation("val").load()
-    for name, chosen in zip(evaluation.document_names, pasted[-len(evaluation.corpus) :], strict=True):
-        assert name[:3] == "".join(str(target[scan]) for scan in chosen)
-
-
-@pytest.mark.parametrize(
-    ("number", "words"), [(407, "four zero seven"), (47, "zero four seven"), (0, "zero zero zero")]
-)
-def test_numbers_in_words(number, words):
-    assert digits.in_words(number) == words
+    for number, words in {407: "four zero seven", 47: "zero four seven", 0: "zero zero zero"}.items():
+        assert digits.in_words(number) == words
 
 
 def test_rows_depend_on_seed_and_index_only():
@@ -94,28 +77,28 @@ def test_rows_depend_on_seed_and_index_only():
     assert words_of(rows[4].query) == words_of(rows[704].query)
 
 
-def test_query_ids_are_those_of_the_rows():
+def test_query_ids_are_those_of_the_rows_and_rows_end():
     rows = HandwrittenNumbers(30)
     assert rows.query_ids(range(30)) == [rows[index].query.id for index in range(30)]
+    for index in (-1, 30):
+        with pytest.raises(IndexError, match=f"row {index} of 30"):
+            rows[index]
 
 
-@pytest.mark.parametrize("index", [-1, 10])
-def test_rows_end(index):
-    with pytest.raises(IndexError, match=f"row {index} of 10"):
-        HandwrittenNumbers(10)[index]
-
-
-@pytest.mark.parametrize(("split", "queries", "pictures", "corpus"), [("test", 200, 5, 2000), ("val", 100, 2, 500)])
-def test_evaluation_counts(split, queries, pictures, corpus):
-    evaluation = HandwrittenNumbersEvaluation(split).load()
+@pytest.mark.parametrize(("split", "queries", "copies", "corpus"), [("test", 200, 5, 2000), ("val", 100, 2, 500)])
+def test_evaluation_shows_its_numbers_by_its_own_scans(pasted, split, queries, copies, corpus):
+    evaluation, target = HandwrittenNumbersEvaluation(split).load(), load_digits().target
     assert len(evaluation.queries) == len(set(evaluation.query_names)) == queries
-    assert len(evaluation.corpus) == len(set(evaluation.document_names)) == corpus
+    assert len(evaluation.corpus) == len(set(evaluation.document_names)) == len(pasted) == corpus
     assert len({item.id for item in evaluation.corpus}) == corpus
+    assert {scan for chosen in pasted for scan in chosen} <= set(np.concatenate(digits.scans_of(split)))
+    for name, chosen in zip(evaluation.document_names, pasted, strict=True):
+        assert name[:3] == "".join(str(target[scan]) for scan in chosen)
     for query, name in zip(evaluation.queries, evaluation.query_names, strict=True):
         assert words_of(query) == digits.in_words(int(name))
         showing = {document for document in evaluation.document_names if document.startswith(f"{name}-")}
         assert evaluation.qrels[name] == dict.fromkeys(showing, 1)
-        assert len(showing) == pictures
+        assert len(showing) == copies
 
 
 def test_evaluation_is_the_same_each_time_and_validation_shows_no_number_of_the_test():

@@ -177,6 +177,148 @@ def test_a_folder_of_images_is_read_as_it_was(folder: Path) -> None:
     assert images(found[0]) == [folder / "a.png"]
 
 
+# What a data set says of itself: where its rows are.
+
+ROW = '{"query": "q", "positive": "p"}\n'
+#: Where a data set may look for its rows, apart from its folder.
+ELSEWHERE = {
+    "above": "../secret.jsonl",
+    "above a folder": "pages/../../secret.jsonl",
+    "above, by a pattern": "../s*.jsonl",
+    "absolute": "{root}/secret.jsonl",
+    "an address": "http://127.0.0.1:9/x.jsonl",
+    "of a file": "file://{root}/secret.jsonl",
+    "chained": "simplecache::http://127.0.0.1:9/x.jsonl",
+    "chained above": "zip://x.jsonl::../secret.zip",
+}
+CONFIGS = {
+    "alone": ("README.md", "- {{config_name: default, data_files: '{}'}}"),
+    "in a list": ("README.md", "- config_name: default\n  data_files: [{{split: train, path: [train.jsonl, '{}']}}]"),
+    "of another subset": (
+        "README.md",
+        "- {{config_name: a, data_files: train.jsonl}}\n- {{config_name: b, data_files: '{}'}}",
+    ),
+    "a folder": ("README.md", "- {{config_name: default, data_dir: '{}'}}"),
+    "in another file": (".huggingface.yaml", "- {{config_name: default, data_files: '{}'}}"),
+}
+
+
+@pytest.fixture
+def data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that `datasets` opens, with rows beside it that are none of its own; and no network."""
+    monkeypatch.setattr(socket, "socket", lambda *_, **__: pytest.fail("The network was used."))
+    (tmp_path / "secret.jsonl").write_text(ROW)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text(ROW)
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize("where", ELSEWHERE)
+@pytest.mark.parametrize("form", CONFIGS)
+def test_a_folder_names_no_rows_elsewhere(data_set: Path, where: str, form: str) -> None:
+    (name, configs), value = CONFIGS[form], ELSEWHERE[where].format(root=data_set.parent)
+    content = f"configs:\n{configs.format(value)}\n"
+    (data_set / name).write_text(f"---\n{content}---\n# A data set\n" if name == "README.md" else content)
+    with pytest.raises(ValueError, match=f"{data_set}, {name}: the data .*(leads out of|is a URL, and nothing)"):
+        len(Rows(str(data_set)))
+
+
+def test_a_data_set_of_the_hub_names_no_rows_elsewhere(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is looked for: only its page is asked for."""
+    (data_set / "README.md").write_text("---\nconfigs: [{config_name: a, data_files: 'http://127.0.0.1:9/x'}]\n---\n")
+    monkeypatch.setattr("vlmembed.data.rows.hf_hub_download", lambda *_, **__: str(data_set / "README.md"))
+    with pytest.raises(ValueError, match=r"somebody/pages, README.md: the data 'http://127.*' is a URL"):
+        len(Rows("somebody/pages"))
+
+
+def test_a_folder_names_its_own_rows(data_set: Path) -> None:
+    (data_set / "README.md").write_text(
+        "---\nconfigs:\n- config_name: a\n  data_files: pages/*.jsonl\n- config_name: b\n  data_files: [{split: dev, "
+        "path: train.jsonl}]\n  default: true\n---\n"
+    )
+    (data_set / "pages").mkdir()
+    (data_set / "pages" / "x.jsonl").write_text(ROW * 3)
+    assert [len(Rows(str(data_set), split, subset)) for split, subset in (("train", "a"), ("dev", "b"))] == [3, 1]
+    with pytest.raises(ValueError, match=f"^{data_set}: cannot be opened: .*'c' not found.*'a', 'b'"):
+        len(Rows(str(data_set), subset="c"))
+    with pytest.raises(ValueError, match=f"^{data_set}: cannot be opened: Unknown split"):
+        len(Rows(str(data_set), subset="a", split="test"))
+
+
+@pytest.mark.parametrize("content", ["configs: [", "configs: here", "configs: [here]", "- a list", "configs: {a: b}"])
+def test_a_page_that_cannot_be_read_is_named(data_set: Path, content: str) -> None:
+    (data_set / "README.md").write_text(f"---\n{content}\n---\n")
+    with pytest.raises(ValueError, match=f"^{data_set}: cannot be opened: "):
+        len(Rows(str(data_set)))
+
+
+def test_a_link_is_no_way_out(data_set: Path) -> None:
+    """Neither of rows in a folder, nor of a saved data set's, nor of an evaluation folder's."""
+    (data_set / "train.jsonl").unlink()
+    (data_set / "train.jsonl").symlink_to(data_set.parent / "secret.jsonl")
+    with pytest.raises(ValueError, match=f"^{data_set}: the data file .*train.jsonl' leads out"):
+        len(Rows(str(data_set)))
+    assert len(Rows(str(data_set), allow_outside=[str(data_set.parent)])) == 1
+    assert len(Rows(str(data_set / "train.jsonl"))) == 1  # The YAML names it, and no data set does.
+    saved(data_set.parent / "one"), saved(data_set.parent / "other")
+    (rows,) = (data_set.parent / "one").glob("*.arrow")
+    rows.unlink()
+    rows.symlink_to(data_set.parent / "other" / rows.name)
+    with pytest.raises(ValueError, match=r"one: the data file .*\.arrow' leads out"):
+        len(Rows(str(data_set.parent / "one")))
+    for name in ("queries.jsonl", "qrels.tsv"):
+        (data_set / name).touch()
+    (data_set / "corpus.jsonl").symlink_to(data_set.parent / "secret.jsonl")
+    with pytest.raises(ValueError, match=f"^{data_set}: the data file 'corpus.jsonl' leads out"):
+        EvaluationFolder(str(data_set)).load()
+
+
+def saved(path: Path) -> Path:
+    datasets.Dataset.from_list([{"query": "q", "positive": path.name}]).save_to_disk(path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["../other/{rows}", "{root}/other/{rows}"])
+def test_a_saved_data_set_names_no_rows_elsewhere(data_set: Path, name: str) -> None:
+    one, _ = (saved(data_set.parent / folder) for folder in ("one", "other"))
+    state = json.loads((one / "state.json").read_text())
+    rows = state["_data_files"][0]["filename"]
+    state["_data_files"] = [{"filename": name.format(rows=rows, root=data_set.parent)}]
+    (one / "state.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=r"^.*/one: the data file .*/other/.*\.arrow' leads out"):
+        len(Rows(str(one)))
+    (data_set / "dataset_dict.json").write_text('{"splits": ["../other"]}')
+    with pytest.raises(ValueError, match=r"^.*/data: the data file .*/other/.*\.arrow' leads out"):
+        len(Rows(str(data_set), split="../other"))
+
+
+def test_a_folder_runs_no_code(data_set: Path) -> None:
+    for name in ("data.py", "loader.py"):
+        (data_set / name).write_text(f"open({str(data_set / 'ran')!r}, 'w')")
+    with pytest.raises(ValueError, match=f"^{data_set}: cannot be opened: Dataset scripts are no longer supported"):
+        len(Rows(str(data_set)))
+    assert not (data_set / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "{root}/secret.png", "http://127.0.0.1:9/x.png", "file:x.png"])
+def test_a_folder_of_images_names_none_elsewhere(data_set: Path, name: str) -> None:
+    (data_set / "train.jsonl").unlink()
+    for path in (data_set / "a.png", data_set.parent / "secret.png"):
+        picture(8, 8).save(path)
+    line = {"file_name": name.format(root=data_set.parent), "query": "q"}
+    (data_set / "metadata.jsonl").write_text(json.dumps(line))
+    with pytest.raises(ValueError, match=f"^{data_set}"):
+        Rows(str(data_set), columns={"image": "positive"})[0]
+
+
+@pytest.mark.parametrize("path", ["json", "csv", "text"])
+def test_a_reader_of_the_library_is_no_data_set(data_set: Path, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`load_dataset("json")` would read every file of the folder that the command runs in."""
+    monkeypatch.chdir(data_set)
+    with pytest.raises(ValueError, match=f"^{path}: the data file .* leads out"):
+        len(Rows(path))
+
+
 def test_what_was_downloaded_belongs_to_a_folder_but_not_to_a_file(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

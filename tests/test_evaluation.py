@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 import pickle
 import time
@@ -10,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from building import module, trainer
 from PIL import Image
 from test_metrics import candidate_scores, reranked, reranking_set
 
@@ -23,6 +26,7 @@ from vlmembed.data import (
     RerankingRows,
     RerankingRun,
     RerankingSource,
+    RetrievalDataModule,
     Rows,
 )
 from vlmembed.data.evaluation import as_evaluation, as_reranking
@@ -89,6 +93,10 @@ def test_the_header_is_optional_and_the_name_can_be_given(folder: Path) -> None:
         ("q1\td3\t0.5", "qrels.tsv, row 5: expected"),
         ("q1\td1\t1", "qrels.tsv, row 5: 'q1' and 'd1' had another grade before"),
         ("gone\td1\t1", "qrels.tsv: query 'gone' is not in .*queries.jsonl"),
+        (f"q1\td3\t{'9' * 30}", "qrels.tsv, row 5: expected"),
+        ("q1\td3\tinf", "qrels.tsv, row 5: expected"),
+        ("q1\td3\t1\t", "qrels.tsv, row 5: expected"),
+        ("# a remark", "qrels.tsv, row 5: expected"),
     ],
 )
 def test_bad_judgements_are_refused(line: str, message: str, folder: Path) -> None:
@@ -97,9 +105,58 @@ def test_bad_judgements_are_refused(line: str, message: str, folder: Path) -> No
         as_evaluation(str(folder))
 
 
+@pytest.mark.parametrize("line", ["q1\td1\t0.5", "q1\td1", "# a remark", "q1\t0\td1\t1", "q1\td1\t1\t", "\0"])
+def test_a_first_line_that_is_no_header_is_no_header(line: str, folder: Path) -> None:
+    (folder / "qrels.tsv").write_text(f"{line}\nq1\td1\t1\n")
+    with pytest.raises(ValueError, match=r"qrels.tsv, row 1: expected query-id, corpus-id, integer grade"):
+        as_evaluation(str(folder))
+
+
+def test_whole_grades_may_be_written_as_fractions(folder: Path) -> None:
+    (folder / "qrels.tsv").write_text("\ufeffq1\td1\t2.0\r\n q1 \td2\t-1\r\n\r\n2\td3\t+1\r\n")
+    assert as_evaluation(str(folder)).qrels == {"q1": {"d1": 2, "d2": -1}, "2": {"d3": 1}}
+
+
+@pytest.mark.parametrize(
+    "name", ["", " ", " d9", "d9 ", "d9\u00a0", "\u2003d9", "d\t9", "d\n9", "d9\r", "d\x1f", "\ufeffd9", "\ud83d"]
+)
+@pytest.mark.parametrize("file", ["corpus.jsonl", "queries.jsonl"])
+def test_ids_that_qrels_cannot_name_are_refused(name: str, file: str, folder: Path) -> None:
+    write(folder / file, [{"id": name, "text": "x"}, *(CORPUS if file == "corpus.jsonl" else QUERIES)])
+    with pytest.raises(ValueError, match=f"{file}, row 1: id .* cannot stand in qrels.tsv"):
+        as_evaluation(str(folder))
+
+
+#: Bytes in the place of a corpus, and what is said of them.
+BROKEN = {
+    "cut": (b'{"id": "d1", "text": "x"}\n{"id": "d2", "te', "row 2: not JSON"),
+    "gzip": (gzip.compress(b'{"id": "d1", "text": "x"}\n'), "row 1: not JSON"),
+    "UTF-16": ('{"id": "d1", "text": "x"}\n'.encode("utf-16"), "row 1: not JSON"),
+    "Latin-1": ('{"id": "d1", "text": "é"}\n'.encode("latin-1"), "row 1: not JSON"),
+    "an array": (b'[{"id": "d1", "text": "x"}]\n', "row 1: expected a JSON object"),
+    "over several lines": (b'{\n"id": "d1",\n"text": "x"\n}\n', "row 1: not JSON"),
+    "two in a line": (b'{"id": "d1", "text": "x"}\r{"id": "d2", "text": "x"}\r', "row 1: not JSON"),
+    "nulls": (b"\0" * 9, "row 1: not JSON"),
+    "a blank line": (b'{"id": "d1", "text": "x"}\n\n{"id": "d2", "text": "x"}\n', "row 2: a blank line"),
+    "nested": (b'{"id": "d1", "text": ' + b"[" * 100_000, "row 1: not JSON"),
+    "many digits": (b'{"id": ' + b"9" * 5000 + b', "text": "x"}\n', "row 1: not JSON"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_corpus_is_refused(kind: str, folder: Path) -> None:
+    content, message = BROKEN[kind]
+    (folder / "corpus.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=f"corpus.jsonl, {message}"):
+        as_evaluation(str(folder))
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
+        ({"id": True, "text": "x"}, "corpus.jsonl, row 4: expected one 'id'"),
+        ({"id": "d4", "title": 7, "text": "x"}, "corpus.jsonl, row 4: 'title' and 'text' are strings .*got 7, 'x'"),
+        ({"id": "d4", "title": "x", "text": ["y"]}, r"row 4: 'title' and 'text' are strings .*got 'x', \['y'\]"),
         ({"id": "d1", "text": "again"}, "corpus.jsonl, row 4: id 'd1' is given twice; first at .*row 2"),
         ({"text": "no id"}, "corpus.jsonl, row 4: expected one 'id'"),
         ({"id": "d4", "_id": "d5", "text": "x"}, "corpus.jsonl, row 4: expected one 'id'"),
@@ -319,6 +376,35 @@ def test_what_is_written_is_read_back_in_the_same_order(tmp_path: Path) -> None:
     assert np.float32(first[4]) == measured.top_k(1000)[0][0, 0].item()
 
 
+@pytest.mark.parametrize("names", [["#q", "q,1", '"q"', "nan"], ["ü", "-1", "Q0", "\u200bq"]])
+def test_odd_names_are_read_back(names: list[str], tmp_path: Path) -> None:
+    write(tmp_path / "queries.jsonl", [{"id": name, "text": "x"} for name in names])
+    write(tmp_path / "corpus.jsonl", [{"id": name, "text": "x"} for name in names])
+    (tmp_path / "qrels.tsv").write_text("".join(f"{name}\t{name}\t1\n" for name in names))
+    evaluation = as_evaluation(str(tmp_path))
+    assert evaluation.qrels == {name: {name: 1} for name in names}
+    columns = torch.arange(4).expand(4, 4)
+    write_run(evaluation, torch.arange(4.0).flip(0).expand(4, 4), columns, tmp_path)
+    again = RerankingRun(str(tmp_path), str(tmp_path / f"{tmp_path.name}.trec")).load()
+    assert torch.equal(torch.tensor(again.candidates), columns)
+
+
+@pytest.mark.parametrize("name", ["page 0 of Ünï.pdf", "page\u00a00", "page\u20280", "page\x1c0"])
+@pytest.mark.parametrize("file", ["corpus.jsonl", "queries.jsonl"])
+def test_names_that_a_run_cannot_hold_are_measured_but_not_predicted(
+    name: str, file: str, folder: Path, checkpoint: Path
+) -> None:
+    rows = CORPUS if file == "corpus.jsonl" else QUERIES
+    write(folder / file, [{"id": name, "text": "x"}, *rows[1:]])
+    qrels = QRELS.replace("d2", name) if file == "corpus.jsonl" else QRELS.replace("\n2", f"\n{name}")
+    (folder / "qrels.tsv").write_text(qrels)
+    model, data = module(checkpoint), RetrievalDataModule(test=str(folder), num_workers=0)
+    trainer().test(model, datamodule=data, verbose=False)
+    model.measure = lambda *_: pytest.fail("embedded")  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"id .* has white space in it, which a TREC run cannot hold"):
+        trainer().predict(model, datamodule=data)
+
+
 LABELLED = [
     {"query": "q1", "document": ["a", "b", "c"], "label": [0, 2, 1]},
     {"query": "q2", "document": ["b", "d"], "label": [0, 0]},
@@ -415,14 +501,12 @@ def test_groups_join_the_rows_of_a_query(rows: list[Any], expected: list[Any], t
 
 def test_scores_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
     rows = [{"query": "q", "positive": "a", "scores": [score]} for score in (1.5, 2)]
-    with pytest.raises(
-        ValueError, match=r"twice.jsonl, row 2, column 'positive': score 2.0, and 1.5 in an earlier row"
-    ):
+    with pytest.raises(ValueError, match=r"twice.jsonl, row 2, column 'positive': score 2.0, and 1.5 in an earlier"):
         GroupByQuery(Rows(write(tmp_path / "twice.jsonl", rows)))[0]
     scored = Rows(write(tmp_path / "scored.jsonl", rows[:1]))
     plain = Rows(write(tmp_path / "plain.jsonl", [{"query": "q", "positive": "b"}]))
     with pytest.raises(
-        ValueError, match=r"scored.jsonl, row 1, column 'query': some rows .* have scores and some have none"
+        ValueError, match=r"scored.jsonl, row 1, column 'query': some rows .* have scores and some have"
     ):
         GroupByQuery(Mixture([scored, plain]))[0]
 

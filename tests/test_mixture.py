@@ -6,8 +6,8 @@ from itertools import chain
 
 import pytest
 
-from vlmembed.data import Mixture, Source
-from vlmembed.data.sampling import Batches
+from vlmembed.data import GroupByQuery, Mixture, Source
+from vlmembed.data.sources import Batches
 from vlmembed.types import Example, Item, Part
 
 
@@ -154,6 +154,45 @@ def test_the_length_is_exact_under_heavy_duplication(copies: int) -> None:
     drawn = epoch(batches)
     assert len(drawn) == len(batches) == (copies * 9 + 3) // 4
     assert all(len({source.queries[row] for row in batch}) == 4 for batch in drawn)
+
+
+SKEWED = {
+    "one": ["often"] * 2500 + [f"q{k}" for k in range(50)],
+    "half": ["often"] * 500 + [f"q{k}" for k in range(500)],
+    "several": ["a"] * 300 + ["b"] * 300 + [f"q{k}" for k in range(400)],
+    "power law": [f"q{int(300 / (1 + k % 300))}" for k in range(1200)] + [f"r{k}" for k in range(40)],
+}
+
+
+@pytest.mark.parametrize("name", SKEWED)
+@pytest.mark.parametrize("one_source_batches", [False, True])
+def test_what_an_epoch_misses_of_frequent_queries_is_said(name: str, one_source_batches: bool) -> None:
+    """A query's rows are seen once a batch: no more of them than there are batches."""
+    mixture = Mixture([Questions(SKEWED[name])], one_source_batches=one_source_batches)
+    batches = Batches(mixture, 16)
+    with pytest.warns(UserWarning, match=r"GroupByQuery .* an epoch then sees all") as said:
+        epochs = [{*chain(*epoch(batches, number))} for number in (0, 1)]
+    frequencies = Counter(SKEWED[name]).values()
+    expected = sum(min(frequency, len(batches)) for frequency in frequencies)
+    assert len(epochs[0]) == pytest.approx(expected, abs=16)  # Rows may wait when the epoch ends.
+    (warning,) = said
+    assert f"An epoch sees {expected:,} of the {len(mixture):,} rows of questions" in str(warning.message)
+    assert f" {max(frequencies):,} rows ask the same" in str(warning.message)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", SKEWED)
+def test_grouped_rows_are_all_seen(name: str) -> None:
+    grouped = GroupByQuery(Questions(SKEWED[name]))
+    batches = Batches(Mixture([grouped]), 1)
+    documents = [document.id for row in chain(*epoch(batches)) for document in grouped[row].positives]
+    assert len({*documents}) == len(documents) == len(SKEWED[name])
+
+
+@pytest.mark.filterwarnings("error")
+def test_even_queries_are_no_skew() -> None:
+    for queries in ([f"q{k % 50}" for k in range(1000)], [f"q{k}" for k in range(1000)]):
+        assert len({*chain(*epoch(Batches(Mixture([Questions(queries)]), 16)))}) > 960
 
 
 def test_deferred_rows_are_seen_in_the_same_epoch() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import pickle
@@ -12,11 +13,12 @@ from typing import Any
 import datasets
 import pytest
 import yaml
+from jsonargparse import ArgumentParser
 from PIL import Image
 
-from vlmembed.data import GroupByQuery, Mixture, Rows
+from vlmembed.data import GroupByQuery, Mixture, RetrievalDataModule, Rows
 from vlmembed.data.cells import Folder, to_items
-from vlmembed.data.evaluation import as_evaluation
+from vlmembed.data.evaluation import as_evaluation, as_reranking
 from vlmembed.media import load_image
 from vlmembed.types import Example, Item, Part
 
@@ -174,6 +176,7 @@ def test_bad_columns_are_refused(row: dict[str, Any], message: str, tmp_path: Pa
 
 
 GOOD = {"query": "q", "positive": "p"}
+SCORED = {**GOOD, "scores": [1.0]}
 
 
 @pytest.mark.parametrize(
@@ -187,31 +190,15 @@ GOOD = {"query": "q", "positive": "p"}
         (GOOD, {"query": ["q", "r"], "positive": "p"}, "row 2, column 'query': expected a string.* got list"),
         (GOOD, {"query": "q"}, "row 2 lacks column 'positive' of row 1"),
         (GOOD, {**GOOD, "negative": "n"}, "row 2 has a column 'negative' that is not in row 1"),
-        (
-            {**GOOD, "negative_1": "n"},
-            {**GOOD, "negative_1": None},
-            "'negative_1': the cell is empty .None.*'negatives'",
-        ),
+        ({**GOOD, "negative_1": "n"}, {**GOOD, "negative_1": None}, "'negative_1': the cell is empty .*'negatives'"),
         ({**GOOD, "negative_1": "n"}, GOOD, "row 2 lacks column 'negative_1'"),
         ({**GOOD, "negative": "n"}, {**GOOD, "negative": ["n", "m"]}, "row 2, column 'negative': .*got list"),
         ({**GOOD, "negatives": ["n"]}, {**GOOD, "negatives": "n"}, "row 2, column 'negatives': expected a list"),
-        (
-            {**GOOD, "scores": [1.0]},
-            {**GOOD, "scores": [1.0, 0.5]},
-            "row 2, column 'scores': expected a list of 1 numbers",
-        ),
-        (
-            {**GOOD, "scores": [1.0]},
-            {**GOOD, "scores": [float("nan")]},
-            "column 'scores': expected a number, finite in 32 bits; got nan",
-        ),
-        ({**GOOD, "scores": [1.0]}, {**GOOD, "scores": ["1"]}, "finite in 32 bits; got '1'"),
-        (
-            GOOD,
-            {"query": "q", "positive": {"image": "gone.png"}},
-            "row 2, column 'positive': .*gone.png does not exist",
-        ),
-        (GOOD, {"query": "q", "positive": {"img": "a.png"}}, "row 2, column 'positive': unknown key 'img'"),
+        (SCORED, {**GOOD, "scores": [1.0, 0.5]}, "row 2, column 'scores': expected a list of 1 numbers"),
+        (SCORED, {**GOOD, "scores": [float("nan")]}, "'scores': expected a number, finite in 32 bits; got nan"),
+        (SCORED, {**GOOD, "scores": ["1"]}, "finite in 32 bits; got '1'"),
+        (GOOD, {**GOOD, "positive": {"image": "gone.png"}}, "row 2, column 'positive': .*gone.png does not exist"),
+        (GOOD, {**GOOD, "positive": {"img": "a.png"}}, "row 2, column 'positive': unknown key 'img'"),
         (GOOD, ["q", "p"], "row 2: expected a JSON object"),
     ],
 )
@@ -282,14 +269,52 @@ def test_blank_lines_at_the_end_and_a_missing_last_newline_are_fine(tmp_path: Pa
         assert [content(rows[k])[0] for k in range(len(rows))] == [["q"], ["q"]]
 
 
-def test_missing_files_and_splits_and_ragged_tables_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "t.csv").write_text("query,positive\nq,p\nq,p,n\n")
+def test_missing_files_and_splits_are_refused(tmp_path: Path) -> None:
     datasets.DatasetDict({"dev": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "saved")
-    messages = {f"gone.{ending}": f"gone.{ending}: no such file" for ending in ("jsonl", "csv", "parquet")}
-    messages |= {"t.csv": "row 2: 3 cells under 2 columns", "saved": "no split 'train'; it has dev"}
-    for name, message in messages.items():
+    messages = {f"gone.{ending}": f"gone.{ending}: no such file" for ending in ("jsonl", "csv", "parquet", "json")}
+    for name, message in (messages | {"saved": "no split 'train'; it has dev"}).items():
         with pytest.raises(ValueError, match=message):
             len(Rows(str(tmp_path / name)))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.csv", b"query,positive\nq,p\nq,p,n\n", "row 2: 3 cells under 2 columns"),
+        ("t.csv", b"query,positive\n\nq,p\n", "row 1: 0 cells under 2 columns"),
+        ("t.csv", b"query,positive,positive\nq,p,r\n", "two columns are called 'positive'"),
+        ("t.csv", b'query,positive\nq,"p\nr,s\n', "line 3: not CSV: .*is a quote left open"),
+        ("t.csv", b'query,positive\nq,"p"r\n', "line 2: not CSV"),
+        ("t.csv", b"query,positive\nq,\xe9\n", "row 2: not UTF-8"),
+        ("t.csv", b"query,positive\n", "the data set has no rows"),
+        ("t.csv", b"", "the data set has no rows"),
+        ("t.parquet", b"noise", "cannot be opened: .*Parquet"),
+        ("t.json", b"noise", "cannot be opened: JSON parse error"),
+        ("t.jsonl.gz", gzip.compress(b'{"query": "q", "positive": "p"}\n'), "unknown kind of file '.gz'. Rows are in"),
+        ("t.tar", b"noise", "unknown kind of file '.tar'. Rows are in"),
+        ("t", b"q\tp\n", "unknown kind of file ''. Rows are in"),
+    ],
+)
+def test_files_that_are_no_tables_are_refused(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{tmp_path / name}.* ?{message}"):
+        len(Rows(str(tmp_path / name)))
+
+
+@pytest.mark.parametrize("name", ["T[1].CSV", "t[1].csv", "t[1].parquet", "t*.json", "T.JSONL", "t{a}.ndjson"])
+def test_names_are_no_patterns_and_endings_may_be_large(name: str, tmp_path: Path) -> None:
+    makers = {".csv": as_csv, ".parquet": as_parquet, ".jsonl": as_jsonl, ".ndjson": as_jsonl, ".json": as_jsonl}
+    rows = makers[Path(name).suffix.lower()](tmp_path)
+    Path(rows.path).rename(tmp_path / name)
+    rows = Rows(str(tmp_path / name))
+    assert [content(rows[k]) for k in range(len(rows))] == EXPECTED
+
+
+def test_a_long_text_of_a_csv_file_is_read(tmp_path: Path) -> None:
+    text = 'a, "b"\r\nc\r' * 30_000
+    with (tmp_path / "t.csv").open("w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file).writerows([["query", "positive"], ["q", text]])
+    assert content(Rows(str(tmp_path / "t.csv"))[0]) == (["q"], [text], [])
 
 
 @pytest.mark.parametrize(
@@ -301,48 +326,76 @@ def test_bad_renaming_is_refused(columns: dict[str, str | None], message: str, t
         len(Rows(write(tmp_path / "t.jsonl", [GOOD]), columns=columns))
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml")))
-def test_recipes_read_rows_with_the_columns_of_the_data_set_that_they_name(name: str, tmp_path: Path) -> None:
-    """A replica of tomaarsen/llamaindex-vdr-en-train-preprocessed: query, image, negative_0 … negative_3."""
-    data = yaml.safe_load((CONFIGS / name).read_text())["data"]["init_args"]
-    rows = [data[key] for key in ("train", "val") if isinstance(data.get(key), dict)]
-    rows = [row["init_args"] for row in rows if "llamaindex-vdr" in str(row["init_args"].get("path"))]
-    Image.new("RGB", (4, 4), "red").save(tmp_path / "a.png")
-    content = {"bytes": (tmp_path / "a.png").read_bytes(), "path": None}
-    names = ["image", *(f"negative_{number}" for number in range(4))]
-    features = datasets.Features({"query": datasets.Value("string")} | dict.fromkeys(names, datasets.Image()))
-    table = {"query": ["q1", "q2"]} | dict.fromkeys(names, [content] * 2)
-    datasets.Dataset.from_dict(table, features=features).to_parquet(tmp_path / "replica.parquet")
-    for options in rows:
-        example = Rows(str(tmp_path / "replica.parquet"), columns=options["columns"])[1]
-        kept = sum(new is not None for new in options["columns"].values()) + 4 - len(options["columns"]) + 1
-        assert len(example.documents) == kept
-        found = as_evaluation(Rows(str(tmp_path / "replica.parquet"), columns=options["columns"]))
-        assert (len(found.queries), len(found.corpus)) == (2, 1)
-    assert rows or "visual_document_re" not in name or name == "visual_document_retrieval_2b.yaml"
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("visual_*.yaml")), ids=lambda path: path.stem)
+def test_recipes_read_the_data_set_that_they_name(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replica of it: configurations train, eval and full, of one split each, with the columns of the data set."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path("tomaarsen/llamaindex-vdr-en-train-preprocessed")
+    columns = ["image", *(f"negative_{number}" for number in range(4))]
+    features = datasets.Features({"query": datasets.Value("string")} | dict.fromkeys(columns, datasets.Image()))
+    page = "---\nconfigs:\n"
+    for subset, count in {"train": 4, "eval": 3, "full": 7}.items():
+        table: dict[str, Any] = {"query": [f"{subset} {row}" for row in range(count)]}
+        for number, column in enumerate(columns):
+            table[column] = [Image.new("RGB", (4, 4), (count, row, number)) for row in range(count)]
+        (folder / subset).mkdir(parents=True)
+        datasets.Dataset.from_dict(table, features=features).to_parquet(folder / subset / "0.parquet")
+        page += f"- config_name: {subset}\n  data_files: [{{split: train, path: {subset}/*}}]\n"
+    (folder / "README.md").write_text(page + "---\n")
+    parser = ArgumentParser()
+    parser.add_class_arguments(RetrievalDataModule, "data")
+    written = {"data": yaml.safe_load(path.read_text())["data"]["init_args"]}
+    data = parser.instantiate_classes(parser.parse_object(written)).data
+    is_reranker = "reranking" in path.stem
+    examples = data.train.__getitems__(range(len(data.train)))
+    assert [content(example)[0] for example in examples] == [[f"train {row}"] for row in range(4)]
+    shown = [
+        [load_image(part.value).getpixel((0, 0)) for item in example.documents for part in item.parts]
+        for example in examples
+    ]
+    assert shown == [[(4, row, number) for number in range(5 if is_reranker else 2)] for row in range(4)]
+    found = as_reranking(data.val, "validation").evaluation if is_reranker else as_evaluation(data.val, "validation")
+    assert (texts(tuple(found.queries)), len(found.corpus)) == ([f"eval {row}" for row in range(3)], 3 * 5)
+    assert [sum(judged.values()) for judged in found.qrels.values()] == [1, 1, 1]
 
 
-@pytest.mark.parametrize("row", [0, 2])
-def test_a_line_that_is_too_long_is_refused_while_it_is_read(row: int, tmp_path: Path) -> None:
-    """In a process of its own, whose peak is not that of other tests; the file has holes, and takes no disk."""
-    with (tmp_path / "t.jsonl").open("wb") as file:
-        file.write(b'{"query": "q", "positive": "p"}\n' * row)
-        file.truncate(600_000_000)
+def test_lines_that_are_too_long_are_refused_while_they_are_read(tmp_path: Path) -> None:
+    """In a process of its own, whose peak is not that of other tests; the files have holes, and take no disk."""
+    before = dict.fromkeys(
+        ("first.jsonl", "t.json", "folder/train.jsonl", "qrels/qrels.tsv", "corpus/corpus.jsonl"), b""
+    )
+    before |= {"third.jsonl": b'{"query": "q", "positive": "p"}\n' * 2, "t.csv": b"query,positive\n" * 2}
+    for name, content in before.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        with (tmp_path / name).open("wb") as file:
+            file.write(content)
+            file.truncate(600_000_000)
+    for name in ("corpus/queries.jsonl", "qrels/queries.jsonl", "qrels/corpus.jsonl"):
+        (tmp_path / name).write_text('{"id": "q", "text": "x"}\n')
+    (tmp_path / "corpus" / "qrels.tsv").write_text("q\td\t1\n")
     program = """
 import resource, sys
+import datasets.packaged_modules.json.json
 from vlmembed.data import Rows
+from vlmembed.data.evaluation import as_evaluation
 
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak()
-try:
-    len(Rows(sys.argv[1]))
-except ValueError as error:
-    print(peak() - before, error)
+for path in sys.argv[1:]:
+    try:
+        as_evaluation(path)
+    except ValueError as error:
+        print(error)
+print(peak() - before)
 """
-    command = [sys.executable, "-c", program, str(tmp_path / "t.jsonl")]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    used, _, message = said.partition(" ")
-    assert f"t.jsonl, row {row + 1}: the line has more than 67,108,864 bytes; VLMEMBED_MAX_LINE_BYTES" in message
+    paths = [str(tmp_path / (name if name.count("/") == 0 else Path(name).parent)) for name in before]
+    command = [sys.executable, "-c", program, *paths]
+    *said, used = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    for (name, content), message in zip(before.items(), said, strict=True):
+        row = content.count(b"\n") + 1
+        assert message.startswith(
+            f"{tmp_path / name}, row {row}: the line has more than 67,108,864 bytes; VLMEMBED_MAX"
+        )
     assert int(used) < 200_000  # KiB: the line up to the limit, and once more while it is put together.
 
 

@@ -211,6 +211,10 @@ class _Chunks:
     chunks: list[Inputs]
     images: list[Inputs]
 
+    def to(self, device: object, **_: object) -> Self:
+        """Stay on the host, where a trainer would move a batch: the encoder takes its chunks over one at a time."""
+        return self
+
     def pin_memory(self) -> Self:
         """Lock all chunks in host memory, so that one is copied to the device while another computes."""
         for chunk in (*self.chunks, *self.images):

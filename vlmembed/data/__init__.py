@@ -10,7 +10,8 @@ from vlmembed.data.evaluation import (
     RerankingRun,
     RerankingSource,
 )
-from vlmembed.data.sources import GroupByQuery, Mixture, Rows, Source
+from vlmembed.data.rows import Rows
+from vlmembed.data.sources import GroupByQuery, Mixture, Source
 
 __all__ = [
     "Collator",

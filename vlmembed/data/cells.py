@@ -57,25 +57,30 @@ class Folder:
             raise ValueError(
                 f"{origin}: expected the path of an {kind} file, got {type(value).__name__} {value!r:.100}."
             )
-        if URL.match(str(value)):
+        path = self.locate(str(value), kind, origin)
+        if not path.is_file():
+            raise ValueError(f"{origin}: the {kind} file {path} does not exist.")
+        return path
+
+    def locate(self, value: str, kind: str, origin: str) -> Path:
+        """Return where a path leads that is relative to the folder or absolute; refuse one that leads outside."""
+        if URL.match(value):
             raise ValueError(
                 f"{origin}: the {kind} {value!r:.100} is a URL, and nothing is downloaded. Put the file into "
                 f"{self.path}, and give its path."
             )
         path = self.path / value
         try:
-            str(value).encode()
-            real, exists = Path(os.path.realpath(path)), path.is_file()
+            value.encode()
+            real, _ = Path(os.path.realpath(path)), path.is_file()
         except (OSError, ValueError) as error:  # Too long; with a null byte; with what is no character.
             raise ValueError(f"{origin}: the {kind} file {value!r:.100} cannot be looked for: {error}.") from error
         if not any(map(real.is_relative_to, self._allowed)):
             raise ValueError(
-                f"{origin}: the {kind} file {str(value)!r} leads out of the data set's folder {self.path}, to {real}. "
+                f"{origin}: the {kind} file {value!r} leads out of the data set's folder {self.path}, to {real}. "
                 "Move the file there, or if you trust this data set to name files of another folder, allow that one: "
                 f"allow_outside: [{real.parent}] beside 'path' (vlmembed.data.Rows, vlmembed.data.EvaluationFolder)."
             )
-        if not exists:
-            raise ValueError(f"{origin}: the {kind} file {path} does not exist.")
         return path
 
     @cached_property

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from vlmembed.data.evaluation import as_evaluation, as_reranking
-from vlmembed.data.sampling import RowLists, shard
+from vlmembed.data.sources import RowLists, shard
 from vlmembed.types import (
     Batch,
     Chunking,

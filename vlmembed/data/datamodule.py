@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader
 
 from vlmembed.data.collate import Collator
 from vlmembed.data.evaluation import EvaluationSource, RerankingSource
-from vlmembed.data.sampling import Batches, ResumableLoader, RowLists, seeded_generator
-from vlmembed.data.sources import Mixture, Rows, Source
+from vlmembed.data.rows import Rows
+from vlmembed.data.sources import Batches, Mixture, ResumableLoader, RowLists, Source, seeded_generator
 from vlmembed.training.bad_rows import BadRowFile, ReadableRows, SkipBadRows
 from vlmembed.training.signals import leave_stopping_to_parent
 from vlmembed.types import PATCH_COST, Chunking
@@ -110,6 +110,8 @@ class RetrievalDataModule(LightningDataModule):
                 raise ValueError(
                     f"{count} evaluation sets are called {name!r}; give their EvaluationFolder or -Rows a name."
                 )
+            if stage == "predict" and (paths := [one.name for one in sets if Path(one.name).name != one.name]):
+                raise ValueError(f"The evaluation set {paths[0]!r} has no name that a file may have; give it another.")
             self.evaluations[stage] = sets
 
     @property
@@ -133,11 +135,14 @@ class RetrievalDataModule(LightningDataModule):
             collator.chunking = Chunking(self.chunk_size, None, self.patch_cost)
         rows: Any = RowLists(self._mixture.__getitems__)
         collate: Any = collator
+        bad_rows = None
         if self.on_bad_row == "skip":
             rows, collate = ReadableRows(self._mixture), SkipBadRows(collator, collator.check)
-            self._bad_rows = BadRowFile(Path(trainer.log_dir or trainer.default_root_dir), self.max_bad_rows)
+            bad_rows = BadRowFile(Path(trainer.log_dir or trainer.default_root_dir), self.max_bad_rows)
         options = {"persistent_workers": self.num_workers > 0, **self._loader_options}
-        return ResumableLoader(rows, batch_size=None, sampler=self._batches(), collate_fn=collate, **options)
+        loader = ResumableLoader(rows, batch_size=None, sampler=self._batches(), collate_fn=collate, **options)
+        loader.bad_rows = bad_rows
+        return loader
 
     def val_dataloader(self) -> list[DataLoader]:
         """Return a loader for each validation set."""
@@ -158,16 +163,6 @@ class RetrievalDataModule(LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what a checkpoint says."""
         self.chunk_tokens = state_dict["chunk_tokens"]
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Write down the rows that a training batch lacks, when its step begins: not when a worker reads ahead."""
-        if getattr(batch, "bad_rows", ()):
-            self._bad_rows.add(batch.bad_rows)
-        return batch
-
-    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
-        """Leave the batch on the host: the encoder takes its chunks over one at a time."""
-        return batch
 
     def _batches(self) -> Batches:
         rank, world_size = self.trainer.global_rank, self.trainer.world_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -13,10 +14,17 @@ from typing import Any
 import numpy as np
 
 from vlmembed.data.cells import Cell, Folder, to_items
-from vlmembed.data.sources import JSONLines, Rows, Source, read_lines
+from vlmembed.data.rows import JSONLines, Rows, text_lines
+from vlmembed.data.sources import Source
 from vlmembed.types import EvaluationSet, Item, RerankingSet, Role
 
 Qrels = dict[str, dict[str, int]]
+
+#: What a cell of a table of tabs can say; not a byte order mark at its beginning, nor half of a surrogate pair.
+IDS = re.compile(r"(?!\ufeff)[^\t\r\n\ud800-\udfff]+")
+
+#: Sums of grades up to this are exact.
+MOST_GRADE = 2**31
 
 
 class EvaluationSource(ABC):
@@ -56,7 +64,9 @@ class EvaluationFolder(EvaluationSource):
     def load(self) -> EvaluationSet:
         """See `EvaluationSource.load`."""
         folder = Path(self.path)
-        root = Folder(folder, tuple(map(Path, self.allow_outside or ())))
+        root = Folder.of(self.path, self.allow_outside)
+        for name in ("qrels.tsv", "queries.jsonl", "corpus.jsonl"):
+            root.locate(name, "data", self.path)
         qrels = _read_qrels(folder / "qrels.tsv")
         queries = _read_items(folder / "queries.jsonl", "query", root)
         for query in qrels.keys() - queries.keys():
@@ -231,14 +241,24 @@ def _read_items(path: Path, role: Role, root: Folder) -> dict[str, Item]:
     for number, row in enumerate(table.__getitems__(range(len(table))), start=1):
         origin = f"{path}, row {number}"
         ids = [row.pop(key) for key in ("id", "_id") if key in row]
-        if len(ids) != 1 or not isinstance(ids[0], str | int):
+        if len(ids) != 1 or not isinstance(ids[0], str | int) or isinstance(ids[0], bool):
             raise ValueError(f"{origin}: expected one 'id' (or '_id'), a string, got {ids!r}.")
         name = str(ids[0])
+        if not IDS.fullmatch(name) or name != name.strip():
+            raise ValueError(
+                f"{origin}: id {name!r} cannot stand in qrels.tsv: it is empty, begins or ends with white space, or "
+                "has a tab, a line end or what is no character in it. Replace it in all files of the folder."
+            )
         if name in names:
             raise ValueError(f"{origin}: id {name!r} is given twice; first at {names[name]}.")
         row.pop("metadata", None)
         if title := row.pop("title", None):
-            row["text"] = f"{title} {row.get('text') or ''}".strip()
+            body = row.get("text") or ""
+            if not isinstance(title, str) or not isinstance(body, str):
+                raise ValueError(
+                    f"{origin}: 'title' and 'text' are strings where both are given; got {title!r:.100}, {body!r:.100}."
+                )
+            row["text"] = f"{title} {body}".strip()
         names[name] = f"{origin} (id {name!r})"
         cells.append((row, role, names[name]))
     return dict(zip(names, to_items(cells, root), strict=True))
@@ -248,12 +268,12 @@ def _read_qrels(path: Path) -> Qrels:
     qrels: Qrels = {}
     for number, line in _text_lines(path, "query-id, corpus-id and grade, separated by tabs"):
         cells = [cell.strip() for cell in line.split("\t")]
-        is_grade = cells[-1].removeprefix("-").isdecimal()
-        if number == 1 and not is_grade:
+        grade = _number(cells[-1])
+        if number == 1 and len(cells) == 3 and math.isnan(grade):  # A header.
             continue
-        if len(cells) != 3 or not is_grade:
-            raise ValueError(f"{path}, row {number}: expected query-id, corpus-id, integer grade; got {line!r}.")
-        query, document, grade = cells[0], cells[1], int(cells[2])
+        if len(cells) != 3 or not grade.is_integer() or abs(grade) > MOST_GRADE:
+            raise ValueError(f"{path}, row {number}: expected query-id, corpus-id, integer grade; got {line!r:.200}.")
+        query, document, grade = cells[0], cells[1], int(grade)
         if qrels.setdefault(query, {}).setdefault(document, grade) != grade:
             raise ValueError(f"{path}, row {number}: {query!r} and {document!r} had another grade before: {line!r}.")
     if not qrels:
@@ -269,11 +289,7 @@ def read_run(path: Path, evaluation: EvaluationSet) -> dict[str, dict[str, float
         cells, origin = line.split(), f"{path}, row {number}"
         if len(cells) != 6:
             raise ValueError(f"{origin}: expected 'query Q0 document rank score tag', got {line.strip()!r:.200}.")
-        query, document = cells[0], cells[2]
-        try:
-            score = float(cells[4])
-        except ValueError:
-            score = math.nan
+        query, document, score = cells[0], cells[2], _number(cells[4])
         if not math.isfinite(score):
             raise ValueError(f"{origin}: score {cells[4]!r} is not a finite number.")
         if query not in queries:
@@ -291,15 +307,17 @@ def read_run(path: Path, evaluation: EvaluationSet) -> dict[str, dict[str, float
     return run
 
 
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
 def _text_lines(path: Path, content: str) -> Iterator[tuple[int, str]]:
     """Yield number and text of the lines that are not blank."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file; it holds {content}.")
-    with path.open("rb") as file:
-        for number, line in enumerate(read_lines(path, file), start=1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}, row {number}: not UTF-8 ({error}): {line[:100]!r}") from error
-            if text.strip():
-                yield number, text
+    for number, line in enumerate(text_lines(path), start=1):
+        if line.strip():
+            yield number, line.rstrip("\r\n")

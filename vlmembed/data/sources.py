@@ -1,31 +1,30 @@
-"""Sources of training rows: files, folders and the Hub; mixtures of sources, and rows grouped by query."""
+"""Sources of training rows, grouped by query or mixed, and the sampling of their rows into batches.
+
+A loader of training batches resumes in the middle of an epoch.
+"""
 
 from __future__ import annotations
 
-import csv
-import json
-import os
+import warnings
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from itertools import accumulate
-from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from functools import cached_property
+from itertools import accumulate, islice, pairwise, repeat
+from typing import Any
 
-import datasets
 import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from vlmembed.data.cells import Cell, Folder, to_items
-from vlmembed.data.columns import check_columns, labelled, to_examples
-from vlmembed.media import limit
 from vlmembed.types import Example, Item
 
-#: The most bytes that a line of a JSONL or TSV file may have.
-MAX_LINE_BYTES = limit("VLMEMBED_MAX_LINE_BYTES", 2**26)
 #: Bounds the memory of reading the queries of a whole source.
 ROWS_AT_ONCE = 1024
+#: Stands for the id of a query that has not been read.
+UNREAD = np.iinfo(np.int64).min
 
 
 class Source(ABC):
@@ -67,204 +66,6 @@ class Source(ABC):
                 for index in piece:  # One of them cannot be read.
                     ids += [-1 - index] if len(piece) == 1 else self.query_ids([index])
         return ids
-
-
-@dataclass(eq=False)
-class Rows(Source):
-    """Training rows from a file, a folder or the Hub.
-
-    Columns are ``query``, ``positive`` and optionally ``negative``, ``negative_0`` … ``negative_n``, or a list
-    ``negatives``; or ``query``, ``document`` and ``label``; and ``scores``. See vlmembed/data/README.md.
-
-    Args:
-        path: A JSONL, CSV or Parquet file, a folder written by ``save_to_disk``, or a folder or Hub id that
-            ``datasets.load_dataset`` opens.
-        split: Which split of a data set that has several; a file, or one saved data set, is read whole.
-        subset: Which configuration of a data set that has several.
-        columns: New names for columns, ``{question: query}``; null drops a column.
-        allow_outside: Folders outside of the file's (or the data set's) whose images and videos the rows may name.
-    """
-
-    path: str
-    split: str = "train"
-    subset: str | None = None
-    columns: dict[str, str | None] | None = None
-    allow_outside: list[str] | None = None
-
-    @property
-    def name(self) -> str:
-        """The file or folder name, without ending."""
-        return Path(self.path).stem
-
-    def __len__(self) -> int:
-        return len(self._opened[0])
-
-    def __getitem__(self, index: int) -> Example:
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[Example]:
-        table, names = self._opened
-        dropped, renamed = {*(self.columns or ())}, []
-        origins = [f"{self.path}, row {index + 1}" for index in indices]
-        for origin, row in zip(origins, self._read(table, indices), strict=True):
-            missing, extra = [*(names.keys() - row.keys())], [*(row.keys() - names.keys() - dropped)]
-            if missing or extra:
-                reason = f"lacks column {missing[0]!r} of" if missing else f"has a column {extra[0]!r} that is not in"
-                raise ValueError(f"{origin} {reason} row 1; every row needs the same columns.")
-            renamed.append({new: row[old] for old, new in names.items()})
-        return to_examples(renamed, self._folder, origins)
-
-    def read_queries(self, indices: Sequence[int]) -> list[Item]:
-        """See `Source.read_queries`; leaves the other columns of an Arrow table undecoded."""
-        table, names = self._opened
-        column = next(old for old, new in names.items() if new == "query")
-        selected = table if isinstance(table, JSONLines) else table.select_columns([column])
-        rows = zip(indices, self._read(selected, indices), strict=True)
-        cells: list[Cell] = [(row.get(column), "query", f"{self.path}, row {k + 1}, column 'query'") for k, row in rows]
-        return to_items(cells, self._folder)
-
-    def _read(self, table: Table, indices: Sequence[int]) -> list[dict[str, Any]]:
-        try:
-            return table.__getitems__(list(indices)) if indices else []
-        except OSError as error:  # The file's fault, and no row's.
-            raise OSError(f"{self.path}, row {indices[0] + 1}: cannot be read: {error}") from error
-
-    @cached_property
-    def _folder(self) -> Folder:
-        return Folder.of(self.path, self.allow_outside)
-
-    @cached_property
-    def _opened(self) -> tuple[Table, dict[str, str]]:
-        """The table, and the columns that are not dropped: the file's name → the name after renaming."""
-        table, columns = open_table(self.path, self.split, self.subset), self.columns or {}
-        if absent := [column for column in columns if column not in table.column_names]:
-            raise ValueError(
-                f"{self.path}: no column {absent[0]!r} to rename or drop; it has {', '.join(table.column_names)}."
-            )
-        names = {old: new for old in table.column_names if (new := columns.get(old, old)) is not None}
-        renamed = [*names.values()]
-        if twice := [name for name in renamed if renamed.count(name) > 1]:
-            raise ValueError(f"{self.path}: two columns would be called {twice[0]!r}; columns is {columns}.")
-        check_columns(renamed, self.path)
-        return table if isinstance(table, JSONLines) else table.select_columns([*names]), names
-
-
-def read_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    """Read a file line by line; a line above ``MAX_LINE_BYTES`` is refused before it is in memory."""
-    for number, line in enumerate(iter(partial(file.readline, MAX_LINE_BYTES + 1), b""), start=1):
-        if len(line) > MAX_LINE_BYTES:
-            raise ValueError(
-                f"{path}, row {number}: the line has more than {MAX_LINE_BYTES:,} bytes; VLMEMBED_MAX_LINE_BYTES sets "
-                "the limit. Are there line ends between the rows?"
-            )
-        yield line
-
-
-class JSONLines:
-    """A JSONL file, read when asked for; only the offset of each line is in memory.
-
-    Not through Arrow, which wants one type per column: a cell may be a string in one row and a mapping in the next.
-    Raises an ``OSError`` when the file has changed: its rows would be others, unnoticed.
-    """
-
-    def __init__(self, path: Path):
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file.")
-        self.path = path
-        offsets: list[int] = []
-        position, blank = 0, 0
-        with path.open("rb") as file:
-            self._version = _version(file)
-            for line in read_lines(path, file):
-                if not line.strip():
-                    blank = blank or len(offsets) + 1
-                elif blank:  # Row numbers in messages are line numbers, so no line may be skipped.
-                    raise ValueError(f"{path}, row {blank}: a blank line; remove it.")
-                else:
-                    offsets.append(position)
-                position += len(line)
-        if not offsets:
-            raise ValueError(f"{path}: the file has no rows.")
-        self._offsets = np.array(offsets)
-
-    def __len__(self) -> int:
-        return len(self._offsets)
-
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        rows = []
-        with self.path.open("rb") as file:
-            if _version(file) != self._version:
-                raise OSError(f"{self.path} has changed since it was opened. Write a new version to another file.")
-            for index in indices:
-                file.seek(int(self._offsets[index]))
-                line = file.readline()
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{self.path}, row {index + 1}: not JSON ({error}): {line[:100]!r}") from error
-                if not isinstance(row, dict):
-                    raise ValueError(f"{self.path}, row {index + 1}: expected a JSON object, got {line[:100]!r}.")
-                rows.append(row)
-        return rows
-
-    @cached_property
-    def column_names(self) -> list[str]:
-        """The keys of the first row."""
-        return list(self.__getitems__([0])[0])
-
-
-def _version(file: BinaryIO) -> tuple[int, int]:
-    status = os.fstat(file.fileno())
-    return status.st_size, status.st_mtime_ns
-
-
-Table: TypeAlias = JSONLines | datasets.Dataset
-
-
-def open_table(path: str, split: str, subset: str | None = None) -> Table:
-    """Open what a path or a Hub id stands for; a ``ValueError`` if there is no such file or split, or no row."""
-    file = Path(path)
-    if file.suffix in (".jsonl", ".ndjson"):
-        return JSONLines(file)
-    if file.suffix in (".csv", ".parquet", ".json") and not file.is_file():
-        raise ValueError(f"{path}: no such file.")
-    if file.suffix == ".csv":
-        table = _read_csv(file)
-    elif file.suffix in (".parquet", ".json"):
-        table = datasets.load_dataset(file.suffix[1:], data_files=path, split="train")
-    elif (file / "dataset_dict.json").exists() or (file / "state.json").exists():
-        table = datasets.load_from_disk(path)
-        if isinstance(table, datasets.DatasetDict):
-            if split not in table:
-                raise ValueError(f"{path}: no split {split!r}; it has {', '.join(table)}. Choose with Rows(split=…).")
-            table = table[split]
-    else:
-        table = datasets.load_dataset(path, subset, split=split)
-    # Images and the like come as they are stored: opened by `datasets`, they could be of any size, or a URL.
-    table.info.features = datasets.Features({name: _encoded(feature) for name, feature in table.features.items()})
-    if not len(table):
-        raise ValueError(f"{path}: the data set has no rows.")
-    return table
-
-
-def _read_csv(path: Path) -> datasets.Dataset:
-    # Not datasets' reader: it guesses types, so the text "None" becomes nothing and "1984" a number.
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.reader(file, strict=True))
-    names = rows[0] if rows else []
-    for number, row in enumerate(rows[1:], start=1):
-        if len(row) != len(names):
-            raise ValueError(f"{path}, row {number}: {len(row)} cells under {len(names)} columns: {row!r:.200}")
-    return datasets.Dataset.from_dict({name: [row[k] for row in rows[1:]] for k, name in enumerate(names)})
-
-
-def _encoded(feature: Any) -> Any:
-    if isinstance(feature, dict):
-        return {name: _encoded(inner) for name, inner in feature.items()}
-    if isinstance(feature, datasets.List | datasets.LargeList):
-        return replace(feature, feature=_encoded(feature.feature))
-    is_medium = hasattr(feature, "decode") and not isinstance(feature, datasets.Json)
-    return replace(feature, decode=False) if is_medium else feature
 
 
 @dataclass(eq=False)
@@ -314,6 +115,14 @@ class GroupByQuery(Source):
         for row, query in enumerate(self.rows.query_ids(range(len(self.rows)))):
             groups.setdefault(query, []).append(row)
         return [*groups.values()]
+
+
+def labelled(query: Item, candidates: Iterable[tuple[Item, float, float | None]]) -> Example:
+    """Make an example of documents with their labels and scores: positives first, otherwise in their order."""
+    ordered = sorted(candidates, key=lambda candidate: candidate[1] <= 0)
+    documents, labels, scores = (tuple(values) for values in zip(*ordered, strict=True))
+    positives = sum(label > 0 for label in labels)
+    return Example(query, documents[:positives], documents[positives:], None if None in scores else scores, labels)
 
 
 @dataclass(eq=False)
@@ -407,3 +216,196 @@ class Mixture(Source):
             rows.setdefault(source, []).append(index - offsets[source])
         results = {source: iter(read(self.sources[source], numbers)) for source, numbers in rows.items()}
         return [next(results[source]) for source in order]
+
+
+class Batches(Sampler[list[int]]):
+    """Row numbers of every batch of an epoch, for one process.
+
+    The global batch is drawn from seed and epoch alone and cut into one piece per process, so any number of processes
+    trains on the same batches. Where ``distinct``, no query comes twice in a global batch, where it would be its own
+    negative: its second row waits for a later batch. Where not, rows come as drawn, and no query is read.
+
+    The number of batches is that of rows over the size of a global batch, rounded down: where waiting rows cannot fill
+    the last one, rows of the next shuffle do. A ``ValueError`` says that a batch is larger than the rows or queries.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        distinct: bool = True,
+    ):
+        if batch_size < 1:
+            raise ValueError(f"batch_size is 1 or more, got {batch_size}.")
+        self.mixture, self.batch_size, self.seed, self.distinct = mixture, batch_size, seed, distinct
+        self.rank, self.world_size = rank, world_size
+        self.epoch = 0
+        #: Batches of the epoch to leave out, because a run that is resumed has had them.
+        self.skip = 0
+        self._query_ids = np.full(len(mixture), UNREAD)
+        self._checked: set[range] = set()
+        if not len(self):
+            raise ValueError(f"The {len(mixture)} training rows are fewer than one batch of {self.global_size}.")
+
+    @property
+    def global_size(self) -> int:
+        """Rows per batch over all processes."""
+        return self.batch_size * self.world_size
+
+    def __len__(self) -> int:
+        return len(self.mixture) // self.global_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration draws. Lightning calls it."""
+        if epoch != self.epoch:
+            self.skip = 0
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = np.random.default_rng([self.seed, self.epoch])
+        sources = [range(start, stop) for start, stop in pairwise(self.mixture.offsets)]
+        rows = [_passes(source, generator) for source in sources]
+        if self.mixture.one_source_batches:
+            counts = self.mixture.apportion(len(self))
+            streams = [self._cut(*parts) for parts in zip(rows, sources, counts, strict=True)]
+            schedule = generator.permutation(np.repeat(range(len(streams)), counts))
+            batches: Iterator[list[int]] = (next(streams[source]) for source in schedule)
+        else:
+            batches = self._cut(self._mixed(rows, generator), range(len(self.mixture)), len(self))
+        start = self.rank * self.batch_size
+        for batch in islice(batches, self.skip, len(self)):
+            yield batch[start : start + self.batch_size]
+
+    def _mixed(self, streams: list[Iterator[int]], generator: np.random.Generator) -> Iterator[int]:
+        """Shuffle each source's share of an epoch together, epoch after epoch."""
+        counts = self.mixture.apportion(len(self.mixture))
+        while True:
+            drawn = [row for stream, count in zip(streams, counts, strict=True) for row in islice(stream, count)]
+            yield from generator.permutation(drawn).tolist()
+
+    def _cut(self, stream: Iterator[int], rows: range, count: int) -> Iterator[list[int]]:
+        """Cut an endless stream of rows into batches, ``count`` of them in an epoch.
+
+        A row whose query is in the batch already waits for the next one.
+        """
+        size = self.global_size
+        if not self.distinct:
+            yield from (list(islice(stream, size)) for _ in repeat(None))
+        waiting: OrderedDict[int, deque[int]] = OrderedDict()  # Query id → its rows, the longest wait first.
+        drawn = delayed = 0
+        while True:
+            batch = {query: waiting[query].popleft() for query in islice(waiting, size)}
+            for query in batch:
+                waiting.move_to_end(query)
+                if not waiting[query]:
+                    del waiting[query]
+            while len(batch) < size:
+                more = list(islice(stream, size - len(batch)))
+                for row, query in zip(more, self._queries_of(more), strict=True):
+                    if query in batch:
+                        waiting.setdefault(query, deque()).append(row)
+                        delayed += 1
+                    else:
+                        batch[query] = row
+                drawn += len(more)
+                if delayed > drawn / 10 and rows not in self._checked:
+                    self._checked.add(rows)
+                    self._check_queries(rows, count)
+            yield [*batch.values()]
+
+    def _check_queries(self, rows: range, count: int) -> None:
+        """Refuse rows of too few queries, and say how many of them the batches of an epoch can show, if not all."""
+        queries, frequencies = np.unique(self._queries_of(rows), return_counts=True)
+        if len(queries) < self.global_size:
+            raise ValueError(
+                f"Rows {rows.start + 1} to {rows.stop} of {self.mixture.name} ask {len(queries)} distinct queries, "
+                f"fewer than the {self.global_size} rows of a batch over all processes, where each query may come "
+                "once. Lower batch_size."
+            )
+        seen, places = int(np.minimum(frequencies, count).sum()), min(len(rows), count * self.global_size)
+        if seen < 0.9 * places and not self.rank:
+            warnings.warn(
+                f"An epoch sees {seen:,} of the {len(rows):,} rows of {self.mixture.name}, some of them again and "
+                f"again: a batch holds a query once, and {frequencies.max():,} rows ask the same. "
+                "vlmembed.data.GroupByQuery makes one row of them, with several positives; an epoch then sees all.",
+                stacklevel=2,
+            )
+
+    def _queries_of(self, rows: Sequence[int]) -> list[int]:
+        """Return the id of each row's query; each is read once."""
+        unread = [row for row in rows if self._query_ids[row] == UNREAD]
+        if unread:
+            self._query_ids[unread] = self.mixture.query_ids(unread)
+        return self._query_ids[list(rows)].tolist()
+
+
+def _passes(rows: range, generator: np.random.Generator) -> Iterator[int]:
+    """Go through the rows in a new order each time, without end."""
+    while True:
+        yield from (rows.start + generator.permutation(len(rows))).tolist()
+
+
+class RowLists(Dataset[Any]):
+    """What a function reads of a list of row numbers, as a sampler of whole batches asks for them."""
+
+    def __init__(self, read: Callable[[Sequence[Any]], list[Any]]):
+        self.read = read
+
+    def __getitem__(self, rows: Sequence[Any]) -> list[Any]:
+        return self.read(rows)
+
+
+class ResumableLoader(DataLoader):
+    """A training loader whose position in the epoch is saved in checkpoints.
+
+    Lightning makes the first iterator before it sets the epoch, so iteration starts with the first batch asked for.
+    """
+
+    sampler: Batches
+    bad_rows: Any = None  # Takes the rows that are left out of batches.
+    _batch = 0
+    _exhausted = False
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        self._batch = self.sampler.skip
+        if self._exhausted:
+            self._exhausted = False
+            return
+        # The same in every run that comes to this epoch, resumed or not.
+        self.generator = seeded_generator(self.sampler.seed, self.sampler.epoch, self.sampler.rank)
+        for batch in super().__iter__():
+            # Counted when handed out, not when a worker reads ahead; a checkpoint is written after the batch's step.
+            self._batch += 1
+            if batch.bad_rows and self.bad_rows is not None:
+                self.bad_rows.add(batch.bad_rows)
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Say which rows of which epoch have been handed out, over all processes."""
+        return {"epoch": self.sampler.epoch, "rows": self._batch * self.sampler.global_size}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue after them, in the same order if the global batch is of the same size."""
+        self.sampler.set_epoch(state["epoch"])
+        # Of both: another checkpoint may be written before a batch is asked for.
+        self._batch = self.sampler.skip = state["rows"] // self.sampler.global_size
+        self._exhausted = bool(state.get("exhausted"))
+
+
+def seeded_generator(*seeds: int) -> torch.Generator:
+    """Return what a loader seeds its workers from, so that starting them draws nothing from the run's random state."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(seeds).generate_state(1)[0]))
+
+
+def shard(costs: Sequence[int], batch_size: int, rank: int, world_size: int) -> list[list[int]]:
+    """Cut rows into batches of similar cost, the most expensive first, and deal equally many to each process.
+
+    Every row is in one batch of one process; only where there are fewer rows than batches does one repeat.
+    """
+    order = np.argsort(-np.asarray(costs), kind="stable")
+    rounds = -(-len(order) // (batch_size * world_size))
+    pieces = np.array_split(order, rounds * world_size)
+    return [(piece if len(piece) else order[-1:]).tolist() for piece in pieces[rank::world_size]]
