@@ -44,7 +44,7 @@ from vlmembed.gradcache import GradCache, forward_chunks
 from vlmembed.losses import BinaryCrossEntropy, InfoNCE, Matryoshka
 from vlmembed.modules import EmbeddingModule
 from vlmembed.modules.embedding import gather_batch
-from vlmembed.training.guards import CollapseMonitor
+from vlmembed.training.guards import CollapseMonitor, embedding_likeness, score_likeness
 from vlmembed.types import Batch, Example, Inputs
 
 #: Chunks only change the order of float32 sums.
@@ -505,12 +505,17 @@ def test_watching_never_waits_for_the_device() -> None:
     scores, mask = (torch.zeros(4, 5, device="meta", dtype=dtype) for dtype in (torch.float32, torch.bool))
     embeddings = torch.zeros(4, 8, device="meta")
     fitting: Any = SimpleNamespace(
-        trainer=SimpleNamespace(precision_plugin=SimpleNamespace(train_step_context=contextlib.nullcontext))
+        global_step=0,
+        trainer=SimpleNamespace(
+            precision_plugin=SimpleNamespace(train_step_context=contextlib.nullcontext),
+            optimizers=[SimpleNamespace(param_groups=[{"lr": 0.1}])],
+        ),
     )
-    for watched, loss, given in (
-        (CollapseMonitor.of_embeddings(), InfoNCE(), (embeddings, embeddings, torch.eye(4, dtype=torch.int8))),
-        (CollapseMonitor.of_scores(), BinaryCrossEntropy(), (scores, scores, mask)),
+    for likeness, loss, given in (
+        (embedding_likeness, InfoNCE(), (embeddings, embeddings, torch.eye(4, dtype=torch.int8))),
+        (score_likeness, BinaryCrossEntropy(), (scores, scores, mask)),
     ):
+        watched = CollapseMonitor("Outputs", likeness)
         with no_waiting():
             watched.note(0, given, embeddings.sum())
             watched.check(fitting, loss)
