@@ -38,7 +38,9 @@ def gather_and_differentiate() -> dict[str, Any]:
     numbers = distributed.gather(torch.arange(ROWS[dist.get_rank()]).to(torch.int8))
     empty = distributed.gather(torch.ones(2 * dist.get_rank(), 3))
     half = distributed.gather(torch.full((1 + dist.get_rank(), 2), 0.5, dtype=torch.bfloat16))
-    return {"gathered": gathered, "gradient": own.grad, "numbers": numbers, "empty": empty, "half": half}
+    largest = distributed.largest(ROWS[dist.get_rank()], torch.device("cpu"))
+    found = {"gathered": gathered, "gradient": own.grad, "numbers": numbers, "empty": empty, "half": half}
+    return {**found, "largest": largest}
 
 
 def test_gather_joins_uneven_rows_and_returns_their_gradient() -> None:
@@ -52,6 +54,7 @@ def test_gather_joins_uneven_rows_and_returns_their_gradient() -> None:
         assert found[rank]["numbers"].tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
         assert found[rank]["numbers"].dtype == torch.int8
         assert torch.equal(found[rank]["empty"], torch.ones(2, 3))
+        assert found[rank]["largest"] == max(ROWS)
         assert torch.equal(found[rank]["half"], torch.full((3, 2), 0.5, dtype=torch.bfloat16))
 
 
@@ -60,14 +63,6 @@ def test_alone_nothing_is_gathered() -> None:
     assert distributed.world_size() == 1
     assert distributed.gather(tensor) is tensor
     assert distributed.largest(5, torch.device("cpu")) == 5
-
-
-def find_largest() -> int:
-    return distributed.largest(ROWS[dist.get_rank()], torch.device("cpu"))
-
-
-def test_the_largest_number_is_known_everywhere() -> None:
-    assert ddp.run(find_largest) == [max(ROWS)] * ddp.WORLD_SIZE
 
 
 @pytest.mark.parametrize("limit", [0.1, 1e6])

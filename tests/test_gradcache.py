@@ -44,7 +44,7 @@ from vlmembed.gradcache import GradCache, forward_chunks
 from vlmembed.losses import BinaryCrossEntropy, InfoNCE, Matryoshka
 from vlmembed.modules import EmbeddingModule
 from vlmembed.modules.embedding import gather_batch
-from vlmembed.training.guards import CollapseMonitor
+from vlmembed.training.guards import CollapseMonitor, embedding_likeness, score_likeness
 from vlmembed.types import Batch, Example, Inputs
 
 #: Chunks only change the order of float32 sums.
@@ -63,10 +63,8 @@ class Toy(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.layers = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Dropout(dropout), nn.Linear(16, 4))
-        self.calls = 0
 
     def forward(self, chunk: Inputs) -> Tensor:
-        self.calls += 1
         return self.layers(chunk["numbers"])
 
 
@@ -128,13 +126,6 @@ def test_random_numbers_continue_as_if_nothing_was_replayed() -> None:
         train(toy, toy_chunks(3))
         drawn.append(torch.rand(3))
     assert torch.equal(*drawn)
-
-
-@pytest.mark.parametrize(("size", "calls"), [(10, 1), (5, 3), (1, 19)])
-def test_the_last_chunk_is_not_computed_twice(size: int, calls: int) -> None:
-    toy = Toy()
-    toy_step(toy, toy_chunks(size))
-    assert toy.calls == calls
 
 
 def test_what_has_no_gradient() -> None:
@@ -238,49 +229,36 @@ def patches(model: EmbeddingModule, data: list[Example]) -> int:
     return int(found["image_grid_thw"].prod(dim=1).sum())
 
 
+MODES = [
+    pytest.param(FROZEN, 0.0, id="frozen, no graphs"),
+    pytest.param(FROZEN, ALL, id="frozen, all graphs"),
+    pytest.param({}, 0.0, id="trainable, no graphs"),
+    pytest.param({}, 1.0, id="trainable, little room"),
+    pytest.param({}, ALL, id="trainable, all graphs"),
+]
+
+
 @pytest.mark.parametrize("chunk_size", [1, 3, None])
-@pytest.mark.parametrize(
-    ("options", "graph_bytes"),
-    [
-        pytest.param(FROZEN, 0.0, id="frozen"),
-        pytest.param(FROZEN, ALL, id="frozen, all graphs"),
-        pytest.param({}, ALL, id="trainable, all graphs"),
-    ],
-)
-def test_the_tower_sees_each_image_once(
+@pytest.mark.parametrize(("options", "graph_bytes"), MODES)
+def test_how_often_the_tower_sees_an_image(
     checkpoint: Path, options: dict[str, Any], graph_bytes: float, chunk_size: int | None
 ) -> None:
+    """Once, and it goes back once. Where graphs are not kept, it sees all but the last chunk twice.
+
+    Without any graphs it sees what each chunk shows; then no features wait for the other chunks.
+    """
     model = module(checkpoint, **options)
     counts = Counts(model)
-    step_gradients(model, GradCache(model.encoder, graph_bytes), batch(model, rows(), chunk_size))
-    every = patches(model, rows())
-    assert counts.forward == every
-    assert counts.backward == (0 if options else every)
-
-
-def test_with_little_room_a_trainable_tower_sees_images_twice_and_goes_back_once(checkpoint: Path) -> None:
-    """But for the last chunk of images, whose graph is kept."""
-    model = module(checkpoint)
-    counts = Counts(model)
-    data = batch(model, rows(), chunk_size=1)
-    step_gradients(model, GradCache(model.encoder, graph_bytes=1.0), data)
-    every = patches(model, rows())
-    assert len(data.images) > 1
-    assert counts.forward == 2 * every - int(data.images[-1]["grid_thw"].prod(dim=1).sum())
-    assert counts.backward == every
-
-
-@pytest.mark.parametrize("chunk_size", [1, 3])
-def test_without_graphs_a_trainable_tower_sees_what_each_chunk_shows_twice(checkpoint: Path, chunk_size: int) -> None:
-    """But for the last chunk, whose graph is kept; then no features wait for the other chunks."""
-    model = module(checkpoint)
-    counts = Counts(model)
     data = batch(model, rows(), chunk_size)
-    step_gradients(model, GradCache(model.encoder), data)
-    sizes = torch.cat([images["grid_thw"].prod(dim=1) for images in data.images])
-    shown = [int(sizes[chunk["images"][:, 1].unique()].sum()) for chunk in data.chunks]
-    assert counts.forward == 2 * sum(shown) - shown[-1]
-    assert counts.backward == sum(shown)
+    step_gradients(model, GradCache(model.encoder, graph_bytes), data)
+    sizes = [images["grid_thw"].prod(dim=1) for images in data.images]
+    chunks = [int(size.sum()) for size in sizes]
+    assert sum(chunks) == patches(model, rows())
+    if not options and not graph_bytes:
+        chunks = [int(torch.cat(sizes)[chunk["images"][:, 1].unique()].sum()) for chunk in data.chunks]
+    again = 0 if options or graph_bytes == ALL else sum(chunks[:-1])
+    assert counts.forward == sum(chunks) + again
+    assert counts.backward == (0 if options else sum(chunks))
 
 
 @pytest.mark.parametrize("graph_bytes", [0.0, ALL])
@@ -462,15 +440,6 @@ def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "autocast", lambda *device, **options: contextlib.nullcontext())
 
 
-MODES = [
-    pytest.param(FROZEN, 0.0, id="frozen, no graphs"),
-    pytest.param(FROZEN, ALL, id="frozen, all graphs"),
-    pytest.param({}, 0.0, id="trainable, no graphs"),
-    pytest.param({}, 1.0, id="trainable, little room"),
-    pytest.param({}, ALL, id="trainable, all graphs"),
-]
-
-
 @pytest.mark.usefixtures("on_meta")
 @pytest.mark.parametrize(("options", "graph_bytes"), MODES)
 def test_a_step_never_waits_for_the_device(checkpoint: Path, options: dict[str, Any], graph_bytes: float) -> None:
@@ -505,12 +474,17 @@ def test_watching_never_waits_for_the_device() -> None:
     scores, mask = (torch.zeros(4, 5, device="meta", dtype=dtype) for dtype in (torch.float32, torch.bool))
     embeddings = torch.zeros(4, 8, device="meta")
     fitting: Any = SimpleNamespace(
-        trainer=SimpleNamespace(precision_plugin=SimpleNamespace(train_step_context=contextlib.nullcontext))
+        global_step=0,
+        trainer=SimpleNamespace(
+            precision_plugin=SimpleNamespace(train_step_context=contextlib.nullcontext),
+            optimizers=[SimpleNamespace(param_groups=[{"lr": 0.1}])],
+        ),
     )
-    for watched, loss, given in (
-        (CollapseMonitor.of_embeddings(), InfoNCE(), (embeddings, embeddings, torch.eye(4, dtype=torch.int8))),
-        (CollapseMonitor.of_scores(), BinaryCrossEntropy(), (scores, scores, mask)),
+    for likeness, loss, given in (
+        (embedding_likeness, InfoNCE(), (embeddings, embeddings, torch.eye(4, dtype=torch.int8))),
+        (score_likeness, BinaryCrossEntropy(), (scores, scores, mask)),
     ):
+        watched = CollapseMonitor("Outputs", likeness)
         with no_waiting():
             watched.note(0, given, embeddings.sum())
             watched.check(fitting, loss)

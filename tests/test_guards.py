@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import warnings
 from collections.abc import Collection
 from dataclasses import replace
@@ -18,12 +19,25 @@ import lightning
 import pytest
 import torch
 import torch.distributed as dist
-from building import Recorder, batch, examples, lists, module, ranker, ranking_batch, trainer, write_rows
+from building import (
+    Recorder,
+    batch,
+    collated,
+    examples,
+    item,
+    lists,
+    module,
+    ranker,
+    ranking_batch,
+    trainer,
+    write_rows,
+)
 from lightning import LightningModule
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from test_losses import CROSS
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from torch.optim import SGD, Adafactor, AdamW
@@ -31,12 +45,22 @@ from torch.utils.data import DataLoader
 
 from vlmembed.backbones import Qwen3VL
 from vlmembed.data import RetrievalDataModule
-from vlmembed.losses import BinaryCrossEntropy, InfoNCE, Matryoshka, RankingLoss, ScoreDistillation, SoftmaxCrossEntropy
+from vlmembed.losses import (
+    BinaryCrossEntropy,
+    InfoNCE,
+    KLDivergence,
+    MarginMSE,
+    Matryoshka,
+    RankingLoss,
+    RankNet,
+    ScoreDistillation,
+    SoftmaxCrossEntropy,
+)
 from vlmembed.modules import CosineDecay, EmbeddingModule, RetrievalModule
 from vlmembed.pooling import LastToken
 from vlmembed.training import guards
 from vlmembed.training.guards import CollapseMonitor, embedding_likeness, score_likeness
-from vlmembed.types import Batch
+from vlmembed.types import Batch, Example
 
 ROWS = 3
 
@@ -281,7 +305,7 @@ def train_together(checkpoint: Path, folder: Path) -> dict[str, tuple[Recorder, 
         model = EmbeddingModule(Qwen3VL(str(checkpoint)), LastToken(), InfoNCE(0.05), optimizer=partial(SGD, lr=0.01))
         data = batches(module(checkpoint), 4, rank)
         recorder = run(model, data[2 * rank :] + data[: 2 * rank], Plant({1}, what, rank=1), **options)
-        found[name] = recorder, model.guard.skipped
+        found[name] = recorder, model.guard.counts["skipped"]
     return found
 
 
@@ -439,7 +463,8 @@ def said(model: RetrievalModule, data: list[Any], epochs: int | None = 1, **opti
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer(max_epochs=epochs, **options).fit(model, DataLoader(data, batch_size=None))
-    return [str(each.message) for each in caught if "Likely causes" in str(each.message)]
+    sentences = [str(each.message) for each in caught]
+    return [text for text in sentences if re.search("Likely causes|nothing to learn|rate was 0", text)]
 
 
 def flatten(model: RetrievalModule, spread: float) -> None:
@@ -459,17 +484,52 @@ def test_collapse_is_said_once(checkpoint: Path) -> None:
     assert "(0.001 now)" in found[1]
 
 
+NOTHING = r"There is nothing to learn: the loss is 0 if all outputs are the same.* over the last 2 steps"
+AT_CHANCE = r"The loss is at chance: 0\.69\d+ over the last 2 steps, and 0\.6931 if all outputs are the same"  # log 2
+ROW, OTHER = (Example(item(f"query {number}", role="query"), (item("a document"),)) for number in range(2))
+EQUAL_SCORES = replace(ROW, negatives=(item("another"),), scores=(1.0, 1.0))
+EQUAL_LABELS = replace(ROW, positives=(item("one"), item("other")))
+
+
 @pytest.mark.usefixtures("_often")
-def test_a_loss_with_nothing_to_learn_from_is_said_at_once(checkpoint: Path) -> None:
-    """One row in a batch, and rows whose documents are all the same: even while the learning rate rises."""
-    rows = examples(3)[:2]
-    same = [replace(row, positives=rows[0].positives[:1], negatives=()) for row in rows]
-    for batch_rows in (same[:1], same):
-        model = module(checkpoint, lr_scheduler=lambda optimizer: CosineDecay(optimizer, 12, warmup=0.9))
-        with pytest.warns(UserWarning, match=r"The loss was exactly 0 over the last 2 steps.*no query has a negative"):
-            trainer(max_epochs=None, max_steps=2).fit(
-                model, DataLoader([batch(model, batch_rows)] * 2, batch_size=None)
-            )
+@pytest.mark.parametrize(
+    ("loss", "rows", "message"),
+    [
+        pytest.param(InfoNCE(), [ROW], NOTHING, id="one row"),
+        pytest.param(InfoNCE(), [ROW, OTHER], NOTHING, id="equal documents"),
+        pytest.param(InfoNCE(), [ROW, replace(ROW, positives=(item("other"),))], NOTHING, id="equal queries"),
+        pytest.param(InfoNCE(), [replace(ROW, negatives=ROW.positives)], NOTHING, id="a positive as negative"),
+        pytest.param(InfoNCE(directions=["query_to_query"]), [ROW, OTHER], NOTHING, id="nothing in one direction"),
+        pytest.param(InfoNCE(directions=CROSS), [ROW], AT_CHANCE, id="one row in two directions"),
+        pytest.param(Matryoshka(InfoNCE(learnable_temperature=True), [64, 16]), [ROW], NOTHING, id="Matryoshka"),
+        pytest.param(ScoreDistillation(), [EQUAL_SCORES], NOTHING, id="equal scores"),
+        pytest.param(ScoreDistillation(MarginMSE()), [EQUAL_SCORES], NOTHING, id="equal margins"),
+        pytest.param(KLDivergence(), [EQUAL_SCORES], NOTHING, id="a reranker's equal scores"),
+        pytest.param(RankNet(), [EQUAL_LABELS], NOTHING, id="a reranker's equal labels"),
+        pytest.param(SoftmaxCrossEntropy(), [EQUAL_LABELS], AT_CHANCE, id="all positive"),
+    ],
+)
+def test_a_run_that_cannot_learn_is_said(checkpoint: Path, loss: Any, rows: list[Example], message: str) -> None:
+    """Where constant outputs have the smallest loss: even while the learning rate rises."""
+    schedule = {"lr_scheduler": lambda optimizer: CosineDecay(optimizer, 12, warmup=0.9)} if message == NOTHING else {}
+    model: Any = (ranker if isinstance(loss, RankingLoss) else module)(checkpoint, loss, **schedule)
+    data = collated(model.collator(), rows)
+    with pytest.warns(UserWarning, match=message):
+        trainer(max_epochs=None, max_steps=2).fit(model, DataLoader([data] * 2, batch_size=None))
+
+
+def test_a_short_run_is_told_that_there_is_nothing_to_learn(checkpoint: Path) -> None:
+    """And no more than that, so early."""
+    for rows, count in (([ROW], 1), (examples(2), 0)):
+        model = module(checkpoint)
+        flatten(model, 1e-4)
+        assert len(said(model, [batch(model, rows)] * 12)) == count
+
+
+@pytest.mark.usefixtures("_often")
+def test_a_rate_of_zero_is_said(checkpoint: Path) -> None:
+    model = module(checkpoint, optimizer=partial(SGD, lr=0.0))
+    assert "The learning rate was 0 over the last 2 steps." in said(model, batches(model, 2))
 
 
 @pytest.mark.usefixtures("_often")
@@ -498,12 +558,13 @@ def test_scores_that_are_all_alike_are_named(checkpoint: Path) -> None:
 
 @pytest.mark.usefixtures("_often")
 def test_it_is_said_again_after_it_was_better() -> None:
-    watched, said = CollapseMonitor.of_embeddings(), []
+    watched, said = CollapseMonitor("Embeddings", embedding_likeness), []
     fitting: Any = SimpleNamespace(
+        global_step=0,
         trainer=SimpleNamespace(
-            optimizers=[SimpleNamespace(param_groups=[{"lr": 0.0}])],
+            optimizers=[SimpleNamespace(param_groups=[{"lr": 0.1}])],
             precision_plugin=SimpleNamespace(train_step_context=lambda: warnings.catch_warnings()),
-        )
+        ),
     )
     far, near = torch.eye(4), torch.ones(4, 4)
     for step, documents in enumerate([near, near, near, near, far, far, near, near]):

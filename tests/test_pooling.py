@@ -201,13 +201,6 @@ def test_gradients_are_those_of_finite_differences(case: Case, side: str) -> Non
     assert torch.autograd.gradcheck(pooled, (hidden.requires_grad_(), *weights.values()))
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_gets_no_gradient(case: Case, side: str) -> None:
-    hidden, mask, ids = padded(items(case), side, 0.0)
-    built(case)(hidden.requires_grad_(), mask, ids).square().sum().backward()
-    assert not hidden.grad[..., mask == 0, :].any()
-
-
 def test_states_before_the_tail_are_not_read(case: Case) -> None:
     pooling = built(case)
     hidden, mask, ids = padded(items(case), "right", 0.0)

@@ -9,6 +9,7 @@ parameters alike.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -53,11 +54,6 @@ def total(number: int) -> int:
     return sum(gather_objects(number))
 
 
-def any_process(flag: Tensor) -> bool:
-    """Whether a flag () is set in any process: what all of them have to decide alike. Waits for the device."""
-    return bool(largest(int(flag), flag.device)) if world_size() > 1 else bool(flag)
-
-
 def largest(number: int, device: torch.device) -> int:
     """Return the largest of all processes' numbers; ``device`` is where the processes talk."""
     if world_size() == 1:
@@ -71,19 +67,26 @@ def largest(number: int, device: torch.device) -> int:
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """Concatenate every process's rows, in the order of ranks; rows may differ in number.
+    """Concatenate every process's rows (n, …), in the order of ranks; rows may differ in number.
 
-    Args:
-        tensor: (n, …) rows of this process; the other dimensions and the dtype are the same everywhere.
-
-    Returns:
-        (sum of n, …) the same tensor on every process. Its gradient flows back to this process's own rows only,
-        multiplied by the number of processes (see the head of this file).
+    The result is the same on every process. Its gradient flows back to this process's own rows only, multiplied by the
+    number of processes (see the head of this file).
     """
     if world_size() == 1:
         return tensor
-    gathered: Tensor = _Gather.apply(tensor)
-    return gathered
+    counts = torch.zeros(world_size(), dtype=torch.long, device=tensor.device)
+    dist.all_gather_into_tensor(counts, torch.tensor([len(tensor)], device=tensor.device))
+    sizes = counts.tolist()
+    # Collectives want equal shapes, so short ranks pad.
+    padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
+    padded[: len(tensor)] = tensor.detach()
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    rows = [part[:size] for part, size in zip(parts, sizes, strict=True)]
+    own = rows[rank()] = tensor.view_as(tensor)
+    if own.requires_grad:
+        own.register_hook(lambda gradient: gradient * world_size())
+    return torch.cat(rows)
 
 
 def gather_on_host(tensor: Tensor, device: torch.device) -> Tensor:
@@ -96,25 +99,6 @@ def first_indices(numbers: Tensor, count: int) -> Tensor:
     return torch.full((count,), len(numbers)).scatter_reduce(0, numbers, torch.arange(len(numbers)), "amin")
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        counts = [torch.zeros(1, dtype=torch.long, device=tensor.device) for _ in range(world_size())]
-        dist.all_gather(counts, torch.tensor([len(tensor)], device=tensor.device))
-        sizes = [int(count) for count in counts]
-        # Collectives want equal shapes, so short ranks pad.
-        padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
-        padded[: len(tensor)] = tensor
-        parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(parts, padded)
-        ctx.start, ctx.stop = sum(sizes[: dist.get_rank()]), sum(sizes[: dist.get_rank() + 1])
-        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return gradients[0][ctx.start : ctx.stop] * world_size()
-
-
 # Gradients
 
 
@@ -122,10 +106,8 @@ def defer_gradient_reduction(model: nn.Module | None) -> bool:
     """Stop a ``DistributedDataParallel`` wrapper from reducing gradients during backward.
 
     A step runs one backward per chunk, and the wrapper would reduce (and, meeting a parameter twice, fail) in each.
-    The caller reduces once instead, with `mean_gradients`.
-
-    Returns:
-        Whether there is a reduction to make up for: under DDP, and for what a sharded model has not in shards.
+    The caller reduces once instead, with `mean_gradients`, if this returns true: under DDP, and for what a sharded
+    model has not in shards.
     """
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = False
@@ -137,10 +119,7 @@ def mean_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace every gradient by its mean over processes, in a few large messages; that of shards is a mean already.
 
     A parameter without gradient counts as zero where another process has one (its batch had images, ours had none),
-    and is left alone where none has, as in a single process.
-
-    Args:
-        parameters: The parameters, in the same order on every process.
+    and is left alone where none has, as in a single process. Parameters come in the same order on every process.
     """
     trained = [entry for entry in parameters if entry.requires_grad and not isinstance(entry, DTensor)]
     if not trained:
@@ -152,22 +131,21 @@ def mean_gradients(parameters: Iterable[nn.Parameter]) -> None:
         if is_used:
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             gradients.append(parameter.grad)
-    for bucket in _buckets(gradients):
-        flat = torch.cat([gradient.flatten() for gradient in bucket])
+    gradients.sort(key=lambda gradient: str(gradient.dtype))
+    # Tensors of one dtype go together: those that end in the same so many bytes of all.
+    ends = zip(gradients, accumulate(gradient.nbytes for gradient in gradients), strict=True)
+    for _, bucket in groupby(ends, lambda end: (end[0].dtype, (end[1] - 1) // BUCKET_BYTES)):
+        members = [gradient for gradient, _ in bucket]
+        flat = torch.cat([gradient.flatten() for gradient in members])
         dist.all_reduce(flat)
         flat /= world_size()
-        for gradient, mean in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
+        for gradient, mean in zip(members, flat.split([gradient.numel() for gradient in members]), strict=True):
             gradient.copy_(mean.view_as(gradient))
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Return the norm () of all gradients together; some parameters may be in shards, others not.
-
-    Args:
-        parameters: The same in every process; one without gradient counts nothing.
-    """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    groups = [[grad for grad in gradients if isinstance(grad, DTensor) == sharded] for sharded in (True, False)]
+    """Return the norm () of all gradients together; some parameters may be in shards, others not."""
+    groups = [[weight.grad for weight in group if weight.grad is not None] for group in _by_sharding(parameters)]
     norms = [nn.utils.get_total_norm(group) for group in groups if group]
     whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     return torch.stack(whole).norm() if len(whole) > 1 else whole[0] if whole else torch.zeros(())
@@ -175,10 +153,14 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, norm: Tensor) -> None:
     """Scale gradients so that their norm, which is ``norm`` now, is no larger than a limit."""
-    trained = [parameter for parameter in parameters if parameter.grad is not None]
-    for sharded in (True, False):
-        group = [parameter for parameter in trained if isinstance(parameter, DTensor) == sharded]
+    for group in _by_sharding(parameters):
         nn.utils.clip_grads_with_norm_(group, limit, norm)
+
+
+def _by_sharding(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Return the parameters that have a gradient: those in shards, and the others."""
+    trained = [parameter for parameter in parameters if parameter.grad is not None]
+    return [[entry for entry in trained if isinstance(entry, DTensor) == sharded] for sharded in (True, False)]
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -189,16 +171,3 @@ def is_sharded(module: nn.Module) -> bool:
 def local_part(tensor: Tensor) -> Tensor:
     """Return what this process holds of a tensor: a shard, or all of it."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _buckets(gradients: list[Tensor]) -> Iterable[list[Tensor]]:
-    """Group tensors of one dtype up to `BUCKET_BYTES`."""
-    bucket: list[Tensor] = []
-    for gradient in sorted(gradients, key=lambda gradient: str(gradient.dtype)):
-        size = sum(member.nbytes for member in bucket)
-        if bucket and (bucket[0].dtype != gradient.dtype or size + gradient.nbytes > BUCKET_BYTES):
-            yield bucket
-            bucket = []
-        bucket.append(gradient)
-    if bucket:
-        yield bucket

@@ -46,17 +46,8 @@ class GradCache:
     The vision tower encodes each distinct image of a batch once. Of a frozen tower only the features are needed. A
     trainable tower is chunked like the texts: it collects what all texts send back, and goes backward once for each
     image. Only where no graph may be kept does it run together with the texts of its images: features of a whole batch
-    would take the memory that was to be saved.
-
-    Args:
-        encoder: With weights, and adapters applied.
-        graph_bytes: What graphs may take; see `GraphBudget`.
-        features: Keeps a frozen tower's features from step to step.
-        steps: Per epoch, to predict what ``features`` will take.
-
-    Attributes:
-        before_step: Whether the optimizer steps after this batch, not after another whose gradient is added to its.
-        budget: What the graphs of the last step took.
+    would take the memory that was to be saved. ``features`` keeps what a frozen tower makes from step to step; of so
+    many ``steps`` per epoch it predicts what that will take.
     """
 
     def __init__(
@@ -64,6 +55,7 @@ class GradCache:
     ) -> None:
         self.encoder = encoder
         self.graph_bytes = graph_bytes
+        #: Whether the optimizer steps after this batch, not after another whose gradient is added to its.
         self.before_step = False
         self.budget = GraphBudget()
         self._features, self._steps, self._predicted = features, steps, features is None
@@ -76,10 +68,7 @@ class GradCache:
         """Embed a batch's items, or score its pairs, in the order of its chunks, for a loss to go backward from.
 
         Where memory runs out, chunks are halved and no graphs are kept from then on; there are no gradients yet that
-        could be lost.
-
-        Raises:
-            RuntimeError: If memory runs out all the same.
+        could be lost. Raises a RuntimeError if memory runs out all the same.
         """
         try:
             return self._embed(self.encoder.halve(batch) if self._short_of_memory else batch)
@@ -107,11 +96,10 @@ class GradCache:
 
     def _embed(self, batch: Batch | RankingBatch) -> Tensor:
         self.budget = GraphBudget(self.graph_bytes, self.encoder.parameters())
-        encode = self._text_encoder(batch)
-        self._texts = forward_chunks(lambda chunk: (encode(chunk),), batch.chunks, self.budget)
+        self._texts = forward_chunks(self._text_encoder(batch), batch.chunks, self.budget)
         return self._texts.embeddings
 
-    def _text_encoder(self, batch: Batch | RankingBatch) -> Callable[[Inputs], Tensor]:
+    def _text_encoder(self, batch: Batch | RankingBatch) -> Forward:
         """Encode the images that can be encoded apart; return what encodes a chunk of texts with them."""
         self._images = None
         if self._frozen_vision:
@@ -120,8 +108,8 @@ class GradCache:
             self._images = forward_chunks(self.encoder.backbone.encode_images, batch.images, self.budget)
             features = self._images.outputs
         else:
-            return lambda chunk: self.encoder.forward_with_images(chunk, batch.images)
-        return lambda chunk: self.encoder(chunk, features)
+            return lambda chunk: (self.encoder.forward_with_images(chunk, batch.images),)
+        return lambda chunk: (self.encoder(chunk, features),)
 
     @torch.no_grad()
     def _frozen_features(self, batch: Batch | RankingBatch) -> list[Tensor]:
@@ -141,12 +129,7 @@ class GradCache:
 
 
 class GraphBudget:
-    """How much memory the graphs of a step may take.
-
-    Args:
-        limit: Bytes.
-        weights: What graphs refer to but do not own.
-    """
+    """How much memory the graphs of a step may take: ``limit`` bytes, without the ``weights`` that graphs refer to."""
 
     def __init__(self, limit: float = 0.0, weights: Iterable[Tensor] = ()) -> None:
         self.limit = limit
@@ -169,18 +152,14 @@ class GraphBudget:
 
 
 def forward_chunks(forward: Forward, chunks: Sequence[Inputs], budget: GraphBudget | None = None) -> CachedForward:
-    """Compute something of chunks, and cut the graph behind it.
+    """Compute something of chunks, any number of tensors of each, and cut the graph behind it.
 
-    Args:
-        forward: From a chunk to any number of tensors; called once more in `CachedForward.backward` for a chunk whose
-            graph was not kept.
-        chunks: What to compute it of.
-        budget: For graphs; none by default.
+    A chunk whose graph was not kept, because the ``budget`` has no room, is computed again in the backward pass.
     """
     budget = budget or GraphBudget()
     pending = []
     for chunk in chunks:
-        state = _RandomState()
+        state = random_state()
         last, has_room = chunk is chunks[-1], budget.taken < budget.limit
         measured = budget.measured() if has_room else nullcontext()
         with torch.set_grad_enabled(torch.is_grad_enabled() and (last or has_room)), measured:
@@ -190,24 +169,27 @@ def forward_chunks(forward: Forward, chunks: Sequence[Inputs], budget: GraphBudg
         # The leaves are where the loss's backward ends; the outputs are where `backward` goes on from.
         leaves = [output.detach().requires_grad_(torch.is_grad_enabled()) for output in outputs]
         pending.append(_Pending(chunk, state, outputs, leaves))
-    return CachedForward([leaf for part in pending for leaf in part.leaves], pending, forward, _current_autocast())
+    device = "cuda" if torch.is_autocast_enabled("cuda") else "cpu"
+    autocast = torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+    return CachedForward([leaf for part in pending for leaf in part.leaves], pending, forward, autocast)
+
+
+@dataclass
+class _Pending:
+    chunk: Inputs
+    state: list[Tensor]
+    outputs: Sequence[Tensor]
+    leaves: list[Tensor]
 
 
 @dataclass
 class CachedForward:
-    """What was computed of some chunks, and what it takes to send its gradient back.
+    """What was computed of some chunks, and what it takes to send its gradient back."""
 
-    Args:
-        outputs: Leaves, in the order of the chunks: where the loss's backward ends.
-        pending: The chunks whose gradient is still to be sent.
-        forward: What computes the outputs.
-        autocast: The precision of the first pass, entered again for each chunk.
-    """
-
-    outputs: list[Tensor]
-    pending: list[_Pending]
+    outputs: list[Tensor]  # Leaves, in the order of the chunks: where the loss's backward ends.
+    pending: list[_Pending]  # The chunks whose gradient is still to be sent.
     forward: Forward
-    autocast: AbstractContextManager
+    autocast: AbstractContextManager  # The precision of the first pass, entered again for each chunk.
 
     @cached_property
     def embeddings(self) -> Float[Tensor, "N D"]:
@@ -222,47 +204,28 @@ class CachedForward:
         # one whose graph is sure to be in memory, and should be gone before another is built.
         while self.pending:
             part = self.pending.pop()
-            has_graph = any(output.requires_grad for output in part.outputs)
-            outputs = part.outputs if has_graph else self._recompute(part)
-            reached = [
-                (output, leaf.grad)
-                for output, leaf in zip(outputs, part.leaves, strict=True)
-                if output.requires_grad and leaf.grad is not None
-            ]
+            outputs = part.outputs
+            if not any(output.requires_grad for output in outputs):
+                with restored(part.state), self.autocast:
+                    outputs = self.forward(part.chunk)
+            gradients = {output: leaf.grad for output, leaf in zip(outputs, part.leaves, strict=True)}
+            reached = [output for output, grad in gradients.items() if output.requires_grad and grad is not None]
             if reached:
-                torch.autograd.backward([output for output, _ in reached], [gradient for _, gradient in reached])
-            del part, outputs, reached
-
-    def _recompute(self, part: _Pending) -> Sequence[Tensor]:
-        with part.state.restored(), self.autocast:
-            return self.forward(part.chunk)
+                torch.autograd.backward(reached, [gradients[output] for output in reached])
+            del part, outputs, gradients, reached
 
 
-@dataclass
-class _Pending:
-    chunk: Inputs
-    state: _RandomState
-    outputs: Sequence[Tensor]
-    leaves: list[Tensor]
+def random_state() -> list[Tensor]:
+    """Return the states of what dropout draws from: the CPU's generator, and the current GPU's where one is used."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])]
 
 
-class _RandomState:
-    """The state of the generators that dropout draws from: the CPU's, and the current GPU's where one is used."""
-
-    def __init__(self) -> None:
-        self._cpu = torch.get_rng_state()
-        self._gpu = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """Start from this state; leave the generators as they were before."""
-        with torch.random.fork_rng([] if self._gpu is None else [torch.cuda.current_device()]):
-            torch.set_rng_state(self._cpu)
-            if self._gpu is not None:
-                torch.cuda.set_rng_state(self._gpu)
-            yield
-
-
-def _current_autocast() -> AbstractContextManager:
-    device = "cuda" if torch.is_autocast_enabled("cuda") else "cpu"
-    return torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+@contextmanager
+def restored(state: list[Tensor]) -> Iterator[None]:
+    """Draw from a state; leave the generators as they were before."""
+    cpu, *gpu = state
+    with torch.random.fork_rng([torch.cuda.current_device()] if gpu else []):
+        torch.set_rng_state(cpu)
+        for gpu_state in gpu:
+            torch.cuda.set_rng_state(gpu_state)
+        yield

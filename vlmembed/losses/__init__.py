@@ -1,24 +1,9 @@
 """Losses: functions of embeddings and relevance, or of scores and labels; of nothing else."""
 
+# ruff: noqa: F401
+
 from vlmembed.losses.base import LabelSpec, Loss, RankingLoss
 from vlmembed.losses.distillation import KLDivergence, MarginMSE, ScoreDistillation
 from vlmembed.losses.infonce import InfoNCE
 from vlmembed.losses.matryoshka import Matryoshka, WeightedSum
 from vlmembed.losses.ranking import BinaryCrossEntropy, LambdaRank, ListNet, RankNet, SoftmaxCrossEntropy
-
-__all__ = [
-    "BinaryCrossEntropy",
-    "InfoNCE",
-    "KLDivergence",
-    "LabelSpec",
-    "LambdaRank",
-    "ListNet",
-    "Loss",
-    "MarginMSE",
-    "Matryoshka",
-    "RankNet",
-    "RankingLoss",
-    "ScoreDistillation",
-    "SoftmaxCrossEntropy",
-    "WeightedSum",
-]

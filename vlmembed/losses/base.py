@@ -17,13 +17,11 @@ class Loss(nn.Module, ABC):
     """An embedder's loss: a number to minimise, from the embeddings of a batch and their relevance to each other.
 
     A loss sees the whole batch, of all processes together, and knows nothing of how the embeddings were made.
-
-    Attributes:
-        dimensions: Truncated embedding dimensions that it trains, and that are therefore worth measuring as well.
-        wants_scores: Whether it distils a teacher's scores, which each training row then must have.
     """
 
+    #: Truncated embedding dimensions that it trains, and that are therefore worth measuring as well.
     dimensions: tuple[int, ...] = ()
+    #: Whether it distils a teacher's scores, which each training row then must have.
     wants_scores: bool = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Loss:
@@ -55,28 +53,18 @@ class Loss(nn.Module, ABC):
 
 @dataclass(frozen=True)
 class LabelSpec:
-    """What a ranking loss needs to know of each candidate.
+    """What a ranking loss needs to know of each candidate."""
 
-    Args:
-        teacher_scores: Whether it learns from a teacher's scores instead of labels.
-        largest: The largest label that has a meaning; the smallest is 0.
-        needs_positive: Whether each query needs a candidate with a label above 0.
-        needs_several: Whether each query needs at least two candidates.
-    """
-
-    teacher_scores: bool = False
-    largest: float = math.inf
-    needs_positive: bool = False
-    needs_several: bool = False
+    teacher_scores: bool = False  # A teacher's scores instead of labels.
+    largest: float = math.inf  # The largest label that has a meaning; the smallest is 0.
+    needs_positive: bool = False  # For each query a candidate with a label above 0.
+    needs_several: bool = False  # For each query at least two candidates.
 
 
 class RankingLoss(nn.Module, ABC):
-    """A cross-encoder's loss: a number to minimise, from the scores of some queries' candidates.
+    """A cross-encoder's loss: a number to minimise, from the scores of some queries' candidates."""
 
-    Attributes:
-        label_spec: What it needs to know of each candidate; the collator checks it, and names the row.
-    """
-
+    #: What it needs to know of each candidate; the collator checks it, and names the row.
     label_spec: ClassVar[LabelSpec] = LabelSpec()
 
     @abstractmethod

@@ -26,11 +26,9 @@ class KLDivergence(RankingLoss):
     def __init__(self, temperature: float = 1.0, teacher_temperature: float = 1.0) -> None:
         super().__init__()
         check_positive(temperature=temperature, teacher_temperature=teacher_temperature)
-        self.temperature = temperature
-        self.teacher_temperature = teacher_temperature
+        self.temperature, self.teacher_temperature = temperature, teacher_temperature
 
     def forward(self, scores: Float[Tensor, "Q C"], targets: Float[Tensor, "Q C"], mask: Bool[Tensor, "Q C"]) -> Tensor:
-        """See `RankingLoss.forward`."""
         model = masked_log_softmax(scores, mask, self.temperature)
         teacher = masked_log_softmax(targets, mask, self.teacher_temperature)
         return (masked(teacher.exp(), mask) * (teacher - model)).sum(1).mean()
@@ -47,7 +45,6 @@ class MarginMSE(RankingLoss):
     label_spec = LabelSpec(teacher_scores=True, needs_several=True)
 
     def forward(self, scores: Float[Tensor, "Q C"], targets: Float[Tensor, "Q C"], mask: Bool[Tensor, "Q C"]) -> Tensor:
-        """See `RankingLoss.forward`."""
         errors = masked(scores, mask) - masked(targets, mask)
         counts = mask.sum(1)
         # The mean over pairs of squared differences is twice the variance, which takes no (Q, C, C) matrix.
@@ -64,9 +61,6 @@ class ScoreDistillation(Loss):
     Args:
         loss: What compares them with the teacher's: `KLDivergence` (the default if null), or `MarginMSE`.
         temperature: Cosines are divided by it, so that they spread as a teacher's scores do; as a rule `InfoNCE`'s.
-
-    Raises:
-        ValueError: If the loss wants labels, or the temperature is not above 0 and finite.
     """
 
     wants_scores = True
@@ -81,7 +75,6 @@ class ScoreDistillation(Loss):
         self.temperature = temperature
 
     def forward(self, queries: Tensor, documents: Tensor, relevance: Tensor, scores: Tensor | None = None) -> Tensor:
-        """See `Loss.forward`; raises ValueError without scores."""
         if scores is None:
             raise ValueError("ScoreDistillation needs a teacher's scores, and the batch has none.")
         scores = scores.to(queries.device, non_blocking=True)

@@ -62,9 +62,6 @@ class InfoNCE(Loss):
         hardness: Add this times the (detached) cosine similarity to the ``query_to_document`` logits of negatives,
             so that similar ones weigh more (9 in LLaVE, arXiv:2503.04812; 5 in EmbeddingGemma, arXiv:2509.20354).
         hardness_on: Which negatives ``hardness`` weighs: other queries' documents, the query's hard negatives, or both.
-
-    Raises:
-        ValueError: If an argument is outside its range, or could have no effect.
     """
 
     def __init__(
@@ -87,16 +84,11 @@ class InfoNCE(Loss):
         if hardness_on not in get_args(Negatives):
             raise ValueError(f"hardness_on must be one of {get_args(Negatives)}, got {hardness_on!r}")
         if hardness > 0 and "query_to_document" not in directions:
-            raise ValueError(
-                f"hardness={hardness} weighs 'query_to_document' only, which directions={directions!r} lacks"
-            )
+            raise ValueError(f"hardness={hardness} weighs 'query_to_document', which directions={directions!r} lacks")
         if false_negative_margin is not None and not math.isfinite(false_negative_margin):
             raise ValueError(f"false_negative_margin must be finite, or null to keep all, got {false_negative_margin}")
-        self.directions = tuple(directions)
-        self.softmax = softmax
-        self.false_negative_margin = false_negative_margin
-        self.hardness = hardness
-        self.hardness_on = hardness_on
+        self.directions, self.softmax = tuple(directions), softmax
+        self.false_negative_margin, self.hardness, self.hardness_on = false_negative_margin, hardness, hardness_on
         self.fixed_scale = 1 / temperature
         # A fixed temperature is no parameter: a checkpoint must not override what the configuration says.
         log_scale = torch.tensor(math.log(self.fixed_scale), dtype=torch.float32)
@@ -121,9 +113,8 @@ class InfoNCE(Loss):
         queries: Float[Tensor, "Q D"],
         documents: Float[Tensor, "P D"],
         relevance: Int8[Tensor, "Q P"],
-        scores: Float[Tensor, "Q P"] | None = None,
+        scores: Tensor | None = None,
     ) -> Float[Tensor, ""]:
-        """See `Loss.forward`; scores are ignored. Raises ValueError for a query without a positive."""
         device = queries.device
         # Counted on the host, where relevance is in training: then nothing waits for a GPU. Otherwise this does, once.
         is_positive = relevance.cpu() == 1

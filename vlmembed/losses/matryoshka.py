@@ -19,9 +19,6 @@ class Matryoshka(Loss):
         dimensions: How many leading numbers of the embedding to keep, each once. Include the full dimension: what is
             not listed is not trained.
         weights: What each dimension's loss counts, in the order of ``dimensions``; 1 each by default.
-
-    Raises:
-        ValueError: If dimensions are missing, repeated or below 1, or there is not one weight for each.
     """
 
     def __init__(self, loss: Loss, dimensions: Sequence[int], weights: Sequence[float] | None = None) -> None:
@@ -36,7 +33,6 @@ class Matryoshka(Loss):
         self.dimensions, self.wants_scores = tuple(self.weights), loss.wants_scores
 
     def forward(self, queries: Tensor, documents: Tensor, relevance: Tensor, scores: Tensor | None = None) -> Tensor:
-        """See `Loss.forward`; raises ValueError for a dimension above the embedding's."""
         largest, available = self.dimensions[0], queries.shape[1]
         if largest > available:
             raise ValueError(f"Matryoshka dimension {largest} is above the embedding's, which is {available}")
@@ -57,9 +53,6 @@ class WeightedSum(Loss):
     Args:
         losses: What to add up.
         weights: What each counts, in their order; 1 each by default.
-
-    Raises:
-        ValueError: If there are no losses, or not one weight for each.
     """
 
     def __init__(self, losses: Sequence[Loss], weights: Sequence[float] | None = None) -> None:
@@ -69,8 +62,7 @@ class WeightedSum(Loss):
         weights = [1.0] * len(losses) if weights is None else list(weights)
         if len(weights) != len(losses):
             raise ValueError(f"weights must be one per loss ({len(losses)}), got {weights!r}")
-        self.losses = nn.ModuleList(losses)
-        self.weights = weights
+        self.losses, self.weights = nn.ModuleList(losses), weights
         self.dimensions = tuple(sorted({dimension for loss in losses for dimension in loss.dimensions}, reverse=True))
         self.wants_scores = any(loss.wants_scores for loss in losses)
 
@@ -80,7 +72,6 @@ class WeightedSum(Loss):
         return list(zip(self.losses, self.weights, strict=True))
 
     def forward(self, queries: Tensor, documents: Tensor, relevance: Tensor, scores: Tensor | None = None) -> Tensor:
-        """See `Loss.forward`."""
         batch = queries, documents, relevance
         losses = [weight * (loss(*batch, scores) if loss.wants_scores else loss(*batch)) for loss, weight in self.terms]
         return torch.stack(losses).sum()

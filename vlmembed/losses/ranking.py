@@ -29,7 +29,6 @@ class BinaryCrossEntropy(RankingLoss):
         self.positive_weight = positive_weight
 
     def forward(self, scores: Float[Tensor, "Q C"], targets: Float[Tensor, "Q C"], mask: Bool[Tensor, "Q C"]) -> Tensor:
-        """See `RankingLoss.forward`."""
         logits, labels = masked(scores, mask), masked(targets, mask)
         weight = logits.new_full((), self.positive_weight)
         losses = binary_cross_entropy_with_logits(logits, labels.to(logits), reduction="none", pos_weight=weight)
@@ -54,7 +53,6 @@ class SoftmaxCrossEntropy(RankingLoss):
         self.temperature = temperature
 
     def forward(self, scores: Float[Tensor, "Q C"], targets: Float[Tensor, "Q C"], mask: Bool[Tensor, "Q C"]) -> Tensor:
-        """See `RankingLoss.forward`."""
         labels = masked(targets, mask)
         shares = labels / labels.sum(1, keepdim=True)
         return -(shares * masked_log_softmax(scores, mask, self.temperature)).sum(1).mean()
@@ -71,7 +69,6 @@ class ListNet(RankingLoss):
     label_spec = LabelSpec(needs_positive=True, needs_several=True)
 
     def forward(self, scores: Float[Tensor, "Q C"], targets: Float[Tensor, "Q C"], mask: Bool[Tensor, "Q C"]) -> Tensor:
-        """See `RankingLoss.forward`."""
         shares = masked(targets, mask, -math.inf).softmax(1)
         return -(shares * masked_log_softmax(scores, mask)).sum(1).mean()
 
@@ -87,7 +84,6 @@ class RankNet(RankingLoss):
     label_spec = LabelSpec(needs_positive=True, needs_several=True)
 
     def forward(self, scores: Float[Tensor, "Q C"], targets: Float[Tensor, "Q C"], mask: Bool[Tensor, "Q C"]) -> Tensor:
-        """See `RankingLoss.forward`."""
         losses, is_ordered = _pairs(masked(scores, mask), masked(targets, mask), mask)
         return losses.masked_fill(~is_ordered, 0.0).sum() / is_ordered.sum().clamp(min=1)
 
@@ -113,7 +109,6 @@ class LambdaRank(RankingLoss):
         self.k = k
 
     def forward(self, scores: Float[Tensor, "Q C"], targets: Float[Tensor, "Q C"], mask: Bool[Tensor, "Q C"]) -> Tensor:
-        """See `RankingLoss.forward`."""
         logits, labels = masked(scores, mask), masked(targets, mask)
         losses, is_ordered = _pairs(logits, labels, mask)
         # (Q, C) rank of each candidate by score, from 0; padding comes last.

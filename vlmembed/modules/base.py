@@ -256,14 +256,13 @@ class RetrievalModule(LightningModule, ABC):
         """Refuse to write weights that are not finite; add what a resumed run needs."""
         refuse_broken_weights(self)
         checkpoint["config"] = getattr(self.trainer, "run_config", "")  # So that another one is noticed on resuming.
-        checkpoint["non_finite"] = self.guard.state()
+        checkpoint["non_finite"] = dict(self.guard.counts)
         self.checkpointing.save(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take weights and state from a checkpoint; see `Checkpointing.load`."""
         self.checkpointing.load(self, checkpoint)
-        if "non_finite" in checkpoint:
-            self.guard.restore(checkpoint["non_finite"])
+        self.guard.counts |= checkpoint.get("non_finite", {})
 
     # Measuring: validation, test and predict alike
 

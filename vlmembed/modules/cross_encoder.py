@@ -19,7 +19,7 @@ from vlmembed.heads import ScoreHead, YesNo
 from vlmembed.losses import RankingLoss
 from vlmembed.metrics import RerankingMetrics
 from vlmembed.modules.base import RetrievalModule, write_run
-from vlmembed.training.guards import CollapseMonitor
+from vlmembed.training.guards import CollapseMonitor, score_likeness
 from vlmembed.types import PairBatch, RankingBatch, RerankingSet
 
 
@@ -59,7 +59,7 @@ class CrossEncoderModule(RetrievalModule):
 
     def collapse_monitor(self) -> CollapseMonitor:
         """Watch the spread of a batch's scores."""
-        return CollapseMonitor.of_scores()
+        return CollapseMonitor("Scores", score_likeness)
 
     def gather_batch(self, outputs: Tensor, batch: RankingBatch) -> tuple[Tensor, ...]:
         """Join the scores of all processes."""

@@ -18,7 +18,7 @@ from vlmembed.losses import Loss
 from vlmembed.metrics import RetrievalMetrics
 from vlmembed.modules.base import DEPTH, RetrievalModule, write_run
 from vlmembed.pooling import Pooling
-from vlmembed.training.guards import CollapseMonitor
+from vlmembed.training.guards import CollapseMonitor, embedding_likeness
 from vlmembed.types import Batch, EvaluationSet, ItemBatch
 
 
@@ -43,7 +43,7 @@ class EmbeddingModule(RetrievalModule):
 
     def collapse_monitor(self) -> CollapseMonitor:
         """Watch the cosines of a batch's embeddings."""
-        return CollapseMonitor.of_embeddings()
+        return CollapseMonitor("Embeddings", embedding_likeness)
 
     def check(self) -> None:
         """Refuse Matryoshka dimensions that the embedding does not have."""

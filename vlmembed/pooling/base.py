@@ -16,15 +16,10 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Template:
-    """What token ids mean in a checkpoint's chat template.
+    """What token ids mean in a checkpoint's chat template."""
 
-    Args:
-        visual: The ids of image and video tokens.
-        instructions: The tokens that items with an instruction begin with, one tuple per instruction.
-    """
-
-    visual: tuple[int, ...]
-    instructions: tuple[tuple[int, ...], ...]
+    visual: tuple[int, ...]  # Of image and video tokens.
+    instructions: tuple[tuple[int, ...], ...]  # What items with an instruction begin with, for each instruction.
 
 
 class Pooling(nn.Module, ABC):
@@ -32,22 +27,17 @@ class Pooling(nn.Module, ABC):
 
     A subclass that has weights creates them in `configure`; one that reads other layers than the last sets `layers`.
     It keeps each argument of its constructor as an attribute of the same name, because an export writes them down.
-
-    Attributes:
-        layers: Which of the backbone's hidden states to pool: -1 is the last one, after the final norm, 0 the token
-            embeddings. With more than one, ``hidden`` has a leading dimension K in this order.
-        num_last_tokens: How many of an item's last tokens are read; None for all. The states of other tokens need not
-            be computed, and may be NaN.
-        appended: Tokens that every item gets at its end, behind all that the chat template writes.
-        learns_tokens: Whether the appended tokens are new ones, with learned embeddings.
-        reads_template: Whether `template` is needed.
-        template: What token ids mean; set by the encoder.
     """
 
+    #: Which hidden states to pool: -1 is the last, after the final norm, 0 the token embeddings; of several, ``hidden``
+    #: has a leading dimension K in this order.
     layers: tuple[int, ...] = (-1,)
+    #: How many of an item's last tokens are read; None for all. States of other tokens may be NaN.
     num_last_tokens: int | None = None
+    #: Tokens that every item gets at its end, and whether these are new ones, with learned embeddings.
     appended: tuple[str, ...] = ()
     learns_tokens: bool = False
+    #: Whether `template` is needed, which the encoder sets.
     reads_template: bool = False
     template: Template | None = None
 
@@ -84,19 +74,13 @@ class TokenWeights(Pooling):
 
 
 class PoolingWrapper(Pooling):
-    """A pooling that does something before or after another one.
-
-    Args:
-        pooling: The other one.
-    """
+    """A pooling that does something before or after another one."""
 
     def __init__(self, pooling: Pooling) -> None:
         super().__init__()
         self.pooling = pooling
-        self.layers = pooling.layers
-        self.num_last_tokens = pooling.num_last_tokens
-        self.appended = pooling.appended
-        self.learns_tokens = pooling.learns_tokens
+        self.layers, self.num_last_tokens = pooling.layers, pooling.num_last_tokens
+        self.appended, self.learns_tokens = pooling.appended, pooling.learns_tokens
 
     @property
     def token_embeddings(self) -> Tensor | None:
@@ -113,17 +97,14 @@ class PoolingWrapper(Pooling):
         return pooled
 
 
-def mask_padding(hidden: Float[Tensor, "*K B L H"], kept: Tensor) -> Float[Tensor, "*K B L H"]:
-    """Set states to 0 where ``kept`` (B, L) is: 0 × NaN is NaN, and padding may hold anything.
-
-    In float32 at least: a sum over thousands of tokens would lose the small ones.
-    """
-    return at_least_float32(hidden.masked_fill(kept[..., None] == 0, 0.0))
-
-
 def at_least_float32(values: Tensor) -> Tensor:
-    """Leave half precision."""
+    """Leave half precision: a sum over thousands of tokens would lose the small ones."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def mask_padding(hidden: Float[Tensor, "*K B L H"], kept: Tensor) -> Float[Tensor, "*K B L H"]:
+    """Set states to 0 where ``kept`` (B, L) is, in float32: 0 × NaN is NaN, and padding may hold anything."""
+    return at_least_float32(hidden.masked_fill(kept[..., None] == 0, 0.0))
 
 
 def weighted_sum(hidden: Float[Tensor, "B L H"], weights: Int[Tensor, "B L"]) -> Float[Tensor, "B H"]:

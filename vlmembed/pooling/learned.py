@@ -14,9 +14,7 @@ from vlmembed.pooling.base import Pooling, PoolingWrapper, mask_padding, state_a
 
 
 class LearnedTokens(Pooling):
-    """The states of learned tokens behind every item, which read it out (deep prompts, arXiv:2101.00190).
-
-    Their embeddings are learned whatever else of the backbone is frozen; an export writes them into its vocabulary.
+    """The states of tokens behind every item, whose embeddings alone are learned for it (arXiv:2101.00190).
 
     Args:
         tokens: How many.
@@ -29,9 +27,8 @@ class LearnedTokens(Pooling):
         super().__init__()
         if tokens < 1:
             raise ValueError(f"LearnedTokens: tokens is 1 or more, got {tokens}.")
-        self.tokens = tokens
+        self.tokens = self.num_last_tokens = tokens
         self.combine = combine
-        self.num_last_tokens = tokens
         self.appended = tuple(f"<|read_out_{index}|>" for index in range(tokens))
         self.learned: nn.Parameter | None = None
 
@@ -84,10 +81,7 @@ class Attention(Pooling):
 
 
 class LatentAttention(Pooling):
-    """The mean of what tokens look up in a learned dictionary (NV-Embed, arXiv:2405.17428).
-
-    Each token's state attends to the latents; the result is added to it and goes through an MLP; then comes the mean
-    over tokens.
+    """The mean of what tokens look up in a learned dictionary, followed by an MLP (NV-Embed, arXiv:2405.17428).
 
     Args:
         latents: Entries of the dictionary.
@@ -97,16 +91,13 @@ class LatentAttention(Pooling):
 
     def __init__(self, latents: int = 512, heads: int = 8, expansion: int = 4) -> None:
         super().__init__()
-        self.latents = latents
-        self.heads = heads
-        self.expansion = expansion
+        self.latents, self.heads, self.expansion = latents, heads, expansion
 
     def configure(self, hidden_size: int) -> None:
         if hidden_size % self.heads:
             raise ValueError(f"LatentAttention: {self.heads} heads do not divide the hidden size {hidden_size}.")
         self.dictionary = nn.Parameter(torch.randn(self.latents, hidden_size))
-        self.norm_states, self.norm_latents = nn.LayerNorm(hidden_size), nn.LayerNorm(hidden_size)
-        self.norm_inner = nn.LayerNorm(hidden_size)
+        self.norm_states, self.norm_latents, self.norm_inner = (nn.LayerNorm(hidden_size) for _ in range(3))
         self.to_query = nn.Linear(hidden_size, hidden_size, bias=False)
         self.to_key_value = nn.Linear(hidden_size, 2 * hidden_size, bias=False)
         self.to_output = nn.Linear(hidden_size, hidden_size, bias=False)
@@ -137,14 +128,11 @@ class EarlierLayer(PoolingWrapper):
 
     def __init__(self, pooling: Pooling, layer: int = -2) -> None:
         super().__init__(pooling)
-        self.layer = layer
-        self.layers = (layer,)
+        self.layer, self.layers = layer, (layer,)
 
 
 class LayerMix(PoolingWrapper):
-    """Another pooling, of a softmax-weighted mean of the last few layers (ELMo, arXiv:1802.05365).
-
-    Layers before the last are taken as they are, without the final norm.
+    """Another pooling, of a learned mean of the last layers, only the last with the final norm (arXiv:1802.05365).
 
     Args:
         pooling: What to do with the mixed states.
@@ -157,8 +145,7 @@ class LayerMix(PoolingWrapper):
             raise ValueError(f"LayerMix: count is 2 or more, got {count}.")
         if pooling.layers != (-1,):
             raise ValueError(f"LayerMix: the pooling inside reads layers {pooling.layers}; it is given the mixed one.")
-        self.count = count
-        self.layers = tuple(range(-count, 0))
+        self.count, self.layers = count, tuple(range(-count, 0))
         self.weights = nn.Parameter(torch.zeros(count))
 
     def forward(self, hidden: Tensor, mask: Tensor, input_ids: Tensor | None = None) -> Tensor:
@@ -178,19 +165,15 @@ class Concatenation(Pooling):
         super().__init__()
         if len(poolings) < 2:
             raise ValueError(f"Concatenation needs at least two poolings, got {len(poolings)}.")
-        if len({pooling.layers for pooling in poolings}) > 1:
-            raise ValueError(
-                f"Concatenated poolings must read the same layers, got {[pooling.layers for pooling in poolings]}."
-            )
-        if any(pooling.appended for pooling in poolings):
-            raise ValueError(
-                "Concatenated poolings must read items as they are; these append tokens: "
-                f"{[type(pooling).__name__ for pooling in poolings if pooling.appended]}."
-            )
+        layers = [pooling.layers for pooling in poolings]
+        if len(set(layers)) > 1:
+            raise ValueError(f"Concatenated poolings must read the same layers, got {layers}.")
+        if appending := [type(pooling).__name__ for pooling in poolings if pooling.appended]:
+            raise ValueError(f"Concatenated poolings must read items as they are; these append tokens: {appending}.")
         self.members = nn.ModuleList(poolings)
-        self.layers = poolings[0].layers
-        last_tokens = [pooling.num_last_tokens for pooling in poolings if pooling.num_last_tokens is not None]
-        self.num_last_tokens = max(last_tokens) if len(last_tokens) == len(poolings) else None
+        self.layers = layers[0]
+        last_tokens = [pooling.num_last_tokens for pooling in poolings]
+        self.num_last_tokens = None if None in last_tokens else max(count or 0 for count in last_tokens)
 
     @property
     def poolings(self) -> list[Pooling]:
@@ -220,8 +203,7 @@ class Projection(PoolingWrapper):
         super().__init__(pooling)
         if size < 1 or (inner_size is not None and inner_size < 1):
             raise ValueError(f"Projection: sizes are 1 or more, got size={size}, inner_size={inner_size}.")
-        self.size = size
-        self.inner_size = inner_size
+        self.size, self.inner_size = size, inner_size
 
     def configure(self, hidden_size: int) -> None:
         super().configure(hidden_size)

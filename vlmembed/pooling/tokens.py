@@ -81,8 +81,7 @@ class MeanOfLast(TokenWeights):
         super().__init__()
         if tokens < 1:
             raise ValueError(f"MeanOfLast: tokens is 1 or more, got {tokens}.")
-        self.tokens = tokens
-        self.num_last_tokens = tokens
+        self.tokens = self.num_last_tokens = tokens
 
     def weights(self, mask: Tensor, input_ids: Tensor | None) -> Tensor:
         return mask * (tokens_from_end(mask) <= self.tokens)
@@ -112,10 +111,7 @@ class MeanOfImages(MeanOfPart):
 
 
 class MeanOfText(MeanOfPart):
-    """The mean over all tokens but those of images and videos: texts, instruction and chat template.
-
-    Under causal attention those behind an image have seen it.
-    """
+    """The mean over all tokens but those of images and videos; under causal attention later ones have seen these."""
 
     def part(self, input_ids: Tensor, mask: Tensor, template: Template) -> Tensor:
         return ~is_any(input_ids, template.visual)
@@ -126,11 +122,10 @@ class MeanWithoutInstruction(MeanOfPart):
 
     def part(self, input_ids: Tensor, mask: Tensor, template: Template) -> Tensor:
         following = torch.ones_like(input_ids, dtype=torch.bool)
-        position = mask.cumsum(dim=1)  # From 1, at each item's first token.
+        position = mask.cumsum(dim=1) * mask  # From 1, at each item's first token; 0 at padding.
         for instruction in template.instructions:
             matches = torch.ones_like(input_ids[:, 0], dtype=torch.bool)  # (B,): whether the item begins with it
             for index, token in enumerate(instruction, start=1):
-                # A token at padding has the position of the one before it, and is none.
-                matches &= ((input_ids == token) & (position == index) & (mask == 1)).any(dim=1)
+                matches &= ((input_ids == token) & (position == index)).any(dim=1)
             following &= ~(matches[:, None] & (position <= len(instruction)))
         return following

@@ -1,4 +1,4 @@
-"""Guards of a run: steps that are not finite are skipped, and outputs that have collapsed are warned of."""
+"""Guards of a run: steps that are not finite are skipped, and a run that cannot learn or has collapsed is warned of."""
 
 from __future__ import annotations
 
@@ -25,26 +25,27 @@ CAUSES = (
     "Likely causes: a learning rate that is too high or too low ({:.3g} now), a pooling that reads the wrong tokens, "
     "adapters that freeze what should learn, a temperature that is too high, or rows whose positives do not answer."
 )
-#: Steps between two looks at the outputs, and looks until they are judged: 50 steps.
+NOTHING_TO_LEARN = (
+    "There is nothing to learn: the loss is 0 if all outputs are the same, so no query has a negative, or a teacher "
+    "scores all alike. Raise data.batch_size, give rows negatives, and look whether all documents are the same."
+)
+#: Steps between two looks at the outputs, and looks until they are judged: at step 40, and every 50 steps from there.
 EVERY, LOOKS = 10, 5
 
 
 class NonFiniteGuard:
     """Skips optimizer steps whose loss or gradient is not finite, on all processes, and stops a run of little else.
 
-    A skipped step changes neither weights nor moments. Each is a line of ``non_finite.jsonl`` in the run's folder: the
-    step as in ``metrics.csv``, the gradient's norm, some parameters whose gradient is broken, and the loss and rows of
-    its batches. With a gradient scaler (``16-mixed``) a step counts once the scale is down at 1 or the loss is broken.
-
-    Args:
-        max_skipped_steps: How many steps in a row may be skipped.
+    A skipped step changes neither weights nor moments. Each is a line of ``non_finite.jsonl`` in the run's folder. With
+    a gradient scaler (``16-mixed``) a step counts once the scale is down at 1 or the loss is broken.
     """
 
     def __init__(self, max_skipped_steps: int = 10) -> None:
         if max_skipped_steps < 0:
             raise ValueError(f"max_skipped_steps is 0, to stop at the first, or more; got {max_skipped_steps}.")
         self.max_skipped_steps = max_skipped_steps
-        self.skipped, self.in_a_row = 0, 0  # In the whole run, and since the last step that was taken.
+        #: In the whole run, and since the last step that was taken; a checkpoint keeps them.
+        self.counts = {"skipped": 0, "in_a_row": 0}
         self._batches: list[tuple[Tensor, tuple[str, ...]]] = []
 
     def add(self, loss: Tensor, origins: tuple[str, ...]) -> None:
@@ -52,35 +53,22 @@ class NonFiniteGuard:
         self._batches.append((loss.detach(), origins))
 
     def check(self, module: LightningModule, optimizer: Optimizer, norm: Tensor) -> bool:
-        """Say whether to step, given the norm () of all gradients; otherwise remove the gradients. Collective.
-
-        Raises:
-            RuntimeError: If too many steps in a row were skipped, or weights are not finite.
-        """
+        """Say whether to step, given the norm () of all gradients; otherwise remove the gradients. Collective."""
         batches, self._batches = self._batches, []
         scaler = module.trainer.scaler  # Decides by gradients alone, and skips by itself.
         numbers = [norm.float(), *(loss.float() for loss, _ in batches if scaler is None)]
         # The only place of a step where the host waits for the device: an optimizer cannot undo its step.
-        if not distributed.any_process(~torch.stack(numbers).isfinite().all()):
-            self.in_a_row, is_finite = 0, True
-        else:
-            is_finite = False
-            if scaler is None or scaler.get_scale() <= 1 or not all(loss.isfinite() for loss, _ in batches):
-                self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-                self._report(module, float(norm), [(float(loss), origins) for loss, origins in batches])
-            if scaler is None:
-                optimizer.zero_grad(set_to_none=True)  # Without a gradient not even weight decay touches a weight.
-        if self.skipped:
-            module.log("train/skipped_steps", float(self.skipped))
+        is_finite = not distributed.largest(int(~torch.stack(numbers).isfinite().all()), norm.device)
+        if is_finite:
+            self.counts["in_a_row"] = 0
+        elif scaler is None or scaler.get_scale() <= 1 or not all(loss.isfinite() for loss, _ in batches):
+            self.counts = {name: count + 1 for name, count in self.counts.items()}
+            self._report(module, float(norm), [(float(loss), origins) for loss, origins in batches])
+        if not is_finite and scaler is None:
+            optimizer.zero_grad(set_to_none=True)  # Without a gradient not even weight decay touches a weight.
+        if self.counts["skipped"]:
+            module.log("train/skipped_steps", float(self.counts["skipped"]))
         return is_finite
-
-    def state(self) -> dict[str, int]:
-        """What a checkpoint keeps."""
-        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
-
-    def restore(self, state: dict[str, int]) -> None:
-        """Count on from a checkpoint."""
-        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
 
     def begin(self, module: LightningModule) -> None:
         """Drop the lines of steps that a resumed run takes again, and a line that a killed one left unfinished."""
@@ -92,17 +80,16 @@ class NonFiniteGuard:
 
     def _report(self, module: LightningModule, norm: float, batches: list[tuple[float, tuple[str, ...]]]) -> None:
         """Write the step down, warn, and stop if it was one too many or nothing can mend the weights."""
-        step, path = module.global_step, _log_path(module)
+        path = _log_path(module)
         gradients = ((name, weight.grad) for name, weight in module.named_parameters() if weight.grad is not None)
         ranks = distributed.gather_objects([origins for _, origins in batches])
         rows = [sum(parts, start=()) for parts in zip(*ranks, strict=True)]  # Of each batch, over all processes.
-        losses = [loss if math.isfinite(loss) else str(loss) for loss, _ in batches]  # JSON has no NaN.
         entry = {
-            "step": step,
+            "step": module.global_step,  # As in ``metrics.csv``.
             "epoch": module.current_epoch,
-            "gradient_norm": norm if math.isfinite(norm) else str(norm),
+            "gradient_norm": _json(norm),
             "parameters": _not_finite(gradients, order=2)[:5],
-            "batches": [{"loss": loss, "rows": origins} for loss, origins in zip(losses, rows, strict=True)],
+            "batches": [{"loss": _json(loss), "rows": parts} for (loss, _), parts in zip(batches, rows, strict=True)],
         }
         if path is not None and module.trainer.is_global_zero:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,11 +97,12 @@ class NonFiniteGuard:
                 file.write(json.dumps(entry) + "\n")
         where = "" if path is None else f" The rows of its batch are in {path}."
         refuse_broken_weights(module)  # No later step can mend them.
-        text = ", ".join(f"{loss:.3g}" for loss, _ in batches)
-        rank_zero_warn(f"Step {step} is skipped: the norm of its gradient is {norm:.3g}, its loss {text}.{where}")
-        if self.in_a_row > self.max_skipped_steps:
+        losses = ", ".join(f"{loss:.3g}" for loss, _ in batches)
+        skipped = f"Step {module.global_step} is skipped: the norm of its gradient is {norm:.3g}, its loss {losses}."
+        rank_zero_warn(skipped + where)
+        if self.counts["in_a_row"] > self.max_skipped_steps:
             raise RuntimeError(
-                f"{self.in_a_row} optimizer steps in a row had a loss or a gradient that is not finite, and "
+                f"{self.counts['in_a_row']} optimizer steps in a row had a loss or a gradient that is not finite, and "
                 f"max_skipped_steps is {self.max_skipped_steps}.{where} {ADVICE}"
             )
 
@@ -137,22 +125,22 @@ def _not_finite(tensors: Iterable[tuple[str, Tensor]], order: float) -> list[str
     return list(dict.fromkeys(name for names in distributed.gather_objects(here) for name in names))
 
 
+def _json(number: float) -> float | str:
+    return number if math.isfinite(number) else str(number)  # JSON has no NaN.
+
+
 def _log_path(module: LightningModule) -> Path | None:
-    """``non_finite.jsonl`` in the run's folder, if there is one. Collective, as Lightning's ``log_dir`` is."""
+    """Return ``non_finite.jsonl`` in the run's folder, if there is one. Collective, as Lightning's ``log_dir`` is."""
     folder = module.trainer.log_dir if module.trainer.loggers else None
     return None if folder is None else Path(folder) / "non_finite.jsonl"
 
 
 class CollapseMonitor:
-    """Warns of outputs that are all alike, of a loss that stays at chance, and of batches with nothing to learn from.
+    """Warns of batches with nothing to learn from, of outputs that are all alike, and of a loss that stays at chance.
 
     Chance is the loss of the same batches if all outputs were the same. Means over 50 steps are judged, of which every
     tenth is looked at; not while the learning rate rises. A warning comes again only after it was better in between.
-
-    Args:
-        outputs: What is watched, for messages.
-        likeness: From the loss's arguments, how much alike the outputs are (1 if all are the same), and the arguments
-            if all of them were the same.
+    ``likeness`` makes, of the loss's arguments, how alike outputs are (1 if all are the same), and equal outputs.
     """
 
     def __init__(self, outputs: str, likeness: Callable[..., tuple[Tensor, tuple[Tensor, ...]]]) -> None:
@@ -161,16 +149,6 @@ class CollapseMonitor:
         self._looks: list[Tensor] = []
         self._rate = 0.0
         self._warned: set[str] = set()
-
-    @classmethod
-    def of_embeddings(cls) -> CollapseMonitor:
-        """Watch the mean cosine of two embeddings of a batch."""
-        return cls("Embeddings", embedding_likeness)
-
-    @classmethod
-    def of_scores(cls) -> CollapseMonitor:
-        """Watch the spread of a batch's scores."""
-        return cls("Scores", score_likeness)
 
     def note(self, step: int, arguments: tuple[Tensor, ...], value: Tensor) -> None:
         """Keep the loss's arguments and value () of the last batch before a step, if it is the step's turn."""
@@ -186,30 +164,28 @@ class CollapseMonitor:
         likeness, constant = self.likeness(*arguments)
         chance = torch.full_like(likeness, math.nan)
         if next(loss.buffers(), None) is None:  # Otherwise it may keep what it is asked here.
-            device = likeness.device
-            undone = torch.random.fork_rng([device] if device.type == "cuda" else [])
+            undone = torch.random.fork_rng([likeness.device] if likeness.device.type == "cuda" else [])
             with undone, module.trainer.precision_plugin.train_step_context():
                 chance = loss(*constant)
+        rate = max(float(group["lr"]) for group in module.trainer.optimizers[0].param_groups)
+        self._rate = self._rate if self._looks else rate  # Of the first look.
         self._looks.append(torch.stack([likeness, value.to(likeness), chance.to(likeness)]))
-        if len(self._looks) == LOOKS:  # Only now the host waits for the device.
-            likeness_mean, value_mean, chance_mean = torch.stack(self._looks).mean(0).tolist()
-            self._looks.clear()
-            rate = float(module.trainer.optimizers[0].param_groups[0]["lr"])
-            self._judge(likeness_mean, value_mean, chance_mean, rate)
+        # Only now the host waits for the device; once early, for a short run with nothing to learn.
+        if len(self._looks) == LOOKS or module.global_step == EVERY:
+            self._judge(torch.stack(self._looks).mean(0).tolist(), rate)
+            self._looks = self._looks[: len(self._looks) % LOOKS]
 
-    def _judge(self, likeness: float, value: float, chance: float, rate: float) -> None:
-        is_empty, is_rising, self._rate = value == chance == 0, rate > self._rate, rate
-        steps, causes = f"over the last {EVERY * LOOKS} steps", CAUSES.format(rate)
-        self._warn(
-            is_empty,
-            f"The loss was exactly 0 {steps}, whatever the model says: no query has a negative. Raise data.batch_size, "
-            "give rows negatives, and look whether all documents are the same.",
-        )
-        if not is_rising:
+    def _judge(self, means: list[float], rate: float) -> None:
+        likeness, value, chance = means
+        steps, causes = f"over the last {EVERY * (len(self._looks) - 1) + 1} steps", CAUSES.format(rate)
+        is_empty = abs(chance) < 1e-6
+        self._warn(is_empty, f"{NOTHING_TO_LEARN} It was {value:.3g} {steps}.")
+        self._warn(rate == self._rate == 0, f"The learning rate was 0 {steps}.")
+        if len(self._looks) == LOOKS and rate <= self._rate:
             message = f"{self.outputs} have collapsed: {steps} the likeness of two of a batch was {likeness:.4f} of 1."
             self._warn(likeness > 0.99 and not is_empty, f"{message} {causes}")
             message = f"The loss is at chance: {value:.4g} {steps}, and {chance:.4g} if all outputs are the same."
-            self._warn(abs(value - chance) < 0.01 * abs(chance), f"{message} {causes}")
+            self._warn(abs(value - chance) < 0.01 * abs(chance) and not is_empty, f"{message} {causes}")
 
     def _warn(self, is_so: bool, message: str) -> None:
         kind = message[:20]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,16 +44,10 @@ def free_bytes(device: torch.device) -> float:
 
 
 def graph_bytes(wanted: GraphMemory, device: torch.device, step: float | None = None) -> float:
-    """Return the bytes that graphs may take.
+    """Return the bytes that graphs may take: a number of GiB, ``auto`` or ``none``, else a ValueError.
 
-    Args:
-        wanted: A number of GiB, ``auto`` or ``none``.
-        device: Where the graphs are.
-        step: The bytes that a step without graphs takes at its peak; None before there was one. A GPU keeps no graphs
-            until then; in main memory nobody counts, and half of what is free is safe enough.
-
-    Raises:
-        ValueError: If ``wanted`` is something else.
+    A GPU keeps no graphs until it is known what bytes a ``step`` without graphs takes at its peak. In main memory
+    nobody counts, and half of what is free is safe enough.
     """
     if wanted == "none":
         return 0.0
@@ -65,27 +60,20 @@ def graph_bytes(wanted: GraphMemory, device: torch.device, step: float | None = 
     return wanted * GIB
 
 
-class StepPeak:
-    """The most bytes that are taken on a device from now on, beyond what is taken now; 0 where nobody counts."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._before = 0
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            self._before = torch.cuda.memory_allocated(device)
-
-    @property
-    def bytes(self) -> int:
-        """The most so far."""
-        return torch.cuda.max_memory_allocated(self._device) - self._before if self._device.type == "cuda" else 0
+def count_peak(device: torch.device) -> Callable[[], int]:
+    """Return what says the most bytes taken on a device from now on, beyond those taken now; 0 where nobody counts."""
+    if device.type != "cuda":
+        return lambda: 0
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    return lambda: torch.cuda.max_memory_allocated(device) - before
 
 
 class MeasureChunks(Callback):
     """Tells the data module what a chunk may hold."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure, where ``chunk_size`` is ``auto``, before the training loader is made."""
+        """Measure, where ``chunk_size`` is ``auto``, before the training loader is made; print and keep the result."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if not hasattr(data, "set_chunking") or not hasattr(pl_module, "encoder"):
             return
@@ -96,37 +84,37 @@ class MeasureChunks(Callback):
                 raise ValueError("With ModelParallelStrategy, data.chunk_size is a number: processes go in step.")
             with trainer.precision_plugin.forward_context():
                 tokens = tokens_per_chunk(encoder, data.collator)
-            _report(trainer, tokens)
+            distributed.print_once(f"chunk_size: auto. A chunk may have {tokens:,} tokens.")
+            folder = trainer.log_dir if trainer.loggers else None  # Which all processes are asked for.
+            if trainer.is_global_zero and folder is not None:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                Path(folder, "chunks.yaml").write_text(yaml.safe_dump({"tokens": tokens}))
         data.set_chunking(tokens, _patch_cost(encoder))
 
 
 class MeasureGraphMemory(MeasureChunks):
     """Tells the gradient cache, too, what the first step has left free on a GPU."""
 
+    _peak: Callable[[], int] | None = None
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin to count, before the first step."""
-        first = not hasattr(self, "_peak") and hasattr(pl_module, "grad_cache")
-        self._peak: StepPeak | None = StepPeak(pl_module.device) if first else None
+        if self._peak is None and hasattr(pl_module, "grad_cache"):
+            self._peak = count_peak(pl_module.device)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Give what the first step has left free to the graphs of later ones."""
-        if self._peak is not None and self._peak.bytes:
+        if self._peak is not None and (peak := self._peak()):
             module: Any = pl_module
-            module.grad_cache.graph_bytes = graph_bytes(module.graph_memory, module.device, self._peak.bytes)
+            module.grad_cache.graph_bytes = graph_bytes(module.graph_memory, module.device, peak)
+            self._peak = lambda: 0  # Later steps keep graphs, and say nothing.
 
 
 def tokens_per_chunk(encoder: Encoder, collator: Collator) -> int:
     """Find how many tokens a chunk may have: measured on the user's own model, once, before training.
 
     Two chunks of images and words, one twice as long as the other, go forward and back; what a further token takes is
-    the difference.
-
-    Args:
-        encoder: With weights and adapters, where it will be trained.
-        collator: Makes its batches.
-
-    Returns:
-        The same number in every process, for the one that has the least memory.
+    the difference. All processes go by the one that has the least memory.
     """
     device = encoder.device
     (few, small), (many, large) = (_try(encoder, collator, tokens) for tokens in (FEWEST_TOKENS, 2 * FEWEST_TOKENS))
@@ -146,13 +134,13 @@ def _try(encoder: Encoder, collator: Collator, tokens: int) -> tuple[int, float]
     patch_cost = _patch_cost(encoder)
     batch = _batch(collator, tokens / (1 + PATCHES_PER_TOKEN * patch_cost))
     cache = GradCache(encoder, graph_bytes=math.inf)
-    peak = StepPeak(encoder.device)
+    peak = count_peak(encoder.device)
     with torch.random.fork_rng():
         cache.embed(batch).sum().backward()
         cache.backward()
     encoder.zero_grad()
     # In main memory only what is saved for the backward is known: about half of what is there at the peak.
-    taken = peak.bytes or 2 * cache.budget.taken
+    taken = peak() or 2 * cache.budget.taken
     count = sum(chunk["input_ids"].numel() for chunk in batch.chunks)
     patches = sum(len(images["pixel_values"]) for images in batch.images)
     return count + int(patch_cost * patches), taken
@@ -176,22 +164,8 @@ def _batch(collator: Collator, tokens: float) -> Batch | RankingBatch:
         collator.chunking = chunking
 
 
-def _report(trainer: Trainer, tokens: int) -> None:
-    """Print what was measured, and keep it in the run's folder."""
-    folder = trainer.log_dir if trainer.loggers else None  # Which all processes are asked for.
-    if trainer.is_global_zero:
-        print(f"chunk_size: auto. A chunk may have {tokens:,} tokens.")
-        if folder is not None:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            Path(folder, "chunks.yaml").write_text(yaml.safe_dump({"tokens": tokens}))
-
-
 def open_features(features: FeatureCache, backbone: VisionLanguageModel, precision: str) -> None:
-    """Open a cache for features of this tower, these settings and this precision.
-
-    Raises:
-        ValueError: If there are none to keep, or the tower is trained.
-    """
+    """Open a cache for features of this tower, these settings and this precision; refuse a tower that is trained."""
     if not backbone.separate_vision_pass:
         raise ValueError(
             f"features: {type(backbone).__name__} reads images together with their text, so there is nothing to keep. "

@@ -116,8 +116,7 @@ class ShardedGradCache(GradCache):
         missing = distributed.largest(len(batch.chunks), self.encoder.device) - len(batch.chunks)
         # Copies: the graph of the last chunk is kept, and only of that one.
         fillers = [dict(self._filler) for _ in range(missing)]
-        encode = self._text_encoder(batch)
-        self._texts = forward_chunks(lambda chunk: (encode(chunk),), [*batch.chunks, *fillers])
+        self._texts = forward_chunks(self._text_encoder(batch), [*batch.chunks, *fillers])
         return self._texts.embeddings[:items]
 
     def backward(self) -> None:
