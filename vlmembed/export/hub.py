@@ -24,19 +24,9 @@ def push(folder: Path, repo_id: str, private: bool = False, revision: str | None
     The token is the one that ``huggingface_hub`` finds: ``HF_TOKEN``, or that of ``hf auth login``. The server is
     ``HF_ENDPOINT``, by default https://huggingface.co. The folder is only read.
 
-    Args:
-        folder: What to upload; its files come to lie at the root of the repository.
-        repo_id: ``ORG/NAME``, or ``NAME`` for the token's own user.
-        private: Create a private repository, and refuse one that exists and is public. Otherwise a new repository is
-            public, unless its organization says that new ones are private.
-        revision: The branch to commit to, created where there is none. ``main`` if not given.
-
-    Returns:
-        The address of the commit.
-
-    Raises:
-        ValueError: If ``repo_id`` is no repository name, or there is nothing to upload; no request was made.
-        PushError: If the Hub cannot be reached, refuses the token, or refuses the files.
+    A repository that exists and is public is refused where it should be private; a new one is public otherwise, unless
+    its organization says that new ones are private. A branch is created where there is none. Returns the address of the
+    commit; a ``PushError`` says that the Hub cannot be reached, refuses the token, or refuses the files.
     """
     validate_repo_id(repo_id)
     if not any(path.is_file() for path in folder.rglob("*")):
