@@ -175,9 +175,8 @@ def test_other_clients_are_given_the_prompt_of_each_role(tmp_path: Path) -> None
 def test_servers_that_pool_in_their_own_way_are_named(
     tmp_path: Path, options: dict[str, Any], vllm: bool, sglang: bool
 ) -> None:
-    said = write(tmp_path, **options).read_text()
-    assert f"vLLM pools {'as' if vllm else 'otherwise than'} this folder says" in said
-    assert f"SGLang {'too' if sglang else 'otherwise'}." in said
+    words = {True: "rightly", False: "wrongly"}
+    assert f"vLLM pools {words[vllm]}, SGLang {words[sglang]}." in write(tmp_path, **options).read_text()
 
 
 def test_nothing_from_outside_can_break_the_card(tmp_path: Path) -> None:

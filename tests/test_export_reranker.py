@@ -16,6 +16,7 @@ from safetensors import safe_open
 from sentence_transformers import CrossEncoder
 from torch import Tensor
 
+from vlmembed import pooling as zoo
 from vlmembed.adapters import LoRA
 from vlmembed.backbones import DocumentFirst, QueryFirst, Qwen3VL, tiny
 from vlmembed.backbones.chat_templates import PairTemplate
@@ -26,20 +27,6 @@ from vlmembed.export.verify import HALF_PRECISION_TOLERANCE, TOLERANCE, Check, a
 from vlmembed.heads import MLP, Linear, ScoreHead, YesNo
 from vlmembed.losses import RankingLoss
 from vlmembed.modules import CrossEncoderModule
-from vlmembed.pooling import (
-    Attention,
-    Concatenation,
-    EarlierLayer,
-    EndToken,
-    LastToken,
-    LayerMix,
-    LearnedTokens,
-    Max,
-    Mean,
-    MeanOfText,
-    Pooling,
-    Projection,
-)
 from vlmembed.trainer import Trainer
 
 
@@ -116,7 +103,7 @@ def test_both_forms_are_served_as_trained(
     trainer.export(module, output_dir=str(folder))
     assert exporter.verification.difference <= TOLERANCE
     sides = 2 if scoring == "dense" else 1
-    assert exporter.verification.comparisons == 9 * (sides * 2 + 1)  # pairs, sides, batches, and ranked
+    assert exporter.verification.comparisons == 11 * (1 + sides + 1)  # pairs; alone, in batches, ranked
     card = (folder / "README.md").read_text()
     assert "pipeline_tag: text-ranking" in card
     assert "logits compared (text &#8211; long text" in card
@@ -154,15 +141,15 @@ def _number(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 HEADS: dict[str, Callable[[], ScoreHead]] = {
     "yes or no": YesNo,
-    "linear": lambda: Linear(LastToken()),
-    "linear, mean": lambda: Linear(Mean()),
-    "linear, several": lambda: Linear(Concatenation([Max(), LastToken()])),
-    "MLP": lambda: MLP(EndToken(), 24),
-    "MLP of earlier layers": lambda: MLP(LayerMix(Mean(), 2), 24),
-    "projection of a projection": lambda: Linear(Projection(LastToken(), 16)),
-    "read-out": lambda: Linear(LearnedTokens(2)),
-    "text": lambda: Linear(MeanOfText()),
-    "attention": lambda: MLP(EarlierLayer(Attention(2)), 24),
+    "linear": lambda: Linear(zoo.LastToken()),
+    "linear, mean": lambda: Linear(zoo.Mean()),
+    "linear, several": lambda: Linear(zoo.Concatenation([zoo.Max(), zoo.LastToken()])),
+    "MLP": lambda: MLP(zoo.EndToken(), 24),
+    "MLP of earlier layers": lambda: MLP(zoo.LayerMix(zoo.Mean(), 2), 24),
+    "projection of a projection": lambda: Linear(zoo.Projection(zoo.LastToken(), 16)),
+    "read-out": lambda: Linear(zoo.LearnedTokens(2)),
+    "text": lambda: Linear(zoo.MeanOfText()),
+    "attention": lambda: MLP(zoo.EarlierLayer(zoo.Attention(2)), 24),
     "own": lambda: ScoreHead(importlib.import_module("number_pooling").Number()),
 }
 
@@ -258,7 +245,7 @@ def test_a_pair_that_the_model_refuses_is_not_compared(checkpoint: Path, tmp_pat
     whole = expect(scorer(checkpoint, YesNo(), DocumentFirst()), tmp_path)
     check = expect(scorer(checkpoint, YesNo(), DocumentFirst(), max_length=300), tmp_path)
     assert set(whole.names) - set(check.names) == {"text – long text"}
-    assert check.left_out == 1
+    assert check.left_out == ("text – long text",)
     with pytest.raises(ExportError, match=r"reads none of the inputs .* max_length=20"):
         expect(scorer(checkpoint, YesNo(), DocumentFirst(), max_length=20), tmp_path)
 
@@ -291,7 +278,7 @@ def test_half_precision_answers_in_float32(checkpoint: Path, tmp_path: Path, sco
 )
 def test_the_tolerance_grows_with_the_logits(difference: float, largest: float, dtype: str, passed: bool) -> None:
     logits = torch.tensor([[0.0], [-largest]], dtype=torch.float64)
-    check = Check(("text", "image"), [], 0, {"pair": logits}, (), ("left",), "cpu", dtype)
+    check = Check(("text", "image"), [], (), {"pair": logits}, (), ("left",), "cpu", dtype)
     served = logits[:, 0] + torch.tensor([0.0, difference], dtype=torch.float64)
     verification = check.compare({"pair//ranked": served, "pair//batch of 1": logits[:, 0].nan_to_num()})
     assert verification.passed is passed
@@ -308,7 +295,7 @@ class Sure(YesNo):
     """Ours in all but name."""
 
 
-class Unknown(Mean):
+class Unknown(zoo.Mean):
     def __init__(self, size: int) -> None:
         super().__init__()
 
@@ -318,13 +305,13 @@ class Unknown(Mean):
     [
         (Doubled(), {}, "Doubled cannot be exported: it has a score of its own"),
         (Linear(Unknown(3)), {}, "Unknown cannot be exported: .* 'size' as self.size"),
-        (Linear(LastToken()), {"reranker_scoring": "logits"}, "Linear does not score by. Use vlmembed.heads.YesNo"),
+        (Linear(zoo.LastToken()), {"reranker_scoring": "logits"}, "Linear does not score by. Use vlmembed.heads.YesNo"),
         (YesNo(), {"truncate_dim": 8}, "truncate_dim=8 is for embeddings"),
-        (LastToken(), {"reranker_scoring": "logits"}, "reranker_scoring=logits is for rerankers"),
+        (zoo.LastToken(), {"reranker_scoring": "logits"}, "reranker_scoring=logits is for rerankers"),
     ],
 )
 def test_what_cannot_be_exported_is_refused_before_training(
-    head: Pooling, options: dict[str, Any], message: str
+    head: zoo.Pooling, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         SentenceTransformers(**options).check(head)

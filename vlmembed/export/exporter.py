@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -98,7 +98,8 @@ class SentenceTransformers(Exporter):
         """Write and verify the folder; see `Exporter.export`."""
         self.check(encoder.pooling)
         refuse_used(folder)
-        draft = folder.with_name(folder.name + ".unverified")
+        final = folder.resolve()
+        draft = final.with_name(final.name + ".unverified")
         if draft.is_dir():
             print(f"Removing {draft}, which an export that failed or was killed has left.", flush=True)
             shutil.rmtree(draft)
@@ -106,18 +107,23 @@ class SentenceTransformers(Exporter):
         try:
             draft.mkdir(parents=True)
             verification = self._write(encoder, draft, info)
-            if not verification.passed:
-                raise ExportError(f"The export does not serve what was trained. {verification}. It is left in {draft}.")
             write_card(draft, self._facts(encoder, info, str(verification), info.address or str(folder)))
-            code = brings_code(draft)
-            if folder.exists():
-                folder.rmdir()
-            draft.rename(folder)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(draft, ignore_errors=True)  # What is half written would only take up room.
             raise ExportError(
                 f"The export to {folder} stopped: {error}. The run's checkpoints are whole. Make room, or give "
                 "permission, and export one: python -m vlmembed export --config … --ckpt_path … --output_dir …"
+            ) from error
+        if not verification.passed:
+            raise ExportError(f"The export does not serve what was trained. {verification}. It is left in {draft}.")
+        code = brings_code(draft)
+        try:
+            if final.exists():
+                final.rmdir()
+            draft.rename(final)
+        except OSError as error:  # Such as where a volume is mounted.
+            raise ExportError(
+                f"The export is verified, but cannot take its place ({error}): it is in {draft}."
             ) from error
         opener = "CrossEncoder" if isinstance(encoder, Scorer) else "SentenceTransformer"
         print(
@@ -130,7 +136,10 @@ class SentenceTransformers(Exporter):
         return verification
 
     def _write(self, encoder: Encoder, draft: Path, info: ModelInfo) -> Verification:
-        with TemporaryDirectory() as scratch, _without_bars():
+        with TemporaryDirectory() as scratch, ExitStack() as stack:
+            if transformers_logging.is_progress_bar_enabled():  # Its bars, over a file or two, stay off the console.
+                stack.callback(transformers_logging.enable_progress_bar)
+                transformers_logging.disable_progress_bar()
             # What is expected is computed first: writing merges the adapters into the weights.
             if isinstance(encoder, Scorer):
                 # Logits are taken at the last position, where a token has to be.
@@ -161,18 +170,6 @@ class SentenceTransformers(Exporter):
             license=self.license,
             pipeline_tag=self.pipeline_tag,
         )
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Keep transformers' progress bars, over a file or two, off the console."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 def summarize(value: Any) -> str:

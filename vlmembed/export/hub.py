@@ -21,12 +21,8 @@ class PushError(RuntimeError):
 def push(folder: Path, repo_id: str, private: bool = False, revision: str | None = None) -> str:
     """Upload every file of a folder to a model repository, which is created where there is none.
 
-    The token is the one that ``huggingface_hub`` finds: ``HF_TOKEN``, or that of ``hf auth login``. The server is
-    ``HF_ENDPOINT``, by default https://huggingface.co. The folder is only read.
-
-    A repository that exists and is public is refused where it should be private; a new one is public otherwise, unless
-    its organization says that new ones are private. A branch is created where there is none. Returns the address of the
-    commit; a ``PushError`` says that the Hub cannot be reached, refuses the token, or refuses the files.
+    The token and the server are those that ``huggingface_hub`` finds. A repository that exists and is public is refused
+    where it should be private; a branch is created where there is none. Returns the address of the commit.
     """
     validate_repo_id(repo_id)
     if not any(path.is_file() for path in folder.rglob("*")):

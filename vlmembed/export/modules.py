@@ -13,36 +13,20 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from vlmembed.heads import ScoreHead, YesNo
-from vlmembed.pooling import (
-    Concatenation,
-    EarlierLayer,
-    EndToken,
-    FirstToken,
-    LastToken,
-    LayerMix,
-    LearnedTokens,
-    Max,
-    Mean,
-    MeanSqrtLength,
-    Pooling,
-    Projection,
-    WeightedMean,
-    base,
-    learned,
-    tokens,
-)
+from vlmembed.pooling import Pooling, base, learned, tokens
 
 #: Sentence Transformers' names of our poolings. Exact types: a subclass may pool differently.
 MODES: dict[type[Pooling], str] = {
-    EndToken: "lasttoken",
-    FirstToken: "cls",
-    LastToken: "lasttoken",
-    Max: "max",
-    Mean: "mean",
-    MeanSqrtLength: "mean_sqrt_len_tokens",
-    WeightedMean: "weightedmean",
+    tokens.EndToken: "lasttoken",
+    tokens.FirstToken: "cls",
+    tokens.LastToken: "lasttoken",
+    tokens.Max: "max",
+    tokens.Mean: "mean",
+    tokens.MeanSqrtLength: "mean_sqrt_len_tokens",
+    tokens.WeightedMean: "weightedmean",
 }
 
 #: The file that a folder with code brings along, without its ending.
@@ -59,46 +43,44 @@ class ModuleSpec:
     file_name: str = "config.json"  # Of the configuration.
 
 
-# Poolings
-
-
 def is_stock(pooling: Pooling) -> bool:
     """Whether Sentence Transformers' own modules pool so; else a folder brings code and is opened with trust."""
-    if type(pooling) in (EarlierLayer, LayerMix, Projection):
+    if type(pooling) in (learned.EarlierLayer, learned.LayerMix, learned.Projection):
         return is_stock(cast(base.PoolingWrapper, pooling).pooling)
     return _mode(pooling) is not None
 
 
-def pooling_modules(pooling: Pooling, hidden_size: int, layers: int) -> list[ModuleSpec]:
-    """Return what pools as a pooling does, in the order of serving; see `check_servable` for what cannot be."""
+def pooling_modules(pooling: Pooling, model: PretrainedConfig) -> list[ModuleSpec]:
+    """Return what pools as a pooling does, in the order of serving, behind a language model of that configuration."""
     if not is_stock(pooling):
         weights = {f"layer.{name}": tensor.contiguous() for name, tensor in pooling.state_dict().items()}
-        config = {"pooling": describe(pooling), "hidden_size": hidden_size}
+        config = {"pooling": describe(pooling), "hidden_size": model.hidden_size}
         return [ModuleSpec(f"{CODE}.ServedPooling", config, weights)]
-    if isinstance(pooling, Projection):
-        return [*pooling_modules(pooling.pooling, hidden_size, layers), *projection_modules(pooling)]
-    if isinstance(pooling, LayerMix):
+    if isinstance(pooling, learned.Projection):
+        return [*pooling_modules(pooling.pooling, model), *projection_modules(pooling)]
+    if isinstance(pooling, learned.LayerMix):
+        layers = model.num_hidden_layers
         start = layers + 1 - pooling.count
-        config = {"embedding_dimension": hidden_size, "num_hidden_layers": layers, "layer_start": start}
+        config = {"embedding_dimension": model.hidden_size, "num_hidden_layers": layers, "layer_start": start}
         weights = {"layer_weights": pooling.weights.detach().float().softmax(dim=0)}
         name = "sentence_transformers.sentence_transformer.modules.weighted_layer_pooling.WeightedLayerPooling"
-        return [ModuleSpec(name, config, weights), *pooling_modules(pooling.pooling, hidden_size, layers)]
-    if isinstance(pooling, EarlierLayer):  # The Transformer module returns that layer.
-        return pooling_modules(pooling.pooling, hidden_size, layers)
-    config = {"embedding_dimension": hidden_size, "pooling_mode": _mode(pooling), "include_prompt": True}
+        return [ModuleSpec(name, config, weights), *pooling_modules(pooling.pooling, model)]
+    if isinstance(pooling, learned.EarlierLayer):  # The Transformer module returns that layer.
+        return pooling_modules(pooling.pooling, model)
+    config = {"embedding_dimension": model.hidden_size, "pooling_mode": _mode(pooling), "include_prompt": True}
     return [ModuleSpec("sentence_transformers.sentence_transformer.modules.pooling.Pooling", config)]
 
 
 def _mode(pooling: Pooling) -> str | list[str] | None:
-    if type(pooling) is Concatenation:
+    if type(pooling) is learned.Concatenation:
         modes = [MODES.get(type(member)) for member in pooling.poolings]
         return [mode for mode in modes if mode] if all(modes) else None
-    if type(pooling) is LearnedTokens and pooling.tokens == 1:
+    if type(pooling) is learned.LearnedTokens and pooling.tokens == 1:
         return "lasttoken"
     return MODES.get(type(pooling))
 
 
-def projection_modules(pooling: Projection) -> list[ModuleSpec]:
+def projection_modules(pooling: learned.Projection) -> list[ModuleSpec]:
     """Return the layers of a projection, without what it projects."""
     inner = [] if pooling.inner is None else [dense(pooling.inner.weight, pooling.inner.bias, "activation.GELU")]
     return [*inner, dense(pooling.outer.weight, pooling.outer.bias)]
@@ -119,25 +101,21 @@ def dense(weight: Tensor, bias: Tensor | None = None, activation: str = "linear.
     return ModuleSpec("sentence_transformers.base.modules.dense.Dense", config, weights)
 
 
-# Score heads
-
-
-def head_modules(head: ScoreHead, hidden_size: int, layers: int) -> list[ModuleSpec]:
+def head_modules(head: ScoreHead, model: PretrainedConfig) -> list[ModuleSpec]:
     """Return what scores as a head does, from the states of its backbone, in the order of serving."""
     if isinstance(head, YesNo):
         last = [dense(head.direction[None])]
-    elif type(head.pooling) is Projection:
+    elif type(head.pooling) is learned.Projection:
         last = projection_modules(head.pooling)
     else:
         last = [dense(torch.ones(1, 1))]  # The pooled number is the score already, under another name.
     last[-1] = replace(last[-1], config={**last[-1].config, "module_output_name": "scores"})
-    return [*pooling_modules(pooling_of(head), hidden_size, layers), *last]
+    return [*pooling_modules(pooling_of(head), model), *last]
 
 
 def pooling_of(head: ScoreHead) -> Pooling:
     """Return what a head pools with, without the layers that make a score of it."""
-    pooling: Pooling = head.pooling.pooling if type(head.pooling) is Projection else head.pooling
-    return pooling
+    return cast(Pooling, head.pooling.pooling if type(head.pooling) is learned.Projection else head.pooling)
 
 
 def check_head(head: ScoreHead) -> None:
@@ -156,15 +134,12 @@ def check_head(head: ScoreHead) -> None:
 def yes_no_head(head: ScoreHead) -> YesNo:
     """Return a head whose score is the difference of two logits of the last token; refuse another one."""
     check_head(head)
-    if not isinstance(head, YesNo) or type(head.pooling) is not LastToken:
+    if not isinstance(head, YesNo) or type(head.pooling) is not tokens.LastToken:
         raise ValueError(
             f"reranker_scoring: logits is the difference of two words' logits at the last token, which "
             f"{type(head).__name__} does not score by. Use vlmembed.heads.YesNo, or reranker_scoring: dense."
         )
     return head
-
-
-# Code
 
 
 def check_servable(pooling: Pooling) -> None:
@@ -212,11 +187,7 @@ FOREIGN_IMPORT = re.compile(r"^[ \t]*((?:from|import)[ \t]+(?:vlmembed\b|\.).*)$
 
 
 def standalone_code(pooling: Pooling) -> str:
-    """Return one Python file with our poolings, the whole files of a user's own, and the module that serves them.
-
-    A ``ValueError`` says that a file imports other parts of vlmembed than poolings, is no file, or gives a name of ours
-    to something else.
-    """
+    """Return one Python file with our poolings, the whole files of a user's own, and the module that serves them."""
     from vlmembed.export import served_pooling  # Sentence Transformers takes seconds to import.
 
     ours = [base, tokens, learned, served_pooling]

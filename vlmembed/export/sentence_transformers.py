@@ -23,6 +23,7 @@ from vlmembed.backbones import VisionLanguageModel
 from vlmembed.backbones.base import HEAD, label_token_ids
 from vlmembed.backbones.chat_templates import NAME, write_tokens
 from vlmembed.encoder import Encoder, Scorer
+from vlmembed.export.card import read
 from vlmembed.export.modules import (
     CODE,
     ModuleSpec,
@@ -50,7 +51,8 @@ def write_folder(
     ``dimensions`` that embeddings were trained to be truncated to.
     """
     backbone, pooling = encoder.backbone, encoder.pooling
-    modules = [_transformer(backbone, _states(pooling)), *pooling_modules(pooling, *_sizes(backbone))]
+    config = backbone.model.config.get_text_config()
+    modules = [_transformer(backbone, pooling.layers), *pooling_modules(pooling, config)]
     if truncate_dim is not None:
         if not 0 < truncate_dim <= encoder.dimension:
             raise ValueError(
@@ -62,7 +64,7 @@ def write_folder(
     # This path is known to all releases from 5.4 on; base.modules.normalize to those from 6.0 on.
     modules.append(ModuleSpec("sentence_transformers.sentence_transformer.modules.normalize.Normalize", names))
     _write_checkpoint(backbone, folder)
-    config = {
+    model_config = {
         "model_type": "SentenceTransformer",
         # Both roles need a prompt of their own: neither falls back to the default one.
         "prompts": {role: instruction or "" for role, instruction in backbone.instructions.items()},
@@ -71,7 +73,7 @@ def write_folder(
     }
     # vLLM and SGLang cut embeddings only if these keys say that they may.
     matryoshka = {"is_matryoshka": True, "matryoshka_dimensions": sorted(dimensions)} if dimensions else {}
-    _write_modules(modules, pooling, config, folder, **matryoshka)
+    _write_modules(modules, pooling, model_config, folder, **matryoshka)
 
 
 def write_reranker(scorer: Scorer, folder: Path, scoring: Scoring = "dense") -> None:
@@ -81,9 +83,10 @@ def write_reranker(scorer: Scorer, folder: Path, scoring: Scoring = "dense") -> 
     head. The other is for those who want the whole language model too.
     """
     backbone, head = scorer.backbone, scorer.pooling
+    config = backbone.model.config.get_text_config()
     if scoring == "dense":
         check_head(head)
-        modules = [_transformer(backbone, _states(head), chat_template=NAME), *head_modules(head, *_sizes(backbone))]
+        modules = [_transformer(backbone, head.layers, chat_template=NAME), *head_modules(head, config)]
         last_layer = f"{len(modules) - 1}.linear"
         _write_checkpoint(backbone, folder)
     else:
@@ -91,16 +94,16 @@ def write_reranker(scorer: Scorer, folder: Path, scoring: Scoring = "dense") -> 
         tokens = label_token_ids(backbone.preprocessor.processor.tokenizer, yes_no.label_tokens)
         score = {"true_token_id": tokens[0], "false_token_id": tokens[1], "module_input_name": "causal_logits"}
         modules = [
-            _transformer(backbone, "logits", "any-to-any", "causal_logits", chat_template=NAME),
+            _transformer(backbone, None, chat_template=NAME),
             ModuleSpec("sentence_transformers.cross_encoder.modules.logit_score.LogitScore", score),
         ]
         last_layer = "0.model.lm_head"
         # The checkpoint's own head, with the two rows as they were trained; None where it is the token embeddings.
-        rows = backbone.lm_head_rows(range(backbone.model.config.get_text_config().vocab_size))
+        rows = backbone.lm_head_rows(range(config.vocab_size))
         if rows is not None:
             rows[tokens] = yes_no.weights.detach().to(rows)
         _write_checkpoint(backbone, folder, rows)
-    config: dict[str, Any] = {
+    model_config: dict[str, Any] = {
         "model_type": "CrossEncoder",
         "activation_fn": "torch.nn.modules.activation.Sigmoid",
         # The instruction is the template's.
@@ -108,36 +111,23 @@ def write_reranker(scorer: Scorer, folder: Path, scoring: Scoring = "dense") -> 
         "default_prompt_name": None,
     }
     if scorer.dtype != "float32":  # The last layer answers in float32, as it did in training.
-        config["keep_in_fp32_modules"] = [last_layer]
-    _write_modules(modules, pooling_of(head), config, folder)
+        model_config["keep_in_fp32_modules"] = [last_layer]
+    _write_modules(modules, pooling_of(head), model_config, folder)
 
 
-def _sizes(backbone: VisionLanguageModel) -> tuple[int, int]:
-    """Return H, and the number of language layers."""
-    return (backbone.hidden_size, backbone.model.config.get_text_config().num_hidden_layers)
-
-
-def _states(pooling: Pooling) -> str | list[str | int]:
-    """Name transformers' output that a pooling reads: of several layers the last; all others are beside it."""
-    earlier = len(pooling.layers) == 1 and pooling.layers[0] != -1
-    return ["hidden_states", pooling.layers[0]] if earlier else "last_hidden_state"
-
-
-def _transformer(
-    backbone: VisionLanguageModel,
-    output: str | list[str | int],
-    task: str = "feature-extraction",
-    name: str = "token_embeddings",
-    **chat_template: str,
-) -> ModuleSpec:
-    """Return the module that runs the checkpoint, opened for a task, and calls one of its outputs by a name."""
-    states = {"method": "forward", "method_output_name": output}
+def _transformer(backbone: VisionLanguageModel, layers: Sequence[int] | None, **chat_template: str) -> ModuleSpec:
+    """Return the module that computes the states of one layer, of several the last and all beside it; or logits."""
+    task, name = ("feature-extraction", "token_embeddings") if layers else ("any-to-any", "causal_logits")
+    states: Any = "last_hidden_state" if layers else "logits"
+    if layers and len(layers) == 1 and layers[0] != -1:
+        states = ["hidden_states", layers[0]]
+    modality = {"method": "forward", "method_output_name": states}
     videos = getattr(backbone.preprocessor.processor, "video_processor", None) is not None
     config = {
         "transformer_task": task,
         # Without this, everything is taken for plain text that needs no chat template.
-        "modality_config": {kind: states for kind in ("text", "image", "video") if videos or kind != "video"}
-        | {"message": {**states, "format": "structured"}},
+        "modality_config": {kind: modality for kind in ("text", "image", "video") if videos or kind != "video"}
+        | {"message": {**modality, "format": "structured"}},
         "module_output_name": name,
         "processing_kwargs": {"chat_template": {"add_generation_prompt": backbone.generation_prompt, **chat_template}},
         "unpad_inputs": False,
@@ -209,7 +199,7 @@ def _write_modules(
         entries.append({"idx": index, "name": str(index), "path": path, "type": module.type})
     _write_json(folder / "modules.json", entries)
     _write_json(folder / "config_sentence_transformers.json", {**model_config, "requirements": _requirements(modules)})
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | extra
+    config = read(folder / "config.json") | extra
     if len(pooling.layers) > 1:
         # Sentence Transformers cannot ask for the states of all layers; the checkpoint returns them by itself.
         for part in (config, config.get("text_config", {})):

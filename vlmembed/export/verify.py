@@ -46,14 +46,11 @@ class ExportError(RuntimeError):
 class Verification:
     """How far a folder's results are from the trained model's."""
 
+    check: Check
     comparisons: int
-    probes: tuple[str, ...]  # The kinds of input that were compared.
-    left_out: tuple[str, ...]  # Those that the model refuses: too long for it, or of a kind that it does not read.
     worst: str  # The worst of the comparisons: its input, and how it was batched and padded.
     difference: float  # Its largest absolute difference: of a component of unit vectors, or of logits.
     tolerance: float  # The largest one that rounding makes.
-    dtype: str  # Of the weights.
-    dimensions: tuple[int, ...] = ()  # That embeddings were truncated to, full first; none of logits.
     cosine: float = 1.0  # The least one of embeddings.
 
     @property
@@ -62,13 +59,13 @@ class Verification:
         return self.difference <= self.tolerance and self.cosine >= MINIMAL_COSINE
 
     def __str__(self) -> str:
-        what, dimensions, cosine = "logits", "", ""
-        if self.dimensions:
+        check, what, dimensions, cosine = self.check, "logits", "", ""
+        if check.dimensions:
             what, cosine = "embeddings", f", least cosine {self.cosine:.6f}"
-            dimensions = f"; dimensions {', '.join(map(str, self.dimensions))}"
-        left_out = f"; left out, because the model refuses them: {', '.join(self.left_out)}" if self.left_out else ""
+            dimensions = f"; dimensions {', '.join(map(str, check.dimensions))}"
+        left_out = f"; left out, because the model refuses them: {', '.join(check.left_out)}" if check.left_out else ""
         return (
-            f"{self.comparisons} {what} compared ({', '.join(self.probes)}{dimensions}) in {self.dtype}: largest "
+            f"{self.comparisons} {what} compared ({', '.join(check.names)}{dimensions}) in {check.dtype}: largest "
             f"difference {self.difference:.1e}{cosine}, worst {self.worst}; tolerated: {self.tolerance:.1e}{left_out}"
         )
 
@@ -79,7 +76,7 @@ class Check:
 
     names: tuple[str, ...]  # Of the inputs, after their kinds.
     inputs: Sequence[Any]  # Items, or pairs of items, as JSON; see `make_probes`.
-    left_out: tuple[str, ...]  # The names of those that the model refuses.
+    left_out: tuple[str, ...]  # Those that the model refuses: too long for it, or of a kind that it does not read.
     expected: Mapping[str, Tensor]  # (inputs, D): embeddings by role, not normalised; or the logits of pairs.
     dimensions: tuple[int, ...]  # Compare unit vectors of so many leading dimensions, full first; none for logits.
     sides: tuple[str, ...]  # On which the folder's tokenizer can pad.
@@ -106,17 +103,8 @@ class Check:
         if not self.dimensions:
             # Rounding grows with what is rounded: above 1, the tolerance is a share of the largest logit.
             tolerance *= max(1.0, self.expected["pair"].abs().max().item())
-        return Verification(
-            comparisons=len(differences),
-            probes=self.names,
-            left_out=self.left_out,
-            worst=worst,
-            difference=differences[worst],
-            tolerance=tolerance,
-            dtype=self.dtype,
-            dimensions=self.dimensions,
-            cosine=torch.stack(cosines).min().item(),  # NaN, if one is.
-        )
+        least = torch.stack(cosines).min().item()  # NaN, if one is.
+        return Verification(self, len(differences), worst, differences[worst], tolerance, least)
 
 
 # What a folder should compute
@@ -190,30 +178,27 @@ def expect(
 
     encoder.eval()
     probes = make_probes(scratch)
-    roles = ("query", "document") if dimensions else ("pair",)
-    inputs: dict[str, tuple[Any, dict[str, Any]]]  # By name, the description, and what we read by role.
+    roles: tuple[Any, ...] = ("query", "document") if dimensions else ("pair",)
+    inputs: dict[str, tuple[Any, list[Any]]]  # By name, the description, and what we read in each role.
     if dimensions:
-        inputs = {
-            name: (probe, {"query": item(name, "query"), "document": item(name, "document")})
-            for name, probe in probes.items()
-        }
+        inputs = {name: (probe, [item(name, role) for role in roles]) for name, probe in probes.items()}
     else:
         inputs = {
             f"{query} – {document}": (
                 [probes[query], probes[document]],
-                {"pair": Pair(item(query, "query"), item(document, "document"))},
+                [Pair(item(query, "query"), item(document, "document"))],
             )
             for query, document in PAIRS
         }
-    results: dict[str, dict[str, Tensor]] = {}
+    results: dict[str, list[Tensor]] = {}
     refusals: dict[str, Exception] = {}
     for name, (_, items) in inputs.items():
         try:
-            chunks = {role: encoder.preprocessor([items[role]]) for role in roles}
+            chunks = [encoder.preprocessor([item]) for item in items]
         except (ValueError, TemplateError) as error:
             refusals[name] = error
         else:
-            results[name] = {role: encoder(chunk)[0].float().cpu() for role, chunk in chunks.items()}
+            results[name] = [encoder(chunk)[0].float().cpu() for chunk in chunks]
     if not results:
         reason = next(iter(refusals.values()))
         raise ExportError(f"The model reads none of the inputs that an export is verified with: {reason}")
@@ -221,7 +206,7 @@ def expect(
         names=tuple(results),
         inputs=[inputs[name][0] for name in results],
         left_out=tuple(refusals),
-        expected={role: torch.stack([by_role[role] for by_role in results.values()]) for role in roles},
+        expected={role: torch.stack([rows[place] for rows in results.values()]) for place, role in enumerate(roles)},
         dimensions=tuple(dimensions),
         sides=tuple(sides),
         device=str(encoder.device),
@@ -268,18 +253,10 @@ def brings_code(folder: Path) -> bool:
 # The other process
 
 
-class _RefuseVlmembed:
-    """Makes importing vlmembed fail even where it is installed."""
-
-    def find_spec(self, name: str, *_: Any) -> None:
-        if name.split(".")[0] == "vlmembed":
-            raise ImportError("An exported folder must open without vlmembed.")
-
-
 @torch.inference_mode()
 def main(plan: str, output: str) -> None:
     """Embed or score in every way, and save the results by folder and way."""
-    sys.meta_path.insert(0, _RefuseVlmembed())
+    sys.modules["vlmembed"] = None  # type: ignore[assignment]  # Importing it fails, even where it is installed.
     results = {}
     for index, job in enumerate(json.loads(Path(plan).read_text(encoding="utf-8"))):
         computed = _embeddings(job) if job["dimensions"] else _scores(job)
