@@ -88,7 +88,7 @@ def write_card(folder: Path, facts: CardFacts) -> Path:
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         facts=facts,
         metadata=Markup(metadata.to_yaml()),
-        source=_literal(facts.source),
+        source=Markup(repr(facts.source)),  # One line of Python cannot close the block it stands in.
         rows=rows,
         # The table's columns: the whole embedding, then ever shorter ones.
         dimensions=sorted(
@@ -108,11 +108,6 @@ def escape(value: object) -> Markup:
         return value
     line = " ".join(str(value).split())
     return Markup(re.sub(r"[^\w\s.,:;/@+()=%?'-]", lambda mark: f"&#{ord(mark.group())};", line))
-
-
-def _literal(text: str) -> Markup:
-    """Return a text as Python writes it: one line of it cannot close the block it stands in."""
-    return Markup(repr(text))
 
 
 def read(path: Path) -> Any:
@@ -135,7 +130,7 @@ def _served(folder: Path) -> dict[str, Any]:
         "opens_with": config["model_type"],
         "ranks": ranks,
         "trust": any(not module["type"].startswith("sentence_transformers.") for module in modules),
-        "prompts": {role: _literal(prompt) for role, prompt in prompts.items()},
+        "prompts": {role: Markup(repr(prompt)) for role, prompt in prompts.items()},
         "one_prompt": prompts["query"] == prompts["document"],
         "releases": config["requirements"],
         "sglang": not ranks and set(types) <= VLLM_MODULES - {"Dense"} and mode == "lasttoken",
