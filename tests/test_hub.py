@@ -62,12 +62,6 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def closed_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def test_every_file_arrives_and_reads_back_byte_for_byte(hub: Hub, folder: Path, tmp_path: Path) -> None:
     url = push(folder, "org/model")
     repository = hub.repositories["org/model"]
@@ -77,27 +71,24 @@ def test_every_file_arrives_and_reads_back_byte_for_byte(hub: Hub, folder: Path,
     assert contents(Path(snapshot_download("org/model", cache_dir=tmp_path / "cache"))) == contents(folder)
 
 
-def test_privacy_and_revision_arrive(hub: Hub, folder: Path, tmp_path: Path) -> None:
+def test_privacy_and_revision_arrive_and_a_second_push_replaces_what_changed(
+    hub: Hub, folder: Path, tmp_path: Path
+) -> None:
     push(folder, "org/model", private=True, revision="v1/late")
     repository = hub.repositories["org/model"]
     assert repository.private
     assert repository.commits[repository.branches["main"]] == {}
     copy = snapshot_download("org/model", revision="v1/late", cache_dir=tmp_path / "cache")
     assert contents(Path(copy)) == contents(folder)
+    (folder / "README.md").write_text("# Better\n")
+    push(folder, "org/model", private=True, revision="v1/late")
+    assert repository.commits[repository.branches["v1/late"]] == contents(folder)
 
 
 def test_a_name_alone_goes_to_the_tokens_own_user(hub: Hub, folder: Path) -> None:
     push(folder, "model")
     repository = hub.repositories["someone/model"]
     assert repository.commits[repository.branches["main"]] == contents(folder)
-
-
-def test_a_second_push_replaces_what_changed(hub: Hub, folder: Path) -> None:
-    push(folder, "org/model", private=True, revision="next")
-    (folder / "README.md").write_text("# Better\n")
-    push(folder, "org/model", private=True, revision="next")
-    repository = hub.repositories["org/model"]
-    assert repository.commits[repository.branches["next"]] == contents(folder)
 
 
 def test_private_is_refused_where_the_repository_is_public(hub: Hub, folder: Path) -> None:
@@ -134,64 +125,51 @@ def test_a_missing_token_is_told_from_a_refused_one(hub: Hub, folder: Path, monk
         push(folder, "org/model")
 
 
-def test_a_closed_port_is_an_error_within_seconds(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    url = f"http://127.0.0.1:{closed_port()}"
-    connect(monkeypatch, url)
+@pytest.mark.parametrize(("answers", "message"), [(False, "Connection refused"), (True, "timed out")])
+def test_a_server_that_is_not_there_is_given_up_within_seconds(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, answers: bool, message: str
+) -> None:
+    """A closed port, or one that takes the connection and never answers."""
+    monkeypatch.setattr(hub_module, "PATIENCE", 0.3)
     before, start = contents(folder), time.monotonic()
-    with pytest.raises(PushError, match=f"Upload to org/model at {url} failed: .*Connection refused"):
-        push(folder, "org/model")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        if not answers:
+            silent.close()
+        connect(monkeypatch, url)
+        with pytest.raises(PushError, match=f"Upload to org/model at {url} failed: .*{message}"):
+            push(folder, "org/model")
     assert time.monotonic() - start < 5
     assert contents(folder) == before
 
 
-def test_a_server_that_never_answers_is_given_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_module, "PATIENCE", 0.3)
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        connect(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}")
-        start = time.monotonic()
-        with pytest.raises(PushError, match="timed out"):
-            push(folder, "org/model")
-        assert time.monotonic() - start < 5
-
-
-def test_offline_mode_is_named(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(PushError, match="HF_HUB_OFFLINE"):
-        push(folder, "org/model")
-    assert hub.requests == []
-
-
-def test_a_server_without_xet_storage_is_named(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_mode_and_xet_storage_are_named(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("hf_xet")
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
-    with pytest.raises(PushError, match="HF_HUB_DISABLE_XET=1"):
-        push(folder, "org/model")
+    for constant, value, message in (
+        ("HF_HUB_OFFLINE", True, "HF_HUB_OFFLINE"),
+        ("HF_HUB_DISABLE_XET", False, "HF_HUB_DISABLE_XET=1"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(constants, constant, value)
+            with pytest.raises(PushError, match=message):
+                push(folder, "org/model")
+        assert ("POST /api/repos/create" in hub.requests) is (constant == "HF_HUB_DISABLE_XET")
 
 
 @pytest.mark.parametrize("repo_id", ["a/b/c", "org/", "/name", "org/na me", "org/na--me", "org/model.git", ""])
 def test_a_bad_name_is_refused_before_any_request(hub: Hub, folder: Path, repo_id: str) -> None:
     with pytest.raises(ValueError, match=r"[Rr]epo"):
         push(folder, repo_id)
-    assert hub.requests == []
-
-
-def test_a_folder_without_files_is_refused_before_any_request(hub: Hub, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing to upload to org/model"):
-        push(tmp_path / "absent", "org/model")
+        push(folder / "absent", "org/model")
     assert hub.requests == []
 
 
 def test_a_process_needs_only_its_environment_and_logs_no_token(hub: Hub, folder: Path) -> None:
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": hub.url,
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_DEBUG": "1",
-    }
+    off = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     done = subprocess.run(
         [sys.executable, "-c", PUSH_TWICE, str(folder), WRONG_TOKEN],
-        env=environment,
+        env={**os.environ, **off, "HF_ENDPOINT": hub.url, "HF_DEBUG": "1"},
         capture_output=True,
         text=True,
         timeout=120,

@@ -4,13 +4,5 @@ from vlmembed.export.exporter import Exporter, ModelInfo, SentenceTransformers, 
 from vlmembed.export.hub import PushError, push
 from vlmembed.export.verify import ExportError, Verification
 
-__all__ = [
-    "ExportError",
-    "Exporter",
-    "ModelInfo",
-    "PushError",
-    "SentenceTransformers",
-    "Verification",
-    "push",
-    "refuse_used",
-]
+__all__ = ["ExportError", "Exporter", "ModelInfo", "PushError", "SentenceTransformers", "Verification", "push"]
+__all__ += ["refuse_used"]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from vlmembed.encoder import Encoder, Scorer
@@ -27,45 +29,28 @@ LIBRARIES = ("vlmembed", "sentence-transformers", "transformers", "torch")
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What is known of a model besides its weights.
-
-    Args:
-        name: The model's name, for its card.
-        address: What users will open: a Hub repository, or None for the folder.
-        dimensions: The dimensions that embeddings were trained to be truncated to.
-        metrics: What was measured, under its logged names.
-        config: The run's whole configuration.
-    """
+    """What is known of a model besides its weights."""
 
     name: str = "model"
-    address: str | None = None
-    dimensions: Sequence[int] = ()
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    config: Mapping[str, Any] = field(default_factory=dict)
+    address: str | None = None  # What users will open: a Hub repository, or None for the folder.
+    dimensions: Sequence[int] = ()  # That embeddings were trained to be truncated to.
+    metrics: Mapping[str, float] = field(default_factory=dict)  # Under their logged names.
+    config: Mapping[str, Any] = field(default_factory=dict)  # Of the run.
 
 
 class Exporter(ABC):
     """Writes a trained encoder as a folder that others open."""
 
     def check(self, pooling: Pooling) -> None:  # noqa: B027
-        """Refuse, before training, what could not be exported after it.
-
-        Raises:
-            ValueError: If it could not.
-        """
+        """Refuse with a ``ValueError``, before training, what could not be exported after it."""
 
     @abstractmethod
     def export(self, encoder: Encoder, folder: Path, info: ModelInfo) -> Verification:
-        """Write and verify the folder.
-
-        Args:
-            encoder: A configured encoder. Its adapters are merged, for good.
-            folder: Where; empty, or not there yet.
-            info: What is known of the model.
+        """Write and verify a folder that is empty or not there yet. The encoder's adapters are merged, for good.
 
         Raises:
             FileExistsError: If the folder is not empty.
-            ExportError: If the folder does not serve what was trained. It is left under another name, to be looked at.
+            ExportError: If it cannot be written; or does not serve what was trained, and is left under another name.
         """
 
 
@@ -99,30 +84,62 @@ class SentenceTransformers(Exporter):
 
     def check(self, pooling: Pooling) -> None:
         """Refuse poolings whose code no folder can bring along, and what a reranker lacks; see `Exporter.check`."""
+        ranks = isinstance(pooling, ScoreHead)
+        if ranks and self.truncate_dim is not None:
+            raise ValueError(f"truncate_dim={self.truncate_dim} is for embeddings, and a reranker has none. Remove it.")
+        if not ranks and self.reranker_scoring != "dense":
+            raise ValueError(f"reranker_scoring={self.reranker_scoring} is for rerankers, not embedders. Remove it.")
         if isinstance(pooling, ScoreHead):
-            if self.truncate_dim is not None:
-                raise ValueError(
-                    f"truncate_dim={self.truncate_dim} is for embeddings, and a reranker has none. Remove it."
-                )
             (check_head if self.reranker_scoring == "dense" else yes_no_head)(pooling)
         else:
-            if self.reranker_scoring != "dense":
-                raise ValueError(
-                    f"reranker_scoring={self.reranker_scoring} is for rerankers, not embedders. Remove it."
-                )
             check_servable(pooling)
 
     def export(self, encoder: Encoder, folder: Path, info: ModelInfo) -> Verification:
         """Write and verify the folder; see `Exporter.export`."""
         self.check(encoder.pooling)
         refuse_used(folder)
-        draft = folder.with_name(folder.name + ".unverified")
+        final = folder.resolve()
+        draft = final.with_name(final.name + ".unverified")
         if draft.is_dir():
             print(f"Removing {draft}, which an export that failed or was killed has left.", flush=True)
             shutil.rmtree(draft)
-        draft.mkdir(parents=True)
         print(f"Writing {folder}", flush=True)
-        with TemporaryDirectory() as scratch, _without_bars():
+        try:
+            draft.mkdir(parents=True)
+            verification = self._write(encoder, draft, info)
+            write_card(draft, self._facts(encoder, info, str(verification), info.address or str(folder)))
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(draft, ignore_errors=True)  # What is half written would only take up room.
+            raise ExportError(
+                f"The export to {folder} stopped: {error}. The run's checkpoints are whole. Make room, or give "
+                "permission, and export one: python -m vlmembed export --config … --ckpt_path … --output_dir …"
+            ) from error
+        if not verification.passed:
+            raise ExportError(f"The export does not serve what was trained. {verification}. It is left in {draft}.")
+        code = brings_code(draft)
+        try:
+            if final.exists():
+                final.rmdir()
+            draft.rename(final)
+        except OSError as error:  # Such as where a volume is mounted.
+            raise ExportError(
+                f"The export is verified, but cannot take its place ({error}): it is in {draft}."
+            ) from error
+        opener = "CrossEncoder" if isinstance(encoder, Scorer) else "SentenceTransformer"
+        print(
+            f"Verified: {verification}\n\n"
+            + ("It brings the pooling's code along, and is opened with trust_remote_code=True.\n\n" if code else "")
+            + f"from sentence_transformers import {opener}\n"
+            f"model = {opener}({str(folder)!r}{', trust_remote_code=True' if code else ''})\n\n"
+            f"{folder / 'README.md'} says more."
+        )
+        return verification
+
+    def _write(self, encoder: Encoder, draft: Path, info: ModelInfo) -> Verification:
+        with TemporaryDirectory() as scratch, ExitStack() as stack:
+            if transformers_logging.is_progress_bar_enabled():  # Its bars, over a file or two, stay off the console.
+                stack.callback(transformers_logging.enable_progress_bar)
+                transformers_logging.disable_progress_bar()
             # What is expected is computed first: writing merges the adapters into the weights.
             if isinstance(encoder, Scorer):
                 # Logits are taken at the last position, where a token has to be.
@@ -134,49 +151,25 @@ class SentenceTransformers(Exporter):
                 dimensions = [full, *(dimension for dimension in info.dimensions if dimension < full)]
                 expected = expect(encoder, Path(scratch), dimensions)
                 write_folder(encoder, draft, self.truncate_dim, dimensions if info.dimensions else ())
-            [verification] = verify({draft: expected})
-        if not verification.passed:
-            raise ExportError(f"The export does not serve what was trained. {verification}. It is left in {draft}.")
-        facts = self._facts(encoder, info, str(verification), info.address or str(folder), brings_code(draft))
-        write_card(draft, facts)
-        if folder.exists():
-            folder.rmdir()
-        draft.rename(folder)
-        print(f"Verified: {verification}\n\n{_how_to_open(folder, facts.opens_with)}")
-        return verification
+            return verify({draft: expected})[0]
 
-    def _facts(self, encoder: Encoder, info: ModelInfo, verification: str, address: str, code: bool) -> CardFacts:
+    def _facts(self, encoder: Encoder, info: ModelInfo, verification: str, source: str) -> CardFacts:
         model, data = (info.config.get(part, {}).get("init_args", {}) for part in ("model", "data"))
         parts = {part.capitalize(): model.get(part) for part in ("pooling", "head", "template", "loss", "adapters")}
         train = data.get("train")
-        ranks = isinstance(encoder, Scorer)
         return CardFacts(
             title=info.name,
-            source=address,
+            source=source,
             base_model=encoder.backbone.checkpoint,
             training={label: summarize(part) for label, part in parts.items() if part},
             datasets=[name for name in (train if isinstance(train, list) else [train]) if isinstance(name, str)],
             metrics=info.metrics,
             config=info.config,
             verification=verification,
-            opens_with="CrossEncoder" if ranks else "SentenceTransformer",
-            trust_remote_code=code,
             versions={library: version(library) for library in LIBRARIES},
             license=self.license,
-            pipeline_tag=self.pipeline_tag or ("text-ranking" if ranks else "feature-extraction"),
+            pipeline_tag=self.pipeline_tag,
         )
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Keep transformers' progress bars, over a file or two, off the console."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 def summarize(value: Any) -> str:
@@ -188,23 +181,11 @@ def summarize(value: Any) -> str:
 
 
 def refuse_used(folder: Path) -> None:
-    """Refuse to write where something is.
-
-    Raises:
-        FileExistsError: If the folder is not empty, or is a file.
-    """
+    """Refuse to write where something is, with a ``FileExistsError``, or where nothing can be made."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is not empty. Export into another folder, or move this one away.")
-
-
-def _how_to_open(folder: Path, opens_with: str) -> str:
-    """Say what the folder needs, and show three lines that try it."""
-    code, trust = "Modules of Sentence Transformers do all of it; it brings no code along.", ""
-    if brings_code(folder):
-        code = "It brings the pooling's code along, and is opened with trust_remote_code=True."
-        trust = ", trust_remote_code=True"
-    usage = 'model.rank("a question", ["a text", "another"])'
-    if opens_with == "SentenceTransformer":
-        usage = 'model.similarity(model.encode_query("a question"), model.encode_document(["a text", "another"]))'
-    opened = f"model = {opens_with}({str(folder)!r}{trust})"
-    return f"{code}\n\nfrom sentence_transformers import {opens_with}\n{opened}\nprint({usage})"
+    parent = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise PermissionError(
+            f"{folder} cannot be made: {parent} is no folder to write into. Name another with --output_dir."
+        )

@@ -21,29 +21,26 @@ class PushError(RuntimeError):
 def push(folder: Path, repo_id: str, private: bool = False, revision: str | None = None) -> str:
     """Upload every file of a folder to a model repository, which is created where there is none.
 
-    The token is the one that ``huggingface_hub`` finds: ``HF_TOKEN``, or that of ``hf auth login``. The server is
-    ``HF_ENDPOINT``, by default https://huggingface.co. The folder is only read.
-
-    Args:
-        folder: What to upload; its files come to lie at the root of the repository.
-        repo_id: ``ORG/NAME``, or ``NAME`` for the token's own user.
-        private: Create a private repository, and refuse one that exists and is public. Otherwise a new repository is
-            public, unless its organization says that new ones are private.
-        revision: The branch to commit to, created where there is none. ``main`` if not given.
-
-    Returns:
-        The address of the commit.
-
-    Raises:
-        ValueError: If ``repo_id`` is no repository name, or there is nothing to upload; no request was made.
-        PushError: If the Hub cannot be reached, refuses the token, or refuses the files.
+    The token and the server are those that ``huggingface_hub`` finds. A repository that exists and is public is refused
+    where it should be private; a branch is created where there is none. Returns the address of the commit.
     """
     validate_repo_id(repo_id)
     if not any(path.is_file() for path in folder.rglob("*")):
         raise ValueError(f"{folder} is not a folder with files in it: there is nothing to upload to {repo_id}")
     api = HfApi(library_name="vlmembed")
     try:
-        return _upload(api, folder, repo_id, private, revision)
+        # Of the client's calls only this one can be told to give up; any answer at all means that the Hub is there.
+        with suppress(HfHubHTTPError):
+            api.model_info(repo_id, timeout=PATIENCE)
+        # None, not False: False would override an organization's own rule.
+        full_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
+        if private and api.model_info(full_id).private is False:
+            raise ValueError(f"{full_id} exists and is public: make it private in its settings, or choose another name")
+        if revision and revision != "main":
+            api.create_branch(full_id, branch=revision, exist_ok=True)
+        message = "Export with vlmembed"
+        commit = api.upload_folder(repo_id=full_id, folder_path=folder, revision=revision, commit_message=message)
+        return commit.commit_url
     except Exception as error:  # The HTTP client, the Hub's client and its storage client share no error class.
         retry = ["hf", "upload", repo_id, str(folder.absolute())]
         retry += ["--private"] * private + (["--revision", revision] if revision else [])
@@ -53,21 +50,6 @@ def push(folder: Path, repo_id: str, private: bool = False, revision: str | None
             f"The exported folder {folder} is whole and untouched. To upload it, once that is put right:\n"
             f"    {shlex.join(retry)}"
         ) from None
-
-
-def _upload(api: HfApi, folder: Path, repo_id: str, private: bool, revision: str | None) -> str:
-    # Of the client's calls only this one can be told to give up; any answer at all means that the Hub is there.
-    with suppress(HfHubHTTPError):
-        api.model_info(repo_id, timeout=PATIENCE)
-    # None, not False: False would override an organization's own rule.
-    full_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
-    if private and api.model_info(full_id).private is False:
-        raise ValueError(f"{full_id} exists and is public: make it private in its settings, or choose another name")
-    if revision and revision != "main":
-        api.create_branch(full_id, branch=revision, exist_ok=True)
-    return api.upload_folder(
-        repo_id=full_id, folder_path=folder, revision=revision, commit_message="Export with vlmembed"
-    ).commit_url
 
 
 def _reason(error: Exception) -> str:

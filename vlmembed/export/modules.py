@@ -13,36 +13,20 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from vlmembed.heads import ScoreHead, YesNo
-from vlmembed.pooling import (
-    Concatenation,
-    EarlierLayer,
-    EndToken,
-    FirstToken,
-    LastToken,
-    LayerMix,
-    LearnedTokens,
-    Max,
-    Mean,
-    MeanSqrtLength,
-    Pooling,
-    Projection,
-    WeightedMean,
-    base,
-    learned,
-    tokens,
-)
+from vlmembed.pooling import Pooling, base, learned, tokens
 
 #: Sentence Transformers' names of our poolings. Exact types: a subclass may pool differently.
 MODES: dict[type[Pooling], str] = {
-    EndToken: "lasttoken",
-    FirstToken: "cls",
-    LastToken: "lasttoken",
-    Max: "max",
-    Mean: "mean",
-    MeanSqrtLength: "mean_sqrt_len_tokens",
-    WeightedMean: "weightedmean",
+    tokens.EndToken: "lasttoken",
+    tokens.FirstToken: "cls",
+    tokens.LastToken: "lasttoken",
+    tokens.Max: "max",
+    tokens.Mean: "mean",
+    tokens.MeanSqrtLength: "mean_sqrt_len_tokens",
+    tokens.WeightedMean: "weightedmean",
 }
 
 #: The file that a folder with code brings along, without its ending.
@@ -51,117 +35,91 @@ CODE = "served_pooling"
 
 @dataclass(frozen=True)
 class ModuleSpec:
-    """An entry of ``modules.json``, and the content of the module's folder.
+    """An entry of ``modules.json``, and the content of the module's folder."""
 
-    Args:
-        type: The dotted path of the class.
-        config: The module's configuration.
-        weights: By name.
-        file_name: Of the configuration.
-    """
-
-    type: str
+    type: str  # The dotted path of the class.
     config: Mapping[str, Any]
     weights: Mapping[str, Tensor] | None = None
-    file_name: str = "config.json"
-
-
-# Poolings
+    file_name: str = "config.json"  # Of the configuration.
 
 
 def is_stock(pooling: Pooling) -> bool:
     """Whether Sentence Transformers' own modules pool so; else a folder brings code and is opened with trust."""
-    if type(pooling) in (EarlierLayer, LayerMix, Projection):
+    if type(pooling) in (learned.EarlierLayer, learned.LayerMix, learned.Projection):
         return is_stock(cast(base.PoolingWrapper, pooling).pooling)
     return _mode(pooling) is not None
 
 
-def pooling_modules(pooling: Pooling, hidden_size: int, layers: int) -> list[ModuleSpec]:
-    """Return what pools as a pooling does, in the order of serving.
-
-    Raises:
-        ValueError: If Sentence Transformers has no such module, and the pooling's code cannot be copied.
-    """
+def pooling_modules(pooling: Pooling, model: PretrainedConfig) -> list[ModuleSpec]:
+    """Return what pools as a pooling does, in the order of serving, behind a language model of that configuration."""
     if not is_stock(pooling):
         weights = {f"layer.{name}": tensor.contiguous() for name, tensor in pooling.state_dict().items()}
-        config = {"pooling": describe(pooling), "hidden_size": hidden_size}
+        config = {"pooling": describe(pooling), "hidden_size": model.hidden_size}
         return [ModuleSpec(f"{CODE}.ServedPooling", config, weights)]
-    if isinstance(pooling, Projection):
-        return [*pooling_modules(pooling.pooling, hidden_size, layers), *projection_modules(pooling)]
-    if isinstance(pooling, LayerMix):
+    if isinstance(pooling, learned.Projection):
+        return [*pooling_modules(pooling.pooling, model), *projection_modules(pooling)]
+    if isinstance(pooling, learned.LayerMix):
+        layers = model.num_hidden_layers
         start = layers + 1 - pooling.count
-        config = {"embedding_dimension": hidden_size, "num_hidden_layers": layers, "layer_start": start}
+        config = {"embedding_dimension": model.hidden_size, "num_hidden_layers": layers, "layer_start": start}
         weights = {"layer_weights": pooling.weights.detach().float().softmax(dim=0)}
         name = "sentence_transformers.sentence_transformer.modules.weighted_layer_pooling.WeightedLayerPooling"
-        return [ModuleSpec(name, config, weights), *pooling_modules(pooling.pooling, hidden_size, layers)]
-    if isinstance(pooling, EarlierLayer):  # The Transformer module returns that layer.
-        return pooling_modules(pooling.pooling, hidden_size, layers)
-    config = {"embedding_dimension": hidden_size, "pooling_mode": _mode(pooling), "include_prompt": True}
+        return [ModuleSpec(name, config, weights), *pooling_modules(pooling.pooling, model)]
+    if isinstance(pooling, learned.EarlierLayer):  # The Transformer module returns that layer.
+        return pooling_modules(pooling.pooling, model)
+    config = {"embedding_dimension": model.hidden_size, "pooling_mode": _mode(pooling), "include_prompt": True}
     return [ModuleSpec("sentence_transformers.sentence_transformer.modules.pooling.Pooling", config)]
 
 
 def _mode(pooling: Pooling) -> str | list[str] | None:
-    if type(pooling) is Concatenation:
+    if type(pooling) is learned.Concatenation:
         modes = [MODES.get(type(member)) for member in pooling.poolings]
         return [mode for mode in modes if mode] if all(modes) else None
-    if type(pooling) is LearnedTokens and pooling.tokens == 1:
+    if type(pooling) is learned.LearnedTokens and pooling.tokens == 1:
         return "lasttoken"
     return MODES.get(type(pooling))
 
 
-def projection_modules(pooling: Projection) -> list[ModuleSpec]:
+def projection_modules(pooling: learned.Projection) -> list[ModuleSpec]:
     """Return the layers of a projection, without what it projects."""
-    outer = dense(pooling.outer.weight, pooling.outer.bias)
-    if pooling.inner is None:
-        return [outer]
-    return [dense(pooling.inner.weight, pooling.inner.bias, "torch.nn.modules.activation.GELU"), outer]
+    inner = [] if pooling.inner is None else [dense(pooling.inner.weight, pooling.inner.bias, "activation.GELU")]
+    return [*inner, dense(pooling.outer.weight, pooling.outer.bias)]
 
 
-def dense(
-    weight: Tensor, bias: Tensor | None = None, activation: str = "torch.nn.modules.linear.Identity"
-) -> ModuleSpec:
+def dense(weight: Tensor, bias: Tensor | None = None, activation: str = "linear.Identity") -> ModuleSpec:
     """Return a layer with a weight (out, in) that maps embeddings."""
     config = {
         "in_features": weight.shape[1],
         "out_features": weight.shape[0],
         "bias": bias is not None,
-        "activation_function": activation,
+        "activation_function": f"torch.nn.modules.{activation}",
         "module_input_name": "sentence_embedding",
         "module_output_name": "sentence_embedding",
     }
-    weights = {"linear.weight": weight.detach().float().contiguous()}
-    if bias is not None:
-        weights["linear.bias"] = bias.detach().float()
+    tensors = {"linear.weight": weight} if bias is None else {"linear.weight": weight, "linear.bias": bias}
+    weights = {name: tensor.detach().float().contiguous() for name, tensor in tensors.items()}
     return ModuleSpec("sentence_transformers.base.modules.dense.Dense", config, weights)
 
 
-# Score heads
-
-
-def head_modules(head: ScoreHead, hidden_size: int, layers: int) -> list[ModuleSpec]:
+def head_modules(head: ScoreHead, model: PretrainedConfig) -> list[ModuleSpec]:
     """Return what scores as a head does, from the states of its backbone, in the order of serving."""
     if isinstance(head, YesNo):
         last = [dense(head.direction[None])]
-    elif type(head.pooling) is Projection:
+    elif type(head.pooling) is learned.Projection:
         last = projection_modules(head.pooling)
     else:
         last = [dense(torch.ones(1, 1))]  # The pooled number is the score already, under another name.
     last[-1] = replace(last[-1], config={**last[-1].config, "module_output_name": "scores"})
-    return [*pooling_modules(pooling_of(head), hidden_size, layers), *last]
+    return [*pooling_modules(pooling_of(head), model), *last]
 
 
 def pooling_of(head: ScoreHead) -> Pooling:
     """Return what a head pools with, without the layers that make a score of it."""
-    pooling: Pooling = head.pooling.pooling if type(head.pooling) is Projection else head.pooling
-    return pooling
+    return cast(Pooling, head.pooling.pooling if type(head.pooling) is learned.Projection else head.pooling)
 
 
 def check_head(head: ScoreHead) -> None:
-    """Refuse a head that no folder could serve.
-
-    Raises:
-        ValueError: If it computes its score in a way of its own, or the code of its pooling cannot be copied.
-    """
+    """Refuse a head that computes its score in a way of its own, or whose pooling's code cannot be copied."""
     ours = YesNo if isinstance(head, YesNo) else ScoreHead
     for method in ("forward", "score"):
         if getattr(type(head), method) is not getattr(ours, method):
@@ -174,13 +132,9 @@ def check_head(head: ScoreHead) -> None:
 
 
 def yes_no_head(head: ScoreHead) -> YesNo:
-    """Return a head whose score is the difference of two logits of the last token.
-
-    Raises:
-        ValueError: If it is another one.
-    """
+    """Return a head whose score is the difference of two logits of the last token; refuse another one."""
     check_head(head)
-    if not isinstance(head, YesNo) or type(head.pooling) is not LastToken:
+    if not isinstance(head, YesNo) or type(head.pooling) is not tokens.LastToken:
         raise ValueError(
             f"reranker_scoring: logits is the difference of two words' logits at the last token, which "
             f"{type(head).__name__} does not score by. Use vlmembed.heads.YesNo, or reranker_scoring: dense."
@@ -188,15 +142,8 @@ def yes_no_head(head: ScoreHead) -> YesNo:
     return head
 
 
-# Code
-
-
 def check_servable(pooling: Pooling) -> None:
-    """Refuse a pooling that no folder could serve.
-
-    Raises:
-        ValueError: If Sentence Transformers has no such module, and the pooling's code cannot be copied.
-    """
+    """Refuse a pooling for which Sentence Transformers has no module, and whose code cannot be copied."""
     if not is_stock(pooling):
         describe(pooling)
         standalone_code(pooling)
@@ -205,8 +152,7 @@ def check_servable(pooling: Pooling) -> None:
 def describe(pooling: Pooling) -> dict[str, Any]:
     """Return a pooling's class, arguments and template, as JSON has them.
 
-    Raises:
-        ValueError: If an argument is no attribute of the same name, or is of a kind that JSON does not have.
+    Each argument is an attribute of the same name, and of a kind that JSON has; else a ``ValueError`` names it.
     """
     arguments = {}
     for name, parameter in inspect.signature(type(pooling).__init__).parameters.items():
@@ -233,7 +179,6 @@ def _as_json(value: Any, name: str) -> Any:
 
 
 HEADER = '"""The poolings that this model was trained with, and the module that serves them."""\n\n'
-
 FUTURE_IMPORT = re.compile(r"^from __future__ import .*\n", re.MULTILINE)
 #: For our annotations only, which are never evaluated in the file.
 JAXTYPING_IMPORT = re.compile(r"^from jaxtyping import .*\n", re.MULTILINE)
@@ -242,19 +187,18 @@ FOREIGN_IMPORT = re.compile(r"^[ \t]*((?:from|import)[ \t]+(?:vlmembed\b|\.).*)$
 
 
 def standalone_code(pooling: Pooling) -> str:
-    """Return one Python file with our poolings, the whole files of a user's own, and the module that serves them.
-
-    Raises:
-        ValueError: If a file imports other parts of vlmembed than poolings, is no file, or gives a name of ours to
-            something else.
-    """
+    """Return one Python file with our poolings, the whole files of a user's own, and the module that serves them."""
     from vlmembed.export import served_pooling  # Sentence Transformers takes seconds to import.
 
     ours = [base, tokens, learned, served_pooling]
     # Classes that a pooling extends come before it, since its file may need theirs.
     classes = [cls for part in pooling.modules() for cls in reversed(type(part).__mro__) if issubclass(cls, Pooling)]
     names = {cls.__module__: cls.__name__ for cls in classes}
-    users = [_module(name, cls) for name, cls in names.items() if name not in {module.__name__ for module in ours}]
+    for name, cls in names.items():
+        path = getattr(sys.modules.get(name), "__file__", None)
+        if path is None or name == "__main__" or not Path(path).is_file():
+            raise ValueError(f"{cls} cannot be exported: its module {name} is no file that can be imported.")
+    users = [module for name in names if (module := sys.modules[name]) not in ours]
     sources = [*ours[:3], *users, served_pooling]
     _refuse_clashes(sources)
     copied = "|".join(["vlmembed\\.pooling[\\w.]*", *(re.escape(module.__name__) for module in users)])
@@ -279,14 +223,6 @@ def _without_import(line: re.Match[str]) -> str:
     if re.search(r"\bas\b", line[2]):
         return line[0]
     return f"{line[1]}pass\n" if line[1] else ""  # An indented import may be all that its block has.
-
-
-def _module(name: str, cls: str) -> ModuleType:
-    module = sys.modules.get(name)
-    path = getattr(module, "__file__", None)
-    if module is None or path is None or name == "__main__" or not Path(path).is_file():
-        raise ValueError(f"{cls} cannot be exported: its module {name} is no file that can be imported.")
-    return module
 
 
 def _refuse_clashes(modules: list[ModuleType]) -> None:

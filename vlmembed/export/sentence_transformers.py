@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from vlmembed.backbones import VisionLanguageModel
 from vlmembed.backbones.base import HEAD, label_token_ids
 from vlmembed.backbones.chat_templates import NAME, write_tokens
 from vlmembed.encoder import Encoder, Scorer
+from vlmembed.export.card import read
 from vlmembed.export.modules import (
     CODE,
     ModuleSpec,
@@ -44,21 +45,14 @@ Scoring = Literal["dense", "logits"]
 def write_folder(
     encoder: Encoder, folder: Path, truncate_dim: int | None = None, dimensions: Sequence[int] = ()
 ) -> None:
-    """Write an embedder.
+    """Write an embedder into an empty folder; adapters are merged into the encoder's weights, for good.
 
-    Adapters are merged into the encoder's weights, for good.
-
-    Args:
-        encoder: A configured encoder.
-        folder: An existing, empty folder.
-        truncate_dim: Keep this many leading dimensions, normalised anew; None for all.
-        dimensions: The dimensions that embeddings were trained to be truncated to, for other servers.
-
-    Raises:
-        ValueError: If the pooling cannot be served, or ``truncate_dim`` exceeds the embedding's dimension.
+    With ``truncate_dim``, so many leading dimensions are kept and normalised anew. Other servers are told the
+    ``dimensions`` that embeddings were trained to be truncated to.
     """
     backbone, pooling = encoder.backbone, encoder.pooling
-    modules = [_backbone_module(backbone, pooling.layers), *pooling_modules(pooling, *_sizes(backbone))]
+    config = backbone.model.config.get_text_config()
+    modules = [_transformer(backbone, pooling.layers), *pooling_modules(pooling, config)]
     if truncate_dim is not None:
         if not 0 < truncate_dim <= encoder.dimension:
             raise ValueError(
@@ -70,7 +64,7 @@ def write_folder(
     # This path is known to all releases from 5.4 on; base.modules.normalize to those from 6.0 on.
     modules.append(ModuleSpec("sentence_transformers.sentence_transformer.modules.normalize.Normalize", names))
     _write_checkpoint(backbone, folder)
-    config = {
+    model_config = {
         "model_type": "SentenceTransformer",
         # Both roles need a prompt of their own: neither falls back to the default one.
         "prompts": {role: instruction or "" for role, instruction in backbone.instructions.items()},
@@ -79,48 +73,37 @@ def write_folder(
     }
     # vLLM and SGLang cut embeddings only if these keys say that they may.
     matryoshka = {"is_matryoshka": True, "matryoshka_dimensions": sorted(dimensions)} if dimensions else {}
-    _write_modules(modules, pooling, config, folder, **matryoshka)
+    _write_modules(modules, pooling, model_config, folder, **matryoshka)
 
 
 def write_reranker(scorer: Scorer, folder: Path, scoring: Scoring = "dense") -> None:
-    """Write a cross-encoder.
+    """Write a cross-encoder into an empty folder; adapters are merged into the scorer's weights, for good.
 
     Both forms give the same scores. The dense one never computes the logits of the whole vocabulary, and serves every
     head. The other is for those who want the whole language model too.
-
-    Adapters are merged into the scorer's weights, for good.
-
-    Args:
-        scorer: A configured scorer.
-        folder: An existing, empty folder.
-        scoring: Which of the two.
-
-    Raises:
-        ValueError: If the head cannot be served so.
     """
     backbone, head = scorer.backbone, scorer.pooling
+    config = backbone.model.config.get_text_config()
     if scoring == "dense":
         check_head(head)
-        transformer = _backbone_module(backbone, head.layers, chat_template=NAME)
-        modules = [transformer, *head_modules(head, *_sizes(backbone))]
+        modules = [_transformer(backbone, head.layers, chat_template=NAME), *head_modules(head, config)]
         last_layer = f"{len(modules) - 1}.linear"
         _write_checkpoint(backbone, folder)
     else:
         yes_no = yes_no_head(head)
-        template = {"add_generation_prompt": backbone.generation_prompt, "chat_template": NAME}
         tokens = label_token_ids(backbone.preprocessor.processor.tokenizer, yes_no.label_tokens)
         score = {"true_token_id": tokens[0], "false_token_id": tokens[1], "module_input_name": "causal_logits"}
         modules = [
-            _transformer("any-to-any", "logits", "causal_logits", template),
+            _transformer(backbone, None, chat_template=NAME),
             ModuleSpec("sentence_transformers.cross_encoder.modules.logit_score.LogitScore", score),
         ]
         last_layer = "0.model.lm_head"
         # The checkpoint's own head, with the two rows as they were trained; None where it is the token embeddings.
-        rows = backbone.lm_head_rows(range(backbone.model.config.get_text_config().vocab_size))
+        rows = backbone.lm_head_rows(range(config.vocab_size))
         if rows is not None:
             rows[tokens] = yes_no.weights.detach().to(rows)
         _write_checkpoint(backbone, folder, rows)
-    config: dict[str, Any] = {
+    model_config: dict[str, Any] = {
         "model_type": "CrossEncoder",
         "activation_fn": "torch.nn.modules.activation.Sigmoid",
         # The instruction is the template's.
@@ -128,40 +111,25 @@ def write_reranker(scorer: Scorer, folder: Path, scoring: Scoring = "dense") -> 
         "default_prompt_name": None,
     }
     if scorer.dtype != "float32":  # The last layer answers in float32, as it did in training.
-        config["keep_in_fp32_modules"] = [last_layer]
-    _write_modules(modules, pooling_of(head), config, folder)
+        model_config["keep_in_fp32_modules"] = [last_layer]
+    _write_modules(modules, pooling_of(head), model_config, folder)
 
 
-def _sizes(backbone: VisionLanguageModel) -> tuple[int, int]:
-    """Return H, and the number of language layers."""
-    return (backbone.hidden_size, backbone.model.config.get_text_config().num_hidden_layers)
-
-
-def _backbone_module(backbone: VisionLanguageModel, layers: Sequence[int], **chat_template: Any) -> ModuleSpec:
-    """Return the module that computes the states of one layer; of several, the last, and all others beside it."""
-    earlier = len(layers) == 1 and layers[0] != -1
-    output: str | list[str | int] = ["hidden_states", layers[0]] if earlier else "last_hidden_state"
-    template = {"add_generation_prompt": backbone.generation_prompt, **chat_template}
-    return _transformer("feature-extraction", output, "token_embeddings", template)
-
-
-def _transformer(task: str, output: str | list[str | int], name: str, chat_template: Mapping[str, Any]) -> ModuleSpec:
-    """Return the module that runs the checkpoint.
-
-    Args:
-        task: What transformers opens it for.
-        output: Which of transformers' outputs is taken.
-        name: What Sentence Transformers calls that.
-        chat_template: How items are rendered.
-    """
-    states = {"method": "forward", "method_output_name": output}
-    modalities = {kind: states for kind in ("text", "image", "video")}
+def _transformer(backbone: VisionLanguageModel, layers: Sequence[int] | None, **chat_template: str) -> ModuleSpec:
+    """Return the module that computes the states of one layer, of several the last and all beside it; or logits."""
+    task, name = ("feature-extraction", "token_embeddings") if layers else ("any-to-any", "causal_logits")
+    states: Any = "last_hidden_state" if layers else "logits"
+    if layers and len(layers) == 1 and layers[0] != -1:
+        states = ["hidden_states", layers[0]]
+    modality = {"method": "forward", "method_output_name": states}
+    videos = getattr(backbone.preprocessor.processor, "video_processor", None) is not None
     config = {
         "transformer_task": task,
         # Without this, everything is taken for plain text that needs no chat template.
-        "modality_config": {**modalities, "message": {**states, "format": "structured"}},
+        "modality_config": {kind: modality for kind in ("text", "image", "video") if videos or kind != "video"}
+        | {"message": {**modality, "format": "structured"}},
         "module_output_name": name,
-        "processing_kwargs": {"chat_template": dict(chat_template)},
+        "processing_kwargs": {"chat_template": {"add_generation_prompt": backbone.generation_prompt, **chat_template}},
         "unpad_inputs": False,
     }
     path = "sentence_transformers.base.modules.transformer.Transformer"
@@ -173,12 +141,7 @@ def _write_checkpoint(
 ) -> None:
     """Write weights and processor under the names of the fresh checkpoint, by which other servers know it.
 
-    Adapters are merged, for good.
-
-    Args:
-        backbone: Configured.
-        folder: An existing folder.
-        language_head: Weights of the language-model head, where it has its own; None to leave it out.
+    Adapters are merged, for good. Without a ``language_head``, one with weights of its own is left out.
     """
     adapters.merge(backbone)
     if backbone.learned_tokens is not None:
@@ -190,10 +153,10 @@ def _write_checkpoint(
         weights[HEAD] = language_head
     model.save_pretrained(folder, state_dict=weights)
     preprocessor = backbone.preprocessor
+    pairs, new_tokens = preprocessor.pair_template, backbone.learned_tokens is not None
     # Opened anew: a tokenizer that was used remembers how it padded.
-    options = (preprocessor.pair_template, preprocessor.appended, backbone.learned_tokens is not None)
-    processor: Any = backbone.make_preprocessor(*options).processor
-    if preprocessor.pair_template is not None:  # It stands beside the checkpoint's own, for those who chat with it.
+    processor: Any = backbone.make_preprocessor(pairs, preprocessor.appended, new_tokens).processor
+    if pairs is not None:  # Their template stands beside the checkpoint's own, for those who chat with it.
         template = backbone.open_processor().chat_template
         templates = template if isinstance(template, dict) else {"default": template}
         processor.chat_template = {**templates, NAME: processor.chat_template}
@@ -222,14 +185,9 @@ def _as_saved(model: PreTrainedModel) -> PreTrainedModel:
 def _write_modules(
     modules: Sequence[ModuleSpec], pooling: Pooling, model_config: dict[str, Any], folder: Path, **extra: Any
 ) -> None:
-    """Write what makes a model of a checkpoint that is there.
+    """Write what makes a model of the checkpoint in a folder, and the pooling's code where it is needed.
 
-    Args:
-        modules: In the order of serving.
-        pooling: What they pool with; its code is written where Sentence Transformers has no module for it.
-        model_config: Of the whole model.
-        folder: Where the checkpoint is.
-        **extra: Further keys of the checkpoint's configuration.
+    ``extra`` are further keys of the checkpoint's configuration.
     """
     entries = []
     for index, module in enumerate(modules):
@@ -241,7 +199,7 @@ def _write_modules(
         entries.append({"idx": index, "name": str(index), "path": path, "type": module.type})
     _write_json(folder / "modules.json", entries)
     _write_json(folder / "config_sentence_transformers.json", {**model_config, "requirements": _requirements(modules)})
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | extra
+    config = read(folder / "config.json") | extra
     if len(pooling.layers) > 1:
         # Sentence Transformers cannot ask for the states of all layers; the checkpoint returns them by itself.
         for part in (config, config.get("text_config", {})):

@@ -13,12 +13,7 @@ from vlmembed.pooling.base import Template
 
 
 class ServedPooling(Module):
-    """Pools as in training.
-
-    Args:
-        pooling: The pooling's class and arguments, those of poolings inside it, and what its token ids mean.
-        hidden_size: H, of the token states.
-    """
+    """Pools as in training, by a pooling's class and arguments, and those of poolings inside it."""
 
     config_keys: list[str] = ["pooling", "hidden_size"]
 
@@ -39,8 +34,7 @@ class ServedPooling(Module):
 
     def get_embedding_dimension(self) -> int:
         """Return D."""
-        dimension: int = self.layer.dimension(self.hidden_size)
-        return dimension
+        return int(self.layer.dimension(self.hidden_size))
 
     def save(self, output_path: str, *_: Any, safe_serialization: bool = True, **__: Any) -> None:
         """Write configuration and weights, and this file into the folder above, where Sentence Transformers looks."""

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
+from jinja2 import TemplateError
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
@@ -38,34 +39,19 @@ MINIMAL_COSINE = 0.999
 
 
 class ExportError(RuntimeError):
-    """An export that does not serve what was trained."""
+    """An export that could not be written, or does not serve what was trained."""
 
 
 @dataclass(frozen=True)
 class Verification:
-    """How far a folder's results are from the trained model's.
+    """How far a folder's results are from the trained model's."""
 
-    Args:
-        comparisons: How many results were compared.
-        probes: The kinds of input.
-        left_out: How many kinds of input the model refuses, because they are too long for it.
-        worst: The worst of the comparisons: its input, and how it was batched and padded.
-        difference: Its largest absolute difference: of a component of unit vectors, or of logits.
-        tolerance: The largest one that rounding makes.
-        dtype: The type of the weights.
-        dimensions: The dimensions that embeddings were truncated to, full first; none of logits.
-        cosine: The least cosine of embeddings.
-    """
-
+    check: Check
     comparisons: int
-    probes: tuple[str, ...]
-    left_out: int
-    worst: str
-    difference: float
-    tolerance: float
-    dtype: str
-    dimensions: tuple[int, ...] = ()
-    cosine: float = 1.0
+    worst: str  # The worst of the comparisons: its input, and how it was batched and padded.
+    difference: float  # Its largest absolute difference: of a component of unit vectors, or of logits.
+    tolerance: float  # The largest one that rounding makes.
+    cosine: float = 1.0  # The least one of embeddings.
 
     @property
     def passed(self) -> bool:
@@ -73,39 +59,27 @@ class Verification:
         return self.difference <= self.tolerance and self.cosine >= MINIMAL_COSINE
 
     def __str__(self) -> str:
-        what, dimensions, cosine = "logits", "", ""
-        if self.dimensions:
+        check, what, dimensions, cosine = self.check, "logits", "", ""
+        if check.dimensions:
             what, cosine = "embeddings", f", least cosine {self.cosine:.6f}"
-            dimensions = f"; dimensions {', '.join(map(str, self.dimensions))}"
-        left_out = f"; {self.left_out} kinds of input are too long for the model and were left out"
+            dimensions = f"; dimensions {', '.join(map(str, check.dimensions))}"
+        left_out = f"; left out, because the model refuses them: {', '.join(check.left_out)}" if check.left_out else ""
         return (
-            f"{self.comparisons} {what} compared ({', '.join(self.probes)}{dimensions}) in {self.dtype}: largest "
-            f"difference {self.difference:.1e}{cosine}, worst {self.worst}; tolerated: {self.tolerance:.1e}"
-            + (left_out if self.left_out else "")
+            f"{self.comparisons} {what} compared ({', '.join(check.names)}{dimensions}) in {check.dtype}: largest "
+            f"difference {self.difference:.1e}{cosine}, worst {self.worst}; tolerated: {self.tolerance:.1e}{left_out}"
         )
 
 
 @dataclass(frozen=True)
 class Check:
-    """What a folder should compute of some inputs.
+    """What a folder should compute of some inputs."""
 
-    Args:
-        names: Of the inputs, after their kinds.
-        inputs: Items, or pairs of items, in the terms of Sentence Transformers, as JSON; see `as_input`.
-        left_out: How many inputs the model refuses.
-        expected: The trained model's results (inputs, D): embeddings by role, not normalised; or logits of pairs.
-        dimensions: Compare unit vectors of so many leading dimensions, the exported number first; none for logits.
-        sides: On which sides the folder's tokenizer can pad.
-        device: Where to run.
-        dtype: The type of the weights.
-    """
-
-    names: tuple[str, ...]
-    inputs: Sequence[Any]
-    left_out: int
-    expected: Mapping[str, Tensor]
-    dimensions: tuple[int, ...]
-    sides: tuple[str, ...]
+    names: tuple[str, ...]  # Of the inputs, after their kinds.
+    inputs: Sequence[Any]  # Items, or pairs of items, as JSON; see `make_probes`.
+    left_out: tuple[str, ...]  # Those that the model refuses: too long for it, or of a kind that it does not read.
+    expected: Mapping[str, Tensor]  # (inputs, D): embeddings by role, not normalised; or the logits of pairs.
+    dimensions: tuple[int, ...]  # Compare unit vectors of so many leading dimensions, full first; none for logits.
+    sides: tuple[str, ...]  # On which the folder's tokenizer can pad.
     device: str
     dtype: str
 
@@ -129,139 +103,110 @@ class Check:
         if not self.dimensions:
             # Rounding grows with what is rounded: above 1, the tolerance is a share of the largest logit.
             tolerance *= max(1.0, self.expected["pair"].abs().max().item())
-        return Verification(
-            comparisons=len(differences),
-            probes=self.names,
-            left_out=self.left_out,
-            worst=worst,
-            difference=differences[worst],
-            tolerance=tolerance,
-            dtype=self.dtype,
-            dimensions=self.dimensions,
-            cosine=torch.stack(cosines).min().item(),  # NaN, if one is.
-        )
+        least = torch.stack(cosines).min().item()  # NaN, if one is.
+        return Verification(self, len(differences), worst, differences[worst], tolerance, least)
 
 
 # What a folder should compute
 
-
-@dataclass(frozen=True)
-class Probe:
-    """One input: kinds and values in order. A value is a text, the path of an image, or those of a video's frames."""
-
-    content: tuple[tuple[Any, Any], ...]
-
-    def item(self, role: Role, name: str) -> Item:
-        """Return the input in our terms."""
-        from vlmembed.types import Item, Part
-
-        return Item(role, tuple(Part(kind, value) for kind, value in self.content), origin=f"export probe {name!r}")
-
-    def description(self) -> str | dict[str, str | list[str]]:
-        """Return the input as JSON: a text, or by kind a value or a list of several."""
-        if len(self.content) == 1 and self.content[0][0] == "text":
-            return str(self.content[0][1])
-        values: dict[str, list[str]] = {}
-        for kind, value in self.content:
-            values.setdefault(kind, []).extend(map(str, value if isinstance(value, tuple) else [value]))
-        return {kind: several if len(several) > 1 else several[0] for kind, several in values.items()}
-
-
-IMAGES = {"wide": (160, 96), "tall": (64, 192), "tiny": (3, 2), "rotated": (128, 64)}
-IMAGES |= {f"frame{index}": (96, 64) for index in range(4)}
 WORDS = ("retrieval", "of", "pages", "und", "Bilder", "числа", "数字", "42", "naïve", "—", "\n")
-#: Every kind as a query and as a document, and a query with several documents to rank.
+#: Every kind as a query or as a document, and a query with several documents to rank.
 PAIRS = (
     ("text", "long text"),
     ("text", "image"),
     ("text", "two images and text"),
+    ("text", "transparent image"),
     ("text", "video"),
     ("image", "text"),
     ("image", "tiny image"),
     ("image and text", "text"),
+    ("rotated image", "16-bit image"),
     ("two images and text", "image and text"),
     ("video", "image"),
 )
 
 
-def make_probes(folder: Path, with_video: bool = False) -> dict[str, Probe]:
-    """Draw images into a folder, and return one input of each kind that users will encode, by name."""
+def make_probes(folder: Path) -> dict[str, Any]:
+    """Draw images into a folder, and return one input of each kind that users will encode, by name.
+
+    An input is a text, or by kind a value or a list of several, in the order in which the model reads them; an image is
+    the path of a file, a video the paths of its frames.
+    """
     random = np.random.default_rng(0)
-    paths = {name: folder / f"{name}.png" for name in IMAGES}
-    for name, size in IMAGES.items():
+
+    def draw(name: str, width: int, height: int, mode: str = "RGB", turned: bool = False) -> str:
         # Smooth coloured noise, so that resizing matters as it does for photographs.
-        coarse = Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        coarse = Image.fromarray(random.integers(0, 256, (4, 4, len(mode)), dtype=np.uint8).squeeze())
+        image = coarse.resize((width, height), Image.Resampling.BICUBIC)
+        if mode == "L":  # From 0 to 65,535.
+            image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
         exif = Image.Exif()
-        exif[0x0112] = 6 if name == "rotated" else 1  # Whether it is to be turned before it is shown.
-        coarse.resize(size, Image.Resampling.BICUBIC).save(paths[name], exif=exif)
-    wide, tall, tiny, rotated, *frames = paths.values()
-    question = ("text", "What does the image show?")
-    probes = {
-        "text": Probe((("text", "four zero seven"),)),
-        "image": Probe((("image", wide),)),
-        "image and text": Probe((("image", tall), question)),
-        "two images and text": Probe((("image", wide), ("image", tall), question)),
-        "long text": Probe((("text", " ".join(random.choice(WORDS) for _ in range(400))),)),
-        "tiny image": Probe((("image", tiny),)),
-        "rotated image": Probe((("image", rotated),)),
+        exif[0x0112] = 6 if turned else 1  # Whether it is to be turned before it is shown.
+        image.save(folder / f"{name}.png", exif=exif)
+        return str(folder / f"{name}.png")
+
+    wide, tall = draw("wide", 160, 96), draw("tall", 64, 192)
+    question = "What does the image show?"
+    return {
+        "text": "four zero seven",
+        "image": {"image": wide},
+        "image and text": {"image": tall, "text": question},
+        "two images and text": {"image": [wide, tall], "text": question},
+        "long text": " ".join(random.choice(WORDS) for _ in range(400)),
+        "tiny image": {"image": draw("tiny", 3, 2)},
+        "rotated image": {"image": draw("rotated", 128, 64, turned=True)},
+        "transparent image": {"image": draw("transparent", 128, 64, "RGBA", turned=True)},
+        "16-bit image": {"image": draw("grey", 96, 96, "L")},
+        "video": {"video": [draw(f"frame{index}", 96, 64) for index in range(4)]},
     }
-    return probes | ({"video": Probe((("video", tuple(frames)),))} if with_video else {})
 
 
 @torch.no_grad()
 def expect(
     encoder: Encoder, scratch: Path, dimensions: Sequence[int] = (), sides: Sequence[str] = ("left", "right")
 ) -> Check:
-    """Encode probes by themselves and in each role, or score pairs of them.
+    """Encode probes by themselves and in each role; or, where there are no dimensions to compare, score pairs of them.
 
-    Kinds of input that the model refuses, as with ``max_length`` it may, are left out.
-
-    Args:
-        encoder: A configured encoder, with its adapters as they were trained.
-        scratch: A folder for the probes' images.
-        dimensions: The dimensions to compare embeddings at, the exported one first; none for a scorer, to score pairs.
-        sides: On which sides the folder's tokenizer can pad.
-
-    Raises:
-        ExportError: If the model refuses everything.
+    What the model refuses, as with ``max_length`` or a processor for single images it may, is left out. The encoder is
+    configured, with its adapters as they were trained; ``scratch`` is a folder for the probes' images.
     """
+    from vlmembed.data.cells import Folder, to_items
     from vlmembed.types import Pair
 
+    def item(name: str, role: Role) -> Item:
+        return to_items([(probes[name], role, f"export probe {name!r}")], Folder(scratch))[0]
+
     encoder.eval()
-    preprocessor = encoder.preprocessor
-    with_video = getattr(preprocessor.processor, "video_processor", None) is not None
-    probes = make_probes(scratch, with_video)
-    inputs: dict[str, tuple[Any, dict[str, Any]]] = {}  # By name, the description, and what we read by role.
+    probes = make_probes(scratch)
+    roles: tuple[Any, ...] = ("query", "document") if dimensions else ("pair",)
+    inputs: dict[str, tuple[Any, list[Any]]]  # By name, the description, and what we read in each role.
     if dimensions:
-        for name, probe in probes.items():
-            inputs[name] = (
-                probe.description(),
-                {"query": probe.item("query", name), "document": probe.item("document", name)},
+        inputs = {name: (probe, [item(name, role) for role in roles]) for name, probe in probes.items()}
+    else:
+        inputs = {
+            f"{query} – {document}": (
+                [probes[query], probes[document]],
+                [Pair(item(query, "query"), item(document, "document"))],
             )
-    for query, document in () if dimensions else PAIRS:
-        if {query, document} <= probes.keys():
-            pair = Pair(probes[query].item("query", query), probes[document].item("document", document))
-            both = [probes[query].description(), probes[document].description()]
-            inputs[f"{query} – {document}"] = both, {"pair": pair}
-    results: dict[str, dict[str, Tensor]] = {}
-    refusals = []
+            for query, document in PAIRS
+        }
+    results: dict[str, list[Tensor]] = {}
+    refusals: dict[str, Exception] = {}
     for name, (_, items) in inputs.items():
         try:
-            chunks = {role: preprocessor([item]) for role, item in items.items()}
-        except ValueError as error:
-            if encoder.backbone.max_length is None:
-                raise
-            refusals.append(str(error))
-            continue
-        results[name] = {role: encoder(chunk)[0].float().cpu() for role, chunk in chunks.items()}
+            chunks = [encoder.preprocessor([item]) for item in items]
+        except (ValueError, TemplateError) as error:
+            refusals[name] = error
+        else:
+            results[name] = [encoder(chunk)[0].float().cpu() for chunk in chunks]
     if not results:
-        raise ExportError(f"The model reads none of the inputs that an export is verified with: {refusals[0]}")
-    roles = ("query", "document") if dimensions else ("pair",)
+        reason = next(iter(refusals.values()))
+        raise ExportError(f"The model reads none of the inputs that an export is verified with: {reason}")
     return Check(
         names=tuple(results),
         inputs=[inputs[name][0] for name in results],
-        left_out=len(refusals),
-        expected={role: torch.stack([by_role[role] for by_role in results.values()]) for role in roles},
+        left_out=tuple(refusals),
+        expected={role: torch.stack([rows[place] for rows in results.values()]) for place, role in enumerate(roles)},
         dimensions=tuple(dimensions),
         sides=tuple(sides),
         device=str(encoder.device),
@@ -272,18 +217,19 @@ def expect(
 def verify(checks: Mapping[Path, Check], python: str = sys.executable) -> list[Verification]:
     """Open folders in one process without vlmembed, and compare what each computes with what it should.
 
-    Args:
-        checks: By folder.
-        python: The interpreter of an environment with Sentence Transformers.
-
-    Raises:
-        ExportError: If Sentence Transformers cannot open a folder or use an input.
+    ``python`` is the interpreter of an environment with Sentence Transformers. An ``ExportError`` says that it cannot
+    open a folder or use an input.
     """
+    plan = [
+        {"folder": str(folder), "trust_remote_code": brings_code(folder)}
+        | {name: getattr(check, name) for name in ("inputs", "dimensions", "sides", "device")}
+        for folder, check in checks.items()
+    ]
     with TemporaryDirectory() as scratch:
-        plan, output = Path(scratch, "plan.json"), Path(scratch, "results.npz")
-        plan.write_text(json.dumps([_job(folder, check) for folder, check in checks.items()]), encoding="utf-8")
+        job, output = Path(scratch, "plan.json"), Path(scratch, "results.npz")
+        job.write_text(json.dumps(plan), encoding="utf-8")
         # -P keeps this file's folder, and with it our modules, off the path.
-        command = [python, "-P", __file__, str(plan), str(output)]
+        command = [python, "-P", __file__, str(job), str(output)]
         process = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
         if process.returncode:
             folders = ", ".join(map(str, checks))
@@ -296,7 +242,7 @@ def verify(checks: Mapping[Path, Check], python: str = sys.executable) -> list[V
             for name in arrays.files:
                 index, way = name.split(":")
                 results[int(index)][way] = torch.from_numpy(arrays[name])
-    return [check.compare(found) for check, found in zip(checks.values(), results, strict=True)]
+    return [check.compare(computed) for check, computed in zip(checks.values(), results, strict=True)]
 
 
 def brings_code(folder: Path) -> bool:
@@ -304,27 +250,13 @@ def brings_code(folder: Path) -> bool:
     return any(folder.glob("*.py"))
 
 
-def _job(folder: Path, check: Check) -> dict[str, Any]:
-    """Return what the other process has to do with a folder, as JSON."""
-    job = {name: getattr(check, name) for name in ("inputs", "dimensions", "sides", "device")}
-    return {**job, "folder": str(folder), "trust_remote_code": brings_code(folder)}
-
-
 # The other process
-
-
-class _RefuseVlmembed:
-    """Makes importing vlmembed fail even where it is installed."""
-
-    def find_spec(self, name: str, *_: Any) -> None:
-        if name.split(".")[0] == "vlmembed":
-            raise ImportError("An exported folder must open without vlmembed.")
 
 
 @torch.inference_mode()
 def main(plan: str, output: str) -> None:
     """Embed or score in every way, and save the results by folder and way."""
-    sys.meta_path.insert(0, _RefuseVlmembed())
+    sys.modules["vlmembed"] = None  # type: ignore[assignment]  # Importing it fails, even where it is installed.
     results = {}
     for index, job in enumerate(json.loads(Path(plan).read_text(encoding="utf-8"))):
         computed = _embeddings(job) if job["dimensions"] else _scores(job)
@@ -334,48 +266,62 @@ def main(plan: str, output: str) -> None:
 
 
 def _embeddings(job: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Yield unit vectors: in each role, at each dimension, padded on each side, alone and in one batch."""
+    """Yield unit vectors: in each role, at each dimension, alone, and in one batch that is padded on each side."""
     from sentence_transformers import SentenceTransformer
 
-    inputs = [as_input(item) for item in job["inputs"]]
+    inputs = [as_input(description) for description in job["inputs"]]
     model: Any = SentenceTransformer(job["folder"], device=job["device"], trust_remote_code=job["trust_remote_code"])
     options: dict[str, Any] = {"show_progress_bar": False, "convert_to_tensor": True}
-    ways = product({"query": model.encode_query, "document": model.encode_document}.items(), job["dimensions"])
-    for (role, encode), dimension in ways:
-        for side, size in product(job["sides"], (1, len(inputs))):
-            model.tokenizer.padding_side = side
-            embeddings = encode(inputs, batch_size=size, truncate_dim=dimension, **options)
-            yield f"{role}/{dimension}/batch of {size}, padded {side}", normalize(embeddings.float(), dim=-1)
+    roles = {"query": model.encode_query, "document": model.encode_document}
+    for role, dimension, (batching, side) in product(roles, job["dimensions"], _batchings(job)):
+        model.tokenizer.padding_side = side
+        size = 1 if batching == "alone" else len(inputs)
+        embeddings = roles[role](inputs, batch_size=size, truncate_dim=dimension, **options)
+        yield f"{role}/{dimension}/{batching}", normalize(embeddings.float(), dim=-1)
 
 
 def _scores(job: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Yield logits: padded on each side, alone and in one batch; and ranked, query by query."""
+    """Yield logits: alone, in one batch that is padded on each side, and ranked, query by query."""
     from sentence_transformers import CrossEncoder
 
     pairs = [(as_input(query), as_input(document)) for query, document in job["inputs"]]
     model: Any = CrossEncoder(job["folder"], device=job["device"], trust_remote_code=job["trust_remote_code"])
     logits: dict[str, Any] = {"show_progress_bar": False, "activation_fn": torch.nn.Identity()}
-    for side, size in product(job["sides"], (1, len(pairs))):
+    for batching, side in _batchings(job):
         model.tokenizer.padding_side = side
-        yield (
-            f"pair//batch of {size}, padded {side}",
-            model.predict(pairs, batch_size=size, convert_to_tensor=True, **logits),
-        )
+        size = 1 if batching == "alone" else len(pairs)
+        yield f"pair//{batching}", model.predict(pairs, batch_size=size, convert_to_tensor=True, **logits)
     ranked = torch.full((len(pairs),), torch.nan)
     queries = [json.dumps(query) for query, _ in job["inputs"]]
     for query in dict.fromkeys(queries):
         rows = [row for row, other in enumerate(queries) if other == query]
-        documents = [pairs[row][1] for row in rows]
-        for hit in model.rank(pairs[rows[0]][0], documents, **logits):
+        for hit in model.rank(pairs[rows[0]][0], [pairs[row][1] for row in rows], **logits):
             ranked[rows[hit["corpus_id"]]] = float(hit["score"])
     yield "pair//ranked", ranked
 
 
+def _batchings(job: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Name the ways to batch, with the side of padding; of what is alone nothing is padded."""
+    return [("alone", "right"), *((f"in a batch padded {side}", side) for side in job["sides"])]
+
+
 def as_input(description: Any) -> Any:
-    """Return what Sentence Transformers takes: images as paths, as on the model card; a video as its opened frames."""
-    if isinstance(description, str) or "video" not in description:
+    """Return what Sentence Transformers takes: images as paths, as on the model card; a video as its opened frames.
+
+    From a path it drops transparency and clips greys of 16 bits: such images are opened, upright, and in 8 bits.
+    """
+    if isinstance(description, str):
         return description
-    return {**description, "video": [Image.open(frame) for frame in description["video"]]}
+    return {kind: value if kind == "text" else _image(value, kind) for kind, value in description.items()}
+
+
+def _image(value: Any, kind: str) -> Any:
+    if isinstance(value, list):
+        return [_image(path, kind) for path in value]
+    image = ImageOps.exif_transpose(Image.open(value))
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return value if kind == "image" and image.mode == "RGB" else image
 
 
 if __name__ == "__main__":
