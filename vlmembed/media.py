@@ -240,10 +240,10 @@ def _decode(path: str, choose: Callable[..., np.ndarray]) -> tuple[np.ndarray, V
         if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
             raise OtherKindError(f"it is {SOUND}")
         # An edit list has packets discarded: they are decoded, and not shown.
-        spans = [(_time(packet), packet.duration or 0) for packet in container.demux(stream) if not packet.is_discard]
-        spans = [(start, length) for start, length in spans if start is not None]
-        if not spans:
-            raise ValueError("it has no frames")
+        packets = [(_time(packet), packet.duration or 0, packet.is_discard) for packet in container.demux(stream)]
+        spans = [(start, length) for start, length, discarded in packets if start is not None and not discarded]
+        if not spans or (container.format.name.startswith("mov") and len(packets) - 1 < stream.frames):
+            raise ValueError(f"it is cut or damaged: of {stream.frames or 'its'} frames {len(spans)} are there")
         times = sorted(start for start, _ in spans)
         duration = float((max(map(sum, spans)) - times[0]) * stream.time_base)
         rate = len(times) / duration if duration else float(stream.base_rate)
