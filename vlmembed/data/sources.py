@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, TypeAlias
 
 import datasets
 import numpy as np
+import pyarrow
 
 from vlmembed.data.cells import Cell, Folder, to_items
 from vlmembed.data.columns import check_columns, labelled, to_examples
@@ -228,10 +229,15 @@ def open_table(path: str, split: str, subset: str | None = None) -> Table:
         return JSONLines(file)
     if file.suffix in (".csv", ".parquet", ".json") and not file.is_file():
         raise ValueError(f"{path}: no such file.")
-    if file.suffix == ".csv":
-        table = _read_csv(file)
-    elif file.suffix in (".parquet", ".json"):
-        table = datasets.load_dataset(file.suffix[1:], data_files=path, split="train")
+    if file.suffix in (".csv", ".parquet", ".json"):
+        try:
+            kind = file.suffix[1:]
+            table = _read_csv(file) if kind == "csv" else datasets.load_dataset(kind, data_files=path, split="train")
+        except (csv.Error, UnicodeError, OSError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
+            raise ValueError(
+                f"{path}: cannot be read as {kind} ({type(error).__name__}: {error.__cause__ or error}). Write the "
+                "file again."
+            ) from error
     elif (file / "dataset_dict.json").exists() or (file / "state.json").exists():
         table = datasets.load_from_disk(path)
         if isinstance(table, datasets.DatasetDict):
