@@ -222,16 +222,18 @@ def load_video(
                 "Resize them to one size, or give them as images."
             )
         return np.stack([np.asarray(image) for image in images]), metadata
+    requires_backends(load_video, ["av"])
+    from av import FFmpegError
+
     try:
         _check_kind(_head(video), {IMAGE: "an image. Give it under the key 'image', or several as a list of frames"})
         return _decode(str(video.absolute()), choose)  # FFmpeg takes ``concat:…`` for no file.
-    except UNREADABLE as error:
+    except (*UNREADABLE, FFmpegError, StopIteration) as error:
         raise _unreadable("video", video, origin, error) from error
 
 
 def _decode(path: str, choose: Callable[..., np.ndarray]) -> tuple[np.ndarray, VideoMetadata]:
     """Decode the chosen frames of a video, upright. Headers may lie or be silent, so its packets are counted."""
-    requires_backends(load_video, ["av"])
     import av
 
     options = {"format_whitelist": CONTAINERS}
