@@ -191,18 +191,33 @@ def test_black_and_white_is_black_and_white(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ppm", "tiff"])
-def test_values_that_do_not_say_what_is_white_are_refused(tmp_path: Path, kind: str) -> None:
-    """Pillow opens 16 bits of a PGM file as 32, and turns all of them that are above 255 white."""
-    path = tmp_path / f"scan.{kind}"
-    Image.fromarray(np.arange(0, 60_000, 1000, dtype=np.int32).reshape(6, 10)).save(path)
-    with pytest.raises(ValueError, match=rf"{ORIGIN}: cannot read the image .*values from 0 to 59000"):
-        load_image(path, ORIGIN)
-    greys = np.arange(0, 240, 4, dtype=np.int32).reshape(6, 10)
-    assert np.array_equal(np.asarray(load_image_of(greys))[..., 0], greys)
+def test_16_bits_that_pillow_opens_as_32_are_scaled_by_those_that_they_use(tmp_path: Path, kind: str) -> None:
+    """Pillow would turn all of them that are above 255 white."""
+    greys = np.arange(0, 60_000, 1000, dtype=np.int32).reshape(6, 10)
+    Image.fromarray(greys).save(tmp_path / f"scan.{kind}")
+    assert np.array_equal(np.asarray(load_image(tmp_path / f"scan.{kind}"))[..., 0], greys // 256)
 
 
-def load_image_of(values: np.ndarray) -> Image.Image:
-    return load_image(Image.fromarray(values))
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.int32([0, 100, 2**31 - 1]), [0, 0, 255]),
+        (np.uint16([0, 1, 3]), [0, 64, 192]),
+        (np.float32([0, 0.5, 1]), [0, 127, 255]),
+        (np.float32([0, 100.5, 255]), [0, 100, 255]),
+    ],
+)
+def test_greys_are_never_black_without_a_word(values: np.ndarray, expected: list[int]) -> None:
+    assert np.asarray(load_image(Image.fromarray(values[None])))[0, :, 0].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "values", [np.int32([-1, 9]), np.float32([-0.1, 1]), np.float32([0, 256]), np.float32([np.nan])]
+)
+def test_values_that_do_not_say_what_is_white_are_refused(tmp_path: Path, values: np.ndarray) -> None:
+    Image.fromarray(values[None]).save(tmp_path / "scan.tiff")
+    with pytest.raises(ValueError, match=rf"{ORIGIN}: cannot read the image .*do not say what is white"):
+        load_image(tmp_path / "scan.tiff", ORIGIN)
 
 
 def test_an_encoded_photograph_is_turned_upright_before_it_is_compared(tmp_path: Path) -> None:

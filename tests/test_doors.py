@@ -390,7 +390,9 @@ def test_an_image_that_another_program_would_interpret_is_refused(tmp_path: Path
     (tmp_path / "page.eps").rename(tmp_path / "page.png")
     with Image.open(tmp_path / "page.png") as opened:
         assert opened.format == "EPS"
-    with pytest.raises(ValueError, match=r"row 9: cannot read the image .*cannot identify image file"):
+    with pytest.raises(
+        ValueError, match=r"row 9: cannot read the image .*it is PostScript \(EPS\)\. Convert it to PNG"
+    ):
         load_image(tmp_path / "page.png", "row 9")
 
 

@@ -93,6 +93,17 @@ def test_the_table_is_true(found: dict[str, str]) -> None:
     assert said == {name: f"works: {each.words}" if each.like else "refused" for name, each in expected.items()}
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_generated_files_and_rows_are_refused_by_name_or_read_as_their_plain_equivalent(
+    preprocessor: Preprocessor, tmp_path: Path
+) -> None:
+    """A small part of the 10,000 of ``experiments/survival``, from another seed."""
+    endings = bad_inputs.generated(preprocessor, tmp_path, 120, seed=1)
+    assert {ending for _, ending in endings} == {"refused", "works"}
+    assert sum(endings.values()) == 120
+    assert len({kind for kind, _ in endings}) == 12
+
+
 # At random
 
 

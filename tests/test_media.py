@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import struct
+import sys
+import zlib
 from functools import partial
 from pathlib import Path
 
@@ -16,13 +19,15 @@ from sklearn.datasets import load_sample_image
 from transformers import AutoProcessor
 from transformers.image_transforms import convert_to_rgb
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+from transformers.utils.import_utils import is_torchcodec_usable
+from transformers.video_utils import VideoMetadata, read_video_torchcodec
 from transformers.video_utils import load_video as decode_video
-from videos import film
+from videos import begin_later, film
 
 from vlmembed import media as images
 from vlmembed.backbones import Qwen3VL, VisionLanguageModel
 from vlmembed.backbones.preprocessing import ChatPreprocessor
-from vlmembed.media import load_image
+from vlmembed.media import load_image, load_video
 from vlmembed.types import Frame, Item, Part
 
 ORIGIN = "train.jsonl, row 17, column 'positive'"
@@ -352,3 +357,190 @@ def test_a_video_of_too_many_pixels_is_refused_before_it_is_decoded(
     with pytest.raises(ValueError, match=r"frames of 64 × 32 are .* pixels, .*VLMEMBED_MAX_VIDEO_PIXELS") as error:
         preprocessor([item])
     assert str(error.value).startswith(ORIGIN)
+
+
+# Containers
+
+#: Milliseconds, of a camera that slows down in the dark.
+UNEVEN = np.cumsum([0, *np.random.default_rng(0).choice([20, 40, 125, 333], 23)]).tolist()
+FRAGMENTS = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
+H264 = {"codec": "libx264"}  # With frames that are stored in another order than they are shown.
+
+FILMS = {
+    "film.mp4": H264,
+    "film.mov": H264,
+    "film.mkv": H264,
+    "film.webm": {"codec": "libvpx"},
+    "film.avi": {},
+    "film.flv": {"codec": "flv"},
+    "fragments.mp4": H264 | {"container_options": FRAGMENTS},
+    "live.webm": {"codec": "libvpx", "container_options": {"live": "1"}},  # Neither a length nor a count of frames.
+    "uneven.mp4": H264 | {"times": UNEVEN},
+    "uneven.mkv": H264 | {"times": UNEVEN},
+    "uneven.webm": {"codec": "libvpx", "times": UNEVEN},
+    "late.mp4": H264 | {"times": [5000 + 125 * number for number in range(24)]},
+    "ten_bits.mkv": H264 | {"pixels": "yuv420p10le"},
+    "turned.mp4": H264 | {"rotation": 90},
+    "turned.mkv": H264 | {"rotation": 180},
+}
+
+
+class EveryFrame:
+    """A processor that takes all frames."""
+
+    do_sample_frames = True
+
+    def sample_frames(self, metadata: VideoMetadata) -> np.ndarray:
+        return np.arange(metadata.total_num_frames)
+
+
+def read(path: Path) -> tuple[np.ndarray, VideoMetadata]:
+    return load_video(path, EveryFrame(), ORIGIN)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", FILMS)
+def test_every_frame_of_a_film_is_read_upright_with_its_rate(tmp_path: Path, name: str) -> None:
+    """Frame by frame darker from left to right, as they were written."""
+    greys = [10 * number for number in range(24)]
+    shown = [Image.fromarray(np.uint8([[grey] * 32 + [255] * 32] * 32)).convert("RGB") for grey in greys]
+    frames, metadata = read(film(tmp_path / name, shown, **FILMS[name]))
+    turned = FILMS[name].get("rotation", 0)
+    frames = np.rot90(frames, -turned // 90, axes=(1, 2))
+    assert np.abs(frames[:, 4:-4, 4:28].mean(axis=(1, 2, 3)) - greys).max() < 6  # Of 10 from frame to frame.
+    assert frames[:, 4:-4, 36:-4].min() > 240
+    assert (metadata.width, metadata.height) == ((32, 64) if turned % 180 else (64, 32))
+    assert metadata.total_num_frames == len(metadata.frames_indices) == 24
+    if "uneven" in name or "flv" in name:  # How long the last one is shown is for the container to say, or not.
+        last = UNEVEN[-1] if "uneven" in name else 23 * 125
+        assert metadata.fps == pytest.approx(24 / (last / 1000), rel=0.06)
+    else:
+        assert metadata.fps == pytest.approx(8, rel=0.01)
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+@pytest.mark.parametrize("name", ["film.mp4", "film.mkv", "film.webm"])
+def test_a_film_of_one_frame_is_read(tmp_path: Path, name: str, frames: int) -> None:
+    assert len(read(film(tmp_path / name, frames, **FILMS[name]))[0]) == frames
+
+
+def test_what_an_edit_list_leaves_out_is_not_shown(tmp_path: Path) -> None:
+    whole, _ = read(film(tmp_path / "film.mp4", **H264))
+    rest, metadata = read(begin_later(tmp_path / "film.mp4", 1))
+    assert (len(rest), metadata.fps) == (16, 8)
+    assert np.array_equal(rest, whole[8:])
+
+
+def test_a_cut_film_is_refused(tmp_path: Path) -> None:
+    path = film(tmp_path / "film.mp4", container_options={"movflags": "faststart"})
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    with pytest.raises(
+        ValueError, match=rf"{ORIGIN}: cannot read the video {path} .*it is cut or damaged: of 24 frames 1"
+    ):
+        read(path)
+
+
+@pytest.mark.skipif(not is_torchcodec_usable("video"), reason="needs torchcodec and the libraries of FFmpeg")
+@pytest.mark.parametrize("name", FILMS)
+def test_frames_are_those_of_torchcodec_bit_by_bit(tmp_path: Path, name: str) -> None:
+    """It is what transformers' video processors, and so Sentence Transformers, open files with."""
+    path = film(tmp_path / name, **FILMS[name])
+    expected, served = read_video_torchcodec(str(path), EveryFrame().sample_frames)
+    frames, metadata = read(path)
+    assert np.array_equal(frames, expected.permute(0, 2, 3, 1))
+    names = ("total_num_frames", "fps", "duration", "width", "height")
+    assert [metadata[name] for name in names] == pytest.approx([served[name] for name in names])
+
+
+# Kinds
+
+
+KINDS = {
+    b"%PDF-1.7": "a PDF document. Convert its pages to PNG",
+    b"8BPS\0\1": "a Photoshop file",
+    b"gimp xcf v011": "a GIMP file",
+    b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>': "a drawing",
+    b"\xef\xbb\xbf\n<SVG>": "a drawing",
+    b"\n<!DOCTYPE html><title>404</title>": "a web page",
+    b"PK\x03\x04" + bytes(26) + b"[Content_Types].xml": "an Office document",
+    b"PK\x03\x04" + bytes(26) + b"page.png": "an archive. Unpack it",
+    b"ID3\x04": "sound",
+    b"\xff\xfb\x90": "sound",
+    b"II*\0\x10\0\0\0CR\2\0": "a raw photograph",
+    b"\0\0\1\0\1\0": "an image of a kind that is not read",
+    b"\xff\x0a": "an image of a kind that is not read",
+    b"version https://git-lfs.github.com/spec/v1": "a pointer of Git LFS, not the file itself. Fetch it",
+}
+
+
+@pytest.mark.parametrize("content", KINDS, ids=lambda content: ascii(content[:12]))
+def test_what_is_no_image_is_called_what_it_is_by_its_content(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "page.png").write_bytes(content + bytes(600))
+    for read_it in (lambda: load_image(tmp_path / "page.png", ORIGIN), lambda: read(tmp_path / "page.png")):
+        with pytest.raises(
+            ValueError, match=rf"{ORIGIN}: cannot read .*page\.png: it is {KINDS[content]}.*remove the row"
+        ):
+            read_it()
+
+
+def test_a_video_is_no_image_and_an_image_no_video(tmp_path: Path) -> None:
+    for name in ("film.mp4", "film.mkv", "film.avi"):
+        film(tmp_path / name, 2)
+        with pytest.raises(ValueError, match=f"{name}: it is a video. Give it under the key 'video'"):
+            load_image(tmp_path / name)
+    for name in ("page.png", "page.jpg", "page.webp", "page.tiff", "page.bmp", "page.avif", "page.jp2", "page.ppm"):
+        picture(8, 8).save(tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name}: it is an image. Give it under the key 'image'"):
+            read(tmp_path / name)
+
+
+def test_a_raw_photograph_is_not_read_as_its_preview(tmp_path: Path) -> None:
+    picture(16, 8).save(tmp_path / "photo.dng", "TIFF", tiffinfo={254: 1})
+    with pytest.raises(ValueError, match=r"it is a raw photograph\. Develop it to JPEG"):
+        load_image(tmp_path / "photo.dng")
+
+
+def test_a_heic_photograph_is_read_or_says_what_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pillow_heif").register_heif_opener()
+    slopes(128, 64).save(tmp_path / "photo.heic", quality=100)
+    assert resized_distance(slopes(128, 64), (64, 128), load_image(tmp_path / "photo.heic"))[1] <= 2 * ROUNDING
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(
+        ValueError, match=r"it is a HEIC photograph. Install .*vlmembed\[heic\].*, or convert it to JPEG"
+    ):
+        load_image(tmp_path / "photo.heic")
+
+
+# What Sentence Transformers is given: a path, or an opened image.
+
+
+def deep(colours: int, values: np.ndarray, transparent: int | None = None) -> bytes:
+    """Return a PNG of one row with 16 bits a channel."""
+    header = struct.pack(">IIBBBBB", len(values), 1, 16, {1: 0, 2: 4, 3: 2, 4: 6}[colours], 0, 0, 0)
+    chunks = {b"IHDR": header}
+    if transparent is not None:
+        chunks[b"tRNS"] = struct.pack(">H", transparent)
+    chunks |= {b"IDAT": zlib.compress(b"\0" + values.astype(">u2").tobytes()), b"IEND": b""}
+    parts = (
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks.items()
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def test_transparency_of_16_bits_is_on_white() -> None:
+    assert np.asarray(load_image(deep(2, np.zeros((1, 2), int)))).tolist() == [[[255] * 3]]
+    assert np.asarray(load_image(deep(4, np.array([[0, 0, 0, 32768]])))).tolist() == [[[127] * 3]]
+    assert np.asarray(load_image(deep(1, np.array([0, 256, 65535]), transparent=0)))[0, :, 0].tolist() == [255, 1, 255]
+
+
+def test_16_bits_a_channel_of_which_the_upper_are_unused_are_refused() -> None:
+    assert np.asarray(load_image(deep(3, np.array([[65535, 4096, 0]])))).tolist() == [[[255, 16, 0]]]
+    with pytest.raises(ValueError, match="of its 16 bits a channel the upper ones, which are read, are black"):
+        load_image(deep(3, np.array([[694, 291, 4095]])))
+
+
+@pytest.mark.parametrize("ending", ["png", "webp", "avif", "tiff", "jpg"])
+def test_orientation_holds_in_every_format_that_has_it(tmp_path: Path, ending: str) -> None:
+    photograph(tmp_path / f"photograph.{ending}", slopes(128, 64), 6)
+    for frame in (tmp_path / f"photograph.{ending}", (tmp_path / f"photograph.{ending}").read_bytes()):
+        assert resized_distance(slopes(128, 64), (64, 128), load_image(frame))[1] <= 2 * ROUNDING

@@ -1,13 +1,17 @@
-"""Opening of images and videos: the formats that are read, the largest sizes, and the way to RGB."""
+"""Opening of images and videos: the formats that are read, the largest sizes, and the way to RGB.
+
+What files look like to the model, and what Sentence Transformers makes of the same files: data/README.md.
+"""
 
 from __future__ import annotations
 
 import io
 import os
+import re
 import struct
 import zlib
 from collections.abc import Callable, Mapping
-from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from transformers import BaseVideoProcessor
 from transformers.utils import requires_backends
-from transformers.video_utils import VideoMetadata, default_sample_indices_fn, read_video_pyav
+from transformers.video_utils import VideoMetadata, default_sample_indices_fn
 
 from vlmembed.types import Frame
 
@@ -24,6 +28,37 @@ FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP
 
 #: Containers of FFmpeg that hold their frames themselves; a playlist would name other files, or addresses.
 CONTAINERS = "asf,avi,flv,gif,matroska,mov,mp4,mpeg,mpegts,ogg,webm"
+
+SOUND = "sound. There is nothing to see in it"
+HEIC = rb".{4}ftyp(hei|hev|m[is]f1(?!.{,48}avif))"
+IMAGE = rb"\x89PNG|\xff\xd8\xff|BM|II\*\0|MM\0\*|P[1-7]\s|RIFF.{4}WEBP|\0\0\0\x0cjP|.{4}ftyp(avi[fs]|hei|hev|m[is]f1)"
+VIDEO = (
+    rb".{4}ftyp(?!avi[fs]|hei|hev|m[is]f1)|.{4}(moov|mdat)|\x1a\x45\xdf\xa3|RIFF.{4}AVI |FLV\x01|\0\0\x01[\xb3\xba]|"
+    rb"G.{187}G|OggS|0&\xb2u"
+)
+
+#: What a file is, by its first bytes, whatever its name says; and what to do with it.
+OTHER_KINDS = {
+    rb"%PDF-": "a PDF document. Convert its pages to PNG",
+    rb"8BP[SB]": "a Photoshop file (PSD). Convert it to PNG",
+    rb"%!|\xc5\xd0\xd3\xc6": "PostScript (EPS). Convert it to PNG",
+    rb"gimp xcf": "a GIMP file (XCF). Convert it to PNG",
+    rb"(?i:(<\?xml.{,400}?|<!--.*?-->\s*|<!doctype )?<?svg[\s>])": "a drawing (SVG). Convert it to PNG",
+    rb"(?i:(<!--.*?-->\s*)?<(!doctype html|html|head|body))": "a web page (HTML). Download the file that it should be",
+    rb"<\?xml": "XML. Convert what it describes to PNG",
+    rb"\{\\rtf|\xd0\xcf\x11\xe0|PK\x03\x04.{26}(mimetype|\[Content_Types\]|_rels|word|ppt|xl|docProps)": "an Office "
+    "document (DOC, DOCX, PPTX, XLSX, ODT, EPUB, RTF). Convert its pages to PNG",
+    rb"AT&TFORM": "a DjVu document. Convert its pages to PNG",
+    rb"PK[\x03\x05]|\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|Rar!|(?=.{257}ustar)": "an archive. Unpack it",
+    rb"II\*\0.{4}CR|II(RO|U\0)|FUJIFILM|.{4}ftypcrx |FOVb": "a raw photograph. Develop it to JPEG",
+    rb"\0\0[\1\2]\0|icns|DDS |qoif|\xff\x0a|\0\0\0\x0cJXL |v/1\x01|#\?R|SIMPLE  =|.{128}DICM|\x01\xda|\xd7\xcd\xc6\x9a|"
+    rb"\x01\0\0\0.{36} EMF": "an image of a kind that is not read (ICO, DDS, QOI, JPEG XL, EXR, HDR, FITS, DICOM, SGI, "
+    "WMF). Convert it to PNG",
+    rb"ID3|\xff[\xf1-\xf3\xf9-\xfb]|fLaC|RIFF.{4}WAVE|.{4}ftypM4[AB]|FORM.{4}AIF|#!AMR": SOUND,
+    rb"#EXTM3U|\[playlist\]|ffconcat": "a playlist. Name the video file itself",
+    rb"version https://git-lfs": "a pointer of Git LFS, not the file itself. Fetch it with git lfs pull",
+    rb"SQLite format 3|PAR1|\x7fELF|MZ|\x93NUMPY": "data or a program. Name the file that is meant",
+}
 
 #: What Pillow raises on files that are missing, broken, or no images.
 UNREADABLE = (
@@ -40,6 +75,14 @@ UNREADABLE = (
     zlib.error,
     Image.DecompressionBombError,
 )
+
+
+class OtherKindError(ValueError):
+    """What a file is that cannot be read, and what to do."""
+
+
+#: The bytes at the beginning of a file that say of what kind it is.
+HEAD = 1024
 
 #: A draft keeps at least this many times the width and the height that it will be resized to.
 DRAFT_MARGIN = 2
@@ -77,10 +120,26 @@ def open_image(file: Path | bytes) -> Image.Image:
     if size > MAX_BYTES:
         raise ValueError(f"{size:,} bytes are more than the limit of {MAX_BYTES:,}; VLMEMBED_MAX_IMAGE_BYTES sets it")
     reason = f"pixels are more than the limit of {MAX_PIXELS:,}; VLMEMBED_MAX_IMAGE_PIXELS sets it"
+    head = _head(file)
+    _check_kind(head, {VIDEO: "a video. Give it under the key 'video'"})
+    formats: tuple[str, ...] = FORMATS
+    if re.match(HEIC, head, re.DOTALL):
+        try:
+            import pillow_heif
+        except ImportError as error:
+            raise OtherKindError(
+                'it is a HEIC photograph. Install what reads it (pip install "vlmembed[heic]"), or convert it to JPEG'
+            ) from error
+        pillow_heif.register_heif_opener()
+        formats = ("HEIF",)
     try:
-        image = Image.open(file if isinstance(file, Path) else io.BytesIO(file), formats=FORMATS)
+        image = Image.open(file if isinstance(file, Path) else io.BytesIO(file), formats=formats)
     except Image.DecompressionBombError as error:
         raise ValueError(f"its {reason}") from error
+    # DNG, NEF, ARW: the first image of such a TIFF is a preview.
+    if image.format == "TIFF" and (image.tag_v2.get(254, 0) & 1 or 50706 in image.tag_v2):  # type: ignore[attr-defined]
+        image.close()
+        raise OtherKindError("it is a raw photograph. Develop it to JPEG")
     width, height = image.size
     if width * height > MAX_PIXELS:
         image.close()
@@ -93,7 +152,7 @@ def load_image(
 ) -> Image.Image:
     """Open an image upright and in RGB, transparency on white, as transformers' image processors show it to a model.
 
-    Of an animation that is its first frame. Greys of 16 bits are scaled by the bits that the brightest one needs. With
+    Of an animation that is its first frame. Greys of more bits are scaled by those that the brightest one needs. With
     ``resized`` (from height and width to those that the processor will resize to), a JPEG far above that size is
     decoded at 1/2, 1/4 or 1/8. A ``ValueError`` names the origin and what cannot be read.
     """
@@ -101,13 +160,19 @@ def load_image(
         image = frame if isinstance(frame, Image.Image) else open_image(frame)
         if resized is not None and not isinstance(frame, Image.Image):
             _draft(image, resized)
+        deep = bool(image.getbands()[1:]) and any(";16" in str(tile) for tile in getattr(image, "tile", ()))
         image = ImageOps.exif_transpose(image)
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
             image = _grey(image)
+        if image.mode in ("RGBa", "La"):  # Colours times opacity.
+            image = image.convert(image.mode.upper())
         if "A" in image.getbands() or image.info.get("transparency") is not None:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        image = image.convert("RGB")
+        if deep and np.asarray(image).max() < 16:
+            raise ValueError("of its 16 bits a channel the upper ones, which are read, are black; save it with 8")
+        return image
     except UNREADABLE as error:
         raise _unreadable("image", frame, origin, error) from error
 
@@ -135,17 +200,18 @@ def load_video(
 ) -> tuple[np.ndarray, VideoMetadata]:
     """Open the frames (F, height, width, 3) of a video that a checkpoint's video processor samples, and no others.
 
-    Video files are decoded with PyAV. A ``ValueError`` says that one is missing, is a playlist or cannot be decoded,
-    that frames differ in size, or that they have more pixels than the limit.
+    Video files are decoded with PyAV, to the frames that torchcodec gives Sentence Transformers. A ``ValueError`` says
+    that one is missing, is of another kind or cannot be decoded, that frames differ in size, or that they have more
+    pixels than the limit.
     """
     samples = getattr(processor, "do_sample_frames", False)
-    sample = partial(_sample, processor.sample_frames if samples else default_sample_indices_fn)
+    choose = processor.sample_frames if samples else default_sample_indices_fn
     if isinstance(video, tuple):
         width, height = image_size(video[0], origin)
         # Frames alone have no rate; transformers' processors then assume this one, and warn.
         metadata = VideoMetadata(total_num_frames=len(video), fps=24.0, width=width, height=height)
         try:
-            metadata.frames_indices = sample(metadata=metadata).tolist()
+            metadata.frames_indices = _sample(choose, metadata)
         except ValueError as error:
             raise _unreadable("video", video[0], origin, error) from error
         images = [load_image(video[index], origin) for index in metadata.frames_indices]
@@ -157,19 +223,69 @@ def load_video(
             )
         return np.stack([np.asarray(image) for image in images]), metadata
     requires_backends(load_video, ["av"])
-    import av
+    from av import FFmpegError
 
     try:
-        path = str(video.absolute())  # FFmpeg takes ``concat:…`` for no file.
-        with av.open(path, options={"format_whitelist": CONTAINERS}):
-            return read_video_pyav(path, sample)  # type: ignore[arg-type]
-    except UNREADABLE as error:
+        _check_kind(_head(video), {IMAGE: "an image. Give it under the key 'image', or several as a list of frames"})
+        return _decode(str(video.absolute()), choose)  # FFmpeg takes ``concat:…`` for no file.
+    except (*UNREADABLE, FFmpegError, StopIteration) as error:
         raise _unreadable("video", video, origin, error) from error
 
 
-def _sample(choose: Callable[..., np.ndarray], metadata: VideoMetadata, **options: Any) -> np.ndarray:
+def _decode(path: str, choose: Callable[..., np.ndarray]) -> tuple[np.ndarray, VideoMetadata]:
+    """Decode the chosen frames of a video, upright. Headers may lie or be silent, so its packets are counted."""
+    import av
+
+    options = {"format_whitelist": CONTAINERS}
+    with av.open(path, options=options) as container:
+        stream: Any = container.streams.best("video")
+        if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
+            raise OtherKindError(f"it is {SOUND}")
+        # An edit list has packets discarded: they are decoded, and not shown.
+        packets = [(_time(packet), packet.duration or 0, packet.is_discard) for packet in container.demux(stream)]
+        spans = [(start, length) for start, length, discarded in packets if start is not None and not discarded]
+        if not spans or (container.format.name.startswith("mov") and len(packets) - 1 < stream.frames):
+            raise ValueError(f"it is cut or damaged: of {stream.frames or 'its'} frames {len(spans)} are there")
+        times = sorted(start for start, _ in spans)
+        duration = float((max(map(sum, spans)) - times[0]) * stream.time_base)
+        rate = len(times) / duration if duration else float(stream.base_rate)
+    with av.open(path, options=options) as container:
+        stream = container.streams.best("video")
+        stream.thread_type = "AUTO"
+        decoded = container.decode(stream)
+        first = next(decoded)
+        height, width, _ = _upright(first).shape
+        metadata = VideoMetadata(len(times), rate, width, height, duration, "pyav")
+        metadata.frames_indices = _sample(choose, metadata)
+        due = [times[index] for index in metadata.frames_indices]
+        frames: list[np.ndarray] = []
+        for frame in chain((first,), decoded):
+            while len(frames) < len(due) and _time(frame) >= due[len(frames)]:
+                frames.append(_upright(frame))
+            if len(frames) == len(due):
+                return np.stack(frames), metadata
+    raise ValueError(f"it is cut or damaged: of {len(due)} frames {len(frames)} can be decoded")
+
+
+def _time(part: Any) -> Any:
+    return part.dts if part.pts is None else part.pts
+
+
+def _upright(frame: Any) -> np.ndarray:
+    """Return a decoded frame (height, width, 3) as its container says that it is to be turned."""
+    from av.filter import Graph
+
+    # To RGB in a filter graph, as torchcodec does it: PyAV's own way differs where there are 10 bits or half-frames.
+    graph = Graph()
+    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)
+    graph.link_nodes(source, graph.add("format", "rgb24"), graph.add("buffersink")).configure()
+    graph.push(frame)
+    return np.rot90(graph.pull().to_ndarray(), (frame.rotation + 45) // 90)
+
+
+def _sample(choose: Callable[..., np.ndarray], metadata: VideoMetadata) -> list[int]:
     """Choose frames, and refuse more of them than there is room for, before they are decoded."""
-    frames = choose(metadata=metadata, **options)
+    frames = choose(metadata=metadata).tolist()
     pixels = len(frames) * (metadata.width or 0) * (metadata.height or 0)
     if pixels > MAX_VIDEO_PIXELS:
         raise ValueError(
@@ -200,19 +316,42 @@ def _draft(image: Image.Image, resized: Callable[[int, int], tuple[int, int]]) -
 def _grey(image: Image.Image) -> Image.Image:
     """Bring greys of more than 8 bits to 8; Pillow would clip them, so that all that is not almost black is white."""
     values = np.asarray(image)
-    if image.mode.startswith("I;16"):
-        # A scanner of 10 or 12 bits leaves the upper ones unused: its white is not 65,535.
-        return Image.fromarray((values >> max(0, int(values.max()).bit_length() - 8)).astype(np.uint8))
     low, high = values.min(), values.max()
-    if not 0 <= low <= high <= 255:
+    if image.mode == "F" and 0 <= low <= high <= 255:
+        greys = values * 255 if high <= 1 else values
+    elif image.mode != "F" and low >= 0:
+        # A scanner of 10 or 12 bits leaves the upper ones unused: its white is not 65,535.
+        unused = 8 - int(high).bit_length()
+        greys = values << unused if unused > 0 else values >> -unused
+    else:
         raise ValueError(
             f"values from {low} to {high} in mode {image.mode!r} do not say what is white; use 8 or 16 bits"
         )
-    return image
+    grey = Image.fromarray(greys.astype(np.uint8))
+    if (hidden := image.info.get("transparency")) is not None:
+        grey.putalpha(Image.fromarray(np.where(values == hidden, 0, 255).astype(np.uint8)))
+    return grey
+
+
+def _head(file: Path | bytes) -> bytes:
+    if isinstance(file, bytes):
+        return file[:HEAD]
+    with file.open("rb") as opened:
+        return opened.read(HEAD)
+
+
+def _check_kind(head: bytes, others: dict[bytes, str]) -> None:
+    """Refuse what is no image, or no video, by its first bytes."""
+    head = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    for pattern, kind in (OTHER_KINDS | others).items():
+        if re.match(pattern, head, re.DOTALL):
+            raise OtherKindError(f"it is {kind}")
 
 
 def _unreadable(kind: str, frame: Frame, origin: str, error: Exception) -> ValueError:
     where, name = f"{origin}: " if origin else "", "given as bytes" if isinstance(frame, bytes) else frame
+    if isinstance(error, OtherKindError):
+        return ValueError(f"{where}cannot read the {kind} {name}: {error}, or remove the row.")
     return ValueError(
         f"{where}cannot read the {kind} {name} ({type(error).__name__}: {error}). Replace the file or remove the row."
     )

@@ -165,7 +165,13 @@ IMAGES = [
     Input(
         "16 bits", saved(Image.fromarray(GREYS)), saved(Image.fromarray((GREYS >> 8).astype("u1")), "q.png"), "8 bits"
     ),
-    Input("32 bits, values above 255", saved(Image.fromarray(GREYS.astype(np.int32)), "p.tiff")),
+    Input(
+        "32 bits, values above 255",
+        saved(Image.fromarray(GREYS.astype(np.int32)), "p.tiff"),
+        saved(Image.fromarray((GREYS >> 8).astype("u1")), "q.png"),
+        "8 bits",
+    ),
+    Input("numbers below 0", saved(Image.fromarray(GREYS.astype(np.int32) - 9), "p.tiff")),
     Input("1 bit", written(png(9, 3)), BLACK, "black and white"),
     Input("animated GIF", moving("gif"), saved(RED, "q.png"), "its first picture"),
     Input("animated WebP", moving("webp"), saved(RED, "q.png"), "its first picture"),
@@ -186,6 +192,11 @@ IMAGES = [
     Input("HTML called .png", written(b"<html>404</html>")),
     Input("SVG", written(b'<svg xmlns="http://www.w3.org/2000/svg"/>', "page.svg")),
     Input("PostScript called .png", written(encoded(picture(), "EPS"))),
+    Input("PDF called .png", written(b"%PDF-1.7")),
+    Input("PSD", written(b"8BPS\0\1", "page.psd")),
+    Input("DOCX called .png", written(b"PK\3\4" + bytes(26) + b"[Content_Types].xml")),
+    Input("MP3 called .png", written(b"ID3\4")),
+    Input("pointer of Git LFS", written(b"version https://git-lfs.github.com/spec/v1\n")),
     Input("empty file", written(b"")),
     Input("file of 256 MiB and 1 byte", large_file),
     Input("folder", lambda folder: (folder / "page.png").mkdir() or {"image": "page.png"}),
