@@ -16,7 +16,7 @@ from vlmembed.distributed import is_sharded
 from vlmembed.export import Exporter, ModelInfo, push, refuse_used
 from vlmembed.modules import RetrievalModule
 from vlmembed.training.checkpoint_files import CheckpointFiles, read_checkpoint
-from vlmembed.training.checkpointing import in_window
+from vlmembed.training.checkpointing import finish_averages, in_window, refuse_averaging
 from vlmembed.training.memory import MeasureChunks, MeasureGraphMemory
 from vlmembed.training.run_folder import refuse_changes
 from vlmembed.training.sharding import whole_weights
@@ -50,6 +50,7 @@ class Trainer(lightning.Trainer):
         self.exporter = exporter
         self.allow_changed = allow_changed or []
         _refuse_worst(self.callbacks)
+        refuse_averaging(self)
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:
             self.strategy.checkpoint_io = CheckpointFiles()
         measure = MeasureGraphMemory if isinstance(self.accelerator, CUDAAccelerator) else MeasureChunks
@@ -90,6 +91,7 @@ class Trainer(lightning.Trainer):
             if checkpoint.get("config") and self.run_config:
                 refuse_changes(checkpoint["config"], self.run_config, self.allow_changed)
         super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+        finish_averages(self)
 
     def validate(self, model: Any = None, dataloaders: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Measure on ``data.val``; see Lightning's trainer."""

@@ -33,7 +33,13 @@ from vlmembed.modules.optimization import (
     parameters_of,
     refuse_untouched_parameters,
 )
-from vlmembed.training.checkpointing import Checkpointing, is_last_of_epoch, refuse_split_windows
+from vlmembed.training.checkpointing import (
+    Checkpointing,
+    follow_weights,
+    is_last_of_epoch,
+    prepare_averages,
+    refuse_split_windows,
+)
 from vlmembed.training.guards import CollapseMonitor, NonFiniteGuard, refuse_broken_weights
 from vlmembed.training.memory import graph_bytes, open_features
 from vlmembed.training.sharding import ShardedGradCache, refuse_strategy, shard
@@ -140,6 +146,7 @@ class RetrievalModule(LightningModule, ABC):
             refuse_strategy(self.trainer.strategy)
             data = getattr(self.trainer, "datamodule", None)
             refuse_split_windows(self.trainer, getattr(data, "steps_per_epoch", None))
+            prepare_averages(self.trainer)
 
     def configure_model(self) -> None:
         """Load the weights and apply the adapters. Does nothing the second time."""
@@ -251,6 +258,7 @@ class RetrievalModule(LightningModule, ABC):
     def on_train_epoch_end(self) -> None:
         """Refuse to keep features that nobody asks for again."""
         self.checkpointing.end_resumed(self.trainer)
+        follow_weights(self.trainer)
         if self.features is not None:
             self.features.end_epoch(distributed.total)
 
@@ -273,6 +281,10 @@ class RetrievalModule(LightningModule, ABC):
     def metrics(self) -> list[Metric]:
         """What is being measured: one for each evaluation set of the running stage."""
         return [metric for metric in self._metrics if isinstance(metric, Metric)]
+
+    def on_validation_start(self) -> None:
+        """Before averages take the weights' place: see `follow_weights`."""
+        follow_weights(self.trainer)
 
     def start_metrics(self) -> None:
         """Start measuring every evaluation set of the stage."""

@@ -8,7 +8,10 @@ are kept in memory (computed anew, they are rounded otherwise), and a GPU, whose
 
 *Small*: frozen weights are left out, and recognised by a sum over their bytes.
 
-All that is known of Lightning from inside is in this file: four private attributes, and its loops' state.
+*Averaged*: with Lightning's ``WeightAveraging``, what is measured, written, exported and resumed is one set of
+averages; before the first update, and for frozen weights, that is the weights themselves.
+
+All that is known of Lightning from inside is in this file: five private attributes, and its loops' state.
 """
 
 from __future__ import annotations
@@ -27,14 +30,18 @@ import numpy as np
 import torch
 from lightning import LightningModule
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 
 from vlmembed import distributed
 
 #: Where a checkpoint has what `Checkpointing` adds, and what it left out: name → sum, and the type it was used in.
 STATE, FROZEN = "resume", "frozen"
+#: Where WeightAveraging puts the weights that are trained, and what it counts; their averages are the ``state_dict``.
+TRAINED, AVERAGING = "current_model_state", "averaging_state"
 #: What ModelCheckpoint does not say of itself: the step it saved at, whether it waits for a validation, and where to.
 HIDDEN = ("_last_global_step_saved", "_defer_save_until_validation", "_last_checkpoint_saved")
 
@@ -53,11 +60,18 @@ class Checkpointing:
 
     def save(self, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Leave frozen weights out of a checkpoint, and add what Lightning leaves out. All processes call it."""
+        trainer, for_others = module.trainer, "optimizer_states" not in checkpoint  # No run is resumed from those.
+        for callback, average in averages(trainer):
+            if for_others:  # Lightning leaves the callback out, and these weights would not be the averages.
+                callback.on_save_checkpoint(trainer, module, checkpoint)
+            if not average.n_averaged:
+                checkpoint["state_dict"] = checkpoint[TRAINED]
+            if for_others:
+                del checkpoint[TRAINED], checkpoint[AVERAGING]
         if not distributed.is_sharded(module):
             _leave_out_frozen(checkpoint, module, self._sums)
-        if "optimizer_states" not in checkpoint:  # Weights for others; no run is resumed from them.
+        if for_others:
             return
-        trainer = module.trainer
         for logger in trainer.loggers:
             logger.save()
         moment, index = moment_of(trainer), trainer.fit_loop.epoch_loop.batch_idx
@@ -89,13 +103,24 @@ class Checkpointing:
         """Complete a checkpoint's weights by frozen ones, and put its loops into a form that Lightning resumes rightly.
 
         Raises:
-            ValueError: If frozen weights are others, or weights are missing.
+            ValueError: If frozen weights are others, weights are missing, or they were averaged and will not be.
         """
+        trainer = module.trainer
+        if trainer.training and TRAINED in checkpoint:
+            if not averages(trainer):
+                raise ValueError(
+                    "The checkpoint is of a run that averages weights: it cannot be resumed without WeightAveraging in "
+                    "trainer.callbacks. Put the callback back, or begin a new run."
+                )
+            # WeightAveraging takes up all weights or none.
+            trained = complete_frozen(checkpoint | {"state_dict": checkpoint[TRAINED]}, module, self._sums)
+            checkpoint[TRAINED] = module.state_dict() | trained
+            checkpoint["state_dict"] = module.state_dict() | complete_frozen(checkpoint, module, self._sums)
+            checkpoint.pop(FROZEN, None)
         # Where weights were left out, they are compared by name here, and not by torch.
         module.strict_loading = FROZEN not in checkpoint
         if FROZEN in checkpoint:
             checkpoint["state_dict"] = complete_frozen(checkpoint, module, self._sums)
-        trainer = module.trainer
         self._state = checkpoint.get(STATE, {}) if trainer.training else {}
         if self._state:
             self._step_taken_off = _settle(checkpoint["loops"]["fit_loop"], self._state, trainer.max_steps)
@@ -284,6 +309,78 @@ def model_checkpoints(trainer: lightning.Trainer) -> Iterator[ModelCheckpoint]:
     return (callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint))
 
 
+# Averages of weights
+
+
+def refuse_averaging(trainer: lightning.Trainer) -> None:
+    """Refuse averages that would not be what is measured, exported and resumed, before weights are loaded.
+
+    Raises:
+        ValueError: Saying what to use.
+    """
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
+        raise ValueError(
+            "StochasticWeightAveraging measures and writes weights that are not averaged, takes the schedule's place, "
+            "and is not resumed exactly. Use lightning.pytorch.callbacks.WeightAveraging, which takes the mean of all "
+            "steps, or EMAWeightAveraging (decay, update_starting_at_step)."
+        )
+    averaging = [type(callback).__name__ for callback in callbacks if isinstance(callback, WeightAveraging)]
+    if len(averaging) > 1:
+        raise ValueError(f"{' and '.join(averaging)} would each average the other's averages. Keep one of them.")
+    if averaging and trainer.precision in ("bf16-true", "16-true"):
+        raise ValueError(
+            f"{averaging[0]} with trainer.precision {trainer.precision}: an average of such weights is rounded back to "
+            "where it was, and does not move. Use bf16-mixed."
+        )
+    if averaging and isinstance(trainer.strategy, ModelParallelStrategy):
+        raise ValueError(f"{averaging[0]} cannot average shards (ModelParallelStrategy). Use trainer.strategy: ddp.")
+
+
+def averages(trainer: lightning.Trainer) -> list[tuple[WeightAveraging, AveragedModel]]:
+    """Return the callback that averages weights during a fit, and its averages; nothing where there is none."""
+    return [
+        (callback, callback._average_model)
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+        if isinstance(callback, WeightAveraging) and callback._average_model is not None
+    ]
+
+
+def prepare_averages(trainer: lightning.Trainer) -> None:
+    """Let the averages of what does not change be what it is, to the bit: 0.9 x + 0.1 x is rounded, step by step."""
+    for _, average in averages(trainer):
+        several, single = average.multi_avg_fn, average.avg_fn
+        if several is None and single is None:
+            several = get_swa_multi_avg_fn()
+
+        def update(averaged: Any, current: Any, count: Any, several: Any = several, single: Any = single) -> None:
+            pairs = [pair for pair in zip(averaged, current, strict=True) if not torch.equal(*pair)]
+            if several is not None and pairs:
+                several(*map(list, zip(*pairs, strict=True)), count)
+            elif single is not None:
+                for mean, value in pairs:
+                    mean.copy_(single(mean, value, count))
+
+        average.multi_avg_fn = update
+
+
+def follow_weights(trainer: lightning.Trainer) -> None:
+    """Until something is averaged, take the weights themselves for it: before validations, and as an epoch ends."""
+    for _, average in averages(trainer):
+        if not average.n_averaged:
+            average.module.load_state_dict(trainer.lightning_module.state_dict())
+
+
+def finish_averages(trainer: lightning.Trainer) -> None:
+    """After a fit: leave the averages in the module, and none beside it, which measuring would take for it."""
+    for callback, average in averages(trainer):
+        if not average.n_averaged:
+            rank_zero_warn(f"{type(callback).__name__} has averaged nothing: the weights are those of the last step.")
+        # Lightning has not called it where nothing was left to train.
+        callback.on_train_end(trainer, trainer.lightning_module)
+        callback._average_model = None
+
+
 # Random numbers
 
 
@@ -329,8 +426,9 @@ def _leave_out_frozen(checkpoint: dict[str, Any], module: nn.Module, sums: Mappi
         if name in sums and not weight.requires_grad
     }
     if frozen:
-        weights = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {name: weights[name] for name in weights if not _belongs(name, frozen)}
+        for key in {"state_dict", TRAINED} & checkpoint.keys():
+            weights = checkpoint[key]
+            checkpoint[key] = {name: weights[name] for name in weights if not _belongs(name, frozen)}
         checkpoint[FROZEN] = frozen
 
 

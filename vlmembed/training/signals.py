@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -73,7 +74,7 @@ class StopSafely(Callback):
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._received == number == signal.SIGINT:
-            raise KeyboardInterrupt
+            os._exit(128 + number)  # Whatever is under way: Lightning would tidy up first.
         self._received = number
         # Not printed: the signal may have come in the middle of a print.
         os.write(2, f"\n{signal.Signals(number).name}: stopping after this step.\n".encode())
@@ -86,6 +87,28 @@ class StopSafely(Callback):
             return
         trainer.save_checkpoint(path)
         distributed.print_once(f"Stopped after step {trainer.global_step}: {path}. Resume with --ckpt_path last.")
+
+
+def end_with_parent() -> None:
+    """End this process when the one that has started it is dead, if it is one of several that train.
+
+    In a collective, or while they find each other, it would wait for the dead one for half an hour or longer. A first
+    process whose child is dead ends by itself: Lightning looks after them.
+    """
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    if os.environ.get("LOCAL_RANK", "0") == "0" and not by_torchrun:
+        return
+    parent = os.getppid()
+    # Whoever adopts an orphan is not in its session.
+    orphaned = not by_torchrun and hasattr(os, "getsid") and os.getsid(parent) != os.getsid(0)
+
+    def watch() -> None:
+        while os.getppid() == parent and not orphaned:
+            time.sleep(1)
+        os.write(2, b"The process that started this one is dead: ending.\n")
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def leave_stopping_to_parent(worker: int) -> None:
