@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -252,6 +253,7 @@ class Parts(nn.Module):
 
 def test_what_goes_with_frozen_weights_is_left_out_and_what_changes_is_not() -> None:
     parts = Parts()
+    parts.trainer = SimpleNamespace(callbacks=[], log_dir=None)
     checkpoint = {"state_dict": parts.state_dict()}
     checkpointing = Checkpointing()
     checkpointing.recognise_frozen(parts)

@@ -85,6 +85,7 @@ def comparable(path: Path, rows_before: int = 0) -> dict[str, Any]:
     """What a checkpoint has, if metrics.csv had begun with some rows."""
     found = load(path)
     found["resume"]["rows"] += rows_before
+    del found["run"]  # Its folder.
     for state in found["resume"]["random"]:
         # Checking types at random draws from it, in tests; see below.
         del state["python"]

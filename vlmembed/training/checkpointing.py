@@ -40,6 +40,8 @@ from vlmembed import distributed
 
 #: Where a checkpoint has what `Checkpointing` adds, and what it left out: name → sum, and the type it was used in.
 STATE, FROZEN = "resume", "frozen"
+#: The folder of the run that a checkpoint is of.
+RUN = "run"
 #: Where WeightAveraging puts the weights that are trained, and what it counts; their averages are the ``state_dict``.
 TRAINED, AVERAGING = "current_model_state", "averaging_state"
 #: What ModelCheckpoint does not say of itself: the step it saved at, whether it waits for a validation, and where to.
@@ -52,6 +54,7 @@ class Checkpointing:
     def __init__(self) -> None:
         self._state: dict[str, Any] = {}
         self._sums: dict[str, int] = {}
+        self._kept: set[str] = set()  # What each ModelCheckpoint keeps, as of the last checkpoint.
         self._step_taken_off = self._stops = False
 
     def recognise_frozen(self, module: nn.Module) -> None:
@@ -61,6 +64,7 @@ class Checkpointing:
     def save(self, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Leave frozen weights out of a checkpoint, and add what Lightning leaves out. All processes call it."""
         trainer, for_others = module.trainer, "optimizer_states" not in checkpoint  # No run is resumed from those.
+        checkpoint[RUN] = str(Path(trainer.log_dir).resolve()) if trainer.log_dir else ""
         for callback, average in averages(trainer):
             if for_others:  # Lightning leaves the callback out, and these weights would not be the averages.
                 callback.on_save_checkpoint(trainer, module, checkpoint)
@@ -74,6 +78,7 @@ class Checkpointing:
             return
         for logger in trainer.loggers:
             logger.save()
+        before, self._kept = self._kept, _kept_checkpoints(trainer)
         moment, index = moment_of(trainer), trainer.fit_loop.epoch_loop.batch_idx
         checkpoint[STATE] = {
             "moment": moment,
@@ -89,6 +94,8 @@ class Checkpointing:
             },
             "row": _unwritten_row(trainer) if moment == "batch" else {},
             "rows": _count_rows(trainer),
+            # What ModelCheckpoint removes once this one is there, if nobody kills it before.
+            "superseded": sorted(before - self._kept),
         }
 
     def load_weights(self, module: nn.Module, checkpoint: dict[str, Any], prefix: str = "") -> None:
@@ -152,6 +159,9 @@ class Checkpointing:
         for logger in trainer.loggers if state["row"] else []:
             logger.log_metrics(state["row"] | {"epoch": trainer.current_epoch}, step=state["step"] - 1)
             logger.save()
+        self._kept = _kept_checkpoints(trainer)
+        if trainer.is_global_zero:
+            _remove_left(trainer, state, self._kept)
         # Else ModelCheckpoint would never remove the file that the run was resumed from.
         trainer.ckpt_path = None
 
@@ -302,6 +312,32 @@ def _restore_callbacks(trainer: lightning.Trainer, state: dict[str, Any]) -> Non
         waits = hidden[HIDDEN[1]] and state["moment"] != "validation"
         path = str(trainer.ckpt_path) if saved else hidden[HIDDEN[2]]
         vars(callback).update(zip(HIDDEN, (step, waits, path), strict=True))
+
+
+def _kept_checkpoints(trainer: lightning.Trainer) -> set[str]:
+    """Return the paths of what ModelCheckpoints keep, and will remove once they keep others."""
+    paths: list[str] = []
+    for callback in model_checkpoints(trainer):
+        # Without a metric, this is the newest of all that are kept, or the only one.
+        newest = [callback.best_model_path] if callback.save_top_k == 1 else []
+        paths += [callback.last_model_path, *newest, *callback.best_k_models]
+    return {path for path in paths if path}
+
+
+def _remove_left(trainer: lightning.Trainer, state: dict[str, Any], kept: set[str]) -> None:
+    """Remove what the killed run had no time to remove, and weights of later steps, which will be written again."""
+    resumed = Path(str(trainer.ckpt_path))
+    for callback in model_checkpoints(trainer):
+        folder = Path(callback.dirpath or ".").absolute()
+        left = [path for path in map(Path, state.get("superseded", [])) if folder in path.absolute().parents]
+        if callback.save_weights_only:
+            run = str(Path(trainer.log_dir or "").resolve())
+            later = [path for path in folder.rglob("*.ckpt") if path.stat().st_mtime > resumed.stat().st_mtime]
+            contents = ((path, torch.load(path, weights_only=True, mmap=True)) for path in later)
+            left += [path for path, content in contents if content.get(RUN) == run and STATE not in content]
+        for path in left:
+            if str(path) not in kept:
+                path.unlink(missing_ok=True)
 
 
 def model_checkpoints(trainer: lightning.Trainer) -> Iterator[ModelCheckpoint]:

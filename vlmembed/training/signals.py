@@ -63,7 +63,7 @@ class StopSafely(Callback):
         path = _stopped_path(trainer)
         if path is not None and path.exists() and trainer.is_global_zero:
             written = path.stat().st_mtime
-            if any(other.stat().st_mtime > written for other in path.parent.rglob("*.ckpt")):
+            if any(other.exists() and other.stat().st_mtime > written for other in path.parent.rglob("*.ckpt")):
                 path.unlink()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
