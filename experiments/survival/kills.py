@@ -273,6 +273,9 @@ def difference(one: Any, other: Any, place: str = "") -> str:
 
 
 def compare(life: Life, reference: Life) -> str:
+    missing = [str(each.folder) for each in (life, reference) if not (each.version / "checkpoints/last.ckpt").exists()]
+    if missing:
+        return f"no last.ckpt in {missing}"
     ours, theirs = (load(each.version / "checkpoints/last.ckpt") for each in (life, reference))
     compared = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "current_model_state")
     ours, theirs = ({key: content.get(key, {}) for key in compared} for content in (ours, theirs))
@@ -307,7 +310,7 @@ def survive_all(name: str, folder: Path, checkpoint: Path, count: int, most: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=100, help="of all kinds together")
-    parser.add_argument("--most", type=int, default=4, help="kills of one run")
+    parser.add_argument("--most", type=int, default=6, help="kills of one run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="*", default=[*KINDS], help="parts of their names")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "kills")

@@ -182,6 +182,7 @@ class RetrievalModule(LightningModule, ABC):
 
     def on_fit_start(self) -> None:
         """Make the gradient cache, and take over the gradient reduction from data-parallel training."""
+        self.checkpointing.tidy(self.trainer)
         steps = 0
         if self.features is not None:
             open_features(self.features, self.encoder.backbone, str(self.trainer.precision))

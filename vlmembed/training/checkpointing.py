@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 import random
+import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
@@ -37,6 +39,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 
 from vlmembed import distributed
+from vlmembed.files import whole_file
 
 #: Where a checkpoint has what `Checkpointing` adds, and what it left out: name → sum, and the type it was used in.
 STATE, FROZEN = "resume", "frozen"
@@ -85,6 +88,7 @@ class Checkpointing:
             "validation_due": moment == "batch" and _is_validation_due(trainer),
             "epoch_ends": moment == "batch" and is_last_of_epoch(trainer, index),
             "step": trainer.global_step,
+            "epoch": trainer.current_epoch,
             "random": distributed.gather_objects(_random_state()),
             "metrics": {name: value.detach().cpu() for name, value in trainer.callback_metrics.items()},
             "stops": trainer.should_stop,
@@ -132,6 +136,16 @@ class Checkpointing:
         if self._state:
             self._step_taken_off = _settle(checkpoint["loops"]["fit_loop"], self._state, trainer.max_steps)
 
+    def tidy(self, trainer: lightning.Trainer) -> None:
+        """Do what the killed run had no time for, once callbacks have their state; a finished run trains no more."""
+        if not self._state:
+            return
+        for callback in model_checkpoints(trainer):
+            _write_last(trainer, callback, self._state)
+        self._kept = _kept_checkpoints(trainer)
+        if trainer.is_global_zero:
+            _remove_left(trainer, self._state, self._kept)
+
     def resume(self, module: LightningModule) -> None:
         """Take the state of a checkpoint, as training begins."""
         state, self._state = self._state, {}
@@ -159,9 +173,6 @@ class Checkpointing:
         for logger in trainer.loggers if state["row"] else []:
             logger.log_metrics(state["row"] | {"epoch": trainer.current_epoch}, step=state["step"] - 1)
             logger.save()
-        self._kept = _kept_checkpoints(trainer)
-        if trainer.is_global_zero:
-            _remove_left(trainer, state, self._kept)
         # Else ModelCheckpoint would never remove the file that the run was resumed from.
         trainer.ckpt_path = None
 
@@ -322,6 +333,25 @@ def _kept_checkpoints(trainer: lightning.Trainer) -> set[str]:
         newest = [callback.best_model_path] if callback.save_top_k == 1 else []
         paths += [callback.last_model_path, *newest, *callback.best_k_models]
     return {path for path in paths if path}
+
+
+def _write_last(trainer: lightning.Trainer, callback: ModelCheckpoint, state: dict[str, Any]) -> None:
+    """Write the ``last.ckpt`` that follows the checkpoint that the run is resumed from, if it was killed before it."""
+    file, before = Path(str(trainer.ckpt_path)).resolve(), callback.last_model_path
+    best = [Path(path).resolve() for path in (callback.best_model_path, *callback.best_k_models) if path]
+    if not callback.save_last or file not in best or (before and Path(before).resolve() == file):
+        return
+    numbers = {name: torch.tensor(state[name]) for name in ("epoch", "step") if name in state}
+    path = callback.format_checkpoint_name(state["metrics"] | numbers, callback.CHECKPOINT_NAME_LAST)
+    callback.last_model_path = path
+    if trainer.is_global_zero and not file.is_dir():
+        with whole_file(Path(path)) as draft:
+            if callback.save_last == "link":
+                draft.symlink_to(os.path.relpath(file, draft.parent))
+            else:
+                shutil.copyfile(file, draft)
+        if before and before != path:
+            Path(before).unlink(missing_ok=True)
 
 
 def _remove_left(trainer: lightning.Trainer, state: dict[str, Any], kept: set[str]) -> None:
