@@ -7,7 +7,9 @@ holds weights, optimizer, schedule, random states, gradients, loops and callback
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +34,7 @@ from torch import Tensor
 from vlmembed.features import InMemory
 from vlmembed.modules import EmbeddingModule
 from vlmembed.training import checkpointing
+from vlmembed.training.checkpoint_files import CheckpointFiles, newest_checkpoint
 
 #: In each setting, checkpoints with different things left to do.
 CHOSEN = {
@@ -103,6 +106,42 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_been(checkpoint: Path, data: Pa
 @pytest.mark.parametrize("name", TOGETHER)
 def test_two_processes_go_on_as_if_nothing_had_been(checkpoint: Path, data: Path, tmp_path: Path, name: str) -> None:
     ddp.run(check_all, name, checkpoint, data, tmp_path, CHOSEN[name])
+
+
+@pytest.mark.parametrize("monitor", [None, "val/ndcg@10"])
+@pytest.mark.parametrize("place", ["remove_checkpoint", "save_checkpoint"])
+def test_a_kill_between_two_files_leaves_neither_one_more_nor_one_less(
+    checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, monitor: str | None, place: str
+) -> None:
+    """Between the new checkpoint and the removal of the one before, or the ``last.ckpt`` that follows it."""
+    saver = {"filename": "{step}", "monitor": monitor, "mode": "max", "save_last": True}
+    saver |= {} if monitor else {"every_n_train_steps": 2}
+    options = {"enable_checkpointing": True, "max_epochs": 2, "val_check_interval": 2}
+
+    def run(resume: Path | None = None) -> dict[str, int]:
+        fitted = trainer(callbacks=[ModelCheckpoint(tmp_path / "kept", **saver)], logger=CSVLogger(tmp_path), **options)
+        model = embedder(checkpoint)
+        fitted.fit(model, datamodule=Setting().data_module(data), ckpt_path=resume)
+        return {path.name: load(path)["global_step"] for path in (tmp_path / "kept").iterdir()}
+
+    expected = run()
+    assert len(expected) == 2
+    shutil.rmtree(tmp_path / "kept")
+    act, seen = getattr(CheckpointFiles, place), []
+
+    def killing(files: CheckpointFiles, *arguments: Any, **more: Any) -> None:
+        path = str(next(argument for argument in arguments if isinstance(argument, str | Path)))
+        seen.append(path)
+        if place == "remove_checkpoint" or len([path for path in seen if path.endswith("last.ckpt")]) == 2:
+            raise SystemExit
+        act(files, *arguments, **more)
+
+    with monkeypatch.context() as patch, suppress(SystemExit):
+        patch.setattr(CheckpointFiles, place, killing)
+        run()
+    newest = newest_checkpoint([tmp_path / "kept"])
+    assert newest is not None
+    assert run(newest[0]) == expected
 
 
 @dataclass

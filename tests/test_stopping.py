@@ -18,6 +18,7 @@ import torch
 import yaml
 
 from vlmembed.__main__ import main
+from vlmembed.training.signals import end_with_parent
 
 STEPS = 16
 CHECKPOINT = "lightning.pytorch.callbacks.ModelCheckpoint"
@@ -137,6 +138,53 @@ def test_a_run_goes_on_as_if_nothing_had_been(
     assert _state(run) == _state(undisturbed)
     assert _rows(run) == _rows(undisturbed)
     assert not (run / "checkpoints/stopped.ckpt").exists()
+
+
+def test_a_second_ctrl_c_ends_at_once_and_so_does_one_while_measuring(tmp_path: Path, config: dict[str, Any]) -> None:
+    many = {"class_path": "vlmembed.data.digits.HandwrittenNumbers", "init_args": {"size": 4000}}
+    data = {**config["data"], "init_args": {**config["data"]["init_args"], "val": many}}
+    process = start(tmp_path / "measuring", {**config, "data": data})
+    _wait_for(tmp_path / "measuring/runs/run/version_0/config.yaml", process)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 130
+    process = start(tmp_path / "training", config)
+    _wait_for(tmp_path / "training/runs/run/version_0/checkpoints/last.ckpt", process)
+    # In a step, or a validation, which nobody waits for: the first is put where it is under way.
+    os.kill(process.pid, signal.SIGSTOP)
+    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, signal.SIGCONT)
+    time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(10)
+    assert process.exitcode == 130
+
+
+def _orphan(folder: Path, rank: str) -> None:
+    """As Lightning starts a second process, or torchrun all of them."""
+    os.environ["LOCAL_RANK"] = rank
+    if rank == "0":
+        os.environ["TORCHELASTIC_RUN_ID"] = "run"
+    if not os.fork():
+        end_with_parent()
+        (folder / "child").write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"], ids=["torchrun", "Lightning"])
+def test_a_process_ends_when_the_one_that_started_it_is_dead(tmp_path: Path, rank: str) -> None:
+    process = multiprocessing.get_context("forkserver").Process(target=_orphan, args=(tmp_path, rank))
+    process.start()
+    _wait_for(tmp_path / "child", process)
+    time.sleep(0.1)
+    child = psutil.Process(int((tmp_path / "child").read_text()))
+    time.sleep(1.5)
+    assert child.is_running()
+    assert child.status() != psutil.STATUS_ZOMBIE
+    kill(process)
+    process.join()
+    _, alive = psutil.wait_procs([child], timeout=10)
+    assert not alive or child.status() == psutil.STATUS_ZOMBIE
 
 
 BEST = {"monitor": "val/ndcg@10", "mode": "max"}

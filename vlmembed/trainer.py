@@ -9,6 +9,7 @@ from typing import Any
 import lightning
 import yaml
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
@@ -16,7 +17,7 @@ from vlmembed.distributed import is_sharded
 from vlmembed.export import Exporter, ModelInfo, push, refuse_used
 from vlmembed.modules import RetrievalModule
 from vlmembed.training.checkpoint_files import CheckpointFiles, read_checkpoint
-from vlmembed.training.checkpointing import finish_averages, in_window, refuse_averaging
+from vlmembed.training.checkpointing import finish_averages, in_window, model_checkpoints, refuse_averaging
 from vlmembed.training.memory import MeasureChunks, MeasureGraphMemory
 from vlmembed.training.run_folder import refuse_changes
 from vlmembed.training.sharding import whole_weights
@@ -84,6 +85,12 @@ class Trainer(lightning.Trainer):
             ValueError: If the run began with a configuration that differs in what decides what is learned.
         """
         _connect(model, datamodule or train_dataloaders)
+        savers = [*model_checkpoints(self)]
+        if savers and all(saver.save_weights_only for saver in savers):
+            rank_zero_warn(
+                "Every ModelCheckpoint has save_weights_only: true, and from weights alone no run is resumed. Add one "
+                "with save_last: true."
+            )
         # What is elsewhere, or not to be read without running it, is not looked into before.
         if ckpt_path is not None and Path(ckpt_path).exists() and weights_only is not False:
             checkpoint = read_checkpoint(Path(ckpt_path))

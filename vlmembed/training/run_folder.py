@@ -193,6 +193,8 @@ def _open_log(logger: CSVLogger, count: int) -> None:
     log, draft = Path(logger.log_dir, METRICS), Path(logger.log_dir, f"{METRICS}.draft")
     source = log if log.exists() and log.stat().st_size else draft
     table = None
+    if not count and source.exists():  # The run begins anew.
+        source.rename(log.with_name(f"metrics.{len(list(log.parent.glob('metrics.*.csv'))) + 1}.csv"))
     if count and source.exists():
         table = pandas.read_csv(source, dtype=str, keep_default_na=False, nrows=count)
     if count and (table is None or len(table) < count):
