@@ -222,7 +222,13 @@ def test_the_recipes_keep_checkpoints_as_the_one_that_is_killed_below() -> None:
     assert [callbacks for callbacks in kept if callbacks[0]["init_args"].keys() != {"save_last"}] == [kept[-1]] * 6
 
 
-@pytest.mark.parametrize("name", KEEPING)
+#: Whose mechanisms the others have as well.
+COVERED = ("another folder", "a link", "by time, within windows")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.exhaustive] if name in COVERED else []) for name in KEEPING]
+)
 def test_three_kills_leave_the_checkpoints_of_none(tmp_path: Path, config: dict[str, Any], name: str) -> None:
     """Whatever they are called, and wherever they are."""
     savers, options = KEEPING[name]
