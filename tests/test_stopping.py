@@ -243,7 +243,7 @@ def test_three_kills_leave_the_checkpoints_of_none(tmp_path: Path, config: dict[
         present = _checkpoints(folder)
         while process.is_alive() and _checkpoints(folder).items() <= present.items():
             time.sleep(0.01)
-        kill(process)
+        process.kill()  # Or it has finished.
         process.join()
     process = start(folder, {**config, "trainer": trainer})
     process.join()
