@@ -37,7 +37,7 @@ from vlmembed.training import run_folder
 from vlmembed.training.checkpoint_files import CheckpointFiles, newest_checkpoint
 from vlmembed.training.checkpointing import FROZEN, Checkpointing, complete_frozen
 from vlmembed.training.run_folder import refuse_changes
-from vlmembed.training.signals import _requeue
+from vlmembed.training.signals import StopSafely, _requeue
 
 # Files
 
@@ -522,6 +522,19 @@ def test_only_what_changes_a_result_is_refused_unless_it_is_named(capsys: pytest
         refuse_changes(BEFORE, after, ["trainer"])
     refuse_changes(BEFORE, after, ["data.init_args.batch_size", "trainer.max_epochs"])
     assert "max_epochs: 1 → 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("other", "stays"), [(6, True), (7, False), (8, False), (None, True)])
+def test_the_checkpoint_of_a_stop_goes_once_another_has_its_steps(
+    tmp_path: Path, other: int | None, stays: bool
+) -> None:
+    """Also where the last step is the one it was stopped after, and nothing is written later."""
+    if other is not None:
+        written(tmp_path / "last.ckpt", other, age=10)
+    stopped = written(tmp_path / "stopped.ckpt", 7, age=5)
+    run = run_in(tmp_path, dirpath=tmp_path)
+    StopSafely().on_train_end(run, nn.Module())
+    assert stopped.exists() == stays
 
 
 def test_a_job_is_put_back_into_its_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

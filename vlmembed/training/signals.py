@@ -15,6 +15,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from vlmembed import distributed
+from vlmembed.training.checkpoint_files import is_resumable, newest_checkpoint, read_checkpoint
 
 #: SLURM's jobs get this before their time is over, if they ask for it: ``sbatch --signal=USR1@120``. Windows has none.
 REQUEUE: signal.Signals | None = getattr(signal, "SIGUSR1", None)
@@ -59,11 +60,13 @@ class StopSafely(Callback):
             raise SystemExit(128 + received)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove the checkpoint of an earlier stop, if the run has written a later one since."""
+        """Remove the checkpoint of an earlier stop, if there is another of as many steps."""
         path = _stopped_path(trainer)
         if path is not None and path.exists() and trainer.is_global_zero:
-            written = path.stat().st_mtime
-            if any(other.exists() and other.stat().st_mtime > written for other in path.parent.rglob("*.ckpt")):
+            other = newest_checkpoint(
+                [path.parent], lambda place, content: place != path and is_resumable(place, content)
+            )
+            if other is not None and other[1]["global_step"] >= read_checkpoint(path)["global_step"]:
                 path.unlink()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
