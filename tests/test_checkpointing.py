@@ -525,9 +525,7 @@ def test_only_what_changes_a_result_is_refused_unless_it_is_named(capsys: pytest
 
 
 @pytest.mark.parametrize(("other", "stays"), [(6, True), (7, False), (8, False), (None, True)])
-def test_the_checkpoint_of_a_stop_goes_once_another_has_its_steps(
-    tmp_path: Path, other: int | None, stays: bool
-) -> None:
+def test_a_stop_leaves_no_checkpoint_once_another_has_its_steps(tmp_path: Path, other: int | None, stays: bool) -> None:
     """Also where the last step is the one it was stopped after, and nothing is written later."""
     if other is not None:
         written(tmp_path / "last.ckpt", other, age=10)
