@@ -13,7 +13,14 @@ import ddp
 import lightning
 import torch
 from building import module, ranker, trainer, write_rows
-from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    Callback,
+    Checkpoint,
+    EarlyStopping,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    WeightAveraging,
+)
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from peft import LoraConfig
@@ -116,6 +123,14 @@ SETTINGS = {
     ),
     "watched": Setting(
         trainer={"accumulate_grad_batches": 2, "val_check_interval": 2, "max_epochs": 9}, callbacks=watchers
+    ),
+    "averaged": Setting(
+        trainer={"accumulate_grad_batches": 2, "val_check_interval": 2}, callbacks=lambda _: [WeightAveraging()]
+    ),
+    "moving average": Setting(
+        kept_features,
+        trainer={"val_check_interval": 3},
+        callbacks=lambda _: [EMAWeightAveraging(decay=0.7, update_every_n_steps=2, update_starting_at_step=2)],
     ),
     "two processes": Setting(
         data={"batch_size": 1},

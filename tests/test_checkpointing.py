@@ -11,8 +11,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pandas
 import pytest
 import torch
 from building import module, trainer, write_rows
@@ -35,7 +37,7 @@ from vlmembed.training import run_folder
 from vlmembed.training.checkpoint_files import CheckpointFiles, newest_checkpoint
 from vlmembed.training.checkpointing import FROZEN, Checkpointing, complete_frozen
 from vlmembed.training.run_folder import refuse_changes
-from vlmembed.training.signals import _requeue
+from vlmembed.training.signals import StopSafely, _requeue
 
 # Files
 
@@ -252,6 +254,7 @@ class Parts(nn.Module):
 
 def test_what_goes_with_frozen_weights_is_left_out_and_what_changes_is_not() -> None:
     parts = Parts()
+    parts.trainer = SimpleNamespace(callbacks=[], log_dir=None)
     checkpoint = {"state_dict": parts.state_dict()}
     checkpointing = Checkpointing()
     checkpointing.recognise_frozen(parts)
@@ -365,6 +368,25 @@ def test_last_is_the_newest_fit_and_its_newest_checkpoint(tmp_path: Path, capsys
         assert path == str(tmp_path / "name/version_0/checkpoints/last.ckpt")
 
 
+def test_a_folder_that_runs_share_is_not_mistaken(tmp_path: Path) -> None:
+    """Each run is resumed from its own checkpoints in it; one that failed at once has none there."""
+    shared = tmp_path / "shared"
+    for step in (0, 1, 2):
+        with fit_folder(run_in(tmp_path, dirpath=shared), None):
+            folder = tmp_path / f"name/version_{step}"
+        if step < 2:
+            written(shared / f"{step}.ckpt", step, age=step, run=str(folder))
+    (shared / "dangling.ckpt").symlink_to("removed.ckpt")
+    with fit_folder(run_in(tmp_path, dirpath=shared), "last") as path:
+        assert path == str(shared / "1.ckpt")
+    with fit_folder(run_in(tmp_path, 0, dirpath=shared), "last") as path:
+        assert path == str(shared / "0.ckpt")
+    (tmp_path / "name").rename(tmp_path / "moved")
+    moved = Trainer(accelerator="cpu", logger=CSVLogger(tmp_path, "moved"), callbacks=[ModelCheckpoint(shared)])
+    with run_folder.fit_folder(moved, "last", False) as path:
+        assert path == str(shared / "0.ckpt")  # The newest that nobody else can claim.
+
+
 def test_measuring_the_last_of_nothing_is_refused(tmp_path: Path) -> None:
     folder = other_folder(run_in(tmp_path), "last", True)
     with pytest.raises(ValueError, match=r"no run in .* has a whole checkpoint"), folder:
@@ -418,6 +440,63 @@ def test_a_log_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kil
     ]
 
 
+KILLS = [(os, "replace"), (csv.DictWriter, "writerows"), (pandas.DataFrame, "to_csv")]
+
+
+@pytest.mark.parametrize("place", KILLS, ids=lambda place: place[1])
+def test_a_log_that_gains_a_column_loses_nothing_to_a_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: tuple[Any, str]
+) -> None:
+    def die(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    first = logger_of(tmp_path)
+    run_folder._open_log(first, 0)
+    for step in range(3):
+        first.log_metrics({"train/loss": step / 10}, step)
+    first.save()
+    before = rows_of(tmp_path / "name")
+    first.log_metrics({"val/ndcg@10": 0.5, "a, b": 1.0}, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(*place, die)
+        with pytest.raises(KeyboardInterrupt):
+            first.save()
+    after = rows_of(tmp_path / "name")
+    assert [{name: row[name] for name in ("step", "train/loss")} for row in after] == before
+    second = logger_of(tmp_path)
+    run_folder._open_log(second, 3)
+    second.log_metrics({"val/ndcg@10": 0.5, "a, b": 1.0}, 2)
+    second.save()
+    assert [row["train/loss"] for row in rows_of(tmp_path / "name")] == ["0.0", "0.1", "0.2", ""]
+    assert rows_of(tmp_path / "name")[-1] == {"step": "2", "train/loss": "", "val/ndcg@10": "0.5", "a, b": "1.0"}
+
+
+@pytest.mark.parametrize("torn", ["0.4", '"', "\0\0\0", "1,2,3,4,5,6\r\n7", "4,0.4\r\n5"])
+def test_a_torn_last_line_of_a_log_is_logged_again(tmp_path: Path, torn: str) -> None:
+    first = logger_of(tmp_path)
+    run_folder._open_log(first, 0)
+    for step in range(3):
+        first.log_metrics({"train/loss": step / 10}, step)
+    first.save()
+    with (tmp_path / "name/metrics.csv").open("a") as log:
+        log.write(torn)
+    second = logger_of(tmp_path)
+    run_folder._open_log(second, 3)
+    second.log_metrics({"train/loss": 0.3}, 3)
+    second.save()
+    assert [row["train/loss"] for row in rows_of(tmp_path / "name")] == ["0.0", "0.1", "0.2", "0.3"]
+
+
+def test_a_run_that_begins_anew_keeps_the_log_of_before(tmp_path: Path) -> None:
+    for _ in range(2):
+        logger = logger_of(tmp_path)
+        run_folder._open_log(logger, 0)
+        logger.log_metrics({"train/loss": 1.0}, 0)
+        logger.save()
+    names = sorted(path.name for path in (tmp_path / "name").iterdir())
+    assert names == ["metrics.1.csv", "metrics.csv"]
+
+
 def _killed(when: str) -> tuple[Any, str, Any]:
     def die(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -443,6 +522,17 @@ def test_only_what_changes_a_result_is_refused_unless_it_is_named(capsys: pytest
         refuse_changes(BEFORE, after, ["trainer"])
     refuse_changes(BEFORE, after, ["data.init_args.batch_size", "trainer.max_epochs"])
     assert "max_epochs: 1 → 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("other", "stays"), [(6, True), (7, False), (8, False), (None, True)])
+def test_a_stop_leaves_no_checkpoint_once_another_has_its_steps(tmp_path: Path, other: int | None, stays: bool) -> None:
+    """Also where the last step is the one it was stopped after, and nothing is written later."""
+    if other is not None:
+        written(tmp_path / "last.ckpt", other, age=10)
+    stopped = written(tmp_path / "stopped.ckpt", 7, age=5)
+    run = run_in(tmp_path, dirpath=tmp_path)
+    StopSafely().on_train_end(run, nn.Module())
+    assert stopped.exists() == stays
 
 
 def test_a_job_is_put_back_into_its_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -406,3 +407,28 @@ def test_the_shared_count_is_made_again_at_the_start_of_a_run(tmp_path: Path, st
     (tmp_path / "bytes").unlink() if state is None else (tmp_path / "bytes").write_text(state)
     on_disk(tmp_path).put(2, features_of(2))
     assert int((tmp_path / "bytes").read_text()) == bytes_in(tmp_path)
+
+
+@pytest.mark.parametrize("written", [0, 1, 2, 3])
+def test_what_is_computed_together_is_kept_together(tmp_path: Path, written: int) -> None:
+    """A run that is killed between two images of a batch, and resumed, computes both anew: they round each other."""
+    cache = on_disk(tmp_path)
+    with cache.together([1, 2]):
+        cache.put(1, features_of(1))
+        cache.put(2, features_of(2))
+    with suppress(KeyboardInterrupt), cache.together([2, 3, 4, 5]):  # 2 is there, and stays.
+        for image in (3, 4, 5)[:written]:
+            cache.put(image, features_of(image))
+        raise KeyboardInterrupt
+    again = on_disk(tmp_path)
+    assert [serves(again, image) for image in range(1, 6)] == [True, True, False, False, False]
+    assert not list(tmp_path.rglob("*.draft"))
+
+
+def test_what_a_living_process_keeps_is_not_deleted(tmp_path: Path) -> None:
+    cache = on_disk(tmp_path)
+    with cache.together([1]):
+        cache.put(1, features_of(1))
+        [draft] = tmp_path.rglob("*.draft")
+        draft.rename(draft.with_name(draft.name.replace(f".{os.getpid()}.", f".{os.getppid()}.")))
+        assert serves(on_disk(tmp_path), 1)

@@ -180,6 +180,7 @@ REFUSED: list[tuple[Any, str]] = [
     (callback("BatchSizeFinder"), "chunk_size: auto"),
     (callback("LearningRateFinder"), "ablate"),
     (callback("ModelPruning", pruning_fn="l1_unstructured"), "would not be pruned"),
+    (callback("StochasticWeightAveraging", swa_lrs=0.01), "Use lightning.pytorch.callbacks.WeightAveraging"),
     (callback("EarlyStopping", monitor="val/ndcg@10"), "Add mode: max"),
     (callback("ModelCheckpoint", monitor="train/loss", mode="max"), "Add mode: min"),
     ({"limit_val_batches": 1}, "limit_val_batches is 1: a metric over part"),
@@ -191,8 +192,8 @@ REFUSED: list[tuple[Any, str]] = [
     ({"val_check_interval": {"minutes": 5}}, "measured by the clock"),
     ({"gradient_clip_val": -1.0}, "gradients would be turned around"),
 ]
-#: In tests/test_checkpointing.py.
-ELSEWHERE = {"StochasticWeightAveraging", "WeightAveraging", "EMAWeightAveraging"}
+#: In tests/test_resume.py.
+ELSEWHERE = {"WeightAveraging", "EMAWeightAveraging"}
 
 
 def test_the_table_has_every_callback_and_flag_and_all_are_tried() -> None:

@@ -7,6 +7,11 @@ holds weights, optimizer, schedule, random states, gradients, loops and callback
 from __future__ import annotations
 
 import random
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +19,21 @@ import ddp
 import numpy as np
 import pytest
 import torch
+from building import Recorder, trainer, weights
 from interrupted import SETTINGS, Left, Setting, differences, embedder, kept_features, load, train, write_data
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    WeightAveraging,
+)
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
 
 from vlmembed.features import InMemory
 from vlmembed.modules import EmbeddingModule
 from vlmembed.training import checkpointing
+from vlmembed.training.checkpoint_files import CheckpointFiles, newest_checkpoint
 
 #: In each setting, checkpoints with different things left to do.
 CHOSEN = {
@@ -31,6 +45,8 @@ CHOSEN = {
     "mixture": ["05 batch", "07 epoch"],
     "reranker": ["02 batch", "02 validation", "04 batch"],
     "watched": ["04 batch", "06 batch", "06 validation"],
+    "averaged": ["02 batch", "04 validation", "04 epoch"],
+    "moving average": ["01 batch", "03 validation", "04 batch"],
     "two processes": ["02 batch", "04 validation"],
     "shards": ["03 batch"],
 }
@@ -71,6 +87,7 @@ def comparable(path: Path, rows_before: int = 0) -> dict[str, Any]:
     """What a checkpoint has, if metrics.csv had begun with some rows."""
     found = load(path)
     found["resume"]["rows"] += rows_before
+    del found["run"]  # Its folder.
     for state in found["resume"]["random"]:
         # Checking types at random draws from it, in tests; see below.
         del state["python"]
@@ -88,6 +105,145 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_been(checkpoint: Path, data: Pa
 @pytest.mark.parametrize("name", TOGETHER)
 def test_two_processes_go_on_as_if_nothing_had_been(checkpoint: Path, data: Path, tmp_path: Path, name: str) -> None:
     ddp.run(check_all, name, checkpoint, data, tmp_path, CHOSEN[name])
+
+
+@pytest.mark.parametrize("monitor", [None, "val/ndcg@10"])
+@pytest.mark.parametrize("place", ["remove_checkpoint", "save_checkpoint"])
+def test_a_kill_between_two_files_leaves_neither_one_more_nor_one_less(
+    checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, monitor: str | None, place: str
+) -> None:
+    """Between the new checkpoint and the removal of the one before, or the ``last.ckpt`` that follows it."""
+    saver = {"filename": "{step}", "monitor": monitor, "mode": "max", "save_last": True}
+    saver |= {} if monitor else {"every_n_train_steps": 2}
+    options = {"enable_checkpointing": True, "max_epochs": 2, "val_check_interval": 2}
+
+    def run(resume: Path | None = None) -> dict[str, int]:
+        fitted = trainer(callbacks=[ModelCheckpoint(tmp_path / "kept", **saver)], logger=CSVLogger(tmp_path), **options)
+        model = embedder(checkpoint)
+        fitted.fit(model, datamodule=Setting().data_module(data), ckpt_path=resume)
+        return {path.name: load(path)["global_step"] for path in (tmp_path / "kept").iterdir()}
+
+    expected = run()
+    assert len(expected) == 2
+    shutil.rmtree(tmp_path / "kept")
+    act, seen = getattr(CheckpointFiles, place), []
+
+    def killing(files: CheckpointFiles, *arguments: Any, **more: Any) -> None:
+        path = str(next(argument for argument in arguments if isinstance(argument, str | Path)))
+        seen.append(path)
+        if place == "remove_checkpoint" or len([path for path in seen if path.endswith("last.ckpt")]) == 2:
+            raise SystemExit
+        act(files, *arguments, **more)
+
+    with monkeypatch.context() as patch, suppress(SystemExit):
+        patch.setattr(CheckpointFiles, place, killing)
+        run()
+    newest = newest_checkpoint([tmp_path / "kept"])
+    assert newest is not None
+    assert run(newest[0]) == expected
+
+
+@dataclass
+class Averaging:
+    """A way to average weights, and the formula for it.
+
+    Args:
+        callback: Lightning's.
+        expected: From the trained weights after each step, one after another.
+    """
+
+    callback: Callable[[], WeightAveraging]
+    expected: Callable[[list[Tensor]], Tensor]
+
+
+def moving(weights: list[Tensor], decay: float = 0.7) -> Tensor:
+    average = weights[0]
+    for later in weights[1:]:
+        average = decay * average + (1 - decay) * later
+    return average
+
+
+AVERAGING = {
+    "mean": Averaging(WeightAveraging, lambda weights: torch.stack(weights).double().mean(0).float()),
+    "moving": Averaging(partial(EMAWeightAveraging, decay=0.7), moving),
+    "from the third step, every second": Averaging(
+        partial(EMAWeightAveraging, decay=0.7, update_every_n_steps=2, update_starting_at_step=2),
+        lambda weights: moving(weights[2::2]),
+    ),
+    "never": Averaging(partial(EMAWeightAveraging, update_starting_at_step=99), lambda weights: weights[-1]),
+}
+
+
+class KeepAll(Recorder):
+    """Also what is measured: the weights while a validation is under way."""
+
+    def on_validation_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.measured = weights(pl_module)
+
+
+@pytest.mark.parametrize("validates", [True, False], ids=["val", "no val"])
+@pytest.mark.parametrize("model", [embedder, kept_features], ids=["LoRA", "frozen tower"])
+@pytest.mark.parametrize("name", AVERAGING)
+def test_measured_written_and_exported_is_one_set_of_averages(
+    checkpoint: Path, data: Path, tmp_path: Path, name: str, model: Any, validates: bool
+) -> None:
+    recorder, writer = KeepAll(), ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    others = ModelCheckpoint(tmp_path, "weights", every_n_train_steps=8, save_weights_only=True)
+    callbacks = [AVERAGING[name].callback(), recorder, writer, others]
+    run = trainer(enable_checkpointing=True, callbacks=callbacks, max_epochs=2, logger=CSVLogger(tmp_path))
+    built, rows = model(checkpoint), Setting().data_module(data)
+    if not validates:
+        rows.val = None
+    fresh = weights(built)
+    run.fit(built, datamodule=rows)
+    trained = {name for name, weight in built.named_parameters() if weight.requires_grad}
+    history = {name: [step[name] for step in recorder.weights[1:]] for name in trained}
+    assert len(next(iter(history.values()))) == 8
+
+    def check(found: dict[str, Tensor], steps: int = 8) -> None:
+        for parameter, value in found.items():
+            if parameter in trained:
+                expected = AVERAGING[name].expected(history[parameter][:steps])
+                torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-7)
+            else:
+                assert torch.equal(value, fresh[parameter]), parameter
+
+    check(weights(built))  # Which is exported where no metric decides.
+    for steps in (4, 8):
+        check(load(tmp_path / f"step={steps}.ckpt")["state_dict"], steps)
+    check(load(tmp_path / "weights.ckpt")["state_dict"])
+    if validates:
+        check(recorder.measured)
+    # What is measured and exported of a checkpoint, after training and in a new process.
+    for fitted in (True, False):
+        reader = run if fitted else trainer(callbacks=[KeepAll(), AVERAGING[name].callback()])
+        keeper = recorder if fitted else reader.callbacks[0]
+        taken = built if fitted else model(checkpoint)
+        rows.val = rows.test = str(data / "few.jsonl")
+        reader.validate(taken, datamodule=rows, ckpt_path=tmp_path / "step=4.ckpt", verbose=False)
+        check(keeper.measured, 4)
+        reader.test(taken, datamodule=rows, ckpt_path=tmp_path / "step=4.ckpt", verbose=False)
+        check(weights(taken), 4)
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "options", "message"),
+    [
+        ([WeightAveraging(), EMAWeightAveraging()], {}, "WeightAveraging and EMAWeightAveraging would"),
+        ([EMAWeightAveraging()], {"precision": "bf16-true"}, "does not move. Use bf16-mixed"),
+        ([WeightAveraging()], {"strategy": ModelParallelStrategy()}, "cannot average shards"),
+    ],
+)
+def test_averages_that_would_not_be_what_is_served_are_refused(callbacks: Any, options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        trainer(callbacks=callbacks, **options)
+
+
+def test_a_run_that_averages_is_not_resumed_as_one_that_does_not(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    whole = train(SETTINGS["averaged"], checkpoint, data, tmp_path / "whole")
+    plain = replace(SETTINGS["averaged"], callbacks=lambda _: [])
+    with pytest.raises(ValueError, match=r"of a run that averages weights.* Put the callback back"):
+        train(plain, checkpoint, data, tmp_path / "rest", whole.written[0][0])
 
 
 def test_other_processes_are_warned_of(checkpoint: Path, data: Path, tmp_path: Path) -> None:

@@ -18,8 +18,10 @@ import torch
 import yaml
 
 from vlmembed.__main__ import main
+from vlmembed.training.signals import end_with_parent
 
 STEPS = 16
+CHECKPOINT = "lightning.pytorch.callbacks.ModelCheckpoint"
 
 #: What the run began with, and what it went on with.
 CONFIGURATIONS = ["config.1.yaml", "config.yaml"]
@@ -138,6 +140,122 @@ def test_a_run_goes_on_as_if_nothing_had_been(
     assert not (run / "checkpoints/stopped.ckpt").exists()
 
 
+def test_a_second_ctrl_c_ends_at_once_and_so_does_one_while_measuring(tmp_path: Path, config: dict[str, Any]) -> None:
+    many = {"class_path": "vlmembed.data.digits.HandwrittenNumbers", "init_args": {"size": 4000}}
+    data = {**config["data"], "init_args": {**config["data"]["init_args"], "val": many}}
+    process = start(tmp_path / "measuring", {**config, "data": data})
+    _wait_for(tmp_path / "measuring/runs/run/version_0/config.yaml", process)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 130
+    process = start(tmp_path / "training", config)
+    _wait_for(tmp_path / "training/runs/run/version_0/checkpoints/last.ckpt", process)
+    # In a step, or a validation, which nobody waits for: the first is put where it is under way.
+    os.kill(process.pid, signal.SIGSTOP)
+    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, signal.SIGCONT)
+    time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(10)
+    assert process.exitcode == 130
+
+
+def _orphan(folder: Path, rank: str) -> None:
+    """As Lightning starts a second process, or torchrun all of them."""
+    os.environ["LOCAL_RANK"] = rank
+    if rank == "0":
+        os.environ["TORCHELASTIC_RUN_ID"] = "run"
+    if not os.fork():
+        end_with_parent()
+        (folder / "child").write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"], ids=["torchrun", "Lightning"])
+def test_a_process_ends_when_the_one_that_started_it_is_dead(tmp_path: Path, rank: str) -> None:
+    process = multiprocessing.get_context("forkserver").Process(target=_orphan, args=(tmp_path, rank))
+    process.start()
+    _wait_for(tmp_path / "child", process)
+    time.sleep(0.1)
+    child = psutil.Process(int((tmp_path / "child").read_text()))
+    time.sleep(1.5)
+    assert child.is_running()
+    assert child.status() != psutil.STATUS_ZOMBIE
+    kill(process)
+    process.join()
+    _, alive = psutil.wait_procs([child], timeout=10)
+    assert not alive or child.status() == psutil.STATUS_ZOMBIE
+
+
+BEST = {"monitor": "val/ndcg@10", "mode": "max"}
+RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+#: Ways to keep checkpoints, and other settings of the trainer.
+KEEPING: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
+    "a name with folders": ([{"filename": "{step}-{val/ndcg@10:.3f}", "save_top_k": 2, "save_last": True, **BEST}], {}),
+    "another folder": ([{"dirpath": "kept/here", "every_n_train_steps": 2}], {}),
+    "several, one of weights alone": (
+        [
+            {"filename": "{step}-weights", "every_n_train_steps": 3, "save_weights_only": True},
+            {"filename": "{step}-full", "every_n_train_steps": 2},
+            {"filename": "{step}-all", "every_n_train_steps": 4, "save_top_k": -1, "save_last": True},
+        ],
+        {},
+    ),
+    "a link": ([{"every_n_train_steps": 2, "save_last": "link"}], {}),
+    "a link, within windows": (
+        [{"every_n_train_steps": 1, "save_last": "link"}],
+        {"accumulate_grad_batches": 2, "val_check_interval": 4},
+    ),
+    "by time, within windows": (
+        [{"train_time_interval": "00:00:00", "filename": "newest"}],
+        {"accumulate_grad_batches": 4, "val_check_interval": 4},
+    ),
+    "a recipe": (yaml.safe_load(RECIPES[-1].read_text())["trainer"]["callbacks"], {}),
+}
+
+
+def test_the_recipes_keep_checkpoints_as_the_one_that_is_killed_below() -> None:
+    kept = [yaml.safe_load(recipe.read_text())["trainer"]["callbacks"] for recipe in RECIPES]
+    for callbacks in kept:
+        assert all(saver["class_path"].endswith(".ModelCheckpoint") for saver in callbacks)
+        assert any(saver["init_args"]["save_last"] is True for saver in callbacks)
+    assert [callbacks for callbacks in kept if callbacks[0]["init_args"].keys() != {"save_last"}] == [kept[-1]] * 6
+
+
+#: Whose mechanisms the others have as well.
+COVERED = ("another folder", "a link", "by time, within windows")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.exhaustive] if name in COVERED else []) for name in KEEPING]
+)
+def test_three_kills_leave_the_checkpoints_of_none(tmp_path: Path, config: dict[str, Any], name: str) -> None:
+    """Whatever they are called, and wherever they are."""
+    savers, options = KEEPING[name]
+    savers = [saver if "class_path" in saver else {"class_path": CHECKPOINT, "init_args": saver} for saver in savers]
+    trainer = {**config["trainer"], "max_epochs": 1, "callbacks": savers, **options}
+    whole = start(tmp_path / "whole", {**config, "trainer": trainer})
+    whole.join()
+    assert whole.exitcode == 0
+    folder = tmp_path / "killed"
+    for _ in range(3):
+        process = start(folder, {**config, "trainer": trainer})
+        present = _checkpoints(folder)
+        while process.is_alive() and _checkpoints(folder).items() <= present.items():
+            time.sleep(0.01)
+        process.kill()  # Or it has finished.
+        process.join()
+    process = start(folder, {**config, "trainer": trainer})
+    process.join()
+    assert process.exitcode == 0
+    assert _checkpoints(folder).keys() == _checkpoints(tmp_path / "whole").keys()
+    for place in _checkpoints(folder):
+        assert _weights(folder / place) == _weights(tmp_path / "whole" / place), place
+    run = "runs/run/version_0"
+    assert _rows(folder / run) == _rows(tmp_path / "whole" / run)
+    assert not [*(folder / "runs/run").glob("version_1*"), *folder.rglob("*.draft")]
+
+
 def test_a_run_does_not_go_on_as_another(
     tmp_path: Path, config: dict[str, Any], undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,6 +271,16 @@ def test_a_run_does_not_go_on_as_another(
     assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] > STEPS
     assert [yaml.safe_load((run / name).read_text())["trainer"]["max_epochs"] for name in CONFIGURATIONS] == [2, 3]
     assert _rows(run)[: len(_rows(undisturbed)) - 1] == _rows(undisturbed)[:-1]
+
+
+def _checkpoints(folder: Path) -> dict[str, int]:
+    """What there is, and when it was written."""
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*.ckpt") if path.exists()}
+
+
+def _weights(path: Path) -> Any:
+    content = torch.load(path, weights_only=True)
+    return _bits(content["state_dict"]), content["global_step"]
 
 
 def _wait_for(path: Path, process: Any) -> None:

@@ -27,6 +27,7 @@ from vlmembed.modules.optimization import STEP_PARAMETERS, SchedulerCallable
 from vlmembed.secrets import refuse_secrets, refuse_secrets_in
 from vlmembed.trainer import Trainer
 from vlmembed.training.run_folder import LAST, SaveConfiguration, fit_folder, other_folder
+from vlmembed.training.signals import end_with_parent
 
 #: Commands with a parser of their own, in modules that nothing below knows: the module's ``main`` runs them.
 COMMANDS = {
@@ -259,8 +260,13 @@ def main(args: ArgsType = None) -> None:
     if isinstance(words, list) and words and words[0] in COMMANDS:
         import_module(COMMANDS[words[0]][0]).main(words)
         return
+    end_with_parent()
     try:
         CLI(args)
     except SIGTERMException:
         # Lightning's, while measuring, which leaves a status of success.
         sys.exit(128 + signal.SIGTERM)
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # Of Ctrl-C Lightning makes a status of 1.
+            sys.exit(128 + signal.SIGINT)
+        raise

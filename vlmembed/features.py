@@ -15,8 +15,8 @@ import warnings
 import zlib
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from vlmembed.files import clear_drafts, digest, write_whole
+from vlmembed.files import clear_drafts, digest, draft_of, left_drafts, write_whole
 
 GIB = 2**30
 
@@ -97,6 +97,14 @@ class FeatureCache(ABC):
         self.hits += features is not None
         self.misses += features is None
         return features
+
+    @contextmanager
+    def together(self, keys: Iterable[int]) -> Iterator[None]:
+        """Put the features of images that were computed together: all of them are kept, or none, if a run is killed.
+
+        What one image's features are is rounded by which others are beside it. So a resumed run computes them all anew.
+        """
+        yield
 
     def put(self, key: int, features: Float[Tensor, "L K H"]) -> None:
         """Keep an image's features, of L tokens K vectors for the layers that take them, unless the cache is full."""
@@ -193,6 +201,29 @@ class OnDisk(FeatureCache):
         self.location = folder
         self._count = self.folder / "bytes"  # In the folder, for all processes that write there.
         self._counted = False
+
+    def open(self, fingerprint: str) -> None:
+        """Start a run; delete what killed runs had computed together, and kept in part."""
+        super().open(fingerprint)
+        for draft in left_drafts(self.folder / fingerprint, "together"):
+            with suppress(FileNotFoundError):  # Another process's, that opens at the same time.
+                for name in draft.read_text().split():
+                    self._path(name).unlink(missing_ok=True)
+                draft.unlink()
+
+    @contextmanager
+    def together(self, keys: Iterable[int]) -> Iterator[None]:
+        """Put the features of images that were computed together; see `FeatureCache.together`."""
+        names = [name for name in (f"{key:016x}" for key in keys) if not self._path(name).exists()]
+        if names and not self._full:
+            draft = draft_of(self.folder / self.fingerprint / "together")
+            with suppress(OSError):  # Where there is no room for it, there is none for features.
+                draft.parent.mkdir(parents=True, exist_ok=True)
+                draft.write_text("\n".join(names))
+            yield
+            draft.unlink(missing_ok=True)
+        else:
+            yield
 
     def _occupied(self) -> tuple[int, int, float]:
         sizes = {True: 0, False: 0}

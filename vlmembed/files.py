@@ -26,11 +26,16 @@ def digest(pieces: Iterable[str | bytes | memoryview]) -> str:
     return hashed.hexdigest()
 
 
+def draft_of(path: Path) -> Path:
+    """Return where to write what is not whole yet, such that `left_drafts` knows whether its writer has ended."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.{HOST}.{os.getpid()}.draft")
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield the path of a draft, which takes the name ``path`` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.{HOST}.{os.getpid()}.draft")
+    draft = draft_of(path)
     try:
         yield draft
         os.replace(draft, path)
@@ -46,6 +51,12 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def clear_drafts(folder: Path, name: str = "") -> None:
     """Remove what killed processes had begun to write: of one file, or of all in a folder."""
+    for draft in left_drafts(folder, name):
+        draft.unlink(missing_ok=True)
+
+
+def left_drafts(folder: Path, name: str = "") -> Iterator[Path]:
+    """Yield what killed processes had begun to write: of one file, or of all in a folder."""
     for draft in folder.glob(f".*.{'[0-9a-f]' * 32}.*.[0-9]*.draft"):
         host, pid = draft.name.split(".")[-3:-1]
         with suppress(FileNotFoundError):  # Its writer has finished it.
@@ -55,4 +66,4 @@ def clear_drafts(folder: Path, name: str = "") -> None:
             else:
                 ended = time.time() - draft.stat().st_mtime > 3600  # Of another machine.
             if ended and draft.name.startswith(f".{name}"):
-                draft.unlink()
+                yield draft

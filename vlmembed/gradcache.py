@@ -123,8 +123,9 @@ class GradCache:
             rows = distributed.total(len(batch.queries))
             self._features.predict(size / rows, self._steps * rows, announce=distributed.print_once)
             self._predicted = True
-        for key, image in new.items():
-            self._features.put(key, image)
+        with self._features.together(new):
+            for key, image in new.items():
+                self._features.put(key, image)
         return features
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import lightning
 import yaml
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
@@ -19,13 +20,14 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
     ModelCheckpoint,
     ModelPruning,
+    StochasticWeightAveraging,
 )
 
 from vlmembed.distributed import is_sharded
 from vlmembed.export import Exporter, ModelInfo, push, refuse_used
 from vlmembed.modules import RetrievalModule
 from vlmembed.training.checkpoint_files import CheckpointFiles, read_checkpoint
-from vlmembed.training.checkpointing import in_window
+from vlmembed.training.checkpointing import finish_averages, in_window, model_checkpoints, refuse_averaging
 from vlmembed.training.memory import MeasureChunks, MeasureGraphMemory
 from vlmembed.training.run_folder import refuse_changes
 from vlmembed.training.sharding import whole_weights
@@ -55,6 +57,10 @@ CALLBACKS: dict[type[Callback], str] = {
     BatchSizeFinder: "the batch size decides what is learned. Choose it; data.chunk_size: auto makes it fit.",
     LearningRateFinder: "it steps before training begins. Compare rates with the command ablate.",
     ModelPruning: "it looks for weights before they are loaded, and an export would not be pruned. Prune the export.",
+    StochasticWeightAveraging: (
+        "it measures and writes weights that are not averaged, takes the schedule's place, and is not resumed exactly. "
+        "Use lightning.pytorch.callbacks.WeightAveraging, which takes the mean of all steps, or EMAWeightAveraging."
+    ),
 }
 
 
@@ -83,6 +89,7 @@ class Trainer(lightning.Trainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         _refuse(self, kwargs)
+        refuse_averaging(self)
         self.exporter = exporter
         self.allow_changed = allow_changed or []
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:
@@ -118,6 +125,12 @@ class Trainer(lightning.Trainer):
             ValueError: If the run began with a configuration that differs in what decides what is learned.
         """
         _connect(model, datamodule or train_dataloaders)
+        savers = [*model_checkpoints(self)]
+        if savers and all(saver.save_weights_only for saver in savers):
+            rank_zero_warn(
+                "Every ModelCheckpoint has save_weights_only: true, and from weights alone no run is resumed. Add one "
+                "with save_last: true."
+            )
         # What is elsewhere, or not to be read without running it, is not looked into before.
         if ckpt_path is not None and Path(ckpt_path).exists() and weights_only is not False:
             checkpoint = read_checkpoint(Path(ckpt_path))
@@ -125,6 +138,7 @@ class Trainer(lightning.Trainer):
             if checkpoint.get("config") and self.run_config:
                 refuse_changes(checkpoint["config"], self.run_config, self.allow_changed)
         super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+        finish_averages(self)
 
     def validate(self, model: Any = None, dataloaders: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Measure on ``data.val``; see Lightning's trainer."""

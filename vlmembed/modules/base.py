@@ -34,7 +34,13 @@ from vlmembed.modules.optimization import (
     refuse_untouched_parameters,
     try_schedule,
 )
-from vlmembed.training.checkpointing import Checkpointing, is_last_of_epoch, refuse_split_windows
+from vlmembed.training.checkpointing import (
+    Checkpointing,
+    follow_weights,
+    is_last_of_epoch,
+    prepare_averages,
+    refuse_split_windows,
+)
 from vlmembed.training.guards import CollapseMonitor, NonFiniteGuard, refuse_broken_weights
 from vlmembed.training.memory import graph_bytes, open_features
 from vlmembed.training.sharding import ShardedGradCache, refuse_strategy, shard
@@ -138,6 +144,7 @@ class RetrievalModule(LightningModule, ABC):
             refuse_split_windows(self.trainer, getattr(data, "steps_per_epoch", None))
             if self.lr_scheduler is not None and not self.learning_rates:
                 try_schedule(self.lr_scheduler, self.optimizer or AdamW, self.trainer)
+            prepare_averages(self.trainer)
 
     def configure_model(self) -> None:
         """Load the weights and apply the adapters. Does nothing the second time."""
@@ -173,6 +180,7 @@ class RetrievalModule(LightningModule, ABC):
 
     def on_fit_start(self) -> None:
         """Make the gradient cache, and take over the gradient reduction from data-parallel training."""
+        self.checkpointing.tidy(self.trainer)
         steps = 0
         if self.features is not None:
             open_features(self.features, self.encoder.backbone, str(self.trainer.precision))
@@ -249,6 +257,7 @@ class RetrievalModule(LightningModule, ABC):
     def on_train_epoch_end(self) -> None:
         """Refuse to keep features that nobody asks for again."""
         self.checkpointing.end_resumed(self.trainer)
+        follow_weights(self.trainer)
         if self.features is not None:
             self.features.end_epoch(distributed.total)
 
@@ -270,6 +279,10 @@ class RetrievalModule(LightningModule, ABC):
     def metrics(self) -> list[Metric]:
         """What is being measured: one for each evaluation set of the running stage."""
         return [metric for metric in self._metrics if isinstance(metric, Metric)]
+
+    def on_validation_start(self) -> None:
+        """Before averages take the weights' place: see `follow_weights`."""
+        follow_weights(self.trainer)
 
     def start_metrics(self) -> None:
         """Start measuring every evaluation set of the stage."""

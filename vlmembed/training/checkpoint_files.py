@@ -97,24 +97,31 @@ def _write(checkpoint: dict[str, Any], file: Any) -> None:
     os.fsync(file.fileno())
 
 
-def newest_checkpoint(folders: Iterable[Path], weights_only: bool = False) -> tuple[Path, dict[str, Any]] | None:
-    """Find the newest whole checkpoint of a run.
+def is_resumable(path: Path, content: dict[str, Any]) -> bool:
+    """Whether a run can be resumed from a checkpoint: it has more than weights."""
+    return "optimizer_states" in content
+
+
+def newest_checkpoint(
+    folders: Iterable[Path], accept: Callable[[Path, dict[str, Any]], bool] = is_resumable
+) -> tuple[Path, dict[str, Any]] | None:
+    """Find the newest whole checkpoint that is accepted.
 
     Args:
-        folders: Where the run's checkpoints are; their names may have folders in them.
-        weights_only: Whether one from which no run can be resumed will do.
+        folders: Where to look; the names of checkpoints may have folders in them.
+        accept: From a checkpoint's path and content.
 
     Returns:
         Its path and its content, mapped from the file; None where there is none.
     """
-    paths = {path for folder in folders for path in folder.rglob("*.ckpt")}
+    paths = {path for folder in folders for path in folder.rglob("*.ckpt") if path.exists()}  # A link may lead nowhere.
     for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
             content = read_checkpoint(path)
         except ValueError as error:
             rank_zero_warn(f"{error} An earlier one is looked for.")
             continue
-        if weights_only or "optimizer_states" in content:
+        if accept(path, content):
             return path, content
     return None
 

@@ -8,14 +8,19 @@ are kept in memory (computed anew, they are rounded otherwise), and a GPU, whose
 
 *Small*: frozen weights are left out, and recognised by a sum over their bytes.
 
-All that is known of Lightning from inside is in this file: four private attributes, and its loops' state.
+*Averaged*: with Lightning's ``WeightAveraging``, what is measured, written, exported and resumed is one set of
+averages; before the first update, and for frozen weights, that is the weights themselves.
+
+All that is known of Lightning from inside is in this file: five private attributes, and its loops' state.
 """
 
 from __future__ import annotations
 
 import csv
 import math
+import os
 import random
+import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
@@ -27,14 +32,21 @@ import numpy as np
 import torch
 from lightning import LightningModule
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 
 from vlmembed import distributed
+from vlmembed.files import whole_file
 
 #: Where a checkpoint has what `Checkpointing` adds, and what it left out: name → sum, and the type it was used in.
 STATE, FROZEN = "resume", "frozen"
+#: The folder of the run that a checkpoint is of.
+RUN = "run"
+#: Where WeightAveraging puts the weights that are trained, and what it counts; their averages are the ``state_dict``.
+TRAINED, AVERAGING = "current_model_state", "averaging_state"
 #: What ModelCheckpoint does not say of itself: the step it saved at, whether it waits for a validation, and where to.
 HIDDEN = ("_last_global_step_saved", "_defer_save_until_validation", "_last_checkpoint_saved")
 
@@ -45,6 +57,7 @@ class Checkpointing:
     def __init__(self) -> None:
         self._state: dict[str, Any] = {}
         self._sums: dict[str, int] = {}
+        self._kept: set[str] = set()  # What each ModelCheckpoint keeps, as of the last checkpoint.
         self._step_taken_off = self._stops = False
 
     def recognise_frozen(self, module: nn.Module) -> None:
@@ -53,19 +66,29 @@ class Checkpointing:
 
     def save(self, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Leave frozen weights out of a checkpoint, and add what Lightning leaves out. All processes call it."""
+        trainer, for_others = module.trainer, "optimizer_states" not in checkpoint  # No run is resumed from those.
+        checkpoint[RUN] = str(Path(trainer.log_dir).resolve()) if trainer.log_dir else ""
+        for callback, average in averages(trainer):
+            if for_others:  # Lightning leaves the callback out, and these weights would not be the averages.
+                callback.on_save_checkpoint(trainer, module, checkpoint)
+            if not average.n_averaged:
+                checkpoint["state_dict"] = checkpoint[TRAINED]
+            if for_others:
+                del checkpoint[TRAINED], checkpoint[AVERAGING]
         if not distributed.is_sharded(module):
             _leave_out_frozen(checkpoint, module, self._sums)
-        if "optimizer_states" not in checkpoint:  # Weights for others; no run is resumed from them.
+        if for_others:
             return
-        trainer = module.trainer
         for logger in trainer.loggers:
             logger.save()
+        before, self._kept = self._kept, _kept_checkpoints(trainer)
         moment, index = moment_of(trainer), trainer.fit_loop.epoch_loop.batch_idx
         checkpoint[STATE] = {
             "moment": moment,
             "validation_due": moment == "batch" and _is_validation_due(trainer),
             "epoch_ends": moment == "batch" and is_last_of_epoch(trainer, index),
             "step": trainer.global_step,
+            "epoch": trainer.current_epoch,
             "random": distributed.gather_objects(_random_state()),
             "metrics": {name: value.detach().cpu() for name, value in trainer.callback_metrics.items()},
             "stops": trainer.should_stop,
@@ -75,6 +98,8 @@ class Checkpointing:
             },
             "row": _unwritten_row(trainer) if moment == "batch" else {},
             "rows": _count_rows(trainer),
+            # What ModelCheckpoint removes once this one is there, if nobody kills it before.
+            "superseded": sorted(before - self._kept),
         }
 
     def load_weights(self, module: nn.Module, checkpoint: dict[str, Any], prefix: str = "") -> None:
@@ -89,16 +114,37 @@ class Checkpointing:
         """Complete a checkpoint's weights by frozen ones, and put its loops into a form that Lightning resumes rightly.
 
         Raises:
-            ValueError: If frozen weights are others, or weights are missing.
+            ValueError: If frozen weights are others, weights are missing, or they were averaged and will not be.
         """
+        trainer = module.trainer
+        if trainer.training and TRAINED in checkpoint:
+            if not averages(trainer):
+                raise ValueError(
+                    "The checkpoint is of a run that averages weights: it cannot be resumed without WeightAveraging in "
+                    "trainer.callbacks. Put the callback back, or begin a new run."
+                )
+            # WeightAveraging takes up all weights or none.
+            trained = complete_frozen(checkpoint | {"state_dict": checkpoint[TRAINED]}, module, self._sums)
+            checkpoint[TRAINED] = module.state_dict() | trained
+            checkpoint["state_dict"] = module.state_dict() | complete_frozen(checkpoint, module, self._sums)
+            checkpoint.pop(FROZEN, None)
         # Where weights were left out, they are compared by name here, and not by torch.
         module.strict_loading = FROZEN not in checkpoint
         if FROZEN in checkpoint:
             checkpoint["state_dict"] = complete_frozen(checkpoint, module, self._sums)
-        trainer = module.trainer
         self._state = checkpoint.get(STATE, {}) if trainer.training else {}
         if self._state:
             self._step_taken_off = _settle(checkpoint["loops"]["fit_loop"], self._state, trainer.max_steps)
+
+    def tidy(self, trainer: lightning.Trainer) -> None:
+        """Do what the killed run had no time for, once callbacks have their state; a finished run trains no more."""
+        if not self._state:
+            return
+        for callback in model_checkpoints(trainer):
+            _write_last(trainer, callback, self._state)
+        self._kept = _kept_checkpoints(trainer)
+        if trainer.is_global_zero:
+            _remove_left(trainer, self._state, self._kept)
 
     def resume(self, module: LightningModule) -> None:
         """Take the state of a checkpoint, as training begins."""
@@ -279,9 +325,120 @@ def _restore_callbacks(trainer: lightning.Trainer, state: dict[str, Any]) -> Non
         vars(callback).update(zip(HIDDEN, (step, waits, path), strict=True))
 
 
+def _kept_checkpoints(trainer: lightning.Trainer) -> set[str]:
+    """Return the paths of what ModelCheckpoints keep, and will remove once they keep others."""
+    paths: list[str] = []
+    for callback in model_checkpoints(trainer):
+        # Without a metric, this is the newest of all that are kept, or the only one.
+        newest = [callback.best_model_path] if callback.save_top_k == 1 else []
+        paths += [callback.last_model_path, *newest, *callback.best_k_models]
+    return {path for path in paths if path}
+
+
+def _write_last(trainer: lightning.Trainer, callback: ModelCheckpoint, state: dict[str, Any]) -> None:
+    """Write the ``last.ckpt`` that follows the checkpoint that the run is resumed from, if it was killed before it."""
+    file, before = Path(str(trainer.ckpt_path)).resolve(), callback.last_model_path
+    best = [Path(path).resolve() for path in (callback.best_model_path, *callback.best_k_models) if path]
+    if not callback.save_last or file not in best or (before and Path(before).resolve() == file):
+        return
+    numbers = {name: torch.tensor(state[name]) for name in ("epoch", "step") if name in state}
+    path = callback.format_checkpoint_name(state["metrics"] | numbers, callback.CHECKPOINT_NAME_LAST)
+    callback.last_model_path = path
+    if trainer.is_global_zero and not file.is_dir():
+        with whole_file(Path(path)) as draft:
+            if callback.save_last == "link":
+                draft.symlink_to(os.path.relpath(file, draft.parent))
+            else:
+                shutil.copyfile(file, draft)
+        if before and before != path:
+            Path(before).unlink(missing_ok=True)
+
+
+def _remove_left(trainer: lightning.Trainer, state: dict[str, Any], kept: set[str]) -> None:
+    """Remove what the killed run had no time to remove, and weights of later steps, which will be written again."""
+    resumed = Path(str(trainer.ckpt_path))
+    for callback in model_checkpoints(trainer):
+        folder = Path(callback.dirpath or ".").absolute()
+        left = [path for path in map(Path, state.get("superseded", [])) if folder in path.absolute().parents]
+        if callback.save_weights_only:
+            run = str(Path(trainer.log_dir or "").resolve())
+            later = [path for path in folder.rglob("*.ckpt") if path.stat().st_mtime > resumed.stat().st_mtime]
+            contents = ((path, torch.load(path, weights_only=True, mmap=True)) for path in later)
+            left += [path for path, content in contents if content.get(RUN) == run and STATE not in content]
+        for path in left:
+            if str(path) not in kept:
+                path.unlink(missing_ok=True)
+
+
 def model_checkpoints(trainer: lightning.Trainer) -> Iterator[ModelCheckpoint]:
     """Yield the callbacks that say where checkpoints are, and keep the best."""
     return (callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint))
+
+
+# Averages of weights
+
+
+def refuse_averaging(trainer: lightning.Trainer) -> None:
+    """Refuse averages that would not be what is measured, exported and resumed, before weights are loaded.
+
+    Raises:
+        ValueError: Saying what to use.
+    """
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    averaging = [type(callback).__name__ for callback in callbacks if isinstance(callback, WeightAveraging)]
+    if len(averaging) > 1:
+        raise ValueError(f"{' and '.join(averaging)} would each average the other's averages. Keep one of them.")
+    if averaging and trainer.precision in ("bf16-true", "16-true"):
+        raise ValueError(
+            f"{averaging[0]} with trainer.precision {trainer.precision}: an average of such weights is rounded back to "
+            "where it was, and does not move. Use bf16-mixed."
+        )
+    if averaging and isinstance(trainer.strategy, ModelParallelStrategy):
+        raise ValueError(f"{averaging[0]} cannot average shards (ModelParallelStrategy). Use trainer.strategy: ddp.")
+
+
+def averages(trainer: lightning.Trainer) -> list[tuple[WeightAveraging, AveragedModel]]:
+    """Return the callback that averages weights during a fit, and its averages; nothing where there is none."""
+    return [
+        (callback, callback._average_model)
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+        if isinstance(callback, WeightAveraging) and callback._average_model is not None
+    ]
+
+
+def prepare_averages(trainer: lightning.Trainer) -> None:
+    """Let the averages of what does not change be what it is, to the bit: 0.9 x + 0.1 x is rounded, step by step."""
+    for _, average in averages(trainer):
+        several, single = average.multi_avg_fn, average.avg_fn
+        if several is None and single is None:
+            several = get_swa_multi_avg_fn()
+
+        def update(averaged: Any, current: Any, count: Any, several: Any = several, single: Any = single) -> None:
+            pairs = [pair for pair in zip(averaged, current, strict=True) if not torch.equal(*pair)]
+            if several is not None and pairs:
+                several(*map(list, zip(*pairs, strict=True)), count)
+            elif single is not None:
+                for mean, value in pairs:
+                    mean.copy_(single(mean, value, count))
+
+        average.multi_avg_fn = update
+
+
+def follow_weights(trainer: lightning.Trainer) -> None:
+    """Until something is averaged, take the weights themselves for it: before validations, and as an epoch ends."""
+    for _, average in averages(trainer):
+        if not average.n_averaged:
+            average.module.load_state_dict(trainer.lightning_module.state_dict())
+
+
+def finish_averages(trainer: lightning.Trainer) -> None:
+    """After a fit: leave the averages in the module, and none beside it, which measuring would take for it."""
+    for callback, average in averages(trainer):
+        if not average.n_averaged:
+            rank_zero_warn(f"{type(callback).__name__} has averaged nothing: the weights are those of the last step.")
+        # Lightning has not called it where nothing was left to train.
+        callback.on_train_end(trainer, trainer.lightning_module)
+        callback._average_model = None
 
 
 # Random numbers
@@ -329,8 +486,9 @@ def _leave_out_frozen(checkpoint: dict[str, Any], module: nn.Module, sums: Mappi
         if name in sums and not weight.requires_grad
     }
     if frozen:
-        weights = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {name: weights[name] for name in weights if not _belongs(name, frozen)}
+        for key in {"state_dict", TRAINED} & checkpoint.keys():
+            weights = checkpoint[key]
+            checkpoint[key] = {name: weights[name] for name in weights if not _belongs(name, frozen)}
         checkpoint[FROZEN] = frozen
 
 

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 
 from vlmembed import distributed
-from vlmembed.files import clear_drafts
-from vlmembed.training.checkpoint_files import newest_checkpoint
-from vlmembed.training.checkpointing import STATE, model_checkpoints, set_version
+from vlmembed.files import clear_drafts, whole_file
+from vlmembed.training.checkpoint_files import is_resumable, newest_checkpoint
+from vlmembed.training.checkpointing import RUN, STATE, model_checkpoints, set_version
 
 #: For ``ckpt_path``: the newest whole checkpoint of the newest fit.
 LAST = "last"
@@ -68,7 +69,7 @@ def fit_folder(trainer: Trainer, ckpt_path: str | None, version_given: bool) -> 
     folder = _last_fit(trainer, logger, version_given) if ckpt_path == LAST else None
     if not _is_first_process():
         # The folder is the first process's affair. Nobody writes checkpoints before all processes are here.
-        newest = folder and newest_checkpoint(_checkpoint_folders(trainer, folder))
+        newest = folder and _newest(trainer, folder)
         yield str(newest[0]) if newest else None if ckpt_path == LAST else ckpt_path
         return
     if ckpt_path == LAST and folder is None:
@@ -100,7 +101,7 @@ def other_folder(trainer: Trainer, ckpt_path: str | None, version_given: bool, w
     logger: Any = trainer.loggers[0]
     if ckpt_path == LAST:
         folder = _last_fit(trainer, logger, version_given)
-        newest = folder and newest_checkpoint(_checkpoint_folders(trainer, folder), weights_only=True)
+        newest = folder and _newest(trainer, folder, weights_only=True)
         if not newest:
             raise ValueError(f"--ckpt_path last: no run in {logger.root_dir} has a whole checkpoint.")
         ckpt_path = str(newest[0])
@@ -118,10 +119,11 @@ def _last_fit(trainer: Trainer, logger: CSVLogger, version_given: bool) -> Path 
     """Return the folder of the newest fit that has a checkpoint, or of the newest; or of the version asked for."""
     folders = [Path(logger.log_dir)] if version_given else sorted(Path(logger.root_dir).glob("version_*"), key=_number)
     fits = [folder for folder in folders if (folder / LOCK).exists()]
+    elsewhere = len(_checkpoint_folders(trainer, Path())) > 1  # Where several runs may have theirs.
     with_checkpoint = (
         folder
         for folder in reversed(fits)
-        if any(any(place.rglob("*.ckpt")) for place in _checkpoint_folders(trainer, folder))
+        if any((folder / "checkpoints").rglob("*.ckpt")) or (elsewhere and _newest(trainer, folder, weights_only=True))
     )
     return next(with_checkpoint, fits[-1] if fits else None)
 
@@ -153,17 +155,27 @@ def _claim(logger: CSVLogger, version_given: bool) -> Path:
 
 def _take_over(trainer: Trainer, folder: Path) -> tuple[str | None, int]:
     """Return a locked folder's newest whole checkpoint, if any, and how many rows of the log were before it."""
-    folders = _checkpoint_folders(trainer, folder)
-    for place in folders:
+    for place in (folder, *_checkpoint_folders(trainer, folder)):
         for parent in {path.parent for path in place.rglob("*.draft")}:
             clear_drafts(parent)  # Half-written; whoever wrote it was killed.
-    newest = newest_checkpoint(folders)
+    newest = _newest(trainer, folder)
     if newest is None:
         print(f"Resuming {folder} from its beginning: it has no checkpoint that a run can be resumed from.")
         return None, 0
     path, content = newest
     print(f"Resuming {folder} after step {content['global_step']}: {path.name}.")
     return str(path), content.get(STATE, {}).get("rows", 0)
+
+
+def _newest(trainer: Trainer, folder: Path, weights_only: bool = False) -> tuple[Path, dict[str, Any]] | None:
+    """Find a run's newest whole checkpoint; ``weights_only`` if one from which no run can be resumed will do."""
+
+    def accept(path: Path, content: dict[str, Any]) -> bool:
+        run = Path(content.get(RUN) or folder)
+        ours = folder in path.parents or run.resolve() == folder.resolve() or not run.exists()  # It was moved.
+        return ours and (weights_only or is_resumable(path, content))
+
+    return newest_checkpoint(_checkpoint_folders(trainer, folder), accept)
 
 
 def _checkpoint_folders(trainer: Trainer, folder: Path) -> list[Path]:
@@ -181,6 +193,8 @@ def _open_log(logger: CSVLogger, count: int) -> None:
     log, draft = Path(logger.log_dir, METRICS), Path(logger.log_dir, f"{METRICS}.draft")
     source = log if log.exists() and log.stat().st_size else draft
     table = None
+    if not count and source.exists():  # The run begins anew.
+        source.rename(log.with_name(f"metrics.{len(list(log.parent.glob('metrics.*.csv'))) + 1}.csv"))
     if count and source.exists():
         table = pandas.read_csv(source, dtype=str, keep_default_na=False, nrows=count)
     if count and (table is None or len(table) < count):
@@ -191,11 +205,24 @@ def _open_log(logger: CSVLogger, count: int) -> None:
         table.to_csv(draft, index=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Experiment logs directory")
-        writer = logger.experiment
+        writer: Any = logger.experiment
+    writer.save = partial(_save, writer)
     if table is not None:
         os.replace(draft, log)
         writer.metrics_keys = list(table.columns)
     draft.unlink(missing_ok=True)
+
+
+def _save(writer: Any) -> None:
+    """Save what was logged; a new column is added beside the log, which Lightning's writer would empty first."""
+    path = Path(writer.metrics_file_path)
+    columns = sorted({*writer.metrics_keys, *(name for row in writer.metrics for name in row)})
+    if columns != writer.metrics_keys and path.exists():
+        with whole_file(path) as draft:
+            table = pandas.read_csv(path, dtype=str, keep_default_na=False)
+            table.reindex(columns=columns, fill_value="").to_csv(draft, index=False)
+        writer.metrics_keys = columns
+    type(writer).save(writer)
 
 
 @contextmanager

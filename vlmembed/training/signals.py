@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,6 +15,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from vlmembed import distributed
+from vlmembed.training.checkpoint_files import is_resumable, newest_checkpoint, read_checkpoint
 
 #: SLURM's jobs get this before their time is over, if they ask for it: ``sbatch --signal=USR1@120``. Windows has none.
 REQUEUE: signal.Signals | None = getattr(signal, "SIGUSR1", None)
@@ -58,11 +60,13 @@ class StopSafely(Callback):
             raise SystemExit(128 + received)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove the checkpoint of an earlier stop, if the run has written a later one since."""
+        """Remove the checkpoint of an earlier stop, if there is another of as many steps."""
         path = _stopped_path(trainer)
         if path is not None and path.exists() and trainer.is_global_zero:
-            written = path.stat().st_mtime
-            if any(other.stat().st_mtime > written for other in path.parent.rglob("*.ckpt")):
+            other = newest_checkpoint(
+                [path.parent], lambda place, content: place != path and is_resumable(place, content)
+            )
+            if other is not None and other[1]["global_step"] >= read_checkpoint(path)["global_step"]:
                 path.unlink()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -73,7 +77,7 @@ class StopSafely(Callback):
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._received == number == signal.SIGINT:
-            raise KeyboardInterrupt
+            os._exit(128 + number)  # Whatever is under way: Lightning would tidy up first.
         self._received = number
         # Not printed: the signal may have come in the middle of a print.
         os.write(2, f"\n{signal.Signals(number).name}: stopping after this step.\n".encode())
@@ -86,6 +90,28 @@ class StopSafely(Callback):
             return
         trainer.save_checkpoint(path)
         distributed.print_once(f"Stopped after step {trainer.global_step}: {path}. Resume with --ckpt_path last.")
+
+
+def end_with_parent() -> None:
+    """End this process when the one that has started it is dead, if it is one of several that train.
+
+    In a collective, or while they find each other, it would wait for the dead one for half an hour or longer. A first
+    process whose child is dead ends by itself: Lightning looks after them.
+    """
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    if os.environ.get("LOCAL_RANK", "0") == "0" and not by_torchrun:
+        return
+    parent = os.getppid()
+    # Whoever adopts an orphan is not in its session.
+    orphaned = not by_torchrun and hasattr(os, "getsid") and os.getsid(parent) != os.getsid(0)
+
+    def watch() -> None:
+        while os.getppid() == parent and not orphaned:
+            time.sleep(1)
+        os.write(2, b"The process that started this one is dead: ending.\n")
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def leave_stopping_to_parent(worker: int) -> None:
