@@ -493,7 +493,7 @@ def test_what_cannot_be_written_down_is_refused_before_training(
         ("import vlmembed.losses", "needs `import vlmembed.losses`"),
         ("from vlmembed.pooling import Max as Largest", "without renaming"),
         ("from .shifted_pooling import moved", r"needs `from \.shifted_pooling import moved`"),
-        ("class Max: ...", "Max is something else in vlmembed.pooling.tokens than in refused"),
+        ("class Max: ...", "Max is something else in vlmembed.pooling.base than in refused"),
         ("def weighted_mean(): ...", "weighted_mean is something else .*Rename one"),
     ],
 )

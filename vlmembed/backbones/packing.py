@@ -1,4 +1,4 @@
-"""Qwen3-VL inputs without padding: what travels from loader workers to the model.
+"""Qwen3-VL inputs without padding, and without repeated beginnings: what travels from loader workers to the model.
 
 What follows from the images' sizes (positions, weights of position embeddings) is computed here, in the worker, so
 that the model never has to ask the device for a number.
@@ -9,18 +9,18 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
-from vlmembed.backbones.prefix_sharing import shared_lengths
 from vlmembed.types import Inputs, Prepared
 
 #: What transformers calls the pixels and the grids of each of ``mm_token_type_ids``: 0 is text.
@@ -54,7 +54,7 @@ class PackedItems(Prepared):
     Args:
         inputs: What the processor returns for N items; ``image_order`` says which of its images each image is.
         vision: The vision tower's configuration.
-        shares: Whether items share beginnings; see `prefix_sharing`.
+        shares: Whether items share beginnings; see `Sharing`.
     """
 
     def __init__(self, inputs: Inputs, vision: PretrainedConfig, shares: bool = False) -> None:
@@ -226,3 +226,51 @@ def halve(chunk: Inputs) -> list[Inputs]:
         # The first row of the second half has no row before it any more.
         second["shared"] = second["shared"].index_fill(0, torch.tensor([0]), 0)
     return [first, second]
+
+
+# Items that begin alike compute their beginning once
+
+
+def shared_lengths(signatures: Sequence[np.ndarray]) -> list[int]:
+    """Count the tokens that each item begins with as the one before it does; one at least is left to compute."""
+    counts = [0] * len(signatures)
+    for row, (before, item) in enumerate(pairwise(signatures), start=1):
+        length = min(len(before), len(item) - 1)
+        different = (before[:length] != item[:length]).nonzero()[0]
+        counts[row] = int(different[0]) if len(different) else length
+    return counts
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Which tokens of a chunk are computed, and which of those each token is.
+
+    Under causal attention a token's state depends on nothing behind it. So of two items that begin with the same
+    tokens, and the same images (candidates of one query, queries of one document), the second takes the states of its
+    beginning from the first: scores and gradients are the same, in less time.
+    """
+
+    computed: Bool[Tensor, " T"]  # True at the tokens that are computed.
+    index: Int[Tensor, " T"]  # Of each token, among the computed ones.
+    counts: Int[Tensor, " B"]  # How many tokens of each item are computed.
+
+    @classmethod
+    def of(cls, lengths: Int[Tensor, " B"], shared: Int[Tensor, " B"]) -> Sharing:
+        """Follow how many first tokens each item shares with the one before it, which may share them in its turn."""
+        counts, start = lengths - shared, 0
+        index: list[Tensor] = []
+        for prefix, count in zip(shared.tolist(), counts.tolist(), strict=True):
+            new = torch.arange(start, start + count)
+            index.append(torch.cat([index[-1][:prefix], new]) if prefix else new)
+            start += count
+        computed = [torch.arange(len(item)) >= prefix for item, prefix in zip(index, shared.tolist(), strict=True)]
+        return cls(torch.cat(computed), torch.cat(index), counts)
+
+
+def computed_images(chunk: Inputs) -> list[int]:
+    """Return the index of each image that a chunk computes with: not those of shared beginnings."""
+    images = chunk["images"]
+    if "shared" in chunk:
+        images = images[chunk["image_starts"] >= chunk["shared"][images[:, 0]]]
+    indices: list[int] = images[:, 1].tolist()
+    return indices

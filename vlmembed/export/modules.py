@@ -16,17 +16,17 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from vlmembed.heads import ScoreHead, YesNo
-from vlmembed.pooling import Pooling, base, learned, tokens
+from vlmembed.pooling import Pooling, base, learned
 
 #: Sentence Transformers' names of our poolings. Exact types: a subclass may pool differently.
 MODES: dict[type[Pooling], str] = {
-    tokens.EndToken: "lasttoken",
-    tokens.FirstToken: "cls",
-    tokens.LastToken: "lasttoken",
-    tokens.Max: "max",
-    tokens.Mean: "mean",
-    tokens.MeanSqrtLength: "mean_sqrt_len_tokens",
-    tokens.WeightedMean: "weightedmean",
+    base.EndToken: "lasttoken",
+    base.FirstToken: "cls",
+    base.LastToken: "lasttoken",
+    base.Max: "max",
+    base.Mean: "mean",
+    base.MeanSqrtLength: "mean_sqrt_len_tokens",
+    base.WeightedMean: "weightedmean",
 }
 
 #: The file that a folder with code brings along, without its ending.
@@ -134,7 +134,7 @@ def check_head(head: ScoreHead) -> None:
 def yes_no_head(head: ScoreHead) -> YesNo:
     """Return a head whose score is the difference of two logits of the last token; refuse another one."""
     check_head(head)
-    if not isinstance(head, YesNo) or type(head.pooling) is not tokens.LastToken:
+    if not isinstance(head, YesNo) or type(head.pooling) is not base.LastToken:
         raise ValueError(
             f"reranker_scoring: logits is the difference of two words' logits at the last token, which "
             f"{type(head).__name__} does not score by. Use vlmembed.heads.YesNo, or reranker_scoring: dense."
@@ -190,7 +190,7 @@ def standalone_code(pooling: Pooling) -> str:
     """Return one Python file with our poolings, the whole files of a user's own, and the module that serves them."""
     from vlmembed.export import served_pooling  # Sentence Transformers takes seconds to import.
 
-    ours = [base, tokens, learned, served_pooling]
+    ours = [base, learned, served_pooling]
     # Classes that a pooling extends come before it, since its file may need theirs.
     classes = [cls for part in pooling.modules() for cls in reversed(type(part).__mro__) if issubclass(cls, Pooling)]
     names = {cls.__module__: cls.__name__ for cls in classes}
@@ -199,7 +199,7 @@ def standalone_code(pooling: Pooling) -> str:
         if path is None or name == "__main__" or not Path(path).is_file():
             raise ValueError(f"{cls} cannot be exported: its module {name} is no file that can be imported.")
     users = [module for name in names if (module := sys.modules[name]) not in ours]
-    sources = [*ours[:3], *users, served_pooling]
+    sources = [base, learned, *users, served_pooling]
     _refuse_clashes(sources)
     copied = "|".join(["vlmembed\\.pooling[\\w.]*", *(re.escape(module.__name__) for module in users)])
     own_import = re.compile(rf"^([ \t]*)from (?:{copied}) import (\([^)]*\)|[^\n(]*)\n", re.MULTILINE)

@@ -28,10 +28,7 @@ from vlmembed.modules.optimization import (
     SchedulerCallable,
     batches_per_epoch,
     build_schedule,
-    clip,
     parameter_groups,
-    parameters_of,
-    refuse_untouched_parameters,
     try_schedule,
 )
 from vlmembed.training.checkpointing import (
@@ -41,7 +38,12 @@ from vlmembed.training.checkpointing import (
     prepare_averages,
     refuse_split_windows,
 )
-from vlmembed.training.guards import CollapseMonitor, NonFiniteGuard, refuse_broken_weights
+from vlmembed.training.guards import (
+    CollapseMonitor,
+    NonFiniteGuard,
+    refuse_broken_weights,
+    refuse_untouched_parameters,
+)
 from vlmembed.training.memory import graph_bytes, open_features
 from vlmembed.training.sharding import ShardedGradCache, refuse_strategy, shard
 from vlmembed.types import Preprocessor
@@ -235,15 +237,21 @@ class RetrievalModule(LightningModule, ABC):
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Skip a step that is not finite, and clip any other, by one norm of all gradients."""
-        norm = distributed.gradient_norm(parameters_of(optimizer))
-        if self.guard.check(self, optimizer, norm):
-            # After the first step, and the first with images, refuse to train on if something got no gradient.
-            if not self._reached_everything:
-                backbone = self.encoder.backbone
-                self._reached_everything = refuse_untouched_parameters(self, backbone, self._saw_images)
-            if gradient_clip_val:
-                clip(self, optimizer, gradient_clip_val, gradient_clip_algorithm, norm)
-        self._saw_images = False
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = distributed.gradient_norm(parameters)  # () of all gradients together, shards included.
+        saw_images, self._saw_images = self._saw_images, False
+        if not self.guard.check(self, optimizer, norm):
+            return
+        # After the first step, and the first with images, refuse to train on if something got no gradient.
+        if not self._reached_everything:
+            self._reached_everything = refuse_untouched_parameters(self, self.encoder.backbone, saw_images)
+        by_norm, sharded = gradient_clip_algorithm in (None, "norm"), distributed.is_sharded(self)
+        if gradient_clip_val and sharded and not by_norm:
+            raise ValueError(f"ModelParallelStrategy clips by norm: gradient_clip_algorithm={gradient_clip_algorithm}.")
+        if gradient_clip_val and by_norm and (sharded or self.trainer.scaler is None):
+            distributed.clip_gradients(parameters, gradient_clip_val, norm)
+        elif gradient_clip_val:  # Lightning knows which optimizers cannot be clipped under a gradient scaler.
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def _average_partial_window(self) -> None:
         """Make the gradient the mean of the batches there were: Lightning divides by accumulate_grad_batches always."""

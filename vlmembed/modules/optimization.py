@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from vlmembed import distributed
 from vlmembed.adapters import matching_parameters
 from vlmembed.backbones import VisionLanguageModel
 
@@ -49,41 +48,6 @@ def parameter_groups(
             raise ValueError(f"The learning rate {rate} for {pattern!r} applies to no trainable parameter.")
         groups.append({"params": [remaining.pop(name) for name in names], "lr": rate})
     return [{"params": list(remaining.values())}, *groups] if remaining else groups
-
-
-def clip(module: LightningModule, optimizer: Optimizer, limit: float, algorithm: str | None, norm: Tensor) -> None:
-    """Clip gradients by the norm () of all together, which PyTorch would not do where some are in shards."""
-    sharded, by_norm = distributed.is_sharded(module), algorithm in (None, "norm")
-    if sharded and not by_norm:
-        raise ValueError(f"ModelParallelStrategy clips by norm: gradient_clip_algorithm={algorithm}.")
-    # Lightning knows which optimizers cannot be clipped under a gradient scaler.
-    if by_norm and (sharded or module.trainer.scaler is None):
-        distributed.clip_gradients(parameters_of(optimizer), limit, norm)
-    else:
-        module.clip_gradients(optimizer, gradient_clip_val=limit, gradient_clip_algorithm=algorithm)
-
-
-def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
-    """Return what an optimizer trains, in its order."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def refuse_untouched_parameters(module: LightningModule, backbone: VisionLanguageModel, saw_images: bool) -> bool:
-    """Refuse to train on if a backward did not reach a trainable parameter, by a RuntimeError with the names.
-
-    A batch without images says nothing about the vision tower. Returns whether everything was reached; otherwise the
-    next batch is to be checked too.
-    """
-    untouched = [
-        name for name, parameter in module.named_parameters() if parameter.requires_grad and parameter.grad is None
-    ]
-    blamed = untouched if saw_images else [name for name in untouched if backbone.group_of(name) == "language"]
-    if blamed:
-        raise RuntimeError(
-            f"{len(blamed)} trainable parameters got no gradient from this batch, such as {blamed[0]} and "
-            f"{blamed[-1]}: its loss does not depend on them. Freeze them with vlmembed.adapters.Freeze."
-        )
-    return not untouched
 
 
 # Schedules

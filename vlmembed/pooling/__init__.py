@@ -2,18 +2,7 @@
 
 # ruff: noqa: F401
 
-from vlmembed.pooling.base import Pooling, PoolingWrapper, Template, TokenWeights
-from vlmembed.pooling.learned import (
-    Attention,
-    Concatenation,
-    EarlierLayer,
-    LatentAttention,
-    LayerMix,
-    LearnedTokens,
-    Projection,
-    ReadOutTokens,
-)
-from vlmembed.pooling.tokens import (
+from vlmembed.pooling.base import (
     EndToken,
     FirstToken,
     LastToken,
@@ -24,5 +13,19 @@ from vlmembed.pooling.tokens import (
     MeanOfText,
     MeanSqrtLength,
     MeanWithoutInstruction,
+    Pooling,
+    PoolingWrapper,
+    Template,
+    TokenWeights,
     WeightedMean,
+)
+from vlmembed.pooling.learned import (
+    Attention,
+    Concatenation,
+    EarlierLayer,
+    LatentAttention,
+    LayerMix,
+    LearnedTokens,
+    Projection,
+    ReadOutTokens,
 )

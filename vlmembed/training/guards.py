@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from lightning import LightningModule
@@ -16,6 +17,9 @@ from torch.optim import Optimizer
 
 from vlmembed import distributed
 from vlmembed.files import write_whole
+
+if TYPE_CHECKING:
+    from vlmembed.backbones import VisionLanguageModel
 
 ADVICE = (
     "If it is always the same rows, look at these. Otherwise lower the learning rate or warm it up longer, clip "
@@ -105,6 +109,24 @@ class NonFiniteGuard:
                 f"{self.counts['in_a_row']} optimizer steps in a row had a loss or a gradient that is not finite, and "
                 f"max_skipped_steps is {self.max_skipped_steps}.{where} {ADVICE}"
             )
+
+
+def refuse_untouched_parameters(module: LightningModule, backbone: VisionLanguageModel, saw_images: bool) -> bool:
+    """Refuse to train on if a backward did not reach a trainable parameter, by a RuntimeError with the names.
+
+    A batch without images says nothing about the vision tower. Returns whether everything was reached; otherwise the
+    next batch is to be checked too.
+    """
+    untouched = [
+        name for name, parameter in module.named_parameters() if parameter.requires_grad and parameter.grad is None
+    ]
+    blamed = untouched if saw_images else [name for name in untouched if backbone.group_of(name) == "language"]
+    if blamed:
+        raise RuntimeError(
+            f"{len(blamed)} trainable parameters got no gradient from this batch, such as {blamed[0]} and "
+            f"{blamed[-1]}: its loss does not depend on them. Freeze them with vlmembed.adapters.Freeze."
+        )
+    return not untouched
 
 
 def refuse_broken_weights(module: LightningModule) -> None:
