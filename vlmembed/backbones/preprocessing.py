@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from transformers import PretrainedConfig, ProcessorMixin
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
@@ -115,12 +116,12 @@ class ChatPreprocessor(Preprocessor):
         ]
         try:
             inputs = apply(conversations)
-        except ValueError:
+        except (ValueError, TemplateError):
             # The processor is given all items at once, and does not say which of them it refuses.
             for item, conversation in zip(items, conversations, strict=True):
                 try:
                     apply([conversation])
-                except ValueError as error:
+                except (ValueError, TemplateError) as error:
                     raise ValueError(
                         f"{item.origin or 'An item'}: the checkpoint's processor refuses it ({error}). Replace what it "
                         "holds, or remove the row."
