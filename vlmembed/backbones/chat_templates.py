@@ -9,6 +9,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,9 @@ PROBES = ([TEXT], [IMAGE], [LONG_TEXT], SEVERAL := [IMAGE, TEXT, IMAGE])
 #: What rendering them may take.
 SECONDS, MEMORY = 5, 2**30
 
+#: Renders the content of a message of each role.
+Render = Callable[[Mapping[str, Sequence[dict[str, str]]]], str]
+
 _passed: set[Any] = set()  # A process makes many preprocessors of one checkpoint.
 
 
@@ -163,30 +167,11 @@ def check_template(
         rendered: str = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
         return rendered
 
-    def losses() -> list[str]:
-        losses = set()
-        for instruction, role, content in product(instructions, roles, PROBES):
-            system = {"system": [{"type": "text", "text": instruction}]} if instruction else {}
-            chat = {**system, **{key: [TEXT] for key in roles}, role: content}
-            try:
-                rendered = render(chat)
-            except jinja2.TemplateError:
-                if content is SEVERAL:  # Refused aloud: an item that has several will be, too.
-                    continue
-                raise
-            if instruction and instruction.strip() not in rendered:
-                losses.add("the system message")
-            for index, part in enumerate(content):
-                fewer = {**chat, role: content[:index] + content[index + 1 :]}
-                if part["text"].strip() not in rendered if "text" in part else render(fewer) == rendered:
-                    losses.add(f"{part['type']}s of the {role}")
-        return sorted(losses)
-
     key = (type(processor), processor.chat_template, tuple(roles), frozenset(instructions), generation_prompt)
     if key in _passed:
         return
     try:
-        dropped = _in_limits(losses)
+        dropped = _in_limits(partial(_losses, render, roles, instructions))
     except RuntimeError as error:
         raise ValueError(f"{origin} cannot be rendered for {' and '.join(roles)}: {error}") from error
     if dropped:
@@ -196,6 +181,27 @@ def check_template(
             "for pairs, and set query_instruction and document_instruction to null where it takes no system message."
         )
     _passed.add(key)
+
+
+def _losses(render: Render, roles: Sequence[str], instructions: Iterable[str | None]) -> list[str]:
+    """Return what of messages a template leaves out."""
+    losses = set()
+    for instruction, role, content in product(instructions, roles, PROBES):
+        system = {"system": [{"type": "text", "text": instruction}]} if instruction else {}
+        chat = {**system, **{key: [TEXT] for key in roles}, role: content}
+        try:
+            rendered = render(chat)
+        except jinja2.TemplateError:
+            if content is SEVERAL:  # Refused aloud: an item that has several will be, too.
+                continue
+            raise
+        if instruction and instruction.strip() not in rendered:
+            losses.add("the system message")
+        for index, part in enumerate(content):
+            fewer = {**chat, role: content[:index] + content[index + 1 :]}
+            if part["text"].strip() not in rendered if "text" in part else render(fewer) == rendered:
+                losses.add(f"{part['type']}s of the {role}")
+    return sorted(losses)
 
 
 def _in_limits(function: Callable[[], list[str]]) -> list[str]:
