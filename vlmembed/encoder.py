@@ -87,6 +87,7 @@ class Encoder(nn.Module):
         shown = set(inputs["images"][:, 1].tolist()) if "images" in inputs else set()
         features: dict[int, Tensor] = {}
         for chunk, indices in picked(images, shown):
+            # Of each image (L, K, H): its tokens, and the layers that take its features.
             features |= zip(indices, self.backbone.encode_images(chunk), strict=True)
         return self(inputs, features)
 
@@ -107,7 +108,7 @@ class Encoder(nn.Module):
         # (B, L, H), or (K, B, L, H) for a pooling of K layers.
         hidden = self.backbone(inputs, self.pooling.layers, features, self.pooling.num_last_tokens)
         mask, tokens = (inputs[name].to(hidden.device, non_blocking=True) for name in ("attention_mask", "input_ids"))
-        return self.pooling(hidden, mask, tokens)
+        return self.pooling(hidden, mask, tokens)  # (B, D)
 
 
 class Scorer(Encoder):

@@ -87,6 +87,7 @@ def cut(prepared: Prepared, chunking: Chunking) -> tuple[list[int], list[Inputs]
         else:
             chunks.append([row])
             taken = cost
+    # Images, which several items may show, have chunks of their own.
     image_room = chunking.room([count for count in patches if count])
     flat = [row for chunk in chunks for row in chunk]
     return flat, [prepared.chunk(chunk) for chunk in chunks], prepared.images(image_room)
@@ -228,7 +229,7 @@ class PairCollator(Collator):
                 # Where examples disagree about a pair, the highest counts: a positive is no negative.
                 targets[key] = max(target, targets.get(key, -math.inf))
         order, chunks, images = cut(self.preprocessor.prepare([*pairs.values()], draft=True), self.chunking)
-        keys = [*pairs]
+        keys = [*pairs]  # (query id, document id) of each of the N pairs.
         return RankingBatch(
             chunks=chunks,
             images=images,

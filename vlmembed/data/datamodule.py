@@ -140,6 +140,7 @@ class RetrievalDataModule(LightningDataModule):
             rows, collate = ReadableRows(self._mixture), SkipBadRows(collator, collator.check)
             bad_rows = BadRowFile(Path(trainer.log_dir or trainer.default_root_dir), self.max_bad_rows)
         options = {"persistent_workers": self.num_workers > 0, **self._loader_options}
+        # A sampler's item is a whole batch of row numbers, and a row list reads them in one call.
         loader = ResumableLoader(rows, batch_size=None, sampler=self._batches(), collate_fn=collate, **options)
         loader.bad_rows = bad_rows
         return loader

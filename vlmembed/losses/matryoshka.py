@@ -40,7 +40,7 @@ class Matryoshka(Loss):
         precision = torch.promote_types(queries.dtype, torch.float32)
         queries, documents = queries.to(precision), documents.to(precision)
         teacher = () if scores is None else (scores,)
-        losses = [
+        losses = [  # Queries (Q, d) and documents (P, d) at each dimension d.
             weight * self.loss(queries[:, :dimension], documents[:, :dimension], relevance, *teacher)
             for dimension, weight in self.weights.items()
         ]

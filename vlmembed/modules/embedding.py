@@ -91,6 +91,7 @@ def gather_batch(embeddings: Tensor, batch: Batch) -> tuple[Tensor, ...]:
     """
     queries, query_ids = _gather_distinct(embeddings, batch.queries, batch.query_ids)
     documents, document_ids = _gather_distinct(embeddings, batch.documents, batch.document_ids)
+    # Judged pairs of all processes, (M, 2) ids with (M,) labels, become cells of the matrix (Q, P).
     pairs = distributed.gather_on_host(batch.pairs, embeddings.device)
     labels = distributed.gather_on_host(batch.labels, embeddings.device)
     rows = torch.searchsorted(query_ids, pairs[:, 0].contiguous())
@@ -113,7 +114,7 @@ def _matrix(shape: tuple[int, int], rows: Tensor, columns: Tensor, values: Tenso
 def _gather_distinct(embeddings: Tensor, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Gather some rows, and keep the first of each id; they come back in the order of ids."""
     device = embeddings.device
-    gathered = distributed.gather(embeddings[rows.to(device, non_blocking=True)])
+    gathered = distributed.gather(embeddings[rows.to(device, non_blocking=True)])  # (rows of all processes, D)
     distinct, inverse = distributed.gather_on_host(ids, device).unique(return_inverse=True)
     first = distributed.first_indices(inverse, len(distinct))
     return gathered[first.to(device, non_blocking=True)], distinct
