@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -108,11 +109,24 @@ def test_two_processes_go_on_as_if_nothing_had_been(checkpoint: Path, data: Path
 
 
 @pytest.mark.parametrize("monitor", [None, "val/ndcg@10"])
-@pytest.mark.parametrize("place", ["remove_checkpoint", "save_checkpoint"])
+@pytest.mark.parametrize(
+    ("place", "count", "again"),
+    [("remove_checkpoint", 1, False), ("save_checkpoint", 2, False), ("save_checkpoint", 1, True)],
+)
 def test_a_kill_between_two_files_leaves_neither_one_more_nor_one_less(
-    checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, monitor: str | None, place: str
+    checkpoint: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    monitor: str | None,
+    place: str,
+    count: int,
+    again: bool,
 ) -> None:
-    """Between the new checkpoint and the removal of the one before, or the ``last.ckpt`` that follows it."""
+    """Between the new checkpoint and the removal of the one before, or the ``last.ckpt`` that follows it.
+
+    And the resumed run may be killed in its turn, when it has written that.
+    """
     saver = {"filename": "{step}", "monitor": monitor, "mode": "max", "save_last": True}
     saver |= {} if monitor else {"every_n_train_steps": 2}
     options = {"enable_checkpointing": True, "max_epochs": 2, "val_check_interval": 2}
@@ -131,7 +145,7 @@ def test_a_kill_between_two_files_leaves_neither_one_more_nor_one_less(
     def killing(files: CheckpointFiles, *arguments: Any, **more: Any) -> None:
         path = str(next(argument for argument in arguments if isinstance(argument, str | Path)))
         seen.append(path)
-        if place == "remove_checkpoint" or len([path for path in seen if path.endswith("last.ckpt")]) == 2:
+        if place == "remove_checkpoint" or len([path for path in seen if path.endswith("last.ckpt")]) == count:
             raise SystemExit
         act(files, *arguments, **more)
 
@@ -140,6 +154,13 @@ def test_a_kill_between_two_files_leaves_neither_one_more_nor_one_less(
         run()
     newest = newest_checkpoint([tmp_path / "kept"])
     assert newest is not None
+    with monkeypatch.context() as patch, suppress(SystemExit):
+        if again:
+            patch.setattr(checkpointing.Checkpointing, "resume", lambda *_: sys.exit())
+            run(newest[0])
+    newest = newest_checkpoint([tmp_path / "kept"])
+    assert newest is not None
+    assert newest[0].name == "last.ckpt" or not again
     assert run(newest[0]) == expected
 
 

@@ -40,6 +40,7 @@ from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 
 from vlmembed import distributed
 from vlmembed.files import whole_file
+from vlmembed.training.checkpoint_files import read_checkpoint
 
 #: Where a checkpoint has what `Checkpointing` adds, and what it left out: name → sum, and the type it was used in.
 STATE, FROZEN = "resume", "frozen"
@@ -339,19 +340,22 @@ def _write_last(trainer: lightning.Trainer, callback: ModelCheckpoint, state: di
     """Write the ``last.ckpt`` that follows the checkpoint that the run is resumed from, if it was killed before it."""
     file, before = Path(str(trainer.ckpt_path)).resolve(), callback.last_model_path
     best = [Path(path).resolve() for path in (callback.best_model_path, *callback.best_k_models) if path]
-    if not callback.save_last or file not in best or (before and Path(before).resolve() == file):
-        return
     numbers = {name: torch.tensor(state[name]) for name in ("epoch", "step") if name in state}
     path = callback.format_checkpoint_name(state["metrics"] | numbers, callback.CHECKPOINT_NAME_LAST)
+    is_there = Path(path).resolve() == file  # Written here already, by a resumed run that was killed in its turn.
+    if not callback.save_last or not (is_there or file in best) or (before and Path(before).resolve() == file):
+        return
     callback.last_model_path = path
-    if trainer.is_global_zero and not file.is_dir():
+    if not trainer.is_global_zero or file.is_dir():
+        return
+    if not is_there:
         with whole_file(Path(path)) as draft:
             if callback.save_last == "link":
                 draft.symlink_to(os.path.relpath(file, draft.parent))
             else:
                 shutil.copyfile(file, draft)
-        if before and before != path:
-            Path(before).unlink(missing_ok=True)
+    if before and before != path:
+        Path(before).unlink(missing_ok=True)
 
 
 def _remove_left(trainer: lightning.Trainer, state: dict[str, Any], kept: set[str]) -> None:
@@ -363,7 +367,7 @@ def _remove_left(trainer: lightning.Trainer, state: dict[str, Any], kept: set[st
         if callback.save_weights_only:
             run = str(Path(trainer.log_dir or "").resolve())
             later = [path for path in folder.rglob("*.ckpt") if path.stat().st_mtime > resumed.stat().st_mtime]
-            contents = ((path, torch.load(path, weights_only=True, mmap=True)) for path in later)
+            contents = ((path, read_checkpoint(path)) for path in later)
             left += [path for path, content in contents if content.get(RUN) == run and STATE not in content]
         for path in left:
             if str(path) not in kept:
