@@ -140,6 +140,13 @@ def kill_a_child(process: Any) -> None:
     (random.choice(children) if children else process).kill()
 
 
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # Since the first question.
+        return False
+
+
 WAYS = {"SIGKILL": kill, "SIGTERM": terminate, "Ctrl-C": interrupt, "SIGKILL of a child": kill_a_child}
 
 
@@ -228,7 +235,7 @@ class Life:
         self.kills.append(way)
         WAYS[way](process)
         start = time.monotonic()
-        while any(member.is_running() and member.status() != psutil.STATUS_ZOMBIE for member in family):
+        while any(map(is_alive, family)):
             if time.monotonic() - start > 120:
                 raise RuntimeError(f"{self.folder}: somebody has outlived {way} by two minutes.")
             process.join(0.02)
