@@ -206,6 +206,10 @@ class Rows(Source):
             return table.__getitems__(list(indices)) if indices else []
         except OSError as error:  # The file's fault, and no row's.
             raise OSError(f"{self.path}, row {indices[0] + 1}: cannot be read: {error}") from error
+        except UnicodeDecodeError as error:  # Of a damaged Parquet file, which says nothing of its rows.
+            raise ValueError(
+                f"{self.path}, row {indices[0] + 1}: not UTF-8 ({error}). Write the file again."
+            ) from error
 
     @cached_property
     def _folder(self) -> Folder:
