@@ -57,12 +57,9 @@ class Folder:
             raise ValueError(
                 f"{origin}: expected the path of an {kind} file, got {type(value).__name__} {value!r:.100}."
             )
-        path = self.locate(str(value), kind, origin)
-        if not path.is_file():
-            raise ValueError(f"{origin}: the {kind} file {path} does not exist.")
-        return path
+        return self.locate(str(value), kind, origin, must_exist=True)
 
-    def locate(self, value: str, kind: str, origin: str) -> Path:
+    def locate(self, value: str, kind: str, origin: str, must_exist: bool = False) -> Path:
         """Return where a path leads that is relative to the folder or absolute; refuse one that leads outside."""
         if URL.match(value):
             raise ValueError(
@@ -72,7 +69,7 @@ class Folder:
         path = self.path / value
         try:
             value.encode()
-            real, _ = Path(os.path.realpath(path)), path.is_file()
+            real, exists = Path(os.path.realpath(path)), path.is_file()
         except (OSError, ValueError) as error:  # Too long; with a null byte; with what is no character.
             raise ValueError(f"{origin}: the {kind} file {value!r:.100} cannot be looked for: {error}.") from error
         if not any(map(real.is_relative_to, self._allowed)):
@@ -81,6 +78,8 @@ class Folder:
                 "Move the file there, or if you trust this data set to name files of another folder, allow that one: "
                 f"allow_outside: [{real.parent}] beside 'path' (vlmembed.data.Rows, vlmembed.data.EvaluationFolder)."
             )
+        if must_exist and not exists:
+            raise ValueError(f"{origin}: the {kind} file {path} does not exist.")
         return path
 
     @cached_property
