@@ -70,15 +70,24 @@ def config(checkpoint: Path) -> dict[str, Any]:
     }
 
 
-def start(folder: Path, config: dict[str, Any]) -> Any:
+def start(folder: Path, config: dict[str, Any], run: Callable[[Path], None] | None = None) -> Any:
     """Run the command in a process of its own, forked from one that has imported everything."""
     folder.mkdir(exist_ok=True)
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["vlmembed.__main__"])
-    process = context.Process(target=fit, args=(folder,))
+    process = context.Process(target=run or fit, args=(folder,))
     process.start()
     return process
+
+
+def fit_two(folder: Path) -> None:
+    """Be the first of two processes, and fork the second, as Lightning would start it."""
+    os.environ |= {"WORLD_SIZE": "2", "NODE_RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    os.environ["MASTER_PORT"] = str(20000 + os.getpid() % 40000)
+    if not os.fork():
+        os.environ["LOCAL_RANK"] = "1"
+    fit(folder)
 
 
 def fit(folder: Path) -> None:
@@ -158,6 +167,26 @@ def test_a_second_ctrl_c_ends_at_once_and_so_does_one_while_measuring(tmp_path: 
     os.kill(process.pid, signal.SIGINT)
     process.join(10)
     assert process.exitcode == 130
+
+
+def test_of_two_processes_none_waits_for_one_that_is_told_to_end_while_measuring(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    many = {"class_path": "vlmembed.data.digits.HandwrittenNumbers", "init_args": {"size": 4000}}
+    data = {**config["data"], "init_args": {**config["data"]["init_args"], "val": many}}
+    trainer = {**config["trainer"], "devices": 2, "strategy": "ddp"}
+    process = start(tmp_path, {**config, "data": data, "trainer": trainer}, fit_two)
+    first = psutil.Process(process.pid)
+    # The second process, and a loader worker of each.
+    while process.is_alive() and len(first.children(recursive=True)) < 3:
+        time.sleep(0.01)
+    everybody = [first, *first.children(recursive=True)]
+    time.sleep(0.5)
+    terminate(process)
+    process.join(30)
+    assert process.exitcode == -signal.SIGTERM
+    _, alive = psutil.wait_procs(everybody, timeout=30)
+    assert not [one for one in alive if one.status() != psutil.STATUS_ZOMBIE]
 
 
 def _orphan(folder: Path, rank: str) -> None:

@@ -18,7 +18,6 @@ from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim.lr_scheduler import LRScheduler
 
 from vlmembed.distributed import print_once
@@ -263,9 +262,6 @@ def main(args: ArgsType = None) -> None:
     end_with_parent()
     try:
         CLI(args)
-    except SIGTERMException:
-        # Lightning's, while measuring, which leaves a status of success.
-        sys.exit(128 + signal.SIGTERM)
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):  # Of Ctrl-C Lightning makes a status of 1.
             sys.exit(128 + signal.SIGINT)

@@ -29,19 +29,37 @@ class StopSafely(Callback):
 
     Lightning's own handlers end it too, but write no checkpoint, or write it in the middle of a step; and they send
     messages to other processes from wherever these happen to be. Here all processes agree after a step. A validation
-    that is under way is finished first. The exit status is 128 and the signal's number, as a shell has it: the run is
-    not done. Ctrl-C a second time ends it at once.
+    that is under way is finished first; before training, and in other commands, nothing is lost, and SIGTERM ends the
+    process at once. The exit status is 128 and the signal's number, as a shell has it: the run is not done. Ctrl-C a
+    second time ends it at once.
     """
 
     def __init__(self) -> None:
         self._received = 0
         self._handlers: dict[signal.Signals, Any] = {}
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take over from Lightning's handlers, which are installed by now."""
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take over from Lightning's handlers, which it installs between this and the barrier before a stage runs."""
         self._received = 0
-        if threading.current_thread() is threading.main_thread():
-            self._handlers = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        if threading.current_thread() is not threading.main_thread():
+            return
+        self._handlers = {number: signal.getsignal(number) or signal.SIG_DFL for number in SIGNALS}
+        barrier = trainer.strategy.barrier
+
+        def enter(name: str | None = None) -> None:
+            if name == "run-stage":
+                trainer.strategy.barrier = barrier  # type: ignore[method-assign]
+                signal.signal(signal.SIGTERM, self._handlers[signal.SIGTERM])
+                if REQUEUE and stage == "fit":
+                    signal.signal(REQUEUE, self._receive)
+            barrier(name)
+
+        trainer.strategy.barrier = enter  # type: ignore[method-assign]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From now on there is something to lose."""
+        for number in self._handlers:
+            signal.signal(number, self._receive)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
