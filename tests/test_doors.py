@@ -226,7 +226,7 @@ def test_a_folder_names_no_rows_elsewhere(data_set: Path, where: str, form: str)
 def test_a_data_set_of_the_hub_names_no_rows_elsewhere(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is looked for: only its page is asked for."""
     (data_set / "README.md").write_text("---\nconfigs: [{config_name: a, data_files: 'http://127.0.0.1:9/x'}]\n---\n")
-    monkeypatch.setattr("vlmembed.data.rows.hf_hub_download", lambda *_, **__: str(data_set / "README.md"))
+    monkeypatch.setattr("vlmembed.data.tables.hf_hub_download", lambda *_, **__: str(data_set / "README.md"))
     with pytest.raises(ValueError, match=r"somebody/pages, README.md: the data 'http://127.*' is a URL"):
         len(Rows("somebody/pages"))
 

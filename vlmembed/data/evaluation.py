@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from vlmembed.data.cells import Cell, Folder, to_items
-from vlmembed.data.rows import JSONLines, Rows, text_lines
+from vlmembed.data.rows import Rows
 from vlmembed.data.sources import Source
+from vlmembed.data.tables import JSONLines, text_lines
 from vlmembed.types import EvaluationSet, Item, RerankingSet, Role
 
 Qrels = dict[str, dict[str, int]]
