@@ -82,8 +82,9 @@ class Language:
                 f"{self.origin}: no column {wanted!r}{nearest(wanted, known)}; it has {', '.join(known)}. "
                 "A text that is the same in every row is written {constant: …}."
             )
-        self.used.add(str(steps[0]))
-        return lambda row: _walk(row.get(steps[0]), steps[1:], path)
+        column = str(steps[0])
+        self.used.add(column)
+        return lambda row: _walk(row.get(column), steps[1:], path)
 
     def _template(self, template: str) -> Read:
         try:
