@@ -18,8 +18,7 @@ from PIL import Image
 
 from vlmembed import cli
 from vlmembed.backbones.preprocessing import ChatPreprocessor
-from vlmembed.data import Mixture, PairCollator, RetrievalDataModule
-from vlmembed.data.checks import DataWarning, find_problems
+from vlmembed.data import Mixture, PairCollator, RetrievalDataModule, checks
 from vlmembed.data.datamodule import as_mixture
 from vlmembed.files import write_whole
 from vlmembed.media import load_image, load_video
@@ -102,7 +101,7 @@ def show(model: RetrievalModule, data: RetrievalDataModule, rows: int, output: P
             print(f"CANNOT BE USED: {section.error}")
         section.rows = [*map(_printed, section.rows)]
         sections.append(section)
-    problems = [plain(problem) for problem in find_problems(reader.mixture, reader.evaluations)]
+    problems = [*map(plain, dict.fromkeys(reader.problems()))]
     for problem in problems:
         print(f"\nWarning: {problem}")
     # Whatever comes from data is escaped.
@@ -137,6 +136,15 @@ class Reader:
                     self.errors.append(error)
                     yield Section(f"data.{stage}", error=plain(str(error)))
 
+    def problems(self) -> Iterator[str]:
+        """Say what looks wrong with what has been opened."""
+        if self.mixture is not None:
+            yield from checks.in_rows(self.mixture)
+        for evaluation in self.evaluations:
+            yield from checks.in_evaluation(evaluation)
+            if self.mixture is not None:
+                yield from checks.in_both(self.mixture, evaluation)
+
     def _training(self, stage: str) -> Iterator[Section]:
         mixture = self.mixture = as_mixture(self.data.train)
         shares = mixture.apportion(len(mixture))
@@ -150,7 +158,7 @@ class Reader:
 
     def _evaluations(self, stage: str) -> Iterator[Section]:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DataWarning)  # They are said at the end.
+            warnings.simplefilter("ignore", checks.DataWarning)  # They are said at the end.
             self.data.setup({"val": "validate"}.get(stage, stage))
         for value in self.data.evaluations[stage]:
             evaluation = value.evaluation if isinstance(value, RerankingSet) else value
@@ -211,10 +219,8 @@ class Reader:
         else:
             instruction = preprocessor.instructions[item.role]
         parts = [self._part(part, one) for one in items for part in one.parts]
-        roles = " and ".join(one.role for one in items)
-        return Reading(
-            plain(label), roles, plain(instruction or "none"), parts, tokens, plain(rendered(preprocessor, ids).strip())
-        )
+        roles, chat = " and ".join(one.role for one in items), rendered(preprocessor, ids).strip()
+        return Reading(plain(label), roles, plain(instruction or "none"), parts, tokens, plain(chat))
 
     def _part(self, part: Part, item: Item) -> Shown:
         processor = self.preprocessor.processor
@@ -248,15 +254,16 @@ def rendered(preprocessor: ChatPreprocessor, ids: Sequence[int]) -> str:
 
 
 def size_read(outputs: Any, processor: Any) -> tuple[tuple[int, int], str]:
-    """Return width and height that a processor has resized an image or a video to, and in how many pieces it is cut."""
-    for name, part in (("image", processor.image_processor), ("video", getattr(processor, "video_processor", None))):
-        if (grid := outputs.get(f"{name}_grid_thw")) is not None:
-            _, height, width = (grid[0] * part.patch_size).tolist()
+    """Return width and height that a processor has resized an image or a video to, and in how many tiles it is cut."""
+    for kind in ("image", "video"):
+        if f"{kind}_grid_thw" in outputs:
+            patch_size = getattr(processor, f"{kind}_processor").patch_size
+            _, height, width = (outputs[f"{kind}_grid_thw"][0] * patch_size).tolist()
             return (width, height), ""
     pixels = next(value for key, value in outputs.items() if key.startswith("pixel_values"))
-    height, width = pixels.shape[-2:]
-    pieces = pixels.numel() // (pixels.shape[-3] * height * width)
-    return (width, height), f" in {pieces} tiles" if pieces > 1 else ""
+    channels, height, width = pixels.shape[-3:]
+    tiles = pixels.numel() // (channels * height * width)
+    return (width, height), f" in {tiles} tiles" if tiles > 1 else ""
 
 
 def data_url(image: Image.Image, size: tuple[int, int]) -> str:
