@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vlmembed.data.cells import Cell, Folder, is_content, to_items
+from vlmembed.data.cells import Cell, Folder, instructed, is_content, to_items
 from vlmembed.data.sources import Source, labelled
 from vlmembed.data.tables import JSONLines, RawTable, open_table
 from vlmembed.types import Example, Item
@@ -20,7 +20,10 @@ from vlmembed.types import Example, Item
 #: The largest score or label: losses compute in float32.
 LARGEST = float(np.finfo(np.float32).max)
 
-KNOWN = re.compile(r"query|positive|document|label|scores|negatives|negative(_\d+)?")
+KNOWN = re.compile(r"query|positive|document|label|scores|negatives|negative(_\d+)?|(query|document)_instruction")
+
+#: Columns of what the model is told to do with a row's query, and with its documents.
+INSTRUCTIONS = QUERY_INSTRUCTION, DOCUMENT_INSTRUCTION = "query_instruction", "document_instruction"
 
 Row = Mapping[str, Any]
 
@@ -41,7 +44,7 @@ def check_columns(columns: Collection[str], origin: str) -> None:
                 f"{origin}: column {column!r} is missing (there are {', '.join(columns)}); rename one with columns."
             )
     for column in columns:
-        if needed[1] == "document" and column not in (*needed, "scores"):
+        if needed[1] == "document" and column not in (*needed, "scores", *INSTRUCTIONS):
             raise ValueError(f"{origin}: column {column!r} is not used beside 'document' and 'label'.")
     single = _single_negatives(columns)
     if "negatives" in columns and single:
@@ -78,7 +81,8 @@ def to_examples(rows: Sequence[Row], folder: Folder, origins: Sequence[str]) -> 
     items = iter(to_items(cells, folder))
     examples = []
     for row, origin, (first, last) in zip(rows, origins, counts, strict=True):
-        query, *documents = (next(items) for _ in range(1 + first + last))
+        (query,) = _instructed([next(items)], row, QUERY_INSTRUCTION, origin)
+        documents = _instructed([next(items) for _ in range(first + last)], row, DOCUMENT_INSTRUCTION, origin)
         scores = _numbers(row, "scores", len(documents), origin) if "scores" in row else None
         if "document" in row:
             labels = _numbers(row, "label", len(documents), origin)
@@ -86,6 +90,20 @@ def to_examples(rows: Sequence[Row], folder: Folder, origins: Sequence[str]) -> 
         else:
             examples.append(Example(query, tuple(documents[:first]), tuple(documents[first:]), scores))
     return examples
+
+
+def to_queries(rows: Sequence[Row], folder: Folder, origins: Sequence[str]) -> list[Item]:
+    """Return the queries of rows, as `to_examples` makes them, of rows that need not have more columns."""
+    cells: list[Cell] = [
+        (row.get("query"), "query", f"{origin}, column 'query'") for row, origin in zip(rows, origins, strict=True)
+    ]
+    items = to_items(cells, folder)
+    places = zip(items, rows, origins, strict=True)
+    return [query for item, row, origin in places for query in _instructed([item], row, QUERY_INSTRUCTION, origin)]
+
+
+def _instructed(items: Sequence[Item], row: Row, column: str, origin: str) -> list[Item]:
+    return instructed(items, row.get(column), f"{origin}, column {column!r}")
 
 
 def _is_list(cell: Any) -> bool:
@@ -184,11 +202,10 @@ class Rows(Source):
     def read_queries(self, indices: Sequence[int]) -> list[Item]:
         """See `Source.read_queries`; leaves the other columns of an Arrow table undecoded."""
         table, names = self._opened
-        column = next(old for old, new in names.items() if new == "query")
-        selected = table if isinstance(table, JSONLines) else table.select_columns([column])
-        rows = zip(indices, self._read(selected, indices), strict=True)
-        cells: list[Cell] = [(row.get(column), "query", f"{self.path}, row {k + 1}, column 'query'") for k, row in rows]
-        return to_items(cells, self._folder)
+        columns = {new: old for old, new in names.items() if new in ("query", QUERY_INSTRUCTION)}
+        selected = table if isinstance(table, JSONLines) else table.select_columns([*columns.values()])
+        rows = [{new: row.get(old) for new, old in columns.items()} for row in self._read(selected, indices)]
+        return to_queries(rows, self._folder, [f"{self.path}, row {index + 1}" for index in indices])
 
     def _read(self, table: RawTable, indices: Sequence[int]) -> list[dict[str, Any]]:
         try:
