@@ -162,7 +162,8 @@ class ChatPreprocessor(Preprocessor):
             )
         if instruction is None:
             return None
-        origin = f"{item.origin or 'An item'} has the instruction {instruction!r:.100}, and"
+        place = _split(item)[0].origin or "An item"
+        origin = f"{place} has the instruction {instruction!r:.100}, and"
         if self.fixed_instructions:
             raise ValueError(
                 f"{origin} {self.fixed_instructions} knows only the backbone's, query_instruction and "
@@ -173,7 +174,7 @@ class ChatPreprocessor(Preprocessor):
                 f"{origin} a pair's template puts its own in the place of an empty one. Write the instruction, or null "
                 "for the template's."
             )
-        self._refuse_marks(instruction, f"{item.origin or 'An item'} has", "instruction")
+        self._refuse_marks(instruction, place, "instruction")
         roles, template = (("query", "document") if is_pair else ("user",)), self.pair_template
         if instruction:  # The backbone's own have been tried; a template that needs none may leave out others.
             try:
@@ -193,14 +194,14 @@ class ChatPreprocessor(Preprocessor):
                 raise ValueError(f"{item.origin or 'An item'} has a video, and this checkpoint's processor takes none.")
             frames, metadata = load_video(value, self.processor.video_processor, item.origin)
             return {"type": "video", "video": frames, "metadata": metadata}
-        self._refuse_marks(value, f"{item.origin or 'An item'} has", "text")
+        self._refuse_marks(value, item.origin or "An item", "text")
         return {"type": "text", "text": value}
 
-    def _refuse_marks(self, text: str, subject: str, what: str) -> None:
+    def _refuse_marks(self, text: str, origin: str, what: str) -> None:
         for mark in self._marks:
             if mark in text:
                 raise ValueError(
-                    f"{subject} {mark} in its {what} {text!r:.100}: it stands for an image or a video and nothing "
+                    f"{origin} has {mark} in its {what} {text!r:.100}: it stands for an image or a video and nothing "
                     "else. Remove it."
                 )
 
