@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import datasets
 import pytest
@@ -21,7 +21,7 @@ from vlmembed.cli import main
 from vlmembed.data import EvaluationFolder, GroupByQuery, Mixture, PairCollator, Rows, Source
 from vlmembed.data.datamodule import named_prompts
 from vlmembed.encoder import Encoder, Scorer
-from vlmembed.export.sentence_transformers import write_folder, write_reranker
+from vlmembed.export.sentence_transformers import Scoring, write_folder, write_reranker
 from vlmembed.export.verify import TOLERANCE, expect, verify
 from vlmembed.heads import YesNo
 from vlmembed.losses.base import LabelSpec
@@ -68,6 +68,24 @@ def test_a_column_says_what_to_do_with_queries_and_one_with_documents(tmp_path: 
     assert len({*ids}) == 3
     assert source.query_ids([2, 0, 1]) == ids
     assert len(GroupByQuery(source)) == 3
+
+
+def test_cells_may_make_an_instruction(tmp_path: Path) -> None:
+    """The same for all, a template, and part of what a row has; an empty cell of a template is null."""
+    rows = [{"q": "a", "p": "x", "task": task, "told": {"document": SHOW}} for task in ("page", None)]
+    cells: dict[str, Any] = {"query": "q", "positive": "p"}
+    path = write(tmp_path / "rows.jsonl", rows)
+    for query, expected in (({"constant": FIND}, [FIND, FIND]), ("Find the {task}.", ["Find the page.", None])):
+        source = Rows(path, cells=cells | {"query_instruction": query, "document_instruction": "told.document"})
+        examples = source.__getitems__([0, 1])
+        assert [example.query.instruction for example in examples] == expected
+        assert [example.positives[0].instruction for example in examples] == [SHOW, SHOW]
+        assert source.query_ids([0, 1]) == [example.query.id for example in examples]
+    source.subset = "page_1K"
+    assert named_prompts(Mixture([source])) == {
+        "rows-page_1K-query": "Find the page.",
+        "rows-page_1K-document": SHOW,
+    }
 
 
 def test_rows_with_labels_have_instructions(tmp_path: Path) -> None:
@@ -313,7 +331,7 @@ PROMPTS = {"pages-query": FIND, "a/b: c-document": SHOW, "none-query": ""}
 
 def test_an_export_serves_each_prompt_and_notices_another(checkpoint: Path, tmp_path: Path) -> None:
     built = encoder(checkpoint, LastToken(), query_instruction="Ask.")
-    check = expect(built, tmp_path, [64, 16], prompts=PROMPTS)
+    check = expect(built, tmp_path, [64], prompts=PROMPTS)
     (tmp_path / "good").mkdir()
     write_folder(built, tmp_path / "good", prompts=PROMPTS)
     wrong = shutil.copytree(tmp_path / "good", tmp_path / "wrong")
@@ -323,23 +341,25 @@ def test_an_export_serves_each_prompt_and_notices_another(checkpoint: Path, tmp_
     (wrong / "config_sentence_transformers.json").write_text(json.dumps(config))
     good, bad = verify({tmp_path / "good": check, wrong: check})
     assert good.passed
-    assert good.comparisons == (2 * 2 * 3 + len(PROMPTS)) * 10  # Roles, dimensions, batchings; probes.
+    assert good.comparisons == (2 * 3 + len(PROMPTS)) * 10  # Roles, batchings; probes.
     assert not bad.passed
     assert "as pages-query" in bad.worst
 
 
-@pytest.mark.parametrize("scoring", ["dense", "logits"])
-def test_an_exported_reranker_serves_each_prompt(checkpoint: Path, tmp_path: Path, scoring: Any) -> None:
+def test_an_exported_reranker_serves_each_prompt(checkpoint: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     scorer = Scorer(Qwen3VL(str(checkpoint)), YesNo(), QueryFirst())
     scorer.configure()
     check = expect(scorer, tmp_path, sides=["left"], prompts={"pages-query": FIND})
     assert (check.expected["pages-query"] - check.expected["pair"]).abs().max() > 100 * TOLERANCE
-    (tmp_path / "folder").mkdir()
-    write_reranker(scorer, tmp_path / "folder", scoring, {"pages-query": FIND})
-    (verification,) = verify({tmp_path / "folder": check})
-    assert verification.passed
-    assert verification.comparisons == 4 * len(check.names)  # Alone, in a batch, ranked; and with the prompt.
+    checks = {}
+    for scoring in get_args(Scoring):
+        (tmp_path / scoring).mkdir()
+        write_reranker(scorer, tmp_path / scoring, scoring, {"pages-query": FIND})
+        checks[tmp_path / scoring] = check
+    for verification in verify(checks):
+        assert verification.passed
+        assert verification.comparisons == 4 * len(check.names)  # Alone, in a batch, ranked; and with the prompt.
 
 
 def test_a_run_exports_the_prompts_of_its_sources(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import suppress
-from itertools import chain
-from itertools import count as count_from
 from pathlib import Path
 from typing import Any, Literal
 
@@ -228,15 +226,12 @@ def named_prompts(mixture: Mixture) -> dict[str, str]:
                 example = source[row]
                 counts["query"][example.query.instruction] += 1
                 counts["document"].update(document.instruction for document in example.documents[:1])
+        title = "-".join(filter(None, [source.name, getattr(source, "subset", None)]))
         for role, count in counts.items():
             instruction = max(count, key=count.__getitem__, default=None)
             if instruction is not None:
-                # Sources of one name, such as subsets of a data set, are numbered.
-                names = (f"{source.name}-{number}-{role}" for number in count_from(2))
-                free = (
-                    name
-                    for name in chain([f"{source.name}-{role}"], names)
-                    if prompts.get(name, instruction) == instruction
-                )
-                prompts[next(free)] = instruction
+                name, number = f"{title}-{role}", 1
+                while prompts.setdefault(name, instruction) != instruction:  # Sources of one name are numbered.
+                    number += 1
+                    name = f"{title}-{number}-{role}"
     return prompts
