@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ import numpy as np
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
+from vlmembed.data import checks
 from vlmembed.data.collate import Collator
 from vlmembed.data.evaluation import EvaluationSource, RerankingSource
 from vlmembed.data.rows import Rows
@@ -94,6 +96,7 @@ class RetrievalDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Open what the stage needs; a ``ValueError`` says what is missing or cannot be read."""
+        loaded = {*self.evaluations}
         if stage == "fit":
             self._mixture = as_mixture(self.train)
             self.prompts = named_prompts(self._mixture)
@@ -103,6 +106,19 @@ class RetrievalDataModule(LightningDataModule):
             self._load("test", self.test, "test")
         elif stage == "predict":
             self._load("predict", *((self.val, "validation") if self.test is None else (self.test, "test")))
+        checks.warn(self._problems(stage == "fit", loaded))
+
+    def _problems(self, is_fit: bool, loaded: set[str]) -> Iterator[str]:
+        """Say what looks wrong with what has been opened since some stages were loaded."""
+        mixture = getattr(self, "_mixture", None)
+        if mixture is not None and is_fit:
+            yield from checks.in_rows(mixture)
+        for stage, sets in self.evaluations.items():
+            for evaluation in (getattr(one, "evaluation", one) for one in sets):
+                if stage not in loaded:
+                    yield from checks.in_evaluation(evaluation)
+                if mixture is not None and (is_fit or stage not in loaded):
+                    yield from checks.in_both(mixture, evaluation)
 
     def _load(self, stage: str, value: Evaluations | None, split: str) -> None:
         """Load the evaluation sets of a stage, once."""

@@ -270,6 +270,11 @@ class Table:
         """The names of the cells."""
         return [*self._cells.reads]
 
+    @property
+    def raw(self) -> RawTable:
+        """The rows as they are stored, with all columns."""
+        return self._table
+
     def __len__(self) -> int:
         reads = self._cells  # Which is wrong where an expression is.
         return len(reads.rows) if self._places is None else len(self._places)
