@@ -5,7 +5,7 @@ from __future__ import annotations
 import mimetypes
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,9 @@ from vlmembed.media import limit
 from vlmembed.types import Frame, Item, LazyImage, Part, Role
 
 KINDS = ("text", "image", "video", "pdf")
+
+#: The page of a PDF by one name, as `vlmembed.data.Pages` has it in its ids.
+PAGE_OF_PDF = re.compile(r"(.+)#page=(\d+)", re.DOTALL)
 
 #: The most bytes, in UTF-8, that a text may have: ``max_length`` cuts it only once all of it has been tokenized.
 MAX_TEXT_BYTES = limit("VLMEMBED_MAX_TEXT_BYTES", 2**21)
@@ -114,6 +117,11 @@ def is_content(cell: Any) -> bool:
     return all(isinstance(part, Mapping) and ("type" in part or "role" in part) for part in cell)
 
 
+def content_keys(columns: Collection[str]) -> list[str]:
+    """Return those columns that are content by their names; a page is, of a PDF."""
+    return [key for key in (*KINDS, "page") if key in columns and (key != "page" or "pdf" in columns)]
+
+
 def _parts(cell: Any, folder: Folder, origin: str) -> Iterator[Part]:
     if isinstance(cell, str):
         yield from _of_kind("text", cell, folder, origin)
@@ -171,19 +179,23 @@ def _of_mapping(cell: Mapping[str, Any], folder: Folder, origin: str) -> Iterato
 
 def _of_pdf(value: Any, pages: Any, folder: Folder, origin: str) -> Iterator[Part]:
     """Read the PDF, or the list of PDFs, of a key: the pages that are named, or all of them."""
-    files = [_file(file, "PDF", folder, origin) for file in (value if isinstance(value, list | tuple) else [value])]
-    if pages is None:
-        for file in files:
-            name = "PDF given as bytes" if isinstance(file, bytes) else f"PDF {file}"
-            try:
-                yield from (Part("image", page) for page in all_pages(file))
-            except (OSError, ValueError) as error:
-                raise ValueError(f"{origin}: cannot read the {name}: {error}, or remove the row.") from error
-        return
-    numbers = pages if isinstance(pages, list | tuple) else [pages]
-    if len(files) != 1 or not numbers:
-        raise ValueError(f"{origin}: 'page' names pages of one PDF; got {len(files)} PDFs and page {pages!r:.100}.")
-    yield from (Part("image", PdfPage(files[0], _page_number(number, origin))) for number in numbers)
+    names = value if isinstance(value, list | tuple) else [value]
+    numbers = pages if isinstance(pages, list | tuple) else [] if pages is None else [pages]
+    matches = [PAGE_OF_PDF.fullmatch(name) if isinstance(name, str) else None for name in names]
+    if pages is not None and (len(names) != 1 or matches[0] or not numbers):
+        raise ValueError(f"{origin}: 'page' names pages of one PDF; got page {pages!r:.100} of {value!r:.200}.")
+    for name, match in zip(names, matches, strict=True):
+        file = _file(match[1] if match else name, "PDF", folder, origin)
+        chosen = [PdfPage(file, _page_number(number, origin)) for number in ([match[2]] if match else numbers)]
+        yield from (Part("image", page) for page in chosen or _all_pages(file, origin))
+
+
+def _all_pages(file: Path | bytes, origin: str) -> list[PdfPage]:
+    try:
+        return all_pages(file)
+    except (OSError, ValueError) as error:
+        name = "PDF given as bytes" if isinstance(file, bytes) else f"PDF {file}"
+        raise ValueError(f"{origin}: cannot read the {name}: {error}, or remove the row.") from error
 
 
 def _page_number(value: Any, origin: str) -> int:

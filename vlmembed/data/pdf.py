@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -178,11 +179,17 @@ def opened(file: Path | bytes) -> Iterator[Any]:
     pdfium = _pdfium()
     _check_kind(file)
     with LOCK:
+        # Not by `PdfDocument` itself: where it finds no pages, it reports the error of a call before.
+        if isinstance(file, bytes):
+            handle = pdfium.raw.FPDF_LoadMemDocument64(file, len(file), None)
+        else:
+            handle = pdfium.raw.FPDF_LoadDocument(os.fsencode(file.absolute()) + b"\0", None)
+        if not handle:
+            raise OtherKindError(_reason(pdfium.raw, pdfium.raw.FPDF_GetLastError()))
+        document = pdfium.PdfDocument(handle)
         try:
-            document = pdfium.PdfDocument(file if isinstance(file, bytes) else file.absolute())
-        except pdfium.PdfiumError as error:
-            raise OtherKindError(_reason(pdfium, error)) from error
-        try:
+            if not len(document):
+                raise OtherKindError("it has no pages. Save it again")
             yield document
         except pdfium.PdfiumError as error:
             raise OtherKindError(f"it is damaged: {error} Save it again") from error
@@ -190,14 +197,12 @@ def opened(file: Path | bytes) -> Iterator[Any]:
             document.close()
 
 
-def _reason(pdfium: Any, error: Any) -> str:
-    if error.err_code == pdfium.raw.FPDF_ERR_PASSWORD:
+def _reason(raw: Any, error: int) -> str:
+    if error == raw.FPDF_ERR_PASSWORD:
         return "it is encrypted, and opens with a password only. Save it without one (qpdf --decrypt)"
-    if error.err_code == pdfium.raw.FPDF_ERR_SECURITY:
+    if error == raw.FPDF_ERR_SECURITY:
         return "it is encrypted in a way that PDFium does not know. Save it without encryption"
-    if error.err_code == pdfium.raw.FPDF_ERR_SUCCESS:
-        return "it has no pages. Save it again"
-    return f"it is damaged or cut: {error} Save it again"
+    return "it is damaged or cut. Save it again"
 
 
 def _check_kind(file: Path | bytes) -> None:
