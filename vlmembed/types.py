@@ -31,8 +31,27 @@ Role = Literal["query", "document"]
 #: What one forward pass takes: ``input_ids`` and ``attention_mask`` (B, L), and whatever else the backbone reads.
 Inputs = dict[str, Tensor]
 
-#: An image: open, in a file, or the content of a file.
-Frame = Image | Path | bytes
+
+class LazyImage(ABC):
+    """An image that is made when it is needed, in a loader worker, such as a page of a PDF; as a string, its name."""
+
+    @property
+    @abstractmethod
+    def key(self) -> str:
+        """Equal for equal images."""
+
+    @property
+    @abstractmethod
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels, known without making it; raises as `render` does."""
+
+    @abstractmethod
+    def render(self) -> Path:
+        """Make the image if it is not there yet, and return its file; a ``ValueError`` says why that cannot be."""
+
+
+#: An image: open, in a file, the content of a file, or made when it is needed.
+Frame = Image | Path | bytes | LazyImage
 
 #: What a patch costs, in tokens, where the vision tower is trained: about half of a token's activations in Qwen3-VL.
 PATCH_COST = 0.5
@@ -61,6 +80,8 @@ class Part:
                 hashed.update(f"\0pixels {value.mode} {value.size}".encode() + value.tobytes())
             elif isinstance(value, bytes):
                 hashed.update(f"\0bytes {len(value)} ".encode() + value)
+            elif isinstance(value, LazyImage):
+                hashed.update(f"\0{type(value).__name__} {value.key}".encode())
             else:
                 hashed.update(f"\0{type(value).__name__} {value}".encode())
         return hashed.digest()

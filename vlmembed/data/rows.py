@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlmembed.data.cells import KINDS, Cell, Folder, instructed, is_content, to_items
+from vlmembed.data.cells import KINDS, Cell, Folder, content_keys, instructed, is_content, to_items
 from vlmembed.data.columns import Condition, Expression, Language, Read, Row, nearest
 from vlmembed.data.sources import Source, labelled
 from vlmembed.data.tables import JSONLines, RawTable, open_table
@@ -186,7 +186,7 @@ class _Found:
 
     def __init__(self, lookup: Lookup, rows: RawTable, origin: str, folder: Folder | None) -> None:
         self.rows, self.origin, self.folder = rows, origin, folder
-        self.expression = lookup.cell or {kind: kind for kind in KINDS if kind in rows.column_names}
+        self.expression = lookup.cell or {key: key for key in content_keys(rows.column_names)}
         if not self.expression:
             raise ValueError(f"{origin}: it has none of {', '.join(KINDS)}; say with 'cell' what a row stands for.")
         language = Language(_columns(rows), origin)
