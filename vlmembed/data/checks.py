@@ -339,6 +339,8 @@ def _hashed(value: str | Frame | tuple[Frame, ...]) -> Any:
         return hashlib.blake2b(value.tobytes()).digest()
     if isinstance(value, bytes):
         return hashlib.blake2b(value).digest()
+    if isinstance(value, LazyImage):
+        return value.key
     try:
         with value.open("rb") as file:  # Of a film, its beginning.
             return hashlib.blake2b(file.read(MAX_BYTES)).digest()
