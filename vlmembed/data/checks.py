@@ -26,7 +26,7 @@ from vlmembed.data.rows import Table
 from vlmembed.data.sources import ROWS_AT_ONCE, GroupByQuery, Mixture, Source
 from vlmembed.data.tables import JSONLines
 from vlmembed.media import MAX_BYTES
-from vlmembed.types import EvaluationSet, Frame, Item, Part
+from vlmembed.types import EvaluationSet, Frame, Item, LazyImage, Part
 
 #: How many rows are looked at; how many are compared with others; how many documents that are in memory already.
 ROWS, COMPARED, DOCUMENTS = 200, 10_000, 100_000
