@@ -319,6 +319,8 @@ def _extent(value: Any) -> Any:
         return tuple(map(_extent, value))
     if isinstance(value, Image.Image):
         return value.mode, value.size
+    if isinstance(value, LazyImage):
+        return value.key
     try:
         return len(value) if isinstance(value, bytes) else value.stat().st_size
     except OSError:  # Measuring says that it is not there.
