@@ -44,7 +44,7 @@ def problems(*sources: Source) -> list[str]:
 
 def fixed(rows: Rows, problem: str) -> Rows:
     """The rows as the fix has them."""
-    written = yaml.safe_load(f"{{{problem.split(' write ')[1].rstrip('.')}}}")
+    written = yaml.safe_load(f"{{{problem.split(' write ')[1].removesuffix('.').removesuffix(' instead of columns')}}}")
     tables = {name: Lookup(**lookup) for name, lookup in written.pop("tables", {}).items()}
     return Rows(rows.path, **written, tables=tables)
 

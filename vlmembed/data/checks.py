@@ -24,7 +24,6 @@ from vlmembed.data.cells import KINDS
 from vlmembed.data.evaluation import RowItems
 from vlmembed.data.rows import Table
 from vlmembed.data.sources import ROWS_AT_ONCE, GroupByQuery, Mixture, Source
-from vlmembed.data.tables import JSONLines
 from vlmembed.media import MAX_BYTES
 from vlmembed.types import EvaluationSet, Frame, Item, LazyImage, Part
 
@@ -87,15 +86,15 @@ def in_both(mixture: Mixture, evaluation: EvaluationSet) -> Iterator[str]:
         asked[_outline(query)].append(number)
     rows = _spread(len(mixture), COMPARED)
     trained: dict[int, int] = {}  # The number of a query → the row that asks it.
+    example = ""
     for row, query in _queries(mixture, rows):
         for number in asked.get(_outline(query), ()):
             if number not in trained and _fingerprint(query) == _fingerprint(evaluation.queries[number]):
                 trained[number] = row
+                example = example or f"such as {_shown(query)}: {query.origin or f'row {row + 1} of {mixture.name}'}"
     if not trained:
         return
     count, at_least = len(trained), "" if len(rows) == len(mixture) else "at least "
-    number, row = next(iter(trained.items()))
-    example = f"such as {_shown(evaluation.queries[number])}, row {row + 1} of {mixture.name}"
     expected = min(len(evaluation.queries), COMPARED) * len(rows) / len(mixture)  # If all were trained on.
     if 2 * count > expected and _share_documents(mixture, evaluation, trained):
         yield (
@@ -142,9 +141,9 @@ class Column:
     def fix(self, cell: Any, **others: Any) -> str:
         """Return the YAML in which this cell is another."""
         written = {"cells": {**self.expressions, self.name: cell}, **others}
-        return str(
-            yaml.safe_dump(written, default_flow_style=True, width=math.inf, sort_keys=False, allow_unicode=True)
-        )[1:-2]
+        options: Any = {"default_flow_style": True, "width": math.inf, "sort_keys": False, "allow_unicode": True}
+        instead = " instead of columns" if self.table is not None and self.table.columns else ""
+        return str(yaml.safe_dump(written, **options))[1:-2] + instead
 
 
 def _in_source(source: Source) -> Iterator[str]:
@@ -223,7 +222,11 @@ def _ids(column: Column) -> Iterator[str]:
     cell = {"ids": column.expression, "table": "documents"}
     lookup: dict[str, Any] = {"path": "FILE", "key": "ID COLUMN", "cell": {"text": "TEXT COLUMN"}}
     if table is not None and (key := _id_column(column, texts)):
-        lookup = {"key": key, "cell": column.expressions.get("positive", "positive")}
+        cells = {**column.expressions, column.name: {"text": "TEXT COLUMN"}}
+        lookup = {
+            "key": key,
+            "cell": next(cells[name] for name in ("positive", "document", column.name) if name in cells),
+        }
         said += f" are ids of the column {key!r}, and are read as texts."
     elif isinstance(column.expression, str) and ID_COLUMN.fullmatch(LAST_KEY.sub("", column.expression)):
         said += " are ids by the name of their column, and are read as texts."
@@ -244,7 +247,7 @@ def _id_column(column: Column, texts: Sequence[str]) -> str | None:
     if not names or not tokens:
         return None
     numbers, ids = _spread(len(raw), COMPARED), defaultdict[str, set[str]](set)
-    selected = raw if isinstance(raw, JSONLines) else raw.select_columns(names)
+    selected: Any = raw.select_columns(names) if hasattr(raw, "select_columns") else raw
     for start in range(0, len(numbers), ROWS):
         with suppress(ValueError):  # A row that is not JSON.
             for row in selected.__getitems__(numbers[start : start + ROWS]):
@@ -288,6 +291,10 @@ def _most(values: Sequence[Any], items: Sequence[Item]) -> str:
 def _duplicates(evaluation: EvaluationSet) -> Iterator[str]:
     """Find documents of a corpus that have the content of another one."""
     corpus = evaluation.corpus
+    if isinstance(corpus, RowItems) and not any(
+        isinstance(part.value, Path) for number in _spread(len(corpus), 20) for part in corpus[number].parts
+    ):
+        return  # Equal ones are one document already, unless they are two files.
     limit = min(len(corpus), DOCUMENTS if isinstance(corpus, list) else COMPARED)
     alike, same = defaultdict[Any, list[int]](list), defaultdict[Any, list[int]](list)
     for number in range(limit):
@@ -317,6 +324,8 @@ def _extent(value: Any) -> Any:
         return " ".join(value.split())
     if isinstance(value, tuple):
         return tuple(map(_extent, value))
+    if isinstance(value, LazyImage):
+        return value.key
     if isinstance(value, Image.Image):
         return value.mode, value.size
     if isinstance(value, LazyImage):
@@ -337,6 +346,8 @@ def _hashed(value: str | Frame | tuple[Frame, ...]) -> Any:
         return " ".join(value.split())
     if isinstance(value, tuple):
         return tuple(map(_hashed, value))
+    if isinstance(value, LazyImage):
+        return value.key
     if isinstance(value, Image.Image):
         return hashlib.blake2b(value.tobytes()).digest()
     if isinstance(value, bytes):
@@ -381,8 +392,10 @@ def _share_documents(mixture: Mixture, evaluation: EvaluationSet, trained: dict[
 
 
 def _shown(item: Item) -> str:
-    texts = [str(part.value) for part in item.parts if part.kind == "text"]
-    return repr(texts[0])[:80] if texts else item.origin
+    """Return the first words of an item, or what else it is."""
+    return next(
+        (f"{part.value!r:.80}" for part in item.parts if part.kind == "text"), f"an item of {item.parts[0].kind}s"
+    )
 
 
 def _spread(count: int, most: int) -> list[int]:
