@@ -104,7 +104,8 @@ class PdfPage(LazyImage):
 
     def _check_number(self, count: int) -> None:
         if not 1 <= self.number <= count:
-            raise OtherKindError(f"it has {count} pages, counted from 1, and no page {self.number}. Name one of them")
+            pages = "one page" if count == 1 else f"{count} pages, counted from 1"
+            raise OtherKindError(f"it has {pages}, and no page {self.number}. Name one that it has")
 
 
 def all_pages(file: Path | bytes) -> list[PdfPage]:
