@@ -38,7 +38,12 @@ class LazyImage(ABC):
     @property
     @abstractmethod
     def key(self) -> str:
-        """Equal for equal images."""
+        """Equal for equal images of the same files."""
+
+    @property
+    @abstractmethod
+    def content(self) -> str:
+        """Equal for equal images, whatever their files are called; reads the files, and makes no image."""
 
     @property
     @abstractmethod
@@ -91,14 +96,17 @@ class Part:
 class Item:
     """One thing to encode: any number of texts, images and videos, in the order in which the model reads them."""
 
-    role: Role  # Decides the instruction.
+    role: Role  # Decides the instruction, where the item has none of its own.
     parts: tuple[Part, ...]
     origin: str = field(default="", compare=False)  # For messages: ``train.jsonl, row 17, column 'positive'``.
+    instruction: str | None = None  # What the model is told to do with it; empty for nothing, None for the backbone's.
 
     @cached_property
     def id(self) -> int:
-        """A 63-bit number that is the same for equal content in equal roles, in every process."""
+        """A 63-bit number that is the same for equal content in equal roles and instructions, in every process."""
         hashed = hashlib.blake2b(self.role.encode(), digest_size=8)
+        if self.instruction is not None:
+            hashed.update(f"\0instruction {len(self.instruction)} {self.instruction}".encode())
         for part in self.parts:
             hashed.update(part.digest)
         return int.from_bytes(hashed.digest(), "big") >> 1
@@ -115,6 +123,11 @@ class Pair:
     def parts(self) -> tuple[Part, ...]:
         """The content of both."""
         return self.query.parts + self.document.parts
+
+    @property
+    def instruction(self) -> str | None:
+        """The query's: a pair has one."""
+        return self.query.instruction
 
     @property
     def origin(self) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import mimetypes
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,18 @@ def to_items(cells: Iterable[Cell], folder: Folder) -> list[Item]:
             raise ValueError(f"{origin}: the cell is empty ({cell!r}); every item needs a text, an image or a video.")
         items.append(Item(role, parts, origin))
     return items
+
+
+def instructed(items: Sequence[Item], instruction: Any, origin: str) -> list[Item]:
+    """Give items what their row says that the model is told to do with them: a string, empty for nothing at all.
+
+    Null leaves it to the backbone. A ``ValueError`` names what is neither.
+    """
+    if instruction is None:
+        return [*items]
+    if instruction != "":
+        _checked_text(instruction, origin)
+    return [replace(item, instruction=instruction) for item in items]
 
 
 def is_content(cell: Any) -> bool:

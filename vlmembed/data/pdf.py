@@ -57,8 +57,12 @@ class PdfPage(LazyImage):
     @cached_property
     def key(self) -> str:
         """See `LazyImage.key`."""
-        file = content_digest(self.file) if isinstance(self.file, bytes) else self.file
-        return f"{file} {self.number} {self.max_pixels}"
+        return self.content if isinstance(self.file, bytes) else f"{self.file} {self.number} {self.max_pixels}"
+
+    @property
+    def content(self) -> str:
+        """See `LazyImage.content`."""
+        return f"{content_digest(self.file)} {self.number} {self.max_pixels}"
 
     @property
     def size(self) -> tuple[int, int]:
