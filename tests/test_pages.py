@@ -24,6 +24,7 @@ from vlmembed.cli import main
 from vlmembed.data import EvaluationFolder, Pages, Rows
 from vlmembed.data import pdf as pdfs
 from vlmembed.data.cells import Folder, to_items
+from vlmembed.data.checks import in_evaluation
 from vlmembed.data.pdf import PdfPage, content_digest
 from vlmembed.media import image_size, load_image
 from vlmembed.types import Item, LazyImage
@@ -396,6 +397,15 @@ def test_a_page_is_rendered_when_it_is_needed_and_once(
     again = [load_image(PdfPage(folder / name, page)) for name, page in (("one.pdf", 1), ("three.pdf", 2))]
     assert first == again
     assert len([*cache.rglob("*.png")]) == len([path for path in cache.rglob("*") if path.is_file()]) == 2
+
+
+def test_copies_of_a_pdf_are_duplicates_and_its_pages_are_not(folder: Path, cache: Path) -> None:
+    (folder / "copy.pdf").write_bytes((folder / "three.pdf").read_bytes())
+    pages = {f"{file} {page}": {"pdf": f"{file}.pdf#page={page}"} for file in ("three", "copy") for page in (1, 3)}
+    write_evaluation(folder, pages)
+    (problem,) = in_evaluation(EvaluationFolder(str(folder)).load())
+    assert "2 of the 4 documents of the corpus have the content of an earlier one" in problem
+    assert not cache.exists()
 
 
 def test_what_changes_a_page_renders_it_anew(folder: Path, cache: Path) -> None:

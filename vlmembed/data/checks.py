@@ -341,8 +341,6 @@ def _hashed(value: str | Frame | tuple[Frame, ...]) -> Any:
         return hashlib.blake2b(value.tobytes()).digest()
     if isinstance(value, bytes):
         return hashlib.blake2b(value).digest()
-    if isinstance(value, LazyImage):
-        return value.key
     try:
         if isinstance(value, LazyImage):
             return value.content
