@@ -38,7 +38,12 @@ class LazyImage(ABC):
     @property
     @abstractmethod
     def key(self) -> str:
-        """Equal for equal images."""
+        """Equal for equal images of the same files."""
+
+    @property
+    @abstractmethod
+    def content(self) -> str:
+        """Equal for equal images, whatever their files are called; reads the files, and makes no image."""
 
     @property
     @abstractmethod

@@ -137,6 +137,8 @@ def content_keys(columns: Collection[str]) -> list[str]:
 def _parts(cell: Any, folder: Folder, origin: str) -> Iterator[Part]:
     if isinstance(cell, str):
         yield from _of_kind("text", cell, folder, origin)
+    elif _is_pdf(cell):
+        yield from _of_pdf(cell, None, folder, origin)
     elif isinstance(cell, Image.Image | LazyImage) or _is_encoded(cell):
         yield Part("image", _frame(cell, folder, origin))
     elif isinstance(cell, Mapping) and "role" in cell:
@@ -270,6 +272,16 @@ def _file(value: Any, kind: str, folder: Folder, origin: str) -> Path | bytes:
 
 def _is_encoded(value: Any) -> bool:
     return isinstance(value, Mapping) and bool(value) and value.keys() <= {"bytes", "path"}
+
+
+def _is_pdf(value: Any) -> bool:
+    """Tell a cell of a ``Pdf`` column, which has no key, from one of an ``Image`` column."""
+    if not _is_encoded(value):
+        return False
+    content, path = value.get("bytes"), value.get("path")
+    if isinstance(content, bytes):
+        return content.startswith(b"%PDF-")
+    return isinstance(path, str) and path.lower().endswith(".pdf")
 
 
 def _is_frame(value: Any) -> bool:

@@ -324,13 +324,13 @@ def _extent(value: Any) -> Any:
         return " ".join(value.split())
     if isinstance(value, tuple):
         return tuple(map(_extent, value))
-    if isinstance(value, LazyImage):
-        return value.key
     if isinstance(value, Image.Image):
         return value.mode, value.size
     try:
+        if isinstance(value, LazyImage):
+            return value.size
         return len(value) if isinstance(value, bytes) else value.stat().st_size
-    except OSError:  # Measuring says that it is not there.
+    except (OSError, ValueError):  # Measuring says that it is not there.
         return str(value)
 
 
@@ -344,18 +344,16 @@ def _hashed(value: str | Frame | tuple[Frame, ...]) -> Any:
         return " ".join(value.split())
     if isinstance(value, tuple):
         return tuple(map(_hashed, value))
-    if isinstance(value, LazyImage):
-        return value.key
     if isinstance(value, Image.Image):
         return hashlib.blake2b(value.tobytes()).digest()
     if isinstance(value, bytes):
         return hashlib.blake2b(value).digest()
-    if isinstance(value, LazyImage):
-        return value.key
     try:
+        if isinstance(value, LazyImage):
+            return value.content
         with value.open("rb") as file:  # Of a film, its beginning.
             return hashlib.blake2b(file.read(MAX_BYTES)).digest()
-    except OSError:
+    except (OSError, ValueError):
         return str(value)
 
 

@@ -57,8 +57,12 @@ class PdfPage(LazyImage):
     @cached_property
     def key(self) -> str:
         """See `LazyImage.key`."""
-        file = content_digest(self.file) if isinstance(self.file, bytes) else self.file
-        return f"{file} {self.number} {self.max_pixels}"
+        return self.content if isinstance(self.file, bytes) else f"{self.file} {self.number} {self.max_pixels}"
+
+    @property
+    def content(self) -> str:
+        """See `LazyImage.content`."""
+        return f"{content_digest(self.file)} {self.number} {self.max_pixels}"
 
     @property
     def size(self) -> tuple[int, int]:
@@ -104,7 +108,8 @@ class PdfPage(LazyImage):
 
     def _check_number(self, count: int) -> None:
         if not 1 <= self.number <= count:
-            raise OtherKindError(f"it has {count} pages, counted from 1, and no page {self.number}. Name one of them")
+            pages = "one page" if count == 1 else f"{count} pages, counted from 1"
+            raise OtherKindError(f"it has {pages}, and no page {self.number}. Name one that it has")
 
 
 def all_pages(file: Path | bytes) -> list[PdfPage]:
