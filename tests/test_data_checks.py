@@ -119,6 +119,28 @@ def test_ids_of_other_rows(tmp_path: Path) -> None:
     ]
 
 
+def test_names_of_several_columns_are_read_from_each(tmp_path: Path) -> None:
+    path = table(tmp_path, one=numbered("{}.png"), two=numbered("{}.jpg"))
+    rows = Rows(path, cells={"query": "query", "positive": ["one", "two"]})
+    (problem,) = problems(rows)
+    assert problem.endswith(" write cells: {query: query, positive: [{image: one}, {image: two}]}.")
+
+
+@pytest.mark.parametrize("key", ["id", "uid", "image_id", "key", "docId"])
+def test_ids_of_a_column_by_any_name(tmp_path: Path, key: str) -> None:
+    ids = numbered("x{}")
+    rows = Rows(
+        table(tmp_path, **{key: ids}, others=[[ids[number - 1]] for number in range(COUNT)]),
+        cells={"query": "query", "positive": "query", "negatives": "others"},
+    )
+    (problem,) = problems(rows)
+    assert f"are ids of the column {key!r}" in problem
+    assert [example.negatives[0].parts for example in fixed(rows, problem).__getitems__([1, 0])] == [
+        Rows(rows.path, cells={"query": "query", "positive": "query"})[number].positives[0].parts
+        for number in (0, COUNT - 1)
+    ]
+
+
 def ids_of_passages(form: str) -> list[Any]:
     return [[{"docid": name, "text": "words"}] for name in numbered(form)]
 
@@ -131,7 +153,7 @@ def ids_of_passages(form: str) -> list[Any]:
         ("pos_cand_list", [[name] for name in numbered("9:{}")], "pos_cand_list"),  # As M-BEIR.
         ("imageId", numbered("{}"), "imageId"),
         ("target_hard", numbered("dev-{}-0-img1"), "target_hard"),  # As CIRR.
-        ("file", numbered("COCO_val2014_00000{}"), "file"),
+        ("file", numbered("COCO_val2014_00000039{}"), "file"),
         ("key", [str(uuid.UUID(int=number)) for number in range(COUNT)], "key"),
         ("key", [f"{number:032x}" for number in range(COUNT)], "key"),
     ],
@@ -177,6 +199,11 @@ def test_marks_left_in_texts(tmp_path: Path, mark: str, kind: str, has_part: boo
         numbered("1,{}00"),
         numbered("{}-Mar-2020"),
         numbered("2020-03-{}"),
+        numbered("INV-2023-00{}"),
+        numbered("get_user_by_id_v{}"),
+        numbered("https://example.org/pages/{}"),
+        numbered("DE8937040044053201300{}"),
+        numbered("someone{}@example.org"),
         numbered("The <video> element of HTML plays {}.")[:1] + CAPTIONS[1:],
         [CAPTIONS],
         ["page.png", *CAPTIONS[1:]],

@@ -37,14 +37,17 @@ FILE_NAME = re.compile(
     re.IGNORECASE,
 )
 #: Names of columns: ``id``, ``docids``, ``negative_document_ids``, ``imageId``, ``pos_cand_list``; not ``paid``.
-ID_COLUMN = re.compile(r"(.*(_|-|[a-z](?=I)))?(doc|q|p|d|uu|image|video|page|query|corpus)?[iI][dD]s?|.*_cand_list")
+ID_COLUMN = re.compile(r"(.*(_|-|[a-z](?=I)))?([a-z]|uu|doc|image|video|page|query|corpus)?[iI][dD]s?|.*_cand_list")
+#: Names of columns that may hold what the ids of another column mean.
+KEY_COLUMN = re.compile(rf"{ID_COLUMN.pattern}|key|name|index|uri", re.IGNORECASE)
 #: What is not the last key of a path such as ``passages[].docid``.
 LAST_KEY = re.compile(r".*\.|\[\d*\]$")
 #: What is no word, and no number that could be an answer.
 TOKEN = re.compile(r"(?=\S*\d)(?!-?[\d.,]{1,4}$)\S+")
-#: What is an id wherever it stands: a hash, a UUID, or a word with several pieces behind it and a number among them.
+#: What is an id wherever it stands: a hash, a UUID, or a word and behind it three numbers, or a very long one.
 ID = re.compile(
-    r"[0-9a-f]{24,}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|(?=\S*\d)(?P<word>[A-Za-z]+)[A-Za-z\d]*([-_:][A-Za-z\d]+){2,}"
+    r"[0-9a-f]{24,}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|"
+    r"(?P<word>[A-Za-z]+)[A-Za-z\d]*([-_:][A-Za-z]*\d+[A-Za-z]*){3,}|(?P<name>[A-Za-z]+)[A-Za-z\d]*[-_:][-_:\w]*\d{8,}"
 )
 #: What stands for an image or the like in texts that were written for another program.
 MARK = re.compile(r"<\|?(image|img|video|audio)(_pad|[ _-]?\d+)?\|?>", re.IGNORECASE)
@@ -187,11 +190,13 @@ def _file_names(column: Column) -> Iterator[str]:
     said = (
         f"{column.origin}: {_most(names, column.items)} name files, such as {names[0]!r:.100}, and are read as texts."
     )
-    if folder is None or not isinstance(column.expression, str):
+    path = column.expression
+    if folder is None or isinstance(path, dict):
         yield f"{said} To have the files read, give the names under the key {kind!r} instead of 'text'."
         return
-    path = column.expression
-    cell = {kind: f"{path}[]" if column.is_list and "[]" not in path else path}
+    cell: Any = [{kind: one} for one in path] if isinstance(path, list) else {kind: path}
+    if isinstance(path, str) and column.is_list and "[]" not in path:
+        cell = {kind: f"{path}[]"}
     media = "" if _is_file(folder, names[0]) else _subfolder(folder, names[0])
     others = {"media": str(Path(column.table.media or "", media))} if media and column.table is not None else {}
     yield f"{said} To have the files read, write {column.fix(cell, **others)}."
@@ -217,7 +222,7 @@ def _ids(column: Column) -> Iterator[str]:
     if 2 * len(texts) <= len(column.items) or 2 * sum(map(bool, map(FILE_NAME.fullmatch, texts))) > len(texts):
         return
     # Of ids the first word is the same: of dates such as 3-Mar-2020, it is not.
-    words = Counter(match["word"] for match in map(ID.fullmatch, texts) if match)
+    words = Counter(match["word"] or match["name"] for match in map(ID.fullmatch, texts) if match)
     said = f"{column.origin}: {_most(texts, column.items)}, such as {texts[0]!r:.100},"
     cell = {"ids": column.expression, "table": "documents"}
     lookup: dict[str, Any] = {"path": "FILE", "key": "ID COLUMN", "cell": {"text": "TEXT COLUMN"}}
@@ -243,7 +248,7 @@ def _id_column(column: Column, texts: Sequence[str]) -> str | None:
     assert column.table is not None
     raw = column.table.raw
     tokens = [text for text in texts if TOKEN.fullmatch(text)]
-    names = [name for name in raw.column_names if ID_COLUMN.fullmatch(name) and name != column.expression]
+    names = [name for name in raw.column_names if KEY_COLUMN.fullmatch(name) and name != column.expression]
     if not names or not tokens:
         return None
     numbers, ids = _spread(len(raw), COMPARED), defaultdict[str, set[str]](set)
