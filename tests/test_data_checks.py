@@ -297,22 +297,24 @@ def test_what_one_writes_at_first_is_told(
     assert any(message in problem for problem in problems(Rows(path, **options)))
 
 
-class Clips(Source):
-    """Of a user's own, with names that are no origins."""
+class Slow(Source):
+    """Of a user's own, whose rows only workers should read."""
 
     def __len__(self) -> int:
         return 3
 
     def __getitem__(self, index: int) -> Example:
-        return Example(
-            Item("query", (Part("text", "words"),)), (Item("document", (Part("text", f"clip{index}.mp4"),)),)
-        )
+        raise AssertionError
+
+    def read_queries(self, indices: Sequence[int]) -> list[Item]:
+        return [Item("query", (Part("text", CAPTIONS[index]),)) for index in indices]
 
 
-def test_a_source_of_ones_own_is_looked_at_too() -> None:
-    (problem,) = problems(Clips())
-    assert "clips, column 'positive': 3 of the 3" in problem
-    assert "'video' instead of 'text'" in problem
+def test_of_a_source_of_ones_own_only_queries_are_read(tmp_path: Path) -> None:
+    assert problems(Slow()) == []
+    texts = [*CAPTIONS[:1], *OTHERS[1:]]
+    (problem,) = in_both(Mixture([Slow()]), EvaluationRows(rows(tmp_path / "val.jsonl", texts)).load())
+    assert "(such as 'a caption of the thing that was seen on day 0': row 1 of slow)" in problem
 
 
 # Evaluation sets

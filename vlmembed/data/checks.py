@@ -153,23 +153,19 @@ def _in_source(source: Source) -> Iterator[str]:
     table: Any = source
     while isinstance(table, GroupByQuery):
         table = table.rows
+    if not isinstance(table, Table):
+        return  # Reading it may take long, or end the process, which is better done by a worker.
     columns = defaultdict[str, list[Item]](list)
     for row in _spread(len(source), ROWS):
-        try:
+        with suppress(ValueError):  # Training says what is wrong, or leaves the row out.
             example = source[row]
-        except ValueError:  # Training says what is wrong, or leaves the row out.
-            continue
-        roles = [("query", [example.query]), ("positive", example.positives), ("negative", example.negatives)]
-        for role, items in roles:
-            for item in items:
+            for item in (example.query, *example.documents):
                 match = COLUMN.search(item.origin)
                 # Without images, which may be large.
                 parts = tuple(part if part.kind == "text" else Part(part.kind, "") for part in item.parts)
-                columns[match[1] if match else role].append(replace(item, parts=parts))
-    is_table = isinstance(table, Table)
-    for name, found in columns.items():
-        where = f"{table.path if is_table else source.name}, column {name!r}"
-        yield from _in_texts(Column(where, name, found, table if is_table else None))
+                columns[match[1] if match else item.role].append(replace(item, parts=parts))
+    for name, items in columns.items():
+        yield from _in_texts(Column(f"{table.path}, column {name!r}", name, items, table))
 
 
 def _in_texts(column: Column) -> Iterator[str]:
