@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import yaml
 from building import picture
+from test_cookbook import REPLICAS
+from test_cookbook import table as page_table
 
 from vlmembed.data import EvaluationFolder, EvaluationRows, Lookup, Mixture, RetrievalDataModule, Rows, Source
 from vlmembed.data.checks import DataWarning, in_both, in_evaluation, in_rows
@@ -205,6 +207,67 @@ def test_numbers_are_told_only_where_they_are_long_and_the_ids_of_a_column(tmp_p
 def test_rows_that_cannot_be_read_are_left_to_training(tmp_path: Path) -> None:
     rows = [{"query": text, "positive": {"image": "gone.png"}} for text in CAPTIONS]
     assert problems(Rows(write(tmp_path / "train.jsonl", rows))) == []
+
+
+@pytest.mark.parametrize("name", REPLICAS)
+def test_nothing_is_said_of_what_the_cookbook_writes(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    REPLICAS[name]()
+    written = page_table("training sets")[name]
+    tables = {key: Lookup(**lookup) for key, lookup in written.pop("tables", {}).items()}
+    rows = Rows(**written, tables=tables)
+    try:
+        len(rows)
+    except ValueError as error:
+        pytest.skip(f"tables do not open it yet: {error}")
+    assert problems(rows) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "message", "options"),
+    [
+        ("MSR-VTT", "name files", {"cells": {"query": "caption", "positive": "video"}, "each": "caption"}),
+        (
+            "llamaindex/vdr-multilingual-train",
+            "ids of the column 'id'",
+            {"subset": "de", "columns": {"image": "positive", "id": None, "language": None}},
+        ),
+        (
+            "TIGER-Lab/MMEB-train",
+            "have a mark",
+            {
+                "subset": "OK-VQA",
+                "split": "original",
+                "cells": {"query": "qry", "positive": {"text": "pos_text", "image": "pos_image_path"}},
+                "media": "images",
+            },
+        ),
+        (
+            "M-BEIR",
+            "ids by the name of their column",
+            {"cells": {"query": {"text": "query_txt", "image": "query_img_path"}, "positive": "pos_cand_list"}},
+        ),
+        (
+            "Tevatron, ids into a corpus",
+            "ids by the name of their column",
+            {"cells": {"query": "query_text", "positive": "positive_document_ids"}},
+        ),
+        (
+            "ms-swift",
+            "have a mark",
+            {"cells": {"query": "messages[0].content", "positive": "positive_messages[0][0].content"}},
+        ),
+    ],
+)
+def test_what_one_writes_at_first_is_told(
+    name: str, message: str, options: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    REPLICAS[name]()
+    path = page_table("training sets")[name]["path"]
+    assert any(message in problem for problem in problems(Rows(path, **options)))
 
 
 class Clips(Source):

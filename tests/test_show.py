@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import re
@@ -17,6 +18,7 @@ import yaml
 from building import picture, run_config
 from PIL import Image
 from test_ablation_browser import browser, opened  # noqa: F401
+from test_cookbook import REPLICAS, table
 from transformers import AutoProcessor
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
@@ -299,6 +301,14 @@ def test_it_is_listed_and_explained(capsys: Any) -> None:
 
 # In a browser
 
+THREE = ("tomaarsen/llamaindex-vdr-en-train-preprocessed", "TIGER-Lab/MMEB-train", "ms-swift")
+
+
+def replica(name: str) -> Rows:
+    """Make a replica of a data set, in the working directory, and read it as the cookbook says."""
+    REPLICAS[name]()
+    return Rows(**table("training sets")[name])
+
 
 @pytest.fixture(scope="module")
 def folder(bare: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -309,8 +319,8 @@ def folder(bare: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     images = [{"bytes": (folder / f"{number}.png").read_bytes(), "path": None} for number in range(3)]
     texts = [HOSTILE, "{{ 7 * 7 }}{% raw %}", "long" * 400]
     features = datasets.Features({"query": datasets.Value("string"), "positive": datasets.Image()})
-    table = datasets.Dataset.from_dict({"query": texts, "positive": images}, features=features)
-    table.to_parquet(folder / "table.parquet")
+    rows = datasets.Dataset.from_dict({"query": texts, "positive": images}, features=features)
+    rows.to_parquet(folder / "table.parquet")
     name = '"><script>console.log(2)</script>'
     write(folder / "pages" / "corpus.jsonl", {"id": name, "image": "../1.png", "text": HOSTILE})
     write(folder / "pages" / "queries.jsonl", {"id": name, "text": HOSTILE})
@@ -319,9 +329,11 @@ def folder(bare: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(folder / "bad.jsonl", {"query": "x", "positive": {"video": [["0.png", "1.png"]]}}, bad)
     evaluation = EvaluationFolder(str(folder / "pages"), HOSTILE, [str(folder)])
     model = embedder(bare, query_instruction=HOSTILE)
-    data = RetrievalDataModule(train=[str(folder / "table.parquet"), str(folder / "bad.jsonl")], val=evaluation)
-    with pytest.raises(ValueError, match="row 2"):
-        show(model, data, 3, folder / "report.html")
+    with contextlib.chdir(folder):
+        replicas: list[Any] = [replica(name) for name in THREE]
+        data = RetrievalDataModule(train=["table.parquet", "bad.jsonl", *replicas], val=evaluation)
+        with pytest.raises(ValueError, match="row 2"):
+            show(model, data, 3, folder / "report.html")
     return folder
 
 
@@ -337,7 +349,10 @@ def test_the_page_fits_the_screen(opened: Any, width: int, scheme: str) -> None:
         )
         assert (text < ground) == (scheme == "light")
     widths = page.locator("img").evaluate_all("images => images.map(image => [image.naturalWidth, image.width])")
-    assert len(widths) == 3 + 2 + 1
+    of_replicas = (
+        3 * 5 + 2 + 4 + 3
+    )  # Pages and four negatives each; two images; of marks, and in the second query none.
+    assert len(widths) == 3 + 2 + 1 + of_replicas
     assert all(0 < natural <= PIXELS and shown <= width for natural, shown in widths)
 
 
