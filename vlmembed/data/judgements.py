@@ -1,0 +1,315 @@
+"""Ids, contents and judgements of evaluation sets, as tables, lines of text and TREC runs have them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+from vlmembed.data.cells import KINDS, Folder, to_items
+from vlmembed.data.rows import FIRST, Table
+from vlmembed.data.tables import JSONLines, text_lines
+from vlmembed.types import EvaluationSet, Item, Role
+
+Qrels = dict[str, dict[str, int]]
+Row = Mapping[str, Any]
+
+#: What a cell of a table of tabs can say; not a byte order mark at its beginning, nor half of a surrogate pair.
+IDS = re.compile(r"(?!\ufeff)[^\t\r\n\ud800-\udfff]+")
+
+#: Sums of grades up to this are exact.
+MOST_GRADE = 2**31
+
+#: Names of columns, in lower case, with hyphens; the first of them that a table has is taken.
+QUERY_IDS = "query-id", "qid"
+DOCUMENT_IDS = "corpus-id", "docid", "did", "doc-id", "document-id"
+GRADES = "score", "grade", "relevance", "label"
+ITEM_IDS: dict[Role, tuple[str, ...]] = {
+    "query": ("query-id", "id", "qid"),
+    "document": ("corpus-id", "id", "docid", "did"),
+}
+
+#: Rows that are in memory together; images may be in them.
+BLOCK = 64
+
+#: By the number of cells in a line of judgements without a header: where query, document and grade are.
+LAYOUTS: dict[int, tuple[int, ...]] = {3: (0, 1, 2), 4: (0, 2, 3), 5: (0, 2, 3)}
+
+EXPECTED = "expected query-id, corpus-id, integer grade"
+
+
+class Lines(JSONLines):
+    """A JSONL file as a table whose rows need not have the same keys."""
+
+    def __init__(self, path: Path, folder: Folder) -> None:
+        super().__init__(path)
+        self.folder = folder
+
+    @cached_property
+    def column_names(self) -> list[str]:
+        """The keys of the first rows."""
+        rows = self.__getitems__(range(min(len(self), FIRST)))
+        return [*dict.fromkeys(key for row in rows for key in row)]
+
+    def read(self, indices: Sequence[int], names: Collection[str] | None = None) -> list[dict[str, Any]]:
+        """See `Table.read`; all keys come along."""
+        return self.__getitems__(indices)
+
+    def origins(self, indices: Sequence[int]) -> list[str]:
+        """See `Table.origins`."""
+        return [f"{self.path}, row {index + 1}" for index in indices]
+
+
+class LazyItems(Sequence[Item]):
+    """Items, of which those with images in them are read when asked for, so that they are not all in memory."""
+
+    def __init__(self, entries: Sequence[Item | Callable[[], Item]]) -> None:
+        self.entries = [*entries]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return LazyItems(self.entries[index])
+        entry = self.entries[index]
+        return entry if isinstance(entry, Item) else entry()
+
+    def __add__(self, other: Sequence[Item]) -> LazyItems:
+        return LazyItems([*self.entries, *(other.entries if isinstance(other, LazyItems) else other)])
+
+
+@dataclass
+class Contents:
+    """The queries, or the corpus, of an evaluation set."""
+
+    origin: str
+    names: list[str]
+    items: LazyItems
+    more: list[Row]  # What else was asked for of each.
+    groups: list[str]  # What subset each is of, if that was asked for.
+
+    def select(self, names: Collection[str]) -> Contents:
+        """Return those of some names."""
+        rows = [row for row, name in enumerate(self.names) if name in names]
+        items = LazyItems([self.items.entries[row] for row in rows])
+        groups = [self.groups[row] for row in rows] if self.groups else []
+        return Contents(self.origin, [self.names[row] for row in rows], items, [self.more[row] for row in rows], groups)
+
+
+def read_contents(
+    table: Table | Lines, role: Role, more: Collection[str] = (), group_by: str | None = None
+) -> Contents:
+    """Read ids and contents of all rows, and check them; a ``ValueError`` names row and value.
+
+    Columns other than the id, ``title``, ``text``, ``image``, ``video``, or ``query`` (``document`` in a corpus), and
+    those that are asked for, are not read.
+    """
+    known = {role, "title", *KINDS, *more, group_by}
+    wanted = [name for name in table.column_names if name in known or _spelling(name) in ITEM_IDS[role]]
+    contents = Contents(str(table.path), [], LazyItems([]), [], [])
+    numbers: dict[str, int] = {}
+    for index, row, origin in _scan(table, wanted):
+        name = _item_id(row, role, origin)
+        if numbers.setdefault(name, index) != index:
+            first = table.origins([numbers[name]])[0]
+            raise ValueError(f"{origin}: id {name!r} is given twice; first at {first}.")
+        item = _item(row, role, f"{origin} (id {name!r})", table.folder)
+        in_memory = any(not isinstance(frame, Path) for part in item.parts for frame in part.frames)
+        contents.names.append(name)
+        contents.items.entries.append(partial(_read_item, table, index, wanted, role) if in_memory else item)
+        contents.more.append({key: row.get(key) for key in more if key in table.column_names})
+        if group_by is not None:
+            contents.groups.append(_group(row.get(group_by), f"{origin}, column {group_by!r}"))
+    return contents
+
+
+def _group(value: Any, origin: str) -> str:
+    if not isinstance(value, str | int) or not str(value).strip():
+        raise ValueError(
+            f"{origin}: queries are grouped by a string or a whole number, got {type(value).__name__} {value!r:.100}."
+        )
+    return str(value).strip()
+
+
+def _scan(table: Table | Lines, names: Collection[str]) -> Iterator[tuple[int, Row, str]]:
+    """Go through a table: index, row and origin."""
+    for start in range(0, len(table), BLOCK):
+        indices = range(start, min(start + BLOCK, len(table)))
+        yield from zip(indices, table.read(indices, names), table.origins(indices), strict=True)
+
+
+def _item_id(row: Row, role: Role, origin: str) -> str:
+    key = _column(row, ITEM_IDS[role], origin)
+    if key is None:
+        raise ValueError(f"{origin}: expected one 'id' (or {', '.join(ITEM_IDS[role])}); there are {', '.join(row)}.")
+    return to_id(row[key], f"{origin}, column {key!r}")
+
+
+def to_id(value: Any, origin: str) -> str:
+    """Return an id as text."""
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        raise ValueError(f"{origin}: an id is a string or a whole number, got {type(value).__name__} {value!r:.100}.")
+    name = str(value)
+    if not IDS.fullmatch(name) or name != name.strip():
+        raise ValueError(
+            f"{origin}: id {name!r} cannot stand in qrels.tsv: it is empty, begins or ends with white space, or has a "
+            "tab, a line end or what is no character in it. Replace it wherever it is."
+        )
+    return name
+
+
+def _item(row: Row, role: Role, origin: str, folder: Folder) -> Item:
+    return to_items([(_cell(row, role, origin), role, origin)], folder)[0]
+
+
+def _read_item(table: Table | Lines, index: int, names: Collection[str], role: Role) -> Item:
+    """Read one row's item again."""
+    (row,), (origin,) = table.read([index], names), table.origins([index])
+    return _item(row, role, f"{origin} (id {_item_id(row, role, origin)!r})", table.folder)
+
+
+def _cell(row: Row, role: Role, origin: str) -> Any:
+    """Return what a row's item is made of: the cell ``query`` or ``document``, or any of text, image and video."""
+    parts = {kind: value for kind, value in row.items() if kind in KINDS}
+    if row.get(role) is not None:
+        if any(parts.values()) or row.get("title"):
+            others = ", ".join(key for key in row if key in KINDS or key == "title")
+            raise ValueError(f"{origin}: {role!r} says all of it, and there is {others} besides; choose with cells.")
+        return row[role]
+    if not parts and not row.get("title"):
+        raise ValueError(f"{origin}: it has none of {role}, {', '.join(KINDS)}; there are {', '.join(row)}.")
+    # An empty text beside an image is none; alone, it is refused.
+    parts = {kind: value for kind, value in parts.items() if value != ""} or parts
+    if title := row.get("title"):
+        body = parts.get("text") or ""
+        if not isinstance(title, str) or not isinstance(body, str):
+            raise ValueError(
+                f"{origin}: 'title' and 'text' are strings where both are given; got {title!r:.100}, {body!r:.100}."
+            )
+        parts["text"] = f"{title} {body}".strip()
+    return parts
+
+
+@lru_cache(maxsize=1024)
+def _spelling(name: str) -> str:
+    return name.lower().replace("_", "-").strip("-")
+
+
+def _column(names: Iterable[str], spellings: Sequence[str], origin: str) -> str | None:
+    """Return the column that is spelled like the first possible of some names; None if there is none."""
+    for spelling in spellings:
+        columns = [name for name in names if _spelling(name) == spelling]
+        if len(columns) > 1:
+            raise ValueError(f"{origin}: expected one {spelling!r}; there are {' and '.join(columns)}.")
+        if columns:
+            return columns[0]
+    return None
+
+
+def read_judgements(table: Table | Lines) -> Qrels:
+    """Read a table of query id, corpus id and grade, which is 1 where there is no such column."""
+    names, origin = table.column_names, str(table.path)
+    query, document = (_column(names, spellings, origin) for spellings in (QUERY_IDS, DOCUMENT_IDS))
+    if query is None or document is None:
+        missing, spellings = ("query", QUERY_IDS) if query is None else ("corpus", DOCUMENT_IDS)
+        raise ValueError(
+            f"{origin}: judgements have no column of the {missing} id ({', '.join(spellings)}); there are "
+            f"{', '.join(names)}. Name it with columns: {{…: {missing}-id}}."
+        )
+    grade = _column(names, GRADES, origin)
+    qrels: Qrels = {}
+    for _, row, place in _scan(table, [name for name in (query, document, grade) if name is not None]):
+        ids = [to_id(row.get(key), f"{place}, column {key!r}") for key in (query, document)]
+        add_judgement(qrels, ids[0], ids[1], 1 if grade is None else row.get(grade), place)
+    return qrels
+
+
+def add_judgement(qrels: Qrels, query: str, document: str, grade: Any, origin: str) -> None:
+    """Add one judgement; a ``ValueError`` if the grade is no whole number, or contradicts an earlier one."""
+    number = _number(grade)
+    if not number.is_integer() or abs(number) > MOST_GRADE:
+        raise ValueError(f"{origin}: {EXPECTED}; got {query!r}, {document!r}, {grade!r:.100}.")
+    if qrels.setdefault(query, {}).setdefault(document, int(number)) != number:
+        raise ValueError(f"{origin}: {query!r} and {document!r} had another grade before: {grade!r}.")
+
+
+def read_qrels(path: Path) -> Qrels:
+    """Read lines of judgements, separated by tabs or else by white space.
+
+    They are query id, corpus id and grade; or query id, 0, corpus id and grade, as TREC has it, and perhaps one more,
+    as M-BEIR has it; or what a header says.
+    """
+    qrels: Qrels = {}
+    width, layout = 0, None
+    for number, line in _text_lines(path, "query-id, corpus-id and grade, separated by tabs"):
+        if not width:
+            separator = "\t" if "\t" in line else None
+        cells = [cell.strip() for cell in line.split(separator)]
+        if not width:
+            width, layout = len(cells), _header(cells, separator, str(path))
+            if layout is not None:
+                continue
+            layout = LAYOUTS.get(width)
+        is_trec = layout == LAYOUTS[4]
+        if layout is None or len(cells) != width or (is_trec and cells[1].lower() not in ("0", "q0")):
+            raise ValueError(f"{path}, row {number}: {EXPECTED}; got {line!r:.200}.")
+        grade = cells[layout[2]] if layout[2] >= 0 else 1
+        add_judgement(qrels, cells[layout[0]], cells[layout[1]], grade, f"{path}, row {number}")
+    if not qrels:
+        raise ValueError(f"{path}: the file has no rows.")
+    return qrels
+
+
+def _header(cells: Sequence[str], separator: str | None, origin: str) -> tuple[int, ...] | None:
+    """Return where query, document and grade are (-1 for none), if the first line is a header."""
+    columns = [_column(cells, spellings, origin) for spellings in (QUERY_IDS, DOCUMENT_IDS, GRADES)]
+    if None not in columns[:2]:
+        return tuple(-1 if column is None else cells.index(column) for column in columns)
+    return LAYOUTS[3] if separator and len(cells) == 3 and math.isnan(_number(cells[2])) else None
+
+
+def read_run(path: Path, evaluation: EvaluationSet) -> dict[str, dict[str, float]]:
+    """Read a TREC run of an evaluation set: query name → document name → score."""
+    queries, documents = {*evaluation.query_names}, {*evaluation.document_names}
+    run: dict[str, dict[str, float]] = {}
+    for number, line in _text_lines(path, "lines 'query Q0 document rank score tag', a TREC run"):
+        cells, origin = line.split(), f"{path}, row {number}"
+        if len(cells) != 6:
+            raise ValueError(f"{origin}: expected 'query Q0 document rank score tag', got {line.strip()!r:.200}.")
+        query, document, score = cells[0], cells[2], _number(cells[4])
+        if not math.isfinite(score):
+            raise ValueError(f"{origin}: score {cells[4]!r} is not a finite number.")
+        if query not in queries:
+            raise ValueError(
+                f"{origin}: query {query!r} is none of the {len(queries)} judged queries of {evaluation.name!r}; "
+                "remove its lines, or give the evaluation set that the run was made on."
+            )
+        if document not in documents:
+            raise ValueError(f"{origin}: document {document!r} is not in the corpus of {evaluation.name!r}.")
+        if document in run.setdefault(query, {}):
+            raise ValueError(f"{origin}: query {query!r} has document {document!r} twice.")
+        run[query][document] = score
+    if not run:
+        raise ValueError(f"{path}: the file has no rows.")
+    return run
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
+def _text_lines(path: Path, content: str) -> Iterator[tuple[int, str]]:
+    """Yield number and text of the lines that are not blank."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; it holds {content}.")
+    for number, line in enumerate(text_lines(path), start=1):
+        if line.strip():
+            yield number, line.rstrip("\r\n")
