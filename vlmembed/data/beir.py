@@ -79,17 +79,21 @@ Places = dict[str, Place]
 
 
 def find_sets(path: str, revision: str | None = None) -> dict[str, Places]:
-    """Return the evaluation sets of a folder or Hub id by their subset, which is empty where there is only one.
+    """Return the evaluation sets of a folder or Hub id by their subset, which is empty for the one without.
 
     Nothing where the path is no evaluation set. Of a folder, its own files count before what its page names.
     """
     folder = Path(path)
-    if folder.is_dir() and (places := _on_disk(folder)):
-        return {"": places}
+    own = _on_disk(folder) if folder.is_dir() else None
     try:
-        return _configured(path, revision)
+        sets = _configured(path, revision)
     except Exception as error:  # Of many kinds: a page may be anything, and an id no id.
-        raise ValueError(f"{path}: what its page says of configurations cannot be read: {error}") from error
+        if own is None:
+            raise ValueError(f"{path}: what its page says of configurations cannot be read: {error}") from error
+        sets = {}
+    if own is not None and (not sets or Path(own["qrels"].path).exists()):
+        sets[""] = own
+    return sets
 
 
 def _on_disk(folder: Path) -> Places | None:

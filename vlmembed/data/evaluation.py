@@ -19,6 +19,8 @@ from vlmembed.data.judgements import (
     LazyItems,
     Lines,
     Qrels,
+    is_lines,
+    origin_of,
     read_contents,
     read_judgements,
     read_qrels,
@@ -27,6 +29,7 @@ from vlmembed.data.judgements import (
 )
 from vlmembed.data.rows import Rows, Table
 from vlmembed.data.sources import Source
+from vlmembed.data.tables import configurations
 from vlmembed.types import EvaluationSet, Item, RerankingSet
 
 #: Suffixes of files: a path with one of these, if there is none, is no Hub id.
@@ -85,18 +88,19 @@ class EvaluationTables(EvaluationSource):
         """See `EvaluationSource.load`."""
         table = _as_rows(self.queries)
         queries = _queries(table, self.group_by, [POSITIVES, CANDIDATES])
+        corpus = read_contents(_as_rows(self.corpus), "document")
         has_positives = POSITIVES in table.column_names
         if has_positives == (self.qrels is not None):
-            what = (
-                "twice, in qrels and in a column 'positives'" if has_positives else "neither in qrels nor in a column"
-            )
-            raise ValueError(f"{table.path}: the judgements are {what} of the queries.")
-        qrels, origin = _positives(queries) if self.qrels is None else _read(self.qrels)
+            what = "both in qrels and" if has_positives else "neither in qrels nor"
+            raise ValueError(f"{queries.origin}: judgements are {what} in a column {POSITIVES!r} of the queries.")
+        qrels, origin = _positives(queries, corpus) if self.qrels is None else _read(self.qrels)
         if isinstance(table, Table) and table.where:  # Judgements of the queries that are left out are none of ours.
             names = {*queries.names}
             qrels = {query: judged for query, judged in qrels.items() if query in names}
-        corpus = read_contents(_as_rows(self.corpus), "document")
-        return _judged(self.name or Path(table.path).stem, queries, corpus, qrels, origin)
+        evaluation = _judged(self.name or Path(table.path).stem, queries, corpus, qrels, origin)
+        if CANDIDATES not in table.column_names:
+            return evaluation
+        return replace(evaluation, candidates=_candidates(queries.select(qrels), corpus))
 
 
 @dataclass(eq=False)
@@ -136,9 +140,11 @@ class EvaluationFolder(EvaluationSource):
         """Load the split that was asked for, or the usual one, or the only one that there is."""
         sets = find_sets(self.path, self.revision)
         if not sets:
+            known = ", ".join(configurations(self.path, self.revision))
             raise ValueError(
                 f"{self.path}: no evaluation set. A folder has corpus.jsonl, queries.jsonl and qrels.tsv, or folders "
-                "corpus, queries and qrels; a Hub id configurations of these names."
+                "corpus, queries and qrels; a Hub id configurations of these names"
+                + (f", and this one has {known}." if known else ".")
             )
         if self.subset is not None and self.subset not in sets:
             known = ", ".join(filter(None, sets)) or "none, but is a single set"
@@ -345,7 +351,7 @@ def _as_rows(value: str | Table) -> Table | Lines:
     """Return a table; of a JSONL file that is read as it is, one whose rows need not have the same keys."""
     table = Table(value) if isinstance(value, str) else value
     is_mapped = table.cells is not None or table.columns or table.where or table.each
-    if not is_mapped and Path(table.path).suffix.lower() in (".jsonl", ".ndjson"):
+    if not is_mapped and is_lines(table.path):
         return Lines(Path(table.path), table.folder)
     return table
 
@@ -355,48 +361,67 @@ def _read(value: str | Table | Lines) -> tuple[Qrels, str]:
     if isinstance(value, str) and Path(value).suffix in LINES:
         return read_qrels(Path(value)), value
     table = value if isinstance(value, Lines) else _as_rows(value)
-    return read_judgements(table), str(table.path)
+    return read_judgements(table), origin_of(table)
 
 
 def _queries(table: Table | Lines, group_by: str | None, more: Sequence[str] = ()) -> Contents:
     if group_by is not None and group_by not in table.column_names:
         known = table.column_names
         raise ValueError(
-            f"{table.path}: no column {group_by!r} to group queries by{nearest(group_by, known)}; it has "
+            f"{origin_of(table)}: no column {group_by!r} to group queries by{nearest(group_by, known)}; it has "
             f"{', '.join(known)}."
         )
     return read_contents(table, "query", more, group_by)
 
 
-def _positives(queries: Contents) -> tuple[Qrels, str]:
-    """Return the judgements that a column of the queries is; one without any is left out."""
-    origin = f"{queries.origin}, column {POSITIVES!r}"
-    listed = {
-        name: dict.fromkeys(_ids(queries, name, row[POSITIVES], POSITIVES), 1)
-        for name, row in zip(queries.names, queries.more, strict=True)
-    }
-    return {query: judged for query, judged in listed.items() if judged}, origin
+def _positives(queries: Contents, corpus: Contents) -> tuple[Qrels, str]:
+    """Return the judgements that a column of the queries is; a query without any has none."""
+    listed = _listed(queries, corpus, POSITIVES)
+    qrels = {query: dict.fromkeys(names, 1) for query, names in listed.items() if names}
+    return qrels, f"{queries.origin}, column {POSITIVES!r}"
 
 
-def _ids(queries: Contents, query: str, value: Any, column: str) -> list[str]:
-    """Return the ids in a cell of the queries."""
-    values = value if isinstance(value, list) else [] if value is None or value == "" else [value]
-    return [to_id(single, f"{queries.origin}, query {query!r}, column {column!r}") for single in values]
+def _candidates(queries: Contents, corpus: Contents) -> list[list[int]]:
+    """Return the columns of each query's candidates."""
+    columns = {document: column for column, document in enumerate(corpus.names)}
+    listed = _listed(queries, corpus, CANDIDATES)
+    for query, names in listed.items():
+        origin = f"{queries.origin}, query {query!r}, column {CANDIDATES!r}"
+        if not names:
+            raise ValueError(f"{origin}: the query has no candidates; give it some, or leave it out by where.")
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"{origin}: {twice!r} is there twice.")
+    return [[columns[name] for name in names] for names in listed.values()]
+
+
+def _listed(queries: Contents, corpus: Contents, column: str) -> dict[str, list[str]]:
+    """Return the ids of documents in a column of the queries, by query."""
+    known, listed = {*corpus.names}, {}
+    for query, row in zip(queries.names, queries.more, strict=True):
+        value, origin = row[column], f"{queries.origin}, query {query!r}, column {column!r}"
+        values = value if isinstance(value, list) else [] if value is None or value == "" else [value]
+        listed[query] = [to_id(single, origin) for single in values]
+        for name in listed[query]:
+            if name not in known:
+                raise ValueError(f"{origin}: the id {name!r} is not in {corpus.origin}{_nearest(name, corpus.names)}.")
+    return listed
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    return nearest(name, names[:NAMES])
 
 
 def _judged(name: str, queries: Contents, corpus: Contents, qrels: Qrels, origin: str) -> EvaluationSet:
     """Put an evaluation set together."""
     if unknown := qrels.keys() - {*queries.names}:
         query = min(unknown)
-        raise ValueError(
-            f"{origin}: query {query!r} is not in {queries.origin}{nearest(query, queries.names[:10000])}."
-        )
+        raise ValueError(f"{origin}: query {query!r} is not in {queries.origin}{_nearest(query, queries.names)}.")
     queries = queries.select(qrels)
     if not queries.names:
         raise ValueError(f"{origin}: no query is judged.")
-    columns = {document: column for column, document in enumerate(corpus.names)}
     judged = {document for documents in qrels.values() for document in documents}
-    if missing := judged - columns.keys():
+    if missing := judged - {*corpus.names}:
         some = f"(such as {min(missing)!r})"
         if len(missing) == len(judged):
             raise ValueError(
@@ -408,27 +433,8 @@ def _judged(name: str, queries: Contents, corpus: Contents, qrels: Qrels, origin
             "nothing can find.",
             stacklevel=4,
         )
-    candidates = None
-    if any(CANDIDATES in row for row in queries.more):
-        pairs = zip(queries.names, queries.more, strict=True)
-        candidates = [_candidates(queries, query, row[CANDIDATES], columns) for query, row in pairs]
     groups = queries.groups or None
-    return EvaluationSet(name, queries.items, corpus.items, queries.names, corpus.names, qrels, candidates, groups)
-
-
-def _candidates(queries: Contents, query: str, value: Any, columns: Mapping[str, int]) -> list[int]:
-    """Return the columns of a query's candidates."""
-    origin = f"{queries.origin}, query {query!r}, column {CANDIDATES!r}"
-    names = _ids(queries, query, value, CANDIDATES)
-    if not names:
-        raise ValueError(f"{origin}: the query has no candidates ({value!r}); give it some, or leave it out by where.")
-    for name in names:
-        if name not in columns:
-            raise ValueError(f"{origin}: the id {name!r} is not in the corpus{nearest(name, [*columns][:NAMES])}.")
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{origin}: {twice!r} is there twice.")
-    return [columns[name] for name in names]
+    return EvaluationSet(name, queries.items, corpus.items, queries.names, corpus.names, qrels, subsets=groups)
 
 
 def _joined(name: str, sets: Mapping[str, EvaluationSet]) -> EvaluationSet:

@@ -64,6 +64,11 @@ class Lines(JSONLines):
         return [f"{self.path}, row {index + 1}" for index in indices]
 
 
+def is_lines(path: str) -> bool:
+    """Tell a JSONL file, each of whose rows has keys of its own."""
+    return Path(path).suffix.lower() in (".jsonl", ".ndjson")
+
+
 class LazyItems(Sequence[Item]):
     """Items, of which those with images in them are read when asked for, so that they are not all in memory."""
 
@@ -111,7 +116,7 @@ def read_contents(
     """
     known = {role, "title", *KINDS, *more, group_by}
     wanted = [name for name in table.column_names if name in known or _spelling(name) in ITEM_IDS[role]]
-    contents = Contents(str(table.path), [], LazyItems([]), [], [])
+    contents = Contents(origin_of(table), [], LazyItems([]), [], [])
     numbers: dict[str, int] = {}
     for index, row, origin in _scan(table, wanted):
         name = _item_id(row, role, origin)
@@ -136,11 +141,19 @@ def _group(value: Any, origin: str) -> str:
     return str(value).strip()
 
 
-def _scan(table: Table | Lines, names: Collection[str]) -> Iterator[tuple[int, Row, str]]:
+def _scan(table: Table | Lines, names: Collection[str] | None) -> Iterator[tuple[int, Row, str]]:
     """Go through a table: index, row and origin."""
+    if isinstance(table, Table) and table.cells is None and is_lines(table.path):
+        names = None  # All of them, so that a row with other keys than the first is refused.
     for start in range(0, len(table), BLOCK):
         indices = range(start, min(start + BLOCK, len(table)))
         yield from zip(indices, table.read(indices, names), table.origins(indices), strict=True)
+
+
+def origin_of(table: Table | Lines) -> str:
+    """Say where a table is, for messages."""
+    subset = table.subset if isinstance(table, Table) else None
+    return f"{table.path}, {subset}" if subset else str(table.path)
 
 
 def _item_id(row: Row, role: Role, origin: str) -> str:
@@ -213,7 +226,7 @@ def _column(names: Iterable[str], spellings: Sequence[str], origin: str) -> str 
 
 def read_judgements(table: Table | Lines) -> Qrels:
     """Read a table of query id, corpus id and grade, which is 1 where there is no such column."""
-    names, origin = table.column_names, str(table.path)
+    names, origin = table.column_names, origin_of(table)
     query, document = (_column(names, spellings, origin) for spellings in (QUERY_IDS, DOCUMENT_IDS))
     if query is None or document is None:
         missing, spellings = ("query", QUERY_IDS) if query is None else ("corpus", DOCUMENT_IDS)
