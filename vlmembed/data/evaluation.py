@@ -16,9 +16,12 @@ from vlmembed.data.cells import Folder
 from vlmembed.data.columns import nearest
 from vlmembed.data.judgements import (
     Contents,
+    Documents,
+    Entry,
     LazyItems,
     Lines,
     Qrels,
+    as_items,
     is_lines,
     origin_of,
     read_contents,
@@ -27,6 +30,7 @@ from vlmembed.data.judgements import (
     read_run,
     to_id,
 )
+from vlmembed.data.pages import Pages
 from vlmembed.data.rows import Rows, Table
 from vlmembed.data.sources import Source
 from vlmembed.data.tables import configurations
@@ -65,10 +69,10 @@ class EvaluationTables(EvaluationSource):
     The columns of a corpus are an id (``id``, ``_id``, ``corpus-id``, ``corpus_id``, ``did``, ``docid``) and
     ``document``, or any of ``title``, ``text``, ``image``, ``video``; those of queries an id (also ``query-id``,
     ``qid``) and ``query``, or the same others. Name them with ``columns`` or ``cells``; others are not read. Queries
-    without judgements are left out.
+    without judgements are left out. ``instruction`` is what the model is told to do with an item.
 
     Args:
-        corpus: The documents: a ``vlmembed.data.Table``, or the path of a file.
+        corpus: The documents: a ``vlmembed.data.Table``, the path of a file, or ``vlmembed.data.Pages``.
         queries: The queries. A column ``candidates`` has ids of documents: the query is ranked against them alone.
         qrels: Query id, corpus id and grade, which is 1 where there is no such column; or a ``.tsv``, ``.txt``,
             ``.trec`` or ``.qrels`` file of such lines, also as TREC has them (``query 0 document grade``). Null where
@@ -76,19 +80,24 @@ class EvaluationTables(EvaluationSource):
         name: What metrics call it; the name of the queries' file if null.
         group_by: A column of the queries, such as ``language``: metrics are the mean over its values, and those of each
             value by itself, ``english/ndcg@10``.
+        query_instruction: What the model is told to do with queries that have no ``instruction``; empty for nothing,
+            null for the backbone's.
+        document_instruction: The same for documents.
     """
 
-    corpus: str | Table
+    corpus: str | Table | Pages
     queries: str | Table
     qrels: str | Table | None = None
     name: str | None = None
     group_by: str | None = None
+    query_instruction: str | None = None
+    document_instruction: str | None = None
 
     def load(self) -> EvaluationSet:
         """See `EvaluationSource.load`."""
         table = _as_rows(self.queries)
-        queries = _queries(table, self.group_by, [POSITIVES, CANDIDATES])
-        corpus = read_contents(_as_rows(self.corpus), "document")
+        queries = _queries(table, self.query_instruction, self.group_by, [POSITIVES, CANDIDATES])
+        corpus = read_contents(_as_rows(self.corpus), "document", self.document_instruction)
         has_positives = POSITIVES in table.column_names
         if has_positives == (self.qrels is not None):
             what = "both in qrels and" if has_positives else "neither in qrels nor"
@@ -122,6 +131,9 @@ class EvaluationFolder(EvaluationSource):
         subset: Which subset; null for all.
         revision: The Hub revision: a branch, tag or commit.
         group_by: A column of the queries, such as ``language``, whose values are subsets.
+        query_instruction: What the model is told to do with queries that have no ``instruction``; empty for nothing,
+            null for the backbone's.
+        document_instruction: The same for documents.
     """
 
     path: str
@@ -131,6 +143,8 @@ class EvaluationFolder(EvaluationSource):
     subset: str | None = None
     revision: str | None = None
     group_by: str | None = None
+    query_instruction: str | None = None
+    document_instruction: str | None = None
 
     def load(self) -> EvaluationSet:
         """See `EvaluationSource.load`."""
@@ -151,13 +165,13 @@ class EvaluationFolder(EvaluationSource):
             raise ValueError(f"{self.path}: no subset {self.subset!r}{nearest(self.subset, sets)}; it has {known}.")
         chosen = self.subset if self.subset is not None else "" if "" in sets else None
         name = self.name or Path(self.path).resolve().name
-        corpora: dict[Place, Contents] = {}
         if chosen is not None:
-            return self._load(name, sets[chosen], usual_split, corpora)
+            return self._load(name, sets[chosen], usual_split, {})
         if self.group_by is not None:
             raise ValueError(f"{self.path}: it has subsets {', '.join(sets)}; choose one, or drop group_by.")
+        corpora: dict[Place, Contents] = {}
         loaded = {subset: self._load(subset, places, usual_split, corpora) for subset, places in sets.items()}
-        return _joined(name, loaded)
+        return _joined(name, loaded, {subset: corpora[places["corpus"]] for subset, places in sets.items()})
 
     def _load(self, name: str, places: Places, usual_split: str, corpora: dict[Place, Contents]) -> EvaluationSet:
         """Load one set; a corpus that several have is read once."""
@@ -166,15 +180,15 @@ class EvaluationFolder(EvaluationSource):
             place.check(root)
         split = places["qrels"].choose(root, self.split or usual_split, self.split is not None)
 
-        def rows(role: str) -> Table | Lines:
+        def rows(role: str) -> Documents:
             own = places[role].choose(root, split, is_exact=False)
             return places[role].open(own, root, self.revision, self.allow_outside)
 
         lines = places["qrels"].file_of(split)
         qrels, origin = _read(str(lines) if lines else rows("qrels"))
-        queries = _queries(rows("queries"), self.group_by)
+        queries = _queries(rows("queries"), self.query_instruction, self.group_by)
         if places["corpus"] not in corpora:
-            corpora[places["corpus"]] = read_contents(rows("corpus"), "document")
+            corpora[places["corpus"]] = read_contents(rows("corpus"), "document", self.document_instruction)
         return _judged(name, queries, corpora[places["corpus"]], qrels, origin)
 
 
@@ -347,16 +361,15 @@ def _is_evaluation_folder(path: str) -> bool:
         return False
 
 
-def _as_rows(value: str | Table) -> Table | Lines:
+def _as_rows(value: str | Table | Pages) -> Documents:
     """Return a table; of a JSONL file that is read as it is, one whose rows need not have the same keys."""
     table = Table(value) if isinstance(value, str) else value
-    is_mapped = table.cells is not None or table.columns or table.where or table.each
-    if not is_mapped and is_lines(table.path):
-        return Lines(Path(table.path), table.folder)
-    return table
+    if isinstance(table, Pages) or table.cells is not None or table.columns or table.where or table.each:
+        return table
+    return Lines(Path(table.path), table.folder) if is_lines(table.path) else table
 
 
-def _read(value: str | Table | Lines) -> tuple[Qrels, str]:
+def _read(value: str | Documents) -> tuple[Qrels, str]:
     """Read judgements; they come with where they are."""
     if isinstance(value, str) and Path(value).suffix in LINES:
         return read_qrels(Path(value)), value
@@ -364,14 +377,14 @@ def _read(value: str | Table | Lines) -> tuple[Qrels, str]:
     return read_judgements(table), origin_of(table)
 
 
-def _queries(table: Table | Lines, group_by: str | None, more: Sequence[str] = ()) -> Contents:
+def _queries(table: Documents, instruction: str | None, group_by: str | None, more: Sequence[str] = ()) -> Contents:
     if group_by is not None and group_by not in table.column_names:
         known = table.column_names
         raise ValueError(
             f"{origin_of(table)}: no column {group_by!r} to group queries by{nearest(group_by, known)}; it has "
             f"{', '.join(known)}."
         )
-    return read_contents(table, "query", more, group_by)
+    return read_contents(table, "query", instruction, more, group_by)
 
 
 def _positives(queries: Contents, corpus: Contents) -> tuple[Qrels, str]:
@@ -434,28 +447,31 @@ def _judged(name: str, queries: Contents, corpus: Contents, qrels: Qrels, origin
             stacklevel=4,
         )
     groups = queries.groups or None
-    return EvaluationSet(name, queries.items, corpus.items, queries.names, corpus.names, qrels, subsets=groups)
+    items = as_items(queries.entries), as_items(corpus.entries)
+    return EvaluationSet(name, *items, queries.names, corpus.names, qrels, subsets=groups)
 
 
-def _joined(name: str, sets: Mapping[str, EvaluationSet]) -> EvaluationSet:
+def _joined(name: str, sets: Mapping[str, EvaluationSet], corpora: Mapping[str, Contents]) -> EvaluationSet:
     """Make one set of several, each a subset with a corpus of its own, or with one that several share."""
-    queries, documents = LazyItems([]), LazyItems([])
+    queries: list[Entry] = []
+    documents: list[Entry] = []
     names: tuple[list[str], list[str]] = [], []
     qrels: Qrels = {}
     candidates: list[range] = []
     subsets: list[str] = []
-    corpora: dict[int, tuple[str, range]] = {}  # Of each corpus, what its names begin with, and its columns.
+    columns: dict[int, tuple[str, range]] = {}  # Of each corpus, what its names begin with, and its columns.
     for subset, one in sets.items():
-        if id(one.corpus) not in corpora:
-            corpora[id(one.corpus)] = subset, range(len(documents), len(documents) + len(one.corpus))
-            documents += one.corpus
-            names[1].extend(f"{subset}/{document}" for document in one.document_names)
-        prefix, columns = corpora[id(one.corpus)]
-        queries += one.queries
+        corpus = corpora[subset]
+        if id(corpus) not in columns:
+            columns[id(corpus)] = subset, range(len(documents), len(documents) + len(corpus.entries))
+            documents += corpus.entries
+            names[1].extend(f"{subset}/{document}" for document in corpus.names)
+        prefix, own = columns[id(corpus)]
+        queries += one.queries.entries if isinstance(one.queries, LazyItems) else one.queries
         names[0].extend(f"{subset}/{query}" for query in one.query_names)
         for query, judged in one.qrels.items():
             qrels[f"{subset}/{query}"] = {f"{prefix}/{document}": grade for document, grade in judged.items()}
-        candidates += [columns] * len(one.queries)
+        candidates += [own] * len(one.queries)
         subsets += [subset] * len(one.queries)
-    own = candidates if len(corpora) > 1 else None
-    return EvaluationSet(name, queries, documents, *names, qrels, own, subsets)
+    items, is_shared = (as_items(queries), as_items(documents)), len(columns) == 1
+    return EvaluationSet(name, *items, *names, qrels, None if is_shared else candidates, subsets)

@@ -8,12 +8,15 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from vlmembed.data.cells import KINDS, Folder, to_items
+from PIL.Image import Image
+
+from vlmembed.data.cells import KINDS, Folder, content_keys, instructed, to_items
+from vlmembed.data.pages import Pages
 from vlmembed.data.rows import FIRST, Table
 from vlmembed.data.tables import JSONLines, text_lines
-from vlmembed.types import EvaluationSet, Item, Role
+from vlmembed.types import EvaluationSet, Item, Part, Role
 
 Qrels = dict[str, dict[str, int]]
 Row = Mapping[str, Any]
@@ -64,16 +67,23 @@ class Lines(JSONLines):
         return [f"{self.path}, row {index + 1}" for index in indices]
 
 
+#: What has rows of queries or documents.
+Documents: TypeAlias = Table | Pages | Lines
+
+
 def is_lines(path: str) -> bool:
     """Tell a JSONL file, each of whose rows has keys of its own."""
     return Path(path).suffix.lower() in (".jsonl", ".ndjson")
 
 
+Entry = Item | Callable[[], Item]
+
+
 class LazyItems(Sequence[Item]):
     """Items, of which those with images in them are read when asked for, so that they are not all in memory."""
 
-    def __init__(self, entries: Sequence[Item | Callable[[], Item]]) -> None:
-        self.entries = [*entries]
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        self.entries = entries
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -84,9 +94,6 @@ class LazyItems(Sequence[Item]):
         entry = self.entries[index]
         return entry if isinstance(entry, Item) else entry()
 
-    def __add__(self, other: Sequence[Item]) -> LazyItems:
-        return LazyItems([*self.entries, *(other.entries if isinstance(other, LazyItems) else other)])
-
 
 @dataclass
 class Contents:
@@ -94,43 +101,60 @@ class Contents:
 
     origin: str
     names: list[str]
-    items: LazyItems
+    entries: list[Entry]
     more: list[Row]  # What else was asked for of each.
     groups: list[str]  # What subset each is of, if that was asked for.
 
     def select(self, names: Collection[str]) -> Contents:
         """Return those of some names."""
         rows = [row for row, name in enumerate(self.names) if name in names]
-        items = LazyItems([self.items.entries[row] for row in rows])
-        groups = [self.groups[row] for row in rows] if self.groups else []
-        return Contents(self.origin, [self.names[row] for row in rows], items, [self.more[row] for row in rows], groups)
+        return Contents(
+            self.origin,
+            [self.names[row] for row in rows],
+            [self.entries[row] for row in rows],
+            [self.more[row] for row in rows],
+            [self.groups[row] for row in rows] if self.groups else [],
+        )
+
+
+def as_items(entries: Sequence[Entry]) -> Sequence[Item]:
+    """Return the items; a list where all are in memory."""
+    items = [entry for entry in entries if isinstance(entry, Item)]
+    return items if len(items) == len(entries) else LazyItems(entries)
 
 
 def read_contents(
-    table: Table | Lines, role: Role, more: Collection[str] = (), group_by: str | None = None
+    table: Documents, role: Role, instruction: str | None, more: Collection[str] = (), group_by: str | None = None
 ) -> Contents:
     """Read ids and contents of all rows, and check them; a ``ValueError`` names row and value.
 
-    Columns other than the id, ``title``, ``text``, ``image``, ``video``, or ``query`` (``document`` in a corpus), and
-    those that are asked for, are not read.
+    Columns other than the id, ``title``, ``instruction``, ``text``, ``image``, ``video``, or ``query`` (``document`` in
+    a corpus), and those that are asked for, are not read.
     """
-    known = {role, "title", *KINDS, *more, group_by}
+    known = {role, "title", "instruction", *content_keys(table.column_names), *more, group_by}
     wanted = [name for name in table.column_names if name in known or _spelling(name) in ITEM_IDS[role]]
-    contents = Contents(origin_of(table), [], LazyItems([]), [], [])
+    more = [name for name in more if name in table.column_names]
+    contents = Contents(origin_of(table), [], [], [], [])
     numbers: dict[str, int] = {}
     for index, row, origin in _scan(table, wanted):
         name = _item_id(row, role, origin)
         if numbers.setdefault(name, index) != index:
             first = table.origins([numbers[name]])[0]
             raise ValueError(f"{origin}: id {name!r} is given twice; first at {first}.")
-        item = _item(row, role, f"{origin} (id {name!r})", table.folder)
-        in_memory = any(not isinstance(frame, Path) for part in item.parts for frame in part.frames)
+        item = _item(row, role, instruction, origin, table.folder)
+        again = partial(_read_item, table, index, wanted, role, instruction)
         contents.names.append(name)
-        contents.items.entries.append(partial(_read_item, table, index, wanted, role) if in_memory else item)
-        contents.more.append({key: row.get(key) for key in more if key in table.column_names})
+        contents.entries.append(again if any(map(_is_large, item.parts)) else item)
+        contents.more.append({key: row.get(key) for key in more})
         if group_by is not None:
             contents.groups.append(_group(row.get(group_by), f"{origin}, column {group_by!r}"))
     return contents
+
+
+def _is_large(part: Part) -> bool:
+    """Tell an image in memory from one in a file."""
+    values = part.value if isinstance(part.value, tuple) else (part.value,)
+    return any(isinstance(value, bytes | Image) or isinstance(getattr(value, "file", None), bytes) for value in values)
 
 
 def _group(value: Any, origin: str) -> str:
@@ -141,7 +165,7 @@ def _group(value: Any, origin: str) -> str:
     return str(value).strip()
 
 
-def _scan(table: Table | Lines, names: Collection[str] | None) -> Iterator[tuple[int, Row, str]]:
+def _scan(table: Documents, names: Collection[str] | None) -> Iterator[tuple[int, Row, str]]:
     """Go through a table: index, row and origin."""
     if isinstance(table, Table) and table.cells is None and is_lines(table.path):
         names = None  # All of them, so that a row with other keys than the first is refused.
@@ -150,7 +174,7 @@ def _scan(table: Table | Lines, names: Collection[str] | None) -> Iterator[tuple
         yield from zip(indices, table.read(indices, names), table.origins(indices), strict=True)
 
 
-def origin_of(table: Table | Lines) -> str:
+def origin_of(table: Documents) -> str:
     """Say where a table is, for messages."""
     subset = table.subset if isinstance(table, Table) else None
     return f"{table.path}, {subset}" if subset else str(table.path)
@@ -176,22 +200,26 @@ def to_id(value: Any, origin: str) -> str:
     return name
 
 
-def _item(row: Row, role: Role, origin: str, folder: Folder) -> Item:
-    return to_items([(_cell(row, role, origin), role, origin)], folder)[0]
+def _item(row: Row, role: Role, instruction: str | None, origin: str, folder: Folder) -> Item:
+    origin = f"{origin} (id {_item_id(row, role, origin)!r})"
+    own = row.get("instruction")
+    item = to_items([(_cell(row, role, origin), role, origin)], folder)[0]
+    return instructed([item], instruction if own is None else own, f"{origin}, key 'instruction'")[0]
 
 
-def _read_item(table: Table | Lines, index: int, names: Collection[str], role: Role) -> Item:
+def _read_item(table: Documents, index: int, names: Collection[str], role: Role, instruction: str | None) -> Item:
     """Read one row's item again."""
     (row,), (origin,) = table.read([index], names), table.origins([index])
-    return _item(row, role, f"{origin} (id {_item_id(row, role, origin)!r})", table.folder)
+    return _item(row, role, instruction, origin, table.folder)
 
 
 def _cell(row: Row, role: Role, origin: str) -> Any:
     """Return what a row's item is made of: the cell ``query`` or ``document``, or any of text, image and video."""
-    parts = {kind: value for kind, value in row.items() if kind in KINDS}
+    keys = [key for key in content_keys(row) if key != "page" or row["pdf"] is not None]
+    parts = {key: value for key, value in row.items() if key in keys}
     if row.get(role) is not None:
         if any(parts.values()) or row.get("title"):
-            others = ", ".join(key for key in row if key in KINDS or key == "title")
+            others = ", ".join(key for key in row if key in (*keys, "title"))
             raise ValueError(f"{origin}: {role!r} says all of it, and there is {others} besides; choose with cells.")
         return row[role]
     if not parts and not row.get("title"):
@@ -224,7 +252,7 @@ def _column(names: Iterable[str], spellings: Sequence[str], origin: str) -> str 
     return None
 
 
-def read_judgements(table: Table | Lines) -> Qrels:
+def read_judgements(table: Documents) -> Qrels:
     """Read a table of query id, corpus id and grade, which is 1 where there is no such column."""
     names, origin = table.column_names, origin_of(table)
     query, document = (_column(names, spellings, origin) for spellings in (QUERY_IDS, DOCUMENT_IDS))
