@@ -132,6 +132,18 @@ def mteb_images() -> Conversion:
     return Conversion([[png(0)], [png(1)], ["a text", png(2)], ["only"]], judged)
 
 
+def languages_in_rows() -> Conversion:
+    languages = ["it", "es", "it", "fr", "es"]
+    rows = [
+        {"id": f"p{n}", "query": None if n == 3 else f"q{n}", "image": stored(n), "language": language}
+        for n, language in enumerate(languages)
+    ]
+    datasets.Dataset.from_list(rows).cast_column("image", datasets.Image()).to_parquet("pages.parquet")
+    numbers = [0, 1, 2, 4]
+    judged = [([f"q{n}"], {n: 1}) for n in numbers]
+    return Conversion([[png(n)] for n in range(5)], judged, groups=[languages[n] for n in numbers])
+
+
 def texts(prefix: str, count: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     corpus = [
         {"_id": f"{prefix}{n}", "title": "" if n == 1 else f"T{n}", "text": f"{prefix} {n}"} for n in range(count)
@@ -247,6 +259,7 @@ REPLICAS: dict[str, Callable[[], Conversion | list[Conversion]]] = {
     "ViDoRe v3, by language": vidore_v3,
     "ViDoRe v1, a query in each row": question_in_each_row,
     "llamaindex/vdr-multilingual-test": multilingual,
+    "rows of query, page and language": languages_in_rows,
     "MTEB": mteb,
     "MTEB, texts and images": mteb_images,
     "MTEB, a configuration for each language": mteb_languages,
@@ -365,6 +378,7 @@ LINES = {
     "a header without grades": "qid\tdid\n0\ts1\n2\ts3\n2\ts0\n",
     "four columns": "0 0 s1 1\n2 0 s0 2\n2\tQ0\ts3\t1\n".replace("\t", " "),
     "five columns": "0\t0\ts1\t1\t8\n2\t0\ts0\t2\t8\n2\t0\ts3\t1\t8\n",
+    "a header of TREC": "qid iter did rel\n0 0 s1 1\n2 0 s0 2\n2 0 s3 1\n",
     "spaces": "\n0 s1 1\n2  s0  2\n2 s3 1.0 \n\n",
 }
 
@@ -562,6 +576,32 @@ def test_what_is_no_evaluation_set_is_refused(tmp_path: Path, monkeypatch: pytes
     jsonl("set/corpus.json", corpus)
     with pytest.raises(ValueError, match=r"set: corpus.json and corpus.parquet are two forms of the same; keep one"):
         EvaluationFolder("set").load()
+
+
+def test_a_file_of_judgements_has_no_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    corpus, queries, qrels = tables_of()
+    save("parquet files", {"corpus": corpus, "queries": queries, "qrels": qrels})
+    with pytest.raises(ValueError, match=r"set/qrels.parquet: it has no splits, so none is called 'dev'"):
+        EvaluationFolder("set", split="dev").load()
+
+
+def test_pages_of_pdfs_are_a_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pypdfium2")
+    from test_pages import BOX, QUARTERS, document
+
+    monkeypatch.chdir(tmp_path)
+    Path("reports").mkdir()
+    Path("reports/a b.pdf").write_bytes(document((BOX, QUARTERS), (BOX, QUARTERS)))
+    jsonl("queries.jsonl", [{"id": 1, "query": "which?"}])
+    Path("qrels.tsv").write_text("1\ta b.pdf#page=2\t1\n")
+    pages = {"class_path": "vlmembed.data.Pages", "init_args": {"path": "reports"}}
+    tables = {"corpus": pages, "queries": "queries.jsonl", "qrels": "qrels.tsv", "document_instruction": "Read."}
+    data = data_module({"class_path": "vlmembed.data.EvaluationTables", "init_args": tables})
+    found = as_evaluation(data.val)
+    assert (found.document_names, found.qrels) == (["a b.pdf#page=1", "a b.pdf#page=2"], {"1": {"a b.pdf#page=2": 1}})
+    assert [item.parts[0].value.number for item in found.corpus] == [1, 2]
+    assert [item.instruction for item in (*found.queries, *found.corpus)] == [None, "Read.", "Read."]
 
 
 def test_links_lead_nowhere_else(tmp_path: Path) -> None:

@@ -56,6 +56,8 @@ class Place:
     def choose(self, root: Folder, wanted: str, is_exact: bool) -> str:
         """Return the split that is wanted, or, if that need not be exact, the only one there is."""
         splits = self.splits(root)
+        if is_exact and not splits and self.configuration is None:
+            raise ValueError(f"{self.path}: it has no splits, so none is called {wanted!r}; leave 'split' out.")
         for name in SPLITS.get(wanted, (wanted,)):
             if name in splits or not splits:
                 return name

@@ -30,7 +30,7 @@ MOST_GRADE = 2**31
 #: Names of columns, in lower case, with hyphens; the first of them that a table has is taken.
 QUERY_IDS = "query-id", "qid"
 DOCUMENT_IDS = "corpus-id", "docid", "did", "doc-id", "document-id"
-GRADES = "score", "grade", "relevance", "label"
+GRADES = "score", "grade", "relevance", "rel", "label"
 ITEM_IDS: dict[Role, tuple[str, ...]] = {
     "query": ("query-id", "id", "qid"),
     "document": ("corpus-id", "id", "docid", "did"),
