@@ -315,6 +315,8 @@ class EvaluationSet:
     query_names: Sequence[str]  # The data set's ids.
     document_names: Sequence[str]  # Equal scores are ranked by them.
     qrels: dict[str, dict[str, int]]  # Query name → document name → grade; above 0 is relevant.
+    candidates: Sequence[Sequence[int]] | None = None  # The columns that each query is ranked against; None for all.
+    subsets: Sequence[str] | None = None  # Of each query; metrics are then means over subsets. None for a single one.
 
 
 @dataclass(frozen=True)

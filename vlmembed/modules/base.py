@@ -24,6 +24,7 @@ from vlmembed.data import Collator
 from vlmembed.encoder import Encoder
 from vlmembed.features import FeatureCache
 from vlmembed.gradcache import GradCache
+from vlmembed.metrics import MEAN, mean_over
 from vlmembed.modules.optimization import (
     SchedulerCallable,
     batches_per_epoch,
@@ -314,11 +315,13 @@ class RetrievalModule(LightningModule, ABC):
         """Rank, and log every metric of every set; not where a smoke test has cut the sets short."""
         if getattr(self.trainer, "fast_dev_run", False) or self.trainer.sanity_checking:
             return
-        for name, metric in zip(self._names, self.metrics, strict=True):
-            prefix = f"{self._stage}/{name}/" if len(self._names) > 1 else f"{self._stage}/"
-            values = {prefix + label: value for label, value in metric.compute().items()}
+        sets = {name: metric.compute() for name, metric in zip(self._names, self.metrics, strict=True)}
+        if len(sets) > 1:
+            sets[MEAN] = mean_over(sets)
+        for name, values in sets.items():
+            prefix = f"{self._stage}/{name}/" if len(sets) > 1 else f"{self._stage}/"
             # Equal on all processes; the largest of equal values is exact, a mean may round.
-            self.log_dict(values, sync_dist=True, reduce_fx="max")
+            self.log_dict({prefix + label: value for label, value in values.items()}, sync_dist=True, reduce_fx="max")
 
     on_validation_epoch_end = on_test_epoch_end = log_metrics
 
