@@ -15,10 +15,10 @@ import datasets
 from huggingface_hub import constants
 from PIL import Image
 
-from vlmembed.media import limit
+from vlmembed.media import encode_audio, is_audio, limit
 from vlmembed.types import Frame, Item, Part, Role
 
-KINDS = ("text", "image", "video")
+KINDS = ("text", "image", "video", "audio")
 
 #: The most bytes, in UTF-8, that a text may have: ``max_length`` cuts it only once all of it has been tokenized.
 MAX_TEXT_BYTES = limit("VLMEMBED_MAX_TEXT_BYTES", 2**21)
@@ -100,7 +100,7 @@ def to_items(cells: Iterable[Cell], folder: Folder) -> list[Item]:
         except RecursionError as error:
             raise ValueError(f"{origin}: the cell is nested too deeply.") from error
         if not parts:
-            raise ValueError(f"{origin}: the cell is empty ({cell!r}); every item needs a text, an image or a video.")
+            raise ValueError(f"{origin}: the cell is empty ({cell!r}); every item needs one of {', '.join(KINDS)}.")
         items.append(Item(role, parts, origin))
     return items
 
@@ -116,7 +116,7 @@ def _parts(cell: Any, folder: Folder, origin: str) -> Iterator[Part]:
     if isinstance(cell, str):
         yield from _of_kind("text", cell, folder, origin)
     elif isinstance(cell, Image.Image) or _is_encoded(cell):
-        yield Part("image", _frame(cell, folder, origin))
+        yield _image_or_audio(cell, folder, origin)
     elif isinstance(cell, Mapping) and "role" in cell:
         yield from _parts(_users_content(cell, origin), folder, origin)
     elif isinstance(cell, Mapping):
@@ -165,6 +165,8 @@ def _of_kind(kind: str, value: Any, folder: Folder, origin: str) -> Iterator[Par
             yield Part("text", _checked_text(single, origin))
         elif kind == "image":
             yield Part("image", _frame(single, folder, origin))
+        elif kind == "audio":
+            yield Part("audio", _audio(single, folder, origin))
         elif not isinstance(single, list | tuple):
             yield Part("video", folder.find(single, "video", origin))
         elif single:
@@ -192,14 +194,38 @@ def _checked_text(value: Any, origin: str) -> str:
 
 def _frame(value: Any, folder: Folder, origin: str) -> Frame:
     """Return an open image, the path of one, or its content, which is decoded when it is encoded."""
-    if isinstance(value, Image.Image):
-        return value
+    return value if isinstance(value, Image.Image) else _file(value, "image", folder, origin)
+
+
+def _audio(value: Any, folder: Folder, origin: str) -> Path | bytes:
+    """Return the path of a recording, or its content; also of samples, as decoded columns of `datasets` have them."""
+    if not isinstance(value, Mapping) or _is_encoded(value):
+        return _file(value, "audio", folder, origin)
+    try:
+        return encode_audio(value["array"], value["sampling_rate"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{origin}: an audio is a path, its {{'bytes': …}}, or {{'array': numbers, 'sampling_rate': number}} of "
+            f"one channel; got {value!r:.100} ({type(error).__name__}: {error})."
+        ) from error
+
+
+def _file(value: Any, kind: str, folder: Folder, origin: str) -> Path | bytes:
     content, path = (value.get("bytes"), value.get("path")) if _is_encoded(value) else (None, value)
     if content is None:
-        return folder.find(path, "image", origin)
+        return folder.find(path, kind, origin)
     if not isinstance(content, bytes):
-        raise ValueError(f"{origin}: the bytes of image {path!r} are {type(content).__name__} {content!r:.100}.")
+        raise ValueError(f"{origin}: the bytes of {kind} {path!r} are {type(content).__name__} {content!r:.100}.")
     return content
+
+
+def _image_or_audio(cell: Any, folder: Folder, origin: str) -> Part:
+    """Read a cell without a key: an ``Image`` column, open or encoded, or an ``Audio`` column, which is known so."""
+    content, path = (cell.get("bytes"), cell.get("path")) if _is_encoded(cell) else (None, None)
+    is_named_so = isinstance(path, str) and (mimetypes.guess_type(path)[0] or "").startswith("audio/")
+    if is_named_so or (isinstance(content, bytes) and is_audio(content)):
+        return Part("audio", _audio(cell, folder, origin))
+    return Part("image", _frame(cell, folder, origin))
 
 
 def _is_encoded(value: Any) -> bool:
