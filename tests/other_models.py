@@ -204,6 +204,7 @@ AUDIO_TOWER: dict[str, Any] = {
     "encoder_ffn_dim": 64,
     "d_model": 32,
     "output_dim": HIDDEN_SIZE,
+    "initializer_range": 0.1,
 }
 
 

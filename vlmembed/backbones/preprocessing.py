@@ -185,6 +185,14 @@ class ChatPreprocessor(Preprocessor):
         """Open a recording (samples,) for the processor; refuse one of which it would leave out the end."""
         self._refuse_audio(origin)
         samples = load_audio(audio, rate := self.audio_rate or 0, origin)
+        # Qwen3-Omni's tower, as transformers has it, fills up recordings of less than a chunk by the longest of a batch.
+        shortest = 2 * getattr(self.processor, "n_window", 0) * self.processor.feature_extractor.hop_length
+        if len(samples) < shortest:
+            raise ValueError(
+                f"{origin or 'An item'} has an audio of {len(samples) / rate:.2f} seconds, and of less than "
+                f"{shortest / rate:g} this checkpoint makes another embedding in every batch. Append silence: "
+                f"ffmpeg -i FILE -af apad=whole_dur={shortest / rate:g} FILE.flac."
+            )
         if len(samples) > (longest := getattr(self.processor.feature_extractor, "n_samples", math.inf)):
             raise ValueError(
                 f"{origin or 'An item'} has an audio of {len(samples) / rate:.1f} seconds, and this checkpoint reads "

@@ -55,7 +55,7 @@ class EvaluationFolder(EvaluationSource):
     Args:
         path: The folder.
         name: What metrics call it; the folder's name if null.
-        allow_outside: Other folders whose images and videos the rows may name; they would be refused otherwise.
+        allow_outside: Other folders whose images, videos and audio the rows may name; they would be refused otherwise.
     """
 
     path: str

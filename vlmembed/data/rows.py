@@ -149,7 +149,7 @@ class Rows(Source):
         split: Which split of a data set that has several; a file, or one saved data set, is read whole.
         subset: Which configuration of a data set that has several.
         columns: New names for columns, ``{question: query}``; null drops a column.
-        allow_outside: Folders outside of the file's (or the data set's) whose images and videos the rows may name.
+        allow_outside: Folders outside of the file's (or the data set's) whose images, videos and audio the rows may name.
     """
 
     path: str

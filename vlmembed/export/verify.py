@@ -170,8 +170,8 @@ def make_probes(folder: Path, rate: int | None = None) -> dict[str, Any]:
         "video": {"video": [draw(f"frame{index}", 96, 64) for index in range(4)]},
     }
     if rate is not None:
-        probes["audio"] = {"audio": record("short", 0.4)}
-        probes["audio and text"] = {"audio": record("long", 1), "text": question}
+        probes["audio"] = {"audio": record("short", 1.2)}
+        probes["audio and text"] = {"audio": record("long", 2), "text": question}
     return probes
 
 
