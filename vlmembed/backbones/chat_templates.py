@@ -180,8 +180,9 @@ def check_template(
         raise ValueError(f"{origin} cannot be rendered for {' and '.join(roles)}: {error}") from error
     if dropped:
         raise ValueError(
-            f"{origin} drops {' and '.join(dropped)}: it has to render all texts, images and audio of a message of each "
-            f"role of {', '.join(roles)}, and the text of a system message. Mend it; or use vlmembed.backbones.QueryFirst "
+            f"{origin} drops {' and '.join(dropped)}: it has to render all texts, images and audio of a message of "
+            f"each role of {', '.join(roles)}, and the text of a system message. Mend it; or use "
+            "vlmembed.backbones.QueryFirst "
             "for pairs, and set query_instruction and document_instruction to null where it takes no system message."
         )
     _passed.add(key)

@@ -89,8 +89,8 @@ class ChatPreprocessor(Preprocessor):
             ``input_ids`` and ``attention_mask`` of shape (B, L), padded on the right, and what the towers read.
 
         Raises:
-            ValueError: If an image or audio cannot be read, the processor refuses an item, or one that is not only text has
-                more than ``max_length`` tokens.
+            ValueError: If an image or audio cannot be read, the processor refuses an item, or one that is not only
+                text has more than ``max_length`` tokens.
         """
         return self._read(items, self._apply_template)
 
@@ -185,7 +185,7 @@ class ChatPreprocessor(Preprocessor):
         """Open a recording (samples,) for the processor; refuse one of which it would leave out the end."""
         self._refuse_audio(origin)
         samples = load_audio(audio, rate := self.audio_rate or 0, origin)
-        # Qwen3-Omni's tower, as transformers has it, fills up recordings of less than a chunk by the longest of a batch.
+        # Qwen3-Omni's tower, as transformers has it, fills up what is shorter than a chunk by the longest of a batch.
         shortest = 2 * getattr(self.processor, "n_window", 0) * self.processor.feature_extractor.hop_length
         if len(samples) < shortest:
             raise ValueError(

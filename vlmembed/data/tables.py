@@ -104,7 +104,7 @@ def _version(status: os.stat_result) -> tuple[int, int]:
 RawTable: TypeAlias = JSONLines | datasets.Dataset
 
 
-def open_table(path: str, split: str, subset: str | None, folder: Folder) -> RawTable:
+def open_table(path: str, split: str, subset: str | None, folder: Folder, revision: str | None = None) -> RawTable:
     """Open what a path or a Hub id stands for; a ``ValueError`` if there is no such file or split, or no row."""
     file = Path(path)
     kind = file.suffix.lower()
@@ -118,7 +118,7 @@ def open_table(path: str, split: str, subset: str | None, folder: Folder) -> Raw
         elif (file / "dataset_dict.json").exists() or (file / "state.json").exists():
             table = _open_saved(path, split, folder)
         else:
-            table = _load(path, split, subset, folder)
+            table = _load(path, split, subset, folder, revision)
     except Exception as error:  # Of many kinds, and often raised from what is the reason.
         if isinstance(error, ValueError) and str(error).startswith(path):
             raise
@@ -171,10 +171,10 @@ def _open_saved(path: str, split: str, folder: Folder) -> datasets.Dataset:
     return table
 
 
-def _load(path: str, split: str, subset: str | None, folder: Folder) -> datasets.Dataset:
+def _load(path: str, split: str, subset: str | None, folder: Folder, revision: str | None) -> datasets.Dataset:
     """Open a folder or a Hub id as ``load_dataset`` does, of whose files none lies elsewhere."""
     _refuse_other_files(path, folder)
-    builder = datasets.load_dataset_builder(path, subset)
+    builder = datasets.load_dataset_builder(path, subset, revision=revision)
     files = [file for files in (builder.config.data_files or {}).values() for file in files]
     local = [file for file in files if not file.startswith(f"hf://datasets/{path.removeprefix('hf://datasets/')}@")]
     prepared = Path(builder.cache_dir).exists()

@@ -132,4 +132,4 @@ def model_version(model: str) -> str:
     except ValueError as error:
         raise ValueError(f"{model}: its files are not found, so embeddings have no key; leave out cache.") from error
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return digest(chain.from_iterable((path.relative_to(folder).as_posix(), _file_digest(path)) for path in files))
+    return digest(chain.from_iterable((path.relative_to(folder).as_posix(), _content_digest(path)) for path in files))

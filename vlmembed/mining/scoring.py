@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from vlmembed.data import Rows, Source
-from vlmembed.files import clear_drafts, whole_file
+from vlmembed.files import clear_drafts, whole_file, write_whole
 from vlmembed.media import is_audio, load_image
 from vlmembed.mining.embedding import BATCHES, model_input
 from vlmembed.types import Example, Frame, Item, Part
@@ -89,7 +89,7 @@ def write_rows(path: Path, examples: Iterable[Example]) -> int:
     """Write training rows that ``vlmembed.data.Rows`` reads, and return how many; the file is there once all are.
 
     Images and videos in files are named by their path relative to the written file; where one is outside of its
-    folder, it is said how to allow that. Open images are written as PNG into a folder beside it, each once, and audio as it is.
+    folder, it is said how to allow that. Open images, and audio in tables, are written into a folder beside it, once.
     """
     images, outside, count = path.parent / f"{path.stem}_images", set[Path](), 0
 

@@ -233,7 +233,7 @@ class MeanOfPart(TokenWeights):
 
 
 class MeanOfImages(MeanOfPart):
-    """The mean over tokens of images, videos and audio; late interaction over pages keeps such too (arXiv:2407.01449)."""
+    """The mean over tokens of images, videos, audio; late interaction over pages keeps such too (arXiv:2407.01449)."""
 
     def part(self, input_ids: Tensor, mask: Tensor, template: Template) -> Tensor:
         return is_any(input_ids, template.visual)
