@@ -116,7 +116,7 @@ MAX_PIXELS = limit("VLMEMBED_MAX_IMAGE_PIXELS", 100_000_000)
 MAX_BYTES = limit("VLMEMBED_MAX_IMAGE_BYTES", 2**28)
 #: The most pixels that may be taken of a video, all frames together: 6 GB in RGB. 960 frames of Full HD have as many.
 MAX_VIDEO_PIXELS = limit("VLMEMBED_MAX_VIDEO_PIXELS", 2_000_000_000)
-#: The most bytes that an audio file may have, and the most seconds: 115 MB at 16,000 samples a second.
+#: The most bytes that an audio file may have, and the most seconds, as its samples in 32 bits are.
 MAX_AUDIO_BYTES = limit("VLMEMBED_MAX_AUDIO_BYTES", 2**28)
 MAX_AUDIO_SECONDS = limit("VLMEMBED_MAX_AUDIO_SECONDS", 1800)
 #: The fewest seconds of a recording (models make one token of 40 to 80 ms), and the samples a second that one may have.
@@ -320,11 +320,7 @@ def load_audio(audio: Path | bytes, rate: int, origin: str = "") -> np.ndarray:
     """
     try:
         with _open_audio(audio) as file:
-            # Piece by piece, so that many channels are never in memory at once: (samples, channels) → (samples,).
-            pieces = [np.empty(0, np.float32)]
-            while len(piece := file.read(2**16, dtype="float32", always_2d=True)):
-                pieces.append(piece.T.mean(axis=0))
-            samples = np.concatenate(pieces)
+            samples = file.read(dtype="float32", always_2d=True).T.mean(axis=0)  # (samples, channels) → (samples,)
             if len(samples) < file.frames:
                 raise ValueError(f"it is cut or damaged: of {file.frames:,} samples {len(samples):,} can be decoded")
             if not np.isfinite(samples).all():
@@ -396,10 +392,11 @@ def _check_audio(file: Any) -> None:
             missing = f"its header says {int(declared):,} bytes, and {int(present):,} are there"
             raise ValueError(f"it is cut or damaged: {missing}")
     seconds = file.frames / file.samplerate
-    if seconds > MAX_AUDIO_SECONDS:
+    # Many channels take as much memory as a longer recording.
+    if max(seconds, file.frames * file.channels / RATES[-1]) > MAX_AUDIO_SECONDS:
         raise ValueError(
-            f"its header says {seconds:,.0f} seconds, more than the limit of {MAX_AUDIO_SECONDS:,}; "
-            "VLMEMBED_MAX_AUDIO_SECONDS sets it"
+            f"its header says {seconds:,.0f} seconds ({file.frames:,} samples in each of {file.channels} channels), "
+            f"more than the limit of {MAX_AUDIO_SECONDS:,}; VLMEMBED_MAX_AUDIO_SECONDS sets it"
         )
     if seconds < MIN_AUDIO_SECONDS:
         raise ValueError(f"its {file.frames} samples are {seconds:.3f} seconds, less than {MIN_AUDIO_SECONDS}")

@@ -77,14 +77,15 @@ class VisionLanguageModel(nn.Module):
     """
 
     #: Parts of the model by name, as patterns of parameter names tried in this order: the first match decides.
-    groups: ClassVar[dict[str, str]] = {
+    all_groups: ClassVar[dict[str, str]] = {
         "audio": r"(^|\.)audio_tower\.",
         "merger": r"(^|\.)(merger|merger_list|deepstack_merger_list|multi_modal_projector|connector)\.",
         "vision": r"(^|\.)(visual|vision_tower|vision_model)\.",
         "language": r"",
     }
 
-    # All three are set by `configure`.
+    # All four are set by `configure`.
+    groups: dict[str, str]  #: Those that the model has.
     model: PreTrainedModel
     preprocessor: ChatPreprocessor
     learned_tokens: TokenEmbeddings | None = None
@@ -270,9 +271,13 @@ class VisionLanguageModel(nn.Module):
             ignore_mismatched_sizes=True,  # They are refused below, by name.
             **self._source,
         )
-        for name, parameter in self.model.named_parameters():
+        names = [name for name, _ in self.model.named_parameters()]
+        self.groups = self.all_groups
+        present = {*map(self.group_of, names)}
+        self.groups = {group: pattern for group, pattern in self.all_groups.items() if group in present}
+        for name in names:
             if re.search(NEVER_READ, name):
-                parameter.requires_grad_(False)
+                self.model.get_parameter(name).requires_grad_(False)
         problems = {
             "lacks": [*loading["missing_keys"]],
             "has in another shape": [f"{name} {[*saved]}" for name, saved, _ in loading["mismatched_keys"]],
