@@ -144,7 +144,7 @@ SECONDS = 3
 
 
 def qwen2_5_omni(folder: Path, whole: bool = False) -> Path:
-    """Write the thinker of a Qwen2.5-Omni, or a whole one, of whose talker there is one weight."""
+    """Write the thinker of a Qwen2.5-Omni, or a whole one, of whose other parts there are a few weights."""
     processor = _omni_processor(Qwen2_5OmniProcessor, patch=14)
     thinker = {
         "text_config": LANGUAGE | _tokens(processor) | {"rope_parameters": ROTARY},
@@ -229,7 +229,8 @@ def _omni_processor(processor_class: Any, patch: int) -> Any:
 
 def _add_talker(folder: Path) -> Path:
     file = folder / "model.safetensors"
-    save_file(load_file(file) | {"talker.model.norm.weight": torch.ones(4)}, file, {"format": "pt"})
+    others = {name: torch.ones(4) for name in ("talker.model.norm.weight", "token2wav.bias", "code2wav.bias")}
+    save_file(load_file(file) | others, file, {"format": "pt"})
     return folder
 
 

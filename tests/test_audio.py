@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import runpy
 import shutil
 import struct
@@ -299,12 +300,33 @@ def test_audio_columns_are_kept_encoded(folder: Path, write: Callable[[Path], st
         assert np.array_equal(load_audio(part.value, RATE), load_audio(folder / f"{index}.wav", RATE))
 
 
-def test_metadata_of_an_audio_folder_is_a_table(folder: Path) -> None:
+PAGE = (ROOT / "vlmembed/data/README.md").read_text().split("\n## Audio\n")[1].split("\n## ")[0]
+
+
+def test_rows_of_the_cookbook(folder: Path) -> None:
+    block = re.search(r"```json\n(.*?)```", PAGE, re.DOTALL)
+    assert block
+    (folder / "rows.jsonl").write_text(block[1])
+    for name in re.findall(r"\w+\.(?:flac|wav|mp3)", block[1]):
+        shutil.copy(folder / "0.wav", folder / name)
+    kinds = [
+        [part.kind for one in (row.query, *row.positives) for part in one.parts] for row in Rows(f"{folder}/rows.jsonl")
+    ]
+    assert kinds == [["text", "audio"], ["audio", "text", "audio", "audio"]]
+
+
+def test_metadata_of_an_audio_folder_is_a_table(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the cookbook shows it."""
+    block = re.search(r"```yaml\n(train:.*?)```", PAGE, re.DOTALL)
+    assert block
+    arguments = yaml.safe_load(block[1])["train"]["init_args"]
+    monkeypatch.chdir(folder.parent)
+    folder.rename(Path(arguments["path"]).parent)
     lines = [{"file_name": f"{index}.wav", "transcription": word} for index, word in enumerate("abc")]
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    cells = {"query": "transcription", "positive": {"audio": "file_name"}}
-    rows = Rows(str(folder / "metadata.jsonl"), cells=cells)
-    assert [row.positives[0].parts[0].value for row in rows] == [folder / f"{index}.wav" for index in range(3)]
+    Path(arguments["path"]).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = [*Rows(**arguments)]
+    assert [row.query.parts[0].value for row in rows] == ["a", "b", "c"]
+    assert [row.positives[0].parts[0].value for row in rows] == [Path(f"recordings/{index}.wav") for index in range(3)]
 
 
 # Models
