@@ -324,12 +324,8 @@ def _extent(value: Any) -> Any:
         return " ".join(value.split())
     if isinstance(value, tuple):
         return tuple(map(_extent, value))
-    if isinstance(value, LazyImage):
-        return value.key
     if isinstance(value, Image.Image):
         return value.mode, value.size
-    if isinstance(value, LazyImage):
-        return value.key
     try:
         if isinstance(value, LazyImage):
             return value.size
@@ -348,8 +344,6 @@ def _hashed(value: str | Frame | tuple[Frame, ...]) -> Any:
         return " ".join(value.split())
     if isinstance(value, tuple):
         return tuple(map(_hashed, value))
-    if isinstance(value, LazyImage):
-        return value.key
     if isinstance(value, Image.Image):
         return hashlib.blake2b(value.tobytes()).digest()
     if isinstance(value, bytes):
@@ -359,7 +353,7 @@ def _hashed(value: str | Frame | tuple[Frame, ...]) -> Any:
             return value.content
         with value.open("rb") as file:  # Of a film, its beginning.
             return hashlib.blake2b(file.read(MAX_BYTES)).digest()
-    except OSError:
+    except (OSError, ValueError):
         return str(value)
 
 
