@@ -58,7 +58,7 @@ class Folder:
     def find(self, value: Any, kind: str, origin: str) -> Path:
         """Return the file that a cell names, relative to the folder or absolute, if it is one, and inside."""
         if not isinstance(value, str | Path) or not str(value):
-            a_kind = f"{'an' if kind == 'image' else 'a'} {kind}"
+            a_kind = f"{'an' if kind in ('image', 'audio') else 'a'} {kind}"
             raise ValueError(
                 f"{origin}: expected the path of {a_kind} file, got {type(value).__name__} {value!r:.100}."
             )
