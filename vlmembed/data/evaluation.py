@@ -126,7 +126,7 @@ class EvaluationFolder(EvaluationSource):
     Args:
         path: The folder, or Hub id.
         name: What metrics call it; the folder's name if null.
-        allow_outside: Other folders whose images and videos the rows may name; they would be refused otherwise.
+        allow_outside: Other folders whose images, videos and audio the rows may name; they would be refused otherwise.
         split: Which split of the judgements, such as ``dev``; null for ``test``, or the only one.
         subset: Which subset; null for all.
         revision: The Hub revision: a branch, tag or commit.
