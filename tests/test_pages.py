@@ -320,6 +320,20 @@ def test_a_damaged_page_leaves_the_others_readable(tmp_path: Path) -> None:
             use(bad.frames[0], ORIGIN)
 
 
+@pytest.mark.parametrize(("seconds", "memory"), [(1, 2**32), (60, 2**27)])
+@pytest.mark.skipif(sys.platform != "linux", reason="there are no such limits")
+def test_a_page_that_asks_for_everything_is_refused(monkeypatch: pytest.MonkeyPatch, seconds: int, memory: int) -> None:
+    """A form that shows itself twice."""
+    monkeypatch.setattr(pdfs, "MAX_PDF_SECONDS", seconds)
+    monkeypatch.setattr(pdfs, "MAX_PDF_MEMORY", memory)
+    resources = b"/Resources<</XObject<</X 5 0 R>>>>"
+    form = stream(b"/X Do /X Do", b"/Type/XObject/Subtype/Form/BBox[0 0 40 20]" + resources)
+    page = PdfPage(document((BOX + resources, b"/X Do"), more=[form]), 1, 4000)
+    with pytest.raises(ValueError, match=rf"{ORIGIN}: .*more than {seconds} seconds or {memory:,} bytes of memory"):
+        load_image(page, ORIGIN)
+    assert load_image(PdfPage(document((BOX, QUARTERS)), 1, 4000)).getpixel((9, 9)) == BLUE
+
+
 def test_without_pypdfium2_it_is_said_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = items(PDF | {"page": 1}, folder).parts[0].frames[0]
     monkeypatch.setitem(sys.modules, "pypdfium2", None)

@@ -21,7 +21,7 @@ from vlmembed.backbones.preprocessing import ChatPreprocessor
 from vlmembed.data import Mixture, PairCollator, RetrievalDataModule, checks
 from vlmembed.data.datamodule import as_mixture
 from vlmembed.files import write_whole
-from vlmembed.media import load_image, load_video
+from vlmembed.media import audio_seconds, load_image, load_video
 from vlmembed.modules import RetrievalModule
 from vlmembed.types import EvaluationSet, Example, Frame, Item, Pair, Part, RerankingSet
 
@@ -235,7 +235,10 @@ class Reader:
             text = f"{len(frames)} of {metadata.total_num_frames} frames, {_size(frames.shape[2:0:-1])} → {_size(size)}"
             images = [Image.fromarray(frame) for frame in frames[:: -(-len(frames) // FRAMES)]]
             return Shown("video", text + note, [data_url(image, size) for image in images])
-        return Shown(part.kind, plain("given as bytes" if isinstance(part.value, bytes) else str(part.value)))
+        text = "given as bytes" if isinstance(part.value, bytes) else str(part.value)
+        if part.kind == "audio":
+            text += f", {audio_seconds(cast(Any, part.value), item.origin):.1f} seconds"
+        return Shown(part.kind, plain(text))
 
 
 def rendered(preprocessor: ChatPreprocessor, ids: Sequence[int]) -> str:

@@ -296,6 +296,8 @@ def _duplicates(evaluation: EvaluationSet) -> Iterator[str]:
         isinstance(part.value, Path) for number in _spread(len(corpus), 20) for part in corpus[number].parts
     ):
         return  # Equal ones are one document already, unless they are two files.
+    if evaluation.subsets is not None and evaluation.candidates is not None:
+        return  # Those of another subset are none that a query is ranked against.
     limit = min(len(corpus), DOCUMENTS if isinstance(corpus, list) else COMPARED)
     alike, same = defaultdict[Any, list[int]](list), defaultdict[Any, list[int]](list)
     for number in range(limit):
