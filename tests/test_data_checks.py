@@ -341,6 +341,13 @@ def test_duplicate_documents_are_counted_by_content(tmp_path: Path) -> None:
     (problem,) = in_evaluation(folder(path, [*documents, *again]))
     assert "pages: 3 of the 17 documents" in problem
     assert "(id 'd12'): that of " in problem
+    # Rows are measured on with equal documents once; of two files, it is not known that they are equal.
+    pairs = [
+        {"query": f"the page {name}", "positive": {"image": name}}
+        for name in (*numbered("{}.bmp"), "3.bmp", "copy.bmp")
+    ]
+    (problem,) = in_evaluation(EvaluationRows(Rows(write(path / "rows.jsonl", pairs))).load())
+    assert "rows: 1 of the 13 documents" in problem
 
 
 def test_a_corpus_of_file_names(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 from vlmembed.backbones import Qwen3VL, VisionLanguageModel
 from vlmembed.cli import main
 from vlmembed.data import EvaluationFolder, GroupByQuery, Mixture, RetrievalDataModule, Rows
+from vlmembed.data.digits import HandwrittenNumbers, HandwrittenNumbersEvaluation
 from vlmembed.losses import InfoNCE, ScoreDistillation, SoftmaxCrossEntropy
 from vlmembed.modules import CrossEncoderModule, EmbeddingModule
 from vlmembed.pooling import LastToken
@@ -268,8 +269,6 @@ def test_the_quick_starts(name: str, bare: Path, tmp_path: Path, monkeypatch: py
         "init_args"
     ]
     Path(run["run"]).parent.mkdir(parents=True)
-    from vlmembed.data.digits import HandwrittenNumbersEvaluation
-
     (query, judged), *_ = HandwrittenNumbersEvaluation().load().qrels.items()
     Path(run["run"]).write_text(
         "".join(f"{query} Q0 {document} {rank} {9 - rank} x\n" for rank, document in enumerate(judged))
@@ -312,7 +311,7 @@ def replica(name: str) -> Rows:
 
 @pytest.fixture(scope="module")
 def folder(bare: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A page of hostile rows, with images in files, in a table, and of a video."""
+    """A page of hostile rows, with images in files, in a table, and of a video; of replicas, and of the quick start."""
     folder = tmp_path_factory.mktemp("page")
     for number in range(3):
         picture(900, 300, number).save(folder / f"{number}.png")
@@ -331,7 +330,8 @@ def folder(bare: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = embedder(bare, query_instruction=HOSTILE)
     with contextlib.chdir(folder):
         replicas: list[Any] = [replica(name) for name in THREE]
-        data = RetrievalDataModule(train=["table.parquet", "bad.jsonl", *replicas], val=evaluation)
+        train = ["table.parquet", "bad.jsonl", *replicas, HandwrittenNumbers()]
+        data = RetrievalDataModule(train=train, val=[evaluation, HandwrittenNumbersEvaluation("val")])
         with pytest.raises(ValueError, match="row 2"):
             show(model, data, 3, folder / "report.html")
     return folder
@@ -352,7 +352,8 @@ def test_the_page_fits_the_screen(opened: Any, width: int, scheme: str) -> None:
     of_replicas = (
         3 * 5 + 2 + 4 + 3
     )  # Pages and four negatives each; two images; of marks, and in the second query none.
-    assert len(widths) == 3 + 2 + 1 + of_replicas
+    of_quick_start = 3 + 3 * 2  # Two for each of three queries.
+    assert len(widths) == 3 + 2 + 1 + of_replicas + of_quick_start
     assert all(0 < natural <= PIXELS and shown <= width for natural, shown in widths)
 
 
