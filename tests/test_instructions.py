@@ -18,7 +18,7 @@ from torch.nn.functional import normalize
 
 from vlmembed.backbones import DocumentFirst, PairTemplate, QueryFirst, Qwen3VL, TemplateFile
 from vlmembed.cli import main
-from vlmembed.data import EvaluationFolder, GroupByQuery, Mixture, PairCollator, Rows, Source
+from vlmembed.data import EvaluationFolder, GroupByQuery, Mixture, PairCollator, Rows
 from vlmembed.data.datamodule import named_prompts
 from vlmembed.encoder import Encoder, Scorer
 from vlmembed.export.sentence_transformers import Scoring, write_folder, write_reranker
@@ -285,34 +285,24 @@ def test_pairs_of_one_instruction_share_their_beginning(checkpoint: Path) -> Non
 # Exports
 
 
-class Listed(list[Example], Source):
-    """Examples as they are."""
-
-    title = "listed"
-
-    @property
-    def name(self) -> str:
-        return self.title
-
-
-def listed(name: str, *instructions: tuple[str | None, str | None]) -> Listed:
-    rows = Listed(
-        Example(told(item(f"q{row}", role="query"), query), (told(item(f"p{row}"), document),))
+def listed(folder: Path, name: str, *instructions: tuple[str | None, str | None]) -> Rows:
+    folder.mkdir()
+    columns = [
+        {"query": f"q{row}", "positive": f"p{row}", "query_instruction": query, "document_instruction": document}
         for row, (query, document) in enumerate(instructions)
-    )
-    rows.title = name
-    return rows
+    ]
+    return Rows(write(folder / f"{name}.jsonl", columns))
 
 
 def test_instructions_are_named_after_their_source(tmp_path: Path) -> None:
     broken = Rows(write(tmp_path / "broken.jsonl", [ROW | {"query": "", "query_instruction": FIND}]))
     mixture = Mixture(
         [
-            listed("pages", (FIND, SHOW), (FIND, SHOW)),
-            listed("plain", (None, None)),
-            listed("mixed", ("A.", None), ("B.", ""), ("B.", "")),
-            listed("pages", ("Another.", SHOW)),
-            listed("pages", ("A third.", None)),
+            listed(tmp_path / "0", "pages", (FIND, SHOW), (FIND, SHOW)),
+            listed(tmp_path / "1", "plain", (None, None)),
+            listed(tmp_path / "2", "mixed", ("A.", None), ("B.", ""), ("B.", "")),
+            listed(tmp_path / "3", "pages", ("Another.", SHOW)),
+            listed(tmp_path / "4", "pages", ("A third.", None)),
             broken,
         ]
     )
