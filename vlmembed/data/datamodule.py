@@ -123,6 +123,11 @@ class RetrievalDataModule(LightningDataModule):
             self.evaluations[stage] = sets
 
     @property
+    def loss_names(self) -> set[str]:
+        """The losses that training sources name."""
+        return {*filter(None, self._mixture.losses or ())}
+
+    @property
     def steps_per_epoch(self) -> int:
         """Training batches per epoch and process, known without reading the rows."""
         return len(self._batches())

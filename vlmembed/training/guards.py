@@ -114,13 +114,15 @@ class NonFiniteGuard:
 def refuse_untouched_parameters(module: LightningModule, backbone: VisionLanguageModel, saw_images: bool) -> bool:
     """Refuse to train on if a backward did not reach a trainable parameter, by a RuntimeError with the names.
 
-    A batch without images says nothing about the vision tower. Returns whether everything was reached; otherwise the
-    next batch is to be checked too.
+    A batch without images says nothing about the vision tower, nor one of a loss about other losses. Returns whether
+    everything was reached; otherwise the next batch is to be checked too.
     """
     untouched = [
         name for name, parameter in module.named_parameters() if parameter.requires_grad and parameter.grad is None
     ]
     blamed = untouched if saw_images else [name for name in untouched if backbone.group_of(name) == "language"]
+    if getattr(module, "losses", None):
+        blamed = [name for name in blamed if not name.startswith(("loss.", "losses."))]
     if blamed:
         raise RuntimeError(
             f"{len(blamed)} trainable parameters got no gradient from this batch, such as {blamed[0]} and "
