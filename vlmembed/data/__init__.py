@@ -6,10 +6,12 @@ from vlmembed.data.evaluation import (
     EvaluationFolder,
     EvaluationRows,
     EvaluationSource,
+    EvaluationTables,
     RerankingRows,
     RerankingRun,
     RerankingSource,
 )
+from vlmembed.data.pages import Pages
 from vlmembed.data.rows import Lookup, Rows, Table
 from vlmembed.data.sources import GroupByQuery, Mixture, Source
 
@@ -18,10 +20,12 @@ __all__ = [
     "EvaluationFolder",
     "EvaluationRows",
     "EvaluationSource",
+    "EvaluationTables",
     "GroupByQuery",
     "ItemCollator",
     "Lookup",
     "Mixture",
+    "Pages",
     "PairCollator",
     "RerankingRows",
     "RerankingRun",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -11,10 +12,12 @@ import numpy as np
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
+from vlmembed.data import checks
 from vlmembed.data.collate import Collator
 from vlmembed.data.evaluation import EvaluationSource, RerankingSource
-from vlmembed.data.rows import Rows
-from vlmembed.data.sources import Batches, Mixture, ResumableLoader, RowLists, Source, seeded_generator
+from vlmembed.data.rows import INSTRUCTIONS, Rows, Table
+from vlmembed.data.sources import Batches, GroupByQuery, Mixture, ResumableLoader, RowLists, Source, seeded_generator
+from vlmembed.metrics import MEAN
 from vlmembed.training.bad_rows import BadRowFile, ReadableRows, SkipBadRows
 from vlmembed.training.signals import leave_stopping_to_parent
 from vlmembed.types import PATCH_COST, Chunking
@@ -94,6 +97,7 @@ class RetrievalDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Open what the stage needs; a ``ValueError`` says what is missing or cannot be read."""
+        loaded = {*self.evaluations}
         if stage == "fit":
             self._mixture = as_mixture(self.train)
             self.prompts = named_prompts(self._mixture)
@@ -103,6 +107,19 @@ class RetrievalDataModule(LightningDataModule):
             self._load("test", self.test, "test")
         elif stage == "predict":
             self._load("predict", *((self.val, "validation") if self.test is None else (self.test, "test")))
+        checks.warn(self._problems(stage == "fit", loaded))
+
+    def _problems(self, is_fit: bool, loaded: set[str]) -> Iterator[str]:
+        """Say what looks wrong with what has been opened since some stages were loaded."""
+        mixture = getattr(self, "_mixture", None)
+        if mixture is not None and is_fit:
+            yield from checks.in_rows(mixture)
+        for stage, sets in self.evaluations.items():
+            for evaluation in (getattr(one, "evaluation", one) for one in sets):
+                if stage not in loaded:
+                    yield from checks.in_evaluation(evaluation)
+                if mixture is not None and (is_fit or stage not in loaded):
+                    yield from checks.in_both(mixture, evaluation)
 
     def _load(self, stage: str, value: Evaluations | None, split: str) -> None:
         """Load the evaluation sets of a stage, once."""
@@ -118,6 +135,8 @@ class RetrievalDataModule(LightningDataModule):
                 raise ValueError(
                     f"{count} evaluation sets are called {name!r}; give their EvaluationFolder or -Rows a name."
                 )
+            if len(sets) > 1 and any(evaluation.name == MEAN for evaluation in sets):
+                raise ValueError(f"An evaluation set is called {MEAN!r}, as their mean is; give it another name.")
             if stage == "predict" and (paths := [one.name for one in sets if Path(one.name).name != one.name]):
                 raise ValueError(f"The evaluation set {paths[0]!r} has no name that a file may have; give it another.")
             self.evaluations[stage] = sets
@@ -219,24 +238,28 @@ def as_mixture(train: Training | None) -> Mixture:
 
 
 def named_prompts(mixture: Mixture) -> dict[str, str]:
-    """Name the instructions of training sources, ``SOURCE-query`` and ``SOURCE-document``, as MTEB looks for prompts.
+    """Name the instructions of training files and data sets, ``NAME-query`` and ``NAME-document``, as MTEB does.
 
-    Of a source with several, the one that most rows have, among `SAMPLE` rows that are spread over it.
+    Of one with several, the one that most rows have, among `SAMPLE` rows that are spread over it. A source of one's own
+    is not read here.
     """
     prompts: dict[str, str] = {}
     for source in mixture.sources:
+        table: Any = source.rows if isinstance(source, GroupByQuery) else source
+        if not isinstance(table, Table) or not {*INSTRUCTIONS}.intersection(table.column_names):
+            continue
         counts: dict[str, Counter[str | None]] = {"query": Counter(), "document": Counter()}
-        for row in {*np.linspace(0, len(source) - 1, SAMPLE, dtype=int).tolist()} if len(source) else ():
+        for row in np.unique(np.linspace(0, len(source) - 1, SAMPLE, dtype=int)).tolist():
             with suppress(ValueError):  # Training says what is wrong with the row.
                 example = source[row]
                 counts["query"][example.query.instruction] += 1
                 counts["document"].update(document.instruction for document in example.documents[:1])
-        title = "-".join(filter(None, [source.name, getattr(source, "subset", None)]))
+        title = "-".join(filter(None, [table.name, table.subset]))
         for role, count in counts.items():
             instruction = max(count, key=count.__getitem__, default=None)
             if instruction is not None:
                 name, number = f"{title}-{role}", 1
-                while prompts.setdefault(name, instruction) != instruction:  # Sources of one name are numbered.
+                while prompts.setdefault(name, instruction) != instruction:  # Those of one name are numbered.
                     number += 1
                     name = f"{title}-{number}-{role}"
     return prompts

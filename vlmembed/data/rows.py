@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlmembed.data.cells import KINDS, Cell, Folder, instructed, is_content, to_items
+from vlmembed.data.cells import KINDS, Cell, Folder, content_keys, instructed, is_content, to_items
 from vlmembed.data.columns import Condition, Expression, Language, Read, Row, nearest
 from vlmembed.data.sources import Source, labelled
 from vlmembed.data.tables import JSONLines, RawTable, open_table
@@ -186,7 +186,7 @@ class _Found:
 
     def __init__(self, lookup: Lookup, rows: RawTable, origin: str, folder: Folder | None) -> None:
         self.rows, self.origin, self.folder = rows, origin, folder
-        self.expression = lookup.cell or {kind: kind for kind in KINDS if kind in rows.column_names}
+        self.expression = lookup.cell or {key: key for key in content_keys(rows.column_names)}
         if not self.expression:
             raise ValueError(f"{origin}: it has none of {', '.join(KINDS)}; say with 'cell' what a row stands for.")
         language = Language(_columns(rows), origin)
@@ -238,7 +238,7 @@ class Table:
         split: Which split of a data set that has several; a file, or one saved data set, is read whole.
         subset: Which configuration of a data set that has several.
         columns: New names for columns, ``{question: query}``; null drops a column.
-        allow_outside: Folders outside of the file's (or the data set's) whose images and videos the rows may name.
+        allow_outside: Folders outside of the file's (or the data set's) whose images, videos and audio may be named.
         revision: The Hub revision: a branch, tag or commit.
         media: Where the paths in cells start, relative to the data set's folder; null for that folder.
         cells: Instead of ``columns``, what is made of them: ``{query: {image: path, text: question}}``. The language
@@ -269,6 +269,11 @@ class Table:
     def column_names(self) -> list[str]:
         """The names of the cells."""
         return [*self._cells.reads]
+
+    @property
+    def raw(self) -> RawTable:
+        """The rows as they are stored, with all columns."""
+        return self._table
 
     def __len__(self) -> int:
         reads = self._cells  # Which is wrong where an expression is.
