@@ -473,7 +473,7 @@ def test_rows_that_do_not_fit_the_loss_are_refused() -> None:
         (Example(query, positive, scores=(1.0,)), True, "the row has one"),
     ):
         with pytest.raises(ValueError, match=f"rows.jsonl, row 3.*{message}"):
-            ItemCollator(Letters(), teacher_scores=wants_scores)([example])
+            ItemCollator(Letters(), LabelSpec(teacher_scores=wants_scores))([example])
 
 
 # Training

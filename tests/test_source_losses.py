@@ -27,6 +27,7 @@ from building import (
     relative_difference,
     run_config,
     trainer,
+    weights,
 )
 from lightning.pytorch.strategies import DDPStrategy
 from scenarios import EXACT, learnable, losses, several_losses
@@ -179,6 +180,9 @@ def test_a_batch_holds_rows_of_one_loss(own: Any, names: Any, expected: list[set
     halves = [[*Batches(mixture, 4, seed=3, rank=rank, world_size=2)] for rank in range(2)]
     assert alone == [first + second for first, second in zip(*halves, strict=True)]
     assert len(alone) == sum(sizes) // 8
+    resumed = Batches(mixture, 8, seed=3)
+    resumed.skip = 5
+    assert [*resumed] == alone[5:]
     groups = Counter()
     for rows in alone:
         examples = mixture.__getitems__(rows)
@@ -329,6 +333,24 @@ def test_names_without_a_loss_and_losses_without_a_source_are_refused(
     data = RetrievalDataModule(Mixture([Numbered("x", 8), Numbered("y", 8)], losses=names), batch_size=2, num_workers=0)
     with pytest.raises(ValueError, match=message):
         trainer().fit(module(checkpoint, losses=given), datamodule=data)
+
+
+def test_a_run_of_several_losses_is_resumed_to_the_bit(checkpoint: Path, tmp_path: Path) -> None:
+    def run(steps: int, ckpt_path: Path | None = None) -> tuple[Any, Any]:
+        mixture = Mixture([Numbered("x", 16), Numbered("y", 16)], losses=[None, "classes"])
+        torch.manual_seed(0)
+        model = module(checkpoint, learnable(), losses={"classes": losses()["classes"]})
+        one = trainer(max_steps=steps)
+        one.fit(model, datamodule=RetrievalDataModule(mixture, batch_size=4, num_workers=0), ckpt_path=ckpt_path)
+        return one, weights(model)
+
+    _, whole = run(6)
+    half, before = run(3)
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    _, resumed = run(6, tmp_path / "half.ckpt")
+    assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
+    for name in ("loss.log_scale", "losses.classes.log_scale"):
+        assert not torch.equal(whole[name], before[name])
 
 
 def test_a_name_that_no_loss_can_have_is_refused(checkpoint: Path) -> None:
