@@ -18,7 +18,7 @@ from torch.nn.functional import normalize
 
 from vlmembed.backbones import DocumentFirst, PairTemplate, QueryFirst, Qwen3VL, TemplateFile
 from vlmembed.cli import main
-from vlmembed.data import EvaluationFolder, GroupByQuery, Mixture, PairCollator, Rows
+from vlmembed.data import EvaluationFolder, GroupByQuery, Mixture, PairCollator, Rows, Source
 from vlmembed.data.datamodule import named_prompts
 from vlmembed.encoder import Encoder, Scorer
 from vlmembed.export.sentence_transformers import Scoring, write_folder, write_reranker
@@ -285,25 +285,32 @@ def test_pairs_of_one_instruction_share_their_beginning(checkpoint: Path) -> Non
 # Exports
 
 
-def listed(folder: Path, name: str, *instructions: tuple[str | None, str | None]) -> Rows:
-    folder.mkdir()
-    columns = [
-        {"query": f"q{row}", "positive": f"p{row}", "query_instruction": query, "document_instruction": document}
-        for row, (query, document) in enumerate(instructions)
-    ]
-    return Rows(write(folder / f"{name}.jsonl", columns))
+class Own(list[Example], Source):
+    """Examples as they are."""
 
 
 def test_instructions_are_named_after_their_source(tmp_path: Path) -> None:
+    def rows(name: str, *instructions: tuple[str | None, str | None], columns: int = 2) -> Rows:
+        """One file for each name and number of rows."""
+        (folder := tmp_path / str(len([*tmp_path.iterdir()]))).mkdir()
+        names = ("query_instruction", "document_instruction")[:columns]
+        table = [
+            {"query": f"q{number}", "positive": "p", **dict(zip(names, row, strict=False))}
+            for number, row in enumerate(instructions)
+        ]
+        return Rows(write(folder / f"{name}.jsonl", table))
+
     broken = Rows(write(tmp_path / "broken.jsonl", [ROW | {"query": "", "query_instruction": FIND}]))
+    own = Own([Example(told(item("q", role="query"), FIND), (item("p"),))])
     mixture = Mixture(
         [
-            listed(tmp_path / "0", "pages", (FIND, SHOW), (FIND, SHOW)),
-            listed(tmp_path / "1", "plain", (None, None)),
-            listed(tmp_path / "2", "mixed", ("A.", None), ("B.", ""), ("B.", "")),
-            listed(tmp_path / "3", "pages", ("Another.", SHOW)),
-            listed(tmp_path / "4", "pages", ("A third.", None)),
+            rows("pages", (FIND, SHOW), (FIND, SHOW)),
+            rows("plain", (None, None), columns=0),
+            GroupByQuery(rows("mixed", ("A.", None), ("B.", ""), ("B.", ""))),
+            rows("pages", ("Another.", SHOW)),
+            rows("pages", ("A third.", None), columns=1),
             broken,
+            own,
         ]
     )
     assert named_prompts(mixture) == {
