@@ -513,13 +513,13 @@ def test_scores_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
 
 def test_lists_read_only_queries_until_a_list_is_asked_for(tmp_path: Path) -> None:
     class Counted(Rows):
-        read = 0
+        count = 0
 
         def __getitems__(self, indices: Sequence[int]) -> list[Example]:
-            self.read += len(indices)
+            self.count += len(indices)
             return super().__getitems__(indices)
 
     rows = Counted(write(tmp_path / "rows.jsonl", LABELLED))
     lists = GroupByQuery(rows)
-    assert (len(lists), len({*lists.query_ids(range(3))}) < 3, rows.read) == (3, False, 0)
-    assert (contents(lists[0])[0], rows.read) == ("q1", 2)
+    assert (len(lists), len({*lists.query_ids(range(3))}) < 3, rows.count) == (3, False, 0)
+    assert (contents(lists[0])[0], rows.count) == ("q1", 2)

@@ -10,7 +10,7 @@ from vlmembed.data.evaluation import (
     RerankingRun,
     RerankingSource,
 )
-from vlmembed.data.rows import Rows
+from vlmembed.data.rows import Lookup, Rows, Table
 from vlmembed.data.sources import GroupByQuery, Mixture, Source
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "EvaluationSource",
     "GroupByQuery",
     "ItemCollator",
+    "Lookup",
     "Mixture",
     "PairCollator",
     "RerankingRows",
@@ -28,6 +29,7 @@ __all__ = [
     "RetrievalDataModule",
     "Rows",
     "Source",
+    "Table",
 ]
 
 #: The old YAML name, for one release.

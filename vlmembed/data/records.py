@@ -13,7 +13,6 @@ import tarfile
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from difflib import get_close_matches
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -23,6 +22,7 @@ import numpy as np
 import pyarrow
 from filelock import FileLock
 
+from vlmembed.data.columns import nearest
 from vlmembed.files import digest, whole_file
 from vlmembed.media import limit
 
@@ -34,13 +34,9 @@ RESERVED_BYTES = 2**30
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 TOO_LONG = f"has more than {MAX_LINE_BYTES:,} bytes; VLMEMBED_MAX_LINE_BYTES sets the limit."
 DECODER = json.JSONDecoder()
+#: Of what JSON has besides strings, numbers and brackets: two escapes of six characters, -Infinity.
+LONGEST_TOKEN = 16
 SPACE = re.compile(r"[ \t\r\n]*")
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """Return a question for the name that was perhaps meant."""
-    close = get_close_matches(name, [*names], n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def open_bytes(path: Path) -> BinaryIO:
@@ -202,20 +198,19 @@ class Delimited(Records):
     """
 
     def __init__(self, path: Path, delimiter: str = ","):
-        self._options: dict[str, Any] = {"delimiter": delimiter, "strict": True}
-        csv.field_size_limit(MAX_LINE_BYTES)
+        self._delimiter = delimiter
         super().__init__(path)
 
     def _index(self) -> np.ndarray:
-        bounds, position = array("q"), 0
+        bounds, position, number = array("q"), 0, 0
 
         def lines() -> Iterator[str]:
-            nonlocal position
+            nonlocal position, number
             for number, line in enumerate(read_lines(self._file, self.path), start=1):
                 position += len(line)
                 yield _decode(line, f"{self.path}, row {number}", is_first=number == 1)
 
-        reader = csv.reader(lines(), **self._options)
+        reader = self._reader(lines())
         try:
             self._names = next(reader, [])
             bounds.append(position)  # Of lines, the reader takes no more than the row has.
@@ -225,16 +220,20 @@ class Delimited(Records):
                     raise ValueError(f"{self.path}, row {len(bounds)}: {counts}: {row!r:.200}")
                 bounds.append(position)
         except csv.Error as error:
-            kind = "CSV" if self._options["delimiter"] == "," else "TSV"
+            kind = "CSV" if self._delimiter == "," else "TSV"
             hint = "is a quote left open, or one inside a quoted cell not doubled?"
-            raise ValueError(f"{self.path}, line {reader.line_num}: not {kind}: {error}; {hint}") from error
+            raise ValueError(f"{self.path}, line {number}: not {kind}: {error}; {hint}") from error
         if twice := [name for name in self._names if self._names.count(name) > 1]:
             raise ValueError(f"{self.path}: two columns are called {twice[0]!r}.")
         return _as_array(bounds)
 
     def _read(self, file: BinaryIO, index: int) -> dict[str, Any]:
         text = _between(file, self._bounds, index).decode()
-        return dict(zip(self._names, next(csv.reader([text], **self._options)), strict=True))
+        return dict(zip(self._names, next(self._reader([text])), strict=True))
+
+    def _reader(self, lines: Iterable[str]) -> Iterator[list[str]]:
+        csv.field_size_limit(MAX_LINE_BYTES)
+        return csv.reader(lines, delimiter=self._delimiter, strict=True)
 
 
 class _Scanner:
@@ -274,19 +273,31 @@ class _Scanner:
         """Step over the next value, and return its text."""
         self.peek()
         while True:
-            error = None
-            try:
-                end = DECODER.raw_decode(self._text, self._at)[1]
-            except (ValueError, RecursionError) as not_whole:
-                error, end = not_whole, len(self._text)
+            problem, end = self._try()
             if end - self._at > MAX_LINE_BYTES:
                 raise ValueError(f"{self._origin}, byte {self.position + 1}: the value {TOO_LONG}")
-            # Of a number, more digits may follow.
-            if end < len(self._text) or not self._more():
-                if error is not None:
-                    raise ValueError(f"{self._origin}, byte {self.position + 1}: not JSON ({error}).") from error
-                text, self._at = self._text[self._at : end], end
-                return text
+            # Of a number at the end of the piece, more digits may follow.
+            if problem or end == len(self._text):
+                if self._more():
+                    continue
+                if problem:
+                    raise ValueError(problem)
+                end = len(self._text)
+            text, self._at = self._text[self._at : end], end
+            return text
+
+    def _try(self) -> tuple[str, int]:
+        """Return what is wrong with the next value where more text may mend it, and where the value ends."""
+        try:
+            return "", DECODER.raw_decode(self._text, self._at)[1]
+        except json.JSONDecodeError as error:
+            problem = f"{self._origin}, byte {self._before + error.pos + 1}: not JSON ({error.msg})."
+            is_cut = error.msg.startswith("Unterminated string") or error.pos > len(self._text) - LONGEST_TOKEN
+            if not is_cut:
+                raise ValueError(problem) from error
+            return problem, len(self._text)
+        except RecursionError as error:
+            raise ValueError(f"{self._origin}, byte {self.position + 1}: the value is nested too deeply.") from error
 
     def elements(self) -> Iterator[int]:
         """Step through a list or an object, and yield where each element begins, for the caller to step over."""

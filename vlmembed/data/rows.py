@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import datasets
 import numpy as np
 
-from vlmembed.data.cells import Cell, Folder, is_content, to_items
+from vlmembed.data.cells import KINDS, Cell, Folder, is_content, to_items
+from vlmembed.data.columns import Condition, Expression, Language, Read, Row, nearest
 from vlmembed.data.sources import Source, labelled
-from vlmembed.data.tables import JSONLines, RawTable, open_table
+from vlmembed.data.tables import RawTable, open_table
 from vlmembed.types import Example, Item
 
 #: The largest score or label: losses compute in float32.
@@ -22,7 +26,8 @@ LARGEST = float(np.finfo(np.float32).max)
 
 KNOWN = re.compile(r"query|positive|document|label|scores|negatives|negative(_\d+)?")
 
-Row = Mapping[str, Any]
+#: Rows of which the keys are looked at, and that are read at once.
+FIRST = 256
 
 
 def check_columns(columns: Collection[str], origin: str) -> None:
@@ -137,11 +142,78 @@ def _numbers(row: Row, column: str, count: int, origin: str) -> tuple[float, ...
 
 
 @dataclass(eq=False)
-class Rows(Source):
-    """Training rows from a file, a folder or the Hub.
+class Lookup:
+    """A table whose rows are found by their ids, for the ``tables`` of `Table`.
 
-    Columns are ``query``, ``positive`` and optionally ``negative``, ``negative_0`` … ``negative_n``, or a list
-    ``negatives``; or ``query``, ``document`` and ``label``; and ``scores``. See vlmembed/data/README.md.
+    Args:
+        key: The column of the ids.
+        cell: What a row becomes, in the language of ``cells``; null for its text, image and video.
+        path: The table, as for ``vlmembed.data.Rows``; null for the data set itself.
+        split: Which split; null for that of the data set.
+        subset: Which configuration; null for that of the data set, if it is the data set itself.
+        revision: The Hub revision.
+        media: Where the paths in its cells start, relative to the table's folder; null for that folder.
+    """
+
+    key: str
+    cell: Expression = None
+    path: str | None = None
+    split: str | None = None
+    subset: str | None = None
+    revision: str | None = None
+    media: str | None = None
+
+
+class _Found:
+    """What the ids of a table stand for."""
+
+    def __init__(self, lookup: Lookup, rows: RawTable, origin: str, folder: Folder | None) -> None:
+        self.rows, self.origin, self.folder = rows, origin, folder
+        self.expression = lookup.cell or {kind: kind for kind in KINDS if kind in rows.column_names}
+        if not self.expression:
+            raise ValueError(f"{origin}: it has none of {', '.join(KINDS)}; say with 'cell' what a row stands for.")
+        language = Language(_columns(rows), origin)
+        read = language.path(lookup.key)
+        self.numbers: dict[str, int] = {}
+        for number, row in _scan(rows, language.used):
+            key = None if row is None else read(row)
+            if key is not None and self.numbers.setdefault(str(key), number) != number:
+                first = self.numbers[str(key)] + 1
+                raise ValueError(f"{origin}, row {number + 1}: {lookup.key} {key!r} is also that of row {first}.")
+
+    @cached_property
+    def cell(self) -> Read:
+        """What makes the cell of a row."""
+        return Language(_columns(self.rows), self.origin, folder=self.folder).reader(self.expression)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "cell"}
+
+    def __call__(self, key: Any) -> Any:
+        if key is None or key == "":
+            return None
+        if str(key) not in self.numbers:
+            raise ValueError(
+                f"the id {key!r} is in no row of {self.origin}{nearest(str(key), [*self.numbers][:10000])}."
+            )
+        number = self.numbers[str(key)]
+        try:
+            return self.cell(self.rows.__getitems__([number])[0])
+        except ValueError as error:
+            raise ValueError(f"{self.origin}, row {number + 1}: {error}") from error
+
+
+class _Cells(NamedTuple):
+    """What the rows of a table become."""
+
+    rows: RawTable  # With the columns that are read.
+    reads: dict[str, Read]
+    columns: dict[str, set[str]]  # That each cell is made of.
+
+
+@dataclass(eq=False)
+class Table:
+    """Rows of a file, a folder or the Hub, with the columns that they are given.
 
     Args:
         path: A JSONL, CSV or Parquet file, a folder written by ``save_to_disk``, or a folder or Hub id that
@@ -150,6 +222,13 @@ class Rows(Source):
         subset: Which configuration of a data set that has several.
         columns: New names for columns, ``{question: query}``; null drops a column.
         allow_outside: Folders outside of the file's (or the data set's) whose images and videos the rows may name.
+        revision: The Hub revision: a branch, tag or commit.
+        media: Where the paths in cells start, relative to the data set's folder; null for that folder.
+        cells: Instead of ``columns``, what is made of them: ``{query: {image: path, text: question}}``. The language
+            is that of vlmembed/data/README.md.
+        where: Which rows are read: ``{source: [docvqa, infovqa], query: {not: null}}``.
+        each: A column whose lists become one row for each element.
+        tables: Tables in which ``{ids: column, table: NAME}`` looks up.
     """
 
     path: str
@@ -157,40 +236,67 @@ class Rows(Source):
     subset: str | None = None
     columns: dict[str, str | None] | None = None
     allow_outside: list[str] | None = None
+    revision: str | None = None
+    media: str | None = None
+    cells: dict[str, Expression] | None = None
+    where: dict[str, Condition] | None = None
+    each: str | None = None
+    tables: dict[str, Lookup] | None = None
 
     @property
     def name(self) -> str:
         """The file or folder name, without ending."""
         return Path(self.path).stem
 
+    @property
+    def column_names(self) -> list[str]:
+        """The names of the cells."""
+        return [*self._cells.reads]
+
     def __len__(self) -> int:
-        return len(self._opened[0])
+        reads = self._cells  # Which is wrong where an expression is.
+        return len(reads.rows) if self._places is None else len(self._places)
 
-    def __getitem__(self, index: int) -> Example:
-        return self.__getitems__([index])[0]
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_cells"}
 
-    def __getitems__(self, indices: Sequence[int]) -> list[Example]:
-        table, names = self._opened
-        dropped, renamed = {*(self.columns or ())}, []
-        origins = [f"{self.path}, row {index + 1}" for index in indices]
-        for origin, row in zip(origins, self._read(table, indices), strict=True):
-            missing, extra = [*(names.keys() - row.keys())], [*(row.keys() - names.keys() - dropped)]
-            if missing or extra:
-                reason = f"lacks column {missing[0]!r} of" if missing else f"has a column {extra[0]!r} that is not in"
-                raise ValueError(f"{origin} {reason} row 1; every row needs the same columns.")
-            renamed.append({new: row[old] for old, new in names.items()})
-        return to_examples(renamed, self._folder, origins)
+    def read(self, indices: Sequence[int], names: Collection[str] | None = None) -> list[dict[str, Any]]:
+        """Return the cells of some rows, by name; a ``ValueError`` names row, column and value."""
+        table, cells, columns = self._cells
+        places = self._rows_and_elements(indices)
+        if names is not None:
+            cells = {name: read for name, read in cells.items() if name in names}
+            wanted = [*{column for name in cells for column in columns[name]}]
+            table = table.select_columns(wanted)
+        rows = self._rows(table, [row for row, _ in places])
+        origins = self.origins(indices)
+        if self.cells is None and names is None:
+            _check_same(rows, origins, set().union(*columns.values()), {*(self.columns or ())})
+        elements = [_with_element(row, self.each, element) for row, (_, element) in zip(rows, places, strict=True)]
+        return _map(cells, elements, origins)
 
-    def read_queries(self, indices: Sequence[int]) -> list[Item]:
-        """See `Source.read_queries`; leaves the other columns of an Arrow table undecoded."""
-        table, names = self._opened
-        column = next(old for old, new in names.items() if new == "query")
-        selected = table if isinstance(table, JSONLines) else table.select_columns([column])
-        rows = zip(indices, self._read(selected, indices), strict=True)
-        cells: list[Cell] = [(row.get(column), "query", f"{self.path}, row {k + 1}, column 'query'") for k, row in rows]
-        return to_items(cells, self._folder)
+    def origins(self, indices: Sequence[int]) -> list[str]:
+        """Say where some rows come from, for messages."""
+        return [
+            f"{self.path}, row {row + 1}" + (f", {self.each}[{element}]" if element >= 0 else "")
+            for row, element in self._rows_and_elements(indices)
+        ]
 
-    def _read(self, table: RawTable, indices: Sequence[int]) -> list[dict[str, Any]]:
+    @cached_property
+    def folder(self) -> Folder:
+        """The media root."""
+        folder = _folder(self.path, self.media, self.allow_outside)
+        others = [_folder(table.path, table.media).path for table in (self.tables or {}).values() if table.path]
+        return replace(folder, others=(*folder.others, *others))
+
+    def check(self, names: Collection[str]) -> None:
+        """Refuse names of cells that whoever reads the table does not know."""
+
+    def _rows_and_elements(self, indices: Sequence[int]) -> list[tuple[int, int]]:
+        places = self._places
+        return [(index, -1) for index in indices] if places is None else places[list(indices)].tolist()
+
+    def _rows(self, table: RawTable, indices: Sequence[int]) -> list[dict[str, Any]]:
         try:
             return table.__getitems__(list(indices)) if indices else []
         except OSError as error:  # The file's fault, and no row's.
@@ -201,20 +307,160 @@ class Rows(Source):
             ) from error
 
     @cached_property
-    def _folder(self) -> Folder:
-        return Folder.of(self.path, self.allow_outside)
+    def _table(self) -> RawTable:
+        if self.columns is not None and self.cells is not None:
+            raise ValueError(f"{self.path}: give 'columns', which renames, or 'cells', which makes cells; not both.")
+        folder = Folder.of(self.path, self.allow_outside)
+        return open_table(self.path, self.split, self.subset, folder, self.revision)
 
     @cached_property
-    def _opened(self) -> tuple[RawTable, dict[str, str]]:
-        """The table, and the columns that are not dropped: the file's name → the name after renaming."""
-        table, columns = open_table(self.path, self.split, self.subset, self._folder), self.columns or {}
-        if absent := [column for column in columns if column not in table.column_names]:
+    def _found(self) -> dict[str, _Found]:
+        return {name: self._find(name, lookup) for name, lookup in (self.tables or {}).items()}
+
+    @cached_property
+    def _cells(self) -> _Cells:
+        rows = self._table
+        expressions: Mapping[str, Any] = self.cells if self.cells is not None else self._renamed(rows.column_names)
+        reads, columns = {}, {}
+        for name, expression in expressions.items():
+            language = Language(_columns(rows), f"{self.path}: cells: {name}", self._found)
+            reads[name] = language.reader(expression)
+            columns[name] = language.used
+        self.check([*reads])
+        rows = rows.select_columns([*set().union(*columns.values(), [self.each] if self.each else [])])
+        return _Cells(rows, reads, columns)
+
+    def _renamed(self, names: Sequence[str]) -> dict[str, str]:
+        """Return new name → old name of the columns that are not dropped."""
+        columns = self.columns or {}
+        if absent := [column for column in columns if column not in names]:
             raise ValueError(
-                f"{self.path}: no column {absent[0]!r} to rename or drop; it has {', '.join(table.column_names)}."
+                f"{self.path}: no column {absent[0]!r} to rename or drop{nearest(absent[0], names)}; it has "
+                f"{', '.join(names)}."
             )
-        names = {old: new for old in table.column_names if (new := columns.get(old, old)) is not None}
-        renamed = [*names.values()]
-        if twice := [name for name in renamed if renamed.count(name) > 1]:
+        renamed = [(new, old) for old in names if (new := columns.get(old, old)) is not None]
+        if twice := [new for new, count in Counter(new for new, _ in renamed).items() if count > 1]:
             raise ValueError(f"{self.path}: two columns would be called {twice[0]!r}; columns is {columns}.")
-        check_columns(renamed, self.path)
-        return table if isinstance(table, JSONLines) else table.select_columns([*names]), names
+        return dict(renamed)
+
+    def _find(self, name: str, lookup: Lookup) -> _Found:
+        """Open a table of ``tables``."""
+        if lookup.path is None and (lookup.split, lookup.subset) == (None, None):
+            return _Found(lookup, self._table, f"{self.path}: tables: {name}", None)
+        path, is_same = lookup.path or self.path, lookup.path is None
+        subset = lookup.subset or (self.subset if is_same else None)
+        revision = lookup.revision or (self.revision if is_same else None)
+        other = open_table(path, lookup.split or self.split, subset, Folder.of(path, self.allow_outside), revision)
+        folder = None if is_same and lookup.media is None else _folder(path, lookup.media)
+        return _Found(lookup, other, f"{path}: tables: {name}", folder)
+
+    @cached_property
+    def _places(self) -> np.ndarray | None:
+        """(N, 2) row and element of what is left; a row that cannot be read is, so that reading it says why."""
+        if not self.where and self.each is None:
+            return None
+        rows = self._table
+        language = Language(_columns(rows), self.path)
+        keeps = language.where(self.where or {})
+        if self.each is not None:
+            language.path(self.each)
+        places = []
+        for number, row in _scan(rows, language.used):
+            if row is None:
+                places.append((number, -1))
+                continue
+            values = row.get(self.each) if self.each is not None else True
+            elements = range(len(values)) if isinstance(values, list) else () if values is None else (-1,)
+            places += [(number, one) for one in elements if keeps(_with_element(row, self.each, one))]
+        if not places:
+            raise ValueError(
+                f"{self.path}: none of the {len(rows):,} rows is left by where: {self.where}"
+                + (f", each: {self.each}." if self.each else ".")
+            )
+        return np.array(places)
+
+
+@dataclass(eq=False)
+class Rows(Table, Source):
+    """Training rows from a file, a folder or the Hub.
+
+    Columns are ``query``, ``positive`` and optionally ``negative``, ``negative_0`` … ``negative_n``, or a list
+    ``negatives``; or ``query``, ``document`` and ``label``; and ``scores``. See vlmembed/data/README.md. The arguments
+    are those of `Table`.
+    """
+
+    def __getitem__(self, index: int) -> Example:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Example]:
+        return to_examples(self.read(indices), self.folder, self.origins(indices))
+
+    def read_queries(self, indices: Sequence[int]) -> list[Item]:
+        """See `Source.read_queries`; leaves the other columns of an Arrow table undecoded."""
+        rows = zip(self.read(indices, ["query"]), self.origins(indices), strict=True)
+        cells: list[Cell] = [(row.get("query"), "query", f"{origin}, column 'query'") for row, origin in rows]
+        return to_items(cells, self.folder)
+
+    def check(self, names: Collection[str]) -> None:
+        """Refuse columns that are no training rows'."""
+        check_columns(names, self.path)
+
+
+def _map(cells: Mapping[str, Read], rows: Sequence[Row], origins: Sequence[str]) -> list[dict[str, Any]]:
+    mapped = []
+    for row, origin in zip(rows, origins, strict=True):
+        made = {}
+        for name, read in cells.items():
+            try:
+                made[name] = read(row)
+            except ValueError as error:
+                raise ValueError(f"{origin}, column {name!r}: {error}") from error
+        mapped.append(made)
+    return mapped
+
+
+def _check_same(rows: Sequence[Row], origins: Sequence[str], columns: set[str], dropped: set[str]) -> None:
+    """Refuse rows of other columns than the first row's: a misspelt name must not lose negatives."""
+    for row, origin in zip(rows, origins, strict=True):
+        missing, extra = [*(columns - row.keys())], [*(row.keys() - columns - dropped)]
+        if missing or extra:
+            reason = f"lacks column {missing[0]!r} of" if missing else f"has a column {extra[0]!r} that is not in"
+            raise ValueError(f"{origin} {reason} row 1; every row needs the same columns.")
+
+
+def _with_element(row: Row, column: str | None, element: int) -> Row:
+    return row if column is None or element < 0 else {**row, column: row[column][element]}
+
+
+def _columns(rows: RawTable) -> list[str]:
+    """Return the columns of a table; JSON leaves out a key where it has no value, so those of the first rows."""
+    if isinstance(rows, datasets.Dataset):
+        return list(rows.column_names)
+    first = [row for _, row in islice(_scan(rows, ()), FIRST) if row is not None]
+    return [*dict.fromkeys(key for row in first for key in row)] or rows.column_names
+
+
+def _scan(rows: RawTable, columns: Iterable[str]) -> Iterator[tuple[int, Row | None]]:
+    """Go through a table with some of its columns; None stands for a row that cannot be read."""
+    selected = rows.select_columns([*columns])
+    for start in range(0, len(rows), FIRST):
+        numbers = range(start, min(start + FIRST, len(rows)))
+        try:
+            yield from zip(numbers, selected.__getitems__(list(numbers)), strict=True)
+        except ValueError:  # One of them cannot be read.
+            for number in numbers:
+                try:
+                    yield number, selected.__getitems__([number])[0]
+                except ValueError:
+                    yield number, None
+
+
+def _folder(path: str, media: str | None, allow_outside: Iterable[str] | None = None) -> Folder:
+    """Return where the paths in the cells of a table start."""
+    folder = Folder.of(path, allow_outside)
+    if media is None:
+        return folder
+    root = folder.path / media
+    if not root.is_dir():
+        raise ValueError(f"{path}: the folder of its media, {root}, does not exist; media is {media!r}.")
+    return replace(folder, path=root, others=(*folder.others, folder.path))

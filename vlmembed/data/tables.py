@@ -22,6 +22,7 @@ from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from huggingface_hub import hf_hub_download, metadata_load
 
 from vlmembed.data.cells import URL, Folder
+from vlmembed.data.columns import nearest
 from vlmembed.data.records import (
     COMPRESSIONS,
     MAX_LINE_BYTES,
@@ -29,7 +30,6 @@ from vlmembed.data.records import (
     JSONLines,
     Records,
     Tar,
-    nearest,
     open_json,
     read_lines,
     text_lines,
