@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import Any, TypeAlias
 import datasets
 import pyarrow.parquet
 import yaml
+from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from huggingface_hub import hf_hub_download, metadata_load
@@ -47,6 +49,14 @@ READERS: dict[str, Callable[[Path], Records]] = {
     ".tar": Tar,
 }
 KINDS = (*READERS, ".parquet")
+HUB_ID = re.compile(r"(hf://datasets/)?[\w.-]*\w[\w.-]*(/[\w.-]+)?")
+
+
+class _EncodedAudio(datasets.Audio):
+    """Sound as it is stored, for which `datasets` would import torchcodec."""
+
+    def encode_example(self, value: Any) -> dict[str, Any]:
+        return {"bytes": None, "path": value}
 
 
 class Joined:
@@ -153,10 +163,15 @@ def _files(path: str, folder: Folder) -> list[str]:
             raise ValueError(f"{path}: no file matches.")
         return files
     if not os.path.isfile(path):
-        beside = os.listdir(Path(path).parent) if Path(path).parent.is_dir() else []
-        what = "a list of paths has files only" if os.path.isdir(path) else "no such file"
-        raise ValueError(f"{path}: {what}{nearest(Path(path).name, beside)}.")
+        what = "a list of paths has files only" if os.path.isdir(path) else f"no such file{_beside(path)}"
+        raise ValueError(f"{path}: {what}.")
     return [path]
+
+
+def _beside(path: str) -> str:
+    """Return a question for the name in the same folder that was perhaps meant."""
+    folder = Path(path).parent
+    return nearest(Path(path).name, os.listdir(folder)[:10_000]) if folder.is_dir() else ""
 
 
 def _open_files(files: Sequence[str], name: str, subset: str | None) -> list[Part]:
@@ -201,6 +216,8 @@ def _open_set(path: str, split: str, subset: str | None, folder: Folder, revisio
     with _named(path):
         if os.path.isdir(path) and revision is not None:
             raise ValueError(f"{path}: revision is {revision!r}, but a folder has none; it is of a Hub id.")
+        if not os.path.isdir(path) and not HUB_ID.fullmatch(path):
+            raise ValueError(f"{path}: no such file or folder{_beside(path)}, and no Hub id.")
         if Path(path, "dataset_dict.json").exists() or Path(path, "state.json").exists():
             return _open_saved(path, split, folder)
         return _load(path, split, subset, folder, revision)
@@ -222,7 +239,7 @@ def _load(path: str, split: str, subset: str | None, folder: Folder, revision: s
     """Open a folder or a Hub id as ``load_dataset`` does, of whose files none lies elsewhere."""
     _refuse_other_files(path, folder, revision)
     builder = _builder(path, subset, revision)
-    data_files = {name: [*files] for name, files in (builder.config.data_files or {}).items()}
+    data_files = {str(name): [*files] for name, files in (builder.config.data_files or {}).items()}
     files = [file for files in data_files.values() for file in files]
     local = [file for file in files if not file.startswith(f"hf://datasets/{path.removeprefix('hf://datasets/')}@")]
     prepared = Path(builder.cache_dir).exists()
@@ -236,6 +253,8 @@ def _load(path: str, split: str, subset: str | None, folder: Folder, revision: s
         wanted = data_files if split == "all" else _split_names(split)
         tars = {name: datasets.DownloadManager().download(data_files[name]) for name in wanted}
         return _select({name: _open_files(files, path, None) for name, files in tars.items()}, split, path)
+    if isinstance(builder, AudioFolder):
+        builder.BASE_FEATURE = _EncodedAudio
     builder.download_and_prepare()
     table = _undecoded(builder.as_dataset(split=split), class_names=isinstance(builder, FolderBasedBuilder))
     return [(path, table, range(len(table)))]
