@@ -112,7 +112,9 @@ def open_table(
     Of files, ``split`` matters only if it is a slice (``train[:1%]``), and ``subset`` is the key of the rows in a JSON
     file. A ``ValueError`` says that there is no such file, split, subset or key, or no row.
     """
-    paths = [path] if isinstance(path, str) else path
+    if not path:
+        raise ValueError(f"path is {path!r}; it is a file, a glob, a list of these, a folder or a Hub id.")
+    paths, split = [path] if isinstance(path, str) else path, re.sub(r"\s+", "", split)
     name = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
     if len(paths) == 1 and not _is_file(paths[0]):
         parts = _open_set(name, split, subset, folder, revision)
@@ -198,17 +200,19 @@ def _open_files(files: Sequence[str], name: str, subset: str | None) -> list[Par
 
 def _open_parquet(files: Sequence[str]) -> list[Part]:
     """Open Parquet files as one table, and divide it by file."""
-    counts = []
+    counts = {}
     for file in files:
         with _named(file):
-            counts.append(pyarrow.parquet.read_metadata(file).num_rows)
+            counts[file] = pyarrow.parquet.read_metadata(file).num_rows
+    files = [file for file in files if counts[file]]  # `datasets` reads none that is empty.
+    if not files:
+        return []
     with _named(files[0]):
         table = datasets.load_dataset("parquet", data_files=[*map(glob.escape, files)], split="train")
-        if len(files) == 1:
-            return [(files[0], _undecoded(table), range(len(table)))]
-        ranges = [range(stop - count, stop) for count, stop in zip(counts, accumulate(counts), strict=True)]
-        pieces = [(file, _undecoded(table.select(rows))) for file, rows in zip(files, ranges, strict=True) if rows]
-    return [(file, piece, range(len(piece))) for file, piece in pieces]
+        ends = [*accumulate(counts[file] for file in files)]
+        pieces = [table.select(range(end - counts[file], end)) for file, end in zip(files, ends, strict=True)]
+        tables = map(_undecoded, pieces if len(files) > 1 else [table])
+    return [(file, piece, range(len(piece))) for file, piece in zip(files, tables, strict=True)]
 
 
 def _open_set(path: str, split: str, subset: str | None, folder: Folder, revision: str | None) -> list[Part]:
@@ -275,15 +279,15 @@ def _builder(path: str, subset: str | None, revision: str | None) -> datasets.Da
 
 def _only_split(split: str, path: str) -> str:
     """Return what to call all rows of what has no splits."""
-    names = _split_names(split)
+    names = {*_split_names(split)}
     if len(names) > 1:
         raise ValueError(f"{path}: split is {split!r}, but there are no splits; a slice is written train[:10%].")
-    return names[0]
+    return names.pop()
 
 
 def _split_names(split: str) -> list[str]:
     """Return the splits that are added and sliced, in the language of ``datasets``: ``train[:1%]+test``."""
-    return [part.strip().partition("[")[0] for part in split.split("+")]
+    return [part.partition("[")[0] for part in split.split("+")]
 
 
 def _refuse_split(split: str, splits: Collection[str], path: str) -> None:
