@@ -9,6 +9,7 @@ import pickle
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from typing import Any
 import pandas
 import pytest
 import torch
+import yaml
 from building import module, trainer, write_rows
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -522,6 +524,18 @@ def test_only_what_changes_a_result_is_refused_unless_it_is_named(capsys: pytest
         refuse_changes(BEFORE, after, ["trainer"])
     refuse_changes(BEFORE, after, ["data.init_args.batch_size", "trainer.max_epochs"])
     assert "max_epochs: 1 → 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("allowed", [[], ["trainer.callbacks"]])
+def test_a_run_is_not_resumed_with_another_average(allowed: list[str]) -> None:
+    average = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.9}}
+    timer = {"class_path": "lightning.pytorch.callbacks.Timer"}
+    before = yaml.safe_dump({"trainer": {"callbacks": [timer, average]}})
+    refuse_changes(before, yaml.safe_dump({"trainer": {"callbacks": [average]}}))
+    for callbacks in ([timer], [timer, {**average, "init_args": {"decay": 0.8}}], None):
+        after = yaml.safe_dump({"trainer": {"callbacks": callbacks}})
+        with nullcontext() if allowed else pytest.raises(ValueError, match=r"trainer\.callbacks: .*0\.9"):
+            refuse_changes(before, after, allowed)
 
 
 @pytest.mark.parametrize(("other", "stays"), [(6, True), (7, False), (8, False), (None, True)])

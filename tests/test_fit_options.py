@@ -283,10 +283,14 @@ def test_a_window_that_the_epoch_cuts_short_is_the_mean_of_its_batches(checkpoin
 
 def test_a_validation_between_batches_of_a_window_is_refused() -> None:
     for interval, batches in ((3, 8), (0.375, 8)):
-        with pytest.raises(ValueError, match=r"accumulate_grad_batches 2: .* Let it be a multiple of 2"):
+        with pytest.raises(ValueError, match=r"accumulate_grad_batches, .* Let it be a multiple of 2"):
             refuse_split_windows(trainer(accumulate_grad_batches=2, val_check_interval=interval), batches)
     for interval in (4, 1.0, 0.5):
         refuse_split_windows(trainer(accumulate_grad_batches=2, val_check_interval=interval), 8)
+    scheduled = [lightning_callbacks.GradientAccumulationScheduler({0: 1, 2: 4, 5: 6})]
+    with pytest.raises(ValueError, match="Let it be a multiple of 12"):
+        refuse_split_windows(trainer(callbacks=scheduled, val_check_interval=8), 24)
+    refuse_split_windows(trainer(callbacks=scheduled, val_check_interval=12), 24)
 
 
 def test_a_checkpoint_whose_name_has_a_slash_is_found(tmp_path: Path) -> None:

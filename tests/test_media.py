@@ -455,7 +455,7 @@ def test_frames_are_those_of_torchcodec_bit_by_bit(tmp_path: Path, name: str) ->
 
 
 KINDS = {
-    b"%PDF-1.7": "a PDF document. Convert its pages to PNG",
+    b"%PDF-1.7": "a PDF document. Give it under the key 'pdf'",
     b"8BPS\0\1": "a Photoshop file",
     b"gimp xcf v011": "a GIMP file",
     b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>': "a drawing",

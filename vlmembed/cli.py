@@ -7,6 +7,7 @@ import inspect
 import signal
 import sys
 from argparse import ArgumentError
+from collections.abc import Sequence
 from dataclasses import replace
 from enum import Enum
 from functools import cache, partial
@@ -14,7 +15,7 @@ from importlib import import_module
 from typing import Any, cast
 
 from jsonargparse import Namespace, _typehints, add_instantiator
-from lightning import LightningDataModule, LightningModule
+from lightning import LightningDataModule, LightningModule, seed_everything
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
@@ -33,6 +34,7 @@ COMMANDS = {
     "ablate": ("vlmembed.ablation.command", "Run a grid of settings and seeds; report which differences are real."),
     "mine": ("vlmembed.mining.command", "Find hard negatives for training rows with an embedder."),
     "score": ("vlmembed.mining.command", "Add a reranker's scores to training rows."),
+    "show": ("vlmembed.show", "Show the first rows as the model will read them; write a page with their images."),
 }
 
 
@@ -225,6 +227,9 @@ def _with_csv(logger: Logger | list[Logger] | bool | None, root: str | None) -> 
 class _Checker(CLI):
     """The command line without its end: it parses, and builds nothing."""
 
+    def _add_instantiators(self) -> None:
+        """Remember nothing of what is built, for checkpoints that are not written."""
+
     def parse_arguments(self, parser: Any, args: ArgsType) -> None:
         self.config = Namespace(subcommand=None, seed_everything=False)
 
@@ -249,6 +254,23 @@ def _checker() -> _Checker:
 def check(config: dict[str, Any]) -> None:
     """Try whether a mapping is a configuration of ``fit``, building nothing of it; a ValueError says what is wrong."""
     _checker().check(config)
+
+
+def build(words: Sequence[str], **options: tuple[Any, str]) -> Namespace:
+    """Build the model and the data module of a command line: a command's name, the arguments of ``fit`` and options.
+
+    An option has a default and a help text. Nothing else is built: no trainer, no logger.
+    """
+    parser, (command, *args) = _Checker()._parser("fit"), words
+    parser.prog, parser.description = f"python -m vlmembed {command}", COMMANDS[command][1]
+    for name, (default, text) in options.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
+    config = parser.parse_args(args)
+    refuse_secrets(config.as_dict())
+    if config.seed_everything is not True:
+        seed_everything(config.seed_everything)
+    objects = parser.instantiate_classes(Namespace(model=config.model, data=config.data))
+    return Namespace(**vars(objects), **{name: config[name] for name in options})
 
 
 def main(args: ArgsType = None) -> None:

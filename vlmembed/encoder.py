@@ -34,7 +34,11 @@ class Encoder(nn.Module):
     @cached_property
     def preprocessor(self) -> ChatPreprocessor:
         """What makes the inputs; it needs no weights, and can be sent to loader workers."""
-        return self.backbone.make_preprocessor(self.template, self.pooling.appended, self.pooling.learns_tokens)
+        pooling = self.pooling
+        preprocessor = self.backbone.make_preprocessor(self.template, pooling.appended, pooling.learns_tokens)
+        if any(isinstance(part, MeanWithoutInstruction) for part in pooling.modules()):
+            preprocessor.fixed_instructions = MeanWithoutInstruction.__name__
+        return preprocessor
 
     def configure(self) -> None:
         """Load the backbone's weights and create the pooling's."""

@@ -21,7 +21,7 @@ from transformers import BaseVideoProcessor
 from transformers.utils import requires_backends
 from transformers.video_utils import VideoMetadata, default_sample_indices_fn
 
-from vlmembed.types import Frame
+from vlmembed.types import Frame, LazyImage
 
 #: Raster images that say all there is to see. Among Pillow's others, some have another program interpret the file.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
@@ -39,7 +39,7 @@ VIDEO = (
 
 #: What a file is, by its first bytes, whatever its name says; and what to do with it.
 OTHER_KINDS = {
-    rb"%PDF-": "a PDF document. Convert its pages to PNG",
+    rb"%PDF-": "a PDF document. Give it under the key 'pdf': {pdf: FILE, page: 1}",
     rb"8BP[SB]": "a Photoshop file (PSD). Convert it to PNG",
     rb"%!|\xc5\xd0\xd3\xc6": "PostScript (EPS). Convert it to PNG",
     rb"gimp xcf": "a GIMP file (XCF). Convert it to PNG",
@@ -157,7 +157,8 @@ def load_image(
     decoded at 1/2, 1/4 or 1/8. A ``ValueError`` names the origin and what cannot be read.
     """
     try:
-        image = frame if isinstance(frame, Image.Image) else open_image(frame)
+        opened = frame.render() if isinstance(frame, LazyImage) else frame
+        image = opened if isinstance(opened, Image.Image) else open_image(opened)
         if resized is not None and not isinstance(frame, Image.Image):
             _draft(image, resized)
         deep = bool(image.getbands()[1:]) and any(";16" in str(tile) for tile in getattr(image, "tile", ()))
@@ -189,6 +190,8 @@ def image_size(frame: Frame, origin: str = "") -> tuple[int, int]:
     if isinstance(frame, Image.Image):
         return frame.size
     try:
+        if isinstance(frame, LazyImage):
+            return frame.size
         with open_image(frame) as image:
             return image.size
     except UNREADABLE as error:

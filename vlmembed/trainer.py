@@ -190,7 +190,7 @@ class Trainer(lightning.Trainer):
 
         Args:
             model: The module. Its adapters are merged, for good.
-            datamodule: Not used.
+            datamodule: Names the instructions that it was trained with.
             ckpt_path: A checkpoint; null exports the weights as they are.
             weights_only: Whether to refuse a checkpoint that holds more than tensors and plain values; null for yes.
             output_dir: A folder that is empty or not there yet; null for ``export`` in the run's folder.
@@ -219,6 +219,8 @@ class Trainer(lightning.Trainer):
         if checkpoint is not None:
             model.checkpointing.load_weights(model, checkpoint)
         model.to(self.strategy.root_device)
+        # Of the data module when it trained: to export, no training rows need be there.
+        state = (checkpoint or {}).get(type(datamodule).__qualname__, {})
         info = ModelInfo(
             name=(push_to_hub or output_dir or self.loggers[0].name or "model").rstrip("/").split("/")[-1],
             address=push_to_hub,
@@ -227,6 +229,7 @@ class Trainer(lightning.Trainer):
                 name: float(value) for name, value in self.callback_metrics.items() if name[:4] in ("val/", "test")
             },
             config=yaml.safe_load(self.run_config) or {},
+            prompts=getattr(datamodule, "prompts", None) or state.get("prompts", {}),
         )
         self.exporter.export(model.encoder, folder, info)
         if push_to_hub is not None:

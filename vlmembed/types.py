@@ -31,8 +31,27 @@ Role = Literal["query", "document"]
 #: What one forward pass takes: ``input_ids`` and ``attention_mask`` (B, L), and whatever else the backbone reads.
 Inputs = dict[str, Tensor]
 
-#: An image: open, in a file, or the content of a file.
-Frame = Image | Path | bytes
+
+class LazyImage(ABC):
+    """An image that is made when it is needed, in a loader worker, such as a page of a PDF; as a string, its name."""
+
+    @property
+    @abstractmethod
+    def key(self) -> str:
+        """Equal for equal images."""
+
+    @property
+    @abstractmethod
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels, known without making it; raises as `render` does."""
+
+    @abstractmethod
+    def render(self) -> Path:
+        """Make the image if it is not there yet, and return its file; a ``ValueError`` says why that cannot be."""
+
+
+#: An image: open, in a file, the content of a file, or made when it is needed.
+Frame = Image | Path | bytes | LazyImage
 
 #: What a patch costs, in tokens, where the vision tower is trained: about half of a token's activations in Qwen3-VL.
 PATCH_COST = 0.5
@@ -61,6 +80,8 @@ class Part:
                 hashed.update(f"\0pixels {value.mode} {value.size}".encode() + value.tobytes())
             elif isinstance(value, bytes):
                 hashed.update(f"\0bytes {len(value)} ".encode() + value)
+            elif isinstance(value, LazyImage):
+                hashed.update(f"\0{type(value).__name__} {value.key}".encode())
             else:
                 hashed.update(f"\0{type(value).__name__} {value}".encode())
         return hashed.digest()
@@ -70,14 +91,17 @@ class Part:
 class Item:
     """One thing to encode: any number of texts, images and videos, in the order in which the model reads them."""
 
-    role: Role  # Decides the instruction.
+    role: Role  # Decides the instruction, where the item has none of its own.
     parts: tuple[Part, ...]
     origin: str = field(default="", compare=False)  # For messages: ``train.jsonl, row 17, column 'positive'``.
+    instruction: str | None = None  # What the model is told to do with it; empty for nothing, None for the backbone's.
 
     @cached_property
     def id(self) -> int:
-        """A 63-bit number that is the same for equal content in equal roles, in every process."""
+        """A 63-bit number that is the same for equal content in equal roles and instructions, in every process."""
         hashed = hashlib.blake2b(self.role.encode(), digest_size=8)
+        if self.instruction is not None:
+            hashed.update(f"\0instruction {len(self.instruction)} {self.instruction}".encode())
         for part in self.parts:
             hashed.update(part.digest)
         return int.from_bytes(hashed.digest(), "big") >> 1
@@ -94,6 +118,11 @@ class Pair:
     def parts(self) -> tuple[Part, ...]:
         """The content of both."""
         return self.query.parts + self.document.parts
+
+    @property
+    def instruction(self) -> str | None:
+        """The query's: a pair has one."""
+        return self.query.instruction
 
     @property
     def origin(self) -> str:

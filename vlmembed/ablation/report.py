@@ -91,7 +91,7 @@ def write_report(folder: Path) -> Path:
         metrics = numbers[[name for name in numbers if "/" in name]].map("{:.4f}".format).replace("nan", "–")
         tables = {"Settings": settings_table(summary, numbers), "All metrics, means over seeds": metrics}
     title, notes = f"Ablation of {' and '.join(ablation.grid)}", _notes(summary)
-    loader = FileSystemLoader(Path(__file__).parent)
+    loader = FileSystemLoader([Path(__file__).parent, Path(__file__).parent.parent])
     # Whatever comes from data is escaped.
     environment = Environment(autoescape=True, loader=loader, undefined=StrictUndefined, trim_blocks=True)
     page = environment.get_template("report.html.jinja").render(

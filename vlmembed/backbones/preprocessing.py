@@ -1,7 +1,8 @@
 """From items to model inputs, through a checkpoint's own processor and chat template.
 
 The calls are the ones that Sentence Transformers makes on an exported folder: one chat message per item, with the
-instruction as the system message. So what was trained is what is served. A batch goes from top to bottom:
+instruction, its own or the backbone's, as the system message. So what was trained is what is served. A batch goes from
+top to bottom:
 
     items → conversations (images and videos read) → the processor's inputs → cut at max_length → `PackedItems`
 """
@@ -20,7 +21,7 @@ from jinja2 import TemplateError
 from transformers import PretrainedConfig, ProcessorMixin
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-from vlmembed.backbones.chat_templates import PairTemplate
+from vlmembed.backbones.chat_templates import PairTemplate, check_template
 from vlmembed.backbones.packing import PackedItems
 from vlmembed.media import image_size, load_images, load_video
 from vlmembed.pooling import Template
@@ -39,19 +40,25 @@ CHARACTERS_PER_TOKEN = 4
 PIXELS_PER_TOKEN = 32 * 32
 TOKENS_PER_VIDEO_FILE = 10_000
 
+#: So many beginnings and ends of templates are remembered.
+FRAMES = 1000
+
 
 class ChatPreprocessor(Preprocessor):
     """Renders items through a chat template, tokenizes them, and resizes their images.
 
     Args:
         processor: The checkpoint's processor: tokenizer, image processor and chat template.
-        instructions: The system message for each role; None or empty for none.
+        instructions: The system message for each role, of items that have none of their own; None or empty for none.
         generation_prompt: Whether to end with the template's opening of an answer.
         max_length: The most tokens an item may have. A longer text loses its end, but keeps what the template puts
             behind it. None for no limit.
         pair_template: Where the template is one of pairs, which.
         appended: Tokens that the template ends with, besides its own.
     """
+
+    #: What needs to know all instructions beforehand, and knows those of the roles only: a pooling's name.
+    fixed_instructions: str | None = None
 
     def __init__(
         self,
@@ -68,7 +75,7 @@ class ChatPreprocessor(Preprocessor):
         self.max_length = max_length
         self.pair_template = pair_template
         self.appended = appended
-        self._ends: dict[tuple[Role, ...], list[int]] = {}
+        self._frames: dict[tuple[tuple[Role, ...], str | None], tuple[int, list[int]]] = {}
 
     @cached_property
     def template(self) -> Template:
@@ -92,8 +99,8 @@ class ChatPreprocessor(Preprocessor):
         return self._read(items, self._apply_template)
 
     def cost(self, item: Item | Pair) -> int:
-        """Estimate an item's tokens from the lengths of its texts and the sizes of its images."""
-        cost = 0
+        """Estimate an item's tokens from the lengths of its texts and of its own instruction, and its images' sizes."""
+        cost = len(item.instruction or "") // CHARACTERS_PER_TOKEN
         for part in item.parts:
             if part.kind == "text":
                 cost += len(str(part.value)) // CHARACTERS_PER_TOKEN
@@ -111,7 +118,10 @@ class ChatPreprocessor(Preprocessor):
                         frames.setdefault(part.digest, (part.value, one.origin))
         images = load_images(frames, resized)
         conversations = [
-            self._chat({one.role: [self._content(part, one, images) for part in one.parts] for one in _split(item)})
+            self._chat(
+                {one.role: [self._content(part, one, images) for part in one.parts] for one in _split(item)},
+                self._instruction(item),
+            )
             for item in items
         ]
         try:
@@ -131,15 +141,48 @@ class ChatPreprocessor(Preprocessor):
             return inputs
         return self._truncate(inputs, items, self.max_length)
 
-    def _chat(self, contents: Mapping[Role, list[dict[str, Any]]]) -> list[Message]:
-        """Return an item as the user's message, behind its role's instruction; a pair as one message of each role."""
-        if len(contents) > 1:
-            return [{"role": role, "content": content} for role, content in contents.items()]
-        ((role, content),) = contents.items()
-        user = {"role": "user", "content": content}
-        if not (instruction := self.instructions[role]):
-            return [user]
-        return [{"role": "system", "content": [{"type": "text", "text": instruction}]}, user]
+    def _chat(self, contents: Mapping[Role, list[dict[str, Any]]], instruction: str | None = None) -> list[Message]:
+        """Return an item as the user's message, or a pair as one message of each role, behind the instruction.
+
+        That of the role, unless there is one; empty for none.
+        """
+        messages = [{"role": role if len(contents) > 1 else "user", "content": contents[role]} for role in contents]
+        if instruction is None:
+            instruction = self.instructions[next(iter(contents))]
+        system = {"role": "system", "content": [{"type": "text", "text": instruction}]}
+        return [system, *messages] if instruction else messages
+
+    def _instruction(self, item: Item | Pair) -> str | None:
+        """Return an item's own instruction, or None; refuse one that would not be read as it stands."""
+        instruction, is_pair = item.instruction, isinstance(item, Pair)
+        if isinstance(item, Pair) and item.document.instruction is not None:
+            raise ValueError(
+                f"{item.document.origin or 'A document'} has the instruction {item.document.instruction!r:.100}, and a "
+                "pair is read with one, its query's. Drop it with columns: {document_instruction: null}."
+            )
+        if instruction is None:
+            return None
+        place = _split(item)[0].origin or "An item"
+        origin = f"{place} has the instruction {instruction!r:.100}, and"
+        if self.fixed_instructions:
+            raise ValueError(
+                f"{origin} {self.fixed_instructions} knows only the backbone's, query_instruction and "
+                "document_instruction. Choose another pooling, or drop the instruction."
+            )
+        if is_pair and not instruction:
+            raise ValueError(
+                f"{origin} a pair's template puts its own in the place of an empty one. Write the instruction, or null "
+                "for the template's."
+            )
+        self._refuse_marks(instruction, place, "instruction")
+        roles, template = (("query", "document") if is_pair else ("user",)), self.pair_template
+        if instruction:  # The backbone's own have been tried; a template that needs none may leave out others.
+            try:
+                name = template.origin if template else "the checkpoint's chat template"
+                check_template(self.processor, name, roles, {"An instruction."}, self.generation_prompt)
+            except ValueError as error:
+                raise ValueError(f"{origin} {error}") from error
+        return instruction
 
     def _content(self, part: Part, item: Item, images: Mapping[bytes, Any]) -> dict[str, Any]:
         """Return one content part of a chat message."""
@@ -151,13 +194,16 @@ class ChatPreprocessor(Preprocessor):
                 raise ValueError(f"{item.origin or 'An item'} has a video, and this checkpoint's processor takes none.")
             frames, metadata = load_video(value, self.processor.video_processor, item.origin)
             return {"type": "video", "video": frames, "metadata": metadata}
-        for mark in self._marks:
-            if mark in value:
-                raise ValueError(
-                    f"{item.origin or 'An item'} has {mark} in its text {value!r:.100}: it stands for an image or a "
-                    "video and nothing else. Remove it."
-                )
+        self._refuse_marks(value, item.origin or "An item", "text")
         return {"type": "text", "text": value}
+
+    def _refuse_marks(self, text: str, origin: str, what: str) -> None:
+        for mark in self._marks:
+            if mark in text:
+                raise ValueError(
+                    f"{origin} has {mark} in its {what} {text!r:.100}: it stands for an image or a video and nothing "
+                    "else. Remove it."
+                )
 
     @cached_property
     def _marks(self) -> list[str]:
@@ -200,26 +246,31 @@ class ChatPreprocessor(Preprocessor):
                     f"{too_long}at its end would cut its query. Raise max_length, or use a template that puts the "
                     "query first."
                 )
-            end = self._template_end(tuple(one.role for one in _split(item)))
-            if limit <= len(end):
+            least, end = self._frame(tuple(one.role for one in _split(item)), item.instruction)
+            if limit <= least:
                 raise ValueError(
-                    f"max_length={limit} has no room for a text: the chat template alone ends with {len(end)} tokens. "
-                    "Raise max_length."
+                    f"{item.origin or 'An item'}: max_length={limit} has no room for a text: the chat template and the "
+                    f"instruction alone take {least} tokens. Raise max_length."
                 )
             inputs["input_ids"][row, limit - len(end) : limit] = torch.tensor(end)
         per_token = {*self.processor.tokenizer.model_input_names, "mm_token_type_ids"}
         return {name: value[:, :limit] if name in per_token else value for name, value in inputs.items()}
 
-    def _template_end(self, roles: tuple[Role, ...]) -> list[int]:
-        """Return the tokens that the template puts behind a text: what two texts have in common at their ends."""
-        if roles not in self._ends:
-            chats = [
-                self._chat({role: [{"type": "text", "text": text}] for role in roles}) for text in ("0", "1 2 3 4")
-            ]
-            reversed_ids = (self._apply_template([chat])["input_ids"][0].tolist()[::-1] for chat in chats)
+    def _frame(self, roles: tuple[Role, ...], instruction: str | None) -> tuple[int, list[int]]:
+        """Return how many tokens an item has besides its texts, and those that the template puts behind them.
+
+        These are what two texts have in common at their ends.
+        """
+        key = roles, instruction
+        if key not in self._frames:
+            if len(self._frames) >= FRAMES:
+                self._frames.clear()
+            contents = ({role: [{"type": "text", "text": text}] for role in roles} for text in ("0", "1 2 3 4"))
+            chats = [self._chat(content, instruction) for content in contents]
+            reversed_ids = [self._apply_template([chat])["input_ids"][0].tolist()[::-1] for chat in chats]
             common = takewhile(lambda tokens: tokens[0] == tokens[1], zip(*reversed_ids, strict=False))
-            self._ends[roles] = [token for token, _ in common][::-1]
-        return self._ends[roles]
+            self._frames[key] = len(reversed_ids[0]) - len(roles), [token for token, _ in common][::-1]
+        return self._frames[key]
 
 
 def _split(item: Item | Pair) -> tuple[Item, ...]:

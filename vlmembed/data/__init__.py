@@ -10,6 +10,7 @@ from vlmembed.data.evaluation import (
     RerankingRun,
     RerankingSource,
 )
+from vlmembed.data.pages import Pages
 from vlmembed.data.rows import Lookup, Rows, Table
 from vlmembed.data.sources import GroupByQuery, Mixture, Source
 
@@ -22,6 +23,7 @@ __all__ = [
     "ItemCollator",
     "Lookup",
     "Mixture",
+    "Pages",
     "PairCollator",
     "RerankingRows",
     "RerankingRun",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import mimetypes
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
@@ -16,10 +16,14 @@ import datasets
 from huggingface_hub import constants
 from PIL import Image
 
+from vlmembed.data.pdf import PdfPage, all_pages
 from vlmembed.media import limit
-from vlmembed.types import Frame, Item, Part, Role
+from vlmembed.types import Frame, Item, LazyImage, Part, Role
 
-KINDS = ("text", "image", "video")
+KINDS = ("text", "image", "video", "pdf")
+
+#: The page of a PDF by one name, as `vlmembed.data.Pages` has it in its ids.
+PAGE_OF_PDF = re.compile(r"(.+)#page=(\d+)", re.DOTALL)
 
 #: The most bytes, in UTF-8, that a text may have: ``max_length`` cuts it only once all of it has been tokenized.
 MAX_TEXT_BYTES = limit("VLMEMBED_MAX_TEXT_BYTES", 2**21)
@@ -60,8 +64,9 @@ class Folder:
     def find(self, value: Any, kind: str, origin: str) -> Path:
         """Return the file that a cell names, relative to the folder or absolute, if it is one, and inside."""
         if not isinstance(value, str | Path) or not str(value):
+            a_kind = f"{'an' if kind == 'image' else 'a'} {kind}"
             raise ValueError(
-                f"{origin}: expected the path of an {kind} file, got {type(value).__name__} {value!r:.100}."
+                f"{origin}: expected the path of {a_kind} file, got {type(value).__name__} {value!r:.100}."
             )
         return self.locate(str(value), kind, origin, must_exist=True)
 
@@ -119,6 +124,18 @@ def to_items(cells: Iterable[Cell], folder: Folder) -> list[Item]:
     return items
 
 
+def instructed(items: Sequence[Item], instruction: Any, origin: str) -> list[Item]:
+    """Give items what their row says that the model is told to do with them: a string, empty for nothing at all.
+
+    Null leaves it to the backbone. A ``ValueError`` names what is neither.
+    """
+    if instruction is None:
+        return [*items]
+    if instruction != "":
+        _checked_text(instruction, origin)
+    return [replace(item, instruction=instruction) for item in items]
+
+
 def is_content(cell: Any) -> bool:
     """Tell a list that is one item (chat content parts, or chat messages) from a list of several items."""
     if not isinstance(cell, list) or not cell:
@@ -126,22 +143,26 @@ def is_content(cell: Any) -> bool:
     return all(isinstance(part, Mapping) and ("type" in part or "role" in part) for part in cell)
 
 
+def content_keys(columns: Collection[str]) -> list[str]:
+    """Return those columns that are content by their names; a page is, of a PDF."""
+    return [key for key in (*KINDS, "page") if key in columns and (key != "page" or "pdf" in columns)]
+
+
 def _parts(cell: Any, folder: Folder, origin: str) -> Iterator[Part]:
     if isinstance(cell, str):
         yield from _of_kind("text", cell, folder, origin)
-    elif isinstance(cell, Image.Image) or _is_encoded(cell):
+    elif isinstance(cell, Image.Image | LazyImage) or _is_encoded(cell):
         yield Part("image", _frame(cell, folder, origin))
     elif isinstance(cell, Mapping) and "role" in cell:
         yield from _parts(_users_content(cell, origin), folder, origin)
     elif isinstance(cell, Mapping):
-        for kind, value in cell.items():
-            yield from _of_kind(kind, value, folder, origin)
+        yield from _of_mapping(cell, folder, origin)
     elif is_content(cell):
         for part in cell:
             if "role" in part:
                 yield from _parts(part, folder, origin)
             else:
-                yield from _of_kind(*_kind_and_value(part, origin), folder, origin)
+                yield from _of_mapping(_without_type(part, origin), folder, origin)
     elif cell is not None:
         raise ValueError(
             f"{origin}: expected a string, an image, a mapping with {', '.join(KINDS)}, or a list of content parts, "
@@ -161,12 +182,54 @@ def _users_content(message: Mapping[str, Any], origin: str) -> Any:
     return content
 
 
-def _kind_and_value(part: Mapping[str, Any], origin: str) -> tuple[str, Any]:
+def _without_type(part: Mapping[str, Any], origin: str) -> Mapping[str, Any]:
+    """Return a content part, ``{"type": "image", "image": value}``, as the mapping ``{"image": value}``."""
     kind = str(part["type"])
-    unused = [key for key, value in part.items() if key not in ("type", kind) and value is not None]
+    keys = (kind, "page") if kind == "pdf" else (kind,)
+    unused = [key for key, value in part.items() if key not in ("type", *keys) and value is not None]
     if part.get(kind) is None or unused:
         raise ValueError(f"{origin}: a content part is {{'type': kind, kind: value}}, got {dict(part)!r:.200}.")
-    return kind, part[kind]
+    return {key: part[key] for key in keys if key in part}
+
+
+def _of_mapping(cell: Mapping[str, Any], folder: Folder, origin: str) -> Iterator[Part]:
+    pages = cell.get("page")
+    if pages is not None and cell.get("pdf") is None:
+        raise ValueError(f"{origin}: page {pages!r:.100} of which PDF? The key 'page' stands beside the key 'pdf'.")
+    for kind, value in cell.items():
+        if kind == "pdf" and value is not None:
+            yield from _of_pdf(value, pages, folder, origin)
+        elif kind not in ("pdf", "page"):
+            yield from _of_kind(kind, value, folder, origin)
+
+
+def _of_pdf(value: Any, pages: Any, folder: Folder, origin: str) -> Iterator[Part]:
+    """Read the PDF, or the list of PDFs, of a key: the pages that are named, or all of them."""
+    names = value if isinstance(value, list | tuple) else [value]
+    numbers = pages if isinstance(pages, list | tuple) else [] if pages is None else [pages]
+    matches = [PAGE_OF_PDF.fullmatch(name) if isinstance(name, str) else None for name in names]
+    if pages is not None and (len(names) != 1 or matches[0] or not numbers):
+        raise ValueError(f"{origin}: 'page' names pages of one PDF; got page {pages!r:.100} of {value!r:.200}.")
+    for name, match in zip(names, matches, strict=True):
+        file = _file(match[1] if match else name, "PDF", folder, origin)
+        chosen = [PdfPage(file, _page_number(number, origin)) for number in ([match[2]] if match else numbers)]
+        yield from (Part("image", page) for page in chosen or _all_pages(file, origin))
+
+
+def _all_pages(file: Path | bytes, origin: str) -> list[PdfPage]:
+    try:
+        return all_pages(file)
+    except (OSError, ValueError) as error:
+        name = "PDF given as bytes" if isinstance(file, bytes) else f"PDF {file}"
+        raise ValueError(f"{origin}: cannot read the {name}: {error}, or remove the row.") from error
+
+
+def _page_number(value: Any, origin: str) -> int:
+    # CSV has only strings, and pandas makes fractions of whole numbers where a row has none.
+    text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    if isinstance(value, bool) or not re.fullmatch("[1-9][0-9]{0,8}", text):
+        raise ValueError(f"{origin}: a page is a whole number, and the first one is 1; got {value!r:.100}.")
+    return int(text)
 
 
 def _of_kind(kind: str, value: Any, folder: Folder, origin: str) -> Iterator[Part]:
@@ -206,13 +269,16 @@ def _checked_text(value: Any, origin: str) -> str:
 
 def _frame(value: Any, folder: Folder, origin: str) -> Frame:
     """Return an open image, the path of one, or its content, which is decoded when it is encoded."""
-    if isinstance(value, Image.Image):
-        return value
+    return value if isinstance(value, Image.Image | LazyImage) else _file(value, "image", folder, origin)
+
+
+def _file(value: Any, kind: str, folder: Folder, origin: str) -> Path | bytes:
+    """Return the path of a file, or its content."""
     content, path = (value.get("bytes"), value.get("path")) if _is_encoded(value) else (None, value)
     if content is None:
-        return folder.find(path, "image", origin)
+        return folder.find(path, kind, origin)
     if not isinstance(content, bytes):
-        raise ValueError(f"{origin}: the bytes of image {path!r} are {type(content).__name__} {content!r:.100}.")
+        raise ValueError(f"{origin}: the bytes of {kind} {path!r} are {type(content).__name__} {content!r:.100}.")
     return content
 
 
@@ -224,4 +290,4 @@ def _is_frame(value: Any) -> bool:
     """Tell the frames of one video from several videos."""
     if isinstance(value, str | Path):
         return (mimetypes.guess_type(str(value))[0] or "").startswith("image/")
-    return isinstance(value, Image.Image) or _is_encoded(value)
+    return isinstance(value, Image.Image | LazyImage) or _is_encoded(value)

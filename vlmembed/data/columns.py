@@ -10,7 +10,7 @@ from itertools import chain, zip_longest
 from string import Formatter
 from typing import Any, TypeAlias
 
-from vlmembed.data.cells import KINDS, URL, Folder, is_content
+from vlmembed.data.cells import KINDS, URL, Folder, content_keys, is_content
 
 # Not `Any`, of which the parser of YAML would read every string once more, as YAML.
 Scalar: TypeAlias = str | int | float | bool | None
@@ -120,7 +120,7 @@ class Language:
         return look_up
 
     def _parts(self, expression: Mapping[str, Any]) -> Read:
-        if unknown := [key for key in expression if key not in KINDS]:
+        if unknown := [key for key in expression if key not in content_keys(expression)]:
             raise ValueError(
                 f"{self.origin}: unknown key {unknown[0]!r} of {dict(expression)}{nearest(str(unknown[0]), KINDS)}; a "
                 f"cell of several columns has {', '.join(KINDS)}, or marks beside text; others are constant, or ids "
@@ -138,6 +138,8 @@ class Language:
         """Replace marks such as ``<image>`` by the parts that they stand for, in their order."""
         if not isinstance(marks, Mapping) or not all(isinstance(part, Mapping) for part in marks.values()):
             raise ValueError(f"{self.origin}: marks is {marks!r}; it is written {{'<image>': {{image: column}}}}.")
+        if any("page" in part for part in marks.values()):
+            raise ValueError(f"{self.origin}: of a mark, a page is written {{pdf: '{{file}}#page={{page}}'}}.")
         reads = [self.reader(text), *(self._parts(part) for part in marks.values())]
         split = re.compile("(" + "|".join(map(re.escape, sorted(marks, key=len, reverse=True))) + ")").split
 
@@ -159,7 +161,7 @@ class Language:
 
     def _located(self, kind: str, value: Any) -> Any:
         """Make the path of a file that lies in another table's folder absolute."""
-        if self.folder is None or kind == "text":
+        if self.folder is None or kind in ("text", "page"):
             return value
         if isinstance(value, list):
             return [self._located(kind, inner) for inner in value]

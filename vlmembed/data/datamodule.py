@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
+from vlmembed.data import checks
 from vlmembed.data.collate import Collator
 from vlmembed.data.evaluation import EvaluationSource, RerankingSource
 from vlmembed.data.rows import Rows
@@ -16,6 +20,9 @@ from vlmembed.data.sources import Batches, Mixture, ResumableLoader, RowLists, S
 from vlmembed.training.bad_rows import BadRowFile, ReadableRows, SkipBadRows
 from vlmembed.training.signals import leave_stopping_to_parent
 from vlmembed.types import PATCH_COST, Chunking
+
+#: Rows of each source whose instructions are looked at, to name them.
+SAMPLE = 32
 
 Training = str | Source | list[str | Source]
 Evaluation = str | Source | EvaluationSource | RerankingSource
@@ -78,6 +85,8 @@ class RetrievalDataModule(LightningDataModule):
         #: The tokens of a chunk, where ``chunk_size: auto`` has measured them.
         self.chunk_tokens: int | None = None
         self.patch_cost = PATCH_COST
+        #: The instructions of the training sources, by name; see `named_prompts`.
+        self.prompts: dict[str, str] = {}
         #: Of each stage (``val``, ``test``, ``predict``), its evaluation sets, one per loader.
         self.evaluations: dict[str, list[Any]] = {}
 
@@ -87,14 +96,29 @@ class RetrievalDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Open what the stage needs; a ``ValueError`` says what is missing or cannot be read."""
+        loaded = {*self.evaluations}
         if stage == "fit":
             self._mixture = as_mixture(self.train)
+            self.prompts = named_prompts(self._mixture)
         if stage == "validate" or (stage == "fit" and self.val is not None):
             self._load("val", self.val, "validation")
         elif stage == "test":
             self._load("test", self.test, "test")
         elif stage == "predict":
             self._load("predict", *((self.val, "validation") if self.test is None else (self.test, "test")))
+        checks.warn(self._problems(stage == "fit", loaded))
+
+    def _problems(self, is_fit: bool, loaded: set[str]) -> Iterator[str]:
+        """Say what looks wrong with what has been opened since some stages were loaded."""
+        mixture = getattr(self, "_mixture", None)
+        if mixture is not None and is_fit:
+            yield from checks.in_rows(mixture)
+        for stage, sets in self.evaluations.items():
+            for evaluation in (getattr(one, "evaluation", one) for one in sets):
+                if stage not in loaded:
+                    yield from checks.in_evaluation(evaluation)
+                if mixture is not None and (is_fit or stage not in loaded):
+                    yield from checks.in_both(mixture, evaluation)
 
     def _load(self, stage: str, value: Evaluations | None, split: str) -> None:
         """Load the evaluation sets of a stage, once."""
@@ -158,8 +182,8 @@ class RetrievalDataModule(LightningDataModule):
         return self._evaluation_loaders("predict")
 
     def state_dict(self) -> dict[str, Any]:
-        """Save the size of chunks, so that a resumed run cuts the same."""
-        return {"chunk_tokens": self.chunk_tokens}
+        """Save the size of chunks, so that a resumed run cuts the same; and the instructions, for an export."""
+        return {"chunk_tokens": self.chunk_tokens, "prompts": self.prompts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what a checkpoint says."""
@@ -203,3 +227,27 @@ def as_mixture(train: Training | None) -> Mixture:
     if not sources:
         raise ValueError("data.train is not given: fit needs training rows.")
     return sources[0] if len(sources) == 1 and isinstance(sources[0], Mixture) else Mixture(sources)
+
+
+def named_prompts(mixture: Mixture) -> dict[str, str]:
+    """Name the instructions of training sources, ``SOURCE-query`` and ``SOURCE-document``, as MTEB looks for prompts.
+
+    Of a source with several, the one that most rows have, among `SAMPLE` rows that are spread over it.
+    """
+    prompts: dict[str, str] = {}
+    for source in mixture.sources:
+        counts: dict[str, Counter[str | None]] = {"query": Counter(), "document": Counter()}
+        for row in {*np.linspace(0, len(source) - 1, SAMPLE, dtype=int).tolist()} if len(source) else ():
+            with suppress(ValueError):  # Training says what is wrong with the row.
+                example = source[row]
+                counts["query"][example.query.instruction] += 1
+                counts["document"].update(document.instruction for document in example.documents[:1])
+        title = "-".join(filter(None, [source.name, getattr(source, "subset", None)]))
+        for role, count in counts.items():
+            instruction = max(count, key=count.__getitem__, default=None)
+            if instruction is not None:
+                name, number = f"{title}-{role}", 1
+                while prompts.setdefault(name, instruction) != instruction:  # Sources of one name are numbered.
+                    number += 1
+                    name = f"{title}-{number}-{role}"
+    return prompts

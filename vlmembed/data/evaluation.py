@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from vlmembed.data.cells import Cell, Folder, to_items
+from vlmembed.data.cells import Cell, Folder, instructed, to_items
 from vlmembed.data.rows import Rows
 from vlmembed.data.sources import Source
 from vlmembed.data.tables import JSONLines, text_lines
@@ -49,18 +49,24 @@ class EvaluationFolder(EvaluationSource):
     """A folder in the manner of BEIR and MTEB: ``corpus.jsonl``, ``queries.jsonl`` and ``qrels.tsv``.
 
     A row of the two JSONL files has ``id`` (or ``_id``) and any of ``text``, ``image``, ``video``; paths are relative
-    to the folder. ``title`` is put before the text, as MTEB does, and ``metadata`` is not read. ``qrels.tsv`` has
-    query id, corpus id and an integer grade, and may have a header. Queries without judgements are left out.
+    to the folder. ``title`` is put before the text, as MTEB does, ``instruction`` is what the model is told to do with
+    it, and ``metadata`` is not read. ``qrels.tsv`` has query id, corpus id and an integer grade, and may have a header.
+    Queries without judgements are left out.
 
     Args:
         path: The folder.
         name: What metrics call it; the folder's name if null.
         allow_outside: Other folders whose images and videos the rows may name; they would be refused otherwise.
+        query_instruction: What the model is told to do with queries that have no ``instruction``; empty for nothing,
+            null for the backbone's.
+        document_instruction: The same for documents.
     """
 
     path: str
     name: str | None = None
     allow_outside: list[str] | None = None
+    query_instruction: str | None = None
+    document_instruction: str | None = None
 
     def load(self) -> EvaluationSet:
         """See `EvaluationSource.load`."""
@@ -69,11 +75,11 @@ class EvaluationFolder(EvaluationSource):
         for name in ("qrels.tsv", "queries.jsonl", "corpus.jsonl"):
             root.locate(name, "data", self.path)
         qrels = _read_qrels(folder / "qrels.tsv")
-        queries = _read_items(folder / "queries.jsonl", "query", root)
+        queries = _read_items(folder / "queries.jsonl", "query", root, self.query_instruction)
         for query in qrels.keys() - queries.keys():
             raise ValueError(f"{folder / 'qrels.tsv'}: query {query!r} is not in {folder / 'queries.jsonl'}.")
         queries = {name: item for name, item in queries.items() if name in qrels}
-        corpus = _read_items(folder / "corpus.jsonl", "document", root)
+        corpus = _read_items(folder / "corpus.jsonl", "document", root, self.document_instruction)
         missing = {document for judged in qrels.values() for document in judged} - corpus.keys()
         if missing:
             warnings.warn(
@@ -235,10 +241,11 @@ def _is_evaluation_folder(path: str) -> bool:
     return (Path(path) / "corpus.jsonl").exists() or (Path(path) / "queries.jsonl").exists()
 
 
-def _read_items(path: Path, role: Role, root: Folder) -> dict[str, Item]:
+def _read_items(path: Path, role: Role, root: Folder, default: str | None) -> dict[str, Item]:
     table = JSONLines(path)
     names: dict[str, str] = {}
     cells: list[Cell] = []
+    instructions: list[Any] = []
     for number, row in enumerate(table.__getitems__(range(len(table))), start=1):
         origin = f"{path}, row {number}"
         ids = [row.pop(key) for key in ("id", "_id") if key in row]
@@ -261,8 +268,12 @@ def _read_items(path: Path, role: Role, root: Folder) -> dict[str, Item]:
                 )
             row["text"] = f"{title} {body}".strip()
         names[name] = f"{origin} (id {name!r})"
+        instruction = row.pop("instruction", None)
+        instructions.append(default if instruction is None else instruction)
         cells.append((row, role, names[name]))
-    return dict(zip(names, to_items(cells, root), strict=True))
+    items = zip(to_items(cells, root), instructions, strict=True)
+    told = (instructed([item], instruction, f"{item.origin}, key 'instruction'")[0] for item, instruction in items)
+    return dict(zip(names, told, strict=True))
 
 
 def _read_qrels(path: Path) -> Qrels:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 
-from vlmembed.data.cells import KINDS, Cell, Folder, is_content, to_items
+from vlmembed.data.cells import KINDS, Cell, Folder, content_keys, instructed, is_content, to_items
 from vlmembed.data.columns import Condition, Expression, Language, Read, Row, nearest
 from vlmembed.data.sources import Source, labelled
 from vlmembed.data.tables import RawTable, open_table
@@ -24,7 +24,10 @@ from vlmembed.types import Example, Item
 #: The largest score or label: losses compute in float32.
 LARGEST = float(np.finfo(np.float32).max)
 
-KNOWN = re.compile(r"query|positive|document|label|scores|negatives|negative(_\d+)?")
+KNOWN = re.compile(r"query|positive|document|label|scores|negatives|negative(_\d+)?|(query|document)_instruction")
+
+#: Columns of what the model is told to do with a row's query, and with its documents.
+INSTRUCTIONS = QUERY_INSTRUCTION, DOCUMENT_INSTRUCTION = "query_instruction", "document_instruction"
 
 #: Rows of which the keys are looked at, and that are read at once.
 FIRST = 256
@@ -46,7 +49,7 @@ def check_columns(columns: Collection[str], origin: str) -> None:
                 f"{origin}: column {column!r} is missing (there are {', '.join(columns)}); rename one with columns."
             )
     for column in columns:
-        if needed[1] == "document" and column not in (*needed, "scores"):
+        if needed[1] == "document" and column not in (*needed, "scores", *INSTRUCTIONS):
             raise ValueError(f"{origin}: column {column!r} is not used beside 'document' and 'label'.")
     single = _single_negatives(columns)
     if "negatives" in columns and single:
@@ -83,7 +86,8 @@ def to_examples(rows: Sequence[Row], folder: Folder, origins: Sequence[str]) -> 
     items = iter(to_items(cells, folder))
     examples = []
     for row, origin, (first, last) in zip(rows, origins, counts, strict=True):
-        query, *documents = (next(items) for _ in range(1 + first + last))
+        (query,) = _instructed([next(items)], row, QUERY_INSTRUCTION, origin)
+        documents = _instructed([next(items) for _ in range(first + last)], row, DOCUMENT_INSTRUCTION, origin)
         scores = _numbers(row, "scores", len(documents), origin) if "scores" in row else None
         if "document" in row:
             labels = _numbers(row, "label", len(documents), origin)
@@ -91,6 +95,20 @@ def to_examples(rows: Sequence[Row], folder: Folder, origins: Sequence[str]) -> 
         else:
             examples.append(Example(query, tuple(documents[:first]), tuple(documents[first:]), scores))
     return examples
+
+
+def to_queries(rows: Sequence[Row], folder: Folder, origins: Sequence[str]) -> list[Item]:
+    """Return the queries of rows, as `to_examples` makes them, of rows that need not have more columns."""
+    cells: list[Cell] = [
+        (row.get("query"), "query", f"{origin}, column 'query'") for row, origin in zip(rows, origins, strict=True)
+    ]
+    items = to_items(cells, folder)
+    places = zip(items, rows, origins, strict=True)
+    return [query for item, row, origin in places for query in _instructed([item], row, QUERY_INSTRUCTION, origin)]
+
+
+def _instructed(items: Sequence[Item], row: Row, column: str, origin: str) -> list[Item]:
+    return instructed(items, row.get(column), f"{origin}, column {column!r}")
 
 
 def _is_list(cell: Any) -> bool:
@@ -169,7 +187,7 @@ class _Found:
 
     def __init__(self, lookup: Lookup, rows: RawTable, origin: str, folder: Folder | None) -> None:
         self.rows, self.origin, self.folder = rows, origin, folder
-        self.expression = lookup.cell or {kind: kind for kind in KINDS if kind in rows.column_names}
+        self.expression = lookup.cell or {key: key for key in content_keys(rows.column_names)}
         if not self.expression:
             raise ValueError(f"{origin}: it has none of {', '.join(KINDS)}; say with 'cell' what a row stands for.")
         language = Language(_columns(rows), origin)
@@ -252,6 +270,11 @@ class Table:
     def column_names(self) -> list[str]:
         """The names of the cells."""
         return [*self._cells.reads]
+
+    @property
+    def raw(self) -> RawTable:
+        """The rows as they are stored, with all columns."""
+        return self._table
 
     def __len__(self) -> int:
         reads = self._cells  # Which is wrong where an expression is.
@@ -385,8 +408,8 @@ class Rows(Table, Source):
     """Training rows from a file, a folder or the Hub.
 
     Columns are ``query``, ``positive`` and optionally ``negative``, ``negative_0`` … ``negative_n``, or a list
-    ``negatives``; or ``query``, ``document`` and ``label``; and ``scores``. See vlmembed/data/README.md. The arguments
-    are those of `Table`.
+    ``negatives``; or ``query``, ``document`` and ``label``; and ``scores``, ``query_instruction`` and
+    ``document_instruction``. See vlmembed/data/README.md. The arguments are those of `Table`.
     """
 
     def __getitem__(self, index: int) -> Example:
@@ -397,9 +420,7 @@ class Rows(Table, Source):
 
     def read_queries(self, indices: Sequence[int]) -> list[Item]:
         """See `Source.read_queries`; leaves the other columns of an Arrow table undecoded."""
-        rows = zip(self.read(indices, ["query"]), self.origins(indices), strict=True)
-        cells: list[Cell] = [(row.get("query"), "query", f"{origin}, column 'query'") for row, origin in rows]
-        return to_items(cells, self.folder)
+        return to_queries(self.read(indices, ["query", QUERY_INSTRUCTION]), self.folder, self.origins(indices))
 
     def check(self, names: Collection[str]) -> None:
         """Refuse columns that are no training rows'."""

@@ -131,6 +131,7 @@ def _served(folder: Path) -> dict[str, Any]:
         "ranks": ranks,
         "trust": any(not module["type"].startswith("sentence_transformers.") for module in modules),
         "prompts": {role: Markup(repr(prompt)) for role, prompt in prompts.items()},
+        "named": {name: text for name, text in config["prompts"].items() if name not in prompts},
         "one_prompt": prompts["query"] == prompts["document"],
         "releases": config["requirements"],
         "sglang": not ranks and set(types) <= VLLM_MODULES - {"Dense"} and mode == "lasttoken",

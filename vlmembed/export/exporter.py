@@ -20,7 +20,7 @@ from vlmembed.encoder import Encoder, Scorer
 from vlmembed.export.card import CardFacts, write_card
 from vlmembed.export.modules import check_head, check_servable, yes_no_head
 from vlmembed.export.sentence_transformers import Scoring, write_folder, write_reranker
-from vlmembed.export.verify import ExportError, Verification, brings_code, expect, verify
+from vlmembed.export.verify import ExportError, Verification, brings_code, expect, role_of, verify
 from vlmembed.heads import ScoreHead
 from vlmembed.pooling import Pooling
 
@@ -36,6 +36,7 @@ class ModelInfo:
     dimensions: Sequence[int] = ()  # That embeddings were trained to be truncated to.
     metrics: Mapping[str, float] = field(default_factory=dict)  # Under their logged names.
     config: Mapping[str, Any] = field(default_factory=dict)  # Of the run.
+    prompts: Mapping[str, str] = field(default_factory=dict)  # Instructions of its training sources, ``NAME-ROLE``.
 
 
 class Exporter(ABC):
@@ -144,13 +145,15 @@ class SentenceTransformers(Exporter):
             if isinstance(encoder, Scorer):
                 # Logits are taken at the last position, where a token has to be.
                 sides = ("left", "right") if self.reranker_scoring == "dense" else ("left",)
-                expected = expect(encoder, Path(scratch), sides=sides)
-                write_reranker(encoder, draft, self.reranker_scoring)
+                # A pair has one instruction, its query's.
+                prompts = {name: text for name, text in info.prompts.items() if role_of(name) == "query"}
+                expected = expect(encoder, Path(scratch), sides=sides, prompts=prompts)
+                write_reranker(encoder, draft, self.reranker_scoring, prompts)
             else:
                 full = self.truncate_dim or encoder.dimension
                 dimensions = [full, *(dimension for dimension in info.dimensions if dimension < full)]
-                expected = expect(encoder, Path(scratch), dimensions)
-                write_folder(encoder, draft, self.truncate_dim, dimensions if info.dimensions else ())
+                expected = expect(encoder, Path(scratch), dimensions, prompts=info.prompts)
+                write_folder(encoder, draft, self.truncate_dim, dimensions if info.dimensions else (), info.prompts)
             return verify({draft: expected})[0]
 
     def _facts(self, encoder: Encoder, info: ModelInfo, verification: str, source: str) -> CardFacts:

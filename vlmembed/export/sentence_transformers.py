@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,12 +43,17 @@ Scoring = Literal["dense", "logits"]
 
 
 def write_folder(
-    encoder: Encoder, folder: Path, truncate_dim: int | None = None, dimensions: Sequence[int] = ()
+    encoder: Encoder,
+    folder: Path,
+    truncate_dim: int | None = None,
+    dimensions: Sequence[int] = (),
+    prompts: Mapping[str, str] | None = None,
 ) -> None:
     """Write an embedder into an empty folder; adapters are merged into the encoder's weights, for good.
 
     With ``truncate_dim``, so many leading dimensions are kept and normalised anew. Other servers are told the
-    ``dimensions`` that embeddings were trained to be truncated to.
+    ``dimensions`` that embeddings were trained to be truncated to. ``prompts`` are instructions of data sets by name,
+    beside the backbone's of each role.
     """
     backbone, pooling = encoder.backbone, encoder.pooling
     config = backbone.model.config.get_text_config()
@@ -67,7 +72,8 @@ def write_folder(
     model_config = {
         "model_type": "SentenceTransformer",
         # Both roles need a prompt of their own: neither falls back to the default one.
-        "prompts": {role: instruction or "" for role, instruction in backbone.instructions.items()},
+        "prompts": {role: instruction or "" for role, instruction in backbone.instructions.items()}
+        | dict(prompts or {}),
         "default_prompt_name": "document",
         "similarity_fn_name": "cosine",
     }
@@ -76,11 +82,14 @@ def write_folder(
     _write_modules(modules, pooling, model_config, folder, **matryoshka)
 
 
-def write_reranker(scorer: Scorer, folder: Path, scoring: Scoring = "dense") -> None:
+def write_reranker(
+    scorer: Scorer, folder: Path, scoring: Scoring = "dense", prompts: Mapping[str, str] | None = None
+) -> None:
     """Write a cross-encoder into an empty folder; adapters are merged into the scorer's weights, for good.
 
     Both forms give the same scores. The dense one never computes the logits of the whole vocabulary, and serves every
-    head. The other is for those who want the whole language model too.
+    head. The other is for those who want the whole language model too. ``prompts`` are instructions of data sets by
+    name, which take the place of the template's.
     """
     backbone, head = scorer.backbone, scorer.pooling
     config = backbone.model.config.get_text_config()
@@ -106,8 +115,8 @@ def write_reranker(scorer: Scorer, folder: Path, scoring: Scoring = "dense") -> 
     model_config: dict[str, Any] = {
         "model_type": "CrossEncoder",
         "activation_fn": "torch.nn.modules.activation.Sigmoid",
-        # The instruction is the template's.
-        "prompts": {},
+        # The instruction is the template's, unless one is named.
+        "prompts": dict(prompts or {}),
         "default_prompt_name": None,
     }
     if scorer.dtype != "float32":  # The last layer answers in float32, as it did in training.

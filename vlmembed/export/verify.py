@@ -14,7 +14,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -77,18 +77,23 @@ class Check:
     names: tuple[str, ...]  # Of the inputs, after their kinds.
     inputs: Sequence[Any]  # Items, or pairs of items, as JSON; see `make_probes`.
     left_out: tuple[str, ...]  # Those that the model refuses: too long for it, or of a kind that it does not read.
-    expected: Mapping[str, Tensor]  # (inputs, D): embeddings by role, not normalised; or the logits of pairs.
+    expected: Mapping[str, Tensor]  # (inputs, D): embeddings by role or prompt, not normalised; or logits of pairs.
     dimensions: tuple[int, ...]  # Compare unit vectors of so many leading dimensions, full first; none for logits.
     sides: tuple[str, ...]  # On which the folder's tokenizer can pad.
     device: str
     dtype: str
 
+    @property
+    def prompts(self) -> list[str]:
+        """The prompts by name, besides what each role has."""
+        return [way for way in self.expected if way not in ("query", "document", "pair")]
+
     def compare(self, results: Mapping[str, Tensor]) -> Verification:
-        """Compare results, named ``role/dimension/batching``, with what is expected."""
+        """Compare results, named ``role/dimension/batching``, or by a prompt in the role's place."""
         differences: dict[str, float] = {}
         cosines = [torch.tensor(1.0)]
         for way, served in results.items():
-            role, dimension, batching = way.split("/")
+            role, dimension, batching = way.rsplit("/", 2)
             reference = self.expected[role]
             if self.dimensions:
                 reference = normalize(reference[:, : int(dimension)], dim=-1)
@@ -163,30 +168,36 @@ def make_probes(folder: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def expect(
-    encoder: Encoder, scratch: Path, dimensions: Sequence[int] = (), sides: Sequence[str] = ("left", "right")
+    encoder: Encoder,
+    scratch: Path,
+    dimensions: Sequence[int] = (),
+    sides: Sequence[str] = ("left", "right"),
+    prompts: Mapping[str, str] | None = None,
 ) -> Check:
     """Encode probes by themselves and in each role; or, where there are no dimensions to compare, score pairs of them.
 
-    What the model refuses, as with ``max_length`` or a processor for single images it may, is left out. The encoder is
-    configured, with its adapters as they were trained; ``scratch`` is a folder for the probes' images.
+    And with each of the ``prompts``, which are called ``NAME-query`` or ``NAME-document``. What the model refuses, as
+    with ``max_length`` or a processor for single images it may, is left out. The encoder is configured, with its
+    adapters as they were trained; ``scratch`` is a folder for the probes' images.
     """
     from vlmembed.data.cells import Folder, to_items
     from vlmembed.types import Pair
 
-    def item(name: str, role: Role) -> Item:
-        return to_items([(probes[name], role, f"export probe {name!r}")], Folder(scratch))[0]
+    def item(name: str, way: str) -> Item:
+        cell = probes[name], role_of(way), f"export probe {name!r}"
+        return replace(to_items([cell], Folder(scratch))[0], instruction=instructions.get(way))
 
     encoder.eval()
-    probes = make_probes(scratch)
-    roles: tuple[Any, ...] = ("query", "document") if dimensions else ("pair",)
-    inputs: dict[str, tuple[Any, list[Any]]]  # By name, the description, and what we read in each role.
+    probes, instructions = make_probes(scratch), prompts or {}
+    ways = (*(("query", "document") if dimensions else ("pair",)), *instructions)
+    inputs: dict[str, tuple[Any, list[Any]]]  # By name, the description, and what we read in each role and prompt.
     if dimensions:
-        inputs = {name: (probe, [item(name, role) for role in roles]) for name, probe in probes.items()}
+        inputs = {name: (probe, [item(name, way) for way in ways]) for name, probe in probes.items()}
     else:
         inputs = {
             f"{query} – {document}": (
                 [probes[query], probes[document]],
-                [Pair(item(query, "query"), item(document, "document"))],
+                [Pair(item(query, way), item(document, "document")) for way in ways],
             )
             for query, document in PAIRS
         }
@@ -206,7 +217,7 @@ def expect(
         names=tuple(results),
         inputs=[inputs[name][0] for name in results],
         left_out=tuple(refusals),
-        expected={role: torch.stack([rows[place] for rows in results.values()]) for place, role in enumerate(roles)},
+        expected={way: torch.stack([rows[place] for rows in results.values()]) for place, way in enumerate(ways)},
         dimensions=tuple(dimensions),
         sides=tuple(sides),
         device=str(encoder.device),
@@ -222,7 +233,7 @@ def verify(checks: Mapping[Path, Check], python: str = sys.executable) -> list[V
     """
     plan = [
         {"folder": str(folder), "trust_remote_code": brings_code(folder)}
-        | {name: getattr(check, name) for name in ("inputs", "dimensions", "sides", "device")}
+        | {name: getattr(check, name) for name in ("inputs", "dimensions", "sides", "device", "prompts")}
         for folder, check in checks.items()
     ]
     with TemporaryDirectory() as scratch:
@@ -240,9 +251,14 @@ def verify(checks: Mapping[Path, Check], python: str = sys.executable) -> list[V
         with np.load(output) as arrays:
             results: list[dict[str, Tensor]] = [{} for _ in checks]
             for name in arrays.files:
-                index, way = name.split(":")
+                index, way = name.split(":", 1)
                 results[int(index)][way] = torch.from_numpy(arrays[name])
     return [check.compare(computed) for check, computed in zip(checks.values(), results, strict=True)]
+
+
+def role_of(prompt: str) -> Role:
+    """Return whose a prompt is, by its name: ``document`` and ``NAME-document`` are documents'."""
+    return "document" if prompt.rsplit("-", 1)[-1] == "document" else "query"
 
 
 def brings_code(folder: Path) -> bool:
@@ -278,6 +294,9 @@ def _embeddings(job: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
         size = 1 if batching == "alone" else len(inputs)
         embeddings = roles[role](inputs, batch_size=size, truncate_dim=dimension, **options)
         yield f"{role}/{dimension}/{batching}", normalize(embeddings.float(), dim=-1)
+    for name in job["prompts"]:
+        embeddings = roles[role_of(name)](inputs, batch_size=1, prompt_name=name, **options)
+        yield f"{name}/{job['dimensions'][0]}/alone", normalize(embeddings.float(), dim=-1)
 
 
 def _scores(job: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
@@ -291,6 +310,8 @@ def _scores(job: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
         model.tokenizer.padding_side = side
         size = 1 if batching == "alone" else len(pairs)
         yield f"pair//{batching}", model.predict(pairs, batch_size=size, convert_to_tensor=True, **logits)
+    for name in job["prompts"]:
+        yield f"{name}//alone", model.predict(pairs, batch_size=1, prompt_name=name, convert_to_tensor=True, **logits)
     ranked = torch.full((len(pairs),), torch.nan)
     queries = [json.dumps(query) for query, _ in job["inputs"]]
     for query in dict.fromkeys(queries):

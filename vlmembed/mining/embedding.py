@@ -31,6 +31,7 @@ class Entry(NamedTuple):
 
     read: Callable[[], Item]
     images: str  #: Equal for items that show the same images or videos, whatever they say; empty where there are none.
+    instruction: str | None = None  #: The item's own, in the place of the model's prompt.
 
 
 #: Distinct items by what they show and say, whatever their files are called, in the order of their embeddings.
@@ -84,6 +85,8 @@ def model_input(item: Item) -> dict[str, Any]:
 class Embedder:
     """Embeds items with any Sentence Transformers model, with its own prompts for queries and for documents.
 
+    An item's own instruction takes the prompt's place.
+
     In the folder ``cache`` embeddings are kept, for the next time that the same content is embedded with the same files
     of a model.
     """
@@ -102,7 +105,12 @@ class Embedder:
         for start in tqdm(range(0, len(items), size), desc=f"Embedding {len(items)} distinct items ({role})"):
             contents, piece = distinct[start : start + size], None
             if self._cache is not None:
-                key = digest([self._version, role, *contents])
+                prompts = [items[content].instruction for content in contents]
+                told = (
+                    text if prompt is None else f"{text} {prompt}"
+                    for text, prompt in zip(contents, prompts, strict=True)
+                )
+                key = digest([self._version, role, *told])
                 path = self._cache / f"{key}.safetensors"
                 piece = read_tensor(path, key)
             if piece is None:
@@ -115,7 +123,19 @@ class Embedder:
     def _encode(self, items: Sequence[Item], role: Role) -> Float[Tensor, "N D"]:
         encode = self.model.encode_query if role == "query" else self.model.encode_document
         options: Any = {"batch_size": self.batch_size, "convert_to_tensor": True, "show_progress_bar": False}
-        return encode([*map(model_input, items)], **options).float().cpu()
+        inputs = [*map(model_input, items)]
+        rows = by_instruction(items)
+        pieces = [encode([inputs[row] for row in rows[prompt]], prompt=prompt, **options) for prompt in rows]
+        order = torch.tensor([*chain.from_iterable(rows.values())]).argsort()
+        return torch.cat(pieces).float().cpu()[order]
+
+
+def by_instruction(items: Iterable[Item]) -> dict[str | None, list[int]]:
+    """Return the places of the items of each instruction: a model is told one at a time."""
+    places: dict[str | None, list[int]] = {}
+    for place, item in enumerate(items):
+        places.setdefault(item.instruction, []).append(place)
+    return places
 
 
 def model_version(model: str) -> str:

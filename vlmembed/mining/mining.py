@@ -45,7 +45,8 @@ def mine(
     same images as one of them (the pixels count, not the files), and whatever is so similar that it probably is a
     positive that nobody labelled: see ``margin`` and ``relative_margin``, which are NV-Retriever's positive-aware
     thresholds (arXiv:2407.15831). Negatives that a row has already stay, before the new ones; a row without any is not
-    written. Sentence Transformers' ``mine_hard_negatives`` does this for strings only.
+    written. Sentence Transformers' ``mine_hard_negatives`` does this for strings only. Instructions of rows take the
+    place of the embedder's prompts, and are written with them.
 
     Args:
         model: The embedder: a folder written by ``export``, or anything that Sentence Transformers opens.
@@ -132,7 +133,7 @@ class Choice:
 class Pool:
     """What is mined: distinct queries and documents, each by what identifies its content."""
 
-    queries: DistinctItems = field(default_factory=dict)
+    queries: DistinctItems = field(default_factory=dict)  #: Their instructions, where they have some, are behind it.
     documents: DistinctItems = field(default_factory=dict)  #: The candidates, and then positives that are none.
     candidates: int = 0
     positives: dict[str, set[str]] = field(default_factory=dict)  #: Of each query, those of all rows that ask it.
@@ -149,21 +150,23 @@ def gather(rows: Source, corpus: str | Source | EvaluationSource | None) -> Pool
     if corpus is not None:
         sequence = as_evaluation(corpus).corpus
         items = (sequence[index] for index in range(len(sequence)))
-        for index, (content, images) in enumerate(_identities(items)):
-            pool.documents.setdefault(content, Entry(partial(sequence.__getitem__, index), images))
+        for index, (content, images, instruction) in enumerate(_identities(items)):
+            pool.documents.setdefault(content, Entry(partial(sequence.__getitem__, index), images, instruction))
         pool.candidates = len(pool.documents)
     examples, ahead = tee(unscored(rows[row]) for row in range(len(rows)))
     identities = _identities(item for example in ahead for item in _items(example))
     for row, example in enumerate(examples):
         # Of the query and of each document: its content, and how to read it again.
-        query, *documents = (
-            (content, Entry(partial(read, row, rank), images))
-            for rank, (content, images) in enumerate(islice(identities, 1 + len(example.documents)))
+        (query, entry), *documents = (
+            (content, Entry(partial(read, row, rank), images, instruction))
+            for rank, (content, images, instruction) in enumerate(islice(identities, 1 + len(example.documents)))
         )
         count = len(example.positives)
-        pool.queries.setdefault(*query)
-        pool.positives.setdefault(query[0], set()).update(content for content, _ in documents[:count])
-        pool.rows.append((query[0], {content for content, _ in documents[count:]}))
+        # Under another instruction a query seeks other documents; a document is the same one.
+        query += "" if entry.instruction is None else f" {entry.instruction}"
+        pool.queries.setdefault(query, entry)
+        pool.positives.setdefault(query, set()).update(content for content, _ in documents[:count])
+        pool.rows.append((query, {content for content, _ in documents[count:]}))
         for content, entry in documents if corpus is None else documents[:count]:
             pool.documents.setdefault(content, entry)
     pool.candidates = pool.candidates or len(pool.documents)
@@ -174,11 +177,15 @@ def _items(example: Example) -> tuple[Item, ...]:
     return (example.query, *example.documents)
 
 
-def _identities(items: Iterator[Item]) -> Iterator[tuple[str, str]]:
-    """Identify items in order, some at a time: decoding images leaves Python's lock to others."""
+def _identities(items: Iterator[Item]) -> Iterator[tuple[str, str, str | None]]:
+    """Identify items in order, some at a time: decoding images leaves Python's lock to others.
+
+    Yields each item's content, its images, and its instruction.
+    """
     with ThreadPoolExecutor() as threads:
         while block := list(islice(items, ITEMS)):
-            yield from threads.map(identify, block)
+            for item, identity in zip(block, threads.map(identify, block), strict=True):
+                yield *identity, item.instruction
 
 
 def hard_negatives(
@@ -207,7 +214,7 @@ def hard_negatives(
                 images = pool.documents[content].images
                 if len(taken) == choice.skip + choice.count or score == -math.inf:
                     break  # There are enough, or only positives are left.
-                if content == query:
+                if query.partition(" ")[0] == content:
                     reasons["the query itself"] += 1
                 elif images and images in shown:
                     reasons["the same images as a positive, or as a negative that was taken"] += 1

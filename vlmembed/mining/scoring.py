@@ -16,9 +16,10 @@ import torch
 from tqdm import tqdm
 
 from vlmembed.data import Rows, Source
+from vlmembed.data.rows import INSTRUCTIONS
 from vlmembed.files import clear_drafts, whole_file
 from vlmembed.media import load_image
-from vlmembed.mining.embedding import BATCHES, model_input
+from vlmembed.mining.embedding import BATCHES, by_instruction, model_input
 from vlmembed.types import Example, Frame, Item, Part
 
 
@@ -27,7 +28,7 @@ def score(model: str, rows: str | Source, output: str, batch_size: int = 32, tru
 
     Scores are logits, whatever the model applies to them when it ranks: a sigmoid would make equal what is far apart.
     Train an embedder on the rows with ``vlmembed.losses.ScoreDistillation``, or a reranker with ``KLDivergence`` or
-    ``MarginMSE``.
+    ``MarginMSE``. An instruction of a row's query takes the place of the reranker's.
 
     Args:
         model: The reranker: a folder written by ``export``, or anything that Sentence Transformers' ``CrossEncoder``
@@ -68,7 +69,11 @@ def _logits(reranker: sentence_transformers.CrossEncoder, examples: Sequence[Exa
         if query.keys() == document.keys() == {"text"}:
             inputs[index] = query["text"], document["text"]  # Rerankers of text take nothing else.
     options: Any = {"activation_fn": torch.nn.Identity(), "convert_to_tensor": True, "show_progress_bar": False}
-    logits: list[float] = reranker.predict(inputs, batch_size=batch_size, **options).tolist()
+    logits = [math.nan] * len(pairs)
+    for prompt, places in by_instruction(query for query, _ in pairs).items():
+        scores = reranker.predict([inputs[place] for place in places], prompt=prompt, batch_size=batch_size, **options)
+        for place, logit in zip(places, scores.tolist(), strict=True):
+            logits[place] = logit
     for (_, document), logit in zip(pairs, logits, strict=True):
         if not math.isfinite(logit):
             raise ValueError(f"{document.origin}: the reranker's score is {logit}, not a finite number.")
@@ -92,6 +97,7 @@ def write_rows(path: Path, examples: Iterable[Example]) -> int:
     folder, it is said how to allow that. Open images are written as PNG into a folder beside it, each once.
     """
     images, outside, count = path.parent / f"{path.stem}_images", set[Path](), 0
+    instructs: dict[str, bool] = {}  # By column, whether the first row has an instruction there.
 
     def cell(item: Item) -> Any:
         if [part.kind for part in item.parts] == ["text"]:
@@ -105,6 +111,14 @@ def write_rows(path: Path, examples: Iterable[Example]) -> int:
             row = {"query": cell(example.query), "positive": [*map(cell, example.positives)]}
             row |= {"negatives": [*map(cell, example.negatives)]}
             row |= {} if example.scores is None else {"scores": example.scores}
+            for column, item in zip(INSTRUCTIONS, (example.query, *example.positives), strict=False):
+                if instructs.setdefault(column, item.instruction is not None):
+                    row[column] = item.instruction
+                elif item.instruction is not None:
+                    raise ValueError(
+                        f"{item.origin}: has an instruction, and the first row has none in {column!r}: rows of a file "
+                        "have the same columns. Write one file for each."
+                    )
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
             count += 1
     if outside:

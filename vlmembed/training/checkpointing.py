@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from lightning import LightningModule
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
@@ -195,7 +195,12 @@ def refuse_split_windows(trainer: lightning.Trainer, batches: int | None) -> Non
     Raises:
         ValueError: Saying which interval would do.
     """
-    window, interval = trainer.accumulate_grad_batches, trainer.val_check_interval
+    schedulers = [callback for callback in trainer.callbacks if isinstance(callback, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
+    # A multiple of it is one of every epoch's window.
+    window = math.lcm(
+        trainer.accumulate_grad_batches, *(size for one in schedulers for size in one.scheduling.values())
+    )
+    interval = trainer.val_check_interval
     if window == 1 or not isinstance(interval, int | float) or not trainer.limit_val_batches:
         return
     if isinstance(interval, float):
@@ -206,8 +211,8 @@ def refuse_split_windows(trainer: lightning.Trainer, batches: int | None) -> Non
     if (interval % window and interval != batches) or across_epochs:
         raise ValueError(
             f"trainer.val_check_interval is {trainer.val_check_interval} ({interval} batches), and "
-            f"trainer.accumulate_grad_batches {window}: a validation would come between batches whose gradients are "
-            f"added up, and its checkpoint could not be resumed exactly. Let it be a multiple of {window}."
+            "accumulate_grad_batches, or its schedule, would have a validation come inside a window of batches whose "
+            f"gradients are added up: no checkpoint there resumes exactly. Let it be a multiple of {window}."
         )
 
 

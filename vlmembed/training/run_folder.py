@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -45,6 +46,9 @@ HARMLESS = (
     *(f"trainer.{key}" for key in ("log_every_n_steps", "max_time", "num_sanity_val_steps", "plugins", "profiler")),
     "trainer.val_check_interval",
 )
+CALLBACKS = "trainer.callbacks"
+#: Those that decide what is learned, or what is measured and exported of it.
+LEARNING = re.compile("WeightAveraging|GradientAccumulationScheduler")
 #: What says how a run is resumed, and nothing about the run.
 RESUMING = ("ckpt_path", "trainer.allow_changed")
 
@@ -269,7 +273,19 @@ def refuse_changes(before: str, after: str, allowed: Collection[str] = ()) -> No
         ValueError: If anything else has changed that decides what is learned.
     """
     changed = changes(before, after)
-    accepted = (*RESUMING, *HARMLESS, *allowed)
+    harmless = HARMLESS
+    learning = [
+        [
+            f"{one.class_path.split('.')[-1]} {one.get('init_args')}"
+            for one in several or ()
+            if LEARNING.search(str(one))
+        ]
+        for several in changed.get(CALLBACKS, ())
+    ]
+    if learning and learning[0] != learning[1]:
+        changed[CALLBACKS] = learning[0], learning[1]
+        harmless = tuple(key for key in HARMLESS if key != CALLBACKS)
+    accepted = (*RESUMING, *harmless, *allowed)
     refused = {key: values for key, values in changed.items() if not _is_below(key, accepted)}
     if refused:
         raise ValueError(
@@ -277,9 +293,8 @@ def refuse_changes(before: str, after: str, allowed: Collection[str] = ()) -> No
             f"{_listed(refused)}\nGo back to what it began with, begin a new run (without --ckpt_path), or allow it by "
             f"name: --trainer.allow_changed '[{', '.join(refused)}]'."
         )
-    harmless = {key: values for key, values in changed.items() if not _is_below(key, RESUMING)}
-    if harmless:
-        distributed.print_once(f"Changed since the run began:\n{_listed(harmless)}")
+    if accepted_changes := {key: values for key, values in changed.items() if not _is_below(key, RESUMING)}:
+        distributed.print_once(f"Changed since the run began:\n{_listed(accepted_changes)}")
 
 
 def changes(before: str, after: str) -> dict[str, tuple[Any, Any]]:
