@@ -8,6 +8,8 @@ import json
 import os
 import pickle
 import random
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +23,7 @@ import pytest
 from PIL import Image
 
 from vlmembed.data.cells import Folder, to_items
-from vlmembed.data.records import unpacked
+from vlmembed.data.records import Records, unpacked
 from vlmembed.data.tables import RawTable, open_table
 from vlmembed.media import load_image
 
@@ -222,6 +224,7 @@ def test_bad_json_is_refused(text: str, subset: str | None, message: str, tmp_pa
 def test_a_file_that_changes_after_it_was_opened_is_refused(tmp_path: Path) -> None:
     tables = [opened(write(tmp_path / name, ROWS)) for name, write in WRITERS.items()]
     for table in tables:
+        assert isinstance(table, Records)
         table.path.write_bytes(table.path.read_bytes() + b" ")
         with pytest.raises(OSError, match="has changed since it was opened"):
             table.__getitems__([0])
@@ -548,3 +551,68 @@ def test_a_tar_that_was_cut_off_is_refused(tmp_path: Path) -> None:
     for length in (100, 600, 1200, 1536 * 3 + 600, 1536 * 4 - 20):
         path.write_bytes(content[:length])
         assert "Is the file whole?" in refused(path), length
+
+
+# Safety
+
+
+def test_no_file_outside_of_the_folder_is_opened(tmp_path: Path) -> None:
+    outside = write_lines(tmp_path / "secret.jsonl", ROWS)
+    folder = tmp_path / "d"
+    folder.mkdir()
+    write_lines(folder / "a.jsonl", ROWS)
+    (folder / "b.jsonl").symlink_to(outside)
+    for path in (str(folder / "*.jsonl"), [str(folder / "?.jsonl")], folder):
+        assert (
+            f"the data file '{folder / 'b.jsonl'}' leads out of the data set's folder {folder}, to {outside}"
+            in refused(path)
+        )
+    allowed = open_table(str(folder / "*.jsonl"), "train", None, Folder.of(str(folder / "*"), [str(tmp_path)]))
+    assert len(allowed) == 2 * len(ROWS)
+    (folder / "b.jsonl").unlink()
+    (folder / "README.md").write_text("---\nconfigs:\n- config_name: a\n  data_files: ../secret.jsonl\n---\n")
+    assert "leads out of the data set's folder" in refused(folder)
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "../secret.png", "file:///etc/hostname", "link.png"])
+def test_metadata_of_a_folder_names_no_file_outside(name: str, tmp_path: Path) -> None:
+    (tmp_path / "secret.png").write_bytes(PNG)
+    folder = tmp_path / "d"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(PNG)
+    (folder / "link.png").symlink_to(tmp_path / "secret.png") if name == "link.png" else None
+    write_lines(folder / "metadata.jsonl", [{"file_name": name, "text": "x"}])
+    assert refused(folder).startswith(str(folder))
+
+
+def test_what_is_small_when_compressed_fills_no_memory(tmp_path: Path) -> None:
+    """In a process of its own: 1 GB of spaces in one line, and of one value, in 1 MB."""
+    bomb = gzip.compress(b" " * 2**20) * 1000
+    before = {"t.jsonl": b"", "t.csv": b'"a', "d/train.jsonl": b"", "d2/train.csv": b"", "t.json": b'["'}
+    for name, start in before.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(start) + bomb)
+    program = """
+import resource, sys
+import datasets.packaged_modules.json.json
+from vlmembed.data.cells import Folder
+from vlmembed.data.tables import open_table
+
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+for path in sys.argv[1:]:
+    try:
+        print(len(open_table(path, "train", None, Folder.of(path, None))))
+    except ValueError as error:
+        print(error)
+print(peak() - before)
+"""
+    paths = [str(tmp_path / (name.split("/")[0] if "/" in name else f"{name}.gz")) for name in before]
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", program, *paths]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    *said, used = ran.stdout.splitlines()
+    for name, message in zip(before, said, strict=True):
+        place = "byte 2: the value" if name == "t.json" else "row 1: the line"
+        assert message.startswith(f"{tmp_path / name}.gz, {place} has more than 67,108,864 bytes")
+    assert int(used) < 300_000  # KiB: a line up to the limit, and once more while it is put together.

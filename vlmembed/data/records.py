@@ -84,7 +84,7 @@ def _decompressed(pieces: Iterator[bytes], path: Path) -> Iterator[bytes]:
         raise ValueError(f"{path}: cannot be decompressed: {error}. Is the file whole?") from error
 
 
-def unpacked(path: Path) -> Path:
+def unpacked(path: Path, has_lines: bool = False) -> Path:
     """Return a file itself, or of a compressed one the content, once it is in the cache of ``datasets``."""
     if path.suffix.lower() not in COMPRESSIONS:
         return path
@@ -94,12 +94,17 @@ def unpacked(path: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f"{name}.lock"):
         if not target.exists():
-            with whole_file(target) as draft, draft.open("wb") as output, open_bytes(path) as file:
-                for piece in _decompressed(iter(partial(file.read, 2**24), b""), path):
-                    if shutil.disk_usage(folder).free < RESERVED_BYTES + len(piece):
+            with whole_file(target) as draft, draft.open("wb") as output:
+                for position, piece in enumerate(read_lines(path) if has_lines else _read_pieces(path)):
+                    if position % 4096 == 0 and shutil.disk_usage(folder).free < RESERVED_BYTES:
                         raise ValueError(f"{path}: its content does not fit on the disk of {folder}.")
                     output.write(piece)
     return target
+
+
+def _read_pieces(path: Path) -> Iterator[bytes]:
+    with open_bytes(path) as file:
+        yield from _decompressed(iter(partial(file.read, 2**16), b""), path)
 
 
 def _version(status: os.stat_result) -> tuple[int, int]:
@@ -114,10 +119,12 @@ class Records(ABC):
     Raises an ``OSError`` when the file has changed: its rows would be others, unnoticed.
     """
 
+    has_lines = False  # Which are of bounded length.
+
     def __init__(self, path: Path):
         if not path.is_file():
             raise ValueError(f"{path}: no such file.")
-        self.path, self._file = path, unpacked(path)
+        self.path, self._file = path, unpacked(path, self.has_lines)
         self._version = _version(self._file.stat())
         #: Where each row begins, and where the last one ends.
         self._bounds = self._index()
@@ -165,6 +172,8 @@ def _as_array(numbers: array[int]) -> np.ndarray:
 class JSONLines(Records):
     """A JSONL file."""
 
+    has_lines = True
+
     def _index(self) -> np.ndarray:
         bounds = array("q")
         position, end, blank = 0, 0, 0
@@ -196,6 +205,8 @@ class Delimited(Records):
 
     Not ``datasets``' reader: it guesses types, so the text "None" becomes nothing and "1984" a number.
     """
+
+    has_lines = True
 
     def __init__(self, path: Path, delimiter: str = ","):
         self._delimiter = delimiter

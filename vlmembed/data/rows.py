@@ -300,9 +300,13 @@ class Table:
 
     def origins(self, indices: Sequence[int]) -> list[str]:
         """Say where some rows come from, for messages."""
+        places, table = self._rows_and_elements(indices), self._table
+        numbers = [row for row, _ in places]
+        is_one = isinstance(table, datasets.Dataset)
+        rows = [f"{self.path}, row {row + 1}" for row in numbers] if is_one else table.origins(numbers)
         return [
-            f"{self.path}, row {row + 1}" + (f", {self.each}[{element}]" if element >= 0 else "")
-            for row, element in self._rows_and_elements(indices)
+            row + (f", {self.each}[{element}]" if element >= 0 else "")
+            for row, (_, element) in zip(rows, places, strict=True)
         ]
 
     @cached_property
