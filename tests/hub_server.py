@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import PurePath
 from threading import Thread
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 Files = dict[str, bytes]
 
@@ -121,15 +122,25 @@ class Hub:
         sha = repository.commit(revision, files)
         return {"commitUrl": f"{self.url}/{name}/commit/{sha}", "commitOid": sha}
 
-    def list_tree(self, body: bytes, name: str, revision: str) -> Any:
+    def list_tree(self, body: bytes, name: str, revision: str, folder: str = "") -> Any:
         files = self.repository(name).commits[self.repository(name).sha(revision)]
-        return [
+        folders = {str(parent) for path in files for parent in PurePath(path).parents} - {"."}
+        entries = [{"type": "directory", "path": path, "oid": "0" * 40} for path in sorted(folders)]
+        entries += [
             {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
             for path, content in files.items()
         ]
+        return [entry for entry in entries if entry["path"].startswith(f"{folder}/".removeprefix("/"))]
 
     def download(self, body: bytes, name: str, revision: str, path: str) -> bytes:
-        return self.repository(name).commits[self.repository(name).sha(revision)][path]
+        files = self.repository(name).commits[self.repository(name).sha(revision)]
+        if path not in files:
+            raise Refusal(404, "EntryNotFound", f"Entry not found: {path}")
+        return files[path]
+
+    def paths_info(self, body: bytes, name: str, revision: str) -> Any:
+        wanted = parse_qs(body.decode())["paths"]
+        return [entry for entry in self.list_tree(body, name, revision) if entry["path"] in wanted]
 
 
 NAME = r"(?P<name>[\w.-]+/[\w.-]+)"
@@ -143,10 +154,11 @@ ROUTES = [
     ("POST", "/lfs/verify", Hub.verify_lfs),
     ("PUT", "/lfs/(?P<oid>[0-9a-f]{64})", Hub.receive_lfs),
     ("POST", f"/api/models/{NAME}/commit/{REVISION}", Hub.commit),
-    ("GET", f"/api/models/{NAME}", Hub.model_info),
-    ("GET", f"/api/models/{NAME}/revision/{REVISION}", Hub.model_info),
-    ("GET", f"/api/models/{NAME}/tree/{REVISION}", Hub.list_tree),
-    ("GET", f"/{NAME}/resolve/{REVISION}/(?P<path>.+)", Hub.download),
+    ("GET", f"/api/(?:models|datasets)/{NAME}", Hub.model_info),
+    ("GET", f"/api/(?:models|datasets)/{NAME}/revision/{REVISION}", Hub.model_info),
+    ("GET", f"/api/(?:models|datasets)/{NAME}/tree/{REVISION}(?P<folder>(/.*)?)", Hub.list_tree),
+    ("POST", f"/api/datasets/{NAME}/paths-info/{REVISION}", Hub.paths_info),
+    ("GET", f"/(?:datasets/)?{NAME}/resolve/{REVISION}/(?P<path>.+)", Hub.download),
 ]
 
 

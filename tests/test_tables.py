@@ -20,6 +20,7 @@ import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hub_server import Repository, serve
 from PIL import Image
 
 from vlmembed.data.cells import Folder, to_items
@@ -393,7 +394,7 @@ def test_configurations_are_named(tmp_path: Path) -> None:
     assert "no configuration 'query' (did you mean 'queries'?); it has corpus, queries" in refused(
         tmp_path, "test", "query"
     )
-    assert "which configuration is meant?; it has corpus, queries" in refused(tmp_path, "test")
+    assert "several configurations, and subset chooses none; it has corpus, queries" in refused(tmp_path, "test")
     assert "no split 'train'; it has test" in refused(tmp_path, "train", "corpus")
 
 
@@ -616,3 +617,58 @@ print(peak() - before)
         place = "byte 2: the value" if name == "t.json" else "row 1: the line"
         assert message.startswith(f"{tmp_path / name}.gz, {place} has more than 67,108,864 bytes")
     assert int(used) < 300_000  # KiB: a line up to the limit, and once more while it is put together.
+
+
+# The Hub
+
+HUB_PROGRAM = """
+import json, sys
+from vlmembed.data.cells import Folder
+from vlmembed.data.tables import open_table
+
+for path, subset, split, revision in json.loads(sys.argv[1]):
+    try:
+        table = open_table(path, split, subset, Folder.of(path, None), revision)
+        print(json.dumps([row["txt"] for row in table.__getitems__(range(len(table)))]))
+    except ValueError as error:
+        print(json.dumps(str(error)))
+"""
+PAGE = """---
+configs:
+- {config_name: en, data_files: [{split: train, path: en/train.*}, {split: dev, path: en/dev.*}]}
+- {config_name: de, data_files: de/*}
+---
+"""
+
+
+def test_configurations_splits_slices_and_revisions_of_a_hub_id(tmp_path: Path) -> None:
+    """In a process of its own, as `datasets` reads the Hub's address where it is imported."""
+    tar = write_tar(tmp_path / "t.tar", [("a.txt", b"one"), ("b.txt", b"two")]).read_bytes()
+    lines = b'{"txt": "new"}\n' * 200 + b'{"txt": "last"}\n'
+    new = {"README.md": PAGE.encode(), **dict.fromkeys(("en/train.jsonl", "en/dev.jsonl", "de/train.jsonl"), lines)}
+    branches = {"v1": {"train.jsonl": b'{"txt": "old"}\n'}, "main": new}
+    tars = {"train.tar": tar, "test.tar": tar}
+    cases = {
+        ("org/set", "en", "train[:1%]", None): ["new", "new"],
+        ("org/set", "en", "train[-1:] + dev[-1:]", "main"): ["last", "last"],
+        ("org/set", None, "train", "v1"): ["old"],
+        ("org/tars", None, "test[1:]+train", None): ["two", "one", "two"],
+        ("org/set", "fr", "train", None): "org/set: no configuration 'fr'; it has en, de",
+        ("org/set", None, "train", None): "org/set: several configurations, and subset chooses none; it has en, de",
+        ("org/set", "en", "train", "v1"): "org/set: no configuration 'en'; it has default",
+        ("org/set", "en", "tran[:1%]", None): "org/set: no split 'tran' (did you mean 'train'?); it has train, dev",
+        ("org/tars", None, "dev", None): "org/tars: no split 'dev'; it has train, test",
+        ("org/set", "en", "train", "v9"): "org/set: cannot be opened: 404 Client Error.\n\nRevision Not Found",
+    }
+    with serve("hf_x") as hub:
+        hub.repositories |= {name: Repository(private=False) for name in ("org/set", "org/tars")}
+        for branch, files in branches.items():
+            hub.repositories["org/set"].commit(branch, files)
+        hub.repositories["org/tars"].commit("main", tars)
+        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_x", "HF_HOME": str(tmp_path / "home")}
+        environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        command = [sys.executable, "-c", HUB_PROGRAM, json.dumps([*cases])]
+        ran = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    for (case, expected), line in zip(cases.items(), ran.stdout.splitlines(), strict=True):
+        said = json.loads(line)
+        assert said == expected if isinstance(expected, list) else said.startswith(expected), (case, said)

@@ -273,8 +273,12 @@ def _builder(path: str, subset: str | None, revision: str | None) -> datasets.Da
             names = datasets.get_dataset_config_names(path, revision=revision)
         if not names or subset in names or (subset is None and len(names) == 1):
             raise
-        what = f"no configuration {subset!r}{nearest(subset, names)}" if subset else "which configuration is meant?"
-        raise ValueError(f"{path}: {what}; it has {', '.join(names)} (subset chooses one).") from error
+        what = (
+            f"no configuration {subset!r}{nearest(subset, names)}"
+            if subset
+            else "several configurations, and subset chooses none"
+        )
+        raise ValueError(f"{path}: {what}; it has {', '.join(names)} (choose with subset).") from error
 
 
 def _only_split(split: str, path: str) -> str:
