@@ -446,9 +446,11 @@ def open_json(path: Path, key: str | None = None) -> Records:
     """Open a JSON file, or one that has JSON in each line."""
     if key is None and path.is_file():
         with unpacked(path).open("rb") as file:
-            first, second = file.readline(MAX_LINE_BYTES + 1), file.readline(MAX_LINE_BYTES + 1)
-        if first.rstrip().endswith(b"}") and second.lstrip().startswith(b"{"):
-            return JSONLines(path)
+            is_object = file.read(1024).removeprefix(codecs.BOM_UTF8).startswith(b"{")
+            file.seek(0)
+            ends = is_object and file.readline(MAX_LINE_BYTES + 1).rstrip().endswith(b"}")
+            if ends and file.read(1024).lstrip().startswith(b"{"):
+                return JSONLines(path)
     return JSONFile(path, key)
 
 
