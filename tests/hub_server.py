@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import PurePath
+from pathlib import PurePosixPath
 from threading import Thread
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -80,7 +80,7 @@ class Hub:
         repository.branches[branch] = repository.branches["main"]
         return {}
 
-    def model_info(self, body: bytes, name: str, revision: str = "main") -> Any:
+    def info(self, body: bytes, name: str, revision: str = "main") -> Any:
         repository = self.repository(name)
         return {"id": name, "sha": repository.sha(revision), "private": repository.private}
 
@@ -124,23 +124,32 @@ class Hub:
 
     def list_tree(self, body: bytes, name: str, revision: str, folder: str = "") -> Any:
         files = self.repository(name).commits[self.repository(name).sha(revision)]
-        folders = {str(parent) for path in files for parent in PurePath(path).parents} - {"."}
-        entries = [{"type": "directory", "path": path, "oid": "0" * 40} for path in sorted(folders)]
-        entries += [
+        inside = {path: content for path, content in files.items() if path.startswith(f"{folder}/" if folder else "")}
+        if folder and not inside:
+            raise Refusal(404, "EntryNotFound", f"No folder {folder}")
+        if "recursive=true" in self.requests[-1].lower():
+            return self.describe(inside)
+        depth = len(PurePosixPath(folder).parts) + 1
+        folders = {"/".join(PurePosixPath(path).parts[:depth]) for path in inside if path.count("/") >= depth}
+        entries = [{"type": "directory", "path": path, "size": 0, "oid": ""} for path in sorted(folders)]
+        return entries + self.describe({path: inside[path] for path in inside if path.count("/") == depth - 1})
+
+    def list_paths(self, body: bytes, name: str, revision: str) -> Any:
+        files = self.repository(name).commits[self.repository(name).sha(revision)]
+        wanted = parse_qs(body.decode())["paths"]
+        return self.describe({path: files[path] for path in wanted if path in files})
+
+    def describe(self, files: Files) -> Any:
+        return [
             {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
             for path, content in files.items()
         ]
-        return [entry for entry in entries if entry["path"].startswith(f"{folder}/".removeprefix("/"))]
 
     def download(self, body: bytes, name: str, revision: str, path: str) -> bytes:
         files = self.repository(name).commits[self.repository(name).sha(revision)]
         if path not in files:
-            raise Refusal(404, "EntryNotFound", f"Entry not found: {path}")
+            raise Refusal(404, "EntryNotFound", f"No file {path}")
         return files[path]
-
-    def paths_info(self, body: bytes, name: str, revision: str) -> Any:
-        wanted = parse_qs(body.decode())["paths"]
-        return [entry for entry in self.list_tree(body, name, revision) if entry["path"] in wanted]
 
 
 NAME = r"(?P<name>[\w.-]+/[\w.-]+)"
@@ -154,11 +163,11 @@ ROUTES = [
     ("POST", "/lfs/verify", Hub.verify_lfs),
     ("PUT", "/lfs/(?P<oid>[0-9a-f]{64})", Hub.receive_lfs),
     ("POST", f"/api/models/{NAME}/commit/{REVISION}", Hub.commit),
-    ("GET", f"/api/(?:models|datasets)/{NAME}", Hub.model_info),
-    ("GET", f"/api/(?:models|datasets)/{NAME}/revision/{REVISION}", Hub.model_info),
-    ("GET", f"/api/(?:models|datasets)/{NAME}/tree/{REVISION}(?P<folder>(/.*)?)", Hub.list_tree),
-    ("POST", f"/api/datasets/{NAME}/paths-info/{REVISION}", Hub.paths_info),
-    ("GET", f"/(?:datasets/)?{NAME}/resolve/{REVISION}/(?P<path>.+)", Hub.download),
+    ("GET", f"/api/(?:models|datasets)/{NAME}", Hub.info),
+    ("GET", f"/api/(?:models|datasets)/{NAME}/revision/{REVISION}", Hub.info),
+    ("GET", f"/api/(?:models|datasets)/{NAME}/tree/{REVISION}(?:/(?P<folder>.*))?", Hub.list_tree),
+    ("POST", f"/api/datasets/{NAME}/paths-info/{REVISION}", Hub.list_paths),
+    ("GET", f"(?:/datasets)?/{NAME}/resolve/{REVISION}/(?P<path>.+)", Hub.download),
 ]
 
 
@@ -188,7 +197,9 @@ class Connection(BaseHTTPRequestHandler):
             match = re.fullmatch(pattern, urlsplit(self.path).path)
             if match and method == self.command.replace("HEAD", "GET"):
                 return endpoint(
-                    self.server.hub, body, **{key: unquote(text) for key, text in match.groupdict().items()}
+                    self.server.hub,
+                    body,
+                    **{key: unquote(text) for key, text in match.groupdict().items() if text is not None},
                 )
         raise Refusal(404, "", f"No such endpoint: {self.command} {self.path}")
 

@@ -139,6 +139,24 @@ PARTS = {
             "language": ("language_model.",),
         },
     ),
+    "Qwen2.5-Omni": (
+        other_models.qwen2_5_omni,
+        {
+            "audio": ("audio_tower.",),
+            "merger": ("visual.merger.",),
+            "vision": ("visual.patch_embed.", "visual.blocks."),
+            "language": ("language_model.",),
+        },
+    ),
+    "Qwen3-Omni": (
+        other_models.qwen3_omni,
+        {
+            "audio": ("audio_tower.",),
+            "merger": ("visual.merger.", "visual.merger_list."),
+            "vision": ("visual.patch_embed.", "visual.pos_embed.", "visual.blocks."),
+            "language": ("language_model.",),
+        },
+    ),
     "Idefics3": (
         other_models.idefics3,
         {"merger": ("connector.",), "vision": ("vision_model.",), "language": ("text_model.",)},

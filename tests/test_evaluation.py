@@ -105,7 +105,7 @@ def test_bad_judgements_are_refused(line: str, message: str, folder: Path) -> No
         as_evaluation(str(folder))
 
 
-@pytest.mark.parametrize("line", ["q1\td1\t0.5", "q1\td1", "# a remark", "q1\t0\td1\t1", "q1\td1\t1\t", "\0"])
+@pytest.mark.parametrize("line", ["q1\td1\t0.5", "q1\td1", "# a remark", "q1\td1\t0\t1", "q1\td1\t1\t", "\0"])
 def test_a_first_line_that_is_no_header_is_no_header(line: str, folder: Path) -> None:
     (folder / "qrels.tsv").write_text(f"{line}\nq1\td1\t1\n")
     with pytest.raises(ValueError, match=r"qrels.tsv, row 1: expected query-id, corpus-id, integer grade"):
@@ -123,7 +123,7 @@ def test_whole_grades_may_be_written_as_fractions(folder: Path) -> None:
 @pytest.mark.parametrize("file", ["corpus.jsonl", "queries.jsonl"])
 def test_ids_that_qrels_cannot_name_are_refused(name: str, file: str, folder: Path) -> None:
     write(folder / file, [{"id": name, "text": "x"}, *(CORPUS if file == "corpus.jsonl" else QUERIES)])
-    with pytest.raises(ValueError, match=f"{file}, row 1: id .* cannot stand in qrels.tsv"):
+    with pytest.raises(ValueError, match=f"{file}, row 1, column 'id': id .* cannot stand in qrels.tsv"):
         as_evaluation(str(folder))
 
 
@@ -154,16 +154,23 @@ def test_a_broken_corpus_is_refused(kind: str, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"id": True, "text": "x"}, "corpus.jsonl, row 4: expected one 'id'"),
-        ({"id": "d4", "title": 7, "text": "x"}, "corpus.jsonl, row 4: 'title' and 'text' are strings .*got 7, 'x'"),
-        ({"id": "d4", "title": "x", "text": ["y"]}, r"row 4: 'title' and 'text' are strings .*got 'x', \['y'\]"),
+        ({"id": True, "text": "x"}, "corpus.jsonl, row 4, column 'id': an id is a string or a whole number, got bool"),
+        (
+            {"id": "d4", "title": 7, "text": "x"},
+            "corpus.jsonl, row 4 .id 'd4'.: 'title' and 'text' are strings .*got 7, 'x'",
+        ),
+        ({"id": "d4", "title": "x", "text": ["y"]}, r"'title' and 'text' are strings .*got 'x', \['y'\]"),
         ({"id": "d1", "text": "again"}, "corpus.jsonl, row 4: id 'd1' is given twice; first at .*row 2"),
         ({"text": "no id"}, "corpus.jsonl, row 4: expected one 'id'"),
         ({"id": "d4", "_id": "d5", "text": "x"}, "corpus.jsonl, row 4: expected one 'id'"),
-        ({"id": ["d4"], "text": "x"}, "corpus.jsonl, row 4: expected one 'id'"),
+        (
+            {"id": ["d4"], "text": "x"},
+            "corpus.jsonl, row 4, column 'id': an id is a string or a whole number, got list",
+        ),
         ({"id": "d4", "text": ""}, "corpus.jsonl, row 4 .id 'd4'.: the text is empty"),
-        ({"id": "d4"}, "corpus.jsonl, row 4 .id 'd4'.: the cell is empty"),
-        ({"id": "d4", "body": "x"}, "corpus.jsonl, row 4 .id 'd4'.: unknown key 'body'"),
+        ({"id": "d4"}, "corpus.jsonl, row 4 .id 'd4'.: it has none of document, text, .*; there are id"),
+        ({"id": "d4", "text": None}, "corpus.jsonl, row 4 .id 'd4'.: the cell is empty"),
+        ({"id": "d4", "body": "x"}, "corpus.jsonl, row 4 .id 'd4'.: it has none of .*; there are id, body"),
         ({"id": "d4", "image": "gone.png"}, "corpus.jsonl, row 4 .id 'd4'.: the image file .*gone.png does not exist"),
     ],
 )

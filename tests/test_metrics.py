@@ -22,7 +22,13 @@ from vlmembed.metrics.functions import name_order, ndcg_at_k, order_keys, ranks
 from vlmembed.types import EvaluationSet, Item, Part, RerankingSet
 
 #: The first ten documents decide; pytrec_eval's recip_rank has no cut of its own, so it gets a run cut at 10.
-MEASURES = {"ndcg@10": "ndcg_cut_10", "recall@1": "recall_1", "recall@10": "recall_10", "map": "map"}
+MEASURES = {
+    "ndcg@10": "ndcg_cut_10",
+    "hit@1": "success_1",
+    "recall@1": "recall_1",
+    "recall@10": "recall_10",
+    "map": "map",
+}
 
 
 def items(count: int, role: str) -> list[Item]:

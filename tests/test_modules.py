@@ -148,7 +148,7 @@ def test_names_in_metrics_csv_with_several_sets(checkpoint: Path, tmp_path: Path
     found = logged(tmp_path, checkpoint, sets)
     expected = {
         f"val/{name}/{metric}{suffix}"
-        for name in ("small", "large")
+        for name in ("small", "large", "mean")
         for metric in METRICS
         for suffix in ("", "/64", "/8")
     }

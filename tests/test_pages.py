@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,10 +19,12 @@ from building import picture, run_config
 from matplotlib.backends.backend_pdf import PdfPages
 from PIL import Image
 
+from vlmembed import data
 from vlmembed.cli import main
 from vlmembed.data import EvaluationFolder, Pages, Rows
 from vlmembed.data import pdf as pdfs
 from vlmembed.data.cells import Folder, to_items
+from vlmembed.data.checks import in_evaluation
 from vlmembed.data.pdf import PdfPage, content_digest
 from vlmembed.media import image_size, load_image
 from vlmembed.types import Item, LazyImage
@@ -195,6 +198,8 @@ CELLS: dict[str, tuple[Any, list[Any]]] = {
     ),
     "in a message": ([{"role": "user", "content": [{"type": "pdf", "pdf": "one.pdf", "page": None}]}], [1]),
     "as datasets has it": ({"pdf": {"bytes": document((BOX, b""), (BOX, b"")), "path": "other.pdf"}}, [1, 2]),
+    "a column of datasets": ({"bytes": document((BOX, b""), (BOX, b"")), "path": None}, [1, 2]),
+    "a column of files": ({"bytes": None, "path": "three.pdf"}, [1, 2, 3]),
     "as datasets has a file": ({"pdf": {"bytes": None, "path": "three.pdf"}, "page": 2}, [2]),
 }
 
@@ -297,7 +302,9 @@ def test_a_pdf_that_cannot_be_read_says_why(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_page_that_is_not_there_says_how_many_are(folder: Path) -> None:
-    message = r"three\.pdf#page=4: it has 3 pages, counted from 1, and no page 4. Name one of them, or remove the row"
+    message = (
+        r"three\.pdf#page=4: it has 3 pages, counted from 1, and no page 4. Name one that it has, or remove the row"
+    )
     for use in (load_image, image_size):
         with pytest.raises(ValueError, match=f"{ORIGIN}: cannot read the image .*{message}"):
             use(items(PDF | {"page": 4}, folder).parts[0].frames[0], ORIGIN)
@@ -311,6 +318,20 @@ def test_a_damaged_page_leaves_the_others_readable(tmp_path: Path) -> None:
     for use in (load_image, image_size):
         with pytest.raises(ValueError, match=r"half\.pdf#page=2: .*damaged.* Save"):
             use(bad.frames[0], ORIGIN)
+
+
+@pytest.mark.parametrize(("seconds", "memory"), [(1, 2**32), (60, 2**27)])
+@pytest.mark.skipif(sys.platform != "linux", reason="there are no such limits")
+def test_a_page_that_asks_for_everything_is_refused(monkeypatch: pytest.MonkeyPatch, seconds: int, memory: int) -> None:
+    """A form that shows itself twice."""
+    monkeypatch.setattr(pdfs, "MAX_PDF_SECONDS", seconds)
+    monkeypatch.setattr(pdfs, "MAX_PDF_MEMORY", memory)
+    resources = b"/Resources<</XObject<</X 5 0 R>>>>"
+    form = stream(b"/X Do /X Do", b"/Type/XObject/Subtype/Form/BBox[0 0 40 20]" + resources)
+    page = PdfPage(document((BOX + resources, b"/X Do"), more=[form]), 1, 4000)
+    with pytest.raises(ValueError, match=rf"{ORIGIN}: .*more than {seconds} seconds or {memory:,} bytes of memory"):
+        load_image(page, ORIGIN)
+    assert load_image(PdfPage(document((BOX, QUARTERS)), 1, 4000)).getpixel((9, 9)) == BLUE
 
 
 def test_without_pypdfium2_it_is_said_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,15 +374,23 @@ def test_columns_name_pages(folder: Path) -> None:
 
 
 def test_columns_of_the_pdf_type_are_read(folder: Path, tmp_path: Path) -> None:
-    features = datasets.Features(
-        {"query": datasets.Value("string"), "pdf": datasets.Pdf(), "page": datasets.Value("int32")}
-    )
+    text, number = datasets.Value("string"), datasets.Value("int32")
+    features = datasets.Features({"query": text, "pdf": datasets.Pdf(), "page": number})
     files = [str(folder / "three.pdf"), {"bytes": (folder / "one.pdf").read_bytes(), "path": None}]
     table = datasets.Dataset.from_dict({"query": ["a", "b"], "pdf": files, "page": [2, None]}, features=features)
     table.save_to_disk(tmp_path / "saved")
-    cells: dict[str, Any] = {"query": "query", "positive": {"pdf": "pdf", "page": "page"}}
+    cells: dict[str, Any] = {"query": "query", "positive": {"pdf": "pdf", "page": "page"}, "negative": "pdf"}
     rows = Rows(str(tmp_path / "saved"), cells=cells, allow_outside=[str(folder)])
-    assert [numbers(example.positives[0]) for example in rows.__getitems__([0, 1])] == [[2], [1]]
+    assert [[numbers(item) for item in rows[row].documents] for row in (0, 1)] == [[[2], [1, 2, 3]], [[1], [1]]]
+
+
+def test_a_folder_of_pdfs_with_metadata_is_read(folder: Path) -> None:
+    (folder / "metadata.csv").write_text("file_name,query\none.pdf,first\nthree.pdf,second\n")
+    rows = Rows(str(folder), columns={"pdf": "positive"})
+    assert [(rows[row].query.parts[0].value, numbers(rows[row].positives[0])) for row in (0, 1)] == [
+        ("first", [1]),
+        ("second", [1, 2, 3]),
+    ]
 
 
 # Making pages once
@@ -382,6 +411,15 @@ def test_a_page_is_rendered_when_it_is_needed_and_once(
     again = [load_image(PdfPage(folder / name, page)) for name, page in (("one.pdf", 1), ("three.pdf", 2))]
     assert first == again
     assert len([*cache.rglob("*.png")]) == len([path for path in cache.rglob("*") if path.is_file()]) == 2
+
+
+def test_copies_of_a_pdf_are_duplicates_and_its_pages_are_not(folder: Path, cache: Path) -> None:
+    (folder / "copy.pdf").write_bytes((folder / "three.pdf").read_bytes())
+    pages = {f"{file} {page}": {"pdf": f"{file}.pdf#page={page}"} for file in ("three", "copy") for page in (1, 3)}
+    write_evaluation(folder, pages)
+    (problem,) = in_evaluation(EvaluationFolder(str(folder)).load())
+    assert "2 of the 4 documents of the corpus have the content of an earlier one" in problem
+    assert not cache.exists()
 
 
 def test_what_changes_a_page_renders_it_anew(folder: Path, cache: Path) -> None:
@@ -524,3 +562,16 @@ def test_fit_reads_pages_in_workers(
     Path("run.yaml").write_text(yaml.safe_dump(config))
     main(["fit", "--config", "run.yaml"])
     assert len([*cache.rglob("*.png")]) == 4
+
+
+def test_the_cookbook_shows_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (Path(data.__file__).parent / "README.md").read_text()
+    blocks = dict(re.findall(r"<!-- (pdf cells|pages) -->\n```\w+\n(.*?)```", page, re.DOTALL))
+    write_text(tmp_path / "reports" / "report.pdf", *map(str, range(5)))
+    for name, pages in (("report", 5), ("appendix", 2)):
+        Path(f"{name}.pdf").write_bytes(document(*[(BOX, QUARTERS)] * pages))
+    Path("rows.jsonl").write_text(blocks["pdf cells"])
+    rows = Rows("rows.jsonl")
+    shown = [numbers(rows[row].positives[0]) for row in range(len(rows))]
+    assert shown == [[3], [3], [3, 4, "Two pages and a text."], [3, 1, 2]]

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -471,6 +472,21 @@ def test_labels_that_are_no_folders_stay_numbers(tmp_path: Path) -> None:
     made = datasets.Dataset.from_list([{"label": 1, "raw": PNG}, {"label": 0, "raw": None}], features=features)
     made.to_parquet(tmp_path / "t.parquet")
     assert [row["label"] for row in read(opened(tmp_path / "t.parquet"))] == [1, 0]
+
+
+@pytest.mark.skipif(find_spec("lance") is not None, reason="Lance is installed")
+def test_lance_that_is_not_installed_is_named(tmp_path: Path) -> None:
+    for name in ("data/0.lance", "_versions/1.manifest"):
+        (tmp_path / "t.lance" / name).parent.mkdir(parents=True)
+        (tmp_path / "t.lance" / name).write_bytes(b"")
+    assert 'pip install "vlmembed[lance]"' in refused(tmp_path / "t.lance")
+
+
+def test_lance(tmp_path: Path) -> None:
+    lance = pytest.importorskip("lance")
+    lance.write_dataset(pyarrow.table({"query": TEXTS, "image": [PNG] * len(TEXTS)}), tmp_path / "t.lance")
+    rows = read(opened(tmp_path / "t.lance"))
+    assert [(row["query"], row["image"]["bytes"]) for row in rows] == [(text, PNG) for text in TEXTS]
 
 
 # WebDataset

@@ -63,8 +63,8 @@ class Freeze(Adapter):
     r"""Keeps parts of the backbone as they are.
 
     Args:
-        modules: What to freeze: ``vision``, ``merger`` or ``language``, or regular expressions that are searched for in
-            parameter names, such as ``visual\.blocks\.[0-5]\.``.
+        modules: What to freeze: ``vision``, ``merger``, ``audio`` or ``language``, or regular expressions that are
+            searched for in parameter names, such as ``visual\.blocks\.[0-5]\.``.
     """
 
     def __init__(self, modules: Sequence[str]) -> None:

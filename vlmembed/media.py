@@ -1,4 +1,4 @@
-"""Opening of images and videos: the formats that are read, the largest sizes, and the way to RGB.
+"""Opening of images, videos and audio: the formats that are read, the largest sizes, the way to RGB and to mono.
 
 What files look like to the model, and what Sentence Transformers makes of the same files: data/README.md.
 """
@@ -6,11 +6,13 @@ What files look like to the model, and what Sentence Transformers makes of the s
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
 import struct
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,12 @@ FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP
 #: Containers of FFmpeg that hold their frames themselves; a playlist would name other files, or addresses.
 CONTAINERS = "asf,avi,flv,gif,matroska,mov,mp4,mpeg,mpegts,ogg,webm"
 
-SOUND = "sound. There is nothing to see in it"
+SILENT_FILM = "sound. There is nothing to see in it"
+SOUND = rb"ID3|\xff[\xf1-\xf3\xf9-\xfb]|fLaC|RIFF.{4}WAVE|.{4}ftypM4[AB]|FORM.{4}AIF|#!AMR"
+#: What libsndfile decodes, of its many formats: WAV, RF64, W64, FLAC, Ogg (Vorbis, Opus), MP3, AIFF, AU, CAF.
+AUDIO = (
+    rb"RIFF.{4}WAVE|RF64|riff\x2e\x91\xcf\x11|fLaC|OggS|ID3|\xff[\xe2\xe3\xf2\xf3\xfa\xfb]|FORM.{4}AIF[FC]|\.snd|caff"
+)
 HEIC = rb".{4}ftyp(hei|hev|m[is]f1(?!.{,48}avif))"
 IMAGE = rb"\x89PNG|\xff\xd8\xff|BM|II\*\0|MM\0\*|P[1-7]\s|RIFF.{4}WEBP|\0\0\0\x0cjP|.{4}ftyp(avi[fs]|hei|hev|m[is]f1)"
 VIDEO = (
@@ -54,7 +61,7 @@ OTHER_KINDS = {
     rb"\0\0[\1\2]\0|icns|DDS |qoif|\xff\x0a|\0\0\0\x0cJXL |v/1\x01|#\?R|SIMPLE  =|.{128}DICM|\x01\xda|\xd7\xcd\xc6\x9a|"
     rb"\x01\0\0\0.{36} EMF": "an image of a kind that is not read (ICO, DDS, QOI, JPEG XL, EXR, HDR, FITS, DICOM, SGI, "
     "WMF). Convert it to PNG",
-    rb"ID3|\xff[\xf1-\xf3\xf9-\xfb]|fLaC|RIFF.{4}WAVE|.{4}ftypM4[AB]|FORM.{4}AIF|#!AMR": SOUND,
+    SOUND: "sound. Give it under the key 'audio'",
     rb"#EXTM3U|\[playlist\]|ffconcat": "a playlist. Name the video file itself",
     rb"version https://git-lfs": "a pointer of Git LFS, not the file itself. Fetch it with git lfs pull",
     rb"SQLite format 3|PAR1|\x7fELF|MZ|\x93NUMPY": "data or a program. Name the file that is meant",
@@ -75,6 +82,10 @@ UNREADABLE = (
     zlib.error,
     Image.DecompressionBombError,
 )
+
+
+#: Where libsndfile notes that less is there than a header says.
+CUT = r"^ *(?:data|SSND|Data Size|riff|Riff size) *: (\d+) \(should be (\d+)\)"
 
 
 class OtherKindError(ValueError):
@@ -105,6 +116,12 @@ MAX_PIXELS = limit("VLMEMBED_MAX_IMAGE_PIXELS", 100_000_000)
 MAX_BYTES = limit("VLMEMBED_MAX_IMAGE_BYTES", 2**28)
 #: The most pixels that may be taken of a video, all frames together: 6 GB in RGB. 960 frames of Full HD have as many.
 MAX_VIDEO_PIXELS = limit("VLMEMBED_MAX_VIDEO_PIXELS", 2_000_000_000)
+#: The most bytes that an audio file may have, and the most seconds, as its samples in 32 bits are.
+MAX_AUDIO_BYTES = limit("VLMEMBED_MAX_AUDIO_BYTES", 2**28)
+MAX_AUDIO_SECONDS = limit("VLMEMBED_MAX_AUDIO_SECONDS", 1800)
+#: The fewest seconds of a recording (models make one token of 40 to 80 ms), and the samples a second that one may have.
+MIN_AUDIO_SECONDS = 0.05
+RATES = range(1000, 192_001)
 
 # Pillow has one limit for the whole process: it warns above it, and refuses above twice as much.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
@@ -243,7 +260,7 @@ def _decode(path: str, choose: Callable[..., np.ndarray]) -> tuple[np.ndarray, V
     with av.open(path, options=options) as container:
         stream: Any = container.streams.best("video")
         if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
-            raise OtherKindError(f"it is {SOUND}")
+            raise OtherKindError(f"it is {SILENT_FILM}")
         # An edit list has packets discarded: they are decoded, and not shown.
         packets = [(_time(packet), packet.duration or 0, packet.is_discard) for packet in container.demux(stream)]
         spans = [(start, length) for start, length, discarded in packets if start is not None and not discarded]
@@ -298,6 +315,106 @@ def _sample(choose: Callable[..., np.ndarray], metadata: VideoMetadata) -> list[
     return frames
 
 
+def load_audio(audio: Path | bytes, rate: int, origin: str = "") -> np.ndarray:
+    """Open a recording as (samples,) at a sampling rate: its channels averaged, resampled by soxr.
+
+    These are the numbers of transformers' own loader, where that takes soundfile. A ``ValueError`` names the origin and
+    what is missing, damaged, silent because it is empty, of another kind, or above a limit.
+    """
+    try:
+        with _open_audio(audio) as file:
+            samples = file.read(dtype="float32", always_2d=True).T.mean(axis=0)  # (samples, channels) → (samples,)
+            if len(samples) < file.frames:
+                raise ValueError(f"it is cut or damaged: of {file.frames:,} samples {len(samples):,} can be decoded")
+            if not np.isfinite(samples).all():
+                raise ValueError("it has samples that are no finite numbers")
+            return _resampled(samples, file.samplerate, rate)
+    except UNREADABLE as error:
+        raise _unreadable("audio", audio, origin, error) from error
+
+
+def audio_seconds(audio: Path | bytes, origin: str = "") -> float:
+    """Return how long a recording is, of no more than its header; a ``ValueError`` as of `load_audio`."""
+    try:
+        with _open_audio(audio) as file:
+            return float(file.frames / file.samplerate)
+    except UNREADABLE as error:
+        raise _unreadable("audio", audio, origin, error) from error
+
+
+def encode_audio(samples: Sequence[float], rate: int) -> bytes:
+    """Return the samples of one channel as the content of a WAV file, for `load_audio`; nothing is lost of float32."""
+    file, channel = io.BytesIO(), np.asarray(samples, np.float32)
+    if channel.ndim != 1:
+        raise ValueError(f"the samples have {channel.ndim} dimensions")
+    _soundfile().write(file, channel, rate, format="WAV", subtype="FLOAT")
+    return file.getvalue()
+
+
+def is_audio(content: bytes) -> bool:
+    """Tell the content of an audio file by its first bytes."""
+    return bool(re.match(AUDIO, content[:HEAD], re.DOTALL))
+
+
+def _soundfile() -> Any:
+    try:
+        import soundfile
+        import soxr  # noqa: F401
+    except ImportError as error:
+        raise ImportError('Audio needs soundfile and soxr: pip install "vlmembed[audio]".') from error
+    return soundfile
+
+
+@contextmanager
+def _open_audio(audio: Path | bytes) -> Iterator[Any]:
+    """Open what is a recording by its content, within the limits by its header."""
+    soundfile = _soundfile()
+    size = audio.stat().st_size if isinstance(audio, Path) else len(audio)
+    if size > MAX_AUDIO_BYTES:
+        reason = f"are more than the limit of {MAX_AUDIO_BYTES:,}; VLMEMBED_MAX_AUDIO_BYTES sets it"
+        raise ValueError(f"{size:,} bytes {reason}")
+    if not is_audio(head := _head(audio)):
+        convert = "Convert it to FLAC: ffmpeg -i FILE FILE.flac"
+        others = {SOUND: f"sound of a kind that is not read (AAC, AMR, M4A). {convert}"}
+        others |= {IMAGE: "an image. Give it under the key 'image'"}
+        _check_kind(head, others | {VIDEO: f"a video, or sound in a video's container. {convert}"})
+        raise OtherKindError(f"it is none of WAV, FLAC, Ogg, MP3, AIFF, AU, CAF. {convert}")
+    # Opened by number: soundfile would go by the ending of a name.
+    stream = io.BytesIO(audio) if isinstance(audio, bytes) else os.fdopen(os.open(audio, os.O_RDONLY), "rb")
+    with stream, soundfile.SoundFile(stream) as file:
+        _check_audio(file)
+        yield file
+
+
+def _check_audio(file: Any) -> None:
+    """Refuse a recording by its header: too long, too short, or with less behind it than it says."""
+    if file.samplerate not in RATES:
+        raise ValueError(f"{file.samplerate:,} samples a second are not between {RATES[0]:,} and {RATES[-1]:,}")
+    for declared, present in re.findall(CUT, file.extra_info, re.MULTILINE):
+        if int(declared) > int(present) + 8:  # Some writers count a few bytes of the header.
+            missing = f"its header says {int(declared):,} bytes, and {int(present):,} are there"
+            raise ValueError(f"it is cut or damaged: {missing}")
+    seconds = file.frames / file.samplerate
+    # Many channels take as much memory as a longer recording.
+    if max(seconds, file.frames * file.channels / RATES[-1]) > MAX_AUDIO_SECONDS:
+        raise ValueError(
+            f"its header says {seconds:,.0f} seconds ({file.frames:,} samples in each of {file.channels} channels), "
+            f"more than the limit of {MAX_AUDIO_SECONDS:,}; VLMEMBED_MAX_AUDIO_SECONDS sets it"
+        )
+    if seconds < MIN_AUDIO_SECONDS:
+        raise ValueError(f"its {file.frames} samples are {seconds:.3f} seconds, less than {MIN_AUDIO_SECONDS}")
+
+
+def _resampled(samples: np.ndarray, source: int, rate: int) -> np.ndarray:
+    import soxr
+
+    if source == rate:
+        return samples
+    count = math.ceil(len(samples) * rate / source)
+    resampled = soxr.resample(samples, source, rate, quality="soxr_hq")[:count]
+    return np.pad(resampled, (0, count - len(resampled)))
+
+
 def _draft(image: Image.Image, resized: Callable[[int, int], tuple[int, int]]) -> None:
     """Have libjpeg decode a far too large JPEG at a fraction of its size. Other formats are left as they are.
 
@@ -344,7 +461,7 @@ def _head(file: Path | bytes) -> bytes:
 
 
 def _check_kind(head: bytes, others: dict[bytes, str]) -> None:
-    """Refuse what is no image, or no video, by its first bytes."""
+    """Refuse what is of another kind by its first bytes."""
     head = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     for pattern, kind in (OTHER_KINDS | others).items():
         if re.match(pattern, head, re.DOTALL):

@@ -21,7 +21,7 @@ from vlmembed.backbones.preprocessing import ChatPreprocessor
 from vlmembed.data import Mixture, PairCollator, RetrievalDataModule, checks
 from vlmembed.data.datamodule import as_mixture
 from vlmembed.files import write_whole
-from vlmembed.media import load_image, load_video
+from vlmembed.media import audio_seconds, load_image, load_video
 from vlmembed.modules import RetrievalModule
 from vlmembed.types import EvaluationSet, Example, Frame, Item, Pair, Part, RerankingSet
 
@@ -192,8 +192,8 @@ class Reader:
         columns = {name: column for column, name in enumerate(evaluation.document_names)}
         grades = evaluation.qrels.get(evaluation.query_names[number], {})
         names = sorted(grades.keys() & columns.keys(), key=lambda name: (-grades[name], name))
-        if isinstance(value, RerankingSet):
-            names = [evaluation.document_names[column] for column in value.candidates[number]]
+        if candidates := getattr(value, "candidates", None):
+            names = [evaluation.document_names[column] for column in candidates[number]]
         documents = ((f"document {name}, grade {grades.get(name, 'none')}", columns[name]) for name in names)
         labelled = ((label, evaluation.corpus[column]) for label, column in documents)
         yield from self._inputs(evaluation.queries[number], labelled)
@@ -214,10 +214,10 @@ class Reader:
             unlimited.max_length = None
             tokens += f" of {unlimited([item])['input_ids'].shape[1]:,}, at max_length"
         items = (item.query, item.document) if isinstance(item, Pair) else (item,)
-        if isinstance(item, Pair):
-            instruction = getattr(preprocessor.pair_template, "instruction", None)
-        else:
-            instruction = preprocessor.instructions[item.role]
+        instruction = item.instruction
+        if instruction is None:
+            template = preprocessor.pair_template
+            instruction = getattr(template, "instruction", "") if template else preprocessor.instructions[items[0].role]
         parts = [self._part(part, one) for one in items for part in one.parts]
         roles, chat = " and ".join(one.role for one in items), rendered(preprocessor, ids).strip()
         return Reading(plain(label), roles, plain(instruction or "none"), parts, tokens, plain(chat))
@@ -235,7 +235,10 @@ class Reader:
             text = f"{len(frames)} of {metadata.total_num_frames} frames, {_size(frames.shape[2:0:-1])} → {_size(size)}"
             images = [Image.fromarray(frame) for frame in frames[:: -(-len(frames) // FRAMES)]]
             return Shown("video", text + note, [data_url(image, size) for image in images])
-        return Shown(part.kind, plain("given as bytes" if isinstance(part.value, bytes) else str(part.value)))
+        text = "given as bytes" if isinstance(part.value, bytes) else str(part.value)
+        if part.kind == "audio":
+            text += f", {audio_seconds(cast(Any, part.value), item.origin):.1f} seconds"
+        return Shown(part.kind, plain(text))
 
 
 def rendered(preprocessor: ChatPreprocessor, ids: Sequence[int]) -> str:

@@ -38,7 +38,12 @@ class LazyImage(ABC):
     @property
     @abstractmethod
     def key(self) -> str:
-        """Equal for equal images."""
+        """Equal for equal images of the same files."""
+
+    @property
+    @abstractmethod
+    def content(self) -> str:
+        """Equal for equal images, whatever their files are called; reads the files, and makes no image."""
 
     @property
     @abstractmethod
@@ -59,21 +64,21 @@ PATCH_COST = 0.5
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of an item: a text, one image, or one video (a file, or its frames in order)."""
+    """A piece of an item: a text, one image, one video (a file, or its frames in order), or one recording (audio)."""
 
-    kind: Literal["text", "image", "video"]
+    kind: Literal["text", "image", "video", "audio"]
     value: str | Frame | tuple[Frame, ...]
 
     @property
     def frames(self) -> tuple[Frame, ...]:
-        """The image, or the video's frames; nothing for a text or a video file."""
+        """The image, or the video's frames; nothing for a text, a video file or a recording."""
         if isinstance(self.value, tuple):
             return self.value
-        return () if isinstance(self.value, str) or self.kind == "video" else (self.value,)
+        return (self.value,) if self.kind == "image" and not isinstance(self.value, str) else ()
 
     @cached_property
     def digest(self) -> bytes:
-        """Equal for equal content: of a file its path, of encoded images the bytes, of open ones the pixels."""
+        """Equal for equal content: of a file its path, of what is encoded the bytes, of open images the pixels."""
         hashed = hashlib.blake2b(self.kind.encode(), digest_size=16)
         for value in self.value if isinstance(self.value, tuple) else (self.value,):
             if isinstance(value, Image):
@@ -89,7 +94,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Item:
-    """One thing to encode: any number of texts, images and videos, in the order in which the model reads them."""
+    """One thing to encode: texts, images, videos and recordings, in the order in which the model reads them."""
 
     role: Role  # Decides the instruction, where the item has none of its own.
     parts: tuple[Part, ...]
@@ -310,6 +315,8 @@ class EvaluationSet:
     query_names: Sequence[str]  # The data set's ids.
     document_names: Sequence[str]  # Equal scores are ranked by them.
     qrels: dict[str, dict[str, int]]  # Query name → document name → grade; above 0 is relevant.
+    candidates: Sequence[Sequence[int]] | None = None  # The columns that each query is ranked against; None for all.
+    subsets: Sequence[str] | None = None  # Of each query; metrics are then means over subsets. None for a single one.
 
 
 @dataclass(frozen=True)

@@ -137,8 +137,9 @@ def show(item: Item, folder: Path, name: str) -> None:
     """Write an item's first image, made small, and its texts, unless another trial has."""
     image_path, text_path = (content_path(folder, name, kind) for kind in ("jpg", "txt"))
     frames = [frame for part in item.parts for frame in part.frames]
-    # A video file is shown by its name.
-    words = [getattr(part.value, "name", str(part.value)) for part in item.parts if not part.frames]
+    # A video or audio file is shown by its name.
+    values = ["audio" if isinstance(part.value, bytes) else part.value for part in item.parts if not part.frames]
+    words = [getattr(value, "name", str(value)) for value in values]
     if words and not text_path.exists():
         write_whole(text_path, "\n".join(words)[:CHARACTERS].encode())
     if frames and not image_path.exists():

@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME, is_flash_attn_2_available
 from transformers.utils.hub import cached_files
 from transformers.utils.import_utils import is_bitsandbytes_available
@@ -33,7 +34,12 @@ from vlmembed.distributed import print_once
 from vlmembed.kernels import compile_layers, use_liger
 from vlmembed.types import Inputs, Role
 
+#: The language-model head; in a whole Omni checkpoint the thinker's, as the talker has one, too.
 HEAD = "lm_head.weight"
+THINKER_HEAD = f"thinker.{HEAD}"
+
+#: What a checkpoint has and transformers' forward never reads, so that it would have no gradient.
+NEVER_READ = r"audio_tower\.audio_bos_eos_token\."
 
 #: Of each distinct image of a batch, by its index: (tokens, levels, H), from `VisionLanguageModel.encode_images`.
 Features = Sequence[Tensor] | Mapping[int, Tensor]
@@ -46,7 +52,8 @@ class VisionLanguageModel(nn.Module):
     """Any vision-language model with a chat template that transformers' ``AutoModel`` and ``AutoProcessor`` open.
 
     The defaults are the Qwen3-VL-Embedding layout: a default instruction as the system message and the generation
-    prompt at the end, to be pooled at the last token. The weights are read in `configure`, not before.
+    prompt at the end, to be pooled at the last token. The weights are read in `configure`, not before. Of a checkpoint
+    that also speaks, such as Qwen2.5-Omni, only the thinker is opened, which reads, sees and hears.
 
     Args:
         checkpoint: A checkpoint folder or a Hub id.
@@ -70,13 +77,15 @@ class VisionLanguageModel(nn.Module):
     """
 
     #: Parts of the model by name, as patterns of parameter names tried in this order: the first match decides.
-    groups: ClassVar[dict[str, str]] = {
-        "merger": r"(^|\.)(merger|deepstack_merger_list|multi_modal_projector|connector)\.",
+    all_groups: ClassVar[dict[str, str]] = {
+        "audio": r"(^|\.)audio_tower\.",
+        "merger": r"(^|\.)(merger|merger_list|deepstack_merger_list|multi_modal_projector|connector)\.",
         "vision": r"(^|\.)(visual|vision_tower|vision_model)\.",
         "language": r"",
     }
 
-    # All three are set by `configure`.
+    # All four are set by `configure`.
+    groups: dict[str, str]  #: Those that the model has.
     model: PreTrainedModel
     preprocessor: ChatPreprocessor
     learned_tokens: TokenEmbeddings | None = None
@@ -164,7 +173,7 @@ class VisionLanguageModel(nn.Module):
         # Without its file, transformers makes one of no words.
         if not processor.tokenizer("one", add_special_tokens=False)["input_ids"]:
             raise ValueError(f"The tokenizer of {self.checkpoint!r} knows no words. Is its tokenizer.json there?")
-        for name in ("image_token_id", "video_token_id"):
+        for name in ("image_token_id", "video_token_id", "audio_token_id"):
             tokens = [token for part in (processor, config) if (token := getattr(part, name, None)) is not None]
             if len({*tokens}) > 1:
                 raise ValueError(
@@ -177,6 +186,11 @@ class VisionLanguageModel(nn.Module):
         """Read the checkpoint's configuration; refuse one that is not a vision-language model's."""
         with self._opening():
             config = AutoConfig.from_pretrained(self.checkpoint, **self._source)
+        if (thinker := getattr(config, "thinker_config", None)) is not None:
+            dtype, config = config.dtype, thinker
+            config.dtype = config.dtype or dtype
+            # Theirs is of an older release, and unknown to transformers; an export names the class.
+            config.architectures = [MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[config.model_type]]
         if not hasattr(config, "vision_config"):
             raise ValueError(
                 f"The checkpoint {self.checkpoint!r} is a {config.model_type!r}, not a vision-language model "
@@ -257,6 +271,13 @@ class VisionLanguageModel(nn.Module):
             ignore_mismatched_sizes=True,  # They are refused below, by name.
             **self._source,
         )
+        names = [name for name, _ in self.model.named_parameters()]
+        self.groups = self.all_groups
+        present = {*map(self.group_of, names)}
+        self.groups = {group: pattern for group, pattern in self.all_groups.items() if group in present}
+        for name in names:
+            if re.search(NEVER_READ, name):
+                self.model.get_parameter(name).requires_grad_(False)
         problems = {
             "lacks": [*loading["missing_keys"]],
             "has in another shape": [f"{name} {[*saved]}" for name, saved, _ in loading["mismatched_keys"]],
@@ -329,8 +350,8 @@ class VisionLanguageModel(nn.Module):
             return None
         for path in self._weight_files():
             with safe_open(path, framework="pt") as file:
-                if HEAD in [*file.keys()]:
-                    rows = file.get_slice(HEAD)
+                if names := {HEAD, THINKER_HEAD} & {*file.keys()}:
+                    rows = file.get_slice(names.pop())
                     return torch.stack([rows[token] for token in tokens]).to(self.device, self.model.dtype)
         raise ValueError(
             f"The checkpoint {self.checkpoint!r} has no {HEAD} in safetensors, so there are no logits of yes and no. "
@@ -348,7 +369,8 @@ class VisionLanguageModel(nn.Module):
 
     def vision_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield what images go through before they meet the text, with names."""
-        return (entry for entry in self.named_parameters() if self.group_of(entry[0]) != "language")
+        groups = ("vision", "merger")
+        return (entry for entry in self.named_parameters() if self.group_of(entry[0]) in groups)
 
     @property
     def trains_vision(self) -> bool:

@@ -41,8 +41,10 @@ SHOW = """\
                     {{- part.text -}}
                 {%- elif part.type in ('image', 'video') -%}
                     {{- '<|vision_start|><|' + part.type + '_pad|><|vision_end|>' -}}
+                {%- elif part.type == 'audio' -%}
+                    {{- '<|audio_start|><|audio_pad|><|audio_end|>' -}}
                 {%- else -%}
-                    {{- raise_exception('A content part is a text, an image or a video, not ' + part.type) -}}
+                    {{- raise_exception('A content part is a text, image, video or audio, not ' + part.type) -}}
                 {%- endif -%}
             {%- endfor -%}
         {%- endif -%}
@@ -142,7 +144,7 @@ class TemplateFile(PairTemplate):
         return f"TemplateFile {self.path}"
 
 
-TEXT, IMAGE = {"type": "text", "text": "one"}, {"type": "image"}
+TEXT, IMAGE, AUDIO = {"type": "text", "text": "one"}, {"type": "image"}, {"type": "audio"}
 LONG_TEXT = {"type": "text", "text": " ".join(map(str, range(20_000)))}
 
 #: What a message may hold: a template may cut long texts, or show the first image alone.
@@ -171,22 +173,27 @@ def check_template(
     if key in _passed:
         return
     try:
-        dropped = _in_limits(partial(_losses, render, roles, instructions))
+        hears = getattr(processor, "feature_extractor", None) is not None
+        contents = [*PROBES, [AUDIO]] if hears else PROBES
+        dropped = _in_limits(partial(_losses, render, roles, instructions, contents))
     except RuntimeError as error:
         raise ValueError(f"{origin} cannot be rendered for {' and '.join(roles)}: {error}") from error
     if dropped:
         raise ValueError(
-            f"{origin} drops {' and '.join(dropped)}: it has to render all texts and images of a message of each role "
-            f"of {', '.join(roles)}, and the text of a system message. Mend it; or use vlmembed.backbones.QueryFirst "
+            f"{origin} drops {' and '.join(dropped)}: it has to render all texts, images and audio of a message of "
+            f"each role of {', '.join(roles)}, and the text of a system message. Mend it; or use "
+            "vlmembed.backbones.QueryFirst "
             "for pairs, and set query_instruction and document_instruction to null where it takes no system message."
         )
     _passed.add(key)
 
 
-def _losses(render: Render, roles: Sequence[str], instructions: Iterable[str | None]) -> list[str]:
+def _losses(
+    render: Render, roles: Sequence[str], instructions: Iterable[str | None], contents: Iterable[list[dict[str, str]]]
+) -> list[str]:
     """Return what of messages a template leaves out."""
     losses = set()
-    for instruction, role, content in product(instructions, roles, PROBES):
+    for instruction, role, content in product(instructions, roles, contents):
         system = {"system": [{"type": "text", "text": instruction}]} if instruction else {}
         chat = {**system, **{key: [TEXT] for key in roles}, role: content}
         try:

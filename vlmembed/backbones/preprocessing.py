@@ -4,15 +4,17 @@ The calls are the ones that Sentence Transformers makes on an exported folder: o
 instruction, its own or the backbone's, as the system message. So what was trained is what is served. A batch goes from
 top to bottom:
 
-    items → conversations (images and videos read) → the processor's inputs → cut at max_length → `PackedItems`
+    items → conversations (images, videos and audio read) → the processor's inputs → cut at max_length → `PackedItems`
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,7 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from vlmembed.backbones.chat_templates import PairTemplate, check_template
 from vlmembed.backbones.packing import PackedItems
-from vlmembed.media import image_size, load_images, load_video
+from vlmembed.media import audio_seconds, image_size, load_audio, load_images, load_video
 from vlmembed.pooling import Template
 from vlmembed.types import Inputs, Item, Pair, Part, Preprocessor, Role
 
@@ -39,6 +41,7 @@ Applied = Callable[[list[list[Message]]], Inputs]
 CHARACTERS_PER_TOKEN = 4
 PIXELS_PER_TOKEN = 32 * 32
 TOKENS_PER_VIDEO_FILE = 10_000
+TOKENS_PER_SECOND = 25
 
 #: So many beginnings and ends of templates are remembered.
 FRAMES = 1000
@@ -48,7 +51,7 @@ class ChatPreprocessor(Preprocessor):
     """Renders items through a chat template, tokenizes them, and resizes their images.
 
     Args:
-        processor: The checkpoint's processor: tokenizer, image processor and chat template.
+        processor: The checkpoint's processor: tokenizer, image processor, perhaps more, and chat template.
         instructions: The system message for each role, of items that have none of their own; None or empty for none.
         generation_prompt: Whether to end with the template's opening of an answer.
         max_length: The most tokens an item may have. A longer text loses its end, but keeps what the template puts
@@ -79,8 +82,8 @@ class ChatPreprocessor(Preprocessor):
 
     @cached_property
     def template(self) -> Template:
-        """What token ids mean: which are visual, and the system message with which the items of each role begin."""
-        names = ("image_token_id", "video_token_id")
+        """What token ids mean: which are no text, and the system message with which each role's items begin."""
+        names = ("image_token_id", "video_token_id", "audio_token_id")
         visual = tuple(token for name in names if (token := getattr(self.processor, name, None)) is not None)
         chats = [[self._chat({role: []})[0]] for role, instruction in self.instructions.items() if instruction]
         encoded = [self.processor.apply_chat_template([chat], tokenize=True, return_dict=True) for chat in chats]
@@ -90,20 +93,23 @@ class ChatPreprocessor(Preprocessor):
         """Preprocess items, or pairs, into one chunk.
 
         Returns:
-            ``input_ids`` and ``attention_mask`` of shape (B, L), padded on the right, and what the vision tower reads.
+            ``input_ids`` and ``attention_mask`` of shape (B, L), padded on the right, and what the towers read.
 
         Raises:
-            ValueError: If an image cannot be read, the processor refuses an item, or one with images has more than
-                ``max_length`` tokens.
+            ValueError: If an image or audio cannot be read, the processor refuses an item, or one that is not only
+                text has more than ``max_length`` tokens.
         """
         return self._read(items, self._apply_template)
 
     def cost(self, item: Item | Pair) -> int:
-        """Estimate an item's tokens from the lengths of its texts and of its own instruction, and its images' sizes."""
+        """Estimate an item's tokens: of texts and its own instruction by length, of images and audio by their sizes."""
         cost = len(item.instruction or "") // CHARACTERS_PER_TOKEN
         for part in item.parts:
             if part.kind == "text":
                 cost += len(str(part.value)) // CHARACTERS_PER_TOKEN
+            elif part.kind == "audio":
+                self._refuse_audio(item.origin)
+                cost += int(TOKENS_PER_SECOND * audio_seconds(part.value, item.origin))  # type: ignore[arg-type]
             else:
                 sizes = [image_size(frame, item.origin) for frame in part.frames]
                 cost += sum(width * height // PIXELS_PER_TOKEN for width, height in sizes) or TOKENS_PER_VIDEO_FILE
@@ -194,6 +200,8 @@ class ChatPreprocessor(Preprocessor):
                 raise ValueError(f"{item.origin or 'An item'} has a video, and this checkpoint's processor takes none.")
             frames, metadata = load_video(value, self.processor.video_processor, item.origin)
             return {"type": "video", "video": frames, "metadata": metadata}
+        if part.kind == "audio":
+            return {"type": "audio", "audio": self._samples(value, item.origin)}
         self._refuse_marks(value, item.origin or "An item", "text")
         return {"type": "text", "text": value}
 
@@ -201,17 +209,53 @@ class ChatPreprocessor(Preprocessor):
         for mark in self._marks:
             if mark in text:
                 raise ValueError(
-                    f"{origin} has {mark} in its {what} {text!r:.100}: it stands for an image or a video and nothing "
-                    "else. Remove it."
+                    f"{origin} has {mark} in its {what} {text!r:.100}: it stands for an image, a video or an audio and "
+                    "nothing else. Remove it."
                 )
+
+    @property
+    def audio_rate(self) -> int | None:
+        """How many samples of a second the checkpoint reads; None for one that reads no audio."""
+        extractor = getattr(self.processor, "feature_extractor", None)
+        return None if extractor is None else int(extractor.sampling_rate)
+
+    def _refuse_audio(self, origin: str) -> None:
+        """Refuse audio for a checkpoint that reads none."""
+        if self.audio_rate is None:
+            raise ValueError(
+                f"{origin or 'An item'} has an audio, and this checkpoint's processor takes none. Use one that hears, "
+                "such as Qwen/Qwen2.5-Omni-3B with vlmembed.backbones.VisionLanguageModel, or leave out the audio."
+            )
+
+    def _samples(self, audio: Path | bytes, origin: str) -> np.ndarray:
+        """Open a recording (samples,) for the processor; refuse one of which it would leave out the end."""
+        self._refuse_audio(origin)
+        samples = load_audio(audio, rate := self.audio_rate or 0, origin)
+        # Qwen3-Omni's tower, as transformers has it, fills up what is shorter than a chunk by the longest of a batch.
+        shortest = 2 * getattr(self.processor, "n_window", 0) * self.processor.feature_extractor.hop_length
+        if len(samples) < shortest:
+            raise ValueError(
+                f"{origin or 'An item'} has an audio of {len(samples) / rate:.2f} seconds, and of less than "
+                f"{shortest / rate:g} this checkpoint makes another embedding in every batch. Append silence: "
+                f"ffmpeg -i FILE -af apad=whole_dur={shortest / rate:g} FILE.flac."
+            )
+        if len(samples) > (longest := getattr(self.processor.feature_extractor, "n_samples", math.inf)):
+            raise ValueError(
+                f"{origin or 'An item'} has an audio of {len(samples) / rate:.1f} seconds, and this checkpoint reads "
+                f"{longest / rate:.0f}. Cut it into several rows, or raise chunk_length in the checkpoint's "
+                "preprocessor_config.json."
+            )
+        return samples
 
     @cached_property
     def _marks(self) -> list[str]:
         """What stands for an image in a text: in a user's text, it would be taken for the next one."""
-        return [mark for name in ("image_token", "video_token") if (mark := getattr(self.processor, name, None))]
+        names = ("image_token", "video_token", "audio_token")
+        return [mark for name in names if (mark := getattr(self.processor, name, None))]
 
     def _apply_template(self, conversations: list[list[Message]], **pixel_options: Any) -> Inputs:
         metadata = [part["metadata"] for part in _parts(conversations) if part["type"] == "video"]
+        heard = [len(part["audio"]) for part in _parts(conversations) if part["type"] == "audio"]
         # The processor itself samples only where all of a batch's videos are files, or all are frames.
         video_options = {**pixel_options, "do_sample_frames": False, "video_metadata": metadata}
         inputs = self.processor.apply_chat_template(
@@ -224,6 +268,7 @@ class ChatPreprocessor(Preprocessor):
                 "text_kwargs": {"padding": True, "padding_side": "right"},
                 "images_kwargs": pixel_options,
                 "videos_kwargs": video_options if metadata else {},
+                "audio_kwargs": _audio_options(self.processor.feature_extractor, max(heard)) if heard else {},
                 "common_kwargs": {"return_tensors": "pt"},
             },
         )
@@ -238,8 +283,8 @@ class ChatPreprocessor(Preprocessor):
             too_long = f"{item.origin or 'An item'} has {length} tokens, more than max_length={limit}, and cutting it "
             if any(part.kind != "text" for part in item.parts):
                 raise ValueError(
-                    f"{too_long}could cut through an image. Raise max_length, or lower max_pixels so that images take "
-                    "fewer."
+                    f"{too_long}could cut through an image or audio. Raise max_length, or lower max_pixels so that "
+                    "images take fewer."
                 )
             if self.pair_template is not None and self.pair_template.ends_with_query:
                 raise ValueError(
@@ -248,9 +293,10 @@ class ChatPreprocessor(Preprocessor):
                 )
             least, end = self._frame(tuple(one.role for one in _split(item)), item.instruction)
             if limit <= least:
+                place = "" if item.instruction is None else f"{item.origin or 'An item'}: "
                 raise ValueError(
-                    f"{item.origin or 'An item'}: max_length={limit} has no room for a text: the chat template and the "
-                    f"instruction alone take {least} tokens. Raise max_length."
+                    f"{place}max_length={limit} has no room for a text: the chat template and the instruction alone "
+                    f"take {least} tokens. Raise max_length."
                 )
             inputs["input_ids"][row, limit - len(end) : limit] = torch.tensor(end)
         per_token = {*self.processor.tokenizer.model_input_names, "mm_token_type_ids"}
@@ -275,6 +321,17 @@ class ChatPreprocessor(Preprocessor):
 
 def _split(item: Item | Pair) -> tuple[Item, ...]:
     return (item.query, item.document) if isinstance(item, Pair) else (item,)
+
+
+def _audio_options(extractor: Any, longest: int) -> dict[str, Any]:
+    """Have features of a recording that depend on no other one of its batch.
+
+    Whisper's extractor mirrors the end of a batch's longest recording, and puts silence behind the others. So there is
+    silence behind all: a window here, and up to ``n_samples`` where the folder is served.
+    """
+    if not hasattr(extractor, "n_samples"):
+        return {"padding": True}
+    return {"padding": "max_length", "max_length": min(longest + extractor.n_fft, extractor.n_samples)}
 
 
 def _parts(conversations: Sequence[Sequence[Message]]) -> list[dict[str, Any]]:

@@ -17,10 +17,10 @@ from huggingface_hub import constants
 from PIL import Image
 
 from vlmembed.data.pdf import PdfPage, all_pages
-from vlmembed.media import limit
+from vlmembed.media import encode_audio, is_audio, limit
 from vlmembed.types import Frame, Item, LazyImage, Part, Role
 
-KINDS = ("text", "image", "video", "pdf")
+KINDS = ("text", "image", "video", "audio", "pdf")
 
 #: The page of a PDF by one name, as `vlmembed.data.Pages` has it in its ids.
 PAGE_OF_PDF = re.compile(r"(.+)#page=(\d+)", re.DOTALL)
@@ -64,7 +64,7 @@ class Folder:
     def find(self, value: Any, kind: str, origin: str) -> Path:
         """Return the file that a cell names, relative to the folder or absolute, if it is one, and inside."""
         if not isinstance(value, str | Path) or not str(value):
-            a_kind = f"{'an' if kind == 'image' else 'a'} {kind}"
+            a_kind = f"{'an' if kind in ('image', 'audio') else 'a'} {kind}"
             raise ValueError(
                 f"{origin}: expected the path of {a_kind} file, got {type(value).__name__} {value!r:.100}."
             )
@@ -119,7 +119,7 @@ def to_items(cells: Iterable[Cell], folder: Folder) -> list[Item]:
         except RecursionError as error:
             raise ValueError(f"{origin}: the cell is nested too deeply.") from error
         if not parts:
-            raise ValueError(f"{origin}: the cell is empty ({cell!r}); every item needs a text, an image or a video.")
+            raise ValueError(f"{origin}: the cell is empty ({cell!r}); every item needs one of {', '.join(KINDS)}.")
         items.append(Item(role, parts, origin))
     return items
 
@@ -152,7 +152,7 @@ def _parts(cell: Any, folder: Folder, origin: str) -> Iterator[Part]:
     if isinstance(cell, str):
         yield from _of_kind("text", cell, folder, origin)
     elif isinstance(cell, Image.Image | LazyImage) or _is_encoded(cell):
-        yield Part("image", _frame(cell, folder, origin))
+        yield from _without_key(cell, folder, origin)
     elif isinstance(cell, Mapping) and "role" in cell:
         yield from _parts(_users_content(cell, origin), folder, origin)
     elif isinstance(cell, Mapping):
@@ -168,6 +168,16 @@ def _parts(cell: Any, folder: Folder, origin: str) -> Iterator[Part]:
             f"{origin}: expected a string, an image, a mapping with {', '.join(KINDS)}, or a list of content parts, "
             f"got {type(cell).__name__} {cell!r:.100}."
         )
+
+
+def _without_key(cell: Any, folder: Folder, origin: str) -> Iterator[Part]:
+    """Read an image, or a cell of an ``Image``, ``Pdf`` or ``Audio`` column."""
+    if _is_pdf(cell):
+        yield from _of_pdf(cell, None, folder, origin)
+    elif _is_recording(cell):
+        yield Part("audio", _audio(cell, folder, origin))
+    else:
+        yield Part("image", _frame(cell, folder, origin))
 
 
 def _users_content(message: Mapping[str, Any], origin: str) -> Any:
@@ -242,6 +252,8 @@ def _of_kind(kind: str, value: Any, folder: Folder, origin: str) -> Iterator[Par
             yield Part("text", _checked_text(single, origin))
         elif kind == "image":
             yield Part("image", _frame(single, folder, origin))
+        elif kind == "audio":
+            yield Part("audio", _audio(single, folder, origin))
         elif not isinstance(single, list | tuple):
             yield Part("video", folder.find(single, "video", origin))
         elif single:
@@ -272,6 +284,19 @@ def _frame(value: Any, folder: Folder, origin: str) -> Frame:
     return value if isinstance(value, Image.Image | LazyImage) else _file(value, "image", folder, origin)
 
 
+def _audio(value: Any, folder: Folder, origin: str) -> Path | bytes:
+    """Return the path of a recording, or its content; also of samples, as decoded columns of `datasets` have them."""
+    if not isinstance(value, Mapping) or _is_encoded(value):
+        return _file(value, "audio", folder, origin)
+    try:
+        return encode_audio(value["array"], value["sampling_rate"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{origin}: an audio is a path, its {{'bytes': …}}, or {{'array': numbers, 'sampling_rate': number}} of "
+            f"one channel; got {value!r:.100} ({type(error).__name__}: {error})."
+        ) from error
+
+
 def _file(value: Any, kind: str, folder: Folder, origin: str) -> Path | bytes:
     """Return the path of a file, or its content."""
     content, path = (value.get("bytes"), value.get("path")) if _is_encoded(value) else (None, value)
@@ -284,6 +309,25 @@ def _file(value: Any, kind: str, folder: Folder, origin: str) -> Path | bytes:
 
 def _is_encoded(value: Any) -> bool:
     return isinstance(value, Mapping) and bool(value) and value.keys() <= {"bytes", "path"}
+
+
+def _is_pdf(value: Any) -> bool:
+    """Tell a cell of a ``Pdf`` column, which has no key, from one of an ``Image`` column."""
+    if not _is_encoded(value):
+        return False
+    content, path = value.get("bytes"), value.get("path")
+    if isinstance(content, bytes):
+        return content.startswith(b"%PDF-")
+    return isinstance(path, str) and path.lower().endswith(".pdf")
+
+
+def _is_recording(value: Any) -> bool:
+    """Tell a cell of an ``Audio`` column, too."""
+    if not _is_encoded(value):
+        return False
+    content, path = value.get("bytes"), value.get("path")
+    is_named_so = isinstance(path, str) and (mimetypes.guess_type(path)[0] or "").startswith("audio/")
+    return is_named_so or (isinstance(content, bytes) and is_audio(content))
 
 
 def _is_frame(value: Any) -> bool:

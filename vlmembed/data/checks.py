@@ -24,7 +24,6 @@ from vlmembed.data.cells import KINDS
 from vlmembed.data.evaluation import RowItems
 from vlmembed.data.rows import Table
 from vlmembed.data.sources import ROWS_AT_ONCE, GroupByQuery, Mixture, Source
-from vlmembed.data.tables import JSONLines
 from vlmembed.media import MAX_BYTES
 from vlmembed.types import EvaluationSet, Frame, Item, LazyImage, Part
 
@@ -38,14 +37,17 @@ FILE_NAME = re.compile(
     re.IGNORECASE,
 )
 #: Names of columns: ``id``, ``docids``, ``negative_document_ids``, ``imageId``, ``pos_cand_list``; not ``paid``.
-ID_COLUMN = re.compile(r"(.*(_|-|[a-z](?=I)))?(doc|q|p|d|uu|image|video|page|query|corpus)?[iI][dD]s?|.*_cand_list")
+ID_COLUMN = re.compile(r"(.*(_|-|[a-z](?=I)))?([a-z]|uu|doc|image|video|page|query|corpus)?[iI][dD]s?|.*_cand_list")
+#: Names of columns that may hold what the ids of another column mean.
+KEY_COLUMN = re.compile(rf"{ID_COLUMN.pattern}|key|name|index|uri", re.IGNORECASE)
 #: What is not the last key of a path such as ``passages[].docid``.
 LAST_KEY = re.compile(r".*\.|\[\d*\]$")
 #: What is no word, and no number that could be an answer.
 TOKEN = re.compile(r"(?=\S*\d)(?!-?[\d.,]{1,4}$)\S+")
-#: What is an id wherever it stands: a hash, a UUID, or a word with several pieces behind it and a number among them.
+#: What is an id wherever it stands: a hash, a UUID, or a word and behind it three numbers, or a very long one.
 ID = re.compile(
-    r"[0-9a-f]{24,}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|(?=\S*\d)(?P<word>[A-Za-z]+)[A-Za-z\d]*([-_:][A-Za-z\d]+){2,}"
+    r"[0-9a-f]{24,}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|"
+    r"(?P<word>[A-Za-z]+)[A-Za-z\d]*([-_:][A-Za-z]*\d+[A-Za-z]*){3,}|(?P<name>[A-Za-z]+)[A-Za-z\d]*[-_:][-_:\w]*\d{8,}"
 )
 #: What stands for an image or the like in texts that were written for another program.
 MARK = re.compile(r"<\|?(image|img|video|audio)(_pad|[ _-]?\d+)?\|?>", re.IGNORECASE)
@@ -87,15 +89,15 @@ def in_both(mixture: Mixture, evaluation: EvaluationSet) -> Iterator[str]:
         asked[_outline(query)].append(number)
     rows = _spread(len(mixture), COMPARED)
     trained: dict[int, int] = {}  # The number of a query → the row that asks it.
+    example = ""
     for row, query in _queries(mixture, rows):
         for number in asked.get(_outline(query), ()):
             if number not in trained and _fingerprint(query) == _fingerprint(evaluation.queries[number]):
                 trained[number] = row
+                example = example or f"such as {_shown(query)}: {query.origin or f'row {row + 1} of {mixture.name}'}"
     if not trained:
         return
     count, at_least = len(trained), "" if len(rows) == len(mixture) else "at least "
-    number, row = next(iter(trained.items()))
-    example = f"such as {_shown(evaluation.queries[number])}, row {row + 1} of {mixture.name}"
     expected = min(len(evaluation.queries), COMPARED) * len(rows) / len(mixture)  # If all were trained on.
     if 2 * count > expected and _share_documents(mixture, evaluation, trained):
         yield (
@@ -142,32 +144,28 @@ class Column:
     def fix(self, cell: Any, **others: Any) -> str:
         """Return the YAML in which this cell is another."""
         written = {"cells": {**self.expressions, self.name: cell}, **others}
-        return str(
-            yaml.safe_dump(written, default_flow_style=True, width=math.inf, sort_keys=False, allow_unicode=True)
-        )[1:-2]
+        options: Any = {"default_flow_style": True, "width": math.inf, "sort_keys": False, "allow_unicode": True}
+        instead = " instead of columns" if self.table is not None and self.table.columns else ""
+        return str(yaml.safe_dump(written, **options))[1:-2] + instead
 
 
 def _in_source(source: Source) -> Iterator[str]:
     table: Any = source
     while isinstance(table, GroupByQuery):
         table = table.rows
+    if not isinstance(table, Table):
+        return  # Reading it may take long, or end the process, which is better done by a worker.
     columns = defaultdict[str, list[Item]](list)
     for row in _spread(len(source), ROWS):
-        try:
+        with suppress(ValueError):  # Training says what is wrong, or leaves the row out.
             example = source[row]
-        except ValueError:  # Training says what is wrong, or leaves the row out.
-            continue
-        roles = [("query", [example.query]), ("positive", example.positives), ("negative", example.negatives)]
-        for role, items in roles:
-            for item in items:
+            for item in (example.query, *example.documents):
                 match = COLUMN.search(item.origin)
                 # Without images, which may be large.
                 parts = tuple(part if part.kind == "text" else Part(part.kind, "") for part in item.parts)
-                columns[match[1] if match else role].append(replace(item, parts=parts))
-    is_table = isinstance(table, Table)
-    for name, found in columns.items():
-        where = f"{table.path if is_table else source.name}, column {name!r}"
-        yield from _in_texts(Column(where, name, found, table if is_table else None))
+                columns[match[1] if match else item.role].append(replace(item, parts=parts))
+    for name, items in columns.items():
+        yield from _in_texts(Column(f"{table.path}, column {name!r}", name, items, table))
 
 
 def _in_texts(column: Column) -> Iterator[str]:
@@ -188,11 +186,13 @@ def _file_names(column: Column) -> Iterator[str]:
     said = (
         f"{column.origin}: {_most(names, column.items)} name files, such as {names[0]!r:.100}, and are read as texts."
     )
-    if folder is None or not isinstance(column.expression, str):
+    path = column.expression
+    if folder is None or isinstance(path, dict):
         yield f"{said} To have the files read, give the names under the key {kind!r} instead of 'text'."
         return
-    path = column.expression
-    cell = {kind: f"{path}[]" if column.is_list and "[]" not in path else path}
+    cell: Any = [{kind: one} for one in path] if isinstance(path, list) else {kind: path}
+    if isinstance(path, str) and column.is_list and "[]" not in path:
+        cell = {kind: f"{path}[]"}
     media = "" if _is_file(folder, names[0]) else _subfolder(folder, names[0])
     others = {"media": str(Path(column.table.media or "", media))} if media and column.table is not None else {}
     yield f"{said} To have the files read, write {column.fix(cell, **others)}."
@@ -218,12 +218,16 @@ def _ids(column: Column) -> Iterator[str]:
     if 2 * len(texts) <= len(column.items) or 2 * sum(map(bool, map(FILE_NAME.fullmatch, texts))) > len(texts):
         return
     # Of ids the first word is the same: of dates such as 3-Mar-2020, it is not.
-    words = Counter(match["word"] for match in map(ID.fullmatch, texts) if match)
+    words = Counter(match["word"] or match["name"] for match in map(ID.fullmatch, texts) if match)
     said = f"{column.origin}: {_most(texts, column.items)}, such as {texts[0]!r:.100},"
     cell = {"ids": column.expression, "table": "documents"}
     lookup: dict[str, Any] = {"path": "FILE", "key": "ID COLUMN", "cell": {"text": "TEXT COLUMN"}}
     if table is not None and (key := _id_column(column, texts)):
-        lookup = {"key": key, "cell": column.expressions.get("positive", "positive")}
+        cells = {**column.expressions, column.name: {"text": "TEXT COLUMN"}}
+        lookup = {
+            "key": key,
+            "cell": next(cells[name] for name in ("positive", "document", column.name) if name in cells),
+        }
         said += f" are ids of the column {key!r}, and are read as texts."
     elif isinstance(column.expression, str) and ID_COLUMN.fullmatch(LAST_KEY.sub("", column.expression)):
         said += " are ids by the name of their column, and are read as texts."
@@ -240,11 +244,11 @@ def _id_column(column: Column, texts: Sequence[str]) -> str | None:
     assert column.table is not None
     raw = column.table.raw
     tokens = [text for text in texts if TOKEN.fullmatch(text)]
-    names = [name for name in raw.column_names if ID_COLUMN.fullmatch(name) and name != column.expression]
+    names = [name for name in raw.column_names if KEY_COLUMN.fullmatch(name) and name != column.expression]
     if not names or not tokens:
         return None
     numbers, ids = _spread(len(raw), COMPARED), defaultdict[str, set[str]](set)
-    selected = raw if isinstance(raw, JSONLines) else raw.select_columns(names)
+    selected: Any = raw.select_columns(names) if hasattr(raw, "select_columns") else raw
     for start in range(0, len(numbers), ROWS):
         with suppress(ValueError):  # A row that is not JSON.
             for row in selected.__getitems__(numbers[start : start + ROWS]):
@@ -288,6 +292,12 @@ def _most(values: Sequence[Any], items: Sequence[Item]) -> str:
 def _duplicates(evaluation: EvaluationSet) -> Iterator[str]:
     """Find documents of a corpus that have the content of another one."""
     corpus = evaluation.corpus
+    if isinstance(corpus, RowItems) and not any(
+        isinstance(part.value, Path) for number in _spread(len(corpus), 20) for part in corpus[number].parts
+    ):
+        return  # Equal ones are one document already, unless they are two files.
+    if evaluation.subsets is not None and evaluation.candidates is not None:
+        return  # Those of another subset are none that a query is ranked against.
     limit = min(len(corpus), DOCUMENTS if isinstance(corpus, list) else COMPARED)
     alike, same = defaultdict[Any, list[int]](list), defaultdict[Any, list[int]](list)
     for number in range(limit):
@@ -320,8 +330,10 @@ def _extent(value: Any) -> Any:
     if isinstance(value, Image.Image):
         return value.mode, value.size
     try:
+        if isinstance(value, LazyImage):
+            return value.size
         return len(value) if isinstance(value, bytes) else value.stat().st_size
-    except OSError:  # Measuring says that it is not there.
+    except (OSError, ValueError):  # Measuring says that it is not there.
         return str(value)
 
 
@@ -339,12 +351,12 @@ def _hashed(value: str | Frame | tuple[Frame, ...]) -> Any:
         return hashlib.blake2b(value.tobytes()).digest()
     if isinstance(value, bytes):
         return hashlib.blake2b(value).digest()
-    if isinstance(value, LazyImage):
-        return value.key
     try:
+        if isinstance(value, LazyImage):
+            return value.content
         with value.open("rb") as file:  # Of a film, its beginning.
             return hashlib.blake2b(file.read(MAX_BYTES)).digest()
-    except OSError:
+    except (OSError, ValueError):
         return str(value)
 
 
@@ -379,8 +391,10 @@ def _share_documents(mixture: Mixture, evaluation: EvaluationSet, trained: dict[
 
 
 def _shown(item: Item) -> str:
-    texts = [str(part.value) for part in item.parts if part.kind == "text"]
-    return repr(texts[0])[:80] if texts else item.origin
+    """Return the first words of an item, or what else it is."""
+    return next(
+        (f"{part.value!r:.80}" for part in item.parts if part.kind == "text"), f"an item of {item.parts[0].kind}s"
+    )
 
 
 def _spread(count: int, most: int) -> list[int]:

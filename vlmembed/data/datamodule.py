@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader
 from vlmembed.data import checks
 from vlmembed.data.collate import Collator
 from vlmembed.data.evaluation import EvaluationSource, RerankingSource
-from vlmembed.data.rows import Rows
-from vlmembed.data.sources import Batches, Mixture, ResumableLoader, RowLists, Source, seeded_generator
+from vlmembed.data.rows import INSTRUCTIONS, Rows
+from vlmembed.data.sources import Batches, GroupByQuery, Mixture, ResumableLoader, RowLists, Source, seeded_generator
+from vlmembed.metrics import MEAN
 from vlmembed.training.bad_rows import BadRowFile, ReadableRows, SkipBadRows
 from vlmembed.training.signals import leave_stopping_to_parent
 from vlmembed.types import PATCH_COST, Chunking
@@ -134,6 +135,8 @@ class RetrievalDataModule(LightningDataModule):
                 raise ValueError(
                     f"{count} evaluation sets are called {name!r}; give their EvaluationFolder or -Rows a name."
                 )
+            if len(sets) > 1 and any(evaluation.name == MEAN for evaluation in sets):
+                raise ValueError(f"An evaluation set is called {MEAN!r}, as their mean is; give it another name.")
             if stage == "predict" and (paths := [one.name for one in sets if Path(one.name).name != one.name]):
                 raise ValueError(f"The evaluation set {paths[0]!r} has no name that a file may have; give it another.")
             self.evaluations[stage] = sets
@@ -236,6 +239,10 @@ def named_prompts(mixture: Mixture) -> dict[str, str]:
     """
     prompts: dict[str, str] = {}
     for source in mixture.sources:
+        rows = source.rows if isinstance(source, GroupByQuery) else source
+        # Another source's rows are left to the workers: reading them may take long.
+        if not isinstance(rows, Rows) or not {*INSTRUCTIONS} & {*rows.column_names}:
+            continue
         counts: dict[str, Counter[str | None]] = {"query": Counter(), "document": Counter()}
         for row in {*np.linspace(0, len(source) - 1, SAMPLE, dtype=int).tolist()} if len(source) else ():
             with suppress(ValueError):  # Training says what is wrong with the row.

@@ -1,31 +1,49 @@
-"""Evaluation sets: queries, a corpus, judgements and candidates, from folders, training rows and TREC runs."""
+"""Evaluation sets: queries, a corpus, judgements and candidates, from tables, folders, training rows and TREC runs."""
 
 from __future__ import annotations
 
-import math
-import re
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vlmembed.data.cells import Cell, Folder, instructed, to_items
-from vlmembed.data.rows import Rows
+from vlmembed.data.beir import LINES, Place, Places, find_sets
+from vlmembed.data.cells import Folder
+from vlmembed.data.columns import nearest
+from vlmembed.data.judgements import (
+    Contents,
+    Documents,
+    Entry,
+    LazyItems,
+    Lines,
+    Qrels,
+    as_items,
+    is_lines,
+    origin_of,
+    read_contents,
+    read_judgements,
+    read_qrels,
+    read_run,
+    to_id,
+)
+from vlmembed.data.pages import Pages
+from vlmembed.data.rows import Rows, Table
 from vlmembed.data.sources import Source
-from vlmembed.data.tables import JSONLines, text_lines
-from vlmembed.types import EvaluationSet, Item, RerankingSet, Role
+from vlmembed.data.tables import configurations
+from vlmembed.types import EvaluationSet, Item, RerankingSet
 
-Qrels = dict[str, dict[str, int]]
+#: Suffixes of files: a path with one of these, if there is none, is no Hub id.
+FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".gz", ".zst", ".tar", ".arrow", ".lance")
 
-#: What a cell of a table of tabs can say; not a byte order mark at its beginning, nor half of a surrogate pair.
-IDS = re.compile(r"(?!\ufeff)[^\t\r\n\ud800-\udfff]+")
+#: So many names are looked through for one that was perhaps meant.
+NAMES = 10_000
 
-#: Sums of grades up to this are exact.
-MOST_GRADE = 2**31
+#: Columns of queries: ids of the documents that answer them, and of those that they are ranked against.
+POSITIVES, CANDIDATES = "positives", "candidates"
 
 
 class EvaluationSource(ABC):
@@ -45,18 +63,74 @@ class RerankingSource(ABC):
 
 
 @dataclass(eq=False)
-class EvaluationFolder(EvaluationSource):
-    """A folder in the manner of BEIR and MTEB: ``corpus.jsonl``, ``queries.jsonl`` and ``qrels.tsv``.
+class EvaluationTables(EvaluationSource):
+    """Queries, a corpus and judgements, each in a table of its own.
 
-    A row of the two JSONL files has ``id`` (or ``_id``) and any of ``text``, ``image``, ``video``; paths are relative
-    to the folder. ``title`` is put before the text, as MTEB does, ``instruction`` is what the model is told to do with
-    it, and ``metadata`` is not read. ``qrels.tsv`` has query id, corpus id and an integer grade, and may have a header.
-    Queries without judgements are left out.
+    The columns of a corpus are an id (``id``, ``_id``, ``corpus-id``, ``corpus_id``, ``did``, ``docid``) and
+    ``document``, or any of ``title``, ``text``, ``image``, ``video``; those of queries an id (also ``query-id``,
+    ``qid``) and ``query``, or the same others. Name them with ``columns`` or ``cells``; others are not read. Queries
+    without judgements are left out. ``instruction`` is what the model is told to do with an item.
 
     Args:
-        path: The folder.
+        corpus: The documents: a ``vlmembed.data.Table``, the path of a file, or ``vlmembed.data.Pages``.
+        queries: The queries. A column ``candidates`` has ids of documents: the query is ranked against them alone.
+        qrels: Query id, corpus id and grade, which is 1 where there is no such column; or a ``.tsv``, ``.txt``,
+            ``.trec`` or ``.qrels`` file of such lines, also as TREC has them (``query 0 document grade``). Null where
+            the queries have a column ``positives``, the id of a document or a list of them.
+        name: What metrics call it; the name of the queries' file if null.
+        group_by: A column of the queries, such as ``language``: metrics are the mean over its values, and those of each
+            value by itself, ``english/ndcg@10``.
+        query_instruction: What the model is told to do with queries that have no ``instruction``; empty for nothing,
+            null for the backbone's.
+        document_instruction: The same for documents.
+    """
+
+    corpus: str | Table | Pages
+    queries: str | Table
+    qrels: str | Table | None = None
+    name: str | None = None
+    group_by: str | None = None
+    query_instruction: str | None = None
+    document_instruction: str | None = None
+
+    def load(self) -> EvaluationSet:
+        """See `EvaluationSource.load`."""
+        table = _as_rows(self.queries)
+        queries = _queries(table, self.query_instruction, self.group_by, [POSITIVES, CANDIDATES])
+        corpus = read_contents(_as_rows(self.corpus), "document", self.document_instruction)
+        has_positives = POSITIVES in table.column_names
+        if has_positives == (self.qrels is not None):
+            what = "both in qrels and" if has_positives else "neither in qrels nor"
+            raise ValueError(f"{queries.origin}: judgements are {what} in a column {POSITIVES!r} of the queries.")
+        qrels, origin = _positives(queries, corpus) if self.qrels is None else _read(self.qrels)
+        if isinstance(table, Table) and table.where:  # Judgements of the queries that are left out are none of ours.
+            names = {*queries.names}
+            qrels = {query: judged for query, judged in qrels.items() if query in names}
+        evaluation = _judged(self.name or Path(table.path).stem, queries, corpus, qrels, origin)
+        if CANDIDATES not in table.column_names:
+            return evaluation
+        return replace(evaluation, candidates=_candidates(queries.select(qrels), corpus))
+
+
+@dataclass(eq=False)
+class EvaluationFolder(EvaluationSource):
+    """A folder or Hub id in the manner of BEIR, MTEB and ViDoRe: a corpus, queries and judgements.
+
+    In a folder they are ``corpus.jsonl``, ``queries.jsonl`` and ``qrels.tsv``, or other files and folders of these
+    names, or ``qrels/test.tsv``; on the Hub, configurations ``corpus``, ``queries`` (``query``) and ``qrels``
+    (``default``). The columns are those of `EvaluationTables`; paths are relative to the folder, ``title`` is put
+    before the text, as MTEB does. ``qrels.tsv`` has query id, corpus id and an integer grade, and may have a header.
+    Queries without judgements are left out. Configurations such as ``english-queries`` make a subset ``english``:
+    metrics are the mean over subsets, and those of each by itself, ``english/ndcg@10``.
+
+    Args:
+        path: The folder, or Hub id.
         name: What metrics call it; the folder's name if null.
-        allow_outside: Other folders whose images and videos the rows may name; they would be refused otherwise.
+        allow_outside: Other folders whose images, videos and audio the rows may name; they would be refused otherwise.
+        split: Which split of the judgements, such as ``dev``; null for ``test``, or the only one.
+        subset: Which subset; null for all.
+        revision: The Hub revision: a branch, tag or commit.
+        group_by: A column of the queries, such as ``language``, whose values are subsets.
         query_instruction: What the model is told to do with queries that have no ``instruction``; empty for nothing,
             null for the backbone's.
         document_instruction: The same for documents.
@@ -65,30 +139,57 @@ class EvaluationFolder(EvaluationSource):
     path: str
     name: str | None = None
     allow_outside: list[str] | None = None
+    split: str | None = None
+    subset: str | None = None
+    revision: str | None = None
+    group_by: str | None = None
     query_instruction: str | None = None
     document_instruction: str | None = None
 
     def load(self) -> EvaluationSet:
         """See `EvaluationSource.load`."""
-        folder = Path(self.path)
-        root = Folder.of(self.path, self.allow_outside)
-        for name in ("qrels.tsv", "queries.jsonl", "corpus.jsonl"):
-            root.locate(name, "data", self.path)
-        qrels = _read_qrels(folder / "qrels.tsv")
-        queries = _read_items(folder / "queries.jsonl", "query", root, self.query_instruction)
-        for query in qrels.keys() - queries.keys():
-            raise ValueError(f"{folder / 'qrels.tsv'}: query {query!r} is not in {folder / 'queries.jsonl'}.")
-        queries = {name: item for name, item in queries.items() if name in qrels}
-        corpus = _read_items(folder / "corpus.jsonl", "document", root, self.document_instruction)
-        missing = {document for judged in qrels.values() for document in judged} - corpus.keys()
-        if missing:
-            warnings.warn(
-                f"{folder}: {len(missing)} documents of qrels.tsv are not in corpus.jsonl (such as {min(missing)!r}); "
-                "they count as documents that nothing can find.",
-                stacklevel=2,
+        return self.read("test")
+
+    def read(self, usual_split: str) -> EvaluationSet:
+        """Load the split that was asked for, or the usual one, or the only one that there is."""
+        sets = find_sets(self.path, self.revision)
+        if not sets:
+            known = ", ".join(configurations(self.path, self.revision))
+            raise ValueError(
+                f"{self.path}: no evaluation set. A folder has corpus.jsonl, queries.jsonl and qrels.tsv, or folders "
+                "corpus, queries and qrels; a Hub id configurations of these names"
+                + (f", and this one has {known}." if known else ".")
             )
-        name = self.name or folder.resolve().name
-        return EvaluationSet(name, [*queries.values()], [*corpus.values()], [*queries], [*corpus], qrels)
+        if self.subset is not None and self.subset not in sets:
+            known = ", ".join(filter(None, sets)) or "none, but is a single set"
+            raise ValueError(f"{self.path}: no subset {self.subset!r}{nearest(self.subset, sets)}; it has {known}.")
+        chosen = self.subset if self.subset is not None else "" if "" in sets else None
+        name = self.name or Path(self.path).resolve().name
+        if chosen is not None:
+            return self._load(name, sets[chosen], usual_split, {})
+        if self.group_by is not None:
+            raise ValueError(f"{self.path}: it has subsets {', '.join(sets)}; choose one, or drop group_by.")
+        corpora: dict[Place, Contents] = {}
+        loaded = {subset: self._load(subset, places, usual_split, corpora) for subset, places in sets.items()}
+        return _joined(name, loaded, {subset: corpora[places["corpus"]] for subset, places in sets.items()})
+
+    def _load(self, name: str, places: Places, usual_split: str, corpora: dict[Place, Contents]) -> EvaluationSet:
+        """Load one set; a corpus that several have is read once."""
+        root = Folder.of(self.path, self.allow_outside)
+        for place in places.values():
+            place.check(root)
+        split = places["qrels"].choose(root, self.split or usual_split, self.split is not None)
+
+        def rows(role: str) -> Documents:
+            own = places[role].choose(root, split, is_exact=False)
+            return places[role].open(own, root, self.revision, self.allow_outside)
+
+        lines = places["qrels"].file_of(split)
+        qrels, origin = _read(str(lines) if lines else rows("qrels"))
+        queries = _queries(rows("queries"), self.query_instruction, self.group_by)
+        if places["corpus"] not in corpora:
+            corpora[places["corpus"]] = read_contents(rows("corpus"), "document", self.document_instruction)
+        return _judged(name, queries, corpora[places["corpus"]], qrels, origin)
 
 
 @dataclass(eq=False)
@@ -101,10 +202,12 @@ class EvaluationRows(EvaluationSource):
     Args:
         rows: The training rows.
         name: What metrics call it; the name of the file if null.
+        within_row: Whether each row is a query of its own, ranked against the documents of its row alone.
     """
 
     rows: Source
     name: str | None = None
+    within_row: bool = False
 
     def load(self) -> EvaluationSet:
         """See `EvaluationSource.load`; raises also for a label that is no whole number."""
@@ -114,6 +217,8 @@ class EvaluationRows(EvaluationSource):
         for row in range(len(self.rows)):
             example = self.rows[row]
             query, *documents = (f"{item.id:016x}" for item in (example.query, *example.documents))
+            if self.within_row:
+                query = str(row + 1)
             queries.setdefault(query, (row, 0))
             judged = qrels.setdefault(query, {})
             for number, (document, label) in enumerate(zip(documents, example.grades, strict=True), start=1):
@@ -126,7 +231,11 @@ class EvaluationRows(EvaluationSource):
                 judged[document] = max(int(label), judged.get(document, 0))
         qrels = {query: judged for query, judged in qrels.items() if any(judged.values())}
         items = RowItems(self.rows, [queries[query] for query in qrels]), RowItems(self.rows, [*corpus.values()])
-        return EvaluationSet(self.name or self.rows.name, *items, [*qrels], [*corpus], qrels)
+        evaluation = EvaluationSet(self.name or self.rows.name, *items, [*qrels], [*corpus], qrels)
+        if not self.within_row:
+            return evaluation
+        columns = {name: column for column, name in enumerate(corpus)}
+        return replace(evaluation, candidates=[[*map(columns.__getitem__, judged)] for judged in qrels.values()])
 
 
 class RowItems(Sequence[Item]):
@@ -215,121 +324,154 @@ def as_evaluation(value: str | Source | EvaluationSource, split: str = "test") -
     """Load what stands for an evaluation set."""
     if isinstance(value, RerankingSource):
         raise ValueError(f"{type(value).__name__} is for a cross-encoder; an embedder searches a whole corpus.")
-    if isinstance(value, str):
-        value = EvaluationFolder(value) if _is_evaluation_folder(value) else Rows(value, split)
+    if isinstance(value, str) and _is_evaluation_folder(value):
+        return EvaluationFolder(value).read(split)
+    value = Rows(value, split) if isinstance(value, str) else value
     return (EvaluationRows(value) if isinstance(value, Source) else value).load()
 
 
 def as_reranking(value: str | Source | EvaluationSource | RerankingSource, split: str = "test") -> RerankingSet:
     """Load what stands for queries and their candidates."""
-    if isinstance(value, EvaluationSource) or (isinstance(value, str) and _is_evaluation_folder(value)):
-        what = value if isinstance(value, str) else type(value).__name__
-        raise ValueError(
-            f"{what}: a cross-encoder reads each query with each of its candidates, and an evaluation set says of none "
-            "which they are. Give {class_path: vlmembed.data.RerankingRun, init_args: {evaluation: …, run: FILE.trec}} "
-            "with what an embedder's `predict` found, or training rows."
-        )
-    if isinstance(value, str):
-        value = Rows(value, split)
-    reranking = (RerankingRows(value) if isinstance(value, Source) else value).load()
+    source = value
+    if isinstance(source, str):
+        source = EvaluationFolder(source) if _is_evaluation_folder(source) else Rows(source, split)
+    if isinstance(source, EvaluationSource):
+        # Not those of a folder's subsets, which are whole corpora.
+        evaluation = None if isinstance(source, EvaluationFolder) else source.load()
+        if evaluation is None or evaluation.candidates is None:
+            what = value if isinstance(value, str) else type(value).__name__
+            raise ValueError(
+                f"{what}: a cross-encoder reads each query with each of its candidates, and an evaluation set says of "
+                "none which they are. Give {class_path: vlmembed.data.RerankingRun, init_args: {evaluation: …, run: "
+                "FILE.trec}} with what an embedder's `predict` found, or training rows."
+            )
+        return RerankingSet(evaluation, evaluation.candidates)
+    reranking = (RerankingRows(source) if isinstance(source, Source) else source).load()
     if not any(map(len, reranking.candidates)):
         raise ValueError(f"{reranking.name}: no query has a candidate, so there is nothing to put in order.")
     return reranking
 
 
 def _is_evaluation_folder(path: str) -> bool:
-    return (Path(path) / "corpus.jsonl").exists() or (Path(path) / "queries.jsonl").exists()
-
-
-def _read_items(path: Path, role: Role, root: Folder, default: str | None) -> dict[str, Item]:
-    table = JSONLines(path)
-    names: dict[str, str] = {}
-    cells: list[Cell] = []
-    instructions: list[Any] = []
-    for number, row in enumerate(table.__getitems__(range(len(table))), start=1):
-        origin = f"{path}, row {number}"
-        ids = [row.pop(key) for key in ("id", "_id") if key in row]
-        if len(ids) != 1 or not isinstance(ids[0], str | int) or isinstance(ids[0], bool):
-            raise ValueError(f"{origin}: expected one 'id' (or '_id'), a string, got {ids!r}.")
-        name = str(ids[0])
-        if not IDS.fullmatch(name) or name != name.strip():
-            raise ValueError(
-                f"{origin}: id {name!r} cannot stand in qrels.tsv: it is empty, begins or ends with white space, or "
-                "has a tab, a line end or what is no character in it. Replace it in all files of the folder."
-            )
-        if name in names:
-            raise ValueError(f"{origin}: id {name!r} is given twice; first at {names[name]}.")
-        row.pop("metadata", None)
-        if title := row.pop("title", None):
-            body = row.get("text") or ""
-            if not isinstance(title, str) or not isinstance(body, str):
-                raise ValueError(
-                    f"{origin}: 'title' and 'text' are strings where both are given; got {title!r:.100}, {body!r:.100}."
-                )
-            row["text"] = f"{title} {body}".strip()
-        names[name] = f"{origin} (id {name!r})"
-        instruction = row.pop("instruction", None)
-        instructions.append(default if instruction is None else instruction)
-        cells.append((row, role, names[name]))
-    items = zip(to_items(cells, root), instructions, strict=True)
-    told = (instructed([item], instruction, f"{item.origin}, key 'instruction'")[0] for item, instruction in items)
-    return dict(zip(names, told, strict=True))
-
-
-def _read_qrels(path: Path) -> Qrels:
-    qrels: Qrels = {}
-    for number, line in _text_lines(path, "query-id, corpus-id and grade, separated by tabs"):
-        cells = [cell.strip() for cell in line.split("\t")]
-        grade = _number(cells[-1])
-        if number == 1 and len(cells) == 3 and math.isnan(grade):  # A header.
-            continue
-        if len(cells) != 3 or not grade.is_integer() or abs(grade) > MOST_GRADE:
-            raise ValueError(f"{path}, row {number}: expected query-id, corpus-id, integer grade; got {line!r:.200}.")
-        query, document, grade = cells[0], cells[1], int(grade)
-        if qrels.setdefault(query, {}).setdefault(document, grade) != grade:
-            raise ValueError(f"{path}, row {number}: {query!r} and {document!r} had another grade before: {line!r}.")
-    if not qrels:
-        raise ValueError(f"{path}: the file has no rows.")
-    return qrels
-
-
-def read_run(path: Path, evaluation: EvaluationSet) -> dict[str, dict[str, float]]:
-    """Read a TREC run of an evaluation set: query name → document name → score."""
-    queries, documents = {*evaluation.query_names}, {*evaluation.document_names}
-    run: dict[str, dict[str, float]] = {}
-    for number, line in _text_lines(path, "lines 'query Q0 document rank score tag', a TREC run"):
-        cells, origin = line.split(), f"{path}, row {number}"
-        if len(cells) != 6:
-            raise ValueError(f"{origin}: expected 'query Q0 document rank score tag', got {line.strip()!r:.200}.")
-        query, document, score = cells[0], cells[2], _number(cells[4])
-        if not math.isfinite(score):
-            raise ValueError(f"{origin}: score {cells[4]!r} is not a finite number.")
-        if query not in queries:
-            raise ValueError(
-                f"{origin}: query {query!r} is none of the {len(queries)} judged queries of {evaluation.name!r}; "
-                "remove its lines, or give the evaluation set that the run was made on."
-            )
-        if document not in documents:
-            raise ValueError(f"{origin}: document {document!r} is not in the corpus of {evaluation.name!r}.")
-        if document in run.setdefault(query, {}):
-            raise ValueError(f"{origin}: query {query!r} has document {document!r} twice.")
-        run[query][document] = score
-    if not run:
-        raise ValueError(f"{path}: the file has no rows.")
-    return run
-
-
-def _number(text: str) -> float:
+    if Path(path).exists() or Path(path).suffix.lower() in FILES:
+        return Path(path).is_dir() and bool(find_sets(path))
     try:
-        return float(text)
-    except ValueError:
-        return math.nan
+        return bool(find_sets(path))
+    except ValueError:  # It is no Hub id either; opening it as rows says so.
+        return False
 
 
-def _text_lines(path: Path, content: str) -> Iterator[tuple[int, str]]:
-    """Yield number and text of the lines that are not blank."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; it holds {content}.")
-    for number, line in enumerate(text_lines(path), start=1):
-        if line.strip():
-            yield number, line.rstrip("\r\n")
+def _as_rows(value: str | Table | Pages) -> Documents:
+    """Return a table; of a JSONL file that is read as it is, one whose rows need not have the same keys."""
+    table = Table(value) if isinstance(value, str) else value
+    if isinstance(table, Pages) or table.cells is not None or table.columns or table.where or table.each:
+        return table
+    return Lines(Path(table.path), table.folder) if is_lines(table.path) else table
+
+
+def _read(value: str | Documents) -> tuple[Qrels, str]:
+    """Read judgements; they come with where they are."""
+    if isinstance(value, str) and Path(value).suffix in LINES:
+        return read_qrels(Path(value)), value
+    table = value if isinstance(value, Lines) else _as_rows(value)
+    return read_judgements(table), origin_of(table)
+
+
+def _queries(table: Documents, instruction: str | None, group_by: str | None, more: Sequence[str] = ()) -> Contents:
+    if group_by is not None and group_by not in table.column_names:
+        known = table.column_names
+        raise ValueError(
+            f"{origin_of(table)}: no column {group_by!r} to group queries by{nearest(group_by, known)}; it has "
+            f"{', '.join(known)}."
+        )
+    return read_contents(table, "query", instruction, more, group_by)
+
+
+def _positives(queries: Contents, corpus: Contents) -> tuple[Qrels, str]:
+    """Return the judgements that a column of the queries is; a query without any has none."""
+    listed = _listed(queries, corpus, POSITIVES)
+    qrels = {query: dict.fromkeys(names, 1) for query, names in listed.items() if names}
+    return qrels, f"{queries.origin}, column {POSITIVES!r}"
+
+
+def _candidates(queries: Contents, corpus: Contents) -> list[list[int]]:
+    """Return the columns of each query's candidates."""
+    columns = {document: column for column, document in enumerate(corpus.names)}
+    listed = _listed(queries, corpus, CANDIDATES)
+    for query, names in listed.items():
+        origin = f"{queries.origin}, query {query!r}, column {CANDIDATES!r}"
+        if not names:
+            raise ValueError(f"{origin}: the query has no candidates; give it some, or leave it out by where.")
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"{origin}: {twice!r} is there twice.")
+    return [[columns[name] for name in names] for names in listed.values()]
+
+
+def _listed(queries: Contents, corpus: Contents, column: str) -> dict[str, list[str]]:
+    """Return the ids of documents in a column of the queries, by query."""
+    known, listed = {*corpus.names}, {}
+    for query, row in zip(queries.names, queries.more, strict=True):
+        value, origin = row[column], f"{queries.origin}, query {query!r}, column {column!r}"
+        values = value if isinstance(value, list) else [] if value is None or value == "" else [value]
+        listed[query] = [to_id(single, origin) for single in values]
+        for name in listed[query]:
+            if name not in known:
+                raise ValueError(f"{origin}: the id {name!r} is not in {corpus.origin}{_nearest(name, corpus.names)}.")
+    return listed
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    return nearest(name, names[:NAMES])
+
+
+def _judged(name: str, queries: Contents, corpus: Contents, qrels: Qrels, origin: str) -> EvaluationSet:
+    """Put an evaluation set together."""
+    if unknown := qrels.keys() - {*queries.names}:
+        query = min(unknown)
+        raise ValueError(f"{origin}: query {query!r} is not in {queries.origin}{_nearest(query, queries.names)}.")
+    queries = queries.select(qrels)
+    if not queries.names:
+        raise ValueError(f"{origin}: no query is judged.")
+    judged = {document for documents in qrels.values() for document in documents}
+    if missing := judged - {*corpus.names}:
+        some = f"(such as {min(missing)!r})"
+        if len(missing) == len(judged):
+            raise ValueError(
+                f"{origin}: none of the {len(judged)} judged documents {some} is in {corpus.origin}, whose ids are "
+                f"such as {corpus.names[0]!r}."
+            )
+        warnings.warn(
+            f"{origin}: {len(missing)} documents {some} are not in {corpus.origin}; they count as documents that "
+            "nothing can find.",
+            stacklevel=4,
+        )
+    groups = queries.groups or None
+    items = as_items(queries.entries), as_items(corpus.entries)
+    return EvaluationSet(name, *items, queries.names, corpus.names, qrels, subsets=groups)
+
+
+def _joined(name: str, sets: Mapping[str, EvaluationSet], corpora: Mapping[str, Contents]) -> EvaluationSet:
+    """Make one set of several, each a subset with a corpus of its own, or with one that several share."""
+    queries: list[Entry] = []
+    documents: list[Entry] = []
+    names: tuple[list[str], list[str]] = [], []
+    qrels: Qrels = {}
+    candidates: list[range] = []
+    subsets: list[str] = []
+    columns: dict[int, tuple[str, range]] = {}  # Of each corpus, what its names begin with, and its columns.
+    for subset, one in sets.items():
+        corpus = corpora[subset]
+        if id(corpus) not in columns:
+            columns[id(corpus)] = subset, range(len(documents), len(documents) + len(corpus.entries))
+            documents += corpus.entries
+            names[1].extend(f"{subset}/{document}" for document in corpus.names)
+        prefix, own = columns[id(corpus)]
+        queries += one.queries.entries if isinstance(one.queries, LazyItems) else one.queries
+        names[0].extend(f"{subset}/{query}" for query in one.query_names)
+        for query, judged in one.qrels.items():
+            qrels[f"{subset}/{query}"] = {f"{prefix}/{document}": grade for document, grade in judged.items()}
+        candidates += [own] * len(one.queries)
+        subsets += [subset] * len(one.queries)
+    items, is_shared = (as_items(queries), as_items(documents)), len(columns) == 1
+    return EvaluationSet(name, *items, *names, qrels, None if is_shared else candidates, subsets)

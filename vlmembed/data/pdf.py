@@ -1,7 +1,7 @@
 """Pages of PDF documents: images that PDFium renders when they are needed, and that a folder then holds.
 
-PDFium runs in this process. What a page may cost is bounded by the size of the file and by the pixels of the image that
-it becomes; the time and the memory that PDFium takes for what is drawn on it are not.
+A page of some hundred bytes may ask for days and for all memory. So each is drawn in a child process that has limits of
+both, where there are such (on Linux). Pages are counted and measured in this process, which reads nothing of them.
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ import hashlib
 import io
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, BinaryIO, NoReturn
 
 import datasets
+import psutil
 
 from vlmembed.files import clear_drafts, write_whole
 from vlmembed.media import MAX_VIDEO_PIXELS, OtherKindError, limit
@@ -28,8 +30,13 @@ from vlmembed.types import LazyImage
 PAGE_PIXELS = 2_000_000
 #: The most bytes that a PDF may have.
 MAX_PDF_BYTES = limit("VLMEMBED_MAX_PDF_BYTES", 2**30)
+#: The most seconds, of a processor, that a page may take to be drawn, and the most bytes of memory.
+MAX_PDF_SECONDS = limit("VLMEMBED_MAX_PDF_SECONDS", 60)
+MAX_PDF_MEMORY = limit("VLMEMBED_MAX_PDF_MEMORY", 2**32)
 #: Part of the name of a rendered page; to be raised where `PdfPage` draws otherwise than before.
 DRAWING = 1
+#: The status of a child process that says why it has made nothing.
+REFUSED = 3
 #: PDFium must not be called by two threads at a time.
 LOCK = Lock()
 
@@ -57,8 +64,12 @@ class PdfPage(LazyImage):
     @cached_property
     def key(self) -> str:
         """See `LazyImage.key`."""
-        file = content_digest(self.file) if isinstance(self.file, bytes) else self.file
-        return f"{file} {self.number} {self.max_pixels}"
+        return self.content if isinstance(self.file, bytes) else f"{self.file} {self.number} {self.max_pixels}"
+
+    @property
+    def content(self) -> str:
+        """See `LazyImage.content`."""
+        return f"{content_digest(self.file)} {self.number} {self.max_pixels}"
 
     @property
     def size(self) -> tuple[int, int]:
@@ -81,10 +92,7 @@ class PdfPage(LazyImage):
         cache = self.cache or Path(datasets.config.HF_DATASETS_CACHE, "vlmembed_pages")
         path = cache / content_digest(self.file) / f"{self.number}-pdfium{_pdfium().PDFIUM_INFO}-{name}"
         if not path.exists():
-            with opened(self.file) as document:
-                self._check_number(len(document))
-                document.init_forms()
-                content = make(document[self.number - 1])
+            content = apart(lambda: self._made(make))
             try:
                 clear_drafts(path.parent)
                 write_whole(path, content)
@@ -95,6 +103,12 @@ class PdfPage(LazyImage):
                 ) from error
         return path
 
+    def _made(self, make: Callable[[Any], bytes]) -> bytes:
+        with opened(self.file) as document:
+            self._check_number(len(document))
+            document.init_forms()
+            return make(document[self.number - 1])
+
     def _draw(self, page: Any) -> bytes:
         width, height = page.get_size()
         *_, scale = pixels(width, height, self.max_pixels)
@@ -104,7 +118,8 @@ class PdfPage(LazyImage):
 
     def _check_number(self, count: int) -> None:
         if not 1 <= self.number <= count:
-            raise OtherKindError(f"it has {count} pages, counted from 1, and no page {self.number}. Name one of them")
+            pages = "one page" if count == 1 else f"{count} pages, counted from 1"
+            raise OtherKindError(f"it has {pages}, and no page {self.number}. Name one that it has")
 
 
 def all_pages(file: Path | bytes) -> list[PdfPage]:
@@ -165,6 +180,49 @@ def _page_sizes(file: Path | bytes) -> list[tuple[float, float] | None]:
             with suppress(_pdfium().PdfiumError):
                 sizes[index] = document.get_page_size(index)
     return sizes
+
+
+def apart(work: Callable[[], bytes]) -> bytes:
+    """Return what some work makes in a child process of limited time and memory; a ``ValueError`` if it is refused."""
+    if sys.platform != "linux":
+        return work()
+    with open(os.memfd_create("page"), "w+b") as shared:
+        with LOCK:  # Else the child could begin while another thread is within PDFium.
+            child = os.fork()
+        if child == 0:
+            _work_and_end(work, shared)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        shared.seek(0)
+        content = shared.read()
+    if status == REFUSED:
+        raise OtherKindError(content.decode())
+    if status:
+        raise OtherKindError(
+            f"PDFium needs more than {MAX_PDF_SECONDS} seconds or {MAX_PDF_MEMORY:,} bytes of memory for it, or fails "
+            f"(status {status}). Save it again, or set VLMEMBED_MAX_PDF_SECONDS or VLMEMBED_MAX_PDF_MEMORY"
+        )
+    return content
+
+
+def _work_and_end(work: Callable[[], bytes], shared: BinaryIO) -> NoReturn:
+    import resource  # Which Windows does not have.
+
+    status = 1
+    try:
+        memory = psutil.Process().memory_info().vms + MAX_PDF_MEMORY
+        limits = {resource.RLIMIT_AS: memory, resource.RLIMIT_CPU: MAX_PDF_SECONDS, resource.RLIMIT_CORE: 0}
+        for kind, most in limits.items():
+            hard = resource.getrlimit(kind)[1]
+            most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+            resource.setrlimit(kind, (most, most))
+        try:
+            content, status = work(), 0
+        except (OSError, ValueError) as error:
+            content, status = str(error).encode(), REFUSED
+        shared.write(content)
+        shared.flush()
+    finally:
+        os._exit(status)
 
 
 def _read_text(page: Any) -> bytes:

@@ -149,7 +149,7 @@ class Records(ABC):
         """Return the same table: a row is read whole."""
         return self
 
-    def origins(self, indices: Iterable[int]) -> list[str]:
+    def origins(self, indices: Sequence[int]) -> list[str]:
         """Say where rows stand, for messages."""
         return [f"{self.path}, row {index + 1}" for index in indices]
 

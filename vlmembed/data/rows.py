@@ -239,7 +239,7 @@ class Table:
         split: Which split of a data set that has several; a file, or one saved data set, is read whole.
         subset: Which configuration of a data set that has several.
         columns: New names for columns, ``{question: query}``; null drops a column.
-        allow_outside: Folders outside of the file's (or the data set's) whose images and videos the rows may name.
+        allow_outside: Folders outside of the file's (or the data set's) whose images, videos and audio may be named.
         revision: The Hub revision: a branch, tag or commit.
         media: Where the paths in cells start, relative to the data set's folder; null for that folder.
         cells: Instead of ``columns``, what is made of them: ``{query: {image: path, text: question}}``. The language

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 import re
 from bisect import bisect_right
@@ -88,7 +89,7 @@ class Joined:
         tables = {id(table): table.select_columns(names) for _, table, _ in self._parts}
         return Joined([(name, tables[id(table)], rows) for name, table, rows in self._parts])
 
-    def origins(self, indices: Iterable[int]) -> list[str]:
+    def origins(self, indices: Sequence[int]) -> list[str]:
         """Say where rows stand, for messages."""
         return [f"{self._parts[part][0]}, row {row + 1}" for part, row in map(self._place, indices)]
 
@@ -137,7 +138,10 @@ def _named(path: str) -> Iterator[None]:
     except Exception as error:  # Of many kinds, and often raised from what is the reason.
         if isinstance(error, ValueError) and str(error).startswith(path):
             raise
-        raise ValueError(f"{path}: cannot be opened: {error.__cause__ or error}") from error
+        reason = error.__cause__ or error
+        is_lance = isinstance(reason, ModuleNotFoundError) and reason.name == "lance"
+        hint = '; Lance is read with pip install "vlmembed[lance]".' if is_lance else ""
+        raise ValueError(f"{path}: cannot be opened: {reason}{hint}") from error
 
 
 def _kind(path: str | Path) -> str:
@@ -327,20 +331,46 @@ def _cut(parts: Iterable[Part], start: int, stop: int) -> list[Part]:
 
 def _refuse_other_files(path: str, folder: Folder, revision: str | None) -> None:
     """Refuse a data set whose page names files elsewhere before they are looked for: an address would be asked."""
+    for name, config in _configurations(path, revision):
+        for pattern in _strings([config.get("data_files"), config.get("data_dir")]):
+            # Chained, as in zip://x::http://y, any part may be an address.
+            folder.locate(pattern.replace("::", "://"), "data", f"{path}, {name}")
+
+
+def _configurations(path: str, revision: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield what the page of a folder or Hub id says of each configuration, and the name of the page."""
     for name in ("README.md", ".huggingface.yaml"):
         try:
             page, offline = Path(path, name), datasets.config.HF_HUB_OFFLINE
             if not Path(path).is_dir():
-                page = Path(
-                    hf_hub_download(path, name, repo_type="dataset", revision=revision, local_files_only=offline)
-                )
+                options: Any = {"repo_type": "dataset", "revision": revision, "local_files_only": offline}
+                page = Path(hf_hub_download(path, name, **options))
             metadata = metadata_load(page) if name == "README.md" else yaml.safe_load(page.read_text())
         except OSError:  # There is none, or no Hub; the data set may be in a cache.
             continue
         for config in (metadata or {}).get("configs") or ():
-            for pattern in _strings([config.get("data_files"), config.get("data_dir")]):
-                # Chained, as in zip://x::http://y, any part may be an address.
-                folder.locate(pattern.replace("::", "://"), "data", f"{path}, {name}")
+            yield name, config
+
+
+def configurations(path: str, revision: str | None = None) -> dict[str, list[str]]:
+    """Return the configurations that the page of a folder or Hub id names, and the splits of each that it names."""
+    splits: dict[str, list[str]] = {}
+    for _, config in _configurations(path, revision):
+        files = config.get("data_files")
+        entries = files if isinstance(files, list) else []
+        named = [entry["split"] for entry in entries if isinstance(entry, dict) and "split" in entry]
+        splits[str(config.get("config_name", "default"))] = [*map(str, named or (["train"] if files else []))]
+    return splits
+
+
+def splits_of(path: str, folder: Folder) -> list[str]:
+    """Return the splits of a folder; none where it is one saved data set."""
+    if (Path(path) / "dataset_dict.json").exists():
+        return [*json.loads((Path(path) / "dataset_dict.json").read_text())["splits"]]
+    if (Path(path) / "state.json").exists():
+        return []
+    _refuse_other_files(path, folder, None)
+    return [*map(str, datasets.load_dataset_builder(path).config.data_files or ())]
 
 
 def _strings(value: Any) -> Iterator[str]:

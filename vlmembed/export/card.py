@@ -118,7 +118,8 @@ def read(path: Path) -> Any:
 def _served(folder: Path) -> dict[str, Any]:
     """Read in an exported folder what opens it, and which other clients serve it rightly."""
     config, modules = (read(folder / name) for name in ("config_sentence_transformers.json", "modules.json"))
-    modality = read(folder / "sentence_bert_config.json")["modality_config"]["text"]
+    modalities = read(folder / "sentence_bert_config.json")["modality_config"]
+    modality = modalities["text"]
     causal = read(folder / "config.json").get("text_config", {}).get("is_causal", True)
     types = {module["type"].rsplit(".", 1)[-1]: folder / module["path"] for module in modules}
     ranks = config["model_type"] == "CrossEncoder"
@@ -129,6 +130,7 @@ def _served(folder: Path) -> dict[str, Any]:
     return {
         "opens_with": config["model_type"],
         "ranks": ranks,
+        "hears": "audio" in modalities,
         "trust": any(not module["type"].startswith("sentence_transformers.") for module in modules),
         "prompts": {role: Markup(repr(prompt)) for role, prompt in prompts.items()},
         "named": {name: text for name, text in config["prompts"].items() if name not in prompts},

@@ -131,14 +131,19 @@ def _transformer(backbone: VisionLanguageModel, layers: Sequence[int] | None, **
     if layers and len(layers) == 1 and layers[0] != -1:
         states = ["hidden_states", layers[0]]
     modality = {"method": "forward", "method_output_name": states}
-    videos = getattr(backbone.preprocessor.processor, "video_processor", None) is not None
+    parts = {"image": "image_processor", "video": "video_processor", "audio": "feature_extractor"}
+    processor = backbone.preprocessor.processor
+    kinds = ["text", *(kind for kind, part in parts.items() if getattr(processor, part, None) is not None)]
+    # As in training: silence behind every recording; see preprocessing._audio_options.
+    silence_behind = hasattr(getattr(processor, "feature_extractor", None), "n_samples")
+    audio = {"audio": {"padding": "max_length"}} if silence_behind else {}
     config = {
         "transformer_task": task,
         # Without this, everything is taken for plain text that needs no chat template.
-        "modality_config": {kind: modality for kind in ("text", "image", "video") if videos or kind != "video"}
-        | {"message": {**modality, "format": "structured"}},
+        "modality_config": dict.fromkeys(kinds, modality) | {"message": {**modality, "format": "structured"}},
         "module_output_name": name,
-        "processing_kwargs": {"chat_template": {"add_generation_prompt": backbone.generation_prompt, **chat_template}},
+        "processing_kwargs": audio
+        | {"chat_template": {"add_generation_prompt": backbone.generation_prompt, **chat_template}},
         "unpad_inputs": False,
     }
     path = "sentence_transformers.base.modules.transformer.Transformer"
@@ -231,6 +236,8 @@ def _requirements(modules: Sequence[ModuleSpec]) -> dict[str, str]:
         release = ">=5.5"  # 5.4 takes padding on the left for the first token, and cannot open our dense rerankers.
     if "weightedmean" in modes:
         release = ">=6.2"  # Those before count positions from the padding on the left.
+    if "audio" in modules[0].config["modality_config"]:
+        return {"sentence_transformers": ">=6.2", "transformers": ">=5.24"}  # Earlier ones were not tried.
     # transformers before 5.4 keeps the positions of a batch with images for the texts after it, and fails on them.
     return {"sentence_transformers": release, "transformers": ">=5.4"}
 

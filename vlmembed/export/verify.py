@@ -13,6 +13,7 @@ import json
 import math
 import subprocess
 import sys
+import wave
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -129,13 +130,15 @@ PAIRS = (
     ("two images and text", "image and text"),
     ("video", "image"),
 )
+PAIRS_WITH_AUDIO = (("text", "audio"), ("audio and text", "text"))
 
 
-def make_probes(folder: Path) -> dict[str, Any]:
+def make_probes(folder: Path, rate: int | None = None) -> dict[str, Any]:
     """Draw images into a folder, and return one input of each kind that users will encode, by name.
 
-    An input is a text, or by kind a value or a list of several, in the order in which the model reads them; an image is
-    the path of a file, a video the paths of its frames.
+    An input is a text, or by kind a value or a list of several, in the order in which the model reads them; an image or
+    audio is the path of a file, a video the paths of its frames. Audio has as many samples a second as the model reads:
+    where none, there is none.
     """
     random = np.random.default_rng(0)
 
@@ -150,9 +153,16 @@ def make_probes(folder: Path) -> dict[str, Any]:
         image.save(folder / f"{name}.png", exif=exif)
         return str(folder / f"{name}.png")
 
+    def record(name: str, seconds: float) -> str:
+        samples = random.normal(0, 3000, int(seconds * (rate or 0))).astype("<i2")
+        with wave.open(str(folder / f"{name}.wav"), "wb") as file:
+            file.setparams((1, 2, rate or 0, len(samples), "NONE", ""))
+            file.writeframes(samples.tobytes())
+        return str(folder / f"{name}.wav")
+
     wide, tall = draw("wide", 160, 96), draw("tall", 64, 192)
     question = "What does the image show?"
-    return {
+    probes: dict[str, Any] = {
         "text": "four zero seven",
         "image": {"image": wide},
         "image and text": {"image": tall, "text": question},
@@ -164,6 +174,10 @@ def make_probes(folder: Path) -> dict[str, Any]:
         "16-bit image": {"image": draw("grey", 96, 96, "L")},
         "video": {"video": [draw(f"frame{index}", 96, 64) for index in range(4)]},
     }
+    if rate is not None:
+        probes["audio"] = {"audio": record("short", 1.2)}
+        probes["audio and text"] = {"audio": record("long", 2), "text": question}
+    return probes
 
 
 @torch.no_grad()
@@ -188,7 +202,7 @@ def expect(
         return replace(to_items([cell], Folder(scratch))[0], instruction=instructions.get(way))
 
     encoder.eval()
-    probes, instructions = make_probes(scratch), prompts or {}
+    probes, instructions = make_probes(scratch, rate := encoder.preprocessor.audio_rate), prompts or {}
     ways = (*(("query", "document") if dimensions else ("pair",)), *instructions)
     inputs: dict[str, tuple[Any, list[Any]]]  # By name, the description, and what we read in each role and prompt.
     if dimensions:
@@ -199,7 +213,7 @@ def expect(
                 [probes[query], probes[document]],
                 [Pair(item(query, way), item(document, "document")) for way in ways],
             )
-            for query, document in PAIRS
+            for query, document in (PAIRS if rate is None else PAIRS + PAIRS_WITH_AUDIO)
         }
     results: dict[str, list[Tensor]] = {}
     refusals: dict[str, Exception] = {}
@@ -327,13 +341,13 @@ def _batchings(job: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def as_input(description: Any) -> Any:
-    """Return what Sentence Transformers takes: images as paths, as on the model card; a video as its opened frames.
+    """Return what Sentence Transformers takes: images and audio as paths, as on the model card; a video as open frames.
 
     From a path it drops transparency and clips greys of 16 bits: such images are opened, upright, and in 8 bits.
     """
     if isinstance(description, str):
         return description
-    return {kind: value if kind == "text" else _image(value, kind) for kind, value in description.items()}
+    return {kind: value if kind in ("text", "audio") else _image(value, kind) for kind, value in description.items()}
 
 
 def _image(value: Any, kind: str) -> Any:

@@ -6,7 +6,7 @@ relevant documents enters a metric. In shapes, M is the number of relevant docum
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -124,9 +124,20 @@ def average_precision(ranks: Float64[Tensor, " M"], relevance: Relevance) -> Flo
     return relevance.sum(relevance.positions / ascending) / relevance.counts
 
 
+def mean_over(sets: Mapping[str, Mapping[str, Float[Tensor, ""]]]) -> dict[str, Float[Tensor, ""]]:
+    """Mean over evaluation sets, or subsets, of every metric that all of them have."""
+    first, *others = sets.values()
+    names = [name for name in first if all(name in other for other in others)]
+    return {name: torch.stack([values[name] for values in sets.values()]).double().mean().float() for name in names}
+
+
+#: What the mean over several evaluation sets is called.
+MEAN = "mean"
+
 #: What is reported, by name.
 METRICS: dict[str, Callable[[Tensor, Relevance], Tensor]] = {
     "ndcg@10": partial(ndcg_at_k, k=10),
+    "hit@1": partial(reciprocal_rank_at_k, k=1),
     "recall@1": partial(recall_at_k, k=1),
     "recall@10": partial(recall_at_k, k=10),
     "mrr@10": partial(reciprocal_rank_at_k, k=10),

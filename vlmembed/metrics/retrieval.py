@@ -13,7 +13,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from vlmembed.metrics.functions import METRICS, Relevance, name_order, order_keys, ranks
+from vlmembed.metrics.functions import METRICS, Relevance, mean_over, name_order, order_keys, ranks
 from vlmembed.types import EvaluationSet, RerankingSet
 
 NAMED = 5  # How many items a message names.
@@ -42,8 +42,22 @@ class EvaluationMetrics(Metric):
         self.add_state("values", default=[], dist_reduce_fx="cat")
 
     def compute(self) -> dict[str, Float[Tensor, ""]]:
-        """Mean of every metric over queries; raises as `per_query` does."""
-        return {name: values.mean().float() for name, values in self._per_query().items()}
+        """Mean of every metric over queries; raises as `per_query` does.
+
+        Of a set with subsets, the mean of theirs, and under ``subset/name`` that of each.
+        """
+        values, subsets = self._per_query(), self.evaluation.subsets
+        if subsets is None:
+            return {name: value.mean().float() for name, value in values.items()}
+        rows: dict[str, list[int]] = {}
+        for row, subset in enumerate(subsets):
+            rows.setdefault(subset, []).append(row)
+        means = {
+            subset: {name: value[numbers].mean().float() for name, value in values.items()}
+            for subset, numbers in rows.items()
+        }
+        parts = {f"{subset}/{name}": value for subset, own in means.items() for name, value in own.items()}
+        return mean_over(means) | parts
 
     def per_query(self) -> dict[str, Float64[Tensor, " Q"]]:
         """Every metric of every query, in the set's order; a ``RuntimeError`` says that something is missing."""
@@ -127,12 +141,16 @@ class RetrievalMetrics(EvaluationMetrics):
             return self._matrix()
 
     def top_k(self, k: int) -> tuple[Float[Tensor, "Q K"], Int64[Tensor, "Q K"]]:
-        """Scores and corpus columns of each query's first K = min(k, P) documents; raises as `per_query` does."""
+        """Scores and corpus columns of each query's first K = min(k, P) documents; raises as `per_query` does.
+
+        Where a query has fewer candidates, -inf and -1 fill up.
+        """
         with self.sync_context(dist_sync_fn=self._gather):
             best = []
             for _, scores in self._score_blocks(self._matrix()):
                 columns = order_keys(scores, self.name_order).topk(min(k, scores.shape[1])).indices
-                best.append((scores.gather(1, columns), columns))
+                highest = scores.gather(1, columns)
+                best.append((highest, columns.where(highest > -torch.inf, -1)))
         scores, columns = (torch.cat(blocks) for blocks in zip(*best, strict=True))
         return scores, columns
 
@@ -147,19 +165,30 @@ class RetrievalMetrics(EvaluationMetrics):
             for start, scores in self._score_blocks(matrix[:, :dimension]):
                 first, last = torch.searchsorted(relevance.queries, torch.tensor([start, start + len(scores)])).tolist()
                 rows = relevance.queries[first:last] - start
-                rank_blocks.append(ranks(scores, rows, relevance.documents[first:last], self.name_order))
+                documents = relevance.documents[first:last]
+                found = ranks(scores, rows, documents, self.name_order)
+                rank_blocks.append(found.where(scores[rows, documents] > -torch.inf, torch.inf))
             values |= {name + suffix: metric(torch.cat(rank_blocks), relevance) for name, metric in METRICS.items()}
         return values
 
     def _score_blocks(self, embeddings: Float[Tensor, "N D"]) -> Iterator[tuple[int, Float[Tensor, "Q P"]]]:
-        """Cosine of some queries, from a first one on, with the whole corpus: block after block."""
+        """Cosine of some queries, from a first one on, with the whole corpus: block after block.
+
+        It is -inf where a document is none of the query's candidates.
+        """
         queries, corpus = normalize(embeddings, dim=1).split(
             [len(self.evaluation.queries), len(self.evaluation.corpus)]
         )
         height = max(1, SCORES_PER_BLOCK // len(corpus))
         for start in range(0, len(queries), height):
             # NumPy's product stays float32, whatever autocast and torch.set_float32_matmul_precision say.
-            yield start, torch.from_numpy(queries[start : start + height].numpy() @ corpus.numpy().T)
+            scores = torch.from_numpy(queries[start : start + height].numpy() @ corpus.numpy().T)
+            if self.evaluation.candidates is not None:
+                others = torch.ones(scores.shape, dtype=torch.bool)
+                for row, columns in zip(others, self.evaluation.candidates[start : start + height], strict=True):
+                    row[torch.tensor(columns)] = False
+                scores.masked_fill_(others, -torch.inf)
+            yield start, scores
 
 
 class RerankingMetrics(EvaluationMetrics):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from itertools import chain, groupby
@@ -19,11 +20,14 @@ from tqdm import tqdm
 
 from vlmembed.features import read_tensor, signed
 from vlmembed.files import clear_drafts, digest, write_whole
-from vlmembed.media import load_image
+from vlmembed.media import load_audio, load_image
 from vlmembed.types import Item, Role
 
 #: Batches that are encoded, and cached, together: their images are open. Sentence Transformers sorts them by length.
 BATCHES = 8
+
+#: Samples a second of audio that is in no file; what the models that hear are made for.
+AUDIO_RATE = 16_000
 
 
 class Entry(NamedTuple):
@@ -43,8 +47,8 @@ def identify(item: Item) -> tuple[str, str]:
     digests = []
     for part in item.parts:
         content: Iterable[str | bytes] = [str(part.value)]
-        if part.kind == "video" and isinstance(part.value, Path):
-            content = [_file_digest(part.value)]
+        if part.kind in ("video", "audio") and not part.frames:
+            content = [_content_digest(part.value)]
         elif part.kind != "text":
             # `Part.digest` takes a file for its path; here a copy of an image is the same image. One is open at a time.
             images = (load_image(frame, item.origin) for frame in part.frames)
@@ -54,13 +58,14 @@ def identify(item: Item) -> tuple[str, str]:
     return digest(digests), " ".join(sorted(shown))
 
 
-def _file_digest(path: Path) -> bytes:
-    with path.open("rb") as file:
+def _content_digest(content: Any) -> bytes:
+    """Hash what is in a file, or was."""
+    with content.open("rb") if isinstance(content, Path) else io.BytesIO(content) as file:
         return hashlib.file_digest(file, "blake2b").digest()
 
 
 def model_input(item: Item) -> dict[str, Any]:
-    """Return what Sentence Transformers takes for an item: its texts, open images and videos, by kind.
+    """Return what Sentence Transformers takes for an item: its texts, open images, videos and audio, by kind.
 
     A ``ValueError`` says that the item shows kinds by turns, which such a mapping cannot say.
     """
@@ -76,8 +81,10 @@ def model_input(item: Item) -> dict[str, Any]:
         if part.frames:
             images = [load_image(frame, item.origin) for frame in part.frames]
             value = images[0] if part.kind == "image" else images
-        elif part.kind == "video":
-            value = str(Path(str(value)).absolute())
+        elif isinstance(value, Path):
+            value = str(value.absolute())
+        elif part.kind == "audio":
+            value = {"array": load_audio(value, AUDIO_RATE, item.origin), "sampling_rate": AUDIO_RATE}
         content.setdefault(part.kind, []).append(value)
     return {kind: values[0] if len(values) == 1 else values for kind, values in content.items()}
 
@@ -145,4 +152,4 @@ def model_version(model: str) -> str:
     except ValueError as error:
         raise ValueError(f"{model}: its files are not found, so embeddings have no key; leave out cache.") from error
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return digest(chain.from_iterable((path.relative_to(folder).as_posix(), _file_digest(path)) for path in files))
+    return digest(chain.from_iterable((path.relative_to(folder).as_posix(), _content_digest(path)) for path in files))

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from vlmembed.data import Rows, Source
 from vlmembed.data.rows import INSTRUCTIONS
-from vlmembed.files import clear_drafts, whole_file
-from vlmembed.media import load_image
+from vlmembed.files import clear_drafts, whole_file, write_whole
+from vlmembed.media import is_audio, load_image
 from vlmembed.mining.embedding import BATCHES, by_instruction, model_input
 from vlmembed.types import Example, Frame, Item, Part
 
@@ -94,7 +94,7 @@ def write_rows(path: Path, examples: Iterable[Example]) -> int:
     """Write training rows that ``vlmembed.data.Rows`` reads, and return how many; the file is there once all are.
 
     Images and videos in files are named by their path relative to the written file; where one is outside of its
-    folder, it is said how to allow that. Open images are written as PNG into a folder beside it, each once.
+    folder, it is said how to allow that. Open images, and audio in tables, are written into a folder beside it, once.
     """
     images, outside, count = path.parent / f"{path.stem}_images", set[Path](), 0
     instructs: dict[str, bool] = {}  # By column, whether the first row has an instruction there.
@@ -133,7 +133,10 @@ def _value(content: str | Frame | tuple[Frame, ...], path: Path, images: Path, o
         return content
     if isinstance(content, tuple):
         return [_value(frame, path, images, outside) for frame in content]
-    if not isinstance(content, Path):
+    if isinstance(content, bytes) and is_audio(content):
+        audio, content = content, images / f"{Part('audio', content).digest.hex()}.wav"  # Known by what is in it.
+        write_whole(content, audio)
+    elif not isinstance(content, Path):
         image, content = content, images / f"{Part('image', content).digest.hex()}.png"
         if not content.exists():
             with whole_file(content) as draft:

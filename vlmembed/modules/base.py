@@ -24,6 +24,7 @@ from vlmembed.data import Collator
 from vlmembed.encoder import Encoder
 from vlmembed.features import FeatureCache
 from vlmembed.gradcache import GradCache
+from vlmembed.metrics import MEAN, mean_over
 from vlmembed.modules.optimization import (
     SchedulerCallable,
     batches_per_epoch,
@@ -62,7 +63,8 @@ class RetrievalModule(LightningModule, ABC):
         optimizer: Any torch optimizer; null for AdamW with torch's defaults.
         lr_scheduler: Any torch schedule that goes by steps; null for a constant rate. A parameter that means the number
             of steps (total_steps, num_training_steps) is given the run's own where the YAML gives none.
-        learning_rates: Learning rates other than the optimizer's: for ``vision``, ``merger`` or ``language``, or for
+        learning_rates: Learning rates other than the optimizer's: for ``vision``, ``merger``, ``audio`` or
+            ``language``, or for
             parameters whose name contains a match of a regular expression. The first that matches decides.
         graph_memory: How much memory the graphs of chunks may take, so that their chunks are not computed twice: a
             number of GiB, ``none``, or ``auto`` for what a step leaves free. Never changes the gradient.
@@ -97,7 +99,8 @@ class RetrievalModule(LightningModule, ABC):
         self.monitor = self.collapse_monitor()
         self.checkpointing = Checkpointing()
         self._configured = False
-        self._reached_everything = self._saw_images = False
+        self._reached_everything = False
+        self._inputs: set[str] = set()
         #: Batches since the optimizer's last step.
         self._accumulated = 0
         self._metrics = nn.ModuleList()
@@ -216,7 +219,7 @@ class RetrievalModule(LightningModule, ABC):
         arguments = self.gather_batch(outputs, batch)  # embeddings (Q, D), (P, D) or scores (Q, C), of all processes
         loss: Tensor = self.loss(*arguments)
         self._accumulated += 1
-        self._saw_images |= any("pixel_values" in name for chunk in [*batch.chunks, *batch.images] for name in chunk)
+        self._inputs.update(*batch.chunks, *batch.images)
         self.guard.add(loss, batch.origins)
         if self.grad_cache.before_step:
             self.monitor.note(self.global_step, arguments, loss)
@@ -239,12 +242,12 @@ class RetrievalModule(LightningModule, ABC):
         """Skip a step that is not finite, and clip any other, by one norm of all gradients."""
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = distributed.gradient_norm(parameters)  # () of all gradients together, shards included.
-        saw_images, self._saw_images = self._saw_images, False
+        inputs, self._inputs = self._inputs, set()
         if not self.guard.check(self, optimizer, norm):
             return
-        # After the first step, and the first with images, refuse to train on if something got no gradient.
+        # After the first step, and the first with images or audio, refuse to train on if something got no gradient.
         if not self._reached_everything:
-            self._reached_everything = refuse_untouched_parameters(self, self.encoder.backbone, saw_images)
+            self._reached_everything = refuse_untouched_parameters(self, self.encoder.backbone, inputs)
         by_norm, sharded = gradient_clip_algorithm in (None, "norm"), distributed.is_sharded(self)
         if gradient_clip_val and sharded and not by_norm:
             raise ValueError(f"ModelParallelStrategy clips by norm: gradient_clip_algorithm={gradient_clip_algorithm}.")
@@ -314,11 +317,13 @@ class RetrievalModule(LightningModule, ABC):
         """Rank, and log every metric of every set; not where a smoke test has cut the sets short."""
         if getattr(self.trainer, "fast_dev_run", False) or self.trainer.sanity_checking:
             return
-        for name, metric in zip(self._names, self.metrics, strict=True):
-            prefix = f"{self._stage}/{name}/" if len(self._names) > 1 else f"{self._stage}/"
-            values = {prefix + label: value for label, value in metric.compute().items()}
+        sets = {name: metric.compute() for name, metric in zip(self._names, self.metrics, strict=True)}
+        if len(sets) > 1:
+            sets[MEAN] = mean_over(sets)
+        for name, values in sets.items():
+            prefix = f"{self._stage}/{name}/" if len(sets) > 1 else f"{self._stage}/"
             # Equal on all processes; the largest of equal values is exact, a mean may round.
-            self.log_dict(values, sync_dist=True, reduce_fx="max")
+            self.log_dict({prefix + label: value for label, value in values.items()}, sync_dist=True, reduce_fx="max")
 
     on_validation_epoch_end = on_test_epoch_end = log_metrics
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 class Template:
     """What token ids mean in a checkpoint's chat template."""
 
-    visual: tuple[int, ...]  # Of image and video tokens.
+    visual: tuple[int, ...]  # Of tokens of images, videos and audio.
     instructions: tuple[tuple[int, ...], ...]  # What items with an instruction begin with, for each instruction.
 
 
@@ -233,14 +233,14 @@ class MeanOfPart(TokenWeights):
 
 
 class MeanOfImages(MeanOfPart):
-    """The mean over image and video tokens, which late interaction over pages keeps too (ColPali, arXiv:2407.01449)."""
+    """The mean over tokens of images, videos, audio; late interaction over pages keeps such too (arXiv:2407.01449)."""
 
     def part(self, input_ids: Tensor, mask: Tensor, template: Template) -> Tensor:
         return is_any(input_ids, template.visual)
 
 
 class MeanOfText(MeanOfPart):
-    """The mean over all tokens but those of images and videos; under causal attention later ones have seen these."""
+    """The mean over all tokens but those of images, videos and audio; under causal attention later ones saw these."""
 
     def part(self, input_ids: Tensor, mask: Tensor, template: Template) -> Tensor:
         return ~is_any(input_ids, template.visual)

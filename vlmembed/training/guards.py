@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -111,16 +111,21 @@ class NonFiniteGuard:
             )
 
 
-def refuse_untouched_parameters(module: LightningModule, backbone: VisionLanguageModel, saw_images: bool) -> bool:
+def refuse_untouched_parameters(
+    module: LightningModule, backbone: VisionLanguageModel, inputs: Collection[str]
+) -> bool:
     """Refuse to train on if a backward did not reach a trainable parameter, by a RuntimeError with the names.
 
-    A batch without images says nothing about the vision tower. Returns whether everything was reached; otherwise the
+    ``inputs`` are the names of what the model was given: a batch without images says nothing about the vision tower,
+    one without audio nothing about the audio tower. Returns whether everything was reached; otherwise the
     next batch is to be checked too.
     """
     untouched = [
         name for name, parameter in module.named_parameters() if parameter.requires_grad and parameter.grad is None
     ]
-    blamed = untouched if saw_images else [name for name in untouched if backbone.group_of(name) == "language"]
+    saw_images = any("pixel_values" in name for name in inputs)
+    reached = {"vision": saw_images, "merger": saw_images, "audio": "input_features" in inputs}
+    blamed = [name for name in untouched if reached.get(backbone.group_of(name), True)]
     if blamed:
         raise RuntimeError(
             f"{len(blamed)} trainable parameters got no gradient from this batch, such as {blamed[0]} and "

@@ -1,0 +1,356 @@
+"""Ids, contents and judgements of evaluation sets, as tables, lines of text and TREC runs have them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from PIL.Image import Image
+
+from vlmembed.data.cells import KINDS, Folder, content_keys, instructed, to_items
+from vlmembed.data.pages import Pages
+from vlmembed.data.rows import FIRST, Table
+from vlmembed.data.tables import JSONLines, text_lines
+from vlmembed.types import EvaluationSet, Item, Part, Role
+
+Qrels = dict[str, dict[str, int]]
+Row = Mapping[str, Any]
+
+#: What a cell of a table of tabs can say; not a byte order mark at its beginning, nor half of a surrogate pair.
+IDS = re.compile(r"(?!\ufeff)[^\t\r\n\ud800-\udfff]+")
+
+#: Sums of grades up to this are exact.
+MOST_GRADE = 2**31
+
+#: Names of columns, in lower case, with hyphens; the first of them that a table has is taken.
+QUERY_IDS = "query-id", "qid"
+DOCUMENT_IDS = "corpus-id", "docid", "did", "doc-id", "document-id"
+GRADES = "score", "grade", "relevance", "rel", "label"
+ITEM_IDS: dict[Role, tuple[str, ...]] = {
+    "query": ("query-id", "id", "qid"),
+    "document": ("corpus-id", "id", "docid", "did"),
+}
+
+#: Rows that are in memory together; images may be in them.
+BLOCK = 64
+
+#: By the number of cells in a line of judgements without a header: where query, document and grade are.
+LAYOUTS: dict[int, tuple[int, ...]] = {3: (0, 1, 2), 4: (0, 2, 3), 5: (0, 2, 3)}
+
+EXPECTED = "expected query-id, corpus-id, integer grade"
+
+
+class Lines(JSONLines):
+    """A JSONL file as a table whose rows need not have the same keys."""
+
+    def __init__(self, path: Path, folder: Folder) -> None:
+        super().__init__(path)
+        self.folder = folder
+
+    @cached_property
+    def column_names(self) -> list[str]:
+        """The keys of the first rows."""
+        rows = self.__getitems__(range(min(len(self), FIRST)))
+        return [*dict.fromkeys(key for row in rows for key in row)]
+
+    def read(self, indices: Sequence[int], names: Collection[str] | None = None) -> list[dict[str, Any]]:
+        """See `Table.read`; all keys come along."""
+        return self.__getitems__(indices)
+
+    def origins(self, indices: Sequence[int]) -> list[str]:
+        """See `Table.origins`."""
+        return [f"{self.path}, row {index + 1}" for index in indices]
+
+
+#: What has rows of queries or documents.
+Documents: TypeAlias = Table | Pages | Lines
+
+
+def is_lines(path: str) -> bool:
+    """Tell a JSONL file, each of whose rows has keys of its own."""
+    return Path(path).suffix.lower() in (".jsonl", ".ndjson")
+
+
+Entry = Item | Callable[[], Item]
+
+
+class LazyItems(Sequence[Item]):
+    """Items, of which those with images in them are read when asked for, so that they are not all in memory."""
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        self.entries = entries
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return LazyItems(self.entries[index])
+        entry = self.entries[index]
+        return entry if isinstance(entry, Item) else entry()
+
+
+@dataclass
+class Contents:
+    """The queries, or the corpus, of an evaluation set."""
+
+    origin: str
+    names: list[str]
+    entries: list[Entry]
+    more: list[Row]  # What else was asked for of each.
+    groups: list[str]  # What subset each is of, if that was asked for.
+
+    def select(self, names: Collection[str]) -> Contents:
+        """Return those of some names."""
+        rows = [row for row, name in enumerate(self.names) if name in names]
+        return Contents(
+            self.origin,
+            [self.names[row] for row in rows],
+            [self.entries[row] for row in rows],
+            [self.more[row] for row in rows],
+            [self.groups[row] for row in rows] if self.groups else [],
+        )
+
+
+def as_items(entries: Sequence[Entry]) -> Sequence[Item]:
+    """Return the items; a list where all are in memory."""
+    items = [entry for entry in entries if isinstance(entry, Item)]
+    return items if len(items) == len(entries) else LazyItems(entries)
+
+
+def read_contents(
+    table: Documents, role: Role, instruction: str | None, more: Collection[str] = (), group_by: str | None = None
+) -> Contents:
+    """Read ids and contents of all rows, and check them; a ``ValueError`` names row and value.
+
+    Columns other than the id, ``title``, ``instruction``, ``text``, ``image``, ``video``, or ``query`` (``document`` in
+    a corpus), and those that are asked for, are not read.
+    """
+    known = {role, "title", "instruction", *content_keys(table.column_names), *more, group_by}
+    wanted = [name for name in table.column_names if name in known or _spelling(name) in ITEM_IDS[role]]
+    more = [name for name in more if name in table.column_names]
+    contents = Contents(origin_of(table), [], [], [], [])
+    numbers: dict[str, int] = {}
+    for index, row, origin in _scan(table, wanted):
+        name = _item_id(row, role, origin)
+        if numbers.setdefault(name, index) != index:
+            first = table.origins([numbers[name]])[0]
+            raise ValueError(f"{origin}: id {name!r} is given twice; first at {first}.")
+        item = _item(row, role, instruction, origin, table.folder)
+        again = partial(_read_item, table, index, wanted, role, instruction)
+        contents.names.append(name)
+        contents.entries.append(again if any(map(_is_large, item.parts)) else item)
+        contents.more.append({key: row.get(key) for key in more})
+        if group_by is not None:
+            contents.groups.append(_group(row.get(group_by), f"{origin}, column {group_by!r}"))
+    return contents
+
+
+def _is_large(part: Part) -> bool:
+    """Tell an image in memory from one in a file."""
+    values = part.value if isinstance(part.value, tuple) else (part.value,)
+    return any(isinstance(value, bytes | Image) or isinstance(getattr(value, "file", None), bytes) for value in values)
+
+
+def _group(value: Any, origin: str) -> str:
+    if not isinstance(value, str | int) or not str(value).strip():
+        raise ValueError(
+            f"{origin}: queries are grouped by a string or a whole number, got {type(value).__name__} {value!r:.100}."
+        )
+    return str(value).strip()
+
+
+def _scan(table: Documents, names: Collection[str] | None) -> Iterator[tuple[int, Row, str]]:
+    """Go through a table: index, row and origin."""
+    if isinstance(table, Table) and table.cells is None and is_lines(table.path):
+        names = None  # All of them, so that a row with other keys than the first is refused.
+    for start in range(0, len(table), BLOCK):
+        indices = range(start, min(start + BLOCK, len(table)))
+        yield from zip(indices, table.read(indices, names), table.origins(indices), strict=True)
+
+
+def origin_of(table: Documents) -> str:
+    """Say where a table is, for messages."""
+    subset = table.subset if isinstance(table, Table) else None
+    return f"{table.path}, {subset}" if subset else str(table.path)
+
+
+def _item_id(row: Row, role: Role, origin: str) -> str:
+    key = _column(row, ITEM_IDS[role], origin)
+    if key is None:
+        raise ValueError(f"{origin}: expected one 'id' (or {', '.join(ITEM_IDS[role])}); there are {', '.join(row)}.")
+    return to_id(row[key], f"{origin}, column {key!r}")
+
+
+def to_id(value: Any, origin: str) -> str:
+    """Return an id as text."""
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        raise ValueError(f"{origin}: an id is a string or a whole number, got {type(value).__name__} {value!r:.100}.")
+    name = str(value)
+    if not IDS.fullmatch(name) or name != name.strip():
+        raise ValueError(
+            f"{origin}: id {name!r} cannot stand in qrels.tsv: it is empty, begins or ends with white space, or has a "
+            "tab, a line end or what is no character in it. Replace it wherever it is."
+        )
+    return name
+
+
+def _item(row: Row, role: Role, instruction: str | None, origin: str, folder: Folder) -> Item:
+    origin = f"{origin} (id {_item_id(row, role, origin)!r})"
+    own = row.get("instruction")
+    item = to_items([(_cell(row, role, origin), role, origin)], folder)[0]
+    return instructed([item], instruction if own is None else own, f"{origin}, key 'instruction'")[0]
+
+
+def _read_item(table: Documents, index: int, names: Collection[str], role: Role, instruction: str | None) -> Item:
+    """Read one row's item again."""
+    (row,), (origin,) = table.read([index], names), table.origins([index])
+    return _item(row, role, instruction, origin, table.folder)
+
+
+def _cell(row: Row, role: Role, origin: str) -> Any:
+    """Return what a row's item is made of: the cell ``query`` or ``document``, or any of text, image and video."""
+    keys = [key for key in content_keys(row) if key != "page" or row["pdf"] is not None]
+    parts = {key: value for key, value in row.items() if key in keys}
+    if row.get(role) is not None:
+        if any(parts.values()) or row.get("title"):
+            others = ", ".join(key for key in row if key in (*keys, "title"))
+            raise ValueError(f"{origin}: {role!r} says all of it, and there is {others} besides; choose with cells.")
+        return row[role]
+    if not parts and not row.get("title"):
+        raise ValueError(f"{origin}: it has none of {role}, {', '.join(KINDS)}; there are {', '.join(row)}.")
+    # An empty text beside an image is none; alone, it is refused.
+    parts = {kind: value for kind, value in parts.items() if value != ""} or parts
+    if title := row.get("title"):
+        body = parts.get("text") or ""
+        if not isinstance(title, str) or not isinstance(body, str):
+            raise ValueError(
+                f"{origin}: 'title' and 'text' are strings where both are given; got {title!r:.100}, {body!r:.100}."
+            )
+        parts["text"] = f"{title} {body}".strip()
+    return parts
+
+
+@lru_cache(maxsize=1024)
+def _spelling(name: str) -> str:
+    return name.lower().replace("_", "-").strip("-")
+
+
+def _column(names: Iterable[str], spellings: Sequence[str], origin: str) -> str | None:
+    """Return the column that is spelled like the first possible of some names; None if there is none."""
+    for spelling in spellings:
+        columns = [name for name in names if _spelling(name) == spelling]
+        if len(columns) > 1:
+            raise ValueError(f"{origin}: expected one {spelling!r}; there are {' and '.join(columns)}.")
+        if columns:
+            return columns[0]
+    return None
+
+
+def read_judgements(table: Documents) -> Qrels:
+    """Read a table of query id, corpus id and grade, which is 1 where there is no such column."""
+    names, origin = table.column_names, origin_of(table)
+    query, document = (_column(names, spellings, origin) for spellings in (QUERY_IDS, DOCUMENT_IDS))
+    if query is None or document is None:
+        missing, spellings = ("query", QUERY_IDS) if query is None else ("corpus", DOCUMENT_IDS)
+        raise ValueError(
+            f"{origin}: judgements have no column of the {missing} id ({', '.join(spellings)}); there are "
+            f"{', '.join(names)}. Name it with columns: {{…: {missing}-id}}."
+        )
+    grade = _column(names, GRADES, origin)
+    qrels: Qrels = {}
+    for _, row, place in _scan(table, [name for name in (query, document, grade) if name is not None]):
+        ids = [to_id(row.get(key), f"{place}, column {key!r}") for key in (query, document)]
+        add_judgement(qrels, ids[0], ids[1], 1 if grade is None else row.get(grade), place)
+    return qrels
+
+
+def add_judgement(qrels: Qrels, query: str, document: str, grade: Any, origin: str) -> None:
+    """Add one judgement; a ``ValueError`` if the grade is no whole number, or contradicts an earlier one."""
+    number = _number(grade)
+    if not number.is_integer() or abs(number) > MOST_GRADE:
+        raise ValueError(f"{origin}: {EXPECTED}; got {query!r}, {document!r}, {grade!r:.100}.")
+    if qrels.setdefault(query, {}).setdefault(document, int(number)) != number:
+        raise ValueError(f"{origin}: {query!r} and {document!r} had another grade before: {grade!r}.")
+
+
+def read_qrels(path: Path) -> Qrels:
+    """Read lines of judgements, separated by tabs or else by white space.
+
+    They are query id, corpus id and grade; or query id, 0, corpus id and grade, as TREC has it, and perhaps one more,
+    as M-BEIR has it; or what a header says.
+    """
+    qrels: Qrels = {}
+    width, layout = 0, None
+    for number, line in _text_lines(path, "query-id, corpus-id and grade, separated by tabs"):
+        if not width:
+            separator = "\t" if "\t" in line else None
+        cells = [cell.strip() for cell in line.split(separator)]
+        if not width:
+            width, layout = len(cells), _header(cells, separator, str(path))
+            if layout is not None:
+                continue
+            layout = LAYOUTS.get(width)
+        is_trec = layout == LAYOUTS[4]
+        if layout is None or len(cells) != width or (is_trec and cells[1].lower() not in ("0", "q0")):
+            raise ValueError(f"{path}, row {number}: {EXPECTED}; got {line!r:.200}.")
+        grade = cells[layout[2]] if layout[2] >= 0 else 1
+        add_judgement(qrels, cells[layout[0]], cells[layout[1]], grade, f"{path}, row {number}")
+    if not qrels:
+        raise ValueError(f"{path}: the file has no rows.")
+    return qrels
+
+
+def _header(cells: Sequence[str], separator: str | None, origin: str) -> tuple[int, ...] | None:
+    """Return where query, document and grade are (-1 for none), if the first line is a header."""
+    columns = [_column(cells, spellings, origin) for spellings in (QUERY_IDS, DOCUMENT_IDS, GRADES)]
+    if None not in columns[:2]:
+        return tuple(-1 if column is None else cells.index(column) for column in columns)
+    return LAYOUTS[3] if separator and len(cells) == 3 and math.isnan(_number(cells[2])) else None
+
+
+def read_run(path: Path, evaluation: EvaluationSet) -> dict[str, dict[str, float]]:
+    """Read a TREC run of an evaluation set: query name → document name → score."""
+    queries, documents = {*evaluation.query_names}, {*evaluation.document_names}
+    run: dict[str, dict[str, float]] = {}
+    for number, line in _text_lines(path, "lines 'query Q0 document rank score tag', a TREC run"):
+        cells, origin = line.split(), f"{path}, row {number}"
+        if len(cells) != 6:
+            raise ValueError(f"{origin}: expected 'query Q0 document rank score tag', got {line.strip()!r:.200}.")
+        query, document, score = cells[0], cells[2], _number(cells[4])
+        if not math.isfinite(score):
+            raise ValueError(f"{origin}: score {cells[4]!r} is not a finite number.")
+        if query not in queries:
+            raise ValueError(
+                f"{origin}: query {query!r} is none of the {len(queries)} judged queries of {evaluation.name!r}; "
+                "remove its lines, or give the evaluation set that the run was made on."
+            )
+        if document not in documents:
+            raise ValueError(f"{origin}: document {document!r} is not in the corpus of {evaluation.name!r}.")
+        if document in run.setdefault(query, {}):
+            raise ValueError(f"{origin}: query {query!r} has document {document!r} twice.")
+        run[query][document] = score
+    if not run:
+        raise ValueError(f"{path}: the file has no rows.")
+    return run
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
+def _text_lines(path: Path, content: str) -> Iterator[tuple[int, str]]:
+    """Yield number and text of the lines that are not blank."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; it holds {content}.")
+    for number, line in enumerate(text_lines(path), start=1):
+        if line.strip():
+            yield number, line.rstrip("\r\n")
