@@ -8,6 +8,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +47,19 @@ class Folder:
     others: tuple[Path, ...] = ()  # Folders whose files may be named besides.
 
     @classmethod
-    def of(cls, path: str, allow_outside: Iterable[str] | None) -> Folder:
-        """Return the media root of a path or Hub id; ``datasets`` puts the files of a Hub id into its caches."""
+    def of(cls, path: str | list[str], allow_outside: Iterable[str] | None) -> Folder:
+        """Return the media root of a path, a glob, a list of these, or a Hub id.
+
+        Of a list, it is the folder that all files are in. ``datasets`` puts the files of a Hub id into its caches.
+        """
         others = tuple(map(Path, allow_outside or ()))
-        if Path(path).is_file():
-            return cls(Path(path).parent, others)
+        roots = {_root(one) for one in ([path] if isinstance(path, str) else path)} or {Path()}
+        root = Path(os.path.commonpath([root.absolute() for root in roots])) if len(roots) > 1 else roots.pop()
+        if not isinstance(path, str) or Path(path) != root:
+            return cls(root, others)
         config = datasets.config
         downloads = constants.HF_HUB_CACHE, config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH
-        return cls(Path(path), (*others, *map(Path, downloads)))
+        return cls(root, (*others, *map(Path, downloads)))
 
     def find(self, value: Any, kind: str, origin: str) -> Path:
         """Return the file that a cell names, relative to the folder or absolute, if it is one, and inside."""
@@ -90,6 +96,14 @@ class Folder:
     @cached_property
     def _allowed(self) -> tuple[Path, ...]:
         return tuple(Path(os.path.realpath(folder)) for folder in (self.path, *self.others))
+
+
+def _root(path: str) -> Path:
+    """Return the folder of a file, or what of a glob is no pattern."""
+    if os.path.isfile(path):
+        return Path(path).parent
+    parts = Path(path).parts
+    return Path(*(parts if os.path.lexists(path) else takewhile(re.compile(r"[^*?[]*").fullmatch, parts)))
 
 
 def to_items(cells: Iterable[Cell], folder: Folder) -> list[Item]:

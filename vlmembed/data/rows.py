@@ -12,12 +12,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import datasets
 import numpy as np
 
 from vlmembed.data.cells import KINDS, Cell, Folder, content_keys, instructed, is_content, to_items
 from vlmembed.data.columns import Condition, Expression, Language, Read, Row, nearest
 from vlmembed.data.sources import Source, labelled
-from vlmembed.data.tables import JSONLines, RawTable, open_table
+from vlmembed.data.tables import RawTable, open_table
 from vlmembed.types import Example, Item
 
 #: The largest score or label: losses compute in float32.
@@ -289,7 +290,7 @@ class Table:
         if names is not None:
             cells = {name: read for name, read in cells.items() if name in names}
             wanted = [*{column for name in cells for column in columns[name]}]
-            table = table if isinstance(table, JSONLines) else table.select_columns(wanted)
+            table = table.select_columns(wanted)
         rows = self._rows(table, [row for row, _ in places])
         origins = self.origins(indices)
         if self.cells is None and names is None:
@@ -299,9 +300,13 @@ class Table:
 
     def origins(self, indices: Sequence[int]) -> list[str]:
         """Say where some rows come from, for messages."""
+        places, table = self._rows_and_elements(indices), self._table
+        numbers = [row for row, _ in places]
+        is_one = isinstance(table, datasets.Dataset)
+        rows = [f"{self.path}, row {row + 1}" for row in numbers] if is_one else table.origins(numbers)
         return [
-            f"{self.path}, row {row + 1}" + (f", {self.each}[{element}]" if element >= 0 else "")
-            for row, element in self._rows_and_elements(indices)
+            row + (f", {self.each}[{element}]" if element >= 0 else "")
+            for row, (_, element) in zip(rows, places, strict=True)
         ]
 
     @cached_property
@@ -349,8 +354,7 @@ class Table:
             reads[name] = language.reader(expression)
             columns[name] = language.used
         self.check([*reads])
-        if not isinstance(rows, JSONLines):
-            rows = rows.select_columns([*set().union(*columns.values(), [self.each] if self.each else [])])
+        rows = rows.select_columns([*set().union(*columns.values(), [self.each] if self.each else [])])
         return _Cells(rows, reads, columns)
 
     def _renamed(self, names: Sequence[str]) -> dict[str, str]:
@@ -455,7 +459,7 @@ def _with_element(row: Row, column: str | None, element: int) -> Row:
 
 def _columns(rows: RawTable) -> list[str]:
     """Return the columns of a table; JSON leaves out a key where it has no value, so those of the first rows."""
-    if not isinstance(rows, JSONLines):
+    if isinstance(rows, datasets.Dataset):
         return list(rows.column_names)
     first = [row for _, row in islice(_scan(rows, ()), FIRST) if row is not None]
     return [*dict.fromkeys(key for row in first for key in row)] or rows.column_names
@@ -463,7 +467,7 @@ def _columns(rows: RawTable) -> list[str]:
 
 def _scan(rows: RawTable, columns: Iterable[str]) -> Iterator[tuple[int, Row | None]]:
     """Go through a table with some of its columns; None stands for a row that cannot be read."""
-    selected = rows if isinstance(rows, JSONLines) else rows.select_columns([*columns])
+    selected = rows.select_columns([*columns])
     for start in range(0, len(rows), FIRST):
         numbers = range(start, min(start + FIRST, len(rows)))
         try:

@@ -1,194 +1,337 @@
-"""Tables of rows as `datasets` or JSONL has them, in files, folders and on the Hub."""
+"""Tables of rows, in files, folders and on the Hub, in each form that `datasets` or `vlmembed.data.records` reads."""
 
 from __future__ import annotations
 
-import csv
 import glob
 import json
 import os
+import re
+from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
-import numpy as np
+import pyarrow.parquet
 import yaml
+from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
+from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from huggingface_hub import hf_hub_download, metadata_load
 
 from vlmembed.data.cells import URL, Folder
-from vlmembed.media import limit
+from vlmembed.data.columns import nearest
+from vlmembed.data.records import (
+    COMPRESSIONS,
+    MAX_LINE_BYTES,
+    Delimited,
+    JSONLines,
+    Records,
+    Tar,
+    open_json,
+    read_lines,
+    text_lines,
+)
 
-#: The most bytes that a line of a JSONL or TSV file may have.
-MAX_LINE_BYTES = limit("VLMEMBED_MAX_LINE_BYTES", 2**26)
+__all__ = ["JSONLines", "Joined", "RawTable", "open_table", "read_lines", "text_lines"]
+
+#: Files that are read in place.
+READERS: dict[str, Callable[[Path], Records]] = {
+    ".jsonl": JSONLines,
+    ".ndjson": JSONLines,
+    ".json": open_json,
+    ".csv": Delimited,
+    ".tsv": partial(Delimited, delimiter="\t"),
+    ".tar": Tar,
+}
+KINDS = (*READERS, ".parquet")
+HUB_ID = re.compile(r"(hf://datasets/)?[\w.-]*\w[\w.-]*(/[\w.-]+)?")
 
 
-def read_lines(path: Path) -> Iterator[bytes]:
-    """Read a file line by line; a line above ``MAX_LINE_BYTES`` is refused before it is in memory."""
-    with path.open("rb") as file:
-        for number, line in enumerate(iter(partial(file.readline, MAX_LINE_BYTES + 1), b""), start=1):
-            if len(line) > MAX_LINE_BYTES:
-                raise ValueError(
-                    f"{path}, row {number}: the line has more than {MAX_LINE_BYTES:,} bytes; VLMEMBED_MAX_LINE_BYTES "
-                    "sets the limit. Are there line ends between the rows?"
-                )
-            yield line
+class _EncodedAudio(datasets.Audio):
+    """Sound as it is stored, for which `datasets` would import torchcodec."""
+
+    def encode_example(self, value: Any) -> dict[str, Any]:
+        return {"bytes": None, "path": value}
 
 
-def text_lines(path: Path) -> Iterator[str]:
-    """Read a text file line by line; a ``ValueError`` names a line that is too long or not UTF-8."""
-    for number, line in enumerate(read_lines(path), start=1):
-        try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}, row {number}: not UTF-8 ({error}): {line[:100]!r}") from error
+class Joined:
+    """Rows of several tables, or of parts of them, one after the other; each part has the name of its file."""
 
-
-class JSONLines:
-    """A JSONL file, read when asked for; only the offset of each line is in memory.
-
-    Not through Arrow, which wants one type per column: a cell may be a string in one row and a mapping in the next.
-    Raises an ``OSError`` when the file has changed: its rows would be others, unnoticed.
-    """
-
-    def __init__(self, path: Path):
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file.")
-        self.path, self._version = path, _version(path.stat())
-        offsets: list[int] = []
-        position, blank = 0, 0
-        for line in read_lines(path):
-            if not line.strip():
-                blank = blank or len(offsets) + 1
-            elif blank:  # Row numbers in messages are line numbers, so no line may be skipped.
-                raise ValueError(f"{path}, row {blank}: a blank line; remove it.")
-            else:
-                offsets.append(position)
-            position += len(line)
-        if not offsets:
-            raise ValueError(f"{path}: the file has no rows.")
-        self._offsets = np.array(offsets)
+    def __init__(self, parts: Sequence[Part]):
+        self._parts = parts
+        self._ends = [*accumulate(len(rows) for _, _, rows in parts)]
 
     def __len__(self) -> int:
-        return len(self._offsets)
+        return self._ends[-1]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        rows = []
-        with self.path.open("rb") as file:
-            if _version(os.fstat(file.fileno())) != self._version:
-                raise OSError(f"{self.path} has changed since it was opened. Write a new version to another file.")
-            for index in indices:
-                file.seek(int(self._offsets[index]))
-                line = file.readline()
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{self.path}, row {index + 1}: not JSON ({error}): {line[:100]!r}") from error
-                if not isinstance(row, dict):
-                    raise ValueError(f"{self.path}, row {index + 1}: expected a JSON object, got {line[:100]!r}.")
-                rows.append(row)
-        return rows
+        places = [self._place(index) for index in indices]
+        rows = {}
+        for number in {part for part, _ in places}:
+            wanted = [row for part, row in places if part == number]
+            rows[number] = iter(self._parts[number][1].__getitems__(wanted))
+        return [next(rows[part]) for part, _ in places]
 
     @cached_property
     def column_names(self) -> list[str]:
-        """The keys of the first row."""
-        return list(self.__getitems__([0])[0])
+        """The columns of the first table."""
+        return self._parts[0][1].column_names
+
+    def select_columns(self, names: Iterable[str]) -> Joined:
+        """Return a table in which others need not be read."""
+        names = [*names]
+        tables = {id(table): table.select_columns(names) for _, table, _ in self._parts}
+        return Joined([(name, tables[id(table)], rows) for name, table, rows in self._parts])
+
+    def origins(self, indices: Sequence[int]) -> list[str]:
+        """Say where rows stand, for messages."""
+        return [f"{self._parts[part][0]}, row {row + 1}" for part, row in map(self._place, indices)]
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Return in which part a row is, and which row of its table."""
+        number = bisect_right(self._ends, index)
+        rows = self._parts[number][2]
+        return number, rows[index - self._ends[number] + len(rows)]
 
 
-def _version(status: os.stat_result) -> tuple[int, int]:
-    return status.st_size, status.st_mtime_ns
+RawTable: TypeAlias = Records | Joined | datasets.Dataset
+#: A table, which of its rows are meant, and what messages call it.
+Part: TypeAlias = tuple[str, "Records | datasets.Dataset", range]
 
 
-RawTable: TypeAlias = JSONLines | datasets.Dataset
+def open_table(
+    path: str | list[str], split: str, subset: str | None, folder: Folder, revision: str | None = None
+) -> RawTable:
+    """Open what a file's path, a glob, a list of these, a folder or a Hub id stands for.
+
+    Of files, ``split`` matters only if it is a slice (``train[:1%]``), and ``subset`` is the key of the rows in a JSON
+    file. A ``ValueError`` says that there is no such file, split, subset or key, or no row.
+    """
+    if not path:
+        raise ValueError(f"path is {path!r}; it is a file, a glob, a list of these, a folder or a Hub id.")
+    paths, split = [path] if isinstance(path, str) else path, re.sub(r"\s+", "", split)
+    name = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+    if len(paths) == 1 and not _is_file(paths[0]):
+        parts = _open_set(name, split, subset, folder, revision)
+    else:
+        if revision is not None:
+            raise ValueError(f"{name}: revision is {revision!r}, but a file has none; it is of a Hub id.")
+        files = [file for one in paths for file in _files(one, folder)]
+        parts = _select({_only_split(split, name): _open_files(files, name, subset)}, split, name)
+    if not sum(len(rows) for _, _, rows in parts):
+        raise ValueError(f"{name}: the data set has no rows{f' in split {split!r}' if '[' in split else ''}.")
+    _, table, rows = parts[0]
+    return table if len(parts) == 1 and len(rows) == len(table) else Joined(parts)
 
 
-def open_table(path: str, split: str, subset: str | None, folder: Folder, revision: str | None = None) -> RawTable:
-    """Open what a path or a Hub id stands for; a ``ValueError`` if there is no such file or split, or no row."""
-    file = Path(path)
-    kind = file.suffix.lower()
-    if kind in (".jsonl", ".ndjson"):
-        return JSONLines(file)
-    if kind in (".csv", ".json", ".parquet") and not file.is_file():
-        raise ValueError(f"{path}: no such file.")
+@contextmanager
+def _named(path: str) -> Iterator[None]:
+    """Make a ``ValueError`` that begins with the path of whatever a library raises."""
     try:
-        if file.is_file():
-            table = _read_file(file, kind)
-        elif (file / "dataset_dict.json").exists() or (file / "state.json").exists():
-            table = _open_saved(path, split, folder)
-        else:
-            table = _load(path, split, subset, folder, revision)
+        yield
     except Exception as error:  # Of many kinds, and often raised from what is the reason.
         if isinstance(error, ValueError) and str(error).startswith(path):
             raise
-        raise ValueError(f"{path}: cannot be opened: {error.__cause__ or error}") from error
-    # Images and the like come as they are stored: opened by `datasets`, they could be of any size, or a URL.
-    table.info.features = datasets.Features({name: _encoded(feature) for name, feature in table.features.items()})
-    if not len(table):
-        raise ValueError(f"{path}: the data set has no rows.")
-    return table
+        reason = error.__cause__ or error
+        is_lance = isinstance(reason, ModuleNotFoundError) and reason.name == "lance"
+        hint = '; Lance is read with pip install "vlmembed[lance]".' if is_lance else ""
+        raise ValueError(f"{path}: cannot be opened: {reason}{hint}") from error
 
 
-def _read_file(path: Path, kind: str) -> datasets.Dataset:
-    if kind == ".csv":
-        return _read_csv(path)
-    if kind not in (".json", ".parquet"):
+def _kind(path: str | Path) -> str:
+    """Return the ending of a file, without that of the compression where it may be compressed."""
+    *_, before, last = "", "", *(ending.lower() for ending in Path(path).suffixes)
+    return before if last in COMPRESSIONS and before in READERS else last
+
+
+def _is_pattern(path: str) -> bool:
+    return bool({*path} & {*"*?["}) and not os.path.lexists(path)
+
+
+def _is_file(path: str) -> bool:
+    """Tell files, also those that are not there, from folders and Hub ids."""
+    return os.path.isfile(path) or _is_pattern(path) or (_kind(path) in KINDS and not os.path.isdir(path))
+
+
+def _files(path: str, folder: Folder) -> list[str]:
+    """Return the files of a path or glob; those of a glob are in the folder, also where they are links."""
+    if _is_pattern(path):
+        files = [file for file in sorted(glob.glob(path, recursive=True)) if os.path.isfile(file)]
+        for file in files:
+            folder.locate(os.path.abspath(file), "data", path)
+        if not files:
+            raise ValueError(f"{path}: no file matches.")
+        return files
+    if not os.path.isfile(path):
+        what = "a list of paths has files only" if os.path.isdir(path) else f"no such file{_beside(path)}"
+        raise ValueError(f"{path}: {what}.")
+    return [path]
+
+
+def _beside(path: str) -> str:
+    """Return a question for the name in the same folder that was perhaps meant."""
+    folder = Path(path).parent
+    return nearest(Path(path).name, os.listdir(folder)[:10_000]) if folder.is_dir() else ""
+
+
+def _open_files(files: Sequence[str], name: str, subset: str | None) -> list[Part]:
+    kinds = {_kind(file): file for file in files}
+    if unknown := [*kinds.keys() - {*KINDS}]:
         raise ValueError(
-            f"{path}: unknown kind of file {kind!r}. Rows are in .jsonl, .ndjson, .csv, .json or .parquet files, not "
-            "compressed, or in a folder that datasets.load_dataset opens."
+            f"{kinds[unknown[0]]}: unknown kind of file {unknown[0]!r}. Rows are in {', '.join(READERS)} (each also "
+            f"with {' or '.join(COMPRESSIONS)} behind it) or .parquet files, or in a folder that load_dataset opens."
         )
-    if kind == ".json":
-        _refuse_long_lines(path)
-    return datasets.load_dataset(kind[1:], data_files=glob.escape(str(path)), split="train")
+    if subset is not None and ".json" not in kinds:
+        raise ValueError(f"{name}: subset is {subset!r}, but files of this kind have none.")
+    parts: list[Part] = []
+    for kind, group in groupby(files, _kind):
+        if kind == ".parquet":
+            parts += _open_parquet([*group])
+            continue
+        read = partial(open_json, key=subset) if kind == ".json" else READERS[kind]
+        for file in group:
+            with _named(file):
+                table = read(Path(file))
+            parts.append((file, table, range(len(table))))
+    return parts
 
 
-def _read_csv(path: Path) -> datasets.Dataset:
-    # Not datasets' reader: it guesses types, so the text "None" becomes nothing and "1984" a number.
-    csv.field_size_limit(MAX_LINE_BYTES)
-    reader = csv.reader(text_lines(path), strict=True)
-    try:
-        names, *rows = [*reader] or [[]]
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: not CSV: {error}; is a quote left open?") from error
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"{path}: two columns are called {twice[0]!r}.")
-    for number, row in enumerate(rows, start=1):
-        if len(row) != len(names):
-            raise ValueError(f"{path}, row {number}: {len(row)} cells under {len(names)} columns: {row!r:.200}")
-    return datasets.Dataset.from_dict({name: [row[k] for row in rows] for k, name in enumerate(names)})
+def _open_parquet(files: Sequence[str]) -> list[Part]:
+    """Open Parquet files as one table, and divide it by file."""
+    counts = {}
+    for file in files:
+        with _named(file):
+            counts[file] = pyarrow.parquet.read_metadata(file).num_rows
+    files = [file for file in files if counts[file]]  # `datasets` reads none that is empty.
+    if not files:
+        return []
+    with _named(files[0]):
+        table = datasets.load_dataset("parquet", data_files=[*map(glob.escape, files)], split="train")
+        ends = [*accumulate(counts[file] for file in files)]
+        pieces = [table.select(range(end - counts[file], end)) for file, end in zip(files, ends, strict=True)]
+        tables = map(_undecoded, pieces if len(files) > 1 else [table])
+    return [(file, piece, range(len(piece))) for file, piece in zip(files, tables, strict=True)]
 
 
-def _open_saved(path: str, split: str, folder: Folder) -> datasets.Dataset:
+def _open_set(path: str, split: str, subset: str | None, folder: Folder, revision: str | None) -> list[Part]:
+    """Open a folder or a Hub id."""
+    with _named(path):
+        if os.path.isdir(path) and revision is not None:
+            raise ValueError(f"{path}: revision is {revision!r}, but a folder has none; it is of a Hub id.")
+        if not os.path.isdir(path) and not HUB_ID.fullmatch(path):
+            raise ValueError(f"{path}: no such file or folder{_beside(path)}, and no Hub id.")
+        if Path(path, "dataset_dict.json").exists() or Path(path, "state.json").exists():
+            return _open_saved(path, split, folder)
+        return _load(path, split, subset, folder, revision)
+
+
+def _open_saved(path: str, split: str, folder: Folder) -> list[Part]:
     """Open what ``save_to_disk`` wrote; its own files name those that hold the rows."""
-    table = datasets.load_from_disk(path, keep_in_memory=False)
-    if isinstance(table, datasets.DatasetDict):
-        if split not in table:
-            raise ValueError(f"{path}: no split {split!r}; it has {', '.join(table)}. Choose with Rows(split=…).")
-        table = table[split]
-    for file in table.cache_files:
-        folder.locate(os.path.abspath(file["filename"]), "data", path)
-    return table
+    tables = datasets.load_from_disk(path, keep_in_memory=False)
+    if not isinstance(tables, datasets.DatasetDict):
+        tables = {_only_split(split, path): tables}
+    for table in tables.values():
+        for file in table.cache_files:
+            folder.locate(os.path.abspath(file["filename"]), "data", path)
+    splits = {name: [(path, _undecoded(table), range(len(table)))] for name, table in tables.items()}
+    return _select(splits, split, path)
 
 
-def _load(path: str, split: str, subset: str | None, folder: Folder, revision: str | None) -> datasets.Dataset:
+def _load(path: str, split: str, subset: str | None, folder: Folder, revision: str | None) -> list[Part]:
     """Open a folder or a Hub id as ``load_dataset`` does, of whose files none lies elsewhere."""
-    _refuse_other_files(path, folder)
-    builder = datasets.load_dataset_builder(path, subset, revision=revision)
-    files = [file for files in (builder.config.data_files or {}).values() for file in files]
+    _refuse_other_files(path, folder, revision)
+    builder = _builder(path, subset, revision)
+    data_files = {str(name): [*files] for name, files in (builder.config.data_files or {}).items()}
+    files = [file for files in data_files.values() for file in files]
     local = [file for file in files if not file.startswith(f"hf://datasets/{path.removeprefix('hf://datasets/')}@")]
     prepared = Path(builder.cache_dir).exists()
     for file in local:  # Also links, and what the pages of older releases say.
         located = folder.locate(file if URL.match(file) else os.path.abspath(file), "data", path)
-        if not prepared and located.suffix in (".json", ".jsonl", ".ndjson"):
+        if not prepared:
             _refuse_long_lines(located)
+    for name in _split_names(split) if data_files else ():
+        _refuse_split(name, data_files, path)
+    if isinstance(builder, WebDataset):  # Not by `datasets`, which makes nulls of what is missing in a tar.
+        wanted = data_files if split == "all" else _split_names(split)
+        tars = {name: datasets.DownloadManager().download(data_files[name]) for name in wanted}
+        return _select({name: _open_files(files, path, None) for name, files in tars.items()}, split, path)
+    if isinstance(builder, AudioFolder):
+        builder.BASE_FEATURE = _EncodedAudio
     builder.download_and_prepare()
-    return builder.as_dataset(split=split)
+    table = _undecoded(builder.as_dataset(split=split), class_names=isinstance(builder, FolderBasedBuilder))
+    return [(path, table, range(len(table)))]
 
 
-def _refuse_other_files(path: str, folder: Folder) -> None:
+def _builder(path: str, subset: str | None, revision: str | None) -> datasets.DatasetBuilder:
+    try:
+        return datasets.load_dataset_builder(path, subset, revision=revision)
+    except ValueError as error:
+        names: list[str] = []
+        with suppress(Exception):  # Of what has been raised already.
+            names = datasets.get_dataset_config_names(path, revision=revision)
+        if not names or subset in names or (subset is None and len(names) == 1):
+            raise
+        what = (
+            f"no configuration {subset!r}{nearest(subset, names)}"
+            if subset
+            else "several configurations, and subset chooses none"
+        )
+        raise ValueError(f"{path}: {what}; it has {', '.join(names)} (choose with subset).") from error
+
+
+def _only_split(split: str, path: str) -> str:
+    """Return what to call all rows of what has no splits."""
+    names = {*_split_names(split)}
+    if len(names) > 1:
+        raise ValueError(f"{path}: split is {split!r}, but there are no splits; a slice is written train[:10%].")
+    return names.pop()
+
+
+def _split_names(split: str) -> list[str]:
+    """Return the splits that are added and sliced, in the language of ``datasets``: ``train[:1%]+test``."""
+    return [part.partition("[")[0] for part in split.split("+")]
+
+
+def _refuse_split(split: str, splits: Collection[str], path: str) -> None:
+    if split not in (*splits, "all"):
+        raise ValueError(f"{path}: no split {split!r}{nearest(split, splits)}; it has {', '.join(splits)}.")
+
+
+def _select(splits: Mapping[str, list[Part]], split: str, path: str) -> list[Part]:
+    """Return the parts that splits and slices ask for."""
+    if split in splits:
+        return splits[split]
+    if split == "all":
+        return [part for parts in splits.values() for part in parts]
+    for name in _split_names(split):
+        _refuse_split(name, splits, path)
+    lengths = {name: sum(len(rows) for _, _, rows in parts) for name, parts in splits.items()}
+    try:
+        pieces = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: split is {split!r}: {error}; slices are written train[:1%], train[10:20]."
+        ) from error
+    return [part for piece in pieces for part in _cut(splits[piece.splitname], piece.from_, piece.to)]
+
+
+def _cut(parts: Iterable[Part], start: int, stop: int) -> list[Part]:
+    cut = []
+    for name, table, rows in parts:
+        cut.append((name, table, rows[max(start, 0) : max(stop, 0)]))
+        start, stop = start - len(rows), stop - len(rows)
+    return [part for part in cut if part[2]]
+
+
+def _refuse_other_files(path: str, folder: Folder, revision: str | None) -> None:
     """Refuse a data set whose page names files elsewhere before they are looked for: an address would be asked."""
-    for name, config in _configurations(path):
+    for name, config in _configurations(path, revision):
         for pattern in _strings([config.get("data_files"), config.get("data_dir")]):
             # Chained, as in zip://x::http://y, any part may be an address.
             folder.locate(pattern.replace("::", "://"), "data", f"{path}, {name}")
@@ -226,7 +369,7 @@ def splits_of(path: str, folder: Folder) -> list[str]:
         return [*json.loads((Path(path) / "dataset_dict.json").read_text())["splits"]]
     if (Path(path) / "state.json").exists():
         return []
-    _refuse_other_files(path, folder)
+    _refuse_other_files(path, folder, None)
     return [*map(str, datasets.load_dataset_builder(path).config.data_files or ())]
 
 
@@ -239,8 +382,19 @@ def _strings(value: Any) -> Iterator[str]:
 
 def _refuse_long_lines(path: Path) -> None:
     """Refuse a file that a library would take into memory whole; a file within the limit has no such line."""
-    if path.stat().st_size > MAX_LINE_BYTES:
+    is_text = _kind(path) in READERS and _kind(path) != ".tar"
+    if is_text and (path.stat().st_size > MAX_LINE_BYTES or path.suffix.lower() in COMPRESSIONS):
         deque(read_lines(path), maxlen=0)
+
+
+def _undecoded(table: datasets.Dataset, class_names: bool = False) -> datasets.Dataset:
+    """Have media come as they are stored: opened by `datasets`, they could be of any size, or a URL.
+
+    Plain bytes come in the form of an image's, and the labels that `datasets` made of folders as their names.
+    """
+    table.info.features = datasets.Features({name: _encoded(feature) for name, feature in table.features.items()})
+    changed = {name: feature for name, feature in table.features.items() if _is_changed(feature, class_names)}
+    return table.with_transform(partial(_changed, changed)) if changed else table
 
 
 def _encoded(feature: Any) -> Any:
@@ -250,3 +404,33 @@ def _encoded(feature: Any) -> Any:
         return replace(feature, feature=_encoded(feature.feature))
     is_medium = hasattr(feature, "decode") and not isinstance(feature, datasets.Json)
     return replace(feature, decode=False) if is_medium else feature
+
+
+def _is_changed(feature: Any, class_names: bool) -> bool:
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return _is_changed(feature.feature, class_names)
+    if isinstance(feature, dict):
+        return not _is_encoded(feature) and any(_is_changed(inner, class_names) for inner in feature.values())
+    is_bytes = isinstance(feature, datasets.Value) and "binary" in feature.dtype
+    return is_bytes or (class_names and isinstance(feature, datasets.ClassLabel))
+
+
+def _changed(features: Mapping[str, Any], batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    return {
+        name: [_changed_value(cell, features[name]) for cell in cells] if name in features else cells
+        for name, cells in batch.items()
+    }
+
+
+def _changed_value(value: Any, feature: Any) -> Any:
+    if isinstance(value, list):
+        return [_changed_value(inner, feature.feature) for inner in value]
+    if isinstance(value, dict):
+        return value if _is_encoded(feature) else {name: _changed_value(value[name], feature[name]) for name in value}
+    if isinstance(feature, datasets.ClassLabel) and value is not None:
+        return feature.int2str(value) if value >= 0 else None
+    return {"bytes": value, "path": None} if isinstance(value, bytes) else value
+
+
+def _is_encoded(feature: Mapping[str, Any]) -> bool:
+    return {*feature} <= {"bytes", "path"}

@@ -1,0 +1,564 @@
+"""Files of rows that are read in place: of JSONL, JSON, CSV, TSV and tar, memory has only where each row is."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+import os
+import re
+import shutil
+import tarfile
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import datasets
+import numpy as np
+import pyarrow
+from filelock import FileLock
+
+from vlmembed.data.columns import nearest
+from vlmembed.files import digest, whole_file
+from vlmembed.media import limit
+
+#: The most bytes that a line of a JSONL, CSV or TSV file may have, a value of a JSON file, or a text in a tar.
+MAX_LINE_BYTES = limit("VLMEMBED_MAX_LINE_BYTES", 2**26)
+#: What decompressing leaves free on the disk of the cache.
+RESERVED_BYTES = 2**30
+
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+TOO_LONG = f"has more than {MAX_LINE_BYTES:,} bytes; VLMEMBED_MAX_LINE_BYTES sets the limit."
+DECODER = json.JSONDecoder()
+#: Of what JSON has besides strings, numbers and brackets: two escapes of six characters, -Infinity.
+LONGEST_TOKEN = 16
+SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def open_bytes(path: Path) -> BinaryIO:
+    """Open a file, whose content is decompressed if its name ends in .gz or .zst."""
+    compression = COMPRESSIONS.get(path.suffix.lower())
+    if compression is None:
+        return path.open("rb")
+    # Arrow's, which unlike Python's packages says so when a file has been cut off.
+    stream = pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), compression)
+    return cast(BinaryIO, io.BufferedReader(stream, 2**20))
+
+
+def read_lines(path: Path, name: Path | None = None) -> Iterator[bytes]:
+    """Read a file line by line; a line above ``MAX_LINE_BYTES`` is refused before it is in memory."""
+    with open_bytes(path) as file:
+        lines = iter(partial(file.readline, MAX_LINE_BYTES + 1), b"")
+        for number, line in enumerate(_decompressed(lines, path), start=1):
+            if len(line) > MAX_LINE_BYTES:
+                raise ValueError(
+                    f"{name or path}, row {number}: the line {TOO_LONG} Are there line ends between the rows?"
+                )
+            yield line
+
+
+def text_lines(path: Path, name: Path | None = None) -> Iterator[str]:
+    """Read a text file line by line; a ``ValueError`` names a line that is too long or not UTF-8."""
+    for number, line in enumerate(read_lines(path, name), start=1):
+        yield _decode(line, f"{name or path}, row {number}", is_first=number == 1)
+
+
+def _decode(line: bytes, origin: str, is_first: bool = False) -> str:
+    try:
+        return line.decode("utf-8-sig" if is_first else "utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{origin}: not UTF-8 ({error}): {line[:100]!r}") from error
+
+
+def _decompressed(pieces: Iterator[bytes], path: Path) -> Iterator[bytes]:
+    """Pass on what is read of a file; say which one it was that cannot be decompressed."""
+    try:
+        yield from pieces
+    except OSError as error:  # Arrow's, which has neither number nor name.
+        if path.suffix.lower() not in COMPRESSIONS:
+            raise
+        raise ValueError(f"{path}: cannot be decompressed: {error}. Is the file whole?") from error
+
+
+def unpacked(path: Path, has_lines: bool = False) -> Path:
+    """Return a file itself, or of a compressed one the content, once it is in the cache of ``datasets``."""
+    if path.suffix.lower() not in COMPRESSIONS:
+        return path
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "vlmembed"
+    name = digest([str(path.resolve()), repr(_version(path.stat()))])
+    target = folder / f"{name}{path.with_suffix('').suffix}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / f"{name}.lock"):
+        if not target.exists():
+            with whole_file(target) as draft, draft.open("wb") as output:
+                for position, piece in enumerate(read_lines(path) if has_lines else _read_pieces(path)):
+                    if position % 4096 == 0 and shutil.disk_usage(folder).free < RESERVED_BYTES:
+                        raise ValueError(f"{path}: its content does not fit on the disk of {folder}.")
+                    output.write(piece)
+    return target
+
+
+def _read_pieces(path: Path) -> Iterator[bytes]:
+    with open_bytes(path) as file:
+        yield from _decompressed(iter(partial(file.read, 2**16), b""), path)
+
+
+def _version(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
+
+
+class Records(ABC):
+    """Rows of a file, read when asked for; only where each begins is in memory.
+
+    Not through Arrow, which wants one type per column: a cell may be a string in one row and a mapping in the next.
+    What is compressed is decompressed once, into the cache of ``datasets``.
+    Raises an ``OSError`` when the file has changed: its rows would be others, unnoticed.
+    """
+
+    has_lines = False  # Which are of bounded length.
+
+    def __init__(self, path: Path):
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file.")
+        self.path, self._file = path, unpacked(path, self.has_lines)
+        self._version = _version(self._file.stat())
+        #: Where each row begins, and where the last one ends.
+        self._bounds = self._index()
+        if not len(self):
+            raise ValueError(f"{path}: the file has no rows.")
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        with self._file.open("rb") as file:
+            if _version(os.fstat(file.fileno())) != self._version:
+                raise OSError(f"{self.path} has changed since it was opened. Write a new version to another file.")
+            return [self._read(file, int(index)) for index in indices]
+
+    @cached_property
+    def column_names(self) -> list[str]:
+        """The keys of the first row."""
+        return list(self.__getitems__([0])[0])
+
+    def select_columns(self, names: Iterable[str]) -> Records:
+        """Return the same table: a row is read whole."""
+        return self
+
+    def origins(self, indices: Sequence[int]) -> list[str]:
+        """Say where rows stand, for messages."""
+        return [f"{self.path}, row {index + 1}" for index in indices]
+
+    @abstractmethod
+    def _index(self) -> np.ndarray: ...
+
+    @abstractmethod
+    def _read(self, file: BinaryIO, index: int) -> dict[str, Any]: ...
+
+
+def _between(file: BinaryIO, bounds: np.ndarray, index: int) -> bytes:
+    file.seek(int(bounds[index]))
+    return file.read(int(bounds[index + 1] - bounds[index]))
+
+
+def _as_array(numbers: array[int]) -> np.ndarray:
+    return np.frombuffer(numbers, dtype=np.int64)
+
+
+class JSONLines(Records):
+    """A JSONL file."""
+
+    has_lines = True
+
+    def _index(self) -> np.ndarray:
+        bounds = array("q")
+        position, end, blank = 0, 0, 0
+        for line in read_lines(self._file, self.path):
+            if not line.strip():
+                blank = blank or len(bounds) + 1
+            elif blank:  # Row numbers in messages are line numbers, so no line may be skipped.
+                raise ValueError(f"{self.path}, row {blank}: a blank line; remove it.")
+            else:
+                bounds.append(position)
+                end = position + len(line)
+            position += len(line)
+        bounds.append(end)
+        return _as_array(bounds)
+
+    def _read(self, file: BinaryIO, index: int) -> dict[str, Any]:
+        line = _between(file, self._bounds, index)
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{self.path}, row {index + 1}: not JSON ({error}): {line[:100]!r}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{self.path}, row {index + 1}: expected a JSON object, got {line[:100]!r}.")
+        return row
+
+
+class Delimited(Records):
+    """A CSV or TSV file with a header, all of whose cells are strings, since nothing says otherwise.
+
+    Not ``datasets``' reader: it guesses types, so the text "None" becomes nothing and "1984" a number.
+    """
+
+    has_lines = True
+
+    def __init__(self, path: Path, delimiter: str = ","):
+        self._delimiter = delimiter
+        super().__init__(path)
+
+    def _index(self) -> np.ndarray:
+        bounds, position, number = array("q"), 0, 0
+
+        def lines() -> Iterator[str]:
+            nonlocal position, number
+            for number, line in enumerate(read_lines(self._file, self.path), start=1):
+                position += len(line)
+                yield _decode(line, f"{self.path}, row {number}", is_first=number == 1)
+
+        reader = self._reader(lines())
+        try:
+            self._names = next(reader, [])
+            bounds.append(position)  # Of lines, the reader takes no more than the row has.
+            for row in reader:
+                if len(row) != len(self._names):
+                    counts = f"{len(row)} cells under {len(self._names)} columns"
+                    raise ValueError(f"{self.path}, row {len(bounds)}: {counts}: {row!r:.200}")
+                bounds.append(position)
+        except csv.Error as error:
+            kind = "CSV" if self._delimiter == "," else "TSV"
+            hint = "is a quote left open, or one inside a quoted cell not doubled?"
+            raise ValueError(f"{self.path}, line {number}: not {kind}: {error}; {hint}") from error
+        if twice := [name for name in self._names if self._names.count(name) > 1]:
+            raise ValueError(f"{self.path}: two columns are called {twice[0]!r}.")
+        return _as_array(bounds)
+
+    def _read(self, file: BinaryIO, index: int) -> dict[str, Any]:
+        text = _between(file, self._bounds, index).decode()
+        return dict(zip(self._names, next(self._reader([text])), strict=True))
+
+    def _reader(self, lines: Iterable[str]) -> Iterator[list[str]]:
+        csv.field_size_limit(MAX_LINE_BYTES)
+        return csv.reader(lines, delimiter=self._delimiter, strict=True)
+
+
+class _Scanner:
+    """Steps through a JSON text of which a piece is in memory; positions count bytes.
+
+    The text is read as Latin-1, in which a character is a byte, and what is structure in JSON looks as in UTF-8.
+    """
+
+    def __init__(self, file: BinaryIO, origin: str):
+        self._file, self._origin = file, origin
+        self._text, self._at, self._before = "", 0, 0
+        if file.read(3) != codecs.BOM_UTF8:
+            file.seek(0)
+        self._before = file.tell()
+
+    @property
+    def position(self) -> int:
+        return self._before + self._at
+
+    def peek(self) -> str:
+        """Return the next character that is not white space; nothing at the end."""
+        while True:
+            self._at = SPACE.match(self._text, self._at).end()  # type: ignore[union-attr]
+            if self._at < len(self._text) or not self._more():
+                return self._text[self._at : self._at + 1]
+
+    def take(self, expected: str) -> str:
+        """Step over the next character, which must be one of some."""
+        character = self.peek()
+        if not character or character not in expected:
+            wanted, got = " or ".join(map(repr, expected)), repr(character) if character else "the end"
+            raise ValueError(f"{self._origin}, byte {self.position + 1}: not JSON: expected {wanted}, got {got}.")
+        self._at += 1
+        return character
+
+    def value(self) -> str:
+        """Step over the next value, and return its text."""
+        self.peek()
+        while True:
+            problem, end = self._try()
+            if end - self._at > MAX_LINE_BYTES:
+                raise ValueError(f"{self._origin}, byte {self.position + 1}: the value {TOO_LONG}")
+            # Of a number at the end of the piece, more digits may follow.
+            if problem or end == len(self._text):
+                if self._more():
+                    continue
+                if problem:
+                    raise ValueError(problem)
+                end = len(self._text)
+            text, self._at = self._text[self._at : end], end
+            return text
+
+    def _try(self) -> tuple[str, int]:
+        """Return what is wrong with the next value where more text may mend it, and where the value ends."""
+        try:
+            return "", DECODER.raw_decode(self._text, self._at)[1]
+        except json.JSONDecodeError as error:
+            problem = f"{self._origin}, byte {self._before + error.pos + 1}: not JSON ({error.msg})."
+            is_cut = error.msg.startswith("Unterminated string") or error.pos > len(self._text) - LONGEST_TOKEN
+            if not is_cut:
+                raise ValueError(problem) from error
+            return problem, len(self._text)
+        except RecursionError as error:
+            raise ValueError(f"{self._origin}, byte {self.position + 1}: the value is nested too deeply.") from error
+
+    def elements(self) -> Iterator[int]:
+        """Step through a list or an object, and yield where each element begins, for the caller to step over."""
+        closing = {"[": "]", "{": "}"}[self.take("[{")]
+        if self.peek() == closing:
+            self.take(closing)
+            return
+        while True:
+            self.peek()
+            yield self.position
+            if self.take("," + closing) == closing:
+                return
+
+    def key(self) -> str:
+        """Step over the key of an object and the colon, and return the key."""
+        if self.peek() != '"':
+            self.take('"')
+        key = json.loads(self.value().encode("latin-1"))
+        self.take(":")
+        return str(key)
+
+    def bounds(self) -> np.ndarray:
+        """Step over a list; return where its elements begin, and its end."""
+        bounds = array("q")
+        for start in self.elements():
+            bounds.append(start)
+            self.value()
+        bounds.append(self.position)
+        return _as_array(bounds)
+
+    def _more(self) -> bool:
+        rest = self._text[self._at :]
+        left = max(2**20, MAX_LINE_BYTES + 2 - len(rest))
+        piece = self._file.read(min(max(2**20, len(rest) // 2), left)).decode("latin-1")
+        self._text, self._before, self._at = rest + piece, self.position, 0
+        return bool(piece)
+
+
+class JSONFile(Records):
+    """A JSON file that is one value; which rows it has follows from its form.
+
+    - A list of objects: these; a list of anything else: a column ``value``.
+    - An object of one list of objects, ``{"info": …, "data": […]}``: these. Of several, ``key`` chooses one.
+    - An object of lists of one length: columns.
+    - An object without lists, or where ``key`` is ``*``: columns ``key`` and ``value``.
+    """
+
+    def __init__(self, path: Path, key: str | None = None):
+        self._key, self._columns = key, dict[str, np.ndarray]()
+        super().__init__(path)
+
+    def _index(self) -> np.ndarray:
+        with self._file.open("rb") as file:
+            scanner = _Scanner(file, str(self.path))
+            if self._key not in (None, "*"):
+                self._go_to(str(self._key), scanner)
+            if scanner.peek() == "[":
+                self._form, bounds = self._list(scanner)
+            else:
+                self._form, bounds = self._object(scanner)
+            if self._key in (None, "*") and scanner.peek():
+                raise ValueError(f"{self.path}, byte {scanner.position + 1}: not JSON: something follows the end.")
+        return bounds
+
+    def _go_to(self, wanted: str, scanner: _Scanner) -> None:
+        keys = []
+        for _ in scanner.elements() if scanner.peek() == "{" else ():
+            keys.append(scanner.key())
+            if keys[-1] == wanted:
+                return
+            self._list(scanner) if scanner.peek() == "[" else scanner.value()
+        raise ValueError(
+            f"{self.path}: no key {wanted!r}{nearest(wanted, keys)}; {self._has(keys)} (subset chooses one)."
+        )
+
+    def _has(self, keys: Sequence[str]) -> str:
+        return f"it has {', '.join(keys[:20])}{', …' if len(keys) > 20 else ''}" if keys else "it is no object"
+
+    def _list(self, scanner: _Scanner) -> tuple[str, np.ndarray]:
+        bounds = scanner.bounds()
+        return "objects" if self._begins(bounds) == b"{" else "values", bounds
+
+    def _begins(self, bounds: np.ndarray) -> bytes:
+        with self._file.open("rb") as file:
+            return _between(file, bounds, 0)[:1] if len(bounds) > 1 else b""
+
+    def _object(self, scanner: _Scanner) -> tuple[str, np.ndarray]:
+        lists: dict[str, tuple[str, np.ndarray]] = {}
+        keys, bounds = [], array("q")
+        for start in scanner.elements():
+            bounds.append(start)
+            keys.append(scanner.key())
+            if scanner.peek() == "[" and self._key != "*":
+                lists[keys[-1]] = self._list(scanner)
+            else:
+                scanner.value()
+        bounds.append(scanner.position)
+        if not lists:
+            return "pairs", _as_array(bounds)
+        of_objects = [key for key, (form, _) in lists.items() if form == "objects"]
+        if len(of_objects) == 1 and (len(lists) == 1 or len(lists) < len(keys)):
+            return lists[of_objects[0]]
+        lengths = {key: len(places) - 1 for key, (_, places) in lists.items()}
+        if len(of_objects) > 1 or len(lists) < len(keys) or len({*lengths.values()}) > 1:
+            shown = ", ".join(f"{key} ({length})" for key, length in [*lengths.items()][:20])
+            raise ValueError(
+                f"{self.path}: which rows are meant? It is an object with lists {shown}. Choose one, such as "
+                f"subset: {(of_objects or [*lists])[0]}; or subset: '*' for columns 'key' and 'value'."
+            )
+        self._columns = {key: places for key, (_, places) in lists.items()}
+        return "columns", next(iter(self._columns.values()))
+
+    def _read(self, file: BinaryIO, index: int) -> dict[str, Any]:
+        if self._form == "columns":
+            return {name: self._value(file, bounds, index) for name, bounds in self._columns.items()}
+        if self._form == "pairs":
+            text = self._text(file, self._bounds, index)
+            key, end = DECODER.raw_decode(text)
+            return {"key": key, "value": DECODER.raw_decode(text[end:].lstrip(" \t\r\n:"))[0]}
+        value = self._value(file, self._bounds, index)
+        if self._form == "values":
+            return {"value": value}
+        if not isinstance(value, dict):
+            raise ValueError(f"{self.path}, row {index + 1}: expected a JSON object, got {value!r:.100}.")
+        return value
+
+    def _value(self, file: BinaryIO, bounds: np.ndarray, index: int) -> Any:
+        return DECODER.raw_decode(self._text(file, bounds, index))[0]
+
+    def _text(self, file: BinaryIO, bounds: np.ndarray, index: int) -> str:
+        return _decode(_between(file, bounds, index), f"{self.path}, row {index + 1}")
+
+
+def open_json(path: Path, key: str | None = None) -> Records:
+    """Open a JSON file, or one that has JSON in each line."""
+    if key is None and path.is_file():
+        with unpacked(path).open("rb") as file:
+            is_object = file.read(1024).removeprefix(codecs.BOM_UTF8).startswith(b"{")
+            file.seek(0)
+            ends = is_object and file.readline(MAX_LINE_BYTES + 1).rstrip().endswith(b"}")
+            if ends and file.read(1024).lstrip().startswith(b"{"):
+                return JSONLines(path)
+    return JSONFile(path, key)
+
+
+class Tar(Records):
+    """A shard of a WebDataset: a row is the files beside each other whose names differ in their endings only.
+
+    The endings are the columns. Of .txt and the like a cell is the text, of .json what is in it, of .cls a number, of
+    others ``{"bytes": …, "path": …}``. As `datasets` has them, there are also ``__key__`` and ``__url__``, the name
+    without ending and the path of the tar. Nothing is unpacked.
+    """
+
+    def _index(self) -> np.ndarray:
+        fields: list[str] = []
+        keys: list[bytes] = []
+        places = array("q")
+        for key, members in self._samples():
+            fields = fields or [*members]
+            where = f"{self.path}, row {len(keys) + 1}"
+            self._check_partners(key, {*members}, {*fields}, where)
+            keys.append(key.encode("utf-8", "surrogateescape"))
+            for field in fields:
+                member = members[field]
+                if field.rpartition(".")[2].lower() in DECODED and member.size > MAX_LINE_BYTES:
+                    raise ValueError(f"{where}: the member {member.name} {TOO_LONG}")
+                places.extend([member.offset_data, member.size])
+        if len({*keys}) < len(keys):
+            twice = next(key for key, before in zip(sorted(keys)[1:], sorted(keys), strict=False) if key == before)
+            raise ValueError(
+                f"{self.path}: the members {os.fsdecode(twice)}.* do not stand beside each other, so they are no rows. "
+                "Pack the tar again, by name: tar --sort=name."
+            )
+        self._fields, self._keys = fields, np.array(keys)
+        self._places = _as_array(places).reshape(len(keys), len(fields), 2)
+        return np.arange(len(keys) + 1)
+
+    def _samples(self) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+        """Yield the members of each key that stand beside each other, by ending."""
+        before, members = "", dict[str, tarfile.TarInfo]()
+        for member in self._members():
+            key, field = self._key_and_field(member)
+            if members and key != before:
+                yield before, members
+                members = {}
+            if field in members:
+                raise ValueError(f"{self.path}: the member {member.name} comes twice.")
+            before, members[field] = key, member
+        if members:
+            yield before, members
+
+    def _members(self) -> Iterator[tarfile.TarInfo]:
+        try:
+            with tarfile.open(self._file, "r:") as tar:
+                for member in tar:
+                    tar.members = []  # type: ignore[attr-defined]  # Else it remembers all.
+                    if not member.isdir() and not Path(member.name).name.startswith((".", "__")):
+                        yield member
+        except (tarfile.TarError, EOFError) as error:
+            raise ValueError(f"{self.path}: not a tar that can be read: {error}. Is the file whole?") from error
+
+    def _key_and_field(self, member: tarfile.TarInfo) -> tuple[str, str]:
+        folder, _, name = member.name.rpartition("/")
+        stem, _, field = name.partition(".")
+        if member.name.startswith("/") or ".." in member.name.split("/"):
+            raise ValueError(f"{self.path}: the member {member.name} leads out of the tar; pack it again.")
+        if not member.isreg() or member.issparse():
+            raise ValueError(f"{self.path}: the member {member.name} is no plain file (a link?); pack it as one.")
+        if not field:
+            raise ValueError(
+                f"{self.path}: the member {member.name} has no ending, so it belongs to no row; pack it with one."
+            )
+        return (f"{folder}/{stem}" if folder else stem), field
+
+    def _check_partners(self, key: str, fields: set[str], expected: set[str], where: str) -> None:
+        if missing := sorted(expected - fields):
+            raise ValueError(
+                f"{where}: the member {key}.{min(fields)} is without its partner {key}.{missing[0]}. Every row needs "
+                f"the files of the first ({', '.join(sorted(expected))}), beside each other in the tar."
+            )
+        if extra := sorted(fields - expected):
+            raise ValueError(
+                f"{where}: the member {key}.{extra[0]} has no partner in row 1, whose files are "
+                f"{', '.join(sorted(expected))}; every row needs the same."
+            )
+
+    def _read(self, file: BinaryIO, index: int) -> dict[str, Any]:
+        key = os.fsdecode(self._keys[index])
+        row: dict[str, Any] = {}
+        for field, (start, size) in zip(self._fields, self._places[index].tolist(), strict=True):
+            file.seek(start)
+            row[field] = self._cell(file.read(size), field, f"{key}.{field}", index)
+        return {**row, "__key__": key, "__url__": str(self.path)}
+
+    def _cell(self, content: bytes, field: str, name: str, index: int) -> Any:
+        decode = DECODED.get(field.rpartition(".")[2].lower())
+        if decode is None:
+            return {"bytes": content, "path": name}
+        try:
+            return decode(content)
+        except (ValueError, RecursionError) as error:
+            kind = {json.loads: "JSON", int: "a whole number"}.get(decode, "UTF-8")
+            raise ValueError(
+                f"{self.path}, row {index + 1}: the member {name} is not {kind} ({error}): {content[:100]!r}"
+            ) from error
+
+
+#: How files with these endings are read, of those that WebDataset knows; what can run or fill the memory is not.
+DECODED: dict[str, Callable[[bytes], Any]] = {
+    **dict.fromkeys(("txt", "text", "transcript"), bytes.decode),
+    **dict.fromkeys(("cls", "cls2", "index", "inx", "id"), int),
+    **dict.fromkeys(("json", "jsn"), json.loads),
+}
