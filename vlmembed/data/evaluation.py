@@ -67,8 +67,8 @@ class EvaluationTables(EvaluationSource):
 
     The columns of a corpus are an id (``id``, ``_id``, ``corpus-id``, ``corpus_id``, ``did``, ``docid``) and
     ``document``, or any of ``title``, ``text``, ``image``, ``video``, ``audio``, ``pdf``; those of queries an id (also
-    ``query-id``, ``qid``) and ``query``, or the same others. Name them with ``columns`` or ``cells``; others are not read. Queries
-    without judgements are left out. ``instruction`` is what the model is told to do with an item.
+    ``query-id``, ``qid``) and ``query``, or the same others. Name them with ``columns`` or ``cells``; others are not
+    read. Queries without judgements are left out. ``instruction`` is what the model is told to do with an item.
 
     Args:
         corpus: The documents: a ``vlmembed.data.Table``, the path of a file, or ``vlmembed.data.Pages``.
