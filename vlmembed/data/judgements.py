@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -57,7 +57,7 @@ class JSONRows:
         """See `Table.name`."""
         return self.table.name
 
-    @property
+    @cached_property
     def column_names(self) -> list[str]:
         """The keys of the first rows."""
         rows = self.table.raw.__getitems__(list(range(min(len(self), FIRST))))
