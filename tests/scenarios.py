@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from building import Recorder, batch, examples, fit, relative_difference, texts
+from building import Recorder, batch, examples, fit, item, relative_difference, texts
 from peft import LoraConfig
 from torch.optim import SGD
 
 from vlmembed.adapters import Adapter
-from vlmembed.losses import InfoNCE, Loss, Matryoshka
+from vlmembed.losses import CoSENT, InfoNCE, Loss, Matryoshka
 from vlmembed.modules import EmbeddingModule
 from vlmembed.types import Example
 
@@ -42,6 +42,7 @@ class Scenario:
         adapters: Of the module.
         backbone: Options of it.
         trainer: Options of Lightning's trainer.
+        losses: Those that examples name.
     """
 
     steps: list[Step]
@@ -49,6 +50,7 @@ class Scenario:
     adapters: tuple[Adapter, ...] = ()
     backbone: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
+    losses: dict[str, Loss] = field(default_factory=dict)
 
     def train(
         self, build: Callable[[Scenario], EmbeddingModule], rank: int | None, chunk_size: int | None, **strategy: Any
@@ -69,6 +71,28 @@ def mixed_steps(count: int) -> list[Step]:
 def split_steps(count: int) -> list[Step]:
     """Pictures in the first process, texts alone in the second."""
     return [(examples(3), texts(count + 1)[step:]) for step in range(count)]
+
+
+def several_losses(count: int) -> list[Step]:
+    """Batches of the module's own loss, of graded pairs, and of rows with negatives, by turns."""
+
+    def graded(number: int, row: Example) -> Example:
+        labels = tuple((number + 3 * rank) % 4 / 2 for rank in range(len(row.documents)))
+        return replace(row, labels=labels, loss="graded")
+
+    def with_negatives(number: int, row: Example) -> Example:
+        return replace(row, negatives=(*row.negatives, item(f"another class {number}")), loss="classes")
+
+    kinds: list[Callable[[int, Example], Example]] = [lambda number, row: row, graded, with_negatives]
+    steps = []
+    for step, (first, second) in enumerate(mixed_steps(count)):
+        kind = kinds[step % 3]
+        steps.append(tuple([kind(number, row) for number, row in enumerate(share)] for share in (first, second)))
+    return steps  # type: ignore[return-value]
+
+
+def losses() -> dict[str, Loss]:
+    return {"graded": CoSENT(0.1), "classes": InfoNCE(0.05, learnable_temperature=True, in_batch_negatives=False)}
 
 
 def learnable() -> Loss:

@@ -20,7 +20,9 @@ from scenarios import (
     check_clipping,
     check_trained_as_one,
     learnable,
+    losses,
     mixed_steps,
+    several_losses,
     split_steps,
 )
 from torch.nn.functional import normalize
@@ -39,6 +41,7 @@ def train_one(scenario: Scenario, checkpoint: Path, rank: int | None, chunk_size
 
     def build(scenario: Scenario) -> EmbeddingModule:
         options = {"backbone": scenario.backbone, "adapters": scenario.adapters, "optimizer": OPTIMIZER}
+        options["losses"] = scenario.losses
         return module(checkpoint, scenario.loss, **options)
 
     parallel = {} if rank is None else {"devices": 2, "strategy": DDPStrategy(process_group_backend="gloo")}
@@ -53,6 +56,10 @@ SCENARIOS: dict[str, Callable[[], Scenario]] = {
     "LoRA": lambda: Scenario(mixed_steps(3), adapters=(LoRA(LORA),)),
     "frozen vision": lambda: Scenario(mixed_steps(3), adapters=(Freeze(["vision", "merger"]),)),
     "pictures in one process": lambda: Scenario(split_steps(3)),
+    "several losses": lambda: Scenario(several_losses(3), losses=losses()),
+    "several losses in one step": lambda: Scenario(
+        several_losses(9), learnable(), losses=losses(), trainer={"accumulate_grad_batches": 3}
+    ),
     "everything": lambda: Scenario(
         split_steps(6),
         learnable(),
@@ -88,6 +95,10 @@ def test_scenarios_are_what_they_say(alone: dict[str, Recorder]) -> None:
     assert any("visual" in name for name in alone["pictures in one process"].gradients[0])
     assert {len(run.gradients) for run in alone.values()} == {3}
     assert len(alone["accumulation"].losses) == 6
+    temperature = "losses.classes.log_scale"
+    assert temperature not in alone["several losses"].gradients[0].keys() | alone["several losses"].gradients[1].keys()
+    assert alone["several losses"].update(3)[temperature].abs() > 1e-4
+    assert alone["several losses in one step"].update(1)[temperature].abs() > 1e-4
 
 
 # Measuring

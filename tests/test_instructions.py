@@ -285,35 +285,32 @@ def test_pairs_of_one_instruction_share_their_beginning(checkpoint: Path) -> Non
 # Exports
 
 
-class Listed(list[Example], Source):
+class Own(list[Example], Source):
     """Examples as they are."""
-
-    title = "listed"
-
-    @property
-    def name(self) -> str:
-        return self.title
-
-
-def listed(name: str, *instructions: tuple[str | None, str | None]) -> Listed:
-    rows = Listed(
-        Example(told(item(f"q{row}", role="query"), query), (told(item(f"p{row}"), document),))
-        for row, (query, document) in enumerate(instructions)
-    )
-    rows.title = name
-    return rows
 
 
 def test_instructions_are_named_after_their_source(tmp_path: Path) -> None:
+    def rows(name: str, *instructions: tuple[str | None, str | None], columns: int = 2) -> Rows:
+        """One file for each name and number of rows."""
+        (folder := tmp_path / str(len([*tmp_path.iterdir()]))).mkdir()
+        names = ("query_instruction", "document_instruction")[:columns]
+        table = [
+            {"query": f"q{number}", "positive": "p", **dict(zip(names, row, strict=False))}
+            for number, row in enumerate(instructions)
+        ]
+        return Rows(write(folder / f"{name}.jsonl", table))
+
     broken = Rows(write(tmp_path / "broken.jsonl", [ROW | {"query": "", "query_instruction": FIND}]))
+    own = Own([Example(told(item("q", role="query"), FIND), (item("p"),))])
     mixture = Mixture(
         [
-            listed("pages", (FIND, SHOW), (FIND, SHOW)),
-            listed("plain", (None, None)),
-            listed("mixed", ("A.", None), ("B.", ""), ("B.", "")),
-            listed("pages", ("Another.", SHOW)),
-            listed("pages", ("A third.", None)),
+            rows("pages", (FIND, SHOW), (FIND, SHOW)),
+            rows("plain", (None, None), columns=0),
+            GroupByQuery(rows("mixed", ("A.", None), ("B.", ""), ("B.", ""))),
+            rows("pages", ("Another.", SHOW)),
+            rows("pages", ("A third.", None), columns=1),
             broken,
+            own,
         ]
     )
     assert named_prompts(mixture) == {

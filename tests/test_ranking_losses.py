@@ -32,6 +32,7 @@ from vlmembed.losses import (
     BinaryCrossEntropy,
     InfoNCE,
     KLDivergence,
+    LabelSpec,
     LambdaRank,
     ListNet,
     Loss,
@@ -439,7 +440,7 @@ ROWS = [scored(number, 1 + number % 3) for number in range(5)]
 
 def test_a_batch_carries_the_scores_of_its_pairs() -> None:
     rows = [scored(number) for number in (0, 2, 4)]
-    data = collated(ItemCollator(Letters(), teacher_scores=True), rows, 2)
+    data = collated(ItemCollator(Letters(), LabelSpec(teacher_scores=True)), rows, 2)
     assert data.scores is not None
     assert data.scores.shape == data.labels.shape
     *_, relevance, scores = gather_batch(torch.zeros(len(data.queries) + len(data.documents), 3), data)
@@ -458,7 +459,7 @@ def test_of_two_scores_for_a_pair_the_higher_counts() -> None:
     row = scored(0)
     other = Example(row.query, row.positives, row.negatives, scores=(9.0, -9.0, -9.0))
     for rows in ([row, other], [other, row]):
-        scores = ItemCollator(Letters(), teacher_scores=True)(rows).scores
+        scores = ItemCollator(Letters(), LabelSpec(teacher_scores=True))(rows).scores
         assert scores is not None
         assert sorted(scores.tolist()) == pytest.approx([-4 / 3, -1.0, 9.0])
 
@@ -472,7 +473,7 @@ def test_rows_that_do_not_fit_the_loss_are_refused() -> None:
         (Example(query, positive, scores=(1.0,)), True, "the row has one"),
     ):
         with pytest.raises(ValueError, match=f"rows.jsonl, row 3.*{message}"):
-            ItemCollator(Letters(), teacher_scores=wants_scores)([example])
+            ItemCollator(Letters(), LabelSpec(teacher_scores=wants_scores))([example])
 
 
 # Training

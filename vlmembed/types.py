@@ -144,6 +144,7 @@ class Example:
     negatives: tuple[Item, ...] = ()
     scores: tuple[float, ...] | None = None  # A teacher's, of the positives and then the negatives.
     labels: tuple[float, ...] | None = None  # How relevant each is, in the same order; None for 1 and 0.
+    loss: str | None = None  # The name of the loss that its source is trained with; None for the module's own.
 
     @property
     def documents(self) -> tuple[Item, ...]:
@@ -270,9 +271,10 @@ class Batch(_Chunks):
     document_ids: Int[Tensor, " P"]
     pairs: Int[Tensor, "M 2"]  # Query id, document id.
     labels: Int8[Tensor, " M"]  # 1 for a positive, -1 for a hard negative.
-    scores: Float[Tensor, " M"] | None = None  # A teacher's, where the loss distils them.
+    scores: Float[Tensor, " M"] | None = None  # A teacher's, where the loss distils them; or grades.
     origins: tuple[str, ...] = ()  # Where each row of the batch came from, for messages.
     bad_rows: tuple[BadRow, ...] = ()
+    loss: str | None = None  # Of all its examples.
 
 
 @dataclass
@@ -284,6 +286,7 @@ class RankingBatch(_Chunks):
     targets: Float[Tensor, " N"]  # What each score should say: a label, or a teacher's score.
     origins: tuple[str, ...] = ()
     bad_rows: tuple[BadRow, ...] = ()
+    loss: str | None = None
 
 
 @dataclass

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
 from vlmembed.data.evaluation import as_evaluation, as_reranking
 from vlmembed.data.sources import RowLists, shard
+from vlmembed.losses.base import LabelSpec
 from vlmembed.types import (
     Batch,
     Chunking,
@@ -31,9 +32,6 @@ from vlmembed.types import (
     RerankingSet,
 )
 
-if TYPE_CHECKING:
-    from vlmembed.losses import LabelSpec
-
 #: So many chunks of pairs are read at once: an image that several of them show is preprocessed, and encoded, once.
 CHUNKS_PER_BATCH = 8
 
@@ -43,8 +41,27 @@ class Collator(ABC):
 
     preprocessor: Preprocessor
     chunking: Chunking = Chunking()
-    teacher_scores: bool  # Whether the loss distils a teacher's scores.
+    label_specs: Mapping[str | None, LabelSpec]  # What each loss wants to know, by name; None for the module's own.
     distinct_queries: bool  # Whether no query may come twice in a batch, where it would be its own negative.
+
+    @property
+    def teacher_scores(self) -> bool:
+        """Whether the module's own loss distils a teacher's scores."""
+        return self.label_specs[None].teacher_scores
+
+    def loss_of(self, examples: Sequence[Example]) -> tuple[str | None, LabelSpec]:
+        """Return the loss that examples are trained with, by name, and what it wants to know; refuse several."""
+        first = examples[0]
+        for example in examples:
+            if example.loss != first.loss:
+                raise ValueError(
+                    f"{example.query.origin}: its loss is {example.loss!r}, and {first.loss!r} that of another row of "
+                    "its batch. Give vlmembed.data.Mixture the losses, which makes batches of one."
+                )
+        if first.loss not in self.label_specs:
+            known = ", ".join(map(repr, filter(None, self.label_specs))) or "none"
+            raise ValueError(f"{first.query.origin}: its loss is {first.loss!r}, and model.losses has {known}.")
+        return first.loss, self.label_specs[first.loss]
 
     @abstractmethod
     def __call__(self, examples: Sequence[Example]) -> Batch | RankingBatch:
@@ -64,6 +81,12 @@ class Collator(ABC):
 
         All processes get equally many batches, so that none waits for another that has no more.
         """
+
+
+def _by_name(own: LabelSpec, named: Mapping[str, LabelSpec] | None) -> dict[str | None, LabelSpec]:
+    specs: dict[str | None, LabelSpec] = {None: own}
+    specs.update(named or {})
+    return specs
 
 
 def cut(prepared: Prepared, chunking: Chunking) -> tuple[list[int], list[Inputs], list[Inputs]]:
@@ -94,13 +117,24 @@ def cut(prepared: Prepared, chunking: Chunking) -> tuple[list[int], list[Inputs]
 
 
 class ItemCollator(Collator):
-    """Makes batches for embedders; with ``teacher_scores``, for a loss that distils those of a teacher."""
+    """Makes batches for embedders.
+
+    Args:
+        preprocessor: From items to model inputs.
+        label_spec: What the loss wants to know of each document.
+        named: The same of further losses, by name.
+    """
 
     distinct_queries = True
 
-    def __init__(self, preprocessor: Preprocessor, teacher_scores: bool = False) -> None:
+    def __init__(
+        self,
+        preprocessor: Preprocessor,
+        label_spec: LabelSpec | None = None,
+        named: Mapping[str, LabelSpec] | None = None,
+    ) -> None:
         self.preprocessor = preprocessor
-        self.teacher_scores = teacher_scores
+        self.label_specs = _by_name(label_spec or LabelSpec(), named)
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
         """Merge equal items, and equal queries with all their documents."""
@@ -108,20 +142,28 @@ class ItemCollator(Collator):
         documents: dict[int, Item] = {}
         labels: dict[tuple[int, int], int] = {}
         scores: dict[tuple[int, int], float] = {}
-        check_scores(examples, self.teacher_scores)
+        loss, spec = self.loss_of(examples)
+        if not spec.grades or spec.teacher_scores:
+            check_scores(examples, spec.teacher_scores)
         for example in examples:
             query = example.query
             queries.setdefault(query.id, query)
+            values = example.grades if spec.grades and example.scores is None else example.scores
             for number, item in enumerate(example.documents):
                 documents.setdefault(item.id, item)
                 pair = query.id, item.id
                 # Where examples disagree about a pair, it is a positive, with the highest score.
                 labels[pair] = max(1 if number < len(example.positives) else -1, labels.get(pair, -1))
-                if example.scores is not None:
-                    scores[pair] = max(example.scores[number], scores.get(pair, -math.inf))
-            if self.teacher_scores and len({item.id for item in example.documents}) < 2:
+                if values is not None:
+                    scores[pair] = max(values[number], scores.get(pair, -math.inf))
+            if spec.teacher_scores and len({item.id for item in example.documents}) < 2:
                 raise ValueError(
                     f"{query.origin}: distillation compares documents, and the row has one. Add negatives."
+                )
+            if spec.needs_negative and not example.negatives:
+                raise ValueError(
+                    f"{query.origin}: the loss has in_batch_negatives: false, so that there is nothing to tell the "
+                    "positive from where a row has no negatives of its own. Add some."
                 )
         distinct = {**queries, **documents}
         order, chunks, images = cut(self.preprocessor.prepare([*distinct.values()], draft=True), self.chunking)
@@ -137,8 +179,9 @@ class ItemCollator(Collator):
             document_ids=torch.tensor([*documents], dtype=torch.long),
             pairs=torch.tensor([*labels], dtype=torch.long).reshape(-1, 2),
             labels=torch.tensor([*labels.values()], dtype=torch.int8),
-            scores=torch.tensor([scores[pair] for pair in labels]) if self.teacher_scores else None,
+            scores=torch.tensor([scores[pair] for pair in labels]) if spec.teacher_scores or spec.grades else None,
             origins=tuple(example.query.origin for example in examples),
+            loss=loss,
         )
 
     def load(self, value: Any, split: str) -> EvaluationSet:
@@ -194,6 +237,7 @@ class PairCollator(Collator):
         label_spec: What the loss wants to know of each candidate.
         in_batch_negatives: How many documents of other examples each query gets as negatives, besides those of its row.
         by_document: Whether pairs of one document are scored together when measuring, instead of those of one query.
+        named: What further losses want to know, by name.
     """
 
     distinct_queries = False
@@ -204,15 +248,15 @@ class PairCollator(Collator):
         label_spec: LabelSpec,
         in_batch_negatives: int = 0,
         by_document: bool = False,
+        named: Mapping[str, LabelSpec] | None = None,
     ) -> None:
-        if in_batch_negatives and label_spec.teacher_scores:
+        self.label_specs = _by_name(label_spec, named)
+        if in_batch_negatives and any(spec.teacher_scores for spec in self.label_specs.values()):
             raise ValueError(
                 f"in_batch_negatives={in_batch_negatives}: the loss distils a teacher's scores, and it has none of "
                 "other rows' documents. Set in_batch_negatives: 0."
             )
         self.preprocessor = preprocessor
-        self.label_spec = label_spec
-        self.teacher_scores = label_spec.teacher_scores
         self.in_batch_negatives = in_batch_negatives
         self.by_document = by_document
 
@@ -221,7 +265,8 @@ class PairCollator(Collator):
         targets: dict[tuple[int, int], float] = {}
         pairs: dict[tuple[int, int], Pair] = {}
         extended = self._with_negatives(examples) if self.in_batch_negatives else examples
-        self._check_labels(extended)
+        loss, spec = self.loss_of(examples)
+        _check_labels(extended, spec)
         for example in extended:
             for document, target in zip(example.documents, example.scores or example.grades, strict=True):
                 key = example.query.id, document.id
@@ -237,35 +282,14 @@ class PairCollator(Collator):
             documents=torch.tensor([keys[row][1] for row in order]),
             targets=torch.tensor([targets[keys[row]] for row in order]),
             origins=tuple(example.query.origin for example in examples),
+            loss=loss,
         )
 
     def check(self, example: Example) -> None:
         """See `Collator.check`: a query that has one candidate by itself gets others from the batch."""
-        several = self.label_spec.needs_several and not self.in_batch_negatives
-        PairCollator(self.preprocessor, replace(self.label_spec, needs_several=several))([example])
-
-    def _check_labels(self, examples: Sequence[Example]) -> None:
-        """Refuse examples that do not say what the loss wants to know."""
-        spec = self.label_spec
-        check_scores(examples, spec.teacher_scores)
-        for example in examples:
-            origin, documents, labels = example.query.origin, example.documents, example.grades
-            if spec.needs_several and len(documents) < 2:
-                raise ValueError(
-                    f"{origin}: the query has one candidate, and this loss compares several. Add negatives, or group "
-                    "the rows of a query with vlmembed.data.GroupByQuery."
-                )
-            if spec.teacher_scores:
-                continue
-            for document, label in zip(documents, labels, strict=True):
-                if not 0 <= label <= spec.largest:
-                    takes = f"what this loss takes, 0 to {spec.largest:g}"
-                    raise ValueError(f"{document.origin or origin}: label {label:g} is outside of {takes}.")
-            if spec.needs_positive and max(labels) <= 0:
-                raise ValueError(
-                    f"{origin}: none of the query's {len(documents)} candidates has a label above 0, and this loss "
-                    "needs a positive. Use vlmembed.data.GroupByQuery, or a pointwise loss such as BinaryCrossEntropy."
-                )
+        _, spec = self.loss_of([example])
+        several = spec.needs_several and not self.in_batch_negatives
+        PairCollator(self.preprocessor, replace(spec, needs_several=several))([replace(example, loss=None)])
 
     def _with_negatives(self, examples: Sequence[Example]) -> list[Example]:
         """Give each example documents of the others, the same ones whenever the batch is made."""
@@ -304,6 +328,29 @@ class PairCollator(Collator):
         """Preprocess pairs, and their distinct images once."""
         order, chunks, images = cut(self.preprocessor.prepare([pair for _, _, pair in pairs]), chunking)
         return PairBatch(chunks, images, torch.tensor([pairs[row][:2] for row in order]))
+
+
+def _check_labels(examples: Sequence[Example], spec: LabelSpec) -> None:
+    """Refuse examples that do not say what the loss wants to know."""
+    check_scores(examples, spec.teacher_scores)
+    for example in examples:
+        origin, documents, labels = example.query.origin, example.documents, example.grades
+        if spec.needs_several and len(documents) < 2:
+            raise ValueError(
+                f"{origin}: the query has one candidate, and this loss compares several. Add negatives, or group "
+                "the rows of a query with vlmembed.data.GroupByQuery."
+            )
+        if spec.teacher_scores:
+            continue
+        for document, label in zip(documents, labels, strict=True):
+            if not 0 <= label <= spec.largest:
+                takes = f"what this loss takes, 0 to {spec.largest:g}"
+                raise ValueError(f"{document.origin or origin}: label {label:g} is outside of {takes}.")
+        if spec.needs_positive and max(labels) <= 0:
+            raise ValueError(
+                f"{origin}: none of the query's {len(documents)} candidates has a label above 0, and this loss "
+                "needs a positive. Use vlmembed.data.GroupByQuery, or a pointwise loss such as BinaryCrossEntropy."
+            )
 
 
 def read_pairs(evaluation: EvaluationSet, numbers: Sequence[tuple[int, int]]) -> list[NumberedPair]:

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 from vlmembed.data import checks
 from vlmembed.data.collate import Collator
 from vlmembed.data.evaluation import EvaluationSource, RerankingSource
-from vlmembed.data.rows import Rows
-from vlmembed.data.sources import Batches, Mixture, ResumableLoader, RowLists, Source, seeded_generator
+from vlmembed.data.rows import INSTRUCTIONS, Rows, Table
+from vlmembed.data.sources import Batches, GroupByQuery, Mixture, ResumableLoader, RowLists, Source, seeded_generator
 from vlmembed.metrics import MEAN
 from vlmembed.training.bad_rows import BadRowFile, ReadableRows, SkipBadRows
 from vlmembed.training.signals import leave_stopping_to_parent
@@ -142,6 +142,11 @@ class RetrievalDataModule(LightningDataModule):
             self.evaluations[stage] = sets
 
     @property
+    def loss_names(self) -> set[str]:
+        """The losses that training sources name."""
+        return {*filter(None, self._mixture.losses or ())}
+
+    @property
     def steps_per_epoch(self) -> int:
         """Training batches per epoch and process, known without reading the rows."""
         return len(self._batches())
@@ -233,24 +238,28 @@ def as_mixture(train: Training | None) -> Mixture:
 
 
 def named_prompts(mixture: Mixture) -> dict[str, str]:
-    """Name the instructions of training sources, ``SOURCE-query`` and ``SOURCE-document``, as MTEB looks for prompts.
+    """Name the instructions of training files and data sets, ``NAME-query`` and ``NAME-document``, as MTEB does.
 
-    Of a source with several, the one that most rows have, among `SAMPLE` rows that are spread over it.
+    Of one with several, the one that most rows have, among `SAMPLE` rows that are spread over it. A source of one's own
+    is not read here.
     """
     prompts: dict[str, str] = {}
     for source in mixture.sources:
+        table: Any = source.rows if isinstance(source, GroupByQuery) else source
+        if not isinstance(table, Table) or not {*INSTRUCTIONS}.intersection(table.column_names):
+            continue
         counts: dict[str, Counter[str | None]] = {"query": Counter(), "document": Counter()}
-        for row in {*np.linspace(0, len(source) - 1, SAMPLE, dtype=int).tolist()} if len(source) else ():
+        for row in np.unique(np.linspace(0, len(source) - 1, SAMPLE, dtype=int)).tolist():
             with suppress(ValueError):  # Training says what is wrong with the row.
                 example = source[row]
                 counts["query"][example.query.instruction] += 1
                 counts["document"].update(document.instruction for document in example.documents[:1])
-        title = "-".join(filter(None, [source.name, getattr(source, "subset", None)]))
+        title = "-".join(filter(None, [table.name, table.subset]))
         for role, count in counts.items():
             instruction = max(count, key=count.__getitem__, default=None)
             if instruction is not None:
                 name, number = f"{title}-{role}", 1
-                while prompts.setdefault(name, instruction) != instruction:  # Sources of one name are numbered.
+                while prompts.setdefault(name, instruction) != instruction:  # Those of one name are numbered.
                     number += 1
                     name = f"{title}-{number}-{role}"
     return prompts

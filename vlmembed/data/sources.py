@@ -137,13 +137,17 @@ class Mixture(Source):
         weights: Shares of the sources, in their order, in any unit. Null for shares by size.
         alpha: Without weights, shares are proportional to size to this power: 1 keeps the natural shares, 0 makes them
             equal, values between favour small sources (multilingual BERT used 0.7, XLM-R 0.3).
-        one_source_batches: Whether every batch, over all processes, holds rows of a single source.
+        one_source_batches: Whether every batch, over all processes, holds rows of a single source; or for each source
+            whether it has batches of its own.
+        losses: For each source the name of its loss in the model's ``losses``, or null for the model's ``loss``; null
+            for that of all sources. A batch holds rows of one loss.
     """
 
     sources: list[Source]
     weights: list[float] | None = None
     alpha: float = 1.0
-    one_source_batches: bool = False
+    one_source_batches: bool | list[bool] = False
+    losses: list[str | None] | None = None
 
     def __post_init__(self) -> None:
         sources, weights, alpha = self.sources, self.weights, self.alpha
@@ -157,11 +161,25 @@ class Mixture(Source):
             raise ValueError(f"weights needs one number above 0 for each of the {len(sources)} sources, got {weights}.")
         if not 0 <= alpha < np.inf:
             raise ValueError(f"alpha is 0 or more, got {alpha}.")
+        for name in ("one_source_batches", "losses"):
+            value = getattr(self, name)
+            if isinstance(value, list) and len(value) != len(sources):
+                raise ValueError(f"{name} needs one entry for each of the {len(sources)} sources, got {value}.")
+
+    @property
+    def groups(self) -> list[list[int]]:
+        """The sources whose rows may share a batch: those of one loss, without those that have their own batches."""
+        own, groups = self.one_source_batches, dict[Any, list[int]]()
+        for source in range(len(self.sources)):
+            is_alone = own[source] if isinstance(own, list) else own
+            loss = self.losses[source] if self.losses else None
+            groups.setdefault(source if is_alone else ("mixed", loss), []).append(source)
+        return [*groups.values()]
 
     @property
     def name(self) -> str:
         """The names of the sources."""
-        return " + ".join(source.name for source in self.sources)
+        return self.title(range(len(self.sources)))
 
     def __len__(self) -> int:
         return self.offsets[-1]
@@ -171,6 +189,9 @@ class Mixture(Source):
 
     def __getitems__(self, indices: Sequence[int]) -> list[Example]:
         examples = self._read(indices, lambda source, rows: source.__getitems__(rows))
+        if self.losses:
+            losses = [self.losses[bisect_right(self.offsets, index) - 1] for index in indices]
+            examples = [replace(example, loss=loss) for example, loss in zip(examples, losses, strict=True)]
         for number, (index, example) in enumerate(zip(indices, examples, strict=True)):
             items = example.query, *example.positives, *example.negatives
             if not all([item.origin for item in items]):
@@ -191,19 +212,28 @@ class Mixture(Source):
         """The index of each source's first row, and the number of rows."""
         return [0, *accumulate(map(len, self.sources))]
 
-    def apportion(self, count: int) -> list[int]:
-        """Divide a number of rows (or batches) among the sources by their shares, largest remainders first."""
-        shares = np.array(self.weights or [len(source) ** self.alpha for source in self.sources], dtype=float)
+    def apportion(self, count: int, groups: Sequence[Sequence[int]] | None = None) -> list[int]:
+        """Divide a number of rows (or batches) among the sources by their shares, largest remainders first.
+
+        Or among some groups of sources.
+        """
+        of_sources = np.array(self.weights or [len(source) ** self.alpha for source in self.sources], dtype=float)
+        groups = groups or [[source] for source in range(len(self.sources))]
+        shares = np.array([of_sources[[*group]].sum() for group in groups])
         exact = shares / shares.sum() * count
         parts = np.floor(exact).astype(int)
         for source in np.argsort(parts - exact, kind="stable")[: count - parts.sum()]:
             parts[source] += 1
         if not parts.all():
-            which = self.sources[int(parts.argmin())].name
+            which = self.title(groups[int(parts.argmin())])
             raise ValueError(
                 f"Source {which!r} gets none of the {count} rows or batches of an epoch; raise its weight."
             )
         return parts.tolist()
+
+    def title(self, group: Sequence[int]) -> str:
+        """Return the names of some sources."""
+        return " + ".join(self.sources[source].name for source in group)
 
     def _read(self, indices: Sequence[int], read: Callable[[Source, list[int]], list[Any]]) -> list[Any]:
         """Read all rows of a source at once."""
@@ -246,7 +276,7 @@ class Batches(Sampler[list[int]]):
         #: Batches of the epoch to leave out, because a run that is resumed has had them.
         self.skip = 0
         self._query_ids = np.full(len(mixture), UNREAD)
-        self._checked: set[range] = set()
+        self._checked: set[tuple[int, ...]] = set()
         if not len(self):
             raise ValueError(f"The {len(mixture)} training rows are fewer than one batch of {self.global_size}.")
 
@@ -266,28 +296,35 @@ class Batches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = np.random.default_rng([self.seed, self.epoch])
-        sources = [range(start, stop) for start, stop in pairwise(self.mixture.offsets)]
-        rows = [_passes(source, generator) for source in sources]
-        if self.mixture.one_source_batches:
-            counts = self.mixture.apportion(len(self))
-            streams = [self._cut(*parts) for parts in zip(rows, sources, counts, strict=True)]
+        mixture, count = self.mixture, len(self)
+        rows = [_passes(range(start, stop), generator) for start, stop in pairwise(mixture.offsets)]
+        groups = mixture.groups
+        batches: Iterator[list[int]]
+        if mixture.one_source_batches is True or len(groups) > 1:
+            counts = mixture.apportion(count, groups)
+            streams = []
+            for group, share in zip(groups, counts, strict=True):
+                mixed = self._mixed(group, rows, share * self.global_size, generator)
+                streams.append(self._cut(mixed if len(group) > 1 else rows[group[0]], group, share))
             schedule = generator.permutation(np.repeat(range(len(streams)), counts))
-            batches: Iterator[list[int]] = (next(streams[source]) for source in schedule)
+            batches = (next(streams[group]) for group in schedule)
         else:
-            batches = self._cut(self._mixed(rows, generator), range(len(self.mixture)), len(self))
+            batches = self._cut(self._mixed(groups[0], rows, len(mixture), generator), groups[0], count)
         start = self.rank * self.batch_size
         for batch in islice(batches, self.skip, len(self)):
             yield batch[start : start + self.batch_size]
 
-    def _mixed(self, streams: list[Iterator[int]], generator: np.random.Generator) -> Iterator[int]:
-        """Shuffle each source's share of an epoch together, epoch after epoch."""
-        counts = self.mixture.apportion(len(self.mixture))
+    def _mixed(
+        self, group: Sequence[int], streams: Sequence[Iterator[int]], total: int, generator: np.random.Generator
+    ) -> Iterator[int]:
+        """Shuffle the share that each source of a group has in its rows of an epoch together, epoch after epoch."""
+        counts = dict(zip(group, self.mixture.apportion(total, [[source] for source in group]), strict=True))
         while True:
-            drawn = [row for stream, count in zip(streams, counts, strict=True) for row in islice(stream, count)]
+            drawn = [row for source, count in counts.items() for row in islice(streams[source], count)]
             yield from generator.permutation(drawn).tolist()
 
-    def _cut(self, stream: Iterator[int], rows: range, count: int) -> Iterator[list[int]]:
-        """Cut an endless stream of rows into batches, ``count`` of them in an epoch.
+    def _cut(self, stream: Iterator[int], group: Sequence[int], count: int) -> Iterator[list[int]]:
+        """Cut an endless stream of a group's rows into batches, ``count`` of them in an epoch.
 
         A row whose query is in the batch already waits for the next one.
         """
@@ -311,24 +348,26 @@ class Batches(Sampler[list[int]]):
                     else:
                         batch[query] = row
                 drawn += len(more)
-                if delayed > drawn / 10 and rows not in self._checked:
-                    self._checked.add(rows)
-                    self._check_queries(rows, count)
+                if delayed > drawn / 10 and tuple(group) not in self._checked:
+                    self._checked.add(tuple(group))
+                    self._check_queries(group, count)
             yield [*batch.values()]
 
-    def _check_queries(self, rows: range, count: int) -> None:
+    def _check_queries(self, group: Sequence[int], count: int) -> None:
         """Refuse rows of too few queries, and say how many of them the batches of an epoch can show, if not all."""
+        offsets, name = self.mixture.offsets, self.mixture.title(group)
+        rows = [row for source in group for row in range(*offsets[source : source + 2])]
         queries, frequencies = np.unique(self._queries_of(rows), return_counts=True)
         if len(queries) < self.global_size:
             raise ValueError(
-                f"Rows {rows.start + 1} to {rows.stop} of {self.mixture.name} ask {len(queries)} distinct queries, "
+                f"The {len(rows):,} rows of {name} ask {len(queries)} distinct queries, "
                 f"fewer than the {self.global_size} rows of a batch over all processes, where each query may come "
                 "once. Lower batch_size."
             )
         seen, places = int(np.minimum(frequencies, count).sum()), min(len(rows), count * self.global_size)
         if seen < 0.9 * places and not self.rank:
             warnings.warn(
-                f"An epoch sees {seen:,} of the {len(rows):,} rows of {self.mixture.name}, some of them again and "
+                f"An epoch sees {seen:,} of the {len(rows):,} rows of {name}, some of them again and "
                 f"again: a batch holds a query once, and {frequencies.max():,} rows ask the same. "
                 "vlmembed.data.GroupByQuery makes one row of them, with several positives; an epoch then sees all.",
                 stacklevel=2,

@@ -62,6 +62,8 @@ class InfoNCE(Loss):
         hardness: Add this times the (detached) cosine similarity to the ``query_to_document`` logits of negatives,
             so that similar ones weigh more (9 in LLaVE, arXiv:2503.04812; 5 in EmbeddingGemma, arXiv:2509.20354).
         hardness_on: Which negatives ``hardness`` weighs: other queries' documents, the query's hard negatives, or both.
+        in_batch_negatives: Whether other queries' documents are negatives. False takes the hard negatives alone, of
+            which each row then needs some: for rows whose documents answer many queries, such as names of classes.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class InfoNCE(Loss):
         false_negative_margin: float | None = None,
         hardness: float = 0.0,
         hardness_on: Negatives = "all_negatives",
+        in_batch_negatives: bool = True,
     ) -> None:
         super().__init__()
         check_positive(temperature=temperature)
@@ -87,6 +90,9 @@ class InfoNCE(Loss):
             raise ValueError(f"hardness={hardness} weighs 'query_to_document', which directions={directions!r} lacks")
         if false_negative_margin is not None and not math.isfinite(false_negative_margin):
             raise ValueError(f"false_negative_margin must be finite, or null to keep all, got {false_negative_margin}")
+        if not in_batch_negatives and tuple(directions) != ("query_to_document",):
+            raise ValueError(f"in_batch_negatives=False is for directions ('query_to_document',), got {directions!r}")
+        self.in_batch_negatives, self.wants_negatives = in_batch_negatives, not in_batch_negatives
         self.directions, self.softmax = tuple(directions), softmax
         self.false_negative_margin, self.hardness, self.hardness_on = false_negative_margin, hardness, hardness_on
         self.fixed_scale = 1 / temperature
@@ -146,6 +152,8 @@ class InfoNCE(Loss):
             # (R, C) similarities of each pair's query or document with all C queries or documents.
             if direction == "query_to_document":
                 similarities, is_negative = q @ documents.T, relevance[query] != 1
+                if not self.in_batch_negatives:
+                    is_negative = relevance[query] == -1
             elif direction == "document_to_query":
                 similarities, is_negative = p @ queries.T, relevance.T[document] != 1
             elif direction == "query_to_query":

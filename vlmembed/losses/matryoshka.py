@@ -31,6 +31,7 @@ class Matryoshka(Loss):
         self.loss = loss
         self.weights = dict(sorted(zip(dimensions, weights, strict=True), reverse=True))  # Largest dimension first.
         self.dimensions, self.wants_scores = tuple(self.weights), loss.wants_scores
+        self.wants_grades, self.wants_negatives = loss.wants_grades, loss.wants_negatives
 
     def forward(self, queries: Tensor, documents: Tensor, relevance: Tensor, scores: Tensor | None = None) -> Tensor:
         largest, available = self.dimensions[0], queries.shape[1]
@@ -65,6 +66,8 @@ class WeightedSum(Loss):
         self.losses, self.weights = nn.ModuleList(losses), weights
         self.dimensions = tuple(sorted({dimension for loss in losses for dimension in loss.dimensions}, reverse=True))
         self.wants_scores = any(loss.wants_scores for loss in losses)
+        self.wants_grades = any(loss.wants_grades for loss in losses)
+        self.wants_negatives = any(loss.wants_negatives for loss in losses)
 
     @property
     def terms(self) -> list[tuple[Any, float]]:
@@ -73,5 +76,8 @@ class WeightedSum(Loss):
 
     def forward(self, queries: Tensor, documents: Tensor, relevance: Tensor, scores: Tensor | None = None) -> Tensor:
         batch = queries, documents, relevance
-        losses = [weight * (loss(*batch, scores) if loss.wants_scores else loss(*batch)) for loss, weight in self.terms]
+        losses = [
+            weight * (loss(*batch, scores) if loss.wants_scores or loss.wants_grades else loss(*batch))
+            for loss, weight in self.terms
+        ]
         return torch.stack(losses).sum()

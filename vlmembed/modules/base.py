@@ -8,7 +8,7 @@ through the gradient cache, and `configure_gradient_clipping` looks at the gradi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from torchmetrics import Metric
 from vlmembed import distributed
 from vlmembed.adapters import Adapter
 from vlmembed.data import Collator
+from vlmembed.data.columns import nearest
 from vlmembed.encoder import Encoder
 from vlmembed.features import FeatureCache
 from vlmembed.gradcache import GradCache
@@ -72,6 +73,7 @@ class RetrievalModule(LightningModule, ABC):
             ``vlmembed.features.InMemory`` or ``OnDisk``; null to run the tower once per image and step.
         max_skipped_steps: How many optimizer steps in a row may be skipped because their loss or gradient is not
             finite; one more stops the run. They are listed in ``non_finite.jsonl`` in the run's folder.
+        losses: Further losses by name, for training sources that name one; see ``vlmembed.data.Mixture``.
     """
 
     def __init__(
@@ -85,10 +87,12 @@ class RetrievalModule(LightningModule, ABC):
         graph_memory: Literal["auto", "none"] | float = "auto",
         features: FeatureCache | None = None,
         max_skipped_steps: int = 10,
+        losses: Mapping[str, nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.loss = loss
+        self.losses = _named(losses or {})
         self.adapters = adapters
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -101,6 +105,8 @@ class RetrievalModule(LightningModule, ABC):
         self._configured = False
         self._reached_everything = False
         self._inputs: set[str] = set()
+        #: What the batch under way is trained with; None for ``loss``.
+        self._loss_name: str | None = None
         #: Batches since the optimizer's last step.
         self._accumulated = 0
         self._metrics = nn.ModuleList()
@@ -134,6 +140,16 @@ class RetrievalModule(LightningModule, ABC):
     def check(self) -> None:
         """Refuse what does not fit together, once weights are there."""
 
+    def loss_of(self, name: str | None) -> nn.Module:
+        """Return a loss by the name that sources give it; None for the module's own."""
+        return self.loss if name is None else self.losses[name]
+
+    @property
+    def dimensions(self) -> tuple[int, ...]:
+        """Truncated dimensions that a loss trains, largest first; none of a cross-encoder."""
+        losses = (self.loss, *self.losses.values())
+        return tuple(sorted({size for loss in losses for size in getattr(loss, "dimensions", ())}, reverse=True))
+
     @property
     def preprocessor(self) -> Preprocessor:
         """The preprocessor of this model's inputs."""
@@ -147,9 +163,24 @@ class RetrievalModule(LightningModule, ABC):
             refuse_strategy(self.trainer.strategy)
             data = getattr(self.trainer, "datamodule", None)
             refuse_split_windows(self.trainer, getattr(data, "steps_per_epoch", None))
+            self._check_losses(getattr(data, "loss_names", None))
             if self.lr_scheduler is not None and not self.learning_rates:
                 try_schedule(self.lr_scheduler, self.optimizer or AdamW, self.trainer)
             prepare_averages(self.trainer)
+
+    def _check_losses(self, names: Collection[str] | None) -> None:
+        """Refuse losses that sources name and the model lacks, and those that no source names."""
+        for name in names or ():
+            if name not in self.losses:
+                raise ValueError(
+                    f"A source of data.train has the loss {name!r}{nearest(name, [*self.losses])}, and model.losses "
+                    f"has {', '.join(self.losses) or 'none'}."
+                )
+        if names is not None and (unused := [name for name in self.losses if name not in names]):
+            raise ValueError(
+                f"model.losses has {unused[0]!r}, which no source of data.train is trained with. Remove it, or name it "
+                "in the losses of vlmembed.data.Mixture."
+            )
 
     def configure_model(self) -> None:
         """Load the weights and apply the adapters. Does nothing the second time."""
@@ -217,7 +248,8 @@ class RetrievalModule(LightningModule, ABC):
         self.grad_cache.before_step = window_ends or is_last_of_epoch(self.trainer, batch_idx)
         outputs = self.grad_cache.embed(batch)  # (N, D) of this process
         arguments = self.gather_batch(outputs, batch)  # embeddings (Q, D), (P, D) or scores (Q, C), of all processes
-        loss: Tensor = self.loss(*arguments)
+        self._loss_name = batch.loss
+        loss: Tensor = self.loss_of(batch.loss)(*arguments)
         self._accumulated += 1
         self._inputs.update(*batch.chunks, *batch.images)
         self.guard.add(loss, batch.origins)
@@ -231,7 +263,7 @@ class RetrievalModule(LightningModule, ABC):
         super().backward(loss, *args, **kwargs)
         self.grad_cache.backward()
         if self.grad_cache.before_step:
-            self.monitor.check(self, self.loss)
+            self.monitor.check(self, self.loss_of(self._loss_name))
             if self._reduce_gradients:
                 distributed.mean_gradients(self.parameters())
             self._average_partial_window()
@@ -341,6 +373,13 @@ class RetrievalModule(LightningModule, ABC):
         """val, test or predict."""
         stage = self.trainer.state.stage
         return "" if stage is None else str(stage.dataloader_prefix)
+
+
+def _named(losses: Mapping[str, nn.Module]) -> nn.ModuleDict:
+    try:
+        return nn.ModuleDict(losses)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"losses: {[*losses]}: not all are names that a loss can have ({error}).") from error
 
 
 def write_run(evaluation: Any, scores: Tensor, columns: Tensor, folder: Path) -> None:

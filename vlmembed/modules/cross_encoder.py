@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ class CrossEncoderModule(RetrievalModule):
             of Qwen3-VL-Reranker.
         in_batch_negatives: How many documents of other rows of the batch each query gets as negatives, besides its
             own, in each process by itself. Cheap where the template puts the document first: each is read once.
+        losses: Further losses by name, for training sources that name one; see ``vlmembed.data.Mixture``.
         **options: As for `RetrievalModule`.
     """
 
@@ -47,15 +49,17 @@ class CrossEncoderModule(RetrievalModule):
         head: ScoreHead | None = None,
         template: PairTemplate | None = None,
         in_batch_negatives: int = 0,
+        losses: Mapping[str, RankingLoss] | None = None,
         **options: Any,
     ) -> None:
         self.in_batch_negatives = in_batch_negatives
-        super().__init__(Scorer(backbone, head or YesNo(), template or QueryFirst()), loss, **options)
+        super().__init__(Scorer(backbone, head or YesNo(), template or QueryFirst()), loss, losses=losses, **options)
 
     def collator(self) -> PairCollator:
         """Score pairs, with the labels that the loss wants."""
         by_document = self.encoder.template.ends_with_query
-        return PairCollator(self.preprocessor, self.loss.label_spec, self.in_batch_negatives, by_document)
+        named: Any = {name: loss.label_spec for name, loss in self.losses.items()}
+        return PairCollator(self.preprocessor, self.loss.label_spec, self.in_batch_negatives, by_document, named)
 
     def collapse_monitor(self) -> CollapseMonitor:
         """Watch the spread of a batch's scores."""

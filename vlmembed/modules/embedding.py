@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +30,26 @@ class EmbeddingModule(RetrievalModule):
         backbone: The vision-language model.
         pooling: From its hidden states to an embedding.
         loss: What to train with, such as InfoNCE, or Matryoshka around it.
+        losses: Further losses by name, for training sources that name one; see ``vlmembed.data.Mixture``.
         **options: As for `RetrievalModule`.
     """
 
     loss: Loss
 
-    def __init__(self, backbone: VisionLanguageModel, pooling: Pooling, loss: Loss, **options: Any) -> None:
-        super().__init__(Encoder(backbone, pooling), loss, **options)
+    def __init__(
+        self,
+        backbone: VisionLanguageModel,
+        pooling: Pooling,
+        loss: Loss,
+        losses: Mapping[str, Loss] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(Encoder(backbone, pooling), loss, losses=losses, **options)
 
     def collator(self) -> ItemCollator:
         """Embed items, each on its own."""
-        return ItemCollator(self.preprocessor, teacher_scores=self.loss.wants_scores)
+        named: Any = {name: loss.label_spec for name, loss in self.losses.items()}
+        return ItemCollator(self.preprocessor, self.loss.label_spec, named)
 
     def collapse_monitor(self) -> CollapseMonitor:
         """Watch the cosines of a batch's embeddings."""
@@ -47,7 +57,7 @@ class EmbeddingModule(RetrievalModule):
 
     def check(self) -> None:
         """Refuse Matryoshka dimensions that the embedding does not have."""
-        too_large = [dimension for dimension in self.loss.dimensions if dimension > self.encoder.dimension]
+        too_large = [dimension for dimension in self.dimensions if dimension > self.encoder.dimension]
         if too_large:
             raise ValueError(
                 f"The loss truncates to {too_large} dimensions, but the embedding has {self.encoder.dimension}. "
@@ -60,7 +70,7 @@ class EmbeddingModule(RetrievalModule):
 
     def metric(self, evaluation: EvaluationSet) -> RetrievalMetrics:
         """Measure how well queries find their documents in the whole corpus."""
-        return RetrievalMetrics(evaluation, self.loss.dimensions)
+        return RetrievalMetrics(evaluation, self.dimensions)
 
     def measure(self, batch: ItemBatch, metric: RetrievalMetrics) -> None:
         """Embed queries or documents."""

@@ -117,8 +117,8 @@ def refuse_untouched_parameters(
     """Refuse to train on if a backward did not reach a trainable parameter, by a RuntimeError with the names.
 
     ``inputs`` are the names of what the model was given: a batch without images says nothing about the vision tower,
-    one without audio nothing about the audio tower. Returns whether everything was reached; otherwise the
-    next batch is to be checked too.
+    one without audio nothing about the audio tower, one of a loss nothing about other losses. Returns whether
+    everything was reached; otherwise the next batch is to be checked too.
     """
     untouched = [
         name for name, parameter in module.named_parameters() if parameter.requires_grad and parameter.grad is None
@@ -126,6 +126,8 @@ def refuse_untouched_parameters(
     saw_images = any("pixel_values" in name for name in inputs)
     reached = {"vision": saw_images, "merger": saw_images, "audio": "input_features" in inputs}
     blamed = [name for name in untouched if reached.get(backbone.group_of(name), True)]
+    if getattr(module, "losses", None):
+        blamed = [name for name in blamed if not name.startswith(("loss.", "losses."))]
     if blamed:
         raise RuntimeError(
             f"{len(blamed)} trainable parameters got no gradient from this batch, such as {blamed[0]} and "

@@ -65,10 +65,12 @@ class ParityCheck(Callback):
             self._expected, self._batches = {}, 0  # The scaler skips this step for its scale; the next is checked.
             return
         # A loss's parameters have the whole gradient in every process, the others that of its own embeddings.
-        parts = {name: part if name.startswith("loss.") else _total(part) for name, part in self._expected.items()}
+        whole = "loss.", "losses."
+        parts = {name: part if name.startswith(whole) else _total(part) for name, part in self._expected.items()}
         table, complaint = compare(pl_module, actual, {name: part / self._batches for name, part in parts.items()})
         batch, self._expected = self._batch, None
-        losses = {type(part).__name__ for part in pl_module.loss.modules() if isinstance(part, Loss)}
+        loss = pl_module.loss_of(batch.loss)
+        losses = {type(part).__name__ for part in loss.modules() if isinstance(part, Loss)}
         others = ", ".join(sorted(losses - {"InfoNCE", "Matryoshka", "WeightedSum"}))
         distributed.print_once(
             f"Parity check {'failed' if complaint else 'passed'}, of {len(batch.queries)} queries and "
@@ -81,11 +83,12 @@ class ParityCheck(Callback):
 
 def defined_gradients(module: Any, batch: Batch) -> dict[str, Tensor]:
     """Return the gradient that a batch should have, by parameter, as far as it goes through this process's items."""
-    tensors = [(tensor, tensor.detach().clone()) for tensor in (*module.buffers(), *module.loss.parameters())]
+    loss_module = module.loss_of(batch.loss)
+    tensors = [(tensor, tensor.detach().clone()) for tensor in (*module.buffers(), *loss_module.parameters())]
     weights = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
     with torch.random.fork_rng([module.device] if module.device.type == "cuda" else []):
         with module.trainer.precision_plugin.train_step_context():
-            loss = defined_loss(module.loss, *joined(_embed(module, batch), batch))
+            loss = defined_loss(loss_module, *joined(_embed(module, batch), batch))
         gradients = torch.autograd.grad(loss, [*weights.values()], materialize_grads=True)
     with torch.no_grad():
         for tensor, value in tensors:
@@ -139,13 +142,13 @@ def defined_loss(loss: Loss, queries: Tensor, documents: Tensor, relevance: Tens
     elif type(loss) is InfoNCE:
         return _defined_infonce(loss, normalize(queries.double()), normalize(documents.double()), relevance)
     else:
-        return loss(queries, documents, relevance, *(scores if loss.wants_scores else ()))
+        return loss(queries, documents, relevance, *(scores if loss.wants_scores or loss.wants_grades else ()))
     return torch.stack([weight * defined_loss(term, q, d, relevance, *scores) for term, q, d, weight in terms]).sum()
 
 
 def _defined_infonce(loss: InfoNCE, queries: Tensor, documents: Tensor, relevance: Tensor) -> Tensor:
     """Average, over queries and their positives, minus the log of a pair's share in a softmax with its negatives."""
-    positive, judged = relevance == 1, relevance != 0
+    positive, judged, hard = relevance == 1, relevance != 0, relevance == -1
     # Rows of similarities, taken apart at once: indexing makes a matrix of zeros for each row's gradient.
     by_query, by_document = (queries @ documents.T).unbind(), (documents @ queries.T).unbind()
     of_queries, of_documents = (queries @ queries.T).unbind(), (documents @ documents.T).unbind()
@@ -156,7 +159,7 @@ def _defined_infonce(loss: InfoNCE, queries: Tensor, documents: Tensor, relevanc
     for query, document in positive.nonzero().tolist():
         similarity, logits = by_query[query][document], []
         directions = {  # Of each, the similarities with all candidates, and which candidates are negatives.
-            "query_to_document": (by_query[query], ~positive[query]),
+            "query_to_document": (by_query[query], ~positive[query] if loss.in_batch_negatives else hard[query]),
             "document_to_query": (by_document[document], ~positive[:, document]),
             "query_to_query": (of_queries[query], ~(positive & positive[query]).any(1)),
             "document_to_document": (of_documents[document], ~(judged & judged[:, document, None]).any(0)),
