@@ -23,7 +23,7 @@ from test_metrics import MEASURES
 
 from vlmembed.data import EvaluationFolder, EvaluationRows, EvaluationTables, RetrievalDataModule, Rows, Table
 from vlmembed.data.evaluation import as_evaluation, as_reranking
-from vlmembed.metrics import METRICS, RetrievalMetrics
+from vlmembed.metrics import METRICS, RerankingMetrics, RetrievalMetrics
 from vlmembed.types import EvaluationSet
 
 
@@ -680,8 +680,13 @@ def test_candidates_by_id_for_embedders_and_rerankers(tmp_path: Path, monkeypatc
     embeddings = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
     metrics.update(torch.arange(6), embeddings)
     normal = torch.nn.functional.normalize(embeddings.double(), dim=1)
-    values = {name: float(value) for name, value in metrics.compute().items()}
-    assert values == pytest.approx(expected.measure(normal[:2] @ normal[2:].T), abs=1e-6)
+    cosines = normal[:2] @ normal[2:].T
+    measured = pytest.approx(expected.measure(cosines), abs=1e-6)
+    assert {name: float(value) for name, value in metrics.compute().items()} == measured
+    reranked = RerankingMetrics(reranking)
+    reranked.update(reranked.pairs, cosines[reranked.pairs[:, 0], reranked.pairs[:, 1]])
+    after = {name: float(value) for name, value in reranked.compute().items() if not name.endswith("/before")}
+    assert after == measured
 
 
 def test_each_row_is_a_query_for_a_reranker_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlmembed.data.cells import Folder
-from vlmembed.data.judgements import Lines
 from vlmembed.data.rows import Table
 from vlmembed.data.tables import configurations, splits_of
 
@@ -69,10 +68,8 @@ class Place:
             "its 'split'."
         )
 
-    def open(self, split: str, root: Folder, revision: str | None, allow_outside: list[str] | None) -> Table | Lines:
-        """Open what is there."""
-        if self.configuration is None and self.path.endswith(".jsonl"):
-            return Lines(Path(self.path), root)
+    def open(self, split: str, revision: str | None, allow_outside: list[str] | None) -> Table:
+        """Return what is there."""
         return Table(self.path, split, self.configuration, revision=revision, allow_outside=allow_outside)
 
 
@@ -102,8 +99,8 @@ def _on_disk(folder: Path) -> Places | None:
     """Look for files and folders of the known names."""
     corpus = _entry(folder, "corpus")
     queries = _entry(folder, "queries") or _entry(folder, "query")
-    is_lines = any((folder / name).exists() for name in ("corpus.jsonl", "queries.jsonl"))
-    if not is_lines and (corpus is None or queries is None):
+    is_usual = any((folder / name).exists() for name in ("corpus.jsonl", "queries.jsonl"))
+    if not is_usual and (corpus is None or queries is None):
         return None
     places = {
         "corpus": corpus or folder / "corpus.jsonl",

@@ -19,10 +19,9 @@ from vlmembed.data.judgements import (
     Documents,
     Entry,
     LazyItems,
-    Lines,
     Qrels,
     as_items,
-    is_lines,
+    as_rows,
     origin_of,
     read_contents,
     read_judgements,
@@ -67,9 +66,9 @@ class EvaluationTables(EvaluationSource):
     """Queries, a corpus and judgements, each in a table of its own.
 
     The columns of a corpus are an id (``id``, ``_id``, ``corpus-id``, ``corpus_id``, ``did``, ``docid``) and
-    ``document``, or any of ``title``, ``text``, ``image``, ``video``; those of queries an id (also ``query-id``,
-    ``qid``) and ``query``, or the same others. Name them with ``columns`` or ``cells``; others are not read. Queries
-    without judgements are left out. ``instruction`` is what the model is told to do with an item.
+    ``document``, or any of ``title``, ``text``, ``image``, ``video``, ``audio``, ``pdf``; those of queries an id (also
+    ``query-id``, ``qid``) and ``query``, or the same others. Name them with ``columns`` or ``cells``; others are not
+    read. Queries without judgements are left out. ``instruction`` is what the model is told to do with an item.
 
     Args:
         corpus: The documents: a ``vlmembed.data.Table``, the path of a file, or ``vlmembed.data.Pages``.
@@ -95,9 +94,9 @@ class EvaluationTables(EvaluationSource):
 
     def load(self) -> EvaluationSet:
         """See `EvaluationSource.load`."""
-        table = _as_rows(self.queries)
+        table = as_rows(self.queries)
         queries = _queries(table, self.query_instruction, self.group_by, [POSITIVES, CANDIDATES])
-        corpus = read_contents(_as_rows(self.corpus), "document", self.document_instruction)
+        corpus = read_contents(as_rows(self.corpus), "document", self.document_instruction)
         has_positives = POSITIVES in table.column_names
         if has_positives == (self.qrels is not None):
             what = "both in qrels and" if has_positives else "neither in qrels nor"
@@ -106,7 +105,7 @@ class EvaluationTables(EvaluationSource):
         if isinstance(table, Table) and table.where:  # Judgements of the queries that are left out are none of ours.
             names = {*queries.names}
             qrels = {query: judged for query, judged in qrels.items() if query in names}
-        evaluation = _judged(self.name or Path(table.path).stem, queries, corpus, qrels, origin)
+        evaluation = _judged(self.name or table.name, queries, corpus, qrels, origin)
         if CANDIDATES not in table.column_names:
             return evaluation
         return replace(evaluation, candidates=_candidates(queries.select(qrels), corpus))
@@ -180,15 +179,15 @@ class EvaluationFolder(EvaluationSource):
             place.check(root)
         split = places["qrels"].choose(root, self.split or usual_split, self.split is not None)
 
-        def rows(role: str) -> Documents:
+        def table(role: str) -> Table:
             own = places[role].choose(root, split, is_exact=False)
-            return places[role].open(own, root, self.revision, self.allow_outside)
+            return places[role].open(own, self.revision, self.allow_outside)
 
         lines = places["qrels"].file_of(split)
-        qrels, origin = _read(str(lines) if lines else rows("qrels"))
-        queries = _queries(rows("queries"), self.query_instruction, self.group_by)
+        qrels, origin = _read(str(lines) if lines else table("qrels"))
+        queries = _queries(as_rows(table("queries")), self.query_instruction, self.group_by)
         if places["corpus"] not in corpora:
-            corpora[places["corpus"]] = read_contents(rows("corpus"), "document", self.document_instruction)
+            corpora[places["corpus"]] = read_contents(as_rows(table("corpus")), "document", self.document_instruction)
         return _judged(name, queries, corpora[places["corpus"]], qrels, origin)
 
 
@@ -361,19 +360,11 @@ def _is_evaluation_folder(path: str) -> bool:
         return False
 
 
-def _as_rows(value: str | Table | Pages) -> Documents:
-    """Return a table; of a JSONL file that is read as it is, one whose rows need not have the same keys."""
-    table = Table(value) if isinstance(value, str) else value
-    if isinstance(table, Pages) or table.cells is not None or table.columns or table.where or table.each:
-        return table
-    return Lines(Path(table.path), table.folder) if is_lines(table.path) else table
-
-
-def _read(value: str | Documents) -> tuple[Qrels, str]:
+def _read(value: str | Table) -> tuple[Qrels, str]:
     """Read judgements; they come with where they are."""
     if isinstance(value, str) and Path(value).suffix in LINES:
         return read_qrels(Path(value)), value
-    table = value if isinstance(value, Lines) else _as_rows(value)
+    table = as_rows(value)
     return read_judgements(table), origin_of(table)
 
 

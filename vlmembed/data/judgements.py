@@ -10,12 +10,13 @@ from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import datasets
 from PIL.Image import Image
 
 from vlmembed.data.cells import KINDS, Folder, content_keys, instructed, to_items
 from vlmembed.data.pages import Pages
 from vlmembed.data.rows import FIRST, Table
-from vlmembed.data.tables import JSONLines, text_lines
+from vlmembed.data.tables import text_lines
 from vlmembed.types import EvaluationSet, Item, Part, Role
 
 Qrels = dict[str, dict[str, int]]
@@ -45,35 +46,50 @@ LAYOUTS: dict[int, tuple[int, ...]] = {3: (0, 1, 2), 4: (0, 2, 3), 5: (0, 2, 3)}
 EXPECTED = "expected query-id, corpus-id, integer grade"
 
 
-class Lines(JSONLines):
-    """A JSONL file as a table whose rows need not have the same keys."""
+class JSONRows:
+    """A table of JSON as it is: its rows need not have the same keys."""
 
-    def __init__(self, path: Path, folder: Folder) -> None:
-        super().__init__(path)
-        self.folder = folder
+    def __init__(self, table: Table) -> None:
+        self.table = table
+
+    @property
+    def name(self) -> str:
+        """See `Table.name`."""
+        return self.table.name
 
     @cached_property
     def column_names(self) -> list[str]:
         """The keys of the first rows."""
-        rows = self.__getitems__(range(min(len(self), FIRST)))
+        rows = self.table.raw.__getitems__(list(range(min(len(self), FIRST))))
         return [*dict.fromkeys(key for row in rows for key in row)]
 
+    @property
+    def folder(self) -> Folder:
+        """See `Table.folder`."""
+        return self.table.folder
+
+    def __len__(self) -> int:
+        return len(self.table.raw)
+
     def read(self, indices: Sequence[int], names: Collection[str] | None = None) -> list[dict[str, Any]]:
-        """See `Table.read`; all keys come along."""
-        return self.__getitems__(indices)
+        """See `Table.read`; other keys may come along."""
+        return self.table.raw.__getitems__(list(indices))
 
     def origins(self, indices: Sequence[int]) -> list[str]:
         """See `Table.origins`."""
-        return [f"{self.path}, row {index + 1}" for index in indices]
+        return self.table.origins(indices)
 
 
 #: What has rows of queries or documents.
-Documents: TypeAlias = Table | Pages | Lines
+Documents: TypeAlias = Table | Pages | JSONRows
 
 
-def is_lines(path: str) -> bool:
-    """Tell a JSONL file, each of whose rows has keys of its own."""
-    return Path(path).suffix.lower() in (".jsonl", ".ndjson")
+def as_rows(value: str | Table | Pages) -> Documents:
+    """Open a table; of JSON that is read as it is, one whose rows need not have the same keys."""
+    table = Table(value) if isinstance(value, str) else value
+    if isinstance(table, Pages) or table.cells is not None or table.columns or table.where or table.each:
+        return table
+    return table if isinstance(table.raw, datasets.Dataset) else JSONRows(table)
 
 
 Entry = Item | Callable[[], Item]
@@ -167,15 +183,16 @@ def _group(value: Any, origin: str) -> str:
 
 def _scan(table: Documents, names: Collection[str] | None) -> Iterator[tuple[int, Row, str]]:
     """Go through a table: index, row and origin."""
-    if isinstance(table, Table) and table.cells is None and is_lines(table.path):
+    if isinstance(table, Table) and table.cells is None and not isinstance(table.raw, datasets.Dataset):
         names = None  # All of them, so that a row with other keys than the first is refused.
     for start in range(0, len(table), BLOCK):
         indices = range(start, min(start + BLOCK, len(table)))
         yield from zip(indices, table.read(indices, names), table.origins(indices), strict=True)
 
 
-def origin_of(table: Documents) -> str:
+def origin_of(documents: Documents) -> str:
     """Say where a table is, for messages."""
+    table = documents.table if isinstance(documents, JSONRows) else documents
     subset = table.subset if isinstance(table, Table) else None
     return f"{table.path}, {subset}" if subset else str(table.path)
 

@@ -123,6 +123,10 @@ class RetrievalMetrics(EvaluationMetrics):
             raise ValueError(f"dimensions must be distinct numbers of at least 1, got {dimensions!r}")
         super().__init__(evaluation, len(evaluation.queries) + len(evaluation.corpus), "embedding")
         self.dimensions = tuple(dimensions)
+        # (C,) of each query; many may share those of one, such as a corpus.
+        distinct = {id(columns): columns for columns in evaluation.candidates or ()}
+        tensors = {key: torch.tensor(columns) for key, columns in distinct.items()}
+        self._candidates = [tensors[id(columns)] for columns in evaluation.candidates or ()]
 
     def update(self, rows: Int[Tensor, " B"], embeddings: Float[Tensor, "B D"]) -> None:
         """Take embeddings, not normalised, of items by number: the set's queries first, then its corpus.
@@ -183,10 +187,10 @@ class RetrievalMetrics(EvaluationMetrics):
         for start in range(0, len(queries), height):
             # NumPy's product stays float32, whatever autocast and torch.set_float32_matmul_precision say.
             scores = torch.from_numpy(queries[start : start + height].numpy() @ corpus.numpy().T)
-            if self.evaluation.candidates is not None:
+            if self._candidates:
                 others = torch.ones(scores.shape, dtype=torch.bool)
-                for row, columns in zip(others, self.evaluation.candidates[start : start + height], strict=True):
-                    row[torch.tensor(columns)] = False
+                for row, columns in zip(others, self._candidates[start : start + height], strict=True):
+                    row[columns] = False
                 scores.masked_fill_(others, -torch.inf)
             yield start, scores
 
