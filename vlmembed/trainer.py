@@ -222,7 +222,9 @@ class Trainer(lightning.Trainer):
         # Of the data module when it trained: to export, no training rows need be there.
         state = (checkpoint or {}).get(type(datamodule).__qualname__, {})
         info = ModelInfo(
-            name=(push_to_hub or output_dir or self.loggers[0].name or "model").rstrip("/").split("/")[-1],
+            name=(push_to_hub or output_dir or (self.loggers and self.loggers[0].name) or "model")
+            .rstrip("/")
+            .split("/")[-1],
             address=push_to_hub,
             dimensions=model.dimensions,
             metrics={

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import lightning
 import numpy as np
 import soundfile
 import torch
@@ -65,7 +66,7 @@ def run(folder: Path, steps: int, copies: int = 16) -> tuple[list[float], dict[s
     """Train and measure; return the loss of every step, and the metrics of the numbers that were never heard."""
     folder.mkdir(parents=True)
     write(folder, copies)
-    torch.manual_seed(0)
+    lightning.seed_everything(0, verbose=False)
     backbone = VisionLanguageModel(qwen2_5_omni(folder / "checkpoint"))
     model = EmbeddingModule(
         backbone,

@@ -293,9 +293,10 @@ class ChatPreprocessor(Preprocessor):
                 )
             least, end = self._frame(tuple(one.role for one in _split(item)), item.instruction)
             if limit <= least:
+                place = "" if item.instruction is None else f"{item.origin or 'An item'}: "
                 raise ValueError(
-                    f"{item.origin or 'An item'}: max_length={limit} has no room for a text: the chat template and the "
-                    f"instruction alone take {least} tokens. Raise max_length."
+                    f"{place}max_length={limit} has no room for a text: the chat template and the instruction alone "
+                    f"take {least} tokens. Raise max_length."
                 )
             inputs["input_ids"][row, limit - len(end) : limit] = torch.tensor(end)
         per_token = {*self.processor.tokenizer.model_input_names, "mm_token_type_ids"}
