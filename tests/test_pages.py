@@ -24,7 +24,8 @@ from vlmembed.cli import main
 from vlmembed.data import EvaluationFolder, Pages, Rows
 from vlmembed.data import pdf as pdfs
 from vlmembed.data.cells import Folder, to_items
-from vlmembed.data.checks import in_evaluation
+from vlmembed.data.checks import in_evaluation, in_rows
+from vlmembed.data.datamodule import as_mixture
 from vlmembed.data.pdf import PdfPage, content_digest
 from vlmembed.media import image_size, load_image
 from vlmembed.types import Item, LazyImage
@@ -399,7 +400,7 @@ def test_a_folder_of_pdfs_with_metadata_is_read(folder: Path) -> None:
 def test_a_page_is_rendered_when_it_is_needed_and_once(
     folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_evaluation(folder / "set", {"one.pdf#page=1": {"pdf": "one.pdf"}, "x": {"pdf": "three.pdf#page=2"}})
+    write_evaluation(folder / "set", {"one.pdf#page=1": {"pdf": "one.pdf"}, "x": {"pdf": "three.pdf", "page": 2}})
     for file in ("one.pdf", "three.pdf"):
         (folder / "set" / file).write_bytes((folder / file).read_bytes())
     frames = [item.parts[0].frames[0] for item in EvaluationFolder(str(folder / "set")).load().corpus]
@@ -413,10 +414,18 @@ def test_a_page_is_rendered_when_it_is_needed_and_once(
     assert len([*cache.rglob("*.png")]) == len([path for path in cache.rglob("*") if path.is_file()]) == 2
 
 
+@pytest.mark.parametrize("name", ["three.pdf", "three.pdf#page=2"])
+def test_names_of_pdfs_that_are_read_as_texts_are_found(folder: Path, name: str) -> None:
+    row = {"query": "a question", "positive": name}
+    (folder / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
+    (problem,) = in_rows(as_mixture(str(folder / "rows.jsonl")))
+    assert problem.endswith("To have the files read, write cells: {query: query, positive: {pdf: positive}}.")
+
+
 def test_copies_of_a_pdf_are_duplicates_and_its_pages_are_not(folder: Path, cache: Path) -> None:
     (folder / "copy.pdf").write_bytes((folder / "three.pdf").read_bytes())
     pages = {f"{file} {page}": {"pdf": f"{file}.pdf#page={page}"} for file in ("three", "copy") for page in (1, 3)}
-    write_evaluation(folder, pages)
+    write_evaluation(folder, pages, q="three 1")
     (problem,) = in_evaluation(EvaluationFolder(str(folder)).load())
     assert "2 of the 4 documents of the corpus have the content of an earlier one" in problem
     assert not cache.exists()
@@ -575,3 +584,43 @@ def test_the_cookbook_shows_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     rows = Rows("rows.jsonl")
     shown = [numbers(rows[row].positives[0]) for row in range(len(rows))]
     assert shown == [[3], [3], [3, 4, "Two pages and a text."], [3, 1, 2]]
+    evaluation = yaml.safe_load(blocks["pages"])["test"]["init_args"]
+    write_evaluation(tmp_path, q="report.pdf#page=3")
+    corpus = Pages(**evaluation.pop("corpus")["init_args"])
+    assert data.EvaluationTables(corpus=corpus, **evaluation).load().document_names[2] == "report.pdf#page=3"
+
+
+def test_a_measurement_over_pages_equals_that_over_their_images(
+    reports: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same pages in a folder of PNG files, as they are rendered."""
+    monkeypatch.chdir(tmp_path)
+    judged = {"q1": "b.pdf#page=2", "q2": "a/empty.pdf#page=1"}
+    pages: dict[str, Any] = {"path": str(reports), "text": True, "max_pixels": 20_000}
+    corpus = {}
+    for number, row in enumerate(Pages(**pages).read(range(len(IDS)))):
+        load_image(row["image"]).save(tmp_path / f"{number}.png")
+        corpus[row["id"]] = {"image": f"{number}.png"} | ({"text": row["text"]} if row["text"] else {})
+    write_evaluation(tmp_path, corpus, **judged)
+    tables = {"queries": "queries.jsonl", "qrels": "qrels.tsv"}
+    sets = {
+        "pages": {**tables, "corpus": {"class_path": "vlmembed.data.Pages", "init_args": pages}},
+        "images": {**tables, "corpus": "corpus.jsonl"},
+    }
+    test = [
+        {"class_path": "vlmembed.data.EvaluationTables", "init_args": {**tables, "name": name}}
+        for name, tables in sets.items()
+    ]
+    config = run_config(checkpoint, test=test, num_workers=1)
+    config["trainer"] |= {
+        "default_root_dir": "run",
+        "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "."}},
+    }
+    Path("run.yaml").write_text(yaml.safe_dump(config))
+    main(["test", "--config", "run.yaml"])
+    (metrics,) = tmp_path.rglob("metrics.csv")
+    header, values = (line.split(",") for line in metrics.read_text().splitlines())
+    measured = dict(zip(header, values, strict=True))
+    names = [name.removeprefix("test/images/") for name in measured if name.startswith("test/images/")]
+    assert "ndcg@10" in names
+    assert [measured[f"test/pages/{name}"] for name in names] == [measured[f"test/images/{name}"] for name in names]

@@ -33,7 +33,7 @@ ROWS, COMPARED, DOCUMENTS = 200, 10_000, 100_000
 #: Ends as files of media do, and has no white space; addresses, too.
 FILE_NAME = re.compile(
     r"\S+\.(png|jpe?g|jp2|gif|bmp|tiff?|webp|avif|heic|mp4|m4v|mov|avi|mkv|webm|flv|mpe?g|wav|mp3|flac|ogg|opus|m4a|pdf)"
-    r"(\?\S*)?",
+    r"([?#]\S*)?",
     re.IGNORECASE,
 )
 #: Names of columns: ``id``, ``docids``, ``negative_document_ids``, ``imageId``, ``pos_cand_list``; not ``paid``.
@@ -180,7 +180,10 @@ def _file_names(column: Column) -> Iterator[str]:
     if 2 * len(names) <= len(column.items):
         return
     kinds = Counter(
-        kind for name in names for kind in re.split("/", mimetypes.guess_type(name)[0] or "") if kind in KINDS
+        kind
+        for name in names
+        for kind in re.split("/", mimetypes.guess_type(name.partition("#")[0])[0] or "")
+        if kind in KINDS
     )
     kind = kinds.most_common(1)[0][0] if kinds else "image"
     said = (
