@@ -123,6 +123,7 @@ def pytrec_eval_of(checkpoint: Path, rows: Path) -> dict[str, float]:
             for items in (evaluation.queries, evaluation.corpus)
         )
     names = {"ndcg_cut_10": "val/ndcg@10", "recall_1": "val/recall@1", "recall_10": "val/recall@10", "map": "val/map"}
+    names["success_1"] = "val/hit@1"
     expected = {}
     for suffix, dimension in (("", 64), ("/64", 64), ("/8", 8)):
         scores = normalize(queries[:, :dimension]) @ normalize(documents[:, :dimension]).T
