@@ -18,7 +18,7 @@ import numpy as np
 from vlmembed.data.cells import KINDS, Cell, Folder, content_keys, instructed, is_content, to_items
 from vlmembed.data.columns import Condition, Expression, Language, Read, Row, nearest
 from vlmembed.data.sources import Source, labelled
-from vlmembed.data.tables import RawTable, open_table
+from vlmembed.data.tables import Joined, RawTable, open_table
 from vlmembed.types import Example, Item
 
 #: The largest score or label: losses compute in float32.
@@ -459,10 +459,11 @@ def _with_element(row: Row, column: str | None, element: int) -> Row:
 
 def _columns(rows: RawTable) -> list[str]:
     """Return the columns of a table; JSON leaves out a key where it has no value, so those of the first rows."""
-    if isinstance(rows, datasets.Dataset):
-        return list(rows.column_names)
-    first = [row for _, row in islice(_scan(rows, ()), FIRST) if row is not None]
-    return [*dict.fromkeys(key for row in first for key in row)] or rows.column_names
+    table = rows.first if isinstance(rows, Joined) else rows
+    if isinstance(table, datasets.Dataset):
+        return list(table.column_names)
+    first = [row for _, row in islice(_scan(table, ()), FIRST) if row is not None]
+    return [*dict.fromkeys(key for row in first for key in row)] or table.column_names
 
 
 def _scan(rows: RawTable, columns: Iterable[str]) -> Iterator[tuple[int, Row | None]]:

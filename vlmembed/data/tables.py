@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -78,10 +78,15 @@ class Joined:
             rows[number] = iter(self._parts[number][1].__getitems__(wanted))
         return [next(rows[part]) for part, _ in places]
 
-    @cached_property
+    @property
+    def first(self) -> Records | datasets.Dataset:
+        """The first table."""
+        return self._parts[0][1]
+
+    @property
     def column_names(self) -> list[str]:
         """The columns of the first table."""
-        return self._parts[0][1].column_names
+        return list(self.first.column_names)
 
     def select_columns(self, names: Iterable[str]) -> Joined:
         """Return a table in which others need not be read."""
