@@ -336,6 +336,11 @@ def test_parquet_of_many_files_says_where_a_row_is(tmp_path: Path) -> None:
         assert origin == f"{tmp_path / file}.parquet, row {int(number) + 1}"
 
 
+def test_parquet_files_of_other_columns_are_named(tmp_path: Path) -> None:
+    files = [str(write_parquet(tmp_path / f"{name}.parquet", [{"a": "x", name: "y"}])) for name in "bc"]
+    assert refused(files) == f"{files[1]}: its columns are a, c; those of {files[0]} are a, b."
+
+
 @pytest.mark.parametrize(
     ("path", "split", "message"),
     [

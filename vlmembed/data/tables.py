@@ -209,10 +209,14 @@ def _open_files(files: Sequence[str], name: str, subset: str | None) -> list[Par
 
 def _open_parquet(files: Sequence[str]) -> list[Part]:
     """Open Parquet files as one table, and divide it by file."""
-    counts = {}
+    counts, columns = {}, {}
     for file in files:
         with _named(file):
-            counts[file] = pyarrow.parquet.read_metadata(file).num_rows
+            metadata = pyarrow.parquet.read_metadata(file)
+            counts[file], columns[file] = metadata.num_rows, metadata.schema.to_arrow_schema().names
+        if {*columns[file]} != {*columns[files[0]]}:
+            names, first = ", ".join(columns[file]), ", ".join(columns[files[0]])
+            raise ValueError(f"{file}: its columns are {names}; those of {files[0]} are {first}.")
     files = [file for file in files if counts[file]]  # `datasets` reads none that is empty.
     if not files:
         return []
