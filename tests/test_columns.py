@@ -263,3 +263,18 @@ def test_paths_do_not_leave_the_folder_by_cells(folder: Path) -> None:
         rows[0]
     with pytest.raises(ValueError, match="is a URL"):
         rows[1]
+
+
+@pytest.mark.parametrize("kind", ["list", "glob"])
+def test_several_files_are_one_table(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "shards").mkdir()
+    files = [write(tmp_path / f"shards/{k}.jsonl", {"q": f"q{k}", "p": [f"p{k}"]}) for k in range(3)]
+    path: Any = files if kind == "list" else str(tmp_path / "shards/*.jsonl")
+    rows = Rows(path, cells={"query": "q", "positive": "p"}, where={"q": {"not": "q1"}})
+    assert contents(rows) == [(["q0"], [["p0"]], []), (["q2"], [["p2"]], [])]
+    assert (rows.name, rows[1].query.origin) == (
+        {"list": "0", "glob": "shards"}[kind],
+        f"{files[2]}, row 1, column 'query'",
+    )
+    with pytest.raises(ValueError, match=r"shards/.*: no column 'question'"):
+        len(Rows(path, cells={"query": "question", "positive": "p"}))

@@ -165,7 +165,7 @@ def _in_source(source: Source) -> Iterator[str]:
                 parts = tuple(part if part.kind == "text" else Part(part.kind, "") for part in item.parts)
                 columns[match[1] if match else item.role].append(replace(item, parts=parts))
     for name, items in columns.items():
-        yield from _in_texts(Column(f"{table.path}, column {name!r}", name, items, table))
+        yield from _in_texts(Column(f"{table.origin}, column {name!r}", name, items, table))
 
 
 def _in_texts(column: Column) -> Iterator[str]:

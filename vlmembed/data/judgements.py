@@ -194,7 +194,8 @@ def origin_of(documents: Documents) -> str:
     """Say where a table is, for messages."""
     table = documents.table if isinstance(documents, JSONRows) else documents
     subset = table.subset if isinstance(table, Table) else None
-    return f"{table.path}, {subset}" if subset else str(table.path)
+    place = table.origin if isinstance(table, Table) else str(table.path)
+    return f"{place}, {subset}" if subset else place
 
 
 def _item_id(row: Row, role: Role, origin: str) -> str:

@@ -175,7 +175,7 @@ class Lookup:
 
     key: str
     cell: Expression = None
-    path: str | None = None
+    path: str | list[str] | None = None
     split: str | None = None
     subset: str | None = None
     revision: str | None = None
@@ -234,10 +234,10 @@ class Table:
     """Rows of a file, a folder or the Hub, with the columns that they are given.
 
     Args:
-        path: A JSONL, CSV or Parquet file, a folder written by ``save_to_disk``, or a folder or Hub id that
-            ``datasets.load_dataset`` opens.
-        split: Which split of a data set that has several; a file, or one saved data set, is read whole.
-        subset: Which configuration of a data set that has several.
+        path: A JSONL, JSON, CSV, TSV, Parquet or tar file, a glob or list of these, a folder written by
+            ``save_to_disk``, or a folder or Hub id that ``datasets.load_dataset`` opens.
+        split: Which split of a data set that has several, or slices of them, ``train[:1%]``; of files, all are read.
+        subset: Which configuration of a data set that has several; of a JSON file, the key of its rows.
         columns: New names for columns, ``{question: query}``; null drops a column.
         allow_outside: Folders outside of the file's (or the data set's) whose images, videos and audio may be named.
         revision: The Hub revision: a branch, tag or commit.
@@ -249,7 +249,7 @@ class Table:
         tables: Tables in which ``{ids: column, table: NAME}`` looks up.
     """
 
-    path: str
+    path: str | list[str]
     split: str = "train"
     subset: str | None = None
     columns: dict[str, str | None] | None = None
@@ -263,8 +263,15 @@ class Table:
 
     @property
     def name(self) -> str:
-        """The file or folder name, without ending."""
-        return Path(self.path).stem
+        """The name of the file or folder, without ending; of a glob, that of its folder."""
+        path = Path(self.path if isinstance(self.path, str) else self.path[0])
+        return (path.parent if {*"*?["} & {*path.name} and not path.exists() else path).stem
+
+    @property
+    def origin(self) -> str:
+        """The path, for messages."""
+        paths = [self.path] if isinstance(self.path, str) else self.path
+        return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
 
     @property
     def column_names(self) -> list[str]:
@@ -303,7 +310,7 @@ class Table:
         places, table = self._rows_and_elements(indices), self._table
         numbers = [row for row, _ in places]
         is_one = isinstance(table, datasets.Dataset)
-        rows = [f"{self.path}, row {row + 1}" for row in numbers] if is_one else table.origins(numbers)
+        rows = [f"{self.origin}, row {row + 1}" for row in numbers] if is_one else table.origins(numbers)
         return [
             row + (f", {self.each}[{element}]" if element >= 0 else "")
             for row, (_, element) in zip(rows, places, strict=True)
@@ -327,16 +334,16 @@ class Table:
         try:
             return table.__getitems__(list(indices)) if indices else []
         except OSError as error:  # The file's fault, and no row's.
-            raise OSError(f"{self.path}, row {indices[0] + 1}: cannot be read: {error}") from error
+            raise OSError(f"{self.origin}, row {indices[0] + 1}: cannot be read: {error}") from error
         except UnicodeDecodeError as error:  # Of a damaged Parquet file, which says nothing of its rows.
             raise ValueError(
-                f"{self.path}, row {indices[0] + 1}: not UTF-8 ({error}). Write the file again."
+                f"{self.origin}, row {indices[0] + 1}: not UTF-8 ({error}). Write the file again."
             ) from error
 
     @cached_property
     def _table(self) -> RawTable:
         if self.columns is not None and self.cells is not None:
-            raise ValueError(f"{self.path}: give 'columns', which renames, or 'cells', which makes cells; not both.")
+            raise ValueError(f"{self.origin}: give 'columns', which renames, or 'cells', which makes cells; not both.")
         folder = Folder.of(self.path, self.allow_outside)
         return open_table(self.path, self.split, self.subset, folder, self.revision)
 
@@ -350,7 +357,7 @@ class Table:
         expressions: Mapping[str, Any] = self.cells if self.cells is not None else self._renamed(rows.column_names)
         reads, columns = {}, {}
         for name, expression in expressions.items():
-            language = Language(_columns(rows), f"{self.path}: cells: {name}", self._found)
+            language = Language(_columns(rows), f"{self.origin}: cells: {name}", self._found)
             reads[name] = language.reader(expression)
             columns[name] = language.used
         self.check([*reads])
@@ -362,18 +369,18 @@ class Table:
         columns = self.columns or {}
         if absent := [column for column in columns if column not in names]:
             raise ValueError(
-                f"{self.path}: no column {absent[0]!r} to rename or drop{nearest(absent[0], names)}; it has "
+                f"{self.origin}: no column {absent[0]!r} to rename or drop{nearest(absent[0], names)}; it has "
                 f"{', '.join(names)}."
             )
         renamed = [(new, old) for old in names if (new := columns.get(old, old)) is not None]
         if twice := [new for new, count in Counter(new for new, _ in renamed).items() if count > 1]:
-            raise ValueError(f"{self.path}: two columns would be called {twice[0]!r}; columns is {columns}.")
+            raise ValueError(f"{self.origin}: two columns would be called {twice[0]!r}; columns is {columns}.")
         return dict(renamed)
 
     def _find(self, name: str, lookup: Lookup) -> _Found:
         """Open a table of ``tables``."""
         if lookup.path is None and (lookup.split, lookup.subset) == (None, None):
-            return _Found(lookup, self._table, f"{self.path}: tables: {name}", None)
+            return _Found(lookup, self._table, f"{self.origin}: tables: {name}", None)
         path, is_same = lookup.path or self.path, lookup.path is None
         subset = lookup.subset or (self.subset if is_same else None)
         revision = lookup.revision or (self.revision if is_same else None)
@@ -387,7 +394,7 @@ class Table:
         if not self.where and self.each is None:
             return None
         rows = self._table
-        language = Language(_columns(rows), self.path)
+        language = Language(_columns(rows), self.origin)
         keeps = language.where(self.where or {})
         if self.each is not None:
             language.path(self.each)
@@ -401,7 +408,7 @@ class Table:
             places += [(number, one) for one in elements if keeps(_with_element(row, self.each, one))]
         if not places:
             raise ValueError(
-                f"{self.path}: none of the {len(rows):,} rows is left by where: {self.where}"
+                f"{self.origin}: none of the {len(rows):,} rows is left by where: {self.where}"
                 + (f", each: {self.each}." if self.each else ".")
             )
         return np.array(places)
@@ -428,7 +435,7 @@ class Rows(Table, Source):
 
     def check(self, names: Collection[str]) -> None:
         """Refuse columns that are no training rows'."""
-        check_columns(names, self.path)
+        check_columns(names, self.origin)
 
 
 def _map(cells: Mapping[str, Read], rows: Sequence[Row], origins: Sequence[str]) -> list[dict[str, Any]]:
@@ -481,7 +488,7 @@ def _scan(rows: RawTable, columns: Iterable[str]) -> Iterator[tuple[int, Row | N
                     yield number, None
 
 
-def _folder(path: str, media: str | None, allow_outside: Iterable[str] | None = None) -> Folder:
+def _folder(path: str | list[str], media: str | None, allow_outside: Iterable[str] | None = None) -> Folder:
     """Return where the paths in the cells of a table start."""
     folder = Folder.of(path, allow_outside)
     if media is None:
