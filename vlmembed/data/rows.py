@@ -264,7 +264,7 @@ class Table:
     @property
     def name(self) -> str:
         """The name of the file or folder, without ending; of a glob, that of its folder."""
-        path = Path(self.path if isinstance(self.path, str) else self.path[0])
+        path = Path(self.path if isinstance(self.path, str) else next(iter(self.path), ""))
         return (path.parent if {*"*?["} & {*path.name} and not path.exists() else path).stem
 
     @property
@@ -277,11 +277,6 @@ class Table:
     def column_names(self) -> list[str]:
         """The names of the cells."""
         return [*self._cells.reads]
-
-    @property
-    def raw(self) -> RawTable:
-        """The rows as they are stored, with all columns."""
-        return self._table
 
     def __len__(self) -> int:
         reads = self._cells  # Which is wrong where an expression is.
@@ -307,7 +302,7 @@ class Table:
 
     def origins(self, indices: Sequence[int]) -> list[str]:
         """Say where some rows come from, for messages."""
-        places, table = self._rows_and_elements(indices), self._table
+        places, table = self._rows_and_elements(indices), self.raw
         numbers = [row for row, _ in places]
         is_one = isinstance(table, datasets.Dataset)
         rows = [f"{self.origin}, row {row + 1}" for row in numbers] if is_one else table.origins(numbers)
@@ -341,7 +336,8 @@ class Table:
             ) from error
 
     @cached_property
-    def _table(self) -> RawTable:
+    def raw(self) -> RawTable:
+        """The rows as they are stored, with all columns."""
         if self.columns is not None and self.cells is not None:
             raise ValueError(f"{self.origin}: give 'columns', which renames, or 'cells', which makes cells; not both.")
         folder = Folder.of(self.path, self.allow_outside)
@@ -353,7 +349,7 @@ class Table:
 
     @cached_property
     def _cells(self) -> _Cells:
-        rows = self._table
+        rows = self.raw
         expressions: Mapping[str, Any] = self.cells if self.cells is not None else self._renamed(rows.column_names)
         reads, columns = {}, {}
         for name, expression in expressions.items():
@@ -380,7 +376,7 @@ class Table:
     def _find(self, name: str, lookup: Lookup) -> _Found:
         """Open a table of ``tables``."""
         if lookup.path is None and (lookup.split, lookup.subset) == (None, None):
-            return _Found(lookup, self._table, f"{self.origin}: tables: {name}", None)
+            return _Found(lookup, self.raw, f"{self.origin}: tables: {name}", None)
         path, is_same = lookup.path or self.path, lookup.path is None
         subset = lookup.subset or (self.subset if is_same else None)
         revision = lookup.revision or (self.revision if is_same else None)
@@ -393,7 +389,7 @@ class Table:
         """(N, 2) row and element of what is left; a row that cannot be read is, so that reading it says why."""
         if not self.where and self.each is None:
             return None
-        rows = self._table
+        rows = self.raw
         language = Language(_columns(rows), self.origin)
         keeps = language.where(self.where or {})
         if self.each is not None:
