@@ -7,6 +7,7 @@ import sys
 import zlib
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import other_models
@@ -27,6 +28,7 @@ from videos import begin_later, film
 from vlmembed import media as images
 from vlmembed.backbones import Qwen3VL, VisionLanguageModel
 from vlmembed.backbones.preprocessing import ChatPreprocessor
+from vlmembed.data.cells import Folder, to_items
 from vlmembed.media import load_image, load_video
 from vlmembed.types import Frame, Item, Part
 
@@ -286,6 +288,24 @@ def test_a_video_file_is_sampled_as_the_processor_samples_it(checkpoint: Path, t
     actual = preprocessor(checkpoint, None)([Item("document", (Part("video", path),))])
     assert expected["video_grid_thw"][0, 0] == 3
     assert all(torch.equal(actual[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mkv", "avi", "webm"])
+def test_a_video_in_a_table_is_that_of_the_file(checkpoint: Path, tmp_path: Path, ending: str) -> None:
+    """With a key and without, by its content or by its path, as `Video` columns and videofolders have it."""
+    codec = {"codec": "libvpx-vp9"} if ending == "webm" else {}
+    path = film(tmp_path / f"film.{ending}", **codec)
+    stored = {"bytes": path.read_bytes(), "path": None}
+    named = {"bytes": None, "path": str(path)}
+    cells: list[Any] = [{"video": path.name}, {"video": stored}, stored, {"video": named}, named]
+    items = to_items([(cell, "document", "row 1") for cell in cells], Folder(tmp_path))
+    expected, *others = [preprocessor(checkpoint, None)([item]) for item in items]
+    for other in others:
+        assert all(torch.equal(other[name], value) for name, value in expected.items())
+    with pytest.raises(ValueError, match="row 1: cannot read the video given as bytes"):
+        preprocessor(checkpoint, None)(
+            to_items([({"video": {"bytes": b"no film"}}, "document", "row 1")], Folder(tmp_path))
+        )
 
 
 def test_frames_are_sampled_as_the_processor_samples_them(checkpoint: Path, tmp_path: Path) -> None:

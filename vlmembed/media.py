@@ -216,7 +216,7 @@ def image_size(frame: Frame, origin: str = "") -> tuple[int, int]:
 
 
 def load_video(
-    video: Path | tuple[Frame, ...], processor: BaseVideoProcessor, origin: str = ""
+    video: Path | bytes | tuple[Frame, ...], processor: BaseVideoProcessor, origin: str = ""
 ) -> tuple[np.ndarray, VideoMetadata]:
     """Open the frames (F, height, width, 3) of a video that a checkpoint's video processor samples, and no others.
 
@@ -247,17 +247,21 @@ def load_video(
 
     try:
         _check_kind(_head(video), {IMAGE: "an image. Give it under the key 'image', or several as a list of frames"})
-        return _decode(str(video.absolute()), choose)  # FFmpeg takes ``concat:…`` for no file.
+        # An absolute path: FFmpeg takes ``concat:…`` for no file.
+        return _decode(video if isinstance(video, bytes) else str(video.absolute()), choose)
     except (*UNREADABLE, FFmpegError, StopIteration) as error:
         raise _unreadable("video", video, origin, error) from error
 
 
-def _decode(path: str, choose: Callable[..., np.ndarray]) -> tuple[np.ndarray, VideoMetadata]:
+def _decode(video: str | bytes, choose: Callable[..., np.ndarray]) -> tuple[np.ndarray, VideoMetadata]:
     """Decode the chosen frames of a video, upright. Headers may lie or be silent, so its packets are counted."""
     import av
 
-    options = {"format_whitelist": CONTAINERS}
-    with av.open(path, options=options) as container:
+    def opened() -> Any:
+        source = io.BytesIO(video) if isinstance(video, bytes) else video
+        return av.open(source, options={"format_whitelist": CONTAINERS})
+
+    with opened() as container:
         stream: Any = container.streams.best("video")
         if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
             raise OtherKindError(f"it is {SILENT_FILM}")
@@ -269,7 +273,7 @@ def _decode(path: str, choose: Callable[..., np.ndarray]) -> tuple[np.ndarray, V
         times = sorted(start for start, _ in spans)
         duration = float((max(map(sum, spans)) - times[0]) * stream.time_base)
         rate = len(times) / duration if duration else float(stream.base_rate)
-    with av.open(path, options=options) as container:
+    with opened() as container:
         stream = container.streams.best("video")
         stream.thread_type = "AUTO"
         decoded = container.decode(stream)
@@ -349,6 +353,11 @@ def encode_audio(samples: Sequence[float], rate: int) -> bytes:
         raise ValueError(f"the samples have {channel.ndim} dimensions")
     _soundfile().write(file, channel, rate, format="WAV", subtype="FLOAT")
     return file.getvalue()
+
+
+def is_video(content: bytes) -> bool:
+    """Tell the content of a video file by its first bytes."""
+    return bool(re.match(VIDEO, content[:HEAD], re.DOTALL)) and not is_audio(content)
 
 
 def is_audio(content: bytes) -> bool:

@@ -17,7 +17,7 @@ from huggingface_hub import constants
 from PIL import Image
 
 from vlmembed.data.pdf import PdfPage, all_pages
-from vlmembed.media import encode_audio, is_audio, limit
+from vlmembed.media import encode_audio, is_audio, is_video, limit
 from vlmembed.types import Frame, Item, LazyImage, Part, Role
 
 KINDS = ("text", "image", "video", "audio", "pdf")
@@ -171,11 +171,16 @@ def _parts(cell: Any, folder: Folder, origin: str) -> Iterator[Part]:
 
 
 def _without_key(cell: Any, folder: Folder, origin: str) -> Iterator[Part]:
-    """Read an image, or a cell of an ``Image``, ``Pdf`` or ``Audio`` column."""
-    if _is_pdf(cell):
+    """Read an image, or a cell of an ``Image``, ``Pdf``, ``Audio`` or ``Video`` column."""
+    content, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, Mapping) else (None, None)
+    kind = (mimetypes.guess_type(path)[0] or "") if isinstance(path, str) else ""
+    head = content if isinstance(content, bytes) else b""
+    if head.startswith(b"%PDF-") or (not head and kind == "application/pdf"):
         yield from _of_pdf(cell, None, folder, origin)
-    elif _is_recording(cell):
+    elif is_audio(head) or kind.startswith("audio/"):
         yield Part("audio", _audio(cell, folder, origin))
+    elif is_video(head) or kind.startswith("video/"):
+        yield Part("video", _file(cell, "video", folder, origin))
     else:
         yield Part("image", _frame(cell, folder, origin))
 
@@ -255,7 +260,7 @@ def _of_kind(kind: str, value: Any, folder: Folder, origin: str) -> Iterator[Par
         elif kind == "audio":
             yield Part("audio", _audio(single, folder, origin))
         elif not isinstance(single, list | tuple):
-            yield Part("video", folder.find(single, "video", origin))
+            yield Part("video", _file(single, "video", folder, origin))
         elif single:
             yield Part("video", tuple(_frame(frame, folder, origin) for frame in single))
         else:
@@ -309,25 +314,6 @@ def _file(value: Any, kind: str, folder: Folder, origin: str) -> Path | bytes:
 
 def _is_encoded(value: Any) -> bool:
     return isinstance(value, Mapping) and bool(value) and value.keys() <= {"bytes", "path"}
-
-
-def _is_pdf(value: Any) -> bool:
-    """Tell a cell of a ``Pdf`` column, which has no key, from one of an ``Image`` column."""
-    if not _is_encoded(value):
-        return False
-    content, path = value.get("bytes"), value.get("path")
-    if isinstance(content, bytes):
-        return content.startswith(b"%PDF-")
-    return isinstance(path, str) and path.lower().endswith(".pdf")
-
-
-def _is_recording(value: Any) -> bool:
-    """Tell a cell of an ``Audio`` column, too."""
-    if not _is_encoded(value):
-        return False
-    content, path = value.get("bytes"), value.get("path")
-    is_named_so = isinstance(path, str) and (mimetypes.guess_type(path)[0] or "").startswith("audio/")
-    return is_named_so or (isinstance(content, bytes) and is_audio(content))
 
 
 def _is_frame(value: Any) -> bool:

@@ -83,6 +83,8 @@ def model_input(item: Item) -> dict[str, Any]:
             value = images[0] if part.kind == "image" else images
         elif isinstance(value, Path):
             value = str(value.absolute())
+        elif part.kind == "video":
+            raise ValueError(f"{item.origin}: Sentence Transformers takes a video from a file only. Write it into one.")
         elif part.kind == "audio":
             value = {"array": load_audio(value, AUDIO_RATE, item.origin), "sampling_rate": AUDIO_RATE}
         content.setdefault(part.kind, []).append(value)

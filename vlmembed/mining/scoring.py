@@ -18,7 +18,7 @@ from tqdm import tqdm
 from vlmembed.data import Rows, Source
 from vlmembed.data.rows import INSTRUCTIONS
 from vlmembed.files import clear_drafts, whole_file, write_whole
-from vlmembed.media import is_audio, load_image
+from vlmembed.media import is_audio, is_video, load_image
 from vlmembed.mining.embedding import BATCHES, by_instruction, model_input
 from vlmembed.types import Example, Frame, Item, Part
 
@@ -133,9 +133,10 @@ def _value(content: str | Frame | tuple[Frame, ...], path: Path, images: Path, o
         return content
     if isinstance(content, tuple):
         return [_value(frame, path, images, outside) for frame in content]
-    if isinstance(content, bytes) and is_audio(content):
-        audio, content = content, images / f"{Part('audio', content).digest.hex()}.wav"  # Known by what is in it.
-        write_whole(content, audio)
+    if isinstance(content, bytes) and (is_audio(content) or is_video(content)):
+        ending = "wav" if is_audio(content) else "mp4"  # Files are known by what is in them.
+        encoded, content = content, images / f"{Part('audio', content).digest.hex()}.{ending}"
+        write_whole(content, encoded)
     elif not isinstance(content, Path):
         image, content = content, images / f"{Part('image', content).digest.hex()}.png"
         if not content.exists():
