@@ -131,7 +131,7 @@ def test_nobody_else_works_in_a_locked_folder(tmp_path: Path) -> None:
     assert started(tmp_path) == []
 
 
-@pytest.mark.parametrize("end", [os.kill, os.killpg])
+@pytest.mark.parametrize("end", [os.kill, pytest.param(os.killpg, marks=pytest.mark.exhaustive)])
 def test_a_killed_ablation_takes_its_trials_along_and_resumes(end: Callable[[int, int], None], tmp_path: Path) -> None:
     """Killed in the middle of its second trial."""
     path = write(tmp_path, set={"seconds": 1.0})

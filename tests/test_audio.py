@@ -516,7 +516,7 @@ def test_chunks_have_the_gradient_of_the_whole(thinker: VisionLanguageModel, tmp
     assert any("audio_tower" in name for name in whole[1])
 
 
-@pytest.mark.parametrize("name", OMNI)
+@pytest.mark.parametrize("name", ["Qwen2.5-Omni", pytest.param("Qwen3-Omni", marks=pytest.mark.exhaustive)])
 def test_fit_measures_and_exports_what_sentence_transformers_serves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -572,6 +572,7 @@ def test_mining_and_rows_that_are_written(folder: Path) -> None:
     assert Path(row.positives[0].parts[0].value).read_bytes() == content
 
 
+@pytest.mark.exhaustive
 def test_training_on_audio_learns(tmp_path: Path) -> None:
     """The quick experiment, in little: of 50 numbers that were never heard, by chance 0.09 (4.54 / 50) is reached."""
     losses, metrics = runpy.run_path(str(ROOT / "experiments/audio/dialling.py"))["run"](tmp_path / "run", steps=80)

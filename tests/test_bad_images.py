@@ -120,7 +120,7 @@ def test_a_large_file_is_refused_unread(tmp_path: Path) -> None:
         load_image(tmp_path / "page.png", ORIGIN)
 
 
-def test_the_limits_are_environment_variables(tmp_path: Path) -> None:
+def test_the_limits_are_environment_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "page.png"
     program = "import sys; from pathlib import Path; from vlmembed import media; media.open_image(Path(sys.argv[1]))"
 
@@ -134,7 +134,9 @@ def test_the_limits_are_environment_variables(tmp_path: Path) -> None:
     assert "more than the limit of 99,999,999" in opened(10_000, VLMEMBED_MAX_IMAGE_PIXELS="99999999")
     assert "bytes are more than the limit of 100;" in opened(10_000, VLMEMBED_MAX_IMAGE_BYTES="100")
     for value in ("", "0", "1e8", "-1"):
-        assert "VLMEMBED_MAX_IMAGE_PIXELS is a whole number" in opened(1, VLMEMBED_MAX_IMAGE_PIXELS=value)
+        monkeypatch.setenv("VLMEMBED_MAX_IMAGE_PIXELS", value)
+        with pytest.raises(ValueError, match="VLMEMBED_MAX_IMAGE_PIXELS is a whole number"):
+            images.limit("VLMEMBED_MAX_IMAGE_PIXELS", 1)
 
 
 # Shapes

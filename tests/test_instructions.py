@@ -343,6 +343,7 @@ def test_an_export_serves_each_prompt_and_notices_another(checkpoint: Path, tmp_
     assert "as pages-query" in bad.worst
 
 
+@pytest.mark.exhaustive
 def test_an_exported_reranker_serves_each_prompt(checkpoint: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     scorer = Scorer(Qwen3VL(str(checkpoint)), YesNo(), QueryFirst())

@@ -37,6 +37,7 @@ from torch.utils.data import DataLoader
 
 from vlmembed.backbones import Qwen3VL, tiny
 from vlmembed.data import ItemCollator, Rows
+from vlmembed.losses import LabelSpec
 from vlmembed.training.bad_rows import ReadableRows, SkipBadRows
 from vlmembed.types import Batch, Preprocessor
 
@@ -85,7 +86,7 @@ def good(line: bytes) -> bytes:
 
 
 def collator(line: bytes, preprocessor: Preprocessor) -> SkipBadRows:
-    made = ItemCollator(preprocessor, b'"scores"' in line)
+    made = ItemCollator(preprocessor, LabelSpec(teacher_scores=b'"scores"' in line))
     return SkipBadRows(made, made.check)
 
 
