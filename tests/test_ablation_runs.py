@@ -103,6 +103,7 @@ def check_record(trial: Trial, rows: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_an_ablation_that_is_killed_ends_as_one_that_is_not(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     process = start(folder, "--output_dir", "killed")

@@ -129,7 +129,8 @@ def test_the_limits_are_environment_variables(tmp_path: Path, monkeypatch: pytes
         command = [sys.executable, "-c", program, str(path)]
         return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False).stderr
 
-    assert not opened(10_000)
+    path.write_bytes(black(10_000, 10_000))
+    images.open_image(path)
     assert not opened(40_000, VLMEMBED_MAX_IMAGE_PIXELS="400000000")
     assert "more than the limit of 99,999,999" in opened(10_000, VLMEMBED_MAX_IMAGE_PIXELS="99999999")
     assert "bytes are more than the limit of 100;" in opened(10_000, VLMEMBED_MAX_IMAGE_BYTES="100")

@@ -156,6 +156,7 @@ def _check_predictions(folder: Path) -> None:
     assert [int(line[3]) for line in lines[:ROWS]] == list(range(1, ROWS + 1))
 
 
+@pytest.mark.exhaustive
 def test_export_uploads(
     run: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -98,6 +98,7 @@ def call(command: str, config: dict[str, Any], *options: str) -> None:
     main([command, "--config", "run.yaml", *options])
 
 
+@pytest.mark.exhaustive
 def test_fit_then_everything_else(config: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:
     call("fit", config)
     folder = Path("runs/small")

@@ -360,6 +360,7 @@ def test_an_exported_reranker_serves_each_prompt(checkpoint: Path, tmp_path: Pat
         assert verification.comparisons == 4 * len(check.names)  # Alone, in a batch, ranked; and with the prompt.
 
 
+@pytest.mark.exhaustive
 def test_a_run_exports_the_prompts_of_its_sources(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -422,7 +422,7 @@ def measure_shares(rank: int, folder: Path, make: Callable, shares: list[list[li
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("make", [retrieval_metrics, reranking_metrics])
+@pytest.mark.parametrize("make", [retrieval_metrics, pytest.param(reranking_metrics, marks=pytest.mark.exhaustive)])
 def test_two_processes_equal_one(tmp_path: Path, make: Callable) -> None:
     order = torch.randperm(len(make()[1]), generator=torch.Generator().manual_seed(4))
     # Uneven: five items are on both processes, and two of them twice on the second. Then one has nothing.

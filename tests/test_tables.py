@@ -607,6 +607,7 @@ def test_metadata_of_a_folder_names_no_file_outside(name: str, tmp_path: Path) -
     assert refused(folder).startswith(str(folder))
 
 
+@pytest.mark.exhaustive
 def test_what_is_small_when_compressed_fills_no_memory(tmp_path: Path) -> None:
     """In a process of its own: 1 GB of spaces in one line, and of one value, in 1 MB."""
     bomb = gzip.compress(b" " * 2**20) * 1000
