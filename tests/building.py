@@ -14,7 +14,7 @@ from PIL import Image
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from vlmembed.backbones import Qwen3VL
+from vlmembed.backbones import Qwen3VL, VisionLanguageModel
 from vlmembed.data import Collator
 from vlmembed.encoder import Encoder
 from vlmembed.gradcache import GradCache
@@ -127,6 +127,17 @@ def ranker(checkpoint: Path, loss: RankingLoss | None = None, **options: Any) ->
 
 def ranking_batch(model: CrossEncoderModule, rows: list[Example], chunk_size: int | None = None) -> RankingBatch:
     return collated(model.collator(), rows, chunk_size)
+
+
+def assert_alone_as_mixed(backbone: VisionLanguageModel, items: list[Item], tolerance: float) -> None:
+    """Each item has, alone, the tokens and the hidden states that it has in a padded batch."""
+    inputs = backbone.preprocessor(items)
+    hidden = backbone(inputs)
+    for row, one in enumerate(items):
+        alone = backbone.preprocessor([one])
+        length = alone["input_ids"].shape[1]
+        assert alone["input_ids"][0].equal(inputs["input_ids"][row, :length])
+        torch.testing.assert_close(hidden[row, :length], backbone(alone)[0], rtol=0, atol=tolerance)
 
 
 def step_gradients(

@@ -55,6 +55,18 @@ LANGUAGE: dict[str, Any] = {
 ROTARY = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5]}
 
 
+#: The vision tower of Qwen2.5-VL and Qwen2.5-Omni.
+WINDOWED_TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "depth": 2,
+    "num_heads": 2,
+    "window_size": 56,
+    "fullatt_block_indexes": [1],
+    "out_hidden_size": HIDDEN_SIZE,
+}
+
+
 def qwen2_5_vl(folder: Path) -> Path:
     """Write a Qwen2.5-VL: patches of 14 pixels, attention in windows, no DeepStack."""
     vision = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
@@ -68,15 +80,7 @@ def qwen2_5_vl(folder: Path) -> Path:
     )
     config = Qwen2_5_VLConfig(
         text_config=LANGUAGE | _tokens(processor) | {"rope_parameters": ROTARY},
-        vision_config={
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "depth": 2,
-            "num_heads": 2,
-            "window_size": 56,
-            "fullatt_block_indexes": [1],
-            "out_hidden_size": HIDDEN_SIZE,
-        },
+        vision_config=WINDOWED_TOWER,
         **_vision_tokens(processor),
     )
     return _save(Qwen2_5_VLForConditionalGeneration, config, processor, folder)
@@ -148,15 +152,7 @@ def qwen2_5_omni(folder: Path, whole: bool = False) -> Path:
     processor = _omni_processor(Qwen2_5OmniProcessor, patch=14)
     thinker = {
         "text_config": LANGUAGE | _tokens(processor) | {"rope_parameters": ROTARY},
-        "vision_config": {
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "depth": 2,
-            "num_heads": 2,
-            "window_size": 56,
-            "fullatt_block_indexes": [1],
-            "out_hidden_size": HIDDEN_SIZE,
-        },
+        "vision_config": WINDOWED_TOWER,
         "audio_config": AUDIO_TOWER | {"n_window": 20},
         **{f"{name}_token_index": getattr(processor, f"{name}_token_id") for name in ("image", "video", "audio")},
         **_omni_tokens(processor),

@@ -19,7 +19,16 @@ import pytest
 import soundfile
 import torch
 import yaml
-from building import batch, damaged, item, picture, relative_difference, run_config, step_gradients
+from building import (
+    assert_alone_as_mixed,
+    batch,
+    damaged,
+    item,
+    picture,
+    relative_difference,
+    run_config,
+    step_gradients,
+)
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from torch.nn.functional import normalize
@@ -353,13 +362,7 @@ def mixed(*seconds: float) -> list[Item]:
 @torch.no_grad()
 def test_an_item_alone_is_as_in_a_mixed_batch(thinker: VisionLanguageModel) -> None:
     items = mixed(1.0, 2.9, 1.7)
-    inputs = thinker.preprocessor(items)
-    hidden = thinker(inputs)
-    for row, one in enumerate(items):
-        alone = thinker.preprocessor([one])
-        length = alone["input_ids"].shape[1]
-        assert alone["input_ids"][0].equal(inputs["input_ids"][row, :length])
-        torch.testing.assert_close(hidden[row, :length], thinker(alone)[0], rtol=0, atol=ROUNDING)
+    assert_alone_as_mixed(thinker, items, ROUNDING)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from unittest import mock
 import other_models
 import pytest
 import torch
-from building import gradients, item, mixed_items, picture, relative_difference
+from building import assert_alone_as_mixed, gradients, item, mixed_items, picture, relative_difference
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -566,13 +566,7 @@ def relative(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 @torch.no_grad()
 def test_other_families_encode_an_item_alone_as_in_a_mixed_batch(relative: VisionLanguageModel) -> None:
     items = [kind for kind in mixed_items() if all(part.kind != "video" for part in kind.parts)]
-    inputs = relative.preprocessor(items)
-    hidden = relative(inputs)
-    for row, one in enumerate(items):
-        alone = relative.preprocessor([one])
-        length = alone["input_ids"].shape[1]
-        assert alone["input_ids"][0].equal(inputs["input_ids"][row, :length])
-        torch.testing.assert_close(hidden[row, :length], relative(alone)[0], rtol=0, atol=ROUNDING)
+    assert_alone_as_mixed(relative, items, ROUNDING)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from typing import Any
 import datasets
 import pytest
 import yaml
-from building import picture
+from building import picture, run_config
 from videos import film
 
 from vlmembed.__main__ import main
@@ -300,32 +300,10 @@ def content(item: Item) -> list[Any]:
 
 
 def config(checkpoint: Path, **data: Any) -> dict[str, Any]:
-    return {
-        "model": {
-            "class_path": "vlmembed.modules.EmbeddingModule",
-            "init_args": {
-                "backbone": {"class_path": "vlmembed.backbones.Qwen3VL", "init_args": {"checkpoint": str(checkpoint)}},
-                "pooling": {"class_path": "vlmembed.pooling.LastToken"},
-                "loss": {"class_path": "vlmembed.losses.InfoNCE"},
-            },
-        },
-        "data": {
-            "class_path": "vlmembed.data.RetrievalDataModule",
-            "init_args": {"batch_size": 2, "num_workers": 0, **data},
-        },
-        "trainer": {
-            "accelerator": "cpu",
-            "max_steps": 2,
-            "log_every_n_steps": 1,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "exporter": None,
-            "logger": {
-                "class_path": "lightning.pytorch.loggers.CSVLogger",
-                "init_args": {"save_dir": "runs", "name": "run"},
-            },
-        },
-    }
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs", "name": "run"}}
+    run = run_config(checkpoint, batch_size=2, **data)
+    run["trainer"] |= {"max_steps": 2, "enable_model_summary": False, "exporter": None, "logger": logger}
+    return run
 
 
 def test_every_training_set_of_the_page_has_a_replica() -> None:
