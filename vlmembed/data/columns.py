@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from itertools import chain, zip_longest
+from itertools import chain, islice, zip_longest
 from string import Formatter
 from typing import Any, TypeAlias
 
@@ -27,6 +27,8 @@ Read = Callable[[Row], Any]
 #: Finds what an id stands for.
 Find = Callable[[Any], Any]
 
+#: So many names are looked through for one that was perhaps meant: each takes some microseconds.
+NAMES = 10_000
 STEP = re.compile(r"\.?([^.\[\]]+)|\[(\d*)\]")
 
 
@@ -177,8 +179,8 @@ class Language:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """Return a question for the name that was perhaps meant."""
-    close = get_close_matches(name, [*names], n=1)
+    """Return a question for the name that was perhaps meant, of the first so many."""
+    close = get_close_matches(name, [*islice(names, NAMES)], n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 

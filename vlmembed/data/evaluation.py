@@ -38,8 +38,6 @@ from vlmembed.types import EvaluationSet, Item, RerankingSet
 #: Suffixes of files: a path with one of these, if there is none, is no Hub id.
 FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".gz", ".zst", ".tar", ".arrow", ".lance")
 
-#: So many names are looked through for one that was perhaps meant.
-NAMES = 10_000
 
 #: Columns of queries: ids of the documents that answer them, and of those that they are ranked against.
 POSITIVES, CANDIDATES = "positives", "candidates"
@@ -408,19 +406,15 @@ def _listed(queries: Contents, corpus: Contents, column: str) -> dict[str, list[
         listed[query] = [to_id(single, origin) for single in values]
         for name in listed[query]:
             if name not in known:
-                raise ValueError(f"{origin}: the id {name!r} is not in {corpus.origin}{_nearest(name, corpus.names)}.")
+                raise ValueError(f"{origin}: the id {name!r} is not in {corpus.origin}{nearest(name, corpus.names)}.")
     return listed
-
-
-def _nearest(name: str, names: Sequence[str]) -> str:
-    return nearest(name, names[:NAMES])
 
 
 def _judged(name: str, queries: Contents, corpus: Contents, qrels: Qrels, origin: str) -> EvaluationSet:
     """Put an evaluation set together."""
     if unknown := qrels.keys() - {*queries.names}:
         query = min(unknown)
-        raise ValueError(f"{origin}: query {query!r} is not in {queries.origin}{_nearest(query, queries.names)}.")
+        raise ValueError(f"{origin}: query {query!r} is not in {queries.origin}{nearest(query, queries.names)}.")
     queries = queries.select(qrels)
     if not queries.names:
         raise ValueError(f"{origin}: no query is judged.")

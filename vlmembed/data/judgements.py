@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,7 +15,7 @@ from PIL.Image import Image
 
 from vlmembed.data.cells import KINDS, Folder, content_keys, instructed, to_items
 from vlmembed.data.pages import Pages
-from vlmembed.data.rows import FIRST, Table
+from vlmembed.data.rows import Table
 from vlmembed.data.tables import text_lines
 from vlmembed.types import EvaluationSet, Item, Part, Role
 
@@ -57,11 +57,10 @@ class JSONRows:
         """See `Table.name`."""
         return self.table.name
 
-    @cached_property
+    @property
     def column_names(self) -> list[str]:
         """The keys of the first rows."""
-        rows = self.table.raw.__getitems__(list(range(min(len(self), FIRST))))
-        return [*dict.fromkeys(key for row in rows for key in row)]
+        return self.table.raw_columns
 
     @property
     def folder(self) -> Folder:

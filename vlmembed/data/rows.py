@@ -18,7 +18,7 @@ import numpy as np
 from vlmembed.data.cells import KINDS, Cell, Folder, content_keys, instructed, is_content, to_items
 from vlmembed.data.columns import Condition, Expression, Language, Read, Row, nearest
 from vlmembed.data.sources import Source, labelled
-from vlmembed.data.tables import Joined, RawTable, open_table
+from vlmembed.data.tables import Joined, RawTable, open_table, title
 from vlmembed.types import Example, Item
 
 #: The largest score or label: losses compute in float32.
@@ -211,9 +211,7 @@ class _Found:
         if key is None or key == "":
             return None
         if str(key) not in self.numbers:
-            raise ValueError(
-                f"the id {key!r} is in no row of {self.origin}{nearest(str(key), [*self.numbers][:10000])}."
-            )
+            raise ValueError(f"the id {key!r} is in no row of {self.origin}{nearest(str(key), self.numbers)}.")
         number = self.numbers[str(key)]
         try:
             return self.cell(self.rows.__getitems__([number])[0])
@@ -270,13 +268,17 @@ class Table:
     @property
     def origin(self) -> str:
         """The path, for messages."""
-        paths = [self.path] if isinstance(self.path, str) else self.path
-        return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+        return title(self.path)
 
     @property
     def column_names(self) -> list[str]:
         """The names of the cells."""
         return [*self._cells.reads]
+
+    @cached_property
+    def raw_columns(self) -> list[str]:
+        """The columns of these rows: of JSON, which leaves out a key where it has no value, those of the first ones."""
+        return _columns(self.raw)
 
     def __len__(self) -> int:
         reads = self._cells  # Which is wrong where an expression is.
@@ -353,7 +355,7 @@ class Table:
         expressions: Mapping[str, Any] = self.cells if self.cells is not None else self._renamed(rows.column_names)
         reads, columns = {}, {}
         for name, expression in expressions.items():
-            language = Language(_columns(rows), f"{self.origin}: cells: {name}", self._found)
+            language = Language(self.raw_columns, f"{self.origin}: cells: {name}", self._found)
             reads[name] = language.reader(expression)
             columns[name] = language.used
         self.check([*reads])
@@ -386,11 +388,11 @@ class Table:
 
     @cached_property
     def _places(self) -> np.ndarray | None:
-        """(N, 2) row and element of what is left; a row that cannot be read is, so that reading it says why."""
+        """(N, 2) row and element of what is read; an unreadable row is among them, so that reading it says why."""
         if not self.where and self.each is None:
             return None
         rows = self.raw
-        language = Language(_columns(rows), self.origin)
+        language = Language(self.raw_columns, self.origin)
         keeps = language.where(self.where or {})
         if self.each is not None:
             language.path(self.each)

@@ -190,7 +190,8 @@ class Mixture(Source):
     def __getitems__(self, indices: Sequence[int]) -> list[Example]:
         examples = self._read(indices, lambda source, rows: source.__getitems__(rows))
         if self.losses:
-            losses = [self.losses[bisect_right(self.offsets, index) - 1] for index in indices]
+            offsets = self.offsets
+            losses = [self.losses[bisect_right(offsets, index) - 1] for index in indices]
             examples = [replace(example, loss=loss) for example, loss in zip(examples, losses, strict=True)]
         for number, (index, example) in enumerate(zip(indices, examples, strict=True)):
             items = example.query, *example.positives, *example.negatives

@@ -121,7 +121,7 @@ def open_table(
     if not path:
         raise ValueError(f"path is {path!r}; it is a file, a glob, a list of these, a folder or a Hub id.")
     paths, split = [path] if isinstance(path, str) else path, re.sub(r"\s+", "", split)
-    name = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+    name = title(path)
     if len(paths) == 1 and not _is_file(paths[0]):
         parts = _open_set(name, split, subset, folder, revision)
     else:
@@ -133,6 +133,12 @@ def open_table(
         raise ValueError(f"{name}: the data set has no rows{f' in split {split!r}' if '[' in split else ''}.")
     _, table, rows = parts[0]
     return table if len(parts) == 1 and len(rows) == len(table) else Joined(parts)
+
+
+def title(path: str | list[str]) -> str:
+    """Return what messages call a path, or a list of them."""
+    paths = [path] if isinstance(path, str) else path
+    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
 
 
 @contextmanager
@@ -182,7 +188,7 @@ def _files(path: str, folder: Folder) -> list[str]:
 def _beside(path: str) -> str:
     """Return a question for the name in the same folder that was perhaps meant."""
     folder = Path(path).parent
-    return nearest(Path(path).name, os.listdir(folder)[:10_000]) if folder.is_dir() else ""
+    return nearest(Path(path).name, os.listdir(folder)) if folder.is_dir() else ""
 
 
 def _open_files(files: Sequence[str], name: str, subset: str | None) -> list[Part]:
