@@ -1,8 +1,9 @@
 """How long is a step of a multi-vector model, beside the same step by Sentence Transformers?
 
-Both sides take the same rows, preprocessed already, through the same fresh checkpoint and projection to 128 dimensions in
-float32: forward, InfoNCE over MaxSim, backward, update by SGD. Theirs is CachedMultiVectorMultipleNegativesRankingLoss at
-the fastest of several mini-batches, which is found first. Steps alternate in one process, and losses have to agree.
+Both sides take the same rows, preprocessed already, through the same fresh checkpoint and projection to 128 dimensions
+in float32: forward, InfoNCE over MaxSim, backward, update by SGD. Theirs is
+CachedMultiVectorMultipleNegativesRankingLoss at the fastest of several mini-batches, which is found first. Steps
+alternate in one process, and losses have to agree.
 
     python experiments/late_interaction/step_time.py         # ten minutes on two cores; nothing else should run
 """
@@ -76,7 +77,11 @@ class TheirsLate(Theirs):
         opened = SentenceTransformer(str(work.checkpoint), device=work.device)
         transformer: Any = opened[0]
         dense = Dense(
-            weight.shape[1], SIZE, bias=False, activation_function=torch.nn.Identity(), init_weight=weight.clone(),
+            weight.shape[1],
+            SIZE,
+            bias=False,
+            activation_function=torch.nn.Identity(),
+            init_weight=weight.clone(),
             module_input_name="token_embeddings",
         )
         normalize = Normalize(module_input_name="token_embeddings", module_output_name="token_embeddings")
@@ -126,8 +131,8 @@ def _compare(work: Work, rows: Sequence[Pair], rounds: int) -> None:
     ratio, low, high = result.ratio("ours", "theirs")
     middle = {name: result.spread(name)[1] for name in sides}
     print(
-        f"| {work.trained}, batch {len(rows)} | ours {middle['ours']:.3f} s | theirs {middle['theirs']:.3f} s at mini-batch "
-        f"{best} | {ratio:.2f} times as fast ({low:.2f}–{high:.2f}) | losses {result.losses['ours'][0]:.4f}, "
+        f"| {work.trained}, batch {len(rows)} | ours {middle['ours']:.3f} s | theirs {middle['theirs']:.3f} s at "
+        f"mini-batch {best} | {ratio:.2f} times as fast ({low:.2f}–{high:.2f}) | losses {result.losses['ours'][0]:.4f}, "
         f"{result.losses['theirs'][0]:.4f} |",
         flush=True,
     )
