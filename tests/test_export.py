@@ -245,7 +245,7 @@ def test_other_models(tmp_path: Path) -> None:
     checks = {}
     builders = ((qwen2_5_vl, VisionLanguageModel), (idefics3, VisionLanguageModel), (qwen3_vl_moe, Qwen3VL))
     for build, backbone in builders:
-        built = Encoder(backbone(str(build(tmp_path / build.__name__))), zoo.LastToken())
+        built = Encoder(backbone(str(build(tmp_path / build.__name__)), max_length=256), zoo.LastToken())
         built.configure()
         folder = tmp_path / f"{build.__name__} export"
         folder.mkdir()
@@ -322,7 +322,7 @@ def test_a_difference_fails_and_leaves_no_export(checkpoint: Path, own: ModuleTy
     pooling = own.Drifting()
     pooling.drift = 0.1
     with pytest.raises(ExportError, match=r"does not serve what was trained\. .*worst '.*' as .*, 64 dimensions"):
-        SentenceTransformers().export(encoder(checkpoint, pooling), tmp_path / "export", ModelInfo())
+        SentenceTransformers().export(encoder(checkpoint, pooling, max_length=256), tmp_path / "export", ModelInfo())
     assert not (tmp_path / "export").exists()
     assert (tmp_path / "export.unverified" / "modules.json").exists()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import multiprocessing
 import os
 import shutil
 import signal
@@ -16,6 +15,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from forked import CONTEXT, as_not_forked
 
 from vlmembed.__main__ import main
 from vlmembed.training.signals import end_with_parent
@@ -74,9 +74,7 @@ def start(folder: Path, config: dict[str, Any], run: Callable[[Path], None] | No
     """Run the command in a process of its own, forked from one that has imported everything."""
     folder.mkdir(exist_ok=True)
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vlmembed.__main__"])
-    process = context.Process(target=run or fit, args=(folder,))
+    process = CONTEXT.Process(target=run or fit, args=(folder,))
     process.start()
     return process
 
@@ -92,9 +90,7 @@ def fit_two(folder: Path) -> None:
 
 def fit(folder: Path) -> None:
     os.chdir(folder)
-    torch.set_num_threads(1)
-    # Loader workers, as in any process that is not itself forked from a server.
-    multiprocessing.set_start_method("fork", force=True)
+    as_not_forked()
     main(["fit", "--config", "run.yaml", "--ckpt_path", "last"])
 
 
@@ -202,7 +198,7 @@ def _orphan(folder: Path, rank: str) -> None:
 
 @pytest.mark.parametrize("rank", ["0", "1"], ids=["torchrun", "Lightning"])
 def test_a_process_ends_when_the_one_that_started_it_is_dead(tmp_path: Path, rank: str) -> None:
-    process = multiprocessing.get_context("forkserver").Process(target=_orphan, args=(tmp_path, rank))
+    process = CONTEXT.Process(target=_orphan, args=(tmp_path, rank))
     process.start()
     _wait_for(tmp_path / "child", process)
     time.sleep(0.1)
