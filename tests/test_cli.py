@@ -39,7 +39,7 @@ def run(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> di
             "init_args": {
                 "backbone": {
                     "class_path": "vlmembed.backbones.Qwen3VL",
-                    "init_args": {"checkpoint": str(checkpoint)},
+                    "init_args": {"checkpoint": str(checkpoint), "max_length": 256},
                 },
                 "pooling": {"class_path": "vlmembed.pooling.LastToken"},
                 "loss": {

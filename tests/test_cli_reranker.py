@@ -34,7 +34,10 @@ def config(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     evaluation = {"class_path": "vlmembed.data.EvaluationFolder", "init_args": options}
     found = {"evaluation": evaluation, "run": "data/found.trec", "depth": DEPTH}
     run = {"class_path": "vlmembed.data.RerankingRun", "init_args": found}
-    backbone = {"class_path": "vlmembed.backbones.Qwen3VL", "init_args": {"checkpoint": str(checkpoint)}}
+    backbone = {
+        "class_path": "vlmembed.backbones.Qwen3VL",
+        "init_args": {"checkpoint": str(checkpoint), "max_length": 512},
+    }
     logger = {"save_dir": "runs", "name": "small", "version": ""}
     return {
         "seed_everything": 0,

@@ -327,7 +327,7 @@ PROMPTS = {"pages-query": FIND, "a/b: c-document": SHOW, "none-query": ""}
 
 
 def test_an_export_serves_each_prompt_and_notices_another(checkpoint: Path, tmp_path: Path) -> None:
-    built = encoder(checkpoint, LastToken(), query_instruction="Ask.")
+    built = encoder(checkpoint, LastToken(), query_instruction="Ask.", max_length=256)
     check = expect(built, tmp_path, [64], prompts=PROMPTS)
     (tmp_path / "good").mkdir()
     write_folder(built, tmp_path / "good", prompts=PROMPTS)
