@@ -43,12 +43,11 @@ class ParseOnly(CLI):
     def _run_subcommand(self, subcommand: str) -> None: ...
 
 
+OTHERS = ("validate", "test", "predict", "export")
+
+
 @pytest.mark.parametrize(
-    ("command", "name"),
-    [
-        *(("fit", name) for name in PLANTED),
-        *((command, "train.jsonl") for command in ("validate", "test", "predict", "export")),
-    ],
+    ("command", "name"), [*(("fit", name) for name in PLANTED), *((command, "train.jsonl") for command in OTHERS)]
 )
 def test_no_data_key_of_the_trainer_commands_opens_its_file(command: str, planted: str) -> None:
     rows = {"class_path": "vlmembed.data.Rows", "init_args": {"path": planted}}

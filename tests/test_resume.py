@@ -202,9 +202,10 @@ class KeepAll(Recorder):
         self.measured = weights(pl_module)
 
 
-@pytest.mark.parametrize("validates", [True, False], ids=["val", "no val"])
-@pytest.mark.parametrize("model", [embedder, kept_features], ids=["LoRA", "frozen tower"])
-@pytest.mark.parametrize("name", AVERAGING)
+@pytest.mark.parametrize(
+    ("name", "model", "validates"),
+    [*((name, embedder, True) for name in AVERAGING), ("moving", kept_features, True), ("moving", kept_features, False)],
+)
 def test_measured_written_and_exported_is_one_set_of_averages(
     checkpoint: Path, data: Path, tmp_path: Path, name: str, model: Any, validates: bool
 ) -> None:
