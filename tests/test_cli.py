@@ -12,7 +12,7 @@ import pytest
 import pytrec_eval
 import torch
 import yaml
-from building import picture
+from building import csv_logger, picture, run_config
 from hub_server import serve
 from PIL import Image
 from safetensors.torch import load_file
@@ -32,48 +32,15 @@ def run(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> di
     monkeypatch.setattr("sys.argv", ["vlmembed"])
     _write_data(tmp_path / "data")
     loss = {"class_path": "vlmembed.losses.InfoNCE", "init_args": {"temperature": 0.05}}
-    return {
-        "seed_everything": 0,
-        "model": {
-            "class_path": "vlmembed.modules.EmbeddingModule",
-            "init_args": {
-                "backbone": {
-                    "class_path": "vlmembed.backbones.Qwen3VL",
-                    "init_args": {"checkpoint": str(checkpoint), "max_length": 256},
-                },
-                "pooling": {"class_path": "vlmembed.pooling.LastToken"},
-                "loss": {
-                    "class_path": "vlmembed.losses.Matryoshka",
-                    "init_args": {"loss": loss, "dimensions": [64, 16]},
-                },
-                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}},
-            },
-        },
-        "data": {
-            "class_path": "vlmembed.data.RetrievalDataModule",
-            "init_args": {
-                "train": "data/train.jsonl",
-                "val": {
-                    "class_path": "vlmembed.data.EvaluationFolder",
-                    "init_args": {"path": "data/evaluation", "allow_outside": ["data"]},
-                },
-                "test": "data/train.jsonl",
-                "batch_size": 4,
-                "num_workers": 0,
-            },
-        },
-        "trainer": {
-            "accelerator": "cpu",
-            "max_steps": 3,
-            "log_every_n_steps": 1,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "logger": {
-                "class_path": "lightning.pytorch.loggers.CSVLogger",
-                "init_args": {"save_dir": "runs", "name": "small", "version": ""},
-            },
-        },
-    }
+    matryoshka = {"class_path": "vlmembed.losses.Matryoshka", "init_args": {"loss": loss, "dimensions": [64, 16]}}
+    folder = {"path": "data/evaluation", "allow_outside": ["data"]}
+    val = {"class_path": "vlmembed.data.EvaluationFolder", "init_args": folder}
+    config = run_config(checkpoint, train="data/train.jsonl", val=val, test="data/train.jsonl", batch_size=4)
+    config["model"]["init_args"]["backbone"]["init_args"]["max_length"] = 256
+    optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}}
+    config["model"]["init_args"] |= {"loss": matryoshka, "optimizer": optimizer}
+    config["trainer"] |= {"max_steps": 3, "enable_model_summary": False, "logger": csv_logger("small", version="")}
+    return config | {"seed_everything": 0}
 
 
 def _write_data(folder: Path) -> None:

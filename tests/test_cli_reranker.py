@@ -12,7 +12,7 @@ import pytest
 import pytrec_eval
 import torch
 import yaml
-from building import picture
+from building import csv_logger, picture, run_config
 from PIL import Image
 from safetensors.torch import load_file
 from sentence_transformers import CrossEncoder
@@ -34,42 +34,21 @@ def config(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     evaluation = {"class_path": "vlmembed.data.EvaluationFolder", "init_args": options}
     found = {"evaluation": evaluation, "run": "data/found.trec", "depth": DEPTH}
     run = {"class_path": "vlmembed.data.RerankingRun", "init_args": found}
-    backbone = {
-        "class_path": "vlmembed.backbones.Qwen3VL",
-        "init_args": {"checkpoint": str(checkpoint), "max_length": 512},
-    }
-    logger = {"save_dir": "runs", "name": "small", "version": ""}
-    return {
-        "seed_everything": 0,
-        "model": {
-            "class_path": "vlmembed.modules.CrossEncoderModule",
-            "init_args": {
-                "backbone": backbone,
-                "loss": {"class_path": "vlmembed.losses.SoftmaxCrossEntropy"},
-                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}},
-            },
-        },
-        "data": {
-            "class_path": "vlmembed.data.RetrievalDataModule",
-            "init_args": {
-                "train": {"class_path": "vlmembed.data.GroupByQuery", "init_args": {"rows": rows}},
-                "val": run,
-                "test": run,
-                "batch_size": 4,
-                "chunk_size": "auto",
-                "eval_batch_size": 3,
-                "num_workers": 0,
-            },
-        },
-        "trainer": {
-            "accelerator": "cpu",
-            "max_steps": 2,
-            "log_every_n_steps": 1,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": logger},
+    rows = {"class_path": "vlmembed.data.GroupByQuery", "init_args": {"rows": rows}}
+    options = {"batch_size": 4, "chunk_size": "auto", "eval_batch_size": 3}
+    config = run_config(checkpoint, train=rows, val=run, test=run, **options)
+    backbone = config["model"]["init_args"]["backbone"]
+    backbone["init_args"]["max_length"] = 512
+    config["model"] = {
+        "class_path": "vlmembed.modules.CrossEncoderModule",
+        "init_args": {
+            "backbone": backbone,
+            "loss": {"class_path": "vlmembed.losses.SoftmaxCrossEntropy"},
+            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}},
         },
     }
+    config["trainer"] |= {"max_steps": 2, "enable_model_summary": False, "logger": csv_logger("small", version="")}
+    return config | {"seed_everything": 0}
 
 
 def _write_data(folder: Path) -> None:

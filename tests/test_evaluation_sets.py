@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import pytrec_eval
 import torch
-from building import module, trainer
+from building import jsonl, module, trainer
 from hub_server import Repository, serve
 from jsonargparse import ArgumentParser
-from test_cookbook import content, hub, images, jsonl, png, stored, table
+from test_cookbook import content, hub, images, png, stored, table
 from test_metrics import MEASURES
 
 from vlmembed.data import EvaluationFolder, EvaluationRows, EvaluationTables, RetrievalDataModule, Rows, Table

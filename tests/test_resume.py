@@ -204,7 +204,11 @@ class KeepAll(Recorder):
 
 @pytest.mark.parametrize(
     ("name", "model", "validates"),
-    [*((name, embedder, True) for name in AVERAGING), ("moving", kept_features, True), ("moving", kept_features, False)],
+    [
+        *((name, embedder, True) for name in AVERAGING),
+        ("moving", kept_features, True),
+        ("moving", kept_features, False),
+    ],
 )
 def test_measured_written_and_exported_is_one_set_of_averages(
     checkpoint: Path, data: Path, tmp_path: Path, name: str, model: Any, validates: bool

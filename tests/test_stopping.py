@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from building import csv_logger, run_config
 from forked import CONTEXT, as_not_forked
 
 from vlmembed.__main__ import main
@@ -31,43 +32,22 @@ CONFIGURATIONS = ["config.1.yaml", "config.yaml"]
 def config(checkpoint: Path) -> dict[str, Any]:
     numbers = {"class_path": "vlmembed.data.digits.HandwrittenNumbers", "init_args": {"size": 48}}
     lora = {"r": 2, "lora_dropout": 0.2, "target_modules": ["q_proj", "v_proj"]}
+    adapter = {"config": {"class_path": "peft.LoraConfig", "init_args": lora}}
     saver = {"every_n_train_steps": 3, "save_last": True}
-    return {
-        "seed_everything": 1,
-        "model": {
-            "class_path": "vlmembed.modules.EmbeddingModule",
-            "init_args": {
-                "backbone": {"class_path": "vlmembed.backbones.Qwen3VL", "init_args": {"checkpoint": str(checkpoint)}},
-                "pooling": {"class_path": "vlmembed.pooling.LastToken"},
-                "loss": {"class_path": "vlmembed.losses.InfoNCE"},
-                "adapters": [
-                    {
-                        "class_path": "vlmembed.adapters.LoRA",
-                        "init_args": {"config": {"class_path": "peft.LoraConfig", "init_args": lora}},
-                    }
-                ],
-                "lr_scheduler": {"class_path": "vlmembed.modules.CosineDecay"},
-            },
-        },
-        "data": {
-            "class_path": "vlmembed.data.RetrievalDataModule",
-            "init_args": {"train": numbers, "val": numbers, "batch_size": 6, "chunk_size": 4, "num_workers": 1},
-        },
-        "trainer": {
-            "accelerator": "cpu",
-            "max_epochs": 2,
-            "val_check_interval": 4,
-            "log_every_n_steps": 1,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "exporter": None,
-            "logger": {
-                "class_path": "lightning.pytorch.loggers.CSVLogger",
-                "init_args": {"save_dir": "runs", "name": "run"},
-            },
-            "callbacks": [{"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": saver}],
-        },
+    config = run_config(checkpoint, train=numbers, val=numbers, batch_size=6, chunk_size=4, num_workers=1)
+    config["model"]["init_args"] |= {
+        "adapters": [{"class_path": "vlmembed.adapters.LoRA", "init_args": adapter}],
+        "lr_scheduler": {"class_path": "vlmembed.modules.CosineDecay"},
     }
+    config["trainer"] |= {
+        "max_epochs": 2,
+        "val_check_interval": 4,
+        "enable_model_summary": False,
+        "exporter": None,
+        "logger": csv_logger("run"),
+        "callbacks": [{"class_path": CHECKPOINT, "init_args": saver}],
+    }
+    return config | {"seed_everything": 1}
 
 
 def start(folder: Path, config: dict[str, Any], run: Callable[[Path], None] | None = None) -> Any:
