@@ -183,15 +183,11 @@ def test_a_dry_run_trains_nothing_and_says_how_long_the_rest_takes(
 
 
 def test_help_explains_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    printed = []
     monkeypatch.setattr("sys.argv", ["vlmembed"])
-    for words in (["ablate", "--help"], ["--help"]):
-        with pytest.raises(SystemExit) as stopped:
-            main(words)
-        assert stopped.value.code == 0
-        printed.append(" ".join(capsys.readouterr().out.split()))
-    assert "--retry_failed run failed trials again" in printed[0]
-    assert "ablate Run a grid of settings and seeds" in printed[1]
+    with pytest.raises(SystemExit) as stopped:
+        main(["ablate", "--help"])
+    assert stopped.value.code == 0
+    assert "--retry_failed run failed trials again" in " ".join(capsys.readouterr().out.split())
 
 
 def events(folder: Path) -> list[str]:

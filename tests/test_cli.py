@@ -261,12 +261,6 @@ def test_a_bad_row_is_named(run: dict[str, Any], damage: Any, message: str) -> N
         call("fit", run)
 
 
-def test_a_matryoshka_dimension_that_is_too_large_is_named(run: dict[str, Any]) -> None:
-    run["model"]["init_args"]["loss"]["init_args"]["dimensions"] = [128, 64]
-    with pytest.raises(ValueError, match=r"\[128\] dimensions, but the embedding has 64"):
-        call("fit", run)
-
-
 def test_the_csv_log_is_written_beside_others(run: dict[str, Any]) -> None:
     run["trainer"]["logger"] = {
         "class_path": "lightning.pytorch.loggers.TensorBoardLogger",

@@ -155,26 +155,3 @@ def check_predictions(path: Path, expected: Run) -> None:
         assert [*scores.values()] == sorted(scores.values(), reverse=True)
         assert scores == pytest.approx(expected[query], abs=1e-5)
         assert len(scores) == DEPTH
-
-
-@pytest.mark.parametrize(
-    ("place", "value", "message"),
-    [
-        (("data", "val"), "data/evaluation", "RerankingRun"),
-        (
-            ("data", "train"),
-            "data/train.jsonl",
-            r"train.jsonl.*the query has one candidate.*vlmembed.data.GroupByQuery",
-        ),
-        (("model", "backbone"), {"query_instruction": "Find it."}, "which no pair is read with: give model.template"),
-    ],
-)
-def test_what_does_not_fit_is_refused(config: dict[str, Any], place: tuple[str, str], value: Any, message: str) -> None:
-    section, name = place
-    options = config[section]["init_args"]
-    if isinstance(value, dict):
-        options[name]["init_args"] |= value
-    else:
-        options[name] = value
-    with pytest.raises(ValueError, match=message):
-        call("fit", config)

@@ -439,20 +439,6 @@ def test_the_order_of_training_rows_does_not_give_answers_away(tmp_path: Path) -
     assert abs(sum(text(item).startswith("p") for item in first) - 100) < 44
 
 
-def test_images_are_opened_when_they_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    rows = [{"query": "q", "document": [{"image": "a.png"}, "b"], "label": [1, 0]}]
-    path = jsonl(tmp_path / "rows.jsonl", rows)
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError
-
-    monkeypatch.setattr(Image, "open", refuse)
-    found = as_reranking(path, "test")
-    assert GroupByQuery(Rows(path))[0].positives[0].parts[0].value == tmp_path / "a.png"
-    assert {found.evaluation.corpus[column].parts[0].kind for column in found.candidates[0]} == {"image", "text"}
-
-
 def test_a_thousand_queries_with_a_hundred_candidates_load_at_once(run_folder: Path) -> None:
     jsonl(run_folder / "queries.jsonl", [{"id": f"q{number}", "text": "q"} for number in range(1000)])
     (run_folder / "qrels.tsv").write_text("".join(f"q{number}\td1\t1\n" for number in range(1000)))

@@ -142,14 +142,6 @@ def test_right_steps_pass_on_a_gpu(checkpoint: Path, precision: Any) -> None:
     check(module(checkpoint, nested(), adapters=[USED_LORA]), accelerator="gpu", devices=1, precision=precision)
 
 
-@pytest.mark.parametrize("wrap", [lambda loss: loss, lambda loss: Matryoshka(loss, [64, 16])])
-def test_another_loss_is_taken_as_it_is(
-    checkpoint: Path, capsys: pytest.CaptureFixture[str], wrap: Callable[[Loss], Loss]
-) -> None:
-    check(module(checkpoint, wrap(Squared())))
-    assert "(Squared is taken as it is):" in capsys.readouterr().out
-
-
 # Wrong steps
 
 

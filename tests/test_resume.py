@@ -32,7 +32,6 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from vlmembed.features import InMemory
-from vlmembed.modules import EmbeddingModule
 from vlmembed.training import checkpointing
 from vlmembed.training.checkpoint_files import CheckpointFiles, newest_checkpoint
 
@@ -317,31 +316,6 @@ def test_features_in_memory_are_computed_again_and_rounded_otherwise(
     path, batches = whole.written[2]
     rest = train(setting, checkpoint, data, tmp_path / "rest", path)
     assert rest.losses == pytest.approx(whole.losses[batches:], rel=1e-5)
-
-
-class Estimating(EmbeddingModule):
-    """Asks Lightning how long the run is, as many modules do."""
-
-    def configure_optimizers(self) -> Any:
-        assert self.trainer.estimated_stepping_batches == 8
-        return super().configure_optimizers()
-
-
-def test_lightning_forgets_the_place_in_the_epoch_where_a_module_asks_it_for_the_steps(
-    checkpoint: Path, data: Path, tmp_path: Path
-) -> None:
-    """Why `total_steps` counts by itself. If this fails, Lightning is mended, and it need not any more."""
-
-    def estimating(checkpoint: Path) -> EmbeddingModule:
-        built = embedder(checkpoint)
-        built.__class__ = Estimating
-        return built
-
-    for setting, forgets in ((Setting(), False), (Setting(estimating), True)):
-        whole = train(setting, checkpoint, data, tmp_path / f"whole {forgets}")
-        path, batches = next((path, batches) for path, batches in whole.written if path.stem == "02 batch")
-        rest = train(setting, checkpoint, data, tmp_path / f"rest {forgets}", path)
-        assert (rest.losses != whole.losses[batches:]) == forgets
 
 
 @pytest.mark.exhaustive

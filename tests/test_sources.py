@@ -2,9 +2,7 @@ from __future__ import annotations
 
 import csv
 import gzip
-import io
 import json
-import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -39,54 +37,11 @@ ROWS = [
     {"query": "q2", "positive": "p2", "negative_1": "n2", "negative_2": "m2"},
     {"query": "qué", "positive": "1984", "negative_1": "None", "negative_2": "NA"},
 ]
-EXPECTED = [
-    (["q1"], ["p1"], ["n1", "m1"]),
-    (["q2"], ["p2"], ["n2", "m2"]),
-    (["qué"], ["1984"], ["None", "NA"]),
-]
-
-
-def as_csv(folder: Path) -> Rows:
-    with (folder / "t.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*ROWS[0]])
-        writer.writeheader()
-        writer.writerows(ROWS)
-    return Rows(str(folder / "t.csv"))
 
 
 def as_parquet(folder: Path) -> Rows:
     datasets.Dataset.from_list(ROWS).to_parquet(folder / "t.parquet")
     return Rows(str(folder / "t.parquet"))
-
-
-def as_saved(folder: Path) -> Rows:
-    datasets.Dataset.from_list(ROWS).save_to_disk(folder / "saved")
-    return Rows(str(folder / "saved"))
-
-
-def as_saved_splits(folder: Path) -> Rows:
-    splits = {"train": datasets.Dataset.from_list(ROWS[:1]), "dev": datasets.Dataset.from_list(ROWS)}
-    datasets.DatasetDict(splits).save_to_disk(folder / "saved")
-    return Rows(str(folder / "saved"), split="dev")
-
-
-def as_folder(folder: Path) -> Rows:
-    (folder / "data").mkdir()
-    jsonl(folder / "data" / "train.jsonl", ROWS[:1])
-    jsonl(folder / "data" / "test.jsonl", ROWS)
-    return Rows(str(folder / "data"), split="test")
-
-
-def as_jsonl(folder: Path) -> Rows:
-    return Rows(jsonl(folder / "t.jsonl", ROWS))
-
-
-@pytest.mark.parametrize("make", [as_csv, as_parquet, as_saved, as_saved_splits, as_folder, as_jsonl])
-def test_every_format_gives_the_same_examples(make: Any, tmp_path: Path) -> None:
-    rows = make(tmp_path)
-    assert [content(rows[k]) for k in range(len(rows))] == EXPECTED
-    again = pickle.loads(pickle.dumps(rows))
-    assert [again.query_ids([k])[0] for k in (2, 0, 1)] == [rows[k].query.id for k in (2, 0, 1)]
 
 
 def test_a_column_may_mix_strings_mappings_and_lists(tmp_path: Path) -> None:
@@ -97,15 +52,6 @@ def test_a_column_may_mix_strings_mappings_and_lists(tmp_path: Path) -> None:
     page = tmp_path / "a.png"
     found = [[texts((item,)) for item in rows[k].positives] for k in range(len(cells))]
     assert found == [[["p"]], [[page]], [["x", page]], [["p"], ["r"]], [["x", page], ["s"]]]
-
-
-def test_embedded_images(tmp_path: Path) -> None:
-    image = Image.new("RGB", (5, 7), "red")
-    features = datasets.Features({"query": datasets.Value("string"), "positive": datasets.Image()})
-    table = datasets.Dataset.from_dict({"query": ["q"], "positive": [image]}, features=features)
-    table.to_parquet(tmp_path / "t.parquet")
-    (found,) = texts(Rows(str(tmp_path / "t.parquet"))[0].positives)
-    assert load_image(found).tobytes() == image.tobytes()
 
 
 def test_negatives_are_ordered_by_number_and_may_be_a_list(tmp_path: Path) -> None:
@@ -242,35 +188,12 @@ def test_a_row_whose_query_cannot_be_read_asks_something_of_its_own(tmp_path: Pa
         grouped[1]
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"query": "q", "positive": "p"}\n{"query": "q", \n', "row 2: not JSON"),
-        ('{"query": "q", "positive": "p"}\n\n{"query": "q", "positive": "p"}\n', "row 2: a blank line"),
-        ("", "the file has no rows"),
-    ],
-)
-def test_bad_files_are_refused(text: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "t.jsonl").write_text(text)
-    rows = Rows(str(tmp_path / "t.jsonl"))
-    with pytest.raises(ValueError, match=message):
-        [rows[k] for k in range(len(rows))]
-
-
 def test_blank_lines_at_the_end_and_a_missing_last_newline_are_fine(tmp_path: Path) -> None:
     line = json.dumps(GOOD)
     for name, text in {"a": f"{line}\n{line}\n\n \n", "b": f"{line}\n{line}", "c": f"\ufeff{line}\r\n{line}"}.items():
         (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
         rows = Rows(str(tmp_path / f"{name}.jsonl"))
         assert [content(rows[k])[0] for k in range(len(rows))] == [["q"], ["q"]]
-
-
-def test_missing_files_and_splits_are_refused(tmp_path: Path) -> None:
-    datasets.DatasetDict({"dev": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "saved")
-    messages = {f"gone.{ending}": f"gone.{ending}: no such file" for ending in ("jsonl", "csv", "parquet", "json")}
-    for name, message in (messages | {"saved": "no split 'train'; it has dev"}).items():
-        with pytest.raises(ValueError, match=message):
-            len(Rows(str(tmp_path / name)))
 
 
 @pytest.mark.parametrize(
@@ -295,15 +218,6 @@ def test_files_that_are_no_tables_are_refused(name: str, content: bytes, message
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"^{tmp_path / name}.* ?{message}"):
         len(Rows(str(tmp_path / name)))
-
-
-@pytest.mark.parametrize("name", ["T[1].CSV", "t[1].csv", "t[1].parquet", "t*.json", "T.JSONL", "t{a}.ndjson"])
-def test_names_are_no_patterns_and_endings_may_be_large(name: str, tmp_path: Path) -> None:
-    makers = {".csv": as_csv, ".parquet": as_parquet, ".jsonl": as_jsonl, ".ndjson": as_jsonl, ".json": as_jsonl}
-    rows = makers[Path(name).suffix.lower()](tmp_path)
-    Path(rows.path).rename(tmp_path / name)
-    rows = Rows(str(tmp_path / name))
-    assert [content(rows[k]) for k in range(len(rows))] == EXPECTED
 
 
 def test_a_long_text_of_a_csv_file_is_read(tmp_path: Path) -> None:
@@ -468,15 +382,6 @@ def test_a_string_is_text_even_if_a_file_has_its_name_and_paths_may_be_absolute(
     assert parts("a.png", media_folder) == (Part("text", "a.png"),)
     assert parts(str(path), media_folder) == (Part("text", str(path)),)
     assert parts({"image": str(path)}, media_folder) == (Part("image", path),)
-
-
-def test_an_encoded_image_alone_and_in_a_mapping(media_folder: Path) -> None:
-    buffer = io.BytesIO()
-    OPEN.save(buffer, format="PNG")
-    value = {"bytes": buffer.getvalue(), "path": "gone.png"}
-    for cell in (value, {"image": value}):
-        (part,) = parts(cell, media_folder)
-        assert load_image(part.value).tobytes() == OPEN.tobytes()
 
 
 @pytest.mark.parametrize(
