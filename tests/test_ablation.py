@@ -19,7 +19,6 @@ from ablating import FIT, started, write
 
 from vlmembed.ablation.command import ablate
 from vlmembed.ablation.run import Executor, Trial, locked, read_trials, shares_of_machine
-from vlmembed.cli import main
 from vlmembed.files import HOST
 
 BROKEN: dict[str, Any] = {
@@ -180,14 +179,6 @@ def test_a_dry_run_trains_nothing_and_says_how_long_the_rest_takes(
     assert "finished  part=other, seed 0" in printed
     assert "2 to do.\n" in printed
     assert "for 2 trials, 2 at the same time: the mean of 2 that have finished is" in printed
-
-
-def test_help_explains_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["vlmembed"])
-    with pytest.raises(SystemExit) as stopped:
-        main(["ablate", "--help"])
-    assert stopped.value.code == 0
-    assert "--retry_failed run failed trials again" in " ".join(capsys.readouterr().out.split())
 
 
 def events(folder: Path) -> list[str]:

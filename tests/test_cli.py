@@ -23,6 +23,7 @@ from vlmembed.cli import main
 from vlmembed.export import PushError
 
 ROWS = 12
+COMMANDS = ("fit", "validate", "test", "predict", "export", "ablate", "mine", "score", "show")
 
 
 @pytest.fixture
@@ -274,20 +275,21 @@ def test_the_csv_log_is_written_beside_others(run: dict[str, Any]) -> None:
     assert not list(Path().rglob("modules.json"))
 
 
-def test_help_explains_every_argument_of_the_module(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["fit", "--model.help", "vlmembed.modules.EmbeddingModule"])
-    printed = " ".join(capsys.readouterr().out.split())
-    assert (
-        "From its hidden states to an embedding" in printed
-        or "From its hidden states to an embedding".lower() in printed.lower()
-    )
-    assert "Learning rates other than the optimizer's" in printed
-
-
-def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    output = capsys.readouterr().out
-    commands = ("fit", "validate", "test", "predict", "export", "ablate", "mine", "score")
-    assert all(f"    {name} " in output for name in commands)
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("fit --model.help vlmembed.modules.EmbeddingModule", "From its hidden states to an embedding"),
+        ("fit --model.help vlmembed.modules.EmbeddingModule", "Learning rates other than the optimizer's"),
+        ("ablate --help", "--retry_failed run failed trials again"),
+        ("mine --help", "--relative_margin"),
+        ("score --help", "--batch_size"),
+        ("show --help", "--rows"),
+        *(("--help", f" {command} ") for command in COMMANDS),
+    ],
+)
+def test_help(words: str, expected: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["vlmembed"])
+    with pytest.raises(SystemExit) as stopped:
+        main(words.split())
+    assert stopped.value.code == 0
+    assert expected.lower() in " ".join(capsys.readouterr().out.split()).lower()
