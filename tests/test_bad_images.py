@@ -1,7 +1,7 @@
 """Any image file is either read right or refused with its row, and what is refused takes no memory.
 
-More of the kind: `test_media.py` (missing, empty, cut, rotated, palette, CMYK, 16-bit), `test_cells.py` (types, texts),
-`test_doors.py` (what leads elsewhere).
+More of the kind: `test_media.py` (missing, empty, cut, rotated, 16-bit), `test_malformed_rows.py` (palette, CMYK),
+`test_sources.py` (types, texts), `test_doors.py` (what leads elsewhere).
 """
 
 from __future__ import annotations

@@ -327,31 +327,30 @@ def test_a_difference_fails_and_leaves_no_export(checkpoint: Path, own: ModuleTy
     assert (tmp_path / "export.unverified" / "modules.json").exists()
 
 
-ONE_IMAGE = "{%- if message.content | length > 2 %}{{ raise_exception('one image') }}{% endif %}"
-
-
-@pytest.mark.parametrize(
-    ("max_length", "template", "left_out"),
-    [
-        (48, "", {"image and text", "two images and text"}),
-        (20, "", {"image", "image and text", "two images and text", "rotated image", "transparent image", "video"}),
-        (None, ONE_IMAGE, {"two images and text"}),
-    ],
-)
-def test_probes_are_what_the_model_reads(
-    checkpoint: Path, tmp_path: Path, max_length: int | None, template: str, left_out: set[str]
-) -> None:
+def test_probes_are_what_the_model_reads(checkpoint: Path, tmp_path: Path) -> None:
     """A text is cut, what has images is not; a template may take one image only."""
     fresh, loop = shutil.copytree(checkpoint, tmp_path / "fresh"), "{%- for message in messages -%}"
-    source = (fresh / "chat_template.jinja").read_text()
-    assert loop in source
-    (fresh / "chat_template.jinja").write_text(source.replace(loop, loop + template))
-    exporter, built = SentenceTransformers(), encoder(fresh, max_length=max_length)
-    verification = exporter.export(built, tmp_path / "export", ModelInfo())
-    assert verification.passed
-    assert set(verification.check.left_out) >= left_out
-    assert {"text", "long text"} <= set(verification.check.names)
-    assert f"because the model refuses them: {', '.join(verification.check.left_out)}" in str(verification)
+    refusal = "{%- if message.content | length > 2 %}{{ raise_exception('one image') }}{% endif %}"
+    template = (fresh / "chat_template.jinja").read_text()
+    assert loop in template
+    (fresh / "chat_template.jinja").write_text(template.replace(loop, loop + refusal))
+    several = {"two images and text"}
+    images = several | {"image", "image and text", "rotated image", "transparent image", "video"}
+    checks = {}
+    for source, max_length, left_out in (
+        (checkpoint, 48, several | {"image and text"}),
+        (checkpoint, 20, images),
+        (fresh, None, several),
+    ):
+        built, folder = encoder(source, max_length=max_length), tmp_path / f"{max_length} export"
+        folder.mkdir()
+        checks[folder] = expect(built, tmp_path, [built.dimension])
+        write_folder(built, folder)
+        assert set(checks[folder].left_out) >= left_out
+        assert {"text", "long text"} <= set(checks[folder].names)
+    for verification in verify(checks):
+        assert verification.passed
+        assert f"because the model refuses them: {', '.join(verification.check.left_out)}" in str(verification)
 
 
 def test_a_used_folder_is_refused_and_left_alone(checkpoint: Path, tmp_path: Path) -> None:

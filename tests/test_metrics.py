@@ -392,18 +392,21 @@ def results(make: Callable, batches: list[Tensor]) -> dict[str, Tensor]:
     return {**measured.compute(), **per_query, "scores": scores, "columns": columns}
 
 
-def measure_shares(make: Callable, shares: list[list[list[Tensor]]]) -> list[dict[str, Tensor]]:
-    """One of two processes: update with its share, and say what comes out."""
-    metrics.retrieval.ROWS_PER_GATHER = 16  # So that a share takes several pieces.
-    return [results(make, share[torch.distributed.get_rank()]) for share in shares]
-
-
-@pytest.mark.parametrize("make", [retrieval_metrics, reranking_metrics])
-def test_two_processes_equal_one(make: Callable) -> None:
+def shares(make: Callable) -> list[list[list[Tensor]]]:
+    """Uneven: five items are on both processes, and two of them twice on the second. Then one has nothing."""
     order = torch.randperm(len(make()[1]), generator=torch.Generator().manual_seed(4))
-    # Uneven: five items are on both processes, and two of them twice on the second. Then one has nothing.
-    uneven = [[*order[:61].split(9)], [order[61:], order[:5], order[:2]]]
-    expected = results(make, [torch.arange(len(order))])
-    for found in ddp.run(measure_shares, make, [uneven, [[order], []]]):
-        for result in found:
+    return [[[*order[:61].split(9)], [order[61:], order[:5], order[:2]]], [[order], []]]
+
+
+def measure_shares() -> list[dict[str, Tensor]]:
+    """One of two processes: update with its shares, and say what comes out."""
+    metrics.retrieval.ROWS_PER_GATHER = 16  # So that a share takes several pieces.
+    rank = torch.distributed.get_rank()
+    return [results(make, share[rank]) for make in (retrieval_metrics, reranking_metrics) for share in shares(make)]
+
+
+def test_two_processes_equal_one() -> None:
+    whole = [results(make, [torch.arange(len(make()[1]))]) for make in (retrieval_metrics, reranking_metrics)]
+    for found in ddp.run(measure_shares):
+        for result, expected in zip(found, [whole[0]] * 2 + [whole[1]] * 2, strict=True):
             torch.testing.assert_close(result, expected)
