@@ -1,13 +1,13 @@
-"""The encoder, a backbone and a pooling; and the scorer, whose pooling is a score head."""
+"""The encoder, a backbone and a pooling; one that keeps a vector a token; and the scorer, with a score head."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vlmembed.backbones import VisionLanguageModel
@@ -16,8 +16,9 @@ from vlmembed.backbones.chat_templates import PairTemplate
 from vlmembed.backbones.packing import halve, picked, select
 from vlmembed.backbones.preprocessing import ChatPreprocessor
 from vlmembed.heads import ScoreHead
-from vlmembed.pooling import MeanWithoutInstruction, Pooling
-from vlmembed.types import Batch, Inputs, RankingBatch
+from vlmembed.pooling import MeanWithoutInstruction, Pooling, TokenProjection, TokenSelection
+from vlmembed.pooling.base import at_least_float32
+from vlmembed.types import Batch, Inputs, RankingBatch, Role
 
 
 class Encoder(nn.Module):
@@ -113,6 +114,48 @@ class Encoder(nn.Module):
         hidden = self.backbone(inputs, self.pooling.layers, features, self.pooling.num_last_tokens)
         mask, tokens = (inputs[name].to(hidden.device, non_blocking=True) for name in ("attention_mask", "input_ids"))
         return self.pooling(hidden, mask, tokens)  # (B, D)
+
+
+class MultiVectorEncoder(Encoder):
+    """Turns a chunk of items into the vectors of their tokens, one item's after the other's.
+
+    ``selections`` say which tokens of each role's items have one.
+    """
+
+    pooling: TokenProjection
+
+    def __init__(
+        self, backbone: VisionLanguageModel, projection: TokenProjection, selections: Mapping[Role, TokenSelection]
+    ) -> None:
+        super().__init__(backbone, projection)
+        self.selections = selections
+
+    @cached_property
+    def preprocessor(self) -> ChatPreprocessor:
+        """As `Encoder.preprocessor`; it also says which tokens are kept."""
+        preprocessor = super().preprocessor
+        preprocessor.selections = self.selections
+        if any(selection.part == "without_instruction" for selection in self.selections.values()):
+            preprocessor.fixed_instructions = "A selection of tokens without_instruction"
+        return preprocessor
+
+    def fresh(self) -> MultiVectorEncoder:
+        """Return the same encoder without weights."""
+        return MultiVectorEncoder(self.backbone, self.pooling, self.selections)
+
+    @staticmethod
+    def lengths(chunks: Sequence[Inputs]) -> Int[Tensor, " N"]:
+        """Count the vectors of each item of some chunks; on the host."""
+        return torch.cat([chunk.get("kept", chunk["attention_mask"]).sum(dim=1) for chunk in chunks])
+
+    def forward(self, inputs: Inputs, features: Features = ()) -> Float[Tensor, "T D"]:
+        """Encode a chunk: the T tokens of all its items that are kept; see `Encoder.forward`."""
+        kept = inputs.get("kept", inputs["attention_mask"])
+        read = {name: tensor for name, tensor in inputs.items() if name != "kept"}
+        hidden = self.backbone(read, self.pooling.layers, features)  # (B, L, H)
+        # Where they are is known on the host: (B, L, H) → (T, H), and nothing waits for the device.
+        tokens = kept.flatten().nonzero()[:, 0].to(hidden.device, non_blocking=True)
+        return self.pooling.project(at_least_float32(hidden.flatten(0, 1).index_select(0, tokens)))  # (T, D)
 
 
 class Scorer(Encoder):

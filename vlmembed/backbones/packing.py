@@ -119,6 +119,8 @@ class PackedItems(Prepared):
             "position_ids": torch.cat([self._positions[row] for row in rows], dim=1),
             "images": torch.tensor([(number, self._index[key]) for number, key, _ in shown]).long().reshape(-1, 2),
         }
+        if "kept" in self._inputs:
+            chunk["kept"] = self._inputs["kept"][list(rows), :width].contiguous()
         if self._shares:
             chunk["image_starts"] = torch.tensor([start for _, _, start in shown], dtype=torch.long)
             chunk["shared"] = torch.tensor(self.shared(rows))

@@ -19,14 +19,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Bool
 from jinja2 import TemplateError
+from torch import Tensor
 from transformers import PretrainedConfig, ProcessorMixin
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from vlmembed.backbones.chat_templates import PairTemplate, check_template
 from vlmembed.backbones.packing import PackedItems
 from vlmembed.media import audio_seconds, image_size, load_audio, load_images, load_video
-from vlmembed.pooling import Template
+from vlmembed.pooling import Template, TokenSelection
 from vlmembed.types import Inputs, Item, Pair, Part, Preprocessor, Role
 
 Message = dict[str, Any]
@@ -62,6 +64,8 @@ class ChatPreprocessor(Preprocessor):
 
     #: What needs to know all instructions beforehand, and knows those of the roles only: a pooling's name.
     fixed_instructions: str | None = None
+    #: Which tokens of each role's items have a vector, where items have several: ``kept`` (B, L) of a chunk.
+    selections: Mapping[Role, TokenSelection] | None = None
 
     def __init__(
         self,
@@ -143,9 +147,36 @@ class ChatPreprocessor(Preprocessor):
                         "holds, or remove the row."
                     ) from error
             raise
-        if self.max_length is None or inputs["input_ids"].shape[1] <= self.max_length:
-            return inputs
-        return self._truncate(inputs, items, self.max_length)
+        if self.max_length is not None and inputs["input_ids"].shape[1] > self.max_length:
+            inputs = self._truncate(inputs, items, self.max_length)
+        return inputs if self.selections is None else {**inputs, "kept": self._kept(inputs, items)}
+
+    def _kept(self, inputs: Inputs, items: Sequence[Item | Pair]) -> Bool[Tensor, "B L"]:
+        """Return which tokens of each item have a vector; refuse an item without any."""
+        selections = self.selections or {}
+        ids, mask, kept = inputs["input_ids"], inputs["attention_mask"], []
+        for row, item in enumerate(items):
+            assert isinstance(item, Item)
+            selection = selections[item.role]
+            kept.append(selection.select(ids[row, None], mask[row, None], self.template, self._skipped[item.role]))
+            if not kept[-1].any():
+                raise ValueError(
+                    f"{item.origin or 'An item'} has no token that {item.role}_tokens keeps ({selection}), and so no "
+                    "vector to be found by. Keep other tokens as well, or remove the row."
+                )
+        return torch.cat(kept)
+
+    @cached_property
+    def _skipped(self) -> dict[Role, list[int]]:
+        """The ids of the tokens that have no vector."""
+        vocabulary = self.processor.tokenizer.get_vocab()
+        for role, selection in (self.selections or {}).items():
+            if unknown := [token for token in selection.skip if token not in vocabulary]:
+                raise ValueError(
+                    f"{role}_tokens.skip: {unknown[0]!r} is not one token of this checkpoint's vocabulary, where a "
+                    "word behind a space is spelt with Ġ. Leave it out, or spell it so."
+                )
+        return {role: [vocabulary[token] for token in part.skip] for role, part in (self.selections or {}).items()}
 
     def _chat(self, contents: Mapping[Role, list[dict[str, Any]]], instruction: str | None = None) -> list[Message]:
         """Return an item as the user's message, or a pair as one message of each role, behind the instruction.

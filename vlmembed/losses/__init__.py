@@ -6,5 +6,5 @@ from vlmembed.losses.base import LabelSpec, Loss, RankingLoss
 from vlmembed.losses.distillation import KLDivergence, MarginMSE, ScoreDistillation
 from vlmembed.losses.graded import CoSENT
 from vlmembed.losses.infonce import InfoNCE
-from vlmembed.losses.matryoshka import Matryoshka, WeightedSum
+from vlmembed.losses.matryoshka import Matryoshka, MergedTokens, WeightedSum
 from vlmembed.losses.ranking import BinaryCrossEntropy, LambdaRank, ListNet, RankNet, SoftmaxCrossEntropy

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Int8
 from torch import Tensor, nn
 
+from vlmembed.late_interaction import Vectors
+
 
 class Loss(nn.Module, ABC):
     """An embedder's loss: a number to minimise, from the embeddings of a batch and their relevance to each other.
@@ -21,6 +23,8 @@ class Loss(nn.Module, ABC):
 
     #: Truncated embedding dimensions that it trains, and that are therefore worth measuring as well.
     dimensions: tuple[int, ...] = ()
+    #: How many times fewer vectors an item may have, where it has several; 1 for all of them.
+    merging_factors: tuple[int, ...] = ()
     #: Whether it distils a teacher's scores, which each training row then must have.
     wants_scores: bool = False
     #: Whether it compares grades: a row's scores or, where it has none, its labels come as ``scores``.
@@ -44,16 +48,17 @@ class Loss(nn.Module, ABC):
     @abstractmethod
     def forward(
         self,
-        queries: Float[Tensor, "Q D"],
-        documents: Float[Tensor, "P D"],
+        queries: Vectors,
+        documents: Vectors,
         relevance: Int8[Tensor, "Q P"],
         scores: Float[Tensor, "Q P"] | None = None,
     ) -> Float[Tensor, ""]:
         """Compute the loss.
 
         Args:
-            queries: Embeddings as the model made them: any float type, not normalised.
-            documents: The same for the documents; each distinct document of the batch is one row.
+            queries: Embeddings (Q, D), or the vectors of each query, as the model made them: any float type, not
+                normalised. `compare` makes similarities of them.
+            documents: The same for the P documents; each distinct document of the batch is there once.
             relevance: 1 where the document is a positive of the query, -1 where it is a hard negative of that query, 0
                 where the pair is not judged (another query's document). On the host in training, whatever the device.
             scores: A teacher's, or grades, NaN where there is none. None, and may be left out, unless the loss

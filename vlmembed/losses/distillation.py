@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.functional import normalize
 
+from vlmembed.late_interaction import Vectors
 from vlmembed.losses.base import LabelSpec, Loss, RankingLoss, check_positive, masked, masked_log_softmax
+from vlmembed.losses.similarity import compare
 
 
 class KLDivergence(RankingLoss):
@@ -53,14 +54,15 @@ class MarginMSE(RankingLoss):
 
 
 class ScoreDistillation(Loss):
-    """Distils a teacher's scores into an embedder: its cosines are to a reranking loss what a reranker's scores are.
+    """Distils a teacher's scores into an embedder: similarities are to a reranking loss what a reranker's scores are.
 
     A query's candidates are the documents that the teacher scored for it: the positives and negatives of its rows. For
     in-batch negatives too, train with `WeightedSum` of this and `InfoNCE`.
 
     Args:
         loss: What compares them with the teacher's: `KLDivergence` (the default if null), or `MarginMSE`.
-        temperature: Cosines are divided by it, so that they spread as a teacher's scores do; as a rule `InfoNCE`'s.
+        temperature: Similarities are divided by it, so that they spread as a teacher's scores do; as a rule
+            `InfoNCE`'s.
     """
 
     wants_scores = True
@@ -74,13 +76,12 @@ class ScoreDistillation(Loss):
             raise ValueError(f"{name} wants labels, not a teacher's scores: take KLDivergence or MarginMSE.")
         self.temperature = temperature
 
-    def forward(self, queries: Tensor, documents: Tensor, relevance: Tensor, scores: Tensor | None = None) -> Tensor:
+    def forward(self, queries: Vectors, documents: Vectors, relevance: Tensor, scores: Tensor | None = None) -> Tensor:
         if scores is None:
             raise ValueError("ScoreDistillation needs a teacher's scores, and the batch has none.")
         scores = scores.to(queries.device, non_blocking=True)
-        precision = torch.promote_types(queries.dtype, torch.float32)
         # A product is made in half precision under autocast.
         with torch.autocast(queries.device.type, enabled=False):
-            cosines = normalize(queries.to(precision)) @ normalize(documents.to(precision)).T  # (Q, P)
+            similarities = compare(queries, documents).matrix  # (Q, P)
             # The documents that the teacher scored are the query's candidates: C = P, mostly masked.
-            return self.loss(cosines / self.temperature, scores.to(precision), ~scores.isnan())
+            return self.loss(similarities / self.temperature, scores.to(similarities.dtype), ~scores.isnan())

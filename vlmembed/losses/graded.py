@@ -6,9 +6,10 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
+from vlmembed.late_interaction import Vectors
 from vlmembed.losses.base import Loss, check_positive
+from vlmembed.losses.similarity import compare
 
 
 class CoSENT(Loss):
@@ -32,7 +33,7 @@ class CoSENT(Loss):
         check_positive(temperature=temperature)
         self.temperature = temperature
 
-    def forward(self, queries: Tensor, documents: Tensor, relevance: Tensor, scores: Tensor | None = None) -> Tensor:
+    def forward(self, queries: Vectors, documents: Vectors, relevance: Tensor, scores: Tensor | None = None) -> Tensor:
         if scores is None:
             raise ValueError("CoSENT needs the labels of pairs, and the batch has none.")
         # On the host, where scores are in training: nobody waits for the device.
@@ -42,9 +43,7 @@ class CoSENT(Loss):
             labels[:, None] < labels[None, :]
         )  # (M, M): the row's pair has the lower label, the column's the higher.
         rows, columns, is_lower = (tensor.to(device, non_blocking=True) for tensor in (rows, columns, is_lower))
-        precision = torch.promote_types(queries.dtype, torch.float32)
         with torch.autocast(device.type, enabled=False):
-            q, p = normalize(queries.to(precision)), normalize(documents.to(precision))
-            cosines = (q[rows] * p[columns]).sum(1) / self.temperature
-            differences = (cosines[:, None] - cosines[None, :]).masked_fill(~is_lower, -math.inf)
-            return torch.cat([cosines.new_zeros(1), differences.flatten()]).logsumexp(0)
+            similarities = compare(queries, documents).pairs(rows, columns) / self.temperature
+            differences = (similarities[:, None] - similarities[None, :]).masked_fill(~is_lower, -math.inf)
+            return torch.cat([similarities.new_zeros(1), differences.flatten()]).logsumexp(0)

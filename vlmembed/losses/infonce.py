@@ -10,10 +10,11 @@ from typing import Literal, get_args
 import torch
 from jaxtyping import Float, Int, Int8
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint
 
+from vlmembed.late_interaction import Vectors
 from vlmembed.losses.base import Loss, check_positive
+from vlmembed.losses.similarity import Similarity, compare
 
 Direction = Literal["query_to_document", "document_to_query", "query_to_query", "document_to_document"]
 Negatives = Literal["in_batch_negatives", "hard_negatives", "all_negatives"]
@@ -116,8 +117,8 @@ class InfoNCE(Loss):
 
     def forward(
         self,
-        queries: Float[Tensor, "Q D"],
-        documents: Float[Tensor, "P D"],
+        queries: Vectors,
+        documents: Vectors,
         relevance: Int8[Tensor, "Q P"],
         scores: Tensor | None = None,
     ) -> Float[Tensor, ""]:
@@ -132,7 +133,7 @@ class InfoNCE(Loss):
         weights = 1 / (positives[pairs[:, 0]] * len(queries)).float()  # (M,): the mean over queries of means over pairs
         pairs, weights, relevance = (tensor.to(device, non_blocking=True) for tensor in (pairs, weights, relevance))
         with torch.autocast(device.type, enabled=False):
-            batch = normalize(queries.float()), normalize(documents.float()), relevance, self._scale()
+            batch = compare(queries, documents, self.directions), relevance, self._scale()
             blocks = pairs.split(max(1, BLOCK_BYTES // (4 * max(relevance.shape))))
             if len(blocks) == 1:
                 return self._pair_losses(*batch, pairs) @ weights
@@ -141,26 +142,22 @@ class InfoNCE(Loss):
             return torch.cat([block_losses(block) for block in blocks]) @ weights
 
     def _pair_losses(
-        self, queries: Tensor, documents: Tensor, relevance: Tensor, scale: Tensor | float, pairs: Int[Tensor, "R 2"]
+        self, similar: Similarity, relevance: Tensor, scale: Tensor | float, pairs: Int[Tensor, "R 2"]
     ) -> Float[Tensor, " R"]:
         """Compute minus the log of each pair's share in a softmax over itself and its negatives."""
         query, document = pairs.T
-        q, p = queries.index_select(0, query), documents.index_select(0, document)  # (R, D): of the pairs themselves
-        similarity = (q * p).sum(1, keepdim=True)  # (R, 1)
+        similarity = similar.pairs(query, document)[:, None]  # (R, 1)
         positive, negatives = scale * similarity, []
         for direction in self.directions:
             # (R, C) similarities of each pair's query or document with all C queries or documents.
+            similarities = similar.rows(direction, query, document)
             if direction == "query_to_document":
-                similarities, is_negative = q @ documents.T, relevance[query] != 1
-                if not self.in_batch_negatives:
-                    is_negative = relevance[query] == -1
+                is_negative = relevance[query] != 1 if self.in_batch_negatives else relevance[query] == -1
             elif direction == "document_to_query":
-                similarities, is_negative = p @ queries.T, relevance.T[document] != 1
+                is_negative = relevance.T[document] != 1
             elif direction == "query_to_query":
-                similarities = q @ queries.T
                 is_negative = (relevance[query] == 1).float() @ (relevance == 1).float().T == 0  # No shared positive.
             else:
-                similarities = p @ documents.T
                 is_negative = (relevance.T[document] != 0).float() @ (relevance != 0).float() == 0  # No query for both.
             if self.false_negative_margin is not None:
                 is_negative = is_negative & (similarities <= similarity + self.false_negative_margin)

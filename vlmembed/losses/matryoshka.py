@@ -1,4 +1,4 @@
-"""Losses made of other losses: one at several dimensions, or several at once."""
+"""Losses made of other losses: one at several dimensions or numbers of vectors, or several at once."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlmembed.late_interaction import MultiVectors, Vectors, at_least_float32, merge, truncate
 from vlmembed.losses.base import Loss
 
 
@@ -31,19 +32,55 @@ class Matryoshka(Loss):
         self.loss = loss
         self.weights = dict(sorted(zip(dimensions, weights, strict=True), reverse=True))  # Largest dimension first.
         self.dimensions, self.wants_scores = tuple(self.weights), loss.wants_scores
+        self.merging_factors = loss.merging_factors
         self.wants_grades, self.wants_negatives = loss.wants_grades, loss.wants_negatives
 
-    def forward(self, queries: Tensor, documents: Tensor, relevance: Tensor, scores: Tensor | None = None) -> Tensor:
+    def forward(self, queries: Vectors, documents: Vectors, relevance: Tensor, scores: Tensor | None = None) -> Tensor:
         largest, available = self.dimensions[0], queries.shape[1]
         if largest > available:
             raise ValueError(f"Matryoshka dimension {largest} is above the embedding's, which is {available}")
         # Converted once, so that half-precision embeddings get a gradient that was added up over dimensions in float32.
-        precision = torch.promote_types(queries.dtype, torch.float32)
-        queries, documents = queries.to(precision), documents.to(precision)
+        queries, documents = at_least_float32(queries), at_least_float32(documents)
         teacher = () if scores is None else (scores,)
-        losses = [  # Queries (Q, d) and documents (P, d) at each dimension d.
-            weight * self.loss(queries[:, :dimension], documents[:, :dimension], relevance, *teacher)
+        losses = [  # Of queries and documents cut to each dimension.
+            weight * self.loss(truncate(queries, dimension), truncate(documents, dimension), relevance, *teacher)
             for dimension, weight in self.weights.items()
+        ]
+        return torch.stack(losses).sum()
+
+
+class MergedTokens(Loss):
+    """Sum of a loss over documents whose vectors are merged to ever fewer; for models with several vectors an item.
+
+    So users may store fewer: a factor of 4 is a quarter of the bytes. Vectors are merged by similarity, never left
+    out; see `vlmembed.late_interaction.merge` and arXiv:2506.04997.
+
+    Args:
+        loss: The loss to take at each factor.
+        factors: How many times fewer vectors, each once; 1 for all of them. What is not listed is not trained.
+        weights: What each factor's loss counts, in the order of ``factors``; 1 each by default.
+    """
+
+    def __init__(self, loss: Loss, factors: Sequence[int], weights: Sequence[float] | None = None) -> None:
+        super().__init__()
+        if not factors or min(factors) < 1 or len(set(factors)) < len(factors):
+            raise ValueError(f"factors must be distinct numbers of at least 1, got {factors!r}")
+        weights = [1.0] * len(factors) if weights is None else weights
+        if len(weights) != len(factors):
+            raise ValueError(f"weights must be one per factor ({len(factors)}), got {weights!r}")
+        self.loss = loss
+        self.weights = dict(sorted(zip(factors, weights, strict=True)))
+        self.merging_factors, self.dimensions = tuple(self.weights), loss.dimensions
+        self.wants_scores, self.wants_grades = loss.wants_scores, loss.wants_grades
+        self.wants_negatives = loss.wants_negatives
+
+    def forward(self, queries: Vectors, documents: Vectors, relevance: Tensor, scores: Tensor | None = None) -> Tensor:
+        if not isinstance(documents, MultiVectors):
+            raise ValueError("MergedTokens is for vlmembed.modules.MultiVectorModule: a single vector has no others.")
+        teacher = () if scores is None else (scores,)
+        losses = [
+            weight * self.loss(queries, merge(documents, factor), relevance, *teacher)
+            for factor, weight in self.weights.items()
         ]
         return torch.stack(losses).sum()
 
@@ -65,6 +102,8 @@ class WeightedSum(Loss):
             raise ValueError(f"weights must be one per loss ({len(losses)}), got {weights!r}")
         self.losses, self.weights = nn.ModuleList(losses), weights
         self.dimensions = tuple(sorted({dimension for loss in losses for dimension in loss.dimensions}, reverse=True))
+        factors = {factor for loss in losses for factor in loss.merging_factors}
+        self.merging_factors = tuple(sorted(factors))
         self.wants_scores = any(loss.wants_scores for loss in losses)
         self.wants_grades = any(loss.wants_grades for loss in losses)
         self.wants_negatives = any(loss.wants_negatives for loss in losses)
@@ -74,7 +113,7 @@ class WeightedSum(Loss):
         """The losses, each with its weight."""
         return list(zip(self.losses, self.weights, strict=True))
 
-    def forward(self, queries: Tensor, documents: Tensor, relevance: Tensor, scores: Tensor | None = None) -> Tensor:
+    def forward(self, queries: Vectors, documents: Vectors, relevance: Tensor, scores: Tensor | None = None) -> Tensor:
         batch = queries, documents, relevance
         losses = [
             weight * (loss(*batch, scores) if loss.wants_scores or loss.wants_grades else loss(*batch))

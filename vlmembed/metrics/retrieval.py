@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
+from vlmembed.late_interaction import MultiVectors, maxsim, merge, truncate
 from vlmembed.metrics.functions import METRICS, Relevance, mean_over, name_order, order_keys, ranks
 from vlmembed.types import EvaluationSet, RerankingSet
 
@@ -77,7 +79,7 @@ class EvaluationMetrics(Metric):
                 f"{self._thing}s of {names}{more} of evaluation set {self.evaluation.name!r} are not finite: look at "
                 "these, or, if all are broken, resume from an earlier checkpoint"
             )
-        self.numbers.append(numbers[:, None])
+        self.numbers.append(numbers if numbers.ndim == 2 else numbers[:, None])
         self.values.append(values)
 
     def _name(self, row: Any) -> str:
@@ -92,13 +94,18 @@ class EvaluationMetrics(Metric):
     def _matrix(self) -> Float[Tensor, "N width"]:
         """The value of each thing in order: the first that came."""
         came = dim_zero_cat(self.numbers)[:, 0] if len(self.numbers) else torch.empty(0, dtype=torch.long)
+        first = self._first(came)
+        return dim_zero_cat(self.values)[first]
+
+    def _first(self, came: Int[Tensor, " n"]) -> Int[Tensor, " N"]:
+        """Where each thing came first; refuse that one is missing."""
         first = torch.full((self._count,), len(came)).scatter_reduce_(0, came, torch.arange(len(came)), "amin")
         if missing := int((first == len(came)).sum()):
             raise RuntimeError(
                 f"{missing} of the {self._count} {self._thing}s of evaluation set {self.evaluation.name!r} are "
                 "missing: metrics need all of its batches, limit none of them"
             )
-        return dim_zero_cat(self.values)[first]
+        return first
 
     def _gather(self, state: Tensor, group: Any = None) -> list[Tensor]:
         """Collect the rows of all processes, through the device, as NCCL takes no CPU tensors, and in pieces."""
@@ -134,10 +141,13 @@ class RetrievalMetrics(EvaluationMetrics):
         A ``ValueError`` says that a row is not in the set, or that an embedding is not finite.
         """
         rows, embeddings = rows.detach().cpu().long(), embeddings.detach().float().cpu()
+        self._refuse_outside(rows)
+        self._take(rows, embeddings, rows)
+
+    def _refuse_outside(self, rows: Int[Tensor, " B"]) -> None:
         outside = rows[(rows < 0) | (rows >= self._count)].tolist()
         if outside:
             raise ValueError(f"evaluation set {self.evaluation.name!r} has {self._count} items, no rows {outside}")
-        self._take(rows, embeddings, rows)
 
     def gather_embeddings(self) -> Float[Tensor, "N D"]:
         """The embeddings of all items, queries first, not normalised; raises as `per_query` does."""
@@ -159,14 +169,10 @@ class RetrievalMetrics(EvaluationMetrics):
         return scores, columns
 
     def _per_query(self) -> dict[str, Tensor]:
-        matrix, relevance = self._matrix(), self.relevance
-        largest, available = max(self.dimensions, default=0), matrix.shape[1]
-        if largest > available:
-            raise ValueError(f"dimension {largest} is above the embedding's, which is {available}")
-        values: dict[str, Tensor] = {}
-        for suffix, dimension in [("", available), *((f"/{d}", d) for d in self.dimensions)]:
+        relevance, values = self.relevance, dict[str, Tensor]()
+        for suffix, embeddings in self._variants(self._matrix()):
             rank_blocks = []
-            for start, scores in self._score_blocks(matrix[:, :dimension]):
+            for start, scores in self._score_blocks(embeddings):
                 first, last = torch.searchsorted(relevance.queries, torch.tensor([start, start + len(scores)])).tolist()
                 rows = relevance.queries[first:last] - start
                 documents = relevance.documents[first:last]
@@ -175,24 +181,98 @@ class RetrievalMetrics(EvaluationMetrics):
             values |= {name + suffix: metric(torch.cat(rank_blocks), relevance) for name, metric in METRICS.items()}
         return values
 
-    def _score_blocks(self, embeddings: Float[Tensor, "N D"]) -> Iterator[tuple[int, Float[Tensor, "Q P"]]]:
-        """Cosine of some queries, from a first one on, with the whole corpus: block after block.
+    def _variants(self, embeddings: Any) -> Iterator[tuple[str, Any]]:
+        """Yield what is measured, with what its metrics' names end in: whole, and cut to each dimension."""
+        largest, available = max(self.dimensions, default=0), embeddings.shape[1]
+        if largest > available:
+            raise ValueError(f"dimension {largest} is above the embedding's, which is {available}")
+        yield "", embeddings
+        for dimension in self.dimensions:
+            yield f"/{dimension}", truncate(embeddings, dimension)
 
-        It is -inf where a document is none of the query's candidates.
-        """
+    def _scores(self, embeddings: Float[Tensor, "N D"]) -> Iterator[Float[Tensor, "Q P"]]:
+        """Cosine of some queries after the other with the whole corpus: block after block."""
         queries, corpus = normalize(embeddings, dim=1).split(
             [len(self.evaluation.queries), len(self.evaluation.corpus)]
         )
-        height = max(1, SCORES_PER_BLOCK // len(corpus))
-        for start in range(0, len(queries), height):
+        for block in queries.split(max(1, SCORES_PER_BLOCK // len(corpus))):
             # NumPy's product stays float32, whatever autocast and torch.set_float32_matmul_precision say.
-            scores = torch.from_numpy(queries[start : start + height].numpy() @ corpus.numpy().T)
+            yield torch.from_numpy(block.numpy() @ corpus.numpy().T)
+
+    def _score_blocks(self, embeddings: Any) -> Iterator[tuple[int, Float[Tensor, "Q P"]]]:
+        """Scores of some queries, from a first one on, with the whole corpus: block after block.
+
+        It is -inf where a document is none of the query's candidates.
+        """
+        start = 0
+        for scores in self._scores(embeddings):
             if self._candidates:
                 others = torch.ones(scores.shape, dtype=torch.bool)
-                for row, columns in zip(others, self._candidates[start : start + height], strict=True):
+                for row, columns in zip(others, self._candidates[start : start + len(scores)], strict=True):
                     row[columns] = False
                 scores.masked_fill_(others, -torch.inf)
             yield start, scores
+            start += len(scores)
+
+
+class MultiVectorMetrics(RetrievalMetrics):
+    """Measures how well the queries of an evaluation set find their documents by MaxSim, in float32, on the CPU.
+
+    Args:
+        evaluation: The queries, the corpus and the judgements.
+        dimensions: Measure vectors cut to these dimensions as well, under ``name/dimension``.
+        merging_factors: Measure documents with so many times fewer vectors as well, under ``name/xfactor``.
+    """
+
+    def __init__(
+        self, evaluation: EvaluationSet, dimensions: Sequence[int] = (), merging_factors: Sequence[int] = ()
+    ) -> None:
+        super().__init__(evaluation, dimensions)
+        self.merging_factors = tuple(merging_factors)
+
+    def update(self, rows: Int[Tensor, " B"], embeddings: MultiVectors) -> None:  # type: ignore[override]
+        """Take the vectors, not normalised, of items by number; see `RetrievalMetrics.update`."""
+        rows = rows.detach().cpu().long()
+        self._refuse_outside(rows)
+        self._length_normalized = embeddings.length_normalized
+        # (T, 2): of each vector its item, and its index among the item's.
+        index = torch.cat([torch.arange(length) for length in embeddings.lengths.tolist()])
+        numbers = torch.stack([rows.repeat_interleave(embeddings.lengths), index], dim=1)
+        self._take(numbers, embeddings.vectors.detach().float().cpu(), numbers[:, 0])
+
+    def gather_embeddings(self) -> Any:
+        """The vectors of all items, queries first, not normalised; raises as `per_query` does."""
+        return super().gather_embeddings()
+
+    def _matrix(self) -> Any:
+        """The vectors of each item in order: the first that came."""
+        numbers = dim_zero_cat(self.numbers) if len(self.numbers) else torch.empty(0, 2, dtype=torch.long)
+        starts = (numbers[:, 1] == 0).nonzero()[:, 0]
+        first = self._first(numbers[starts, 0])
+        lengths = torch.diff(starts, append=torch.tensor([len(numbers)]))
+        return MultiVectors(dim_zero_cat(self.values), lengths, self._length_normalized)[first]
+
+    def _variants(self, embeddings: MultiVectors) -> Iterator[tuple[str, MultiVectors]]:
+        yield from super()._variants(embeddings)
+        if not self.merging_factors:
+            return
+        items, count = torch.arange(len(embeddings)), len(self.evaluation.queries)
+        queries, corpus = embeddings[items[:count]], embeddings[items[count:]]
+        for factor in self.merging_factors:
+            merged = merge(corpus, factor)
+            vectors, lengths = (
+                torch.cat([queries.vectors, merged.vectors]),
+                torch.cat([queries.lengths, merged.lengths]),
+            )
+            yield f"/x{factor}", replace(embeddings, vectors=vectors, lengths=lengths)
+
+    def _scores(self, embeddings: MultiVectors) -> Iterator[Float[Tensor, "Q P"]]:  # type: ignore[override]
+        """MaxSim of some queries after the other with the whole corpus: block after block."""
+        items, count = torch.arange(len(embeddings)), len(self.evaluation.queries)
+        unit = embeddings.map(lambda vectors: normalize(vectors, dim=1))
+        corpus = unit[items[count:]]
+        for block in items[:count].split(max(1, SCORES_PER_BLOCK // (len(corpus) * int(unit.lengths[:count].max())))):
+            yield maxsim(unit[block], corpus)
 
 
 class RerankingMetrics(EvaluationMetrics):

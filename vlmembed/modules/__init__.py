@@ -3,6 +3,7 @@
 from vlmembed.modules.base import RetrievalModule
 from vlmembed.modules.cross_encoder import CrossEncoderModule
 from vlmembed.modules.embedding import EmbeddingModule
+from vlmembed.modules.multi_vector import MultiVectorModule
 from vlmembed.modules.optimization import Constant, CosineDecay, LinearDecay
 from vlmembed.training.parity import ParityCheck
 
@@ -12,6 +13,7 @@ __all__ = [
     "CrossEncoderModule",
     "EmbeddingModule",
     "LinearDecay",
+    "MultiVectorModule",
     "ParityCheck",
     "RetrievalModule",
 ]

@@ -118,7 +118,7 @@ class RetrievalModule(LightningModule, ABC):
         """Return what makes batches for this model; it needs no weights."""
 
     @abstractmethod
-    def gather_batch(self, outputs: Tensor, batch: Any) -> tuple[Tensor, ...]:
+    def gather_batch(self, outputs: Tensor, batch: Any) -> tuple[Any, ...]:
         """Join all processes' batches into what the loss takes; outputs (N, D) are in the order of its chunks."""
 
     @abstractmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from vlmembed import distributed
 from vlmembed.backbones import VisionLanguageModel
 from vlmembed.data import ItemCollator
 from vlmembed.encoder import Encoder
+from vlmembed.late_interaction import MultiVectors, Vectors
 from vlmembed.losses import Loss
 from vlmembed.metrics import RetrievalMetrics
 from vlmembed.modules.base import DEPTH, RetrievalModule, write_run
-from vlmembed.pooling import Pooling
+from vlmembed.pooling import Pooling, TokenProjection
 from vlmembed.training.guards import CollapseMonitor, embedding_likeness
 from vlmembed.types import Batch, EvaluationSet, ItemBatch
 
@@ -44,6 +46,8 @@ class EmbeddingModule(RetrievalModule):
         losses: Mapping[str, Loss] | None = None,
         **options: Any,
     ) -> None:
+        if isinstance(pooling, TokenProjection):
+            raise ValueError("TokenProjection gives each token a vector: it is for vlmembed.modules.MultiVectorModule.")
         super().__init__(Encoder(backbone, pooling), loss, losses=losses, **options)
 
     def collator(self) -> ItemCollator:
@@ -91,13 +95,13 @@ class EmbeddingModule(RetrievalModule):
             save_file(tensors, folder / f"{evaluation.name}.safetensors")
 
 
-def gather_batch(embeddings: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+def gather_batch(embeddings: Vectors, batch: Batch) -> tuple[Any, ...]:
     """Join all processes' batches into what a loss takes.
 
     A document, or a query, that several processes hold is kept once, so that the loss is that of one process with
-    all their examples. From embeddings (N, D), in the order of the batch's chunks, come queries (Q, D), documents
-    (P, D), relevance (Q, P) and, if the batch has them, a teacher's scores (Q, P), the same on every process. Relevance
-    stays on the host, which knows it already: nobody waits for the device.
+    all their examples. From embeddings (N, D), or the vectors of N items, in the order of the batch's chunks, come
+    queries (Q, D), documents (P, D), relevance (Q, P) and, if the batch has them, a teacher's scores (Q, P), the same
+    on every process. Relevance stays on the host, which knows it already: nobody waits for the device.
     """
     queries, query_ids = _gather_distinct(embeddings, batch.queries, batch.query_ids)
     documents, document_ids = _gather_distinct(embeddings, batch.documents, batch.document_ids)
@@ -121,10 +125,23 @@ def _matrix(shape: tuple[int, int], rows: Tensor, columns: Tensor, values: Tenso
     return matrix.scatter_reduce(0, rows * shape[1] + columns, values, "amax", include_self=False).view(shape)
 
 
-def _gather_distinct(embeddings: Tensor, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+def _gather_distinct(embeddings: Vectors, rows: Tensor, ids: Tensor) -> tuple[Vectors, Tensor]:
     """Gather some rows, and keep the first of each id; they come back in the order of ids."""
     device = embeddings.device
-    gathered = distributed.gather(embeddings[rows.to(device, non_blocking=True)])  # (rows of all processes, D)
+    gathered = _gather(_take(embeddings, rows))  # Of all processes.
     distinct, inverse = distributed.gather_on_host(ids, device).unique(return_inverse=True)
-    first = distributed.first_indices(inverse, len(distinct))
-    return gathered[first.to(device, non_blocking=True)], distinct
+    return _take(gathered, distributed.first_indices(inverse, len(distinct))), distinct
+
+
+def _take(embeddings: Vectors, rows: Tensor) -> Vectors:
+    """Return the embeddings of some items, by their rows on the host."""
+    if isinstance(embeddings, MultiVectors):
+        return embeddings[rows]
+    return embeddings[rows.to(embeddings.device, non_blocking=True)]
+
+
+def _gather(embeddings: Vectors) -> Vectors:
+    if isinstance(embeddings, MultiVectors):
+        lengths = distributed.gather_on_host(embeddings.lengths, embeddings.device)
+        return replace(embeddings, vectors=distributed.gather(embeddings.vectors), lengths=lengths)
+    return distributed.gather(embeddings)

@@ -29,3 +29,4 @@ from vlmembed.pooling.learned import (
     Projection,
     ReadOutTokens,
 )
+from vlmembed.pooling.tokens import TokenProjection, TokenSelection

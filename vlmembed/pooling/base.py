@@ -136,6 +136,20 @@ def is_any(input_ids: Int[Tensor, "B L"], tokens: tuple[int, ...]) -> Bool[Tenso
     return matches
 
 
+def after_instruction(
+    input_ids: Int[Tensor, "B L"], mask: Int[Tensor, "B L"], template: Template
+) -> Bool[Tensor, "B L"]:
+    """Say which tokens follow the instruction that an item begins with; all of them where it has none."""
+    following = torch.ones_like(input_ids, dtype=torch.bool)
+    position = mask.cumsum(dim=1) * mask  # From 1, at each item's first token; 0 at padding.
+    for instruction in template.instructions:
+        matches = torch.ones_like(input_ids[:, 0], dtype=torch.bool)  # (B,): whether the item begins with it
+        for index, token in enumerate(instruction, start=1):
+            matches &= ((input_ids == token) & (position == index)).any(dim=1)
+        following &= ~(matches[:, None] & (position <= len(instruction)))
+    return following
+
+
 # Poolings without weights: one token, or a mean over some of them
 
 
@@ -250,11 +264,4 @@ class MeanWithoutInstruction(MeanOfPart):
     """The mean over what follows the instruction, which still influences it (INSTRUCTOR, arXiv:2212.09741)."""
 
     def part(self, input_ids: Tensor, mask: Tensor, template: Template) -> Tensor:
-        following = torch.ones_like(input_ids, dtype=torch.bool)
-        position = mask.cumsum(dim=1) * mask  # From 1, at each item's first token; 0 at padding.
-        for instruction in template.instructions:
-            matches = torch.ones_like(input_ids[:, 0], dtype=torch.bool)  # (B,): whether the item begins with it
-            for index, token in enumerate(instruction, start=1):
-                matches &= ((input_ids == token) & (position == index)).any(dim=1)
-            following &= ~(matches[:, None] & (position <= len(instruction)))
-        return following
+        return after_instruction(input_ids, mask, template)

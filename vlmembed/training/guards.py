@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning import LightningModule
@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from vlmembed import distributed
 from vlmembed.files import write_whole
+from vlmembed.late_interaction import MultiVectors, Vectors
 
 if TYPE_CHECKING:
     from vlmembed.backbones import VisionLanguageModel
@@ -172,14 +173,14 @@ class CollapseMonitor:
     ``likeness`` makes, of the loss's arguments, how alike outputs are (1 if all are the same), and equal outputs.
     """
 
-    def __init__(self, outputs: str, likeness: Callable[..., tuple[Tensor, tuple[Tensor, ...]]]) -> None:
+    def __init__(self, outputs: str, likeness: Callable[..., tuple[Tensor, tuple[Any, ...]]]) -> None:
         self.outputs, self.likeness = outputs, likeness
-        self._noted: tuple[tuple[Tensor, ...], Tensor] | None = None
+        self._noted: tuple[tuple[Any, ...], Tensor] | None = None
         self._looks: list[Tensor] = []
         self._rate = 0.0
         self._warned: set[str] = set()
 
-    def note(self, step: int, arguments: tuple[Tensor, ...], value: Tensor) -> None:
+    def note(self, step: int, arguments: tuple[Any, ...], value: Tensor) -> None:
         """Keep the loss's arguments and value () of the last batch before a step, if it is the step's turn."""
         if step % EVERY == 0:
             self._noted = tuple(argument.detach() for argument in arguments), value.detach()
@@ -223,13 +224,18 @@ class CollapseMonitor:
         self._warned = self._warned | {kind} if is_so else self._warned - {kind}
 
 
-def embedding_likeness(queries: Tensor, documents: Tensor, *labels: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return the mean cosine () of any two of queries (Q, D) and documents (P, D), and equal ones for the loss."""
-    directions = normalize(torch.cat([queries, documents]).float())
+def embedding_likeness(queries: Vectors, documents: Vectors, *labels: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
+    """Return the mean cosine () of any two vectors of queries and documents, and equal ones for the loss."""
+    sides = [side.vectors if isinstance(side, MultiVectors) else side for side in (queries, documents)]  # (n, D)
+    directions = normalize(torch.cat(sides).float())
     count = len(directions)
     # All cosines together are the square of the sum of directions; each with itself is 1.
     cosine = (directions.sum(0).square().sum() - count) / (count * (count - 1))
-    return cosine, (torch.ones_like(queries), torch.ones_like(documents), *labels)
+    equal = [
+        side.map(torch.ones_like) if isinstance(side, MultiVectors) else torch.ones_like(side)
+        for side in (queries, documents)
+    ]
+    return cosine, (*equal, *labels)
 
 
 def score_likeness(scores: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -1,0 +1,132 @@
+"""Training and measuring a multi-vector model: late interaction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vlmembed.backbones import VisionLanguageModel
+from vlmembed.data import ItemCollator
+from vlmembed.encoder import MultiVectorEncoder
+from vlmembed.late_interaction import MultiVectors
+from vlmembed.losses import Loss
+from vlmembed.metrics import MultiVectorMetrics
+from vlmembed.modules.base import DEPTH, RetrievalModule, write_run
+from vlmembed.modules.embedding import gather_batch
+from vlmembed.pooling import TokenProjection, TokenSelection
+from vlmembed.training.guards import CollapseMonitor, embedding_likeness
+from vlmembed.types import Batch, EvaluationSet, ItemBatch
+
+
+class MultiVectorModule(RetrievalModule):
+    """Turns a vision-language model into a multi-vector retriever: a vector for each token, compared by MaxSim.
+
+    See ColBERT (arXiv:2004.12832) and ColPali (arXiv:2407.01449).
+
+    Args:
+        backbone: The vision-language model.
+        loss: What to train with, such as InfoNCE, or Matryoshka or MergedTokens around it.
+        projection: From the hidden state of a token to its vector; null for a linear one to 128 dimensions.
+        query_tokens: Which tokens of a query have a vector; null for all.
+        document_tokens: The same for a document.
+        similarity: ``maxsim`` adds up over a query's vectors, ``meanmaxsim`` averages, so that a temperature means the
+            same for queries of any length.
+        merging_factors: Measure documents with so many times fewer vectors as well, besides those that the loss trains.
+        losses: Further losses by name, for training sources that name one; see ``vlmembed.data.Mixture``.
+        **options: As for `RetrievalModule`.
+    """
+
+    loss: Loss
+    encoder: MultiVectorEncoder
+
+    def __init__(
+        self,
+        backbone: VisionLanguageModel,
+        loss: Loss,
+        projection: TokenProjection | None = None,
+        query_tokens: TokenSelection | None = None,
+        document_tokens: TokenSelection | None = None,
+        similarity: Literal["maxsim", "meanmaxsim"] = "maxsim",
+        merging_factors: Sequence[int] = (),
+        losses: Mapping[str, Loss] | None = None,
+        **options: Any,
+    ) -> None:
+        if any(factor < 2 for factor in merging_factors):
+            raise ValueError(f"merging_factors are 2 or more, as all vectors are measured anyway: {merging_factors}.")
+        selections: Any = {
+            "query": query_tokens or TokenSelection(),
+            "document": document_tokens or TokenSelection(),
+        }
+        encoder = MultiVectorEncoder(backbone, projection or TokenProjection(), selections)
+        super().__init__(encoder, loss, losses=losses, **options)
+        self.similarity = similarity
+        self.measured_factors = merging_factors
+
+    @property
+    def merging_factors(self) -> tuple[int, ...]:
+        """How many times fewer vectors are measured, the fewest times first."""
+        losses: Any = (self.loss, *self.losses.values())
+        trained = {factor for loss in losses for factor in loss.merging_factors}
+        return tuple(sorted({*self.measured_factors, *trained} - {1}))
+
+    def collator(self) -> ItemCollator:
+        """Encode items, each on its own."""
+        named: Any = {name: loss.label_spec for name, loss in self.losses.items()}
+        return ItemCollator(self.preprocessor, self.loss.label_spec, named)
+
+    def collapse_monitor(self) -> CollapseMonitor:
+        """Watch the cosines of a batch's vectors."""
+        return CollapseMonitor("Vectors", embedding_likeness)
+
+    def check(self) -> None:
+        """Refuse Matryoshka dimensions that the vectors do not have."""
+        too_large = [dimension for dimension in self.dimensions if dimension > self.encoder.dimension]
+        if too_large:
+            raise ValueError(
+                f"The loss truncates to {too_large} dimensions, but the projection has {self.encoder.dimension}. "
+                "Remove the larger ones from the Matryoshka loss's dimensions, or raise the projection's size."
+            )
+
+    def gather_batch(self, outputs: Tensor, batch: Batch) -> tuple[Any, ...]:
+        """Join the vectors of all processes; outputs (T, D) are of the tokens that are kept, item by item."""
+        return gather_batch(self._vectors(outputs, batch), batch)
+
+    def _vectors(self, outputs: Tensor, batch: Batch | ItemBatch) -> MultiVectors:
+        """Give vectors (T, D) to the items of a batch's chunks, in their order."""
+        return MultiVectors(outputs, self.encoder.lengths(batch.chunks), self.similarity == "meanmaxsim")
+
+    def metric(self, evaluation: EvaluationSet) -> MultiVectorMetrics:
+        """Measure how well queries find their documents in the whole corpus."""
+        return MultiVectorMetrics(evaluation, self.dimensions, self.merging_factors)
+
+    def measure(self, batch: ItemBatch, metric: MultiVectorMetrics) -> None:
+        """Encode queries or documents."""
+        outputs = self.encoder(batch.inputs, self.encoder.encode_images(batch.images))
+        metric.update(batch.rows, self._vectors(outputs, batch))
+
+    def write_predictions(self, metric: MultiVectorMetrics, folder: Path) -> None:
+        """Write rankings, and ``NAME.safetensors``.
+
+        It has the tensors ``queries`` and ``documents``, the vectors (T, D) of all items end to end, not normalised,
+        in the order of the set's files; and ``query_lengths`` (Q,) and ``document_lengths`` (P,), how many each has.
+        """
+        scores, columns = metric.top_k(DEPTH)
+        vectors = metric.gather_embeddings()
+        if self.trainer.is_global_zero:
+            evaluation = metric.evaluation
+            write_run(evaluation, scores, columns, folder)
+            counts = [len(evaluation.queries), len(evaluation.corpus)]
+            query_lengths, document_lengths = vectors.lengths.split(counts)
+            queries, documents = vectors.vectors.split([int(query_lengths.sum()), int(document_lengths.sum())])
+            tensors = {
+                "queries": queries,
+                "query_lengths": query_lengths,
+                "documents": documents,
+                "document_lengths": document_lengths,
+            }
+            contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            save_file(contiguous, folder / f"{evaluation.name}.safetensors")
