@@ -23,7 +23,7 @@ import datasets
 import psutil
 
 from vlmembed.files import clear_drafts, write_whole
-from vlmembed.media import MAX_VIDEO_PIXELS, OtherKindError, limit
+from vlmembed.media import MAX_VIDEO_PIXELS, OtherKindError, head_of, limit
 from vlmembed.types import LazyImage
 
 #: The most pixels of a rendered page, and nearly as many as it has: A4 at 143 dpi.
@@ -264,14 +264,7 @@ def _reason(raw: Any, error: int) -> str:
 
 
 def _check_kind(file: Path | bytes) -> None:
-    size = len(file) if isinstance(file, bytes) else file.stat().st_size
-    if size > MAX_PDF_BYTES:
-        raise ValueError(f"{size:,} bytes are more than the limit of {MAX_PDF_BYTES:,}; VLMEMBED_MAX_PDF_BYTES sets it")
-    if isinstance(file, bytes):
-        head = file[:1024]
-    else:
-        with file.open("rb") as content:
-            head = content.read(1024)
+    head = head_of(file, MAX_PDF_BYTES, "VLMEMBED_MAX_PDF_BYTES")
     if b"%PDF-" not in head:  # Viewers accept some bytes before it.
         what = f"it begins with {head[:8]!r}" if head else "it is empty"
         raise OtherKindError(f"it is no PDF: {what}. Name the file that is meant (images: under the key 'image')")
