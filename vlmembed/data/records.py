@@ -22,7 +22,7 @@ import pyarrow
 from filelock import FileLock
 
 from vlmembed.data.columns import nearest
-from vlmembed.files import digest, whole_file
+from vlmembed.files import digest, version_of, whole_file
 from vlmembed.media import limit
 
 #: The most bytes that a line of a JSONL, CSV or TSV file may have, a value of a JSON file, or a text in a tar.
@@ -87,7 +87,7 @@ def unpacked(path: Path, has_lines: bool = False) -> Path:
     if path.suffix.lower() not in COMPRESSIONS:
         return path
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "vlmembed"
-    name = digest([str(path.resolve()), repr(_version(path.stat()))])
+    name = digest([str(path.resolve()), repr(version_of(path.stat()))])
     target = folder / f"{name}{path.with_suffix('').suffix}"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f"{name}.lock"):
@@ -105,10 +105,6 @@ def _read_pieces(path: Path) -> Iterator[bytes]:
         yield from _decompressed(iter(partial(file.read, 2**16), b""), path)
 
 
-def _version(status: os.stat_result) -> tuple[int, int]:
-    return status.st_size, status.st_mtime_ns
-
-
 class Records(ABC):
     """Rows of a file, read when asked for; only where each begins is in memory.
 
@@ -123,7 +119,7 @@ class Records(ABC):
         if not path.is_file():
             raise ValueError(f"{path}: no such file.")
         self.path, self._file = path, unpacked(path, self.has_lines)
-        self._version = _version(self._file.stat())
+        self._version = version_of(self._file.stat())
         #: Where each row begins, and where the last one ends.
         self._bounds = self._index()
         if not len(self):
@@ -134,7 +130,7 @@ class Records(ABC):
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         with self._file.open("rb") as file:
-            if _version(os.fstat(file.fileno())) != self._version:
+            if version_of(os.fstat(file.fileno())) != self._version:
                 raise OSError(f"{self.path} has changed since it was opened. Write a new version to another file.")
             return [self._read(file, int(index)) for index in indices]
 
