@@ -20,7 +20,7 @@ import yaml
 from PIL import Image
 
 from vlmembed import distributed
-from vlmembed.data.cells import KINDS
+from vlmembed.data.cells import KINDS, Folder
 from vlmembed.data.evaluation import RowItems
 from vlmembed.data.rows import Table
 from vlmembed.data.sources import ROWS_AT_ONCE, GroupByQuery, Mixture, Source
@@ -203,10 +203,9 @@ def _file_names(column: Column) -> Iterator[str]:
 
 def _is_file(folder: Path, text: str) -> bool:
     """Whether a text names a file within a folder."""
-    path = Path(text)
-    if len(text) > 255 or "\0" in text or path.is_absolute() or ".." in path.parts:
-        return False
-    return (folder / path).is_file()
+    with suppress(ValueError):
+        return bool(Folder(folder).find(text, "media", ""))
+    return False
 
 
 def _subfolder(folder: Path, text: str) -> str:
