@@ -190,6 +190,8 @@ class RetrievalDataModule(LightningDataModule):
         per_epoch = self.steps_per_epoch
         if per_epoch is None and (trainer.max_steps or -1) < 0:
             raise ValueError(f"{rows.origin}: the length of a stream is unknown; set trainer.max_steps, or its rows.")
+        # The loader must have a length: of one without, Lightning takes a batch ahead, and a resumed run would lose it.
+        per_epoch = trainer.max_steps * trainer.accumulate_grad_batches if per_epoch is None else per_epoch
         if per_epoch == 0:
             raise ValueError(f"{rows.origin}: rows is {rows.rows}, fewer than one batch over all processes.")
         is_skipping = self.on_bad_row == "skip"

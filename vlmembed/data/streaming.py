@@ -34,7 +34,7 @@ class StreamingRows(Rows):
 
     Args:
         shuffle_buffer: Rows that are read at once and shuffled among each other; 0 keeps the order.
-        rows: Rows of an epoch, which the next one continues; null if ``trainer.max_steps`` ends the run.
+        rows: Rows of an epoch, which the next one continues; null for an epoch of ``trainer.max_steps`` steps.
         seed: Draws the order.
     """
 
@@ -165,7 +165,7 @@ class StreamedBatches(IterableDataset[Any]):
         for start in range(0, len(order), self.batch_size):
             waiting += self._examples(table, order[start : start + self.batch_size].tolist(), origin, first)
             while len(waiting) >= self.batch_size:
-                batch, rest, queries = [], [], set[int]()
+                batch, rest, queries = list[Any](), list[Any](), set[int | None]()
                 for row in waiting:
                     query = None if isinstance(row, BadRow) or not self.distinct else row[1].query.id
                     is_next = len(batch) < self.batch_size and query not in queries
@@ -203,14 +203,12 @@ class StreamLoader(DataLoader):
     _batch = 0
     _exhausted = False
 
-    def __init__(self, batches: StreamedBatches, per_epoch: int | None, **options: Any):
+    def __init__(self, batches: StreamedBatches, per_epoch: int, **options: Any):
         super().__init__(batches, batch_size=None, **options)
         self.per_epoch = per_epoch
         batches.positions = [START] * max(1, self.num_workers)
 
     def __len__(self) -> int:
-        if self.per_epoch is None:
-            raise TypeError("the length of the stream is unknown")
         return self.per_epoch
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -220,7 +218,7 @@ class StreamLoader(DataLoader):
             return
         stream, start = self.dataset, self._batch
         self.generator = seeded_generator(stream.rows.seed, stream.first, stream.turn)
-        for number, position, batch in islice(super().__iter__(), self.per_epoch and self.per_epoch - start):
+        for number, position, batch in islice(super().__iter__(), self.per_epoch - start):
             # Counted when handed out, not when a worker reads ahead; a checkpoint is written after the batch's step.
             stream.positions[number], stream.turn = position, (number + 1) % len(stream.positions)
             self._batch += 1
@@ -244,7 +242,8 @@ class StreamLoader(DataLoader):
         if shape != saved:
             raise ValueError(
                 f"{stream.rows.origin}: the checkpoint has a stream's position in {saved[0]} processes with {saved[1]} "
-                f"readers each, and the run has {shape[0]} with {shape[1]}. Resume with the same devices and num_workers."
+                f"readers each, and the run has {shape[0]} with {shape[1]}. "
+                "Resume with the same devices and num_workers."
             )
         stream.positions, stream.turn = list(positions[stream.first // shape[1]]), state["turn"]
         self._batch, self._exhausted = state["batch"], bool(state.get("exhausted"))
@@ -268,6 +267,7 @@ class Collated:
         self.collate = collate
 
     def __call__(self, read: tuple[int, Position, list[Any]]) -> tuple[int, Position, Any]:
+        """Make a batch."""
         number, position, rows = read
         return number, position, self.collate(rows)
 

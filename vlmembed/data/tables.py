@@ -50,14 +50,12 @@ READERS: dict[str, Callable[[Path], Records]] = {
     ".tar": Tar,
 }
 KINDS = (*READERS, ".parquet")
-#: Files that are streamed: the builder of `datasets`, and its options. The cells of CSV are strings.
-STREAMED: dict[str, tuple[str, dict[str, Any]]] = {
-    ".jsonl": ("json", {}),
-    ".ndjson": ("json", {}),
-    ".json": ("json", {}),
-    ".csv": ("csv", {"dtype": str, "keep_default_na": False}),
-    ".tsv": ("csv", {"dtype": str, "keep_default_na": False, "sep": "\t"}),
-    ".parquet": ("parquet", {}),
+#: Files that are streamed, and the builder of `datasets`; not CSV, of whose texts it makes numbers.
+STREAMED = {
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".parquet": "parquet",
 }
 HUB_ID = re.compile(r"(hf://datasets/)?[\w.-]*\w[\w.-]*(/[\w.-]+)?")
 
@@ -168,10 +166,9 @@ def open_stream(
         )
     if subset is not None and kind != ".json":
         raise ValueError(f"{name}: subset is {subset!r}, but files of this kind have none.")
-    builder, options = STREAMED[kind]
-    options = options | ({"field": subset} if subset else {})
+    options: Any = {"field": subset} if subset else {}
     with _named(name):
-        return datasets.load_dataset(builder, data_files=files, split="train", streaming=True, **options)
+        return datasets.load_dataset(STREAMED[kind], data_files=files, split="train", streaming=True, **options)
 
 
 def title(path: str | list[str]) -> str:
