@@ -95,7 +95,7 @@ def test_another_number_of_workers_is_refused(tmp_path: Path) -> None:
 def test_a_resumed_run_has_the_bits_of_one_that_was_not_interrupted(
     checkpoint: Path, tmp_path: Path, workers: int
 ) -> None:
-    path = write(tmp_path, "jsonl", 64)
+    path = write(tmp_path, "jsonl", 1024)
 
     def run(resume: Path | None = None) -> Any:
         torch.manual_seed(0)

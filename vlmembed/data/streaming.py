@@ -33,7 +33,7 @@ class StreamingRows(Rows):
     The arguments are those of ``vlmembed.data.Rows``, and three more. Checks see the first rows only.
 
     Args:
-        shuffle_buffer: Rows that are read at once and shuffled among each other; 0 keeps the order.
+        shuffle_buffer: Rows (256 at least) that are read at once and shuffled among each other; 0 keeps the order.
         rows: Rows of an epoch, which the next one continues; null for an epoch of ``trainer.max_steps`` steps.
         seed: Draws the order.
     """
