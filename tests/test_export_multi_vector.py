@@ -187,7 +187,7 @@ def test_what_was_measured_is_what_the_folder_ranks(
     (folder,) = tmp_path.rglob("export")
     card = (folder / "README.md").read_text()
     assert "MultiVectorEncoder(" in card
-    assert "64 bytes in float32" in card
+    assert ". A vector has 16 numbers: 64 bytes in float32." in card
     assert "- late-interaction" in card
     assert "do not serve it" in card
     served: Any = Served(str(folder))
