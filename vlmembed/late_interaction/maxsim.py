@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vlmembed.late_interaction.vectors import MultiVectors, at_least_float32
+from vlmembed.late_interaction.vectors import MultiVectors, promoted
 
 #: Numbers that are computed at once: 16 MiB of float32.
 TILE = 2**22
@@ -33,8 +33,8 @@ def maxsim(queries: MultiVectors, documents: MultiVectors) -> Float[Tensor, "Q P
     """
     _check_lengths("query", queries)
     _check_lengths("document", documents)
-    rows = at_least_float32(queries), at_least_float32(documents)
-    scores: Tensor = _MaxSim.apply(*(side.vectors for side in rows), queries.lengths, documents.lengths)
+    rows = promoted(queries.vectors), promoted(documents.vectors)
+    scores: Tensor = _MaxSim.apply(*rows, queries.lengths, documents.lengths)
     if queries.length_normalized:
         scores = scores / queries.lengths[:, None].to(scores.device, non_blocking=True)
     return scores

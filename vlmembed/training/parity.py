@@ -174,9 +174,9 @@ def defined_loss(loss: Loss, queries: Vectors, documents: Vectors, relevance: Te
     return torch.stack([weight * defined_loss(term, q, d, relevance, *scores) for term, q, d, weight in terms]).sum()
 
 
-def _similarities(queries: Vectors, documents: Vectors) -> Tensor:
+def _similarities(queries: Any, documents: Any) -> Tensor:
     """Compute cosines (Q, P), or MaxSim query by query, of which no products are kept; in float64."""
-    if isinstance(queries, Tensor) or isinstance(documents, Tensor):
+    if not isinstance(queries, MultiVectors):
         return normalize(queries.double()) @ normalize(documents.double()).T
     rows, counts = normalize(documents.vectors.double()), documents.lengths.tolist()
 
