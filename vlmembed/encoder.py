@@ -26,6 +26,8 @@ class Encoder(nn.Module):
 
     #: How pairs become one input, where pairs are read.
     template: PairTemplate | None = None
+    #: Tokens behind every query; a number is of padding tokens.
+    expansion_tokens: int | Sequence[str] = 0
 
     def __init__(self, backbone: VisionLanguageModel, pooling: Pooling) -> None:
         super().__init__()
@@ -36,7 +38,9 @@ class Encoder(nn.Module):
     def preprocessor(self) -> ChatPreprocessor:
         """What makes the inputs; it needs no weights, and can be sent to loader workers."""
         pooling = self.pooling
-        preprocessor = self.backbone.make_preprocessor(self.template, pooling.appended, pooling.learns_tokens)
+        preprocessor = self.backbone.make_preprocessor(
+            self.template, pooling.appended, pooling.learns_tokens, self.expansion_tokens
+        )
         if any(isinstance(part, MeanWithoutInstruction) for part in pooling.modules()):
             preprocessor.fixed_instructions = MeanWithoutInstruction.__name__
         return preprocessor
@@ -119,16 +123,21 @@ class Encoder(nn.Module):
 class MultiVectorEncoder(Encoder):
     """Turns a chunk of items into the vectors of their tokens, one item's after the other's.
 
-    ``selections`` say which tokens of each role's items have one.
+    ``selections`` say which tokens of each role's items have one, ``expansion_tokens`` what stands behind queries.
     """
 
     pooling: TokenProjection
 
     def __init__(
-        self, backbone: VisionLanguageModel, projection: TokenProjection, selections: Mapping[Role, TokenSelection]
+        self,
+        backbone: VisionLanguageModel,
+        projection: TokenProjection,
+        selections: Mapping[Role, TokenSelection],
+        expansion_tokens: int | Sequence[str] = 0,
     ) -> None:
         super().__init__(backbone, projection)
         self.selections = selections
+        self.expansion_tokens = expansion_tokens
 
     @cached_property
     def preprocessor(self) -> ChatPreprocessor:
@@ -141,7 +150,7 @@ class MultiVectorEncoder(Encoder):
 
     def fresh(self) -> MultiVectorEncoder:
         """Return the same encoder without weights."""
-        return MultiVectorEncoder(self.backbone, self.pooling, self.selections)
+        return MultiVectorEncoder(self.backbone, self.pooling, self.selections, self.expansion_tokens)
 
     @staticmethod
     def lengths(chunks: Sequence[Inputs]) -> Int[Tensor, " N"]:
