@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import cached_property, partial
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from vlmembed.backbones import VisionLanguageModel
@@ -16,6 +16,7 @@ from vlmembed.backbones.chat_templates import PairTemplate
 from vlmembed.backbones.packing import halve, picked, select
 from vlmembed.backbones.preprocessing import ChatPreprocessor
 from vlmembed.heads import ScoreHead
+from vlmembed.late_interaction import MultiVectors
 from vlmembed.pooling import MeanWithoutInstruction, Pooling, TokenProjection, TokenSelection
 from vlmembed.pooling.base import at_least_float32
 from vlmembed.types import Batch, Inputs, RankingBatch, Role
@@ -123,7 +124,8 @@ class Encoder(nn.Module):
 class MultiVectorEncoder(Encoder):
     """Turns a chunk of items into the vectors of their tokens, one item's after the other's.
 
-    ``selections`` say which tokens of each role's items have one, ``expansion_tokens`` what stands behind queries.
+    ``selections`` say which tokens of each role's items have one, ``similarity`` how two items are compared:
+    ``maxsim`` adds up over a query's vectors, ``meanmaxsim`` averages; ``expansion_tokens`` stand behind queries.
     """
 
     pooling: TokenProjection
@@ -133,10 +135,12 @@ class MultiVectorEncoder(Encoder):
         backbone: VisionLanguageModel,
         projection: TokenProjection,
         selections: Mapping[Role, TokenSelection],
+        similarity: str = "maxsim",
         expansion_tokens: int | Sequence[str] = 0,
     ) -> None:
         super().__init__(backbone, projection)
         self.selections = selections
+        self.similarity = similarity
         self.expansion_tokens = expansion_tokens
 
     @cached_property
@@ -146,16 +150,17 @@ class MultiVectorEncoder(Encoder):
         preprocessor.selections = self.selections
         if any(selection.part == "without_instruction" for selection in self.selections.values()):
             preprocessor.fixed_instructions = "A selection of tokens without_instruction"
+        preprocessor.skipped  # noqa: B018  # Refuses what is no token, before weights are loaded.
         return preprocessor
 
     def fresh(self) -> MultiVectorEncoder:
         """Return the same encoder without weights."""
-        return MultiVectorEncoder(self.backbone, self.pooling, self.selections, self.expansion_tokens)
+        return MultiVectorEncoder(self.backbone, self.pooling, self.selections, self.similarity, self.expansion_tokens)
 
-    @staticmethod
-    def lengths(chunks: Sequence[Inputs]) -> Int[Tensor, " N"]:
-        """Count the vectors of each item of some chunks; on the host."""
-        return torch.cat([chunk.get("kept", chunk["attention_mask"]).sum(dim=1) for chunk in chunks])
+    def by_item(self, outputs: Float[Tensor, "T D"], chunks: Sequence[Inputs]) -> MultiVectors:
+        """Give the vectors of some chunks to their items, which come in the same order."""
+        lengths = torch.cat([chunk.get("kept", chunk["attention_mask"]).sum(dim=1) for chunk in chunks])
+        return MultiVectors(outputs, lengths.cpu(), self.similarity == "meanmaxsim")
 
     def forward(self, inputs: Inputs, features: Features = ()) -> Float[Tensor, "T D"]:
         """Encode a chunk: the T tokens of all its items that are kept; see `Encoder.forward`."""

@@ -162,7 +162,7 @@ class ChatPreprocessor(Preprocessor):
             assert isinstance(item, Item)
             selection = selections[item.role]
             expansion = len(self.expansion) if item.role == "query" else 0
-            skipped = self._skipped[item.role]
+            skipped = self.skipped[item.role]
             kept.append(selection.select(ids[row, None], mask[row, None], self.template, skipped, expansion))
             if not kept[-1].any():
                 raise ValueError(
@@ -172,7 +172,7 @@ class ChatPreprocessor(Preprocessor):
         return torch.cat(kept)
 
     @cached_property
-    def _skipped(self) -> dict[Role, list[int]]:
+    def skipped(self) -> dict[Role, list[int]]:
         """The ids of the tokens that have no vector."""
         vocabulary = self.processor.tokenizer.get_vocab()
         for role, selection in (self.selections or {}).items():

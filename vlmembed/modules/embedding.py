@@ -60,7 +60,9 @@ class EmbeddingModule(RetrievalModule):
         return CollapseMonitor("Embeddings", embedding_likeness)
 
     def check(self) -> None:
-        """Refuse Matryoshka dimensions that the embedding does not have."""
+        """Refuse Matryoshka dimensions that the embedding does not have, and losses over fewer vectors."""
+        if any(loss.merging_factors for loss in (self.loss, *self.losses.values())):
+            raise ValueError("MergedTokens is for vlmembed.modules.MultiVectorModule: a single vector has no others.")
         too_large = [dimension for dimension in self.dimensions if dimension > self.encoder.dimension]
         if too_large:
             raise ValueError(
