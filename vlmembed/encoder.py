@@ -28,10 +28,15 @@ class Encoder(nn.Module):
     #: How pairs become one input, where pairs are read.
     template: PairTemplate | None = None
     #: Tokens behind every query; a number is of padding tokens.
-    expansion_tokens: int | Sequence[str] = 0
+    expansion_tokens: int | Sequence[str] | None = None
 
     def __init__(self, backbone: VisionLanguageModel, pooling: Pooling) -> None:
         super().__init__()
+        if any(isinstance(part, TokenProjection) for part in pooling.modules()) != isinstance(self, MultiVectorEncoder):
+            raise ValueError(
+                "TokenProjection gives each token a vector: it is the projection of "
+                f"vlmembed.modules.MultiVectorModule, and no pooling makes one of them (in {type(pooling).__name__})."
+            )
         self.backbone = backbone
         self.pooling = pooling
 
@@ -136,7 +141,7 @@ class MultiVectorEncoder(Encoder):
         projection: TokenProjection,
         selections: Mapping[Role, TokenSelection],
         similarity: str = "maxsim",
-        expansion_tokens: int | Sequence[str] = 0,
+        expansion_tokens: int | Sequence[str] | None = None,
     ) -> None:
         super().__init__(backbone, projection)
         self.selections = selections

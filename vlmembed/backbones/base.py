@@ -136,7 +136,7 @@ class VisionLanguageModel(nn.Module):
         template: PairTemplate | None = None,
         appended: Sequence[str] = (),
         new_tokens: bool = False,
-        expansion_tokens: int | Sequence[str] = 0,
+        expansion_tokens: int | Sequence[str] | None = None,
     ) -> ChatPreprocessor:
         """Make the preprocessor of this backbone's inputs; it can be sent to loader workers.
 

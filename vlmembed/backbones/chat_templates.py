@@ -259,14 +259,14 @@ def append_tokens(processor: Any, tokens: Sequence[str], new: bool) -> None:
         processor.chat_template = processor.chat_template.removesuffix("\n") + "".join(tokens)
 
 
-def expand_queries(processor: Any, tokens: int | Sequence[str]) -> tuple[str, ...]:
+def expand_queries(processor: Any, tokens: int | Sequence[str] | None) -> tuple[str, ...]:
     """Let a processor's template end with some tokens, or a number of padding tokens, where ``task`` is ``query``.
 
     Sentence Transformers gives a template that reads ``task`` the one of the call, which holds for a batch. A batch in
     training holds both, so a message may say its own. Returns the tokens.
     """
     tokenizer = processor.tokenizer
-    expansion = (tokenizer.pad_token,) * tokens if isinstance(tokens, int) else tuple(tokens)
+    expansion = (tokenizer.pad_token,) * tokens if isinstance(tokens, int) else tuple(tokens or ())
     if not expansion:
         return ()
     vocabulary, atoms = tokenizer.get_vocab(), tokenizer.get_added_vocab()

@@ -181,6 +181,8 @@ class ChatPreprocessor(Preprocessor):
                     f"{role}_tokens.skip: {unknown[0]!r} is not one token of this checkpoint's vocabulary, where a "
                     "word behind a space is spelt with Ġ. Leave it out, or spell it so."
                 )
+            if role == "query" and (both := [token for token in selection.skip if token in self.expansion]):
+                raise ValueError(f"query_tokens.skip has {both[0]!r}, which is one of expansion_tokens. Remove either.")
         return {role: [vocabulary[token] for token in part.skip] for role, part in (self.selections or {}).items()}
 
     def _chat(self, contents: Mapping[Role, list[dict[str, Any]]], instruction: str | None = None) -> list[Message]:

@@ -16,11 +16,12 @@ from vlmembed import distributed
 from vlmembed.backbones import VisionLanguageModel
 from vlmembed.data import ItemCollator
 from vlmembed.encoder import Encoder
+from vlmembed.heads import ScoreHead
 from vlmembed.late_interaction import MultiVectors, Vectors
 from vlmembed.losses import Loss
 from vlmembed.metrics import RetrievalMetrics
 from vlmembed.modules.base import DEPTH, RetrievalModule, write_run
-from vlmembed.pooling import Pooling, TokenProjection
+from vlmembed.pooling import Pooling
 from vlmembed.training.guards import CollapseMonitor, embedding_likeness
 from vlmembed.types import Batch, EvaluationSet, ItemBatch
 
@@ -46,8 +47,8 @@ class EmbeddingModule(RetrievalModule):
         losses: Mapping[str, Loss] | None = None,
         **options: Any,
     ) -> None:
-        if isinstance(pooling, TokenProjection):
-            raise ValueError("TokenProjection gives each token a vector: it is for vlmembed.modules.MultiVectorModule.")
+        if isinstance(pooling, ScoreHead):
+            raise ValueError(f"{type(pooling).__name__} is a head of vlmembed.modules.CrossEncoderModule, no pooling.")
         super().__init__(Encoder(backbone, pooling), loss, losses=losses, **options)
 
     def collator(self) -> ItemCollator:

@@ -33,7 +33,7 @@ class MultiVectorModule(RetrievalModule):
         query_tokens: Which tokens of a query have a vector; null for all.
         document_tokens: The same for a document.
         expansion_tokens: Special tokens of the checkpoint at the very end of every query, or how many of its padding
-            token, each with a vector whatever ``query_tokens`` are (ColBERT's query augmentation).
+            token, each with a vector whatever ``query_tokens`` are (ColBERT's query augmentation); null for none.
         similarity: ``maxsim`` adds up over a query's vectors, ``meanmaxsim`` averages, so that a temperature means the
             same for queries of any length.
         merging_factors: Measure documents with so many times fewer vectors as well, besides those that the loss trains.
@@ -51,7 +51,7 @@ class MultiVectorModule(RetrievalModule):
         projection: TokenProjection | None = None,
         query_tokens: TokenSelection | None = None,
         document_tokens: TokenSelection | None = None,
-        expansion_tokens: int | Sequence[str] = 0,
+        expansion_tokens: int | Sequence[str] | None = None,
         similarity: Literal["maxsim", "meanmaxsim"] = "maxsim",
         merging_factors: Sequence[int] = (),
         losses: Mapping[str, Loss] | None = None,
