@@ -199,7 +199,7 @@ def test_sentence_transformers_serves_expansion_tokens(open_family: Any, tmp_pat
     }
     inputs: list[Any] = [one[0] if len(one) == 1 else {"text": one[0], "image": one[1]} for one in contents]
     write_multi_vector(encoder, tmp_path / "served")
-    served = MultiVectorEncoder(str(tmp_path / "served"), device="cpu", trust_remote_code=name == "code")
+    served: Any = MultiVectorEncoder(str(tmp_path / "served"), device="cpu", trust_remote_code=name == "code")
     document_prompt = {"prompt_name": "document"}
     for encode, role, options in (
         (served.encode_query, "query", {}),
@@ -246,7 +246,7 @@ def test_a_larger_projection_may_be_meant(open_family: Any) -> None:
 
 def test_a_template_that_expands_queries_is_not_given_more(open_family: Any, checkpoint: Path, tmp_path: Path) -> None:
     """A second stage begins with an exported folder, whose template does it already; both stages read the same."""
-    first = late(open_family("packed"), expansion_tokens=2).preprocessor
+    first: Any = late(open_family("packed"), expansion_tokens=2).preprocessor
     folder = shutil.copytree(checkpoint, tmp_path / "first")
     first.processor.save_pretrained(folder)
     rows = [item("a question", role="query"), item("an answer")]
