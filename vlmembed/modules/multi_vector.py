@@ -36,6 +36,9 @@ class MultiVectorModule(RetrievalModule):
         similarity: ``maxsim`` adds up over a query's vectors, ``meanmaxsim`` averages, so that a temperature means the
             same for queries of any length.
         merging_factors: Measure documents with so many times fewer vectors as well, besides those that the loss trains.
+        two_stage: Measure a search in two stages as well, as a vector index makes it: so many documents are found by
+            the cosine of mean vectors, and ranked by MaxSim. PLAID (arXiv:2205.09707) finds them by centroids, MUVERA
+            (arXiv:2405.19504) by one vector that stands for MaxSim.
         losses: Further losses by name, for training sources that name one; see ``vlmembed.data.Mixture``.
         **options: As for `RetrievalModule`.
     """
@@ -52,11 +55,14 @@ class MultiVectorModule(RetrievalModule):
         document_tokens: TokenSelection | None = None,
         similarity: Literal["maxsim", "meanmaxsim"] = "maxsim",
         merging_factors: Sequence[int] = (),
+        two_stage: int | None = None,
         losses: Mapping[str, Loss] | None = None,
         **options: Any,
     ) -> None:
         if any(factor < 2 for factor in merging_factors):
             raise ValueError(f"merging_factors are 2 or more, as all vectors are measured anyway: {merging_factors}.")
+        if two_stage is not None and two_stage < 1:
+            raise ValueError(f"two_stage is the number of documents that MaxSim ranks, or null; got {two_stage}.")
         selections: Any = {
             "query": query_tokens or TokenSelection(),
             "document": document_tokens or TokenSelection(),
@@ -64,7 +70,9 @@ class MultiVectorModule(RetrievalModule):
         encoder = MultiVectorEncoder(backbone, projection or TokenProjection(), selections)
         super().__init__(encoder, loss, losses=losses, **options)
         self.similarity = similarity
+        self.length_normalized = similarity == "meanmaxsim"
         self.measured_factors = merging_factors
+        self.two_stage = two_stage
 
     @property
     def merging_factors(self) -> tuple[int, ...]:
@@ -97,11 +105,13 @@ class MultiVectorModule(RetrievalModule):
 
     def _vectors(self, outputs: Tensor, batch: Batch | ItemBatch) -> MultiVectors:
         """Give vectors (T, D) to the items of a batch's chunks, in their order."""
-        return MultiVectors(outputs, self.encoder.lengths(batch.chunks), self.similarity == "meanmaxsim")
+        return MultiVectors(outputs, self.encoder.lengths(batch.chunks), self.length_normalized)
 
     def metric(self, evaluation: EvaluationSet) -> MultiVectorMetrics:
         """Measure how well queries find their documents in the whole corpus."""
-        return MultiVectorMetrics(evaluation, self.dimensions, self.merging_factors)
+        return MultiVectorMetrics(
+            evaluation, self.dimensions, self.merging_factors, self.two_stage, self.length_normalized
+        )
 
     def measure(self, batch: ItemBatch, metric: MultiVectorMetrics) -> None:
         """Encode queries or documents."""
