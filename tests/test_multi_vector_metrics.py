@@ -157,14 +157,12 @@ def test_candidates_and_subsets() -> None:
 def test_equal_to_the_evaluator_of_sentence_transformers() -> None:
     """On the same vectors, with grades of 1 and without ties."""
     evaluation = evaluation_set()
-    qrels = {name: {document: 1 for document in judged if document in evaluation.document_names} or {"x": 0}
-             for name, judged in evaluation.qrels.items()}  # fmt: skip
+    present = {*evaluation.document_names}
+    qrels = {name: dict.fromkeys({*judged} & present, 1) for name, judged in evaluation.qrels.items()}
     evaluation = replace(evaluation, qrels=qrels)
     vectors = [normalize(item, dim=1) for item in vectors_of(evaluation)]
-    texts = {
-        item.parts[0].value: vector
-        for item, vector in zip([*evaluation.queries, *evaluation.corpus], vectors, strict=True)
-    }
+    contents = [item.parts[0].value for item in (*evaluation.queries, *evaluation.corpus)]
+    texts = dict(zip(contents, vectors, strict=True))
     model: Any = SimpleNamespace(
         similarity_fn_name="maxsim",
         similarity=maxsim,
@@ -176,14 +174,14 @@ def test_equal_to_the_evaluator_of_sentence_transformers() -> None:
     evaluator = MultiVectorInformationRetrievalEvaluator(
         dict(zip(evaluation.query_names, contents[:30], strict=True)),
         dict(zip(evaluation.document_names, contents[30:], strict=True)),
-        {name: {document for document, grade in judged.items() if grade} for name, judged in qrels.items()},
+        {name: {*judged} for name, judged in qrels.items()},
         corpus_chunk_size=13,
         precision_recall_at_k=[1, 10],
         map_at_k=[60],
         write_csv=False,
     )
     theirs = evaluator(model)
-    judged = [any(qrels[name].values()) for name in evaluation.query_names]  # They leave out the others.
+    judged = [bool(qrels[name]) for name in evaluation.query_names]  # They leave out the others.
     ours = {name: values[judged].mean().item() for name, values in updated(evaluation, vectors).per_query().items()}
     pairs = {"ndcg@10": "ndcg@10", "hit@1": "precision@1", "recall@1": "recall@1", "recall@10": "recall@10"}
     for name, other in {**pairs, "mrr@10": "mrr@10", "map": "map@60"}.items():
