@@ -21,6 +21,7 @@ PAGES = [
     for page in (
         "README.md",
         "vlmembed/data/README.md",
+        "vlmembed/late_interaction/README.md",
         "vlmembed/pooling/README.md",
         "vlmembed/training/README.md",
         "vlmembed/export/README.md",

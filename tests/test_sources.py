@@ -353,7 +353,8 @@ def test_recipes_read_the_data_set_that_they_name(path: Path, tmp_path: Path, mo
         [load_image(part.value).getpixel((0, 0)) for item in example.documents for part in item.parts]
         for example in examples
     ]
-    assert shown == [[(4, row, number) for number in range(5 if is_reranker else 2)] for row in range(4)]
+    count = 5 if is_reranker else 3 if "late" in path.stem else 2  # The positive, and four, two or one negatives.
+    assert shown == [[(4, row, number) for number in range(count)] for row in range(4)]
     found = as_reranking(data.val, "validation").evaluation if is_reranker else as_evaluation(data.val, "validation")
     assert (texts(tuple(found.queries)), len(found.corpus)) == ([f"eval {row}" for row in range(3)], 3 * 5)
     assert [sum(judged.values()) for judged in found.qrels.values()] == [1, 1, 1]
