@@ -72,17 +72,11 @@ def write(folder: Path, **changes: Any) -> Path:
 
 def base_with_model(checkpoint: Path, trainer: dict[str, Any], loss: dict[str, Any] | None = None, **data: Any) -> dict:
     """A configuration of ``fit`` on the CPU."""
-    model = {
-        "backbone": {"class_path": "vlmembed.backbones.Qwen3VL", "init_args": {"checkpoint": str(checkpoint)}},
-        "pooling": {"class_path": "vlmembed.pooling.LastToken"},
-        "loss": loss or {"class_path": "vlmembed.losses.InfoNCE"},
-        "graph_memory": "none",
-    }
-    return {
-        "model": {"class_path": "vlmembed.modules.EmbeddingModule", "init_args": model},
-        "data": {"class_path": "vlmembed.data.RetrievalDataModule", "init_args": data | {"num_workers": 0}},
-        "trainer": {"accelerator": "cpu"} | trainer,
-    }
+    from building import run_config  # Not by a trial in name only, which takes no time.
+
+    config = run_config(checkpoint, **data)
+    config["model"]["init_args"] |= {"graph_memory": "none", **({"loss": loss} if loss else {})}
+    return config | {"trainer": {"accelerator": "cpu"} | trainer}
 
 
 if __name__ == "__main__":

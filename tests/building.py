@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,19 @@ def fit(model: RetrievalModule, batches: list[Any], **options: Any) -> Recorder:
     recorder = Recorder()
     trainer(callbacks=[recorder], log_every_n_steps=1, **options).fit(model, DataLoader(batches, batch_size=None))
     return recorder
+
+
+def csv_logger(name: str, **options: Any) -> dict[str, Any]:
+    """Lightning's own, as a configuration has it."""
+    options = {"save_dir": "runs", "name": name, **options}
+    return {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": options}
+
+
+def jsonl(path: Path | str, rows: Iterable[Any]) -> str:
+    """Write rows as JSON, one a line."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
 
 
 def run_config(checkpoint: Path, **data: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
@@ -18,13 +19,12 @@ WORLD_SIZE = 2
 def run(function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """Call a function of a module in both processes, and return what each returned, by rank.
 
-    The processes are forked from a server that imports the package once, and never trains: starting them takes a
-    second, not ten, and forking is safe. An error in one is raised here and ends the other.
+    An error in one is raised here and ends the other.
     """
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["vlmembed.modules", "vlmembed.data", "pytest"])
     with tempfile.TemporaryDirectory() as folder:
         spawned = (Path(folder), function, arguments)
-        multiprocessing.start_processes(_process, spawned, nprocs=WORLD_SIZE, start_method="forkserver")
+        method = forked.CONTEXT.get_start_method()
+        multiprocessing.start_processes(_process, spawned, nprocs=WORLD_SIZE, start_method=method)
         return [torch.load(_result(Path(folder), rank), weights_only=False) for rank in range(WORLD_SIZE)]
 
 

@@ -19,7 +19,6 @@ from ablating import FIT, started, write
 
 from vlmembed.ablation.command import ablate
 from vlmembed.ablation.run import Executor, Trial, locked, read_trials, shares_of_machine
-from vlmembed.cli import main
 from vlmembed.files import HOST
 
 BROKEN: dict[str, Any] = {
@@ -180,18 +179,6 @@ def test_a_dry_run_trains_nothing_and_says_how_long_the_rest_takes(
     assert "finished  part=other, seed 0" in printed
     assert "2 to do.\n" in printed
     assert "for 2 trials, 2 at the same time: the mean of 2 that have finished is" in printed
-
-
-def test_help_explains_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    printed = []
-    monkeypatch.setattr("sys.argv", ["vlmembed"])
-    for words in (["ablate", "--help"], ["--help"]):
-        with pytest.raises(SystemExit) as stopped:
-            main(words)
-        assert stopped.value.code == 0
-        printed.append(" ".join(capsys.readouterr().out.split()))
-    assert "--retry_failed run failed trials again" in printed[0]
-    assert "ablate Run a grid of settings and seeds" in printed[1]
 
 
 def events(folder: Path) -> list[str]:

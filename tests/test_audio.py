@@ -536,6 +536,7 @@ def test_fit_measures_and_exports_what_sentence_transformers_serves(
     val = {"class_path": "vlmembed.data.EvaluationFolder", "init_args": {"path": "val", "allow_outside": ["."]}}
     config = run_config(checkpoint, train="rows.jsonl", val=val, batch_size=4, chunk_size=2)
     config["model"]["init_args"]["backbone"]["class_path"] = "vlmembed.backbones.VisionLanguageModel"
+    config["model"]["init_args"]["backbone"]["init_args"]["max_length"] = 512
     config["trainer"] |= {"max_steps": 2, "default_root_dir": "run"}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     main(["fit", "--config", "run.yaml"])

@@ -24,7 +24,6 @@ from vlmembed.types import Inputs, Item, Part
 
 #: Sums in float32 in another order: hidden states are of size one after the norm, and have passed through few layers.
 ROUNDING = 1e-5
-KINDS = ("text", "image", "image and text", "interleaved", "frames", "long text", "video file")
 CONTENTS = {
     "text": [{"type": "text", "text": "four zero seven, Zoë"}],
     "image": [{"type": "image", "image": picture(96, 64, 1)}],
@@ -122,17 +121,9 @@ def test_weights_wait_for_configure_and_come_without_a_head(checkpoint: Path) ->
     assert backbone.hidden_size == 64
 
 
-@pytest.mark.parametrize("row", range(len(KINDS)), ids=KINDS)
 @torch.no_grad()
-def test_an_item_alone_equals_itself_in_a_mixed_batch(
-    backbone: Qwen3VL, items: list[Item], mixed: tuple[Inputs, Tensor], row: int
-) -> None:
-    inputs, hidden = mixed
-    alone = backbone.preprocessor([items[row]])
-    length = alone["input_ids"].shape[1]
-    assert alone["input_ids"][0].equal(inputs["input_ids"][row, :length])
-    assert inputs["attention_mask"][row].sum() == length
-    torch.testing.assert_close(hidden[row, :length], backbone(alone)[0], rtol=0, atol=ROUNDING)
+def test_an_item_alone_equals_itself_in_a_mixed_batch(backbone: Qwen3VL, items: list[Item]) -> None:
+    assert_alone_as_mixed(backbone, items, ROUNDING)
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from building import Recorder as LossRecorder
 from building import lists, module, picture, relative_difference, run_config
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
-from test_datamodule import Letters, Recorder, attached, trainer
+from test_datamodule import Letters, Recorder, trainer
 from torch.optim import SGD
 
 from vlmembed.backbones import Qwen3VL
@@ -33,7 +33,7 @@ from vlmembed.data import ItemCollator, Mixture, PairCollator, RetrievalDataModu
 from vlmembed.losses import LabelSpec
 from vlmembed.modules import CrossEncoderModule
 from vlmembed.training.bad_rows import BadRowFile, SkipBadRows
-from vlmembed.types import BadRow, Batch, Example, Inputs, Item, Part
+from vlmembed.types import BadRow, Example, Inputs, Item, Part
 
 #: What is wrong with each, and what is said of it. Row 3 in every file.
 BAD = {
@@ -111,15 +111,6 @@ def test_a_bad_row_is_left_out_and_the_others_of_its_batch_stay(tmp_path: Path, 
     assert said.startswith(f"{path}, row 3")
     with pytest.raises(ValueError, match=reason):
         raise ValueError(said)
-
-
-@pytest.mark.parametrize("kind", BAD)
-def test_a_bad_row_stops_the_run_unless_told_otherwise(tmp_path: Path, kind: str) -> None:
-    line, reason = BAD[kind]
-    path = write(tmp_path / "train.jsonl", 12, {2: line})
-    with pytest.raises(ValueError, match=reason):
-        trainer(tmp_path, max_epochs=1).fit(recorder(), datamodule=RetrievalDataModule(path, batch_size=4))
-    assert not (tmp_path / "bad_rows.jsonl").exists()
 
 
 @pytest.mark.filterwarnings("ignore:Left out")
@@ -318,24 +309,6 @@ def test_a_resumed_run_leaves_out_the_same(tmp_path: Path, stop_after: int) -> N
     trainer(tmp_path, max_epochs=2).fit(resumed, datamodule=data(), ckpt_path=tmp_path / f"step={stop_after}.ckpt")
     assert resumed.trained == whole.trained[stop_after:]
     assert (tmp_path / "bad_rows.jsonl").read_bytes() == before
-
-
-def test_processes_leave_out_what_one_process_does(tmp_path: Path) -> None:
-    path = write(tmp_path / "train.jsonl", 12, {2: BAD["empty query"][0], 7: BAD["refused"][0]})
-
-    def batches(batch_size: int, rank: int, world_size: int) -> list[Batch]:
-        made = RetrievalDataModule(path, batch_size=batch_size, num_workers=0, on_bad_row="skip")
-        data = attached(made, rank, world_size)
-        data.trainer.log_dir = str(tmp_path)  # type: ignore[misc, union-attr]
-        data.collator = ItemCollator(Fussy())
-        data.setup("fit")
-        return list(data.train_dataloader())
-
-    alone, pieces = batches(6, 0, 1), [batches(3, rank, 2) for rank in range(2)]
-    for whole, *parts in zip(alone, *pieces, strict=True):
-        assert whole.query_ids.tolist() == [query for part in parts for query in part.query_ids.tolist()]
-        assert {*whole.bad_rows} == {row for part in parts for row in part.bad_rows}
-    assert sorted(row.row for batch in alone for row in batch.bad_rows) == [3, 8]
 
 
 def train(checkpoint: Path, folder: Path, path: str) -> LossRecorder:

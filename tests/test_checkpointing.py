@@ -169,16 +169,6 @@ def test_a_checkpoint_of_a_lora_has_the_lora_alone(checkpoint: Path, tmp_path: P
     assert file.stat().st_size < (checkpoint / "model.safetensors").stat().st_size / 10
 
 
-def test_a_fresh_model_takes_it_up(checkpoint: Path, tmp_path: Path) -> None:
-    built = model(checkpoint)
-    file = trained(built, tmp_path)
-    fresh = model(checkpoint)
-    load(fresh, file)
-    expected = built.state_dict()
-    assert fresh.state_dict().keys() == expected.keys()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in fresh.state_dict().items())
-
-
 def test_frozen_weights_are_rounded_as_they_were_in_training(checkpoint: Path, tmp_path: Path) -> None:
     built = model(checkpoint)
     file = trained(built, tmp_path, precision="bf16-true")

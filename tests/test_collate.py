@@ -202,12 +202,6 @@ def test_types_and_pickling() -> None:
     assert move_data_to_device(batch, torch.device("meta")) is batch  # The encoder takes over chunk after chunk.
 
 
-def test_scores_that_nothing_reads_are_refused() -> None:
-    scored = Example(text_item("query", "q"), (text_item("document", "d"),), scores=(0.5,))
-    with pytest.raises(ValueError, match="row 1: scores given but unused"):
-        ItemCollator(Letters())([scored])
-
-
 @pytest.mark.parametrize("chunk_size", [0, -1])
 def test_bad_chunk_sizes_are_refused(chunk_size: int) -> None:
     with pytest.raises(ValueError, match=f"chunk_size is 1 or more.*got {chunk_size}"):

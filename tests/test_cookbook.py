@@ -13,7 +13,7 @@ from typing import Any
 import datasets
 import pytest
 import yaml
-from building import picture, run_config
+from building import jsonl, picture, run_config
 from videos import film
 
 from vlmembed.__main__ import main
@@ -38,11 +38,6 @@ def images(folder: str, names: Iterable[str]) -> None:
         path = Path(folder, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(png(number))
-
-
-def jsonl(path: str, rows: Iterable[dict[str, Any]]) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def hub(name: str, tables: dict[tuple[str, str], list[dict[str, Any]]], *pictured: str) -> None:

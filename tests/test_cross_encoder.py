@@ -45,7 +45,7 @@ from vlmembed.metrics import METRICS
 from vlmembed.modules import CrossEncoderModule
 from vlmembed.modules.cross_encoder import gather_candidates
 from vlmembed.pooling import LastToken
-from vlmembed.types import Example, Inputs, Item, Pair, RankingBatch
+from vlmembed.types import Example, Inputs, Pair, RankingBatch
 
 # Against Sentence Transformers
 
@@ -169,21 +169,6 @@ def test_chunks_have_the_gradient_of_the_whole(checkpoint: Path, setup: str, ada
         assert relative_difference(fit(model, [data]).gradients[0], expected) < EXACT
 
 
-@pytest.mark.parametrize("chunk_size", [1, 3, None])
-def test_a_frozen_tower_sees_each_image_of_a_batch_once(
-    checkpoint: Path, chunk_size: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = ranker(checkpoint, adapters=[Freeze(["vision", "merger"])])
-    rows = lists()
-    data = ranking_batch(model, rows, chunk_size)
-    shown = {part.digest for row in rows for one in every_item(row) for part in one.parts if part.kind == "image"}
-    seen: list[int] = []
-    monkeypatch.setattr(model.encoder.backbone, "encode_images", recorded(model.encoder.backbone.encode_images, seen))
-    fit(model, [data])
-    assert sum(len(chunk["images"]) for chunk in data.chunks) > 2 * len(shown)
-    assert len(seen) == len(set(seen)) == len(shown) == 4
-
-
 def recorded(see: Callable[[Inputs], Sequence[Tensor]], keys: list[int]) -> Callable[[Inputs], Sequence[Tensor]]:
     """Write down the keys of the images that the tower sees."""
 
@@ -192,10 +177,6 @@ def recorded(see: Callable[[Inputs], Sequence[Tensor]], keys: list[int]) -> Call
         return see(images)
 
     return record
-
-
-def every_item(row: Example) -> tuple[Item, ...]:
-    return row.query, *row.positives, *row.negatives
 
 
 def test_kept_features_train_alike(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,21 +223,23 @@ def shares(step: int) -> tuple[list[Example], list[Example]]:
 PARALLEL: dict[str, Callable[[], RankingLoss]] = {"softmax": SoftmaxCrossEntropy, "lambda": lambda: LambdaRank(k=3)}
 
 
-def train_share(name: str, checkpoint: Path, chunk_size: int | None) -> Recorder:
-    """Train as one of two processes, or alone on everybody's rows."""
-    # Large steps, which the rounding of weights does not blur.
-    model = ranker(checkpoint, PARALLEL[name](), optimizer=partial(SGD, lr=0.3))
-    together = dist.is_initialized()
+def train_share(checkpoint: Path, chunk_size: int | None) -> dict[str, Recorder]:
+    """Train with each loss, as one of two processes, or alone on everybody's rows."""
+    together, runs = dist.is_initialized(), {}
     steps = [shares(step) for step in range(3)]
     rows = [step[dist.get_rank()] if together else [*step[0], *step[1]] for step in steps]
-    options = {"devices": 2, "strategy": DDPStrategy(process_group_backend="gloo")} if together else {}
-    return fit(model, [ranking_batch(model, each, chunk_size) for each in rows], **options)
+    for name, loss in PARALLEL.items():
+        # Large steps, which the rounding of weights does not blur.
+        model = ranker(checkpoint, loss(), optimizer=partial(SGD, lr=0.3))
+        options = {"devices": 2, "strategy": DDPStrategy(process_group_backend="gloo")} if together else {}
+        runs[name] = fit(model, [ranking_batch(model, each, chunk_size) for each in rows], **options)
+    return runs
 
 
-@pytest.mark.parametrize("name", PARALLEL)
-def test_two_processes_train_as_one(checkpoint: Path, name: str) -> None:
-    first, second = ddp.run(train_share, name, checkpoint, 3)
-    check_trained_as_one(first, second, train_share(name, checkpoint, None))
+def test_two_processes_train_as_one(checkpoint: Path) -> None:
+    (first, second), alone = ddp.run(train_share, checkpoint, 3), train_share(checkpoint, None)
+    for name in PARALLEL:
+        check_trained_as_one(first[name], second[name], alone[name])
 
 
 def validate(checkpoint: Path, rows: Path) -> tuple[dict[str, float], int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import uuid
 import warnings
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from building import picture
+from building import jsonl, picture
 from test_cookbook import REPLICAS
 from test_cookbook import table as page_table
 
@@ -26,16 +25,10 @@ COUNT = 12
 CAPTIONS = [f"a caption of the thing that was seen on day {number}" for number in range(COUNT)]
 
 
-def write(path: Path, rows: Sequence[dict[str, Any]]) -> str:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    return str(path)
-
-
 def table(folder: Path, **columns: Sequence[Any]) -> str:
     """A file of columns; the words of a caption where nothing else is said."""
     columns = {"query": CAPTIONS, **columns}
-    return write(
+    return jsonl(
         folder / "train.jsonl", [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     )
 
@@ -233,7 +226,7 @@ def test_numbers_are_told_only_where_they_are_long_and_the_ids_of_a_column(tmp_p
 
 def test_rows_that_cannot_be_read_are_left_to_training(tmp_path: Path) -> None:
     rows = [{"query": text, "positive": {"image": "gone.png"}} for text in CAPTIONS]
-    assert problems(Rows(write(tmp_path / "train.jsonl", rows))) == []
+    assert problems(Rows(jsonl(tmp_path / "train.jsonl", rows))) == []
 
 
 @pytest.mark.parametrize("name", REPLICAS)
@@ -321,8 +314,8 @@ def test_of_a_source_of_ones_own_only_queries_are_read(tmp_path: Path) -> None:
 
 
 def folder(path: Path, documents: Sequence[dict[str, Any]], queries: Sequence[str] = CAPTIONS) -> EvaluationSet:
-    write(path / "corpus.jsonl", [{"id": f"d{number}", **document} for number, document in enumerate(documents)])
-    write(path / "queries.jsonl", [{"id": f"q{number}", "text": text} for number, text in enumerate(queries)])
+    jsonl(path / "corpus.jsonl", [{"id": f"d{number}", **document} for number, document in enumerate(documents)])
+    jsonl(path / "queries.jsonl", [{"id": f"q{number}", "text": text} for number, text in enumerate(queries)])
     (path / "qrels.tsv").write_text("".join(f"q{number}\td{number}\t1\n" for number in range(len(queries))))
     return EvaluationFolder(str(path)).load()
 
@@ -346,7 +339,7 @@ def test_duplicate_documents_are_counted_by_content(tmp_path: Path) -> None:
         {"query": f"the page {name}", "positive": {"image": name}}
         for name in (*numbered("{}.bmp"), "3.bmp", "copy.bmp")
     ]
-    (problem,) = in_evaluation(EvaluationRows(Rows(write(path / "rows.jsonl", pairs))).load())
+    (problem,) = in_evaluation(EvaluationRows(Rows(jsonl(path / "rows.jsonl", pairs))).load())
     assert "rows: 1 of the 13 documents" in problem
 
 
@@ -357,7 +350,7 @@ def test_a_corpus_of_file_names(tmp_path: Path) -> None:
 
 
 def rows(path: Path, texts: Sequence[str], answer: str = "the answer to {}") -> Rows:
-    return Rows(write(path, [{"query": text, "positive": answer.format(text)} for text in texts]))
+    return Rows(jsonl(path, [{"query": text, "positive": answer.format(text)} for text in texts]))
 
 
 OTHERS = [text.replace("caption", "question") for text in CAPTIONS]
@@ -388,7 +381,7 @@ def test_images_are_compared_by_content(tmp_path: Path) -> None:
             picture(32, 32, number + 6 * (place == "val")).save(tmp_path / place / f"{number}.png")
     sources = [
         Rows(
-            write(
+            jsonl(
                 tmp_path / place / "rows.jsonl",
                 [{"query": {"image": f"{n}.png"}, "positive": f"{place} {n}"} for n in range(COUNT)],
             )
@@ -443,7 +436,7 @@ def said(data: RetrievalDataModule, *stages: str) -> list[str]:
     "stages", [("validate", "test", "fit", "validate", "test"), ("fit", "test"), ("validate", "fit")]
 )
 def test_everything_is_said_once(module: Any, tmp_path: Path, stages: tuple[str, ...]) -> None:
-    path = write(tmp_path / "train.jsonl", [{"query": text, "positive": f"{k}.png"} for k, text in enumerate(CAPTIONS)])
+    path = jsonl(tmp_path / "train.jsonl", [{"query": text, "positive": f"{k}.png"} for k, text in enumerate(CAPTIONS)])
     folder(tmp_path / "val", [{"text": "the same"}] * COUNT, CAPTIONS)
     folder(tmp_path / "test", [{"text": text} for text in CAPTIONS], CAPTIONS)
     data = module(train=path, val=str(tmp_path / "val"), test=str(tmp_path / "test"))

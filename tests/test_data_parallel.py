@@ -69,8 +69,21 @@ SCENARIOS: dict[str, Callable[[], Scenario]] = {
 }
 
 
-def train(name: str, checkpoint: Path, chunk_sizes: list[int | None]) -> list[Recorder]:
-    return [train_one(SCENARIOS[name](), checkpoint, dist.get_rank(), chunk_size) for chunk_size in chunk_sizes]
+#: By scenario; elsewhere 4.
+CHUNK_SIZES: dict[str, list[int | None]] = {"plain": [1, 4, None], "everything": [1, 4, None]}
+
+
+def train(checkpoint: Path) -> dict[str, list[Recorder]]:
+    return {
+        name: [train_one(scenario(), checkpoint, dist.get_rank(), size) for size in CHUNK_SIZES.get(name, [4])]
+        for name, scenario in SCENARIOS.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def together(checkpoint: Path) -> list[dict[str, list[Recorder]]]:
+    """Every scenario in two processes, one after the other, because starting them takes longer than training."""
+    return ddp.run(train, checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +93,10 @@ def alone(checkpoint: Path) -> dict[str, Recorder]:
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_two_processes_train_as_one(checkpoint: Path, alone: dict[str, Recorder], name: str) -> None:
-    chunk_sizes = [1, 4, None] if name in ("plain", "everything") else [4]
-    for first, second in zip(*ddp.run(train, name, checkpoint, chunk_sizes), strict=True):
+def test_two_processes_train_as_one(
+    together: list[dict[str, list[Recorder]]], alone: dict[str, Recorder], name: str
+) -> None:
+    for first, second in zip(*(records[name] for records in together), strict=True):
         check_trained_as_one(first, second, alone[name])
 
 

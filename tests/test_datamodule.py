@@ -111,17 +111,6 @@ def test_a_run_resumed_from_the_end_of_an_epoch_goes_on_with_the_next(train: str
     assert resumed.trained == whole.trained[6:]
 
 
-def test_processes_see_the_pieces_of_one_process(train: str) -> None:
-    def batches(batch_size: int, rank: int, world_size: int) -> list[list[int]]:
-        data = attached(RetrievalDataModule(train, batch_size=batch_size, num_workers=0), rank, world_size)
-        data.setup("fit")
-        assert data.steps_per_epoch == 3
-        return [batch.query_ids.tolist() for batch in data.train_dataloader()]
-
-    pieces = [batches(2, rank, 3) for rank in range(3)]
-    assert [[*chain(*parts)] for parts in zip(*pieces, strict=True)] == batches(6, 0, 1)
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_every_item_of_every_set_is_measured_once(workers: int, train: str, tmp_path: Path) -> None:
     sets = [rows(tmp_path / "small.jsonl", 4), rows(tmp_path / "large.jsonl", 9)]

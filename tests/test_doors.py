@@ -168,15 +168,6 @@ def test_paths_in_a_table_start_at_its_folder_and_stay_there(folder: Path, monke
         found[2]
 
 
-def test_a_folder_of_images_is_read_as_it_was(folder: Path) -> None:
-    for link in ("link.png", "linked", "inner.png"):
-        (folder / link).unlink()
-    (folder / "pages" / "b.png").unlink()
-    (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "query": "q"}\n')
-    found = Rows(str(folder), columns={"image": "positive"})
-    assert images(found[0]) == [folder / "a.png"]
-
-
 # What a data set says of itself: where its rows are.
 
 ROW = '{"query": "q", "positive": "p"}\n'
@@ -229,20 +220,6 @@ def test_a_data_set_of_the_hub_names_no_rows_elsewhere(data_set: Path, monkeypat
     monkeypatch.setattr("vlmembed.data.tables.hf_hub_download", lambda *_, **__: str(data_set / "README.md"))
     with pytest.raises(ValueError, match=r"somebody/pages, README.md: the data 'http://127.*' is a URL"):
         len(Rows("somebody/pages"))
-
-
-def test_a_folder_names_its_own_rows(data_set: Path) -> None:
-    (data_set / "README.md").write_text(
-        "---\nconfigs:\n- config_name: a\n  data_files: pages/*.jsonl\n- config_name: b\n  data_files: [{split: dev, "
-        "path: train.jsonl}]\n  default: true\n---\n"
-    )
-    (data_set / "pages").mkdir()
-    (data_set / "pages" / "x.jsonl").write_text(ROW * 3)
-    assert [len(Rows(str(data_set), split, subset)) for split, subset in (("train", "a"), ("dev", "b"))] == [3, 1]
-    with pytest.raises(ValueError, match=f"^{data_set}: no configuration 'c'; it has a, b"):
-        len(Rows(str(data_set), subset="c"))
-    with pytest.raises(ValueError, match=f"^{data_set}: no split 'test'; it has train"):
-        len(Rows(str(data_set), subset="a", split="test"))
 
 
 @pytest.mark.parametrize("content", ["configs: [", "configs: here", "configs: [here]", "- a list", "configs: {a: b}"])
@@ -300,17 +277,6 @@ def test_a_folder_runs_no_code(data_set: Path) -> None:
     assert not (data_set / "ran").exists()
 
 
-@pytest.mark.parametrize("name", ["../secret.png", "{root}/secret.png", "http://127.0.0.1:9/x.png", "file:x.png"])
-def test_a_folder_of_images_names_none_elsewhere(data_set: Path, name: str) -> None:
-    (data_set / "train.jsonl").unlink()
-    for path in (data_set / "a.png", data_set.parent / "secret.png"):
-        picture(8, 8).save(path)
-    line = {"file_name": name.format(root=data_set.parent), "query": "q"}
-    (data_set / "metadata.jsonl").write_text(json.dumps(line))
-    with pytest.raises(ValueError, match=f"^{data_set}"):
-        Rows(str(data_set), columns={"image": "positive"})[0]
-
-
 @pytest.mark.parametrize("path", ["json", "csv", "text"])
 def test_a_reader_of_the_library_is_no_data_set(data_set: Path, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """`load_dataset("json")` would read every file of the folder that the command runs in."""
@@ -329,15 +295,6 @@ def test_what_was_downloaded_belongs_to_a_folder_but_not_to_a_file(
         rows(folder, {"image": str(downloaded)})[1]
     for path in (folder, Path("somebody/pages")):
         assert Folder.of(str(path), None).find(str(downloaded), "image", "row 1") == downloaded
-
-
-def test_images_in_a_saved_data_set_need_no_file(folder: Path, tmp_path: Path) -> None:
-    columns = {"query": ["q"], "positive": [str(tmp_path / "private" / "secret.png")]}
-    made = datasets.Dataset.from_dict(columns).cast_column("positive", datasets.Image())
-    made.save_to_disk(tmp_path / "saved")
-    (tmp_path / "private" / "secret.png").unlink()
-    (found,) = images(Rows(str(tmp_path / "saved"))[0])
-    assert load_image(found).tobytes() == picture(8, 8).tobytes()
 
 
 # What the framework writes, it reads.

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import pytrec_eval
 import torch
-from building import module, trainer
+from building import jsonl, module, trainer
 from hub_server import Repository, serve
 from jsonargparse import ArgumentParser
-from test_cookbook import content, hub, images, jsonl, png, stored, table
+from test_cookbook import content, hub, images, png, stored, table
 from test_metrics import MEASURES
 
 from vlmembed.data import EvaluationFolder, EvaluationRows, EvaluationTables, RetrievalDataModule, Rows, Table
@@ -466,90 +466,51 @@ Q = {"_id": "0", "text": "q"}
 
 
 @pytest.mark.parametrize(
-    ("rows", "options", "message"),
+    ("given", "message"),
     [
         (
             {"qrels": [{"query-id": 0, "corpus-id": "s1", "score": 0.5}]},
-            {},
             r"qrels.jsonl, row 1: expected .*'0', 's1', 0.5",
         ),
-        ({"qrels": [{"query-id": 0, "corpus-id": "s1", "score": None}]}, {}, "qrels.jsonl, row 1: expected .*None"),
-        ({"qrels": [{"query-id": 0, "corpus-id": "s1", "score": "high"}]}, {}, "qrels.jsonl, row 1: expected .*'high'"),
-        (
-            {"qrels": [{"query-id": 0, "corpus-id": "s1", "score": k} for k in (1, 2)]},
-            {},
-            "row 2: '0' and 's1' had another",
-        ),
-        (
-            {"qrels": [{"query-id": None, "corpus-id": "s1", "score": 1}]},
-            {},
-            "row 1, column 'query-id': an id is .*None",
-        ),
-        ({"qrels": [{"query-id": 0, "corpus-id": 1.5, "score": 1}]}, {}, "row 1, column 'corpus-id': an id is .*1.5"),
-        ({"qrels": [{"query": 0, "corpus-id": "s1"}]}, {}, "qrels.jsonl: judgements have no column of the query id"),
-        (
-            {"qrels": [{"query-id": 0, "document": "s1"}]},
-            {},
-            "no column of the corpus id .* there are query-id, document",
-        ),
-        ({"qrels": [{"query-id": 0, "query_id": 0, "corpus-id": "s1"}]}, {}, "expected one 'query-id'; there are"),
-        (
-            {"qrels": [{"query-id": "00", "corpus-id": "s1"}]},
-            {},
-            "qrels.jsonl: query '00' is not in queries.jsonl .*'0'",
-        ),
+        ({"qrels": [{"query-id": None, "corpus-id": "s1", "score": 1}]}, "row 1, column 'query-id': an id is .*None"),
+        ({"qrels": [{"query": 0, "corpus-id": "s1"}]}, "qrels.jsonl: judgements have no column of the query id"),
+        ({"qrels": [{"query-id": 0, "query_id": 0, "corpus-id": "s1"}]}, "expected one 'query-id'; there are"),
+        ({"qrels": [{"query-id": "00", "corpus-id": "s1"}]}, "qrels.jsonl: query '00' is not in queries.jsonl .*'0'"),
         (
             {"qrels": [{"query-id": 0, "corpus-id": "S1"}]},
-            {},
             "none of the 1 judged documents .such as 'S1'. is in corpus.jsonl, .*'s0'",
         ),
-        ({"corpus": [{"_id": "s1", "text": "x"}] * 2}, {}, "corpus.jsonl, row 2: id 's1' is given twice; .*row 1"),
-        ({"corpus": [{"_id": 1.0, "text": "x"}]}, {}, "corpus.jsonl, row 1, column '_id': an id is .*float 1.0"),
+        ({"corpus": [{"_id": "s1", "text": "x", "document": "y"}]}, "'document' says all of it, and there is text"),
+        ({"queries": [{"_id": "0", "question": "x"}]}, "has none of query, text, .*there are _id, question"),
+        ({"queries": [{**Q, "lang": "en"}], "group_by": "language"}, "no column 'language' .*it has _id, text, lang"),
         (
-            {"corpus": [{"name": "s1", "text": "x"}]},
-            {},
-            "corpus.jsonl, row 1: expected one 'id' .*there are name, text",
-        ),
-        ({"corpus": [{"_id": "s1", "text": "x", "document": "y"}]}, {}, "'document' says all of it, and there is text"),
-        ({"queries": [{**Q, "text": " "}]}, {}, "queries.jsonl, row 1 .id '0'.: the text is empty"),
-        ({"queries": [{"_id": "0", "question": "x"}]}, {}, "has none of query, text, .*there are _id, question"),
-        ({"queries": [{**Q, "lang": "en"}]}, {"group_by": "language"}, "no column 'language' .*it has _id, text, lang"),
-        (
-            {"queries": [{**Q, "lang": None}]},
-            {"group_by": "lang"},
+            {"queries": [{**Q, "lang": None}], "group_by": "lang"},
             "queries.jsonl, row 1, column 'lang': queries are grouped",
         ),
-        ({"queries": [{**Q, "lang": ["en"]}]}, {"group_by": "lang"}, "row 1, column 'lang': .*got list"),
-        ({"queries": [{**Q, "positives": ["s1"]}]}, {}, "judgements are both in qrels and in a column 'positives'"),
-        ({"queries": [Q]}, {"qrels": None}, "judgements are neither in qrels nor in a column 'positives'"),
-        ({"queries": [{**Q, "positives": []}]}, {"qrels": None}, "column 'positives': no query is judged"),
+        ({"queries": [{**Q, "positives": ["s1"]}]}, "judgements are both in qrels and in a column 'positives'"),
+        ({"queries": [Q], "qrels": None}, "judgements are neither in qrels nor in a column 'positives'"),
+        ({"queries": [{**Q, "positives": []}], "qrels": None}, "column 'positives': no query is judged"),
         (
-            {"queries": [{**Q, "positives": ["s1", "s9"]}]},
-            {"qrels": None},
+            {"queries": [{**Q, "positives": ["s1", "s9"]}], "qrels": None},
             "query '0', column 'positives': .*'s9' is not in",
         ),
+        ({"queries": [{**Q, "positives": "s1", "candidates": []}], "qrels": None}, "query '0', .*has no candidates"),
         (
-            {"queries": [{**Q, "positives": [["s1"]]}]},
-            {"qrels": None},
-            "query '0', column 'positives': an id is .*list",
-        ),
-        ({"queries": [{**Q, "positives": "s1", "candidates": []}]}, {"qrels": None}, "query '0', .*has no candidates"),
-        (
-            {"queries": [{**Q, "positives": "s1", "candidates": ["s"]}]},
-            {"qrels": None},
+            {"queries": [{**Q, "positives": "s1", "candidates": ["s"]}], "qrels": None},
             "'candidates': the id 's' is not in",
         ),
         (
-            {"queries": [{**Q, "positives": "s1", "candidates": ["s1"] * 2}]},
-            {"qrels": None},
+            {"queries": [{**Q, "positives": "s1", "candidates": ["s1"] * 2}], "qrels": None},
             "'candidates': 's1' is there twice",
         ),
     ],
 )
 def test_bad_tables_are_refused(
-    rows: Any, options: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    given: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    rows = {name: value for name, value in given.items() if isinstance(value, list)}
+    options = {name: value for name, value in given.items() if name not in rows}
     with pytest.raises(ValueError, match=message):
         EvaluationTables(**write_tables(**rows) | options).load()
 

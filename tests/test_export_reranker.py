@@ -40,7 +40,8 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scorer(checkpoint: Path, head: ScoreHead, template: PairTemplate | None = None, **options: Any) -> Scorer:
     """With random weights: those that are as in the checkpoint would hide that they were left behind."""
     torch.manual_seed(0)
-    built = Scorer(Qwen3VL(str(checkpoint), **options), head, template or QueryFirst())
+    # Much of the time would go to the attention of the long text.
+    built = Scorer(Qwen3VL(str(checkpoint), **{"max_length": 512, **options}), head, template or QueryFirst())
     built.configure()
     for weight in head.parameters():
         torch.nn.init.normal_(weight, std=0.3)
@@ -83,7 +84,7 @@ def test_both_forms_are_served_as_trained(
 ) -> None:
     """With an adapter to merge, and rows of the language-model head that were trained."""
     adapter = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj", "qkv"], init_lora_weights=False)
-    module = CrossEncoderModule(Qwen3VL(str(untied)), NoLoss(), adapters=[LoRA(adapter)])
+    module = CrossEncoderModule(Qwen3VL(str(untied), max_length=512), NoLoss(), adapters=[LoRA(adapter)])
     torch.manual_seed(0)
     module.configure_model()
     for weight in module.encoder.pooling.parameters():
@@ -198,8 +199,8 @@ def test_an_exported_reranker_is_a_checkpoint_too(checkpoint: Path, tmp_path: Pa
     """To train on from, with another template: that of the first training does not come back."""
     for folder in ("first", "second"):
         (tmp_path / folder).mkdir()
-    write_reranker(scorer(checkpoint, YesNo()), tmp_path / "first")
-    trained = scorer(tmp_path / "first", YesNo(), DocumentFirst())
+    write_reranker(scorer(checkpoint, YesNo(), max_length=None), tmp_path / "first")
+    trained = scorer(tmp_path / "first", YesNo(), DocumentFirst(), max_length=None)
     check = expect(trained, tmp_path)
     write_reranker(trained, tmp_path / "second")
     assert_served(tmp_path / "second", check)
@@ -223,7 +224,7 @@ def test_documents_are_cut_as_in_training(checkpoint: Path, tmp_path: Path) -> N
 
 def test_a_pair_that_the_model_refuses_is_not_compared(checkpoint: Path, tmp_path: Path) -> None:
     """Behind a document that is too long, the query would be cut."""
-    whole = expect(scorer(checkpoint, YesNo(), DocumentFirst()), tmp_path)
+    whole = expect(scorer(checkpoint, YesNo(), DocumentFirst(), max_length=None), tmp_path)
     check = expect(scorer(checkpoint, YesNo(), DocumentFirst(), max_length=300), tmp_path)
     assert set(whole.names) - set(check.names) == {"text – long text"}
     assert check.left_out == ("text – long text",)

@@ -22,7 +22,6 @@ from torch.optim import SGD
 
 from vlmembed.cli import main
 from vlmembed.encoder import Encoder
-from vlmembed.training.checkpoint_files import newest_checkpoint
 from vlmembed.training.checkpointing import refuse_split_windows
 
 PAGE = Path(__file__).parent.parent / "vlmembed/training/README.md"
@@ -291,12 +290,3 @@ def test_a_validation_between_batches_of_a_window_is_refused() -> None:
     with pytest.raises(ValueError, match="Let it be a multiple of 12"):
         refuse_split_windows(trainer(callbacks=scheduled, val_check_interval=8), 24)
     refuse_split_windows(trainer(callbacks=scheduled, val_check_interval=12), 24)
-
-
-def test_a_checkpoint_whose_name_has_a_slash_is_found(tmp_path: Path) -> None:
-    path = tmp_path / "0-3-val" / "ndcg@10=0.500.ckpt"
-    path.parent.mkdir()
-    torch.save({"optimizer_states": [], "global_step": 3}, path)
-    newest = newest_checkpoint([tmp_path])
-    assert newest is not None
-    assert newest[0] == path

@@ -214,14 +214,6 @@ def test_one_batch_spoils_those_that_it_is_added_to(checkpoint: Path, tmp_path: 
     assert second["loss"] == "nan"
 
 
-def test_a_cross_encoder_skips_too(checkpoint: Path, tmp_path: Path) -> None:
-    model = ranker(checkpoint)
-    data = [replace(ranking_batch(model, lists(4), 3), origins=named(range(number, number + 4))) for number in range(3)]
-    recorder = run(model, data, Plant({1}), logger=csv_logger(tmp_path))
-    assert [line["batches"][0]["rows"] for line in skipped(tmp_path / "run")] == [list(named(range(1, 5)))]
-    assert same(recorder.weights[1], recorder.weights[2])
-
-
 def test_the_host_asks_the_device_once(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each question waits for all work that the device still has to do."""
     asked: list[int] = []

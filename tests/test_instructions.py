@@ -12,7 +12,7 @@ import datasets
 import pytest
 import torch
 import yaml
-from building import encoder, item, mixed_items, picture, run_config
+from building import encoder, item, jsonl, mixed_items, picture, run_config
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from torch.nn.functional import normalize
 
@@ -33,11 +33,6 @@ FIND, SHOW, DEFAULT = "Find the caption.", "Represent the photograph – naïve.
 ROW = {"query": "q", "positive": "p", "negative": "n"}
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
 def told(one: Item, instruction: str | None) -> Item:
     return Item(one.role, one.parts, one.origin, instruction)
 
@@ -53,7 +48,7 @@ def test_a_column_says_what_to_do_with_queries_and_one_with_documents(tmp_path: 
         ROW | {"query_instruction": "", "document_instruction": None},
     ]
     table, path = datasets.Dataset.from_list(rows), tmp_path / f"rows.{form}"
-    writers = {"jsonl": lambda: write(path, rows), "parquet": lambda: table.to_parquet(path)}
+    writers = {"jsonl": lambda: jsonl(path, rows), "parquet": lambda: table.to_parquet(path)}
     writers.get(form, lambda: table.save_to_disk(path))()
     source = Rows(str(path))
     examples = source.__getitems__([2, 0, 1])
@@ -74,7 +69,7 @@ def test_cells_may_make_an_instruction(tmp_path: Path) -> None:
     """The same for all, a template, and part of what a row has; an empty cell of a template is null."""
     rows = [{"q": "a", "p": "x", "task": task, "told": {"document": SHOW}} for task in ("page", None)]
     cells: dict[str, Any] = {"query": "q", "positive": "p"}
-    path = write(tmp_path / "rows.jsonl", rows)
+    path = jsonl(tmp_path / "rows.jsonl", rows)
     for query, expected in (({"constant": FIND}, [FIND, FIND]), ("Find the {task}.", ["Find the page.", None])):
         source = Rows(path, cells=cells | {"query_instruction": query, "document_instruction": "told.document"})
         examples = source.__getitems__([0, 1])
@@ -96,7 +91,7 @@ def test_rows_with_labels_have_instructions(tmp_path: Path) -> None:
         "query_instruction": FIND,
         "document_instruction": SHOW,
     }
-    example = Rows(write(tmp_path / "rows.jsonl", [row]))[0]
+    example = Rows(jsonl(tmp_path / "rows.jsonl", [row]))[0]
     assert example.query.instruction == FIND
     assert [one.instruction for one in example.documents] == [SHOW, SHOW]
 
@@ -122,15 +117,15 @@ def test_an_item_without_instruction_is_what_it_was() -> None:
     ],
 )
 def test_what_is_no_instruction_is_refused_by_its_place(tmp_path: Path, column: str, value: Any, message: str) -> None:
-    path = write(tmp_path / "rows.jsonl", [ROW | {column: FIND}, ROW | {column: value}])
+    path = jsonl(tmp_path / "rows.jsonl", [ROW | {column: FIND}, ROW | {column: value}])
     with pytest.raises(ValueError, match=rf"rows.jsonl, row 2, column '{column}': .*{message}"):
         Rows(path).__getitems__([0, 1])
 
 
 def evaluation_folder(folder: Path, name: str = "pages") -> Path:
     (folder / name).mkdir()
-    write(folder / name / "queries.jsonl", [{"id": "1", "text": "a"}, {"id": "2", "text": "b", "instruction": "Own."}])
-    write(folder / name / "corpus.jsonl", [{"id": "a", "text": "x", "instruction": ""}, {"id": "b", "text": "y"}])
+    jsonl(folder / name / "queries.jsonl", [{"id": "1", "text": "a"}, {"id": "2", "text": "b", "instruction": "Own."}])
+    jsonl(folder / name / "corpus.jsonl", [{"id": "a", "text": "x", "instruction": ""}, {"id": "b", "text": "y"}])
     (folder / name / "qrels.tsv").write_text("1\ta\t1\n2\tb\t1\n")
     return folder / name
 
@@ -147,7 +142,7 @@ def test_evaluation_items_have_their_own_or_the_sets_instruction(tmp_path: Path)
         [FIND, "Own."],
         ["", SHOW],
     ]
-    write(folder / "corpus.jsonl", [{"id": "a", "text": "x"}, {"id": "b", "text": "y", "instruction": 3}])
+    jsonl(folder / "corpus.jsonl", [{"id": "a", "text": "x"}, {"id": "b", "text": "y", "instruction": 3}])
     with pytest.raises(ValueError, match=r"corpus.jsonl, row 2 \(id 'b'\), key 'instruction': .*got int 3"):
         EvaluationFolder(str(folder)).load()
 
@@ -298,9 +293,9 @@ def test_instructions_are_named_after_their_source(tmp_path: Path) -> None:
             {"query": f"q{number}", "positive": "p", **dict(zip(names, row, strict=False))}
             for number, row in enumerate(instructions)
         ]
-        return Rows(write(folder / f"{name}.jsonl", table))
+        return Rows(jsonl(folder / f"{name}.jsonl", table))
 
-    broken = Rows(write(tmp_path / "broken.jsonl", [ROW | {"query": "", "query_instruction": FIND}]))
+    broken = Rows(jsonl(tmp_path / "broken.jsonl", [ROW | {"query": "", "query_instruction": FIND}]))
     own = Own([Example(told(item("q", role="query"), FIND), (item("p"),))])
     mixture = Mixture(
         [
@@ -327,7 +322,7 @@ PROMPTS = {"pages-query": FIND, "a/b: c-document": SHOW, "none-query": ""}
 
 
 def test_an_export_serves_each_prompt_and_notices_another(checkpoint: Path, tmp_path: Path) -> None:
-    built = encoder(checkpoint, LastToken(), query_instruction="Ask.")
+    built = encoder(checkpoint, LastToken(), query_instruction="Ask.", max_length=256)
     check = expect(built, tmp_path, [64], prompts=PROMPTS)
     (tmp_path / "good").mkdir()
     write_folder(built, tmp_path / "good", prompts=PROMPTS)
@@ -367,7 +362,7 @@ def test_a_run_exports_the_prompts_of_its_sources(
     """At the end of ``fit``, and from a checkpoint where the rows are gone; the set is measured with its own."""
     monkeypatch.chdir(tmp_path)
     rows = [{"query": f"q{n}", "positive": f"p{n}", "query_instruction": FIND} for n in range(4)]
-    source = {"class_path": "vlmembed.data.Rows", "init_args": {"path": write(tmp_path / "pages.jsonl", rows)}}
+    source = {"class_path": "vlmembed.data.Rows", "init_args": {"path": jsonl(tmp_path / "pages.jsonl", rows)}}
     measured = {"path": str(evaluation_folder(tmp_path, "judged")), "document_instruction": SHOW}
     test = {"class_path": "vlmembed.data.EvaluationFolder", "init_args": measured}
     config = run_config(checkpoint, train=source, test=test, batch_size=2)
@@ -426,7 +421,7 @@ def test_mined_rows_keep_their_instructions_and_are_embedded_with_them(
 
         monkeypatch.setattr(SentenceTransformer, name, spy)
     options: Any = {"negatives": 2, "margin": None, "relative_margin": None}
-    mine(str(folder), write(tmp_path / "rows.jsonl", rows), str(tmp_path / "mined.jsonl"), **options)
+    mine(str(folder), jsonl(tmp_path / "rows.jsonl", rows), str(tmp_path / "mined.jsonl"), **options)
     assert seen == {"encode_query": [FIND] * 3 + [None] * 3, "encode_document": [SHOW] * 6}
     mined = [json.loads(line) for line in (tmp_path / "mined.jsonl").read_text().splitlines()]
     for row, before in zip(mined, rows, strict=True):
@@ -453,7 +448,7 @@ def test_a_teacher_scores_with_the_rows_instruction(checkpoint: Path, tmp_path: 
     write_reranker(scorer, tmp_path / "reranker")
     told_to = [FIND, None, FIND, SHOW]
     rows = [ROW | {"query": f"q{n}", "query_instruction": instruction} for n, instruction in enumerate(told_to)]
-    score(str(tmp_path / "reranker"), write(tmp_path / "rows.jsonl", rows), str(tmp_path / "scored.jsonl"))
+    score(str(tmp_path / "reranker"), jsonl(tmp_path / "rows.jsonl", rows), str(tmp_path / "scored.jsonl"))
     model = CrossEncoder(str(tmp_path / "reranker"), device="cpu")
     for row, before in zip(Rows(str(tmp_path / "scored.jsonl")), rows, strict=False):  # type: ignore[call-overload]
         pairs, prompt = [(before["query"], "p"), (before["query"], "n")], before["query_instruction"]

@@ -88,19 +88,6 @@ def photograph(path: Path, upright: Image.Image, orientation: int) -> None:
     stored.save(path, exif=exif, quality=100)
 
 
-def test_palette_images_keep_their_colours(tmp_path: Path) -> None:
-    palette = picture(16, 8).quantize(16)
-    palette.save(tmp_path / "palette.png")
-    colours = np.array(palette.getpalette()).reshape(-1, 3)
-    assert np.array_equal(np.asarray(load_image(tmp_path / "palette.png")), colours[np.asarray(palette)])
-
-
-def test_cmyk_images_keep_their_colours(tmp_path: Path) -> None:
-    red = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
-    red.save(tmp_path / "print.tiff")
-    assert load_image(tmp_path / "print.tiff").getpixel((3, 3)) == (255, 0, 0)
-
-
 def see_through(path: Path, kind: str) -> None:
     """Write an image with transparency of some kind."""
     image, palette = picture(16, 8), picture(16, 8).quantize(16)

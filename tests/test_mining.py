@@ -492,13 +492,10 @@ def test_what_names_data_is_a_path_in_a_file_too(
     assert not (tmp_path / "imported").exists()
 
 
-def test_the_commands_explain_themselves_and_read_the_experiment(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_read_the_experiment(capsys: pytest.CaptureFixture[str]) -> None:
     folder = Path(__file__).parent.parent / "experiments" / "distillation"
     check(yaml.safe_load((folder / "distil.yaml").read_text()))
-    commands = {"mine --help": "--relative_margin", "score --help": "--batch_size"}
-    commands[f"mine --config {folder / 'mine.yaml'} --print_config"] = "HandwrittenNumbers"
-    for command, words in commands.items():
-        with pytest.raises(SystemExit) as stopped:
-            main(command.split())
-        assert stopped.value.code == 0
-        assert words in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        main(["mine", "--config", str(folder / "mine.yaml"), "--print_config"])
+    assert stopped.value.code == 0
+    assert "HandwrittenNumbers" in capsys.readouterr().out

@@ -195,15 +195,6 @@ def test_even_queries_are_no_skew() -> None:
         assert len({*chain(*epoch(Batches(Mixture([Questions(queries)]), 16)))}) > 960
 
 
-def test_deferred_rows_are_seen_in_the_same_epoch() -> None:
-    # 20 queries, 5 rows each, in batches of 10: enough variety to place every row.
-    source = Questions([f"q{k % 20}" for k in range(100)])
-    counts = Counter(row for batch in epoch(Batches(Mixture([source]), 10)) for row in batch)
-    missed = 100 - len(counts)
-    # Only rows that wait when the epoch ends are missed: fewer than one batch can hold back here.
-    assert missed < 10
-
-
 def test_one_source_batches() -> None:
     mixture = Mixture([distinct("a", 40), distinct("b", 20), distinct("c", 20)], one_source_batches=True)
     drawn = epoch(Batches(mixture, 4))
@@ -213,14 +204,6 @@ def test_one_source_batches() -> None:
     assert Counter(order) == {0: 10, 1: 5, 2: 5}
     assert order != sorted(order)
     assert len({row for batch in drawn for row in batch}) == 80
-
-
-def test_skipping_continues_the_same_epoch() -> None:
-    batches = Batches(MIXTURES["duplicates"], 5)
-    whole = epoch(batches, 2)
-    batches.skip = 7
-    assert epoch(batches, 2) == whole[7:]
-    assert len(epoch(batches, 3)) == len(whole)
 
 
 class Unread(Questions):

@@ -140,17 +140,3 @@ def test_names_in_metrics_csv(checkpoint: Path, tmp_path: Path) -> None:
     assert len(found["train/loss"]) == 2
     assert found["val/ndcg@10"] == found["val/ndcg@10/64"]
     assert all(len(found[name]) == 1 and 0 <= float(found[name][0]) <= 1 for name in metrics)
-
-
-def test_names_in_metrics_csv_with_several_sets(checkpoint: Path, tmp_path: Path) -> None:
-    write_rows(tmp_path / "rows.jsonl")
-    sets = [str(write_rows(tmp_path / f"{name}.jsonl", count)) for name, count in (("small", 4), ("large", 9))]
-    found = logged(tmp_path, checkpoint, sets)
-    expected = {
-        f"val/{name}/{metric}{suffix}"
-        for name in ("small", "large", "mean")
-        for metric in METRICS
-        for suffix in ("", "/64", "/8")
-    }
-    assert found.keys() == expected | {"train/loss", "epoch", "step"}
-    assert "val/large/ndcg@10" in found

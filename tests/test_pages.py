@@ -567,7 +567,7 @@ def test_fit_reads_pages_in_workers(
     rows += [{"query": "question 4", "positive": {"pdf": "one.pdf", "text": "a text"}}]
     Path("train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = run_config(checkpoint, train="train.jsonl", batch_size=2, val="train.jsonl", num_workers=1)
-    config["trainer"] |= {"max_epochs": 1, "default_root_dir": "run"}
+    config["trainer"] |= {"max_epochs": 1, "default_root_dir": "run", "exporter": None}
     Path("run.yaml").write_text(yaml.safe_dump(config))
     main(["fit", "--config", "run.yaml"])
     assert len([*cache.rglob("*.png")]) == 4

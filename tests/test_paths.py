@@ -21,18 +21,18 @@ PLANTED = {
 }
 
 
-@pytest.fixture(params=sorted(PLANTED))
-def planted(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+@pytest.fixture
+def planted(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a data file in the current folder, which names a class whose import leaves a mark."""
     (tmp_path / "planted_source.py").write_text(
         "from pathlib import Path\nPath('imported').touch()\n"
         "from vlmembed.data import Source\nclass Planted(Source):\n    def __len__(self): return 1\n"
         "    def __getitem__(self, index): raise ValueError\n"
     )
-    (tmp_path / request.param).write_text(PLANTED[request.param])
+    (tmp_path / name).write_text(PLANTED[name])
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    return request.param
+    return name
 
 
 class ParseOnly(CLI):
@@ -43,7 +43,12 @@ class ParseOnly(CLI):
     def _run_subcommand(self, subcommand: str) -> None: ...
 
 
-@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "export"])
+OTHERS = ("validate", "test", "predict", "export")
+
+
+@pytest.mark.parametrize(
+    ("command", "name"), [*(("fit", name) for name in PLANTED), *((command, "train.jsonl") for command in OTHERS)]
+)
 def test_no_data_key_of_the_trainer_commands_opens_its_file(command: str, planted: str) -> None:
     rows = {"class_path": "vlmembed.data.Rows", "init_args": {"path": planted}}
     mixture = {"class_path": "vlmembed.data.Mixture", "init_args": {"sources": [rows]}}
@@ -60,19 +65,22 @@ def test_no_data_key_of_the_trainer_commands_opens_its_file(command: str, plante
         },
         "data": {"class_path": "vlmembed.data.RetrievalDataModule", "init_args": {}},
     }
-    cases = {"train": (planted, [planted, rows], mixture), "val": (planted, [planted, folder]), "test": (planted, run)}
-    for key, values in cases.items():
-        for value in values:
-            config["data"]["init_args"] = {key: value}
-            Path("run.yaml").write_text(yaml.safe_dump(config))
-            parsed = ParseOnly([command, "--config", "run.yaml"]).config[command].data.init_args[key]
-            assert planted in str(parsed)
-            assert "planted_source" not in str(parsed)
+    for train, val, test in (
+        (planted, planted, planted),
+        ([planted, rows], [planted, folder], run),
+        (mixture, folder, planted),
+    ):
+        config["data"]["init_args"] = {"train": train, "val": val, "test": test}
+        Path("run.yaml").write_text(yaml.safe_dump(config))
+        parsed = ParseOnly([command, "--config", "run.yaml"]).config[command].data.init_args
+        assert all(planted in str(parsed[key]) for key in ("train", "val", "test"))
+        assert "planted_source" not in str(parsed)
     on_command_line = ParseOnly([command, "--config", "run.yaml", f"--data.init_args.train={planted}"])
     assert on_command_line.config[command].data.init_args.train == planted
     assert not Path("imported").exists()
 
 
+@pytest.mark.parametrize("name", PLANTED)
 @pytest.mark.parametrize(("command", "keys"), [("mine", ("rows", "corpus", "model")), ("score", ("rows", "model"))])
 def test_no_data_key_of_mine_and_score_opens_its_file(command: str, keys: tuple[str, ...], planted: str) -> None:
     parser = auto_parser(COMMANDS[command], as_positional=False, parser_class=Parser)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +56,6 @@ def test_each_role_has_its_own_system_message(
 ) -> None:
     given = {"query_instruction": "Ask.", "document_instruction": None, **options}
     assert rendered(preprocessor(checkpoint, **given), item("yes", role=role)) == expected
-
-
-def test_roles_mix_in_one_chunk(checkpoint: Path) -> None:
-    mixed = preprocessor(checkpoint, query_instruction="Ask.", document_instruction="Answer.")
-    items = [item("yes", role="query"), item("yes"), item("no", role="query")]
-    together = mixed(items)
-    for row, one in enumerate(items):
-        alone = mixed([one])["input_ids"][0]
-        assert torch.equal(together["input_ids"][row, : len(alone)], alone)
-    assert not torch.equal(mixed([items[0]])["input_ids"], mixed([items[1]])["input_ids"])
 
 
 @pytest.fixture(scope="module")
@@ -207,14 +196,6 @@ def test_cost_decodes_no_file(checkpoint: Path, tmp_path: Path) -> None:
 def test_cost_names_the_row_of_a_missing_image(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{ORIGIN}: cannot read the image {tmp_path}/no.png"):
         preprocessor(checkpoint).cost(Item("document", (Part("image", tmp_path / "no.png"),), ORIGIN))
-
-
-def test_a_pickled_preprocessor_works_on(checkpoint: Path) -> None:
-    ours = preprocessor(checkpoint, max_length=120, max_pixels=64 * 64, query_instruction="Find the page.")
-    sent = pickle.dumps(ours)
-    expected, actual = ours(mixed_items()), pickle.loads(sent)(mixed_items())
-    assert all(torch.equal(actual[name], value) for name, value in expected.items())
-    assert pickle.loads(sent).cost(mixed_items()[1]) == ours.cost(mixed_items()[1])
 
 
 def last_tokens(built: Encoder, inputs: Inputs, count: int) -> list[list[str]]:

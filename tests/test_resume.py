@@ -32,7 +32,6 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from vlmembed.features import InMemory
-from vlmembed.modules import EmbeddingModule
 from vlmembed.training import checkpointing
 from vlmembed.training.checkpoint_files import CheckpointFiles, newest_checkpoint
 
@@ -202,9 +201,14 @@ class KeepAll(Recorder):
         self.measured = weights(pl_module)
 
 
-@pytest.mark.parametrize("validates", [True, False], ids=["val", "no val"])
-@pytest.mark.parametrize("model", [embedder, kept_features], ids=["LoRA", "frozen tower"])
-@pytest.mark.parametrize("name", AVERAGING)
+@pytest.mark.parametrize(
+    ("name", "model", "validates"),
+    [
+        *((name, embedder, True) for name in AVERAGING),
+        ("moving", kept_features, True),
+        ("moving", kept_features, False),
+    ],
+)
 def test_measured_written_and_exported_is_one_set_of_averages(
     checkpoint: Path, data: Path, tmp_path: Path, name: str, model: Any, validates: bool
 ) -> None:
@@ -312,31 +316,6 @@ def test_features_in_memory_are_computed_again_and_rounded_otherwise(
     path, batches = whole.written[2]
     rest = train(setting, checkpoint, data, tmp_path / "rest", path)
     assert rest.losses == pytest.approx(whole.losses[batches:], rel=1e-5)
-
-
-class Estimating(EmbeddingModule):
-    """Asks Lightning how long the run is, as many modules do."""
-
-    def configure_optimizers(self) -> Any:
-        assert self.trainer.estimated_stepping_batches == 8
-        return super().configure_optimizers()
-
-
-def test_lightning_forgets_the_place_in_the_epoch_where_a_module_asks_it_for_the_steps(
-    checkpoint: Path, data: Path, tmp_path: Path
-) -> None:
-    """Why `total_steps` counts by itself. If this fails, Lightning is mended, and it need not any more."""
-
-    def estimating(checkpoint: Path) -> EmbeddingModule:
-        built = embedder(checkpoint)
-        built.__class__ = Estimating
-        return built
-
-    for setting, forgets in ((Setting(), False), (Setting(estimating), True)):
-        whole = train(setting, checkpoint, data, tmp_path / f"whole {forgets}")
-        path, batches = next((path, batches) for path, batches in whole.written if path.stem == "02 batch")
-        rest = train(setting, checkpoint, data, tmp_path / f"rest {forgets}", path)
-        assert (rest.losses != whole.losses[batches:]) == forgets
 
 
 @pytest.mark.exhaustive

@@ -140,6 +140,7 @@ def test_a_token_of_the_environment_is_nowhere_in_what_a_run_writes_or_says(
     write_rows(tmp_path / "train.jsonl")
     config = run_config(checkpoint, train="train.jsonl", batch_size=3)
     config["trainer"]["max_steps"] = 1
+    config["model"]["init_args"]["backbone"]["init_args"]["max_length"] = 256
     Path("run.yaml").write_text(yaml.safe_dump(config))
     main(["fit", "--config", "run.yaml"])
     folder = Path("runs/run/version_0")

@@ -290,14 +290,6 @@ def test_the_quick_starts(name: str, bare: Path, tmp_path: Path, monkeypatch: py
     assert not Path("runs/quickstart").exists()
 
 
-def test_it_is_listed_and_explained(capsys: Any) -> None:
-    for words, expected in ((["--help"], "    show "), (["show", "--help"], "--rows")):
-        with pytest.raises(SystemExit) as stopped:
-            main(words)
-        assert stopped.value.code == 0
-        assert expected in capsys.readouterr().out
-
-
 # In a browser
 
 THREE = ("tomaarsen/llamaindex-vdr-en-train-preprocessed", "TIGER-Lab/MMEB-train", "ms-swift")

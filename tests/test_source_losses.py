@@ -21,6 +21,7 @@ from building import (
     collated,
     fit,
     item,
+    jsonl,
     lists,
     module,
     ranker,
@@ -33,7 +34,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from scenarios import EXACT, learnable, losses, several_losses
 from sentence_transformers.sentence_transformer.losses import CoSENTLoss
-from test_instructions import write
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from torch.utils.data import DataLoader
@@ -367,7 +367,7 @@ def test_a_run_of_three_sources_from_yaml(checkpoint: Path, tmp_path: Path, monk
     classes = [{"query": f"c{n}", "positive": f"class {n % 2}", "negative": f"class {1 - n % 2}"} for n in range(8)]
     tables = {"plain": plain, "graded": graded, "classes": classes}
     sources = [
-        {"class_path": "vlmembed.data.Rows", "init_args": {"path": write(tmp_path / f"{name}.jsonl", rows)}}
+        {"class_path": "vlmembed.data.Rows", "init_args": {"path": jsonl(tmp_path / f"{name}.jsonl", rows)}}
         for name, rows in tables.items()
     ]
     mixture = {"sources": sources, "weights": [2, 1, 1], "losses": [None, "graded", "classes"]}

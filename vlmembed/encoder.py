@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import cached_property, partial
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from vlmembed.backbones import VisionLanguageModel
@@ -16,6 +16,7 @@ from vlmembed.backbones.chat_templates import PairTemplate
 from vlmembed.backbones.packing import halve, picked, select
 from vlmembed.backbones.preprocessing import ChatPreprocessor
 from vlmembed.heads import ScoreHead
+from vlmembed.late_interaction import MultiVectors
 from vlmembed.pooling import MeanWithoutInstruction, Pooling, TokenProjection, TokenSelection
 from vlmembed.pooling.base import at_least_float32
 from vlmembed.types import Batch, Inputs, RankingBatch, Role
@@ -119,16 +120,22 @@ class Encoder(nn.Module):
 class MultiVectorEncoder(Encoder):
     """Turns a chunk of items into the vectors of their tokens, one item's after the other's.
 
-    ``selections`` say which tokens of each role's items have one.
+    ``selections`` say which tokens of each role's items have one, and ``similarity`` how two items are compared:
+    ``maxsim`` adds up over a query's vectors, ``meanmaxsim`` averages.
     """
 
     pooling: TokenProjection
 
     def __init__(
-        self, backbone: VisionLanguageModel, projection: TokenProjection, selections: Mapping[Role, TokenSelection]
+        self,
+        backbone: VisionLanguageModel,
+        projection: TokenProjection,
+        selections: Mapping[Role, TokenSelection],
+        similarity: str = "maxsim",
     ) -> None:
         super().__init__(backbone, projection)
         self.selections = selections
+        self.similarity = similarity
 
     @cached_property
     def preprocessor(self) -> ChatPreprocessor:
@@ -141,12 +148,12 @@ class MultiVectorEncoder(Encoder):
 
     def fresh(self) -> MultiVectorEncoder:
         """Return the same encoder without weights."""
-        return MultiVectorEncoder(self.backbone, self.pooling, self.selections)
+        return MultiVectorEncoder(self.backbone, self.pooling, self.selections, self.similarity)
 
-    @staticmethod
-    def lengths(chunks: Sequence[Inputs]) -> Int[Tensor, " N"]:
-        """Count the vectors of each item of some chunks; on the host."""
-        return torch.cat([chunk.get("kept", chunk["attention_mask"]).sum(dim=1) for chunk in chunks])
+    def by_item(self, outputs: Float[Tensor, "T D"], chunks: Sequence[Inputs]) -> MultiVectors:
+        """Give the vectors of some chunks to their items, which come in the same order."""
+        lengths = torch.cat([chunk.get("kept", chunk["attention_mask"]).sum(dim=1) for chunk in chunks])
+        return MultiVectors(outputs, lengths.cpu(), self.similarity == "meanmaxsim")
 
     def forward(self, inputs: Inputs, features: Features = ()) -> Float[Tensor, "T D"]:
         """Encode a chunk: the T tokens of all its items that are kept; see `Encoder.forward`."""

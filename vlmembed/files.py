@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 
 import psutil
@@ -24,6 +25,24 @@ def digest(pieces: Iterable[str | bytes | memoryview]) -> str:
         hashed.update(content.nbytes.to_bytes(8, "big"))  # Where a piece ends: "ab", "c" is not "a", "bc".
         hashed.update(content)
     return hashed.hexdigest()
+
+
+def content_digest(file: Path | bytes) -> str:
+    """Return 32 hexadecimal digits: others for other content. A file is read once, until it is written again."""
+    if isinstance(file, bytes):
+        return hashlib.blake2b(file, digest_size=16).hexdigest()
+    return _file_digest(file, *version_of(file.stat()))
+
+
+@lru_cache(maxsize=4096)
+def _file_digest(file: Path, *version: int) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def version_of(status: os.stat_result) -> tuple[int, int]:
+    """Return what is another for a file that has been written again: its size, and when."""
+    return status.st_size, status.st_mtime_ns
 
 
 def draft_of(path: Path) -> Path:

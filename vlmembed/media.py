@@ -133,11 +133,8 @@ def open_image(file: Path | bytes) -> Image.Image:
     Raises one of ``UNREADABLE`` if it is above a limit, broken, not there, or of none of ``FORMATS``, whatever its name
     ends in.
     """
-    size = file.stat().st_size if isinstance(file, Path) else len(file)
-    if size > MAX_BYTES:
-        raise ValueError(f"{size:,} bytes are more than the limit of {MAX_BYTES:,}; VLMEMBED_MAX_IMAGE_BYTES sets it")
+    head = head_of(file, MAX_BYTES, "VLMEMBED_MAX_IMAGE_BYTES")
     reason = f"pixels are more than the limit of {MAX_PIXELS:,}; VLMEMBED_MAX_IMAGE_PIXELS sets it"
-    head = _head(file)
     _check_kind(head, {VIDEO: "a video. Give it under the key 'video'"})
     formats: tuple[str, ...] = FORMATS
     if re.match(HEIC, head, re.DOTALL):
@@ -246,7 +243,7 @@ def load_video(
     from av import FFmpegError
 
     try:
-        _check_kind(_head(video), {IMAGE: "an image. Give it under the key 'image', or several as a list of frames"})
+        _check_kind(head_of(video), {IMAGE: "an image. Give it under the key 'image', or several as a list of frames"})
         # An absolute path: FFmpeg takes ``concat:…`` for no file.
         return _decode(video if isinstance(video, bytes) else str(video.absolute()), choose)
     except (*UNREADABLE, FFmpegError, StopIteration) as error:
@@ -378,11 +375,8 @@ def _soundfile() -> Any:
 def _open_audio(audio: Path | bytes) -> Iterator[Any]:
     """Open what is a recording by its content, within the limits by its header."""
     soundfile = _soundfile()
-    size = audio.stat().st_size if isinstance(audio, Path) else len(audio)
-    if size > MAX_AUDIO_BYTES:
-        reason = f"are more than the limit of {MAX_AUDIO_BYTES:,}; VLMEMBED_MAX_AUDIO_BYTES sets it"
-        raise ValueError(f"{size:,} bytes {reason}")
-    if not is_audio(head := _head(audio)):
+    head = head_of(audio, MAX_AUDIO_BYTES, "VLMEMBED_MAX_AUDIO_BYTES")
+    if not is_audio(head):
         convert = "Convert it to FLAC: ffmpeg -i FILE FILE.flac"
         others = {SOUND: f"sound of a kind that is not read (AAC, AMR, M4A). {convert}"}
         others |= {IMAGE: "an image. Give it under the key 'image'"}
@@ -462,7 +456,11 @@ def _grey(image: Image.Image) -> Image.Image:
     return grey
 
 
-def _head(file: Path | bytes) -> bytes:
+def head_of(file: Path | bytes, most: float = math.inf, variable: str = "") -> bytes:
+    """Return the first bytes of a file, unless it has more than the limit that an environment variable sets."""
+    size = len(file) if isinstance(file, bytes) else file.stat().st_size
+    if size > most:
+        raise ValueError(f"{size:,} bytes are more than the limit of {most:,}; {variable} sets it")
     if isinstance(file, bytes):
         return file[:HEAD]
     with file.open("rb") as opened:

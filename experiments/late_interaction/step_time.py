@@ -132,8 +132,8 @@ def _compare(work: Work, rows: Sequence[Pair], rounds: int) -> None:
     middle = {name: result.spread(name)[1] for name in sides}
     print(
         f"| {work.trained}, batch {len(rows)} | ours {middle['ours']:.3f} s | theirs {middle['theirs']:.3f} s at "
-        f"mini-batch {best} | {ratio:.2f} times as fast ({low:.2f}–{high:.2f}) | losses {result.losses['ours'][0]:.4f}, "
-        f"{result.losses['theirs'][0]:.4f} |",
+        f"mini-batch {best} | {ratio:.2f} times as fast ({low:.2f}–{high:.2f}) | losses "
+        f"{result.losses['ours'][0]:.4f}, {result.losses['theirs'][0]:.4f} |",
         flush=True,
     )
 

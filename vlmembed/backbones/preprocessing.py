@@ -158,7 +158,7 @@ class ChatPreprocessor(Preprocessor):
         for row, item in enumerate(items):
             assert isinstance(item, Item)
             selection = selections[item.role]
-            kept.append(selection.select(ids[row, None], mask[row, None], self.template, self._skipped[item.role]))
+            kept.append(selection.select(ids[row, None], mask[row, None], self.template, self.skipped[item.role]))
             if not kept[-1].any():
                 raise ValueError(
                     f"{item.origin or 'An item'} has no token that {item.role}_tokens keeps ({selection}), and so no "
@@ -167,7 +167,7 @@ class ChatPreprocessor(Preprocessor):
         return torch.cat(kept)
 
     @cached_property
-    def _skipped(self) -> dict[Role, list[int]]:
+    def skipped(self) -> dict[Role, list[int]]:
         """The ids of the tokens that have no vector."""
         vocabulary = self.processor.tokenizer.get_vocab()
         for role, selection in (self.selections or {}).items():

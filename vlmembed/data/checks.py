@@ -8,7 +8,7 @@ import mimetypes
 import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
@@ -20,7 +20,7 @@ import yaml
 from PIL import Image
 
 from vlmembed import distributed
-from vlmembed.data.cells import KINDS
+from vlmembed.data.cells import KINDS, Folder
 from vlmembed.data.evaluation import RowItems
 from vlmembed.data.rows import Table
 from vlmembed.data.sources import ROWS_AT_ONCE, GroupByQuery, Mixture, Source
@@ -203,10 +203,9 @@ def _file_names(column: Column) -> Iterator[str]:
 
 def _is_file(folder: Path, text: str) -> bool:
     """Whether a text names a file within a folder."""
-    path = Path(text)
-    if len(text) > 255 or "\0" in text or path.is_absolute() or ".." in path.parts:
-        return False
-    return (folder / path).is_file()
+    with suppress(ValueError):
+        return bool(Folder(folder).find(text, "media", ""))
+    return False
 
 
 def _subfolder(folder: Path, text: str) -> str:
@@ -322,45 +321,46 @@ def _duplicates(evaluation: EvaluationSet) -> Iterator[str]:
 
 def _outline(item: Item) -> int:
     """A number that is the same for items of equal content, found without reading files."""
-    return hash(tuple((part.kind, _extent(part.value)) for part in item.parts))
-
-
-def _extent(value: Any) -> Any:
-    if isinstance(value, str):
-        return " ".join(value.split())
-    if isinstance(value, tuple):
-        return tuple(map(_extent, value))
-    if isinstance(value, Image.Image):
-        return value.mode, value.size
-    try:
-        if isinstance(value, LazyImage):
-            return value.size
-        return len(value) if isinstance(value, bytes) else value.stat().st_size
-    except (OSError, ValueError):  # Measuring says that it is not there.
-        return str(value)
+    return hash(_described(item, _extent))
 
 
 def _fingerprint(item: Item) -> tuple[Any, ...]:
     """What is the same for items of equal content, and for no others."""
-    return tuple((part.kind, _hashed(part.value)) for part in item.parts)
+    return _described(item, _hashed)
 
 
-def _hashed(value: str | Frame | tuple[Frame, ...]) -> Any:
-    if isinstance(value, str):
-        return " ".join(value.split())
-    if isinstance(value, tuple):
-        return tuple(map(_hashed, value))
+def _described(item: Item, describe: Callable[[Any], Any]) -> tuple[Any, ...]:
+    """Return the words of an item's texts, and what a function says of all else, in order."""
+
+    def of(value: Any) -> Any:
+        if isinstance(value, str):
+            return " ".join(value.split())
+        if isinstance(value, tuple):
+            return tuple(map(of, value))
+        try:
+            return describe(value)
+        except (OSError, ValueError):  # Measuring says that it is not there.
+            return str(value)
+
+    return tuple((part.kind, of(part.value)) for part in item.parts)
+
+
+def _extent(value: Frame) -> Any:
     if isinstance(value, Image.Image):
-        return hashlib.blake2b(value.tobytes()).digest()
-    if isinstance(value, bytes):
-        return hashlib.blake2b(value).digest()
-    try:
-        if isinstance(value, LazyImage):
-            return value.content
-        with value.open("rb") as file:  # Of a film, its beginning.
-            return hashlib.blake2b(file.read(MAX_BYTES)).digest()
-    except (OSError, ValueError):
-        return str(value)
+        return value.mode, value.size
+    if isinstance(value, LazyImage):
+        return value.size
+    return len(value) if isinstance(value, bytes) else value.stat().st_size
+
+
+def _hashed(value: Frame) -> Any:
+    if isinstance(value, LazyImage):
+        return value.content
+    content = value.tobytes() if isinstance(value, Image.Image) else value
+    if isinstance(content, Path):
+        with content.open("rb") as file:
+            content = file.read(MAX_BYTES)  # Of a film, its beginning.
+    return hashlib.blake2b(content).digest()
 
 
 def _queries(mixture: Mixture, rows: Sequence[int]) -> Iterator[tuple[int, Item]]:

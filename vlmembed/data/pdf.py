@@ -6,7 +6,6 @@ both, where there are such (on Linux). Pages are counted and measured in this pr
 
 from __future__ import annotations
 
-import hashlib
 import io
 import math
 import os
@@ -22,8 +21,8 @@ from typing import Any, BinaryIO, NoReturn
 import datasets
 import psutil
 
-from vlmembed.files import clear_drafts, write_whole
-from vlmembed.media import MAX_VIDEO_PIXELS, OtherKindError, limit
+from vlmembed.files import clear_drafts, content_digest, version_of, write_whole
+from vlmembed.media import MAX_VIDEO_PIXELS, OtherKindError, head_of, limit
 from vlmembed.types import LazyImage
 
 #: The most pixels of a rendered page, and nearly as many as it has: A4 at 143 dpi.
@@ -147,25 +146,7 @@ def count_pages(file: Path | bytes) -> int:
 
 def page_sizes(file: Path | bytes) -> list[tuple[float, float] | None]:
     """Return width and height of the pages of a PDF, in its units; null for one that is damaged."""
-    return _page_sizes(file) if isinstance(file, bytes) else _file_page_sizes(file, *_version(file))
-
-
-def content_digest(file: Path | bytes) -> str:
-    """Return 32 hexadecimal digits, which are others for other content."""
-    if isinstance(file, bytes):
-        return hashlib.blake2b(file, digest_size=16).hexdigest()
-    return _file_digest(file, *_version(file))
-
-
-def _version(file: Path) -> tuple[int, int]:
-    status = file.stat()
-    return status.st_size, status.st_mtime_ns
-
-
-@lru_cache(maxsize=4096)
-def _file_digest(file: Path, *version: int) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    return _page_sizes(file) if isinstance(file, bytes) else _file_page_sizes(file, *version_of(file.stat()))
 
 
 @lru_cache(maxsize=4096)
@@ -264,14 +245,7 @@ def _reason(raw: Any, error: int) -> str:
 
 
 def _check_kind(file: Path | bytes) -> None:
-    size = len(file) if isinstance(file, bytes) else file.stat().st_size
-    if size > MAX_PDF_BYTES:
-        raise ValueError(f"{size:,} bytes are more than the limit of {MAX_PDF_BYTES:,}; VLMEMBED_MAX_PDF_BYTES sets it")
-    if isinstance(file, bytes):
-        head = file[:1024]
-    else:
-        with file.open("rb") as content:
-            head = content.read(1024)
+    head = head_of(file, MAX_PDF_BYTES, "VLMEMBED_MAX_PDF_BYTES")
     if b"%PDF-" not in head:  # Viewers accept some bytes before it.
         what = f"it begins with {head[:8]!r}" if head else "it is empty"
         raise OtherKindError(f"it is no PDF: {what}. Name the file that is meant (images: under the key 'image')")

@@ -7,7 +7,6 @@ import csv
 import io
 import json
 import os
-import re
 import shutil
 import tarfile
 from abc import ABC, abstractmethod
@@ -23,7 +22,7 @@ import pyarrow
 from filelock import FileLock
 
 from vlmembed.data.columns import nearest
-from vlmembed.files import digest, whole_file
+from vlmembed.files import digest, version_of, whole_file
 from vlmembed.media import limit
 
 #: The most bytes that a line of a JSONL, CSV or TSV file may have, a value of a JSON file, or a text in a tar.
@@ -36,7 +35,6 @@ TOO_LONG = f"has more than {MAX_LINE_BYTES:,} bytes; VLMEMBED_MAX_LINE_BYTES set
 DECODER = json.JSONDecoder()
 #: Of what JSON has besides strings, numbers and brackets: two escapes of six characters, -Infinity.
 LONGEST_TOKEN = 16
-SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def open_bytes(path: Path) -> BinaryIO:
@@ -89,7 +87,7 @@ def unpacked(path: Path, has_lines: bool = False) -> Path:
     if path.suffix.lower() not in COMPRESSIONS:
         return path
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "vlmembed"
-    name = digest([str(path.resolve()), repr(_version(path.stat()))])
+    name = digest([str(path.resolve()), repr(version_of(path.stat()))])
     target = folder / f"{name}{path.with_suffix('').suffix}"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f"{name}.lock"):
@@ -107,10 +105,6 @@ def _read_pieces(path: Path) -> Iterator[bytes]:
         yield from _decompressed(iter(partial(file.read, 2**16), b""), path)
 
 
-def _version(status: os.stat_result) -> tuple[int, int]:
-    return status.st_size, status.st_mtime_ns
-
-
 class Records(ABC):
     """Rows of a file, read when asked for; only where each begins is in memory.
 
@@ -125,7 +119,7 @@ class Records(ABC):
         if not path.is_file():
             raise ValueError(f"{path}: no such file.")
         self.path, self._file = path, unpacked(path, self.has_lines)
-        self._version = _version(self._file.stat())
+        self._version = version_of(self._file.stat())
         #: Where each row begins, and where the last one ends.
         self._bounds = self._index()
         if not len(self):
@@ -136,7 +130,7 @@ class Records(ABC):
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         with self._file.open("rb") as file:
-            if _version(os.fstat(file.fileno())) != self._version:
+            if version_of(os.fstat(file.fileno())) != self._version:
                 raise OSError(f"{self.path} has changed since it was opened. Write a new version to another file.")
             return [self._read(file, int(index)) for index in indices]
 
@@ -248,28 +242,23 @@ class Delimited(Records):
 
 
 class _Scanner:
-    """Steps through a JSON text of which a piece is in memory; positions count bytes.
+    """Steps through a JSON text of which one value is in memory at a time; positions count bytes.
 
     The text is read as Latin-1, in which a character is a byte, and what is structure in JSON looks as in UTF-8.
     """
 
     def __init__(self, file: BinaryIO, origin: str):
         self._file, self._origin = file, origin
-        self._text, self._at, self._before = "", 0, 0
-        if file.read(3) != codecs.BOM_UTF8:
-            file.seek(0)
-        self._before = file.tell()
-
-    @property
-    def position(self) -> int:
-        return self._before + self._at
+        self.position = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
 
     def peek(self) -> str:
-        """Return the next character that is not white space; nothing at the end."""
-        while True:
-            self._at = SPACE.match(self._text, self._at).end()  # type: ignore[union-attr]
-            if self._at < len(self._text) or not self._more():
-                return self._text[self._at : self._at + 1]
+        """Step to the next character that is not white space, and return it; nothing at the end."""
+        while text := self._ahead(64):
+            rest = text.lstrip(" \t\r\n")
+            self.position += len(text) - len(rest)
+            if rest:
+                return rest[0]
+        return ""
 
     def take(self, expected: str) -> str:
         """Step over the next character, which must be one of some."""
@@ -277,36 +266,38 @@ class _Scanner:
         if not character or character not in expected:
             wanted, got = " or ".join(map(repr, expected)), repr(character) if character else "the end"
             raise ValueError(f"{self._origin}, byte {self.position + 1}: not JSON: expected {wanted}, got {got}.")
-        self._at += 1
+        self.position += 1
         return character
 
     def value(self) -> str:
         """Step over the next value, and return its text."""
         self.peek()
+        size = min(2**12, MAX_LINE_BYTES + 1)
         while True:
-            problem, end = self._try()
-            if end - self._at > MAX_LINE_BYTES:
+            text = self._ahead(size)
+            problem, end = self._try(text)
+            if end < size:
+                break
+            if size > MAX_LINE_BYTES:
                 raise ValueError(f"{self._origin}, byte {self.position + 1}: the value {TOO_LONG}")
-            # Of a number at the end of the piece, more digits may follow.
-            if problem or end == len(self._text):
-                if self._more():
-                    continue
-                if problem:
-                    raise ValueError(problem)
-                end = len(self._text)
-            text, self._at = self._text[self._at : end], end
-            return text
+            size = min(4 * size, MAX_LINE_BYTES + 1)
+        if problem:
+            raise ValueError(problem)
+        self.position += end
+        return text[:end]
 
-    def _try(self) -> tuple[str, int]:
-        """Return what is wrong with the next value where more text may mend it, and where the value ends."""
+    def _ahead(self, size: int) -> str:
+        self._file.seek(self.position)
+        return self._file.read(size).decode("latin-1")
+
+    def _try(self, text: str) -> tuple[str, int]:
+        """Return what is wrong with the value that a text begins with, and where it ends: at the text's end if cut."""
         try:
-            return "", DECODER.raw_decode(self._text, self._at)[1]
+            return "", DECODER.raw_decode(text)[1]
         except json.JSONDecodeError as error:
-            problem = f"{self._origin}, byte {self._before + error.pos + 1}: not JSON ({error.msg})."
-            is_cut = error.msg.startswith("Unterminated string") or error.pos > len(self._text) - LONGEST_TOKEN
-            if not is_cut:
-                raise ValueError(problem) from error
-            return problem, len(self._text)
+            is_cut = error.msg.startswith("Unterminated string") or error.pos > len(text) - LONGEST_TOKEN
+            problem = f"{self._origin}, byte {self.position + error.pos + 1}: not JSON ({error.msg})."
+            return problem, len(text) if is_cut else error.pos
         except RecursionError as error:
             raise ValueError(f"{self._origin}, byte {self.position + 1}: the value is nested too deeply.") from error
 
@@ -339,13 +330,6 @@ class _Scanner:
         bounds.append(self.position)
         return _as_array(bounds)
 
-    def _more(self) -> bool:
-        rest = self._text[self._at :]
-        left = max(2**20, MAX_LINE_BYTES + 2 - len(rest))
-        piece = self._file.read(min(max(2**20, len(rest) // 2), left)).decode("latin-1")
-        self._text, self._before, self._at = rest + piece, self.position, 0
-        return bool(piece)
-
 
 class JSONFile(Records):
     """A JSON file that is one value; which rows it has follows from its form.
@@ -361,7 +345,7 @@ class JSONFile(Records):
         super().__init__(path)
 
     def _index(self) -> np.ndarray:
-        with self._file.open("rb") as file:
+        with self._file.open("rb", 2**20) as file:
             scanner = _Scanner(file, str(self.path))
             if self._key not in (None, "*"):
                 self._go_to(str(self._key), scanner)

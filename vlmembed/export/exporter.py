@@ -16,13 +16,13 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
-from vlmembed.encoder import Encoder, Scorer
-from vlmembed.export.card import CardFacts, write_card
-from vlmembed.export.modules import check_head, check_servable, yes_no_head
-from vlmembed.export.sentence_transformers import Scoring, write_folder, write_reranker
+from vlmembed.encoder import Encoder, MultiVectorEncoder, Scorer
+from vlmembed.export.card import CardFacts, read, write_card
+from vlmembed.export.modules import check_head, check_servable, has_stock_selection, standalone_code, yes_no_head
+from vlmembed.export.sentence_transformers import Scoring, write_folder, write_multi_vector, write_reranker
 from vlmembed.export.verify import ExportError, Verification, brings_code, expect, role_of, verify
 from vlmembed.heads import ScoreHead
-from vlmembed.pooling import Pooling
+from vlmembed.pooling import Pooling, TokenProjection
 
 LIBRARIES = ("vlmembed", "sentence-transformers", "transformers", "torch")
 
@@ -66,6 +66,8 @@ class SentenceTransformers(Exporter):
         reranker_scoring: How a reranker's folder scores. ``dense`` serves every head, and is cheaper: one layer on what
             is pooled. ``logits`` keeps the whole language-model head and takes the difference of the two words' logits,
             for those who want the language model too; of ``vlmembed.heads.YesNo`` only, to the same scores.
+        merging_factor: Export a multi-vector model whose documents have so many times fewer vectors, merged by
+            similarity; 1 for all.
         license: The model's license for its card, as the Hub names it, such as apache-2.0.
         pipeline_tag: The task under which the Hub lists the model, such as visual-document-retrieval for images of
             pages; null for feature-extraction of an embedder, and text-ranking of a reranker.
@@ -75,11 +77,13 @@ class SentenceTransformers(Exporter):
         self,
         truncate_dim: int | None = None,
         reranker_scoring: Scoring = "dense",
+        merging_factor: int = 1,
         license: str | None = None,
         pipeline_tag: str | None = None,
     ) -> None:
         self.truncate_dim = truncate_dim
         self.reranker_scoring = reranker_scoring
+        self.merging_factor = merging_factor
         self.license = license
         self.pipeline_tag = pipeline_tag
 
@@ -90,7 +94,19 @@ class SentenceTransformers(Exporter):
             raise ValueError(f"truncate_dim={self.truncate_dim} is for embeddings, and a reranker has none. Remove it.")
         if not ranks and self.reranker_scoring != "dense":
             raise ValueError(f"reranker_scoring={self.reranker_scoring} is for rerankers, not embedders. Remove it.")
-        if isinstance(pooling, ScoreHead):
+        if self.merging_factor < 1 or (self.merging_factor > 1 and not isinstance(pooling, TokenProjection)):
+            raise ValueError(
+                f"merging_factor={self.merging_factor} is 1 or more, and above 1 for multi-vector models only."
+            )
+        if isinstance(pooling, TokenProjection):
+            if type(pooling) is not TokenProjection:
+                raise ValueError(
+                    f"{type(pooling).__name__} cannot be exported: Sentence Transformers' layers serve TokenProjection "
+                    "and no class made of it. Set trainer.exporter to null."
+                )
+            if self.truncate_dim is not None and not 0 < self.truncate_dim <= pooling.size:
+                raise ValueError(f"truncate_dim={self.truncate_dim} is not between 1 and the vectors' {pooling.size}.")
+        elif isinstance(pooling, ScoreHead):
             (check_head if self.reranker_scoring == "dense" else yes_no_head)(pooling)
         else:
             check_servable(pooling)
@@ -98,6 +114,8 @@ class SentenceTransformers(Exporter):
     def export(self, encoder: Encoder, folder: Path, info: ModelInfo) -> Verification:
         """Write and verify the folder; see `Exporter.export`."""
         self.check(encoder.pooling)
+        if isinstance(encoder, MultiVectorEncoder) and not has_stock_selection(encoder):
+            standalone_code(encoder.pooling)
         refuse_used(folder)
         final = folder.resolve()
         draft = final.with_name(final.name + ".unverified")
@@ -126,7 +144,7 @@ class SentenceTransformers(Exporter):
             raise ExportError(
                 f"The export is verified, but cannot take its place ({error}): it is in {draft}."
             ) from error
-        opener = "CrossEncoder" if isinstance(encoder, Scorer) else "SentenceTransformer"
+        opener = read(folder / "config_sentence_transformers.json")["model_type"]
         print(
             f"Verified: {verification}\n\n"
             + ("It brings the pooling's code along, and is opened with trust_remote_code=True.\n\n" if code else "")
@@ -142,7 +160,13 @@ class SentenceTransformers(Exporter):
                 stack.callback(transformers_logging.enable_progress_bar)
                 transformers_logging.disable_progress_bar()
             # What is expected is computed first: writing merges the adapters into the weights.
-            if isinstance(encoder, Scorer):
+            if isinstance(encoder, MultiVectorEncoder):
+                dimensions = [self.truncate_dim or encoder.dimension]
+                expected = expect(
+                    encoder, Path(scratch), dimensions, prompts=info.prompts, merging_factor=self.merging_factor
+                )
+                write_multi_vector(encoder, draft, self.truncate_dim, self.merging_factor, info.prompts)
+            elif isinstance(encoder, Scorer):
                 # Logits are taken at the last position, where a token has to be.
                 sides = ("left", "right") if self.reranker_scoring == "dense" else ("left",)
                 # A pair has one instruction, its query's.
@@ -158,7 +182,8 @@ class SentenceTransformers(Exporter):
 
     def _facts(self, encoder: Encoder, info: ModelInfo, verification: str, source: str) -> CardFacts:
         model, data = (info.config.get(part, {}).get("init_args", {}) for part in ("model", "data"))
-        parts = {part.capitalize(): model.get(part) for part in ("pooling", "head", "template", "loss", "adapters")}
+        labels = "pooling", "projection", "head", "template", "loss", "adapters"
+        parts = {part.capitalize(): model.get(part) for part in labels}
         train = data.get("train")
         return CardFacts(
             title=info.name,

@@ -6,7 +6,7 @@ import inspect
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from vlmembed.encoder import MultiVectorEncoder
 from vlmembed.heads import ScoreHead, YesNo
-from vlmembed.pooling import Pooling, base, learned
+from vlmembed.pooling import Pooling, base, learned, tokens
 
 #: Sentence Transformers' names of our poolings. Exact types: a subclass may pool differently.
 MODES: dict[type[Pooling], str] = {
@@ -86,19 +87,78 @@ def projection_modules(pooling: learned.Projection) -> list[ModuleSpec]:
     return [*inner, dense(pooling.outer.weight, pooling.outer.bias)]
 
 
-def dense(weight: Tensor, bias: Tensor | None = None, activation: str = "linear.Identity") -> ModuleSpec:
-    """Return a layer with a weight (out, in) that maps embeddings."""
+def dense(
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "linear.Identity",
+    name: str = "sentence_embedding",
+    residual: Tensor | None = None,
+) -> ModuleSpec:
+    """Return a layer with a weight (out, in) that maps embeddings, or what else goes by a name."""
     config = {
         "in_features": weight.shape[1],
         "out_features": weight.shape[0],
         "bias": bias is not None,
         "activation_function": f"torch.nn.modules.{activation}",
-        "module_input_name": "sentence_embedding",
-        "module_output_name": "sentence_embedding",
+        "module_input_name": name,
+        "module_output_name": name,
     }
-    tensors = {"linear.weight": weight} if bias is None else {"linear.weight": weight, "linear.bias": bias}
-    weights = {name: tensor.detach().float().contiguous() for name, tensor in tensors.items()}
+    if residual is not None:
+        config["use_residual"] = True
+    tensors = {"linear.weight": weight, "linear.bias": bias, "residual.weight": residual}
+    weights = {key: tensor.detach().float().contiguous() for key, tensor in tensors.items() if tensor is not None}
     return ModuleSpec("sentence_transformers.base.modules.dense.Dense", config, weights)
+
+
+#: What the vectors of tokens go by, from the Transformer module on.
+TOKENS = "token_embeddings"
+
+
+def token_modules(encoder: MultiVectorEncoder, truncate_dim: int | None, merging_factor: int) -> list[ModuleSpec]:
+    """Return what makes vectors of token states: projection, which tokens are kept, length 1, merging of documents'."""
+    projection = encoder.pooling
+    layers = [(projection.inner, projection.inner_residual, "activation.GELU")] if projection.inner else []
+    layers.append((projection.outer, projection.outer_residual, "linear.Identity"))
+    modules = [
+        dense(layer.weight, layer.bias, activation, TOKENS, None if residual is None else residual.weight)
+        for layer, residual, activation in layers
+    ]
+    if truncate_dim is not None:
+        modules.append(dense(torch.eye(projection.size)[:truncate_dim], name=TOKENS))
+    modules.append(selection_module(encoder))
+    names = {"module_input_name": TOKENS, "module_output_name": TOKENS}
+    modules.append(ModuleSpec("sentence_transformers.base.modules.normalize.Normalize", names))
+    if merging_factor > 1:
+        config = {"pool_factor": merging_factor, "num_protected_tokens": 0, "tasks": ["document"]}
+        modules.append(
+            ModuleSpec("sentence_transformers.multi_vector_encoder.modules.HierarchicalTokenPooling", config)
+        )
+    return modules
+
+
+def selection_module(encoder: MultiVectorEncoder) -> ModuleSpec:
+    """Return what says which tokens of an item have a vector."""
+    query, document = encoder.selections["query"], encoder.selections["document"]
+    template = encoder.preprocessor.template
+    if not has_stock_selection(encoder):
+        selections = {role: asdict(selection) for role, selection in encoder.selections.items()}
+        described = [template.visual, template.instructions]
+        config = {"selections": selections, "skipped": encoder.preprocessor.skipped, "template": described}
+        return ModuleSpec(f"{CODE}.ServedSelection", config)
+    skipping = [role for role, selection in encoder.selections.items() if selection.skip]
+    config = {
+        "skiplist_words": list(document.skip or query.skip),
+        "skiplist_tasks": skipping or ["document"],
+        "keep_only_token_ids": list(template.visual) if document.part == "images" else None,
+    }
+    return ModuleSpec("sentence_transformers.multi_vector_encoder.modules.MultiVectorMask", config)
+
+
+def has_stock_selection(encoder: MultiVectorEncoder) -> bool:
+    """Whether Sentence Transformers' mask keeps these tokens; else a folder brings code and is opened with trust."""
+    query, document = encoder.selections["query"], encoder.selections["document"]
+    same_skip = set(query.skip) == set(document.skip) or not (query.skip and document.skip)
+    return query.part == "all" and document.part in ("all", "images") and same_skip
 
 
 def head_modules(head: ScoreHead, model: PretrainedConfig) -> list[ModuleSpec]:
@@ -190,7 +250,7 @@ def standalone_code(pooling: Pooling) -> str:
     """Return one Python file with our poolings, the whole files of a user's own, and the module that serves them."""
     from vlmembed.export import served_pooling  # Sentence Transformers takes seconds to import.
 
-    ours = [base, learned, served_pooling]
+    ours = [base, learned, tokens, served_pooling]
     # Classes that a pooling extends come before it, since its file may need theirs.
     classes = [cls for part in pooling.modules() for cls in reversed(type(part).__mro__) if issubclass(cls, Pooling)]
     names = {cls.__module__: cls.__name__ for cls in classes}
@@ -199,7 +259,7 @@ def standalone_code(pooling: Pooling) -> str:
         if path is None or name == "__main__" or not Path(path).is_file():
             raise ValueError(f"{cls} cannot be exported: its module {name} is no file that can be imported.")
     users = [module for name in names if (module := sys.modules[name]) not in ours]
-    sources = [base, learned, *users, served_pooling]
+    sources = [base, learned, tokens, *users, served_pooling]
     _refuse_clashes(sources)
     copied = "|".join(["vlmembed\\.pooling[\\w.]*", *(re.escape(module.__name__) for module in users)])
     own_import = re.compile(rf"^([ \t]*)from (?:{copied}) import (\([^)]*\)|[^\n(]*)\n", re.MULTILINE)

@@ -22,7 +22,7 @@ from vlmembed import adapters
 from vlmembed.backbones import VisionLanguageModel
 from vlmembed.backbones.base import HEAD, label_token_ids
 from vlmembed.backbones.chat_templates import NAME, write_tokens
-from vlmembed.encoder import Encoder, Scorer
+from vlmembed.encoder import Encoder, MultiVectorEncoder, Scorer
 from vlmembed.export.card import read
 from vlmembed.export.modules import (
     CODE,
@@ -30,10 +30,10 @@ from vlmembed.export.modules import (
     check_head,
     dense,
     head_modules,
-    is_stock,
     pooling_modules,
     pooling_of,
     standalone_code,
+    token_modules,
     yes_no_head,
 )
 from vlmembed.pooling import Pooling
@@ -80,6 +80,31 @@ def write_folder(
     # vLLM and SGLang cut embeddings only if these keys say that they may.
     matryoshka = {"is_matryoshka": True, "matryoshka_dimensions": sorted(dimensions)} if dimensions else {}
     _write_modules(modules, pooling, model_config, folder, **matryoshka)
+
+
+def write_multi_vector(
+    encoder: MultiVectorEncoder,
+    folder: Path,
+    truncate_dim: int | None = None,
+    merging_factor: int = 1,
+    prompts: Mapping[str, str] | None = None,
+) -> None:
+    """Write a multi-vector model into an empty folder; adapters are merged into the encoder's weights, for good.
+
+    With ``truncate_dim`` so many leading dimensions are kept, and with a ``merging_factor`` documents get so many times
+    fewer vectors; ``prompts`` are as for `write_folder`.
+    """
+    backbone = encoder.backbone
+    modules = [_transformer(backbone, encoder.pooling.layers), *token_modules(encoder, truncate_dim, merging_factor)]
+    _write_checkpoint(backbone, folder)
+    model_config = {
+        "model_type": "MultiVectorEncoder",
+        "prompts": {role: instruction or "" for role, instruction in backbone.instructions.items()}
+        | dict(prompts or {}),
+        "default_prompt_name": None,
+        "similarity_fn_name": encoder.similarity,
+    }
+    _write_modules(modules, encoder.pooling, model_config, folder)
 
 
 def write_reranker(
@@ -219,7 +244,7 @@ def _write_modules(
         for part in (config, config.get("text_config", {})):
             part["output_hidden_states"] = True
     _write_json(folder / "config.json", config)
-    if not is_stock(pooling):
+    if any(module.type.startswith(f"{CODE}.") for module in modules):
         (folder / f"{CODE}.py").write_text(standalone_code(pooling), encoding="utf-8")
     # Weights are written with mode 0600, through a temporary file; others are as the process's umask has them.
     mode = (folder / "modules.json").stat().st_mode
@@ -237,6 +262,8 @@ def _requirements(modules: Sequence[ModuleSpec]) -> dict[str, str]:
     if "weightedmean" in modes:
         release = ">=6.2"  # Those before count positions from the padding on the left.
     if "audio" in modules[0].config["modality_config"]:
+        return {"sentence_transformers": ">=6.2", "transformers": ">=5.24"}  # Earlier ones were not tried.
+    if any(".multi_vector_encoder." in module.type or module.type.endswith("Selection") for module in modules):
         return {"sentence_transformers": ">=6.2", "transformers": ">=5.24"}  # Earlier ones were not tried.
     # transformers before 5.4 keeps the positions of a batch with images for the texts after it, and fails on them.
     return {"sentence_transformers": release, "transformers": ">=5.4"}

@@ -10,6 +10,7 @@ import torch
 from sentence_transformers.base.modules.module import Module
 
 from vlmembed.pooling.base import Template
+from vlmembed.pooling.tokens import TokenSelection
 
 
 class ServedPooling(Module):
@@ -50,6 +51,35 @@ class ServedPooling(Module):
         module = cls(**cls.load_config(model_name_or_path, **options))
         loaded: ServedPooling = cls.load_torch_weights(model_name_or_path, model=module, **options)
         return loaded
+
+
+class ServedSelection(Module):
+    """Keeps the tokens that had a vector in training: sets the attention mask (B, L) by which vectors are returned."""
+
+    config_keys: list[str] = ["selections", "skipped", "template"]
+    forward_kwargs: set[str] = {"task"}
+
+    def __init__(self, selections: dict[str, Any], skipped: dict[str, list[int]], template: list[Any]) -> None:
+        super().__init__()
+        self.selections, self.skipped, self.template = selections, skipped, template
+
+    def forward(self, features: dict[str, Any], task: str | None = None, **_: Any) -> dict[str, Any]:
+        """Take tokens out of the mask; an input without a task is a document."""
+        role = "query" if task == "query" else "document"
+        visual, instructions = self.template
+        template = Template(tuple(visual), tuple(map(tuple, instructions)))
+        selection, ids, mask = (
+            TokenSelection(**self.selections[role]),
+            features["input_ids"],
+            features["attention_mask"],
+        )
+        features["attention_mask"] = selection.select(ids, mask, template, self.skipped[role])
+        return features
+
+    def save(self, output_path: str, *_: Any, **__: Any) -> None:
+        """Write the configuration, and this file into the folder above, where Sentence Transformers looks."""
+        self.save_config(output_path)
+        shutil.copyfile(__file__, Path(output_path).parent / Path(__file__).name)
 
 
 def _build(value: Any) -> Any:

@@ -26,7 +26,8 @@ import torch
 from jinja2 import TemplateError
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ class Verification:
     def __str__(self) -> str:
         check, what, dimensions, cosine = self.check, "logits", "", ""
         if check.dimensions:
-            what, cosine = "embeddings", f", least cosine {self.cosine:.6f}"
+            what = "inputs' vectors and similarities" if "similarity" in check.expected else "embeddings"
+            cosine = f", least cosine {self.cosine:.6f}"
             dimensions = f"; dimensions {', '.join(map(str, check.dimensions))}"
         left_out = f"; left out, because the model refuses them: {', '.join(check.left_out)}" if check.left_out else ""
         return (
@@ -78,7 +80,9 @@ class Check:
     names: tuple[str, ...]  # Of the inputs, after their kinds.
     inputs: Sequence[Any]  # Items, or pairs of items, as JSON; see `make_probes`.
     left_out: tuple[str, ...]  # Those that the model refuses: too long for it, or of a kind that it does not read.
-    expected: Mapping[str, Tensor]  # (inputs, D): embeddings by role or prompt, not normalised; or logits of pairs.
+    #: (inputs, n, D): by role or prompt the embedding, or n vectors, zeros behind them, not normalised; or the logits
+    #: of pairs, (inputs, 1, 1). Of several vectors also the ``similarity`` of all inputs, (inputs, 1, inputs).
+    expected: Mapping[str, Tensor]
     dimensions: tuple[int, ...]  # Compare unit vectors of so many leading dimensions, full first; none for logits.
     sides: tuple[str, ...]  # On which the folder's tokenizer can pad.
     device: str
@@ -87,7 +91,7 @@ class Check:
     @property
     def prompts(self) -> list[str]:
         """The prompts by name, besides what each role has."""
-        return [way for way in self.expected if way not in ("query", "document", "pair")]
+        return [way for way in self.expected if way not in ("query", "document", "pair", "similarity")]
 
     def compare(self, results: Mapping[str, Tensor]) -> Verification:
         """Compare results, named ``role/dimension/batching``, or by a prompt in the role's place."""
@@ -96,11 +100,15 @@ class Check:
         for way, served in results.items():
             role, dimension, batching = way.rsplit("/", 2)
             reference = self.expected[role]
-            if self.dimensions:
-                reference = normalize(reference[:, : int(dimension)], dim=-1)
-                cosines.append(torch.linalg.vecdot(served, reference).min())
+            served = served.reshape(len(reference), -1, served.shape[-1] if served.ndim > 1 else 1)
+            if self.dimensions and role != "similarity":
+                reference = normalize(reference[..., : int(dimension)], dim=-1)
+                # Where an input has more vectors than it should, or fewer, zeros stand against unit vectors.
+                missing = reference.shape[1] - served.shape[1]
+                served, reference = pad(served, (0, 0, 0, max(0, missing))), pad(reference, (0, 0, 0, max(0, -missing)))
+                cosines.append(torch.linalg.vecdot(served, reference)[reference.any(-1)].min())
                 batching = f"{dimension} dimensions, {batching}"
-            largest = (served.reshape(reference.shape) - reference).abs().amax(dim=1)
+            largest = (served - reference).abs().amax(dim=(1, 2))
             for name, difference in zip(self.names, largest.tolist(), strict=True):
                 differences[f"{name!r} as {role}, {batching}"] = difference
         # NaN compares as nothing: it must count as the worst.
@@ -187,14 +195,18 @@ def expect(
     dimensions: Sequence[int] = (),
     sides: Sequence[str] = ("left", "right"),
     prompts: Mapping[str, str] | None = None,
+    merging_factor: int = 1,
 ) -> Check:
     """Encode probes by themselves and in each role; or, where there are no dimensions to compare, score pairs of them.
 
     And with each of the ``prompts``, which are called ``NAME-query`` or ``NAME-document``. What the model refuses, as
     with ``max_length`` or a processor for single images it may, is left out. The encoder is configured, with its
-    adapters as they were trained; ``scratch`` is a folder for the probes' images.
+    adapters as they were trained; ``scratch`` is a folder for the probes' images. Documents of a multi-vector model are
+    merged by the ``merging_factor``.
     """
     from vlmembed.data.cells import Folder, to_items
+    from vlmembed.encoder import MultiVectorEncoder
+    from vlmembed.late_interaction import MultiVectors, maxsim, merge
     from vlmembed.types import Pair
 
     def item(name: str, way: str) -> Item:
@@ -223,15 +235,28 @@ def expect(
         except (ValueError, TemplateError) as error:
             refusals[name] = error
         else:
-            results[name] = [encoder(chunk)[0].float().cpu() for chunk in chunks]
+            results[name] = [encoder(chunk).float().cpu() for chunk in chunks]  # Of each way (n, D), or (1, 1).
     if not results:
         reason = next(iter(refusals.values()))
         raise ExportError(f"The model reads none of the inputs that an export is verified with: {reason}")
+    by_way = {way: [rows[place] for rows in results.values()] for place, way in enumerate(ways)}
+    similarity = {}
+    if isinstance(encoder, MultiVectorEncoder):
+        unit = {}
+        for way, vectors in by_way.items():
+            lengths = torch.tensor([len(rows) for rows in vectors])
+            cut = torch.cat(vectors)[:, : dimensions[0]]
+            # As means, whatever the model's similarity: the tolerance is one of numbers up to 1.
+            unit[way] = MultiVectors(normalize(cut), lengths, length_normalized=True)
+            if role_of(way) == "document":
+                unit[way] = merge(unit[way], merging_factor)
+        by_way = {way: vectors.split() for way, vectors in unit.items()}
+        similarity = {"similarity": maxsim(unit["query"], unit["document"])[:, None]}
     return Check(
         names=tuple(results),
         inputs=[inputs[name][0] for name in results],
         left_out=tuple(refusals),
-        expected={way: torch.stack([rows[place] for rows in results.values()]) for place, way in enumerate(ways)},
+        expected={way: pad_sequence(vectors, batch_first=True) for way, vectors in by_way.items()} | similarity,
         dimensions=tuple(dimensions),
         sides=tuple(sides),
         device=str(encoder.device),
@@ -289,7 +314,9 @@ def main(plan: str, output: str) -> None:
     sys.modules["vlmembed"] = None  # type: ignore[assignment]  # Importing it fails, even where it is installed.
     results = {}
     for index, job in enumerate(json.loads(Path(plan).read_text(encoding="utf-8"))):
-        computed = _embeddings(job) if job["dimensions"] else _scores(job)
+        config = json.loads(Path(job["folder"], "config_sentence_transformers.json").read_text(encoding="utf-8"))
+        compute = _vectors if config["model_type"] == "MultiVectorEncoder" else _embeddings
+        computed = compute(job) if job["dimensions"] else _scores(job)
         for way, values in tqdm(computed, "Verifying", file=sys.stdout):
             results[f"{index}:{way}"] = values.float().cpu().numpy()
     np.savez(output, **results)
@@ -311,6 +338,27 @@ def _embeddings(job: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     for name in job["prompts"]:
         embeddings = roles[role_of(name)](inputs, batch_size=1, prompt_name=name, **options)
         yield f"{name}/{job['dimensions'][0]}/alone", normalize(embeddings.float(), dim=-1)
+
+
+def _vectors(job: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Yield each input's vectors, (inputs, n, D), as `_embeddings` does, and how similar inputs are to each other."""
+    from sentence_transformers import MultiVectorEncoder
+
+    inputs = [as_input(description) for description in job["inputs"]]
+    model: Any = MultiVectorEncoder(job["folder"], device=job["device"], trust_remote_code=job["trust_remote_code"])
+    roles, size = {"query": model.encode_query, "document": model.encode_document}, job["dimensions"][0]
+    for batching, side in _batchings(job):
+        model.tokenizer.padding_side = side
+        options = {"show_progress_bar": False, "batch_size": 1 if batching == "alone" else len(inputs)}
+        vectors = {role: encode(inputs, **options) for role, encode in roles.items()}
+        for role, rows in vectors.items():
+            yield f"{role}/{size}/{batching}", pad_sequence(rows, batch_first=True)
+        similarity = model.similarity(vectors["query"], vectors["document"]).cpu()
+        counts = torch.tensor([len(rows) for rows in vectors["query"]])[:, None]
+        yield f"similarity/{size}/{batching}", similarity / (counts if model.similarity_fn_name == "maxsim" else 1)
+    for name in job["prompts"]:
+        rows = roles[role_of(name)](inputs, batch_size=1, prompt_name=name, show_progress_bar=False)
+        yield f"{name}/{size}/alone", pad_sequence(rows, batch_first=True)
 
 
 def _scores(job: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:

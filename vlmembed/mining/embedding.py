@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from itertools import chain, groupby
@@ -19,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vlmembed.features import read_tensor, signed
-from vlmembed.files import clear_drafts, digest, write_whole
+from vlmembed.files import clear_drafts, content_digest, digest, write_whole
 from vlmembed.media import load_audio, load_image
 from vlmembed.types import Item, Role
 
@@ -48,7 +46,7 @@ def identify(item: Item) -> tuple[str, str]:
     for part in item.parts:
         content: Iterable[str | bytes] = [str(part.value)]
         if part.kind in ("video", "audio") and not part.frames:
-            content = [_content_digest(part.value)]
+            content = [content_digest(part.value)]  # type: ignore[arg-type]
         elif part.kind != "text":
             # `Part.digest` takes a file for its path; here a copy of an image is the same image. One is open at a time.
             images = (load_image(frame, item.origin) for frame in part.frames)
@@ -56,12 +54,6 @@ def identify(item: Item) -> tuple[str, str]:
         digests.append(digest(chain([part.kind], content)))
     shown = [value for part, value in zip(item.parts, digests, strict=True) if part.kind != "text"]
     return digest(digests), " ".join(sorted(shown))
-
-
-def _content_digest(content: Any) -> bytes:
-    """Hash what is in a file, or was."""
-    with content.open("rb") if isinstance(content, Path) else io.BytesIO(content) as file:
-        return hashlib.file_digest(file, "blake2b").digest()
 
 
 def model_input(item: Item) -> dict[str, Any]:
@@ -154,4 +146,4 @@ def model_version(model: str) -> str:
     except ValueError as error:
         raise ValueError(f"{model}: its files are not found, so embeddings have no key; leave out cache.") from error
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return digest(chain.from_iterable((path.relative_to(folder).as_posix(), _content_digest(path)) for path in files))
+    return digest(chain.from_iterable((path.relative_to(folder).as_posix(), content_digest(path)) for path in files))

@@ -12,7 +12,6 @@ from torch import Tensor
 from vlmembed.backbones import VisionLanguageModel
 from vlmembed.data import ItemCollator
 from vlmembed.encoder import MultiVectorEncoder
-from vlmembed.late_interaction import MultiVectors
 from vlmembed.losses import Loss
 from vlmembed.metrics import MultiVectorMetrics
 from vlmembed.modules.base import DEPTH, RetrievalModule, write_run
@@ -67,10 +66,8 @@ class MultiVectorModule(RetrievalModule):
             "query": query_tokens or TokenSelection(),
             "document": document_tokens or TokenSelection(),
         }
-        encoder = MultiVectorEncoder(backbone, projection or TokenProjection(), selections)
+        encoder = MultiVectorEncoder(backbone, projection or TokenProjection(), selections, similarity)
         super().__init__(encoder, loss, losses=losses, **options)
-        self.similarity = similarity
-        self.length_normalized = similarity == "meanmaxsim"
         self.measured_factors = merging_factors
         self.two_stage = two_stage
 
@@ -101,22 +98,18 @@ class MultiVectorModule(RetrievalModule):
 
     def gather_batch(self, outputs: Tensor, batch: Batch) -> tuple[Any, ...]:
         """Join the vectors of all processes; outputs (T, D) are of the tokens that are kept, item by item."""
-        return gather_batch(self._vectors(outputs, batch), batch)
-
-    def _vectors(self, outputs: Tensor, batch: Batch | ItemBatch) -> MultiVectors:
-        """Give vectors (T, D) to the items of a batch's chunks, in their order."""
-        return MultiVectors(outputs, self.encoder.lengths(batch.chunks), self.length_normalized)
+        return gather_batch(self.encoder.by_item(outputs, batch.chunks), batch)
 
     def metric(self, evaluation: EvaluationSet) -> MultiVectorMetrics:
         """Measure how well queries find their documents in the whole corpus."""
         return MultiVectorMetrics(
-            evaluation, self.dimensions, self.merging_factors, self.two_stage, self.length_normalized
+            evaluation, self.dimensions, self.merging_factors, self.two_stage, self.encoder.similarity == "meanmaxsim"
         )
 
     def measure(self, batch: ItemBatch, metric: MultiVectorMetrics) -> None:
         """Encode queries or documents."""
         outputs = self.encoder(batch.inputs, self.encoder.encode_images(batch.images))
-        metric.update(batch.rows, self._vectors(outputs, batch))
+        metric.update(batch.rows, self.encoder.by_item(outputs, batch.chunks))
 
     def write_predictions(self, metric: MultiVectorMetrics, folder: Path) -> None:
         """Write rankings, and ``NAME.safetensors``.
