@@ -165,6 +165,36 @@ def test_text_is_mined_as_by_sentence_transformers(embedder: Path, tmp_path: Pat
     assert 2 < len(full) < 12
 
 
+@pytest.mark.parametrize("similarity", ["maxsim", pytest.param("meanmaxsim", marks=pytest.mark.exhaustive)])
+def test_a_multi_vector_model_mines_by_maxsim(
+    similarity: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its most similar documents that are no positive, from the cache too, whatever instructions say."""
+    built = MultiVectorEncoder(
+        Qwen3VL(str(checkpoint)), TokenProjection(16), dict.fromkeys(("query", "document"), TokenSelection()), similarity
+    )
+    torch.manual_seed(0)
+    built.configure()
+    write_multi_vector(built, tmp_path / "model")
+    words = [" ".join(["seven", "blue", "tree"][: 1 + number % 3]) + f" {number}" for number in range(11)]
+    rows = [
+        Example(replace(asked(number), instruction=f"Find {number % 2}."), (item(text),))
+        for number, text in enumerate(words)
+    ]
+    options: dict[str, Any] = {"margin": None, "relative_margin": None, "cache": str(tmp_path / "cache")}
+    for calls in range(2):
+        mine(str(tmp_path / "model"), Listed(rows), str(tmp_path / "mined.jsonl"), negatives=3, batch_size=1, **options)
+        monkeypatch.setattr(sentence_transformers.MultiVectorEncoder, "encode_query", None)  # All is in the cache.
+    model = sentence_transformers.MultiVectorEncoder(str(tmp_path / "model"))
+    documents = model.encode_document([{"text": text} for text in words])
+    mined = Rows(str(tmp_path / "mined.jsonl"))
+    for number, row in enumerate(rows):
+        query = model.encode([{"text": row.query.parts[0].value}], prompt=row.query.instruction, task="query")
+        scores = [float((query[0] @ document.T).amax(1).sum()) for document in documents]
+        best = sorted((place for place in range(11) if place != number), key=scores.__getitem__, reverse=True)[:3]
+        assert [negative.parts[0].value for negative in mined[number].negatives] == [words[place] for place in best]
+
+
 def test_nothing_with_the_image_of_a_positive_is_a_negative(embedder: Path, tmp_path: Path) -> None:
     """Whatever file it is in, and whatever is written under it."""
     for name in ("one.png", "two.png", "other.bmp"):
