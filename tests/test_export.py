@@ -205,7 +205,8 @@ def test_says_of_every_pooling_before_training_whether_it_brings_code(own: Modul
         assert is_stock(pooling) is CASES[name].stock
     # A subclass is not taken for what it extends.
     assert not is_stock(own.Drifting())
-    abstract = {zoo.Pooling, zoo.PoolingWrapper, zoo.TokenWeights}
+    # Of several vectors an item: tests/test_export_multi_vector.py.
+    abstract = {zoo.Pooling, zoo.PoolingWrapper, zoo.TokenWeights, zoo.TokenProjection}
     every = {value for value in vars(zoo).values() if isinstance(value, type) and issubclass(value, Pooling)}
     assert every - abstract <= {type(part) for pooling in poolings.values() for part in pooling.modules()}
 

@@ -24,8 +24,19 @@ TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 DATA_FILES = {".json", ".jsonl", ".parquet", ".csv", ".tsv", ".arrow"}
 
-#: ``val/ndcg@10``, ``val/NAME/ndcg@10/64``; ``val/ndcg@10/before`` is the order in which a reranker found candidates.
-LOGGED_NAME = re.compile(r"(?P<set>.+?)/(?P<metric>[^/]+)(?P<before>/before)?(/(?P<dimension>\d+))?", re.DOTALL)
+#: ``val/ndcg@10``, ``val/NAME/ndcg@10/64`` at a dimension, ``/x4`` with four times fewer vectors, ``/two_stage``;
+#: ``val/ndcg@10/before`` is the order in which a reranker found candidates.
+LOGGED_NAME = re.compile(
+    r"(?P<set>.+?)/(?P<metric>[^/]+)(?P<before>/before)?(/(?P<variant>\d+|x\d+|two_stage))?", re.DOTALL
+)
+
+#: What columns of the table of results mean, by how they begin.
+NOTES = {
+    r"\d": "A number above a column is the dimension that embeddings were cut to, as truncate_dim cuts them.",
+    "x": "Above x4, documents had four times fewer vectors: give encode_document "
+    "token_pooling=HierarchicalTokenPooling(4, num_protected_tokens=0).",
+    "two_stage": "In two stages, mean vectors found the candidates that MaxSim ranked.",
+}
 
 #: Modules by which vLLM pools as Sentence Transformers does. It takes others for the last token, without a word.
 VLLM_MODULES = {"Transformer", "Pooling", "Dense", "Normalize"}
@@ -50,18 +61,18 @@ class CardFacts:
 
 def write_card(folder: Path, facts: CardFacts) -> Path:
     """Write ``README.md`` into an exported folder, over the one that is there."""
-    rows: dict[tuple[str, str], dict[int | None, float]] = {}
+    rows: dict[tuple[str, str], dict[str, float]] = {}
     results = []
     for name, value in facts.metrics.items():
         match = LOGGED_NAME.fullmatch(name)
         if match is None:
             raise ValueError(f"metric {name!r} has no evaluation set: expected a name such as 'val/ndcg@10'")
         evaluation_set, metric = match["set"], match["metric"]
-        dimension = int(match["dimension"]) if match["dimension"] else None
+        variant = match["variant"] or "full"
         label = f"{metric} before reranking" if match["before"] else metric
-        rows.setdefault((evaluation_set, label), {})[dimension] = value
+        rows.setdefault((evaluation_set, label), {})[variant] = value
         if not match["before"]:  # Which is no result of the reranker.
-            label = metric if dimension is None else f"{metric} at {dimension} dimensions"
+            label = metric if variant == "full" else f"{metric} {_said(variant)}"
             results.append(
                 EvalResult(
                     task_type="information-retrieval",
@@ -91,15 +102,26 @@ def write_card(folder: Path, facts: CardFacts) -> Path:
         source=Markup(repr(facts.source)),  # One line of Python cannot close the block it stands in.
         rows=rows,
         # The table's columns: the whole embedding, then ever shorter ones.
-        dimensions=sorted(
-            {cut for row in rows.values() for cut in row}, key=lambda cut: (cut is not None, -(cut or 0))
-        ),
+        variants=(variants := sorted({variant for row in rows.values() for variant in row}, key=_column)),
+        notes=[note for mark, note in NOTES.items() if any(re.match(mark, variant) for variant in variants)],
         config=Markup(html.escape(yaml_dump(dict(facts.config), sort_keys=False), quote=False)),
         **served,
     )
     path = folder / "README.md"
     ModelCard(text).save(path)
     return path
+
+
+def _said(variant: str) -> str:
+    """Say how a metric was measured, if not as the model is served."""
+    if variant == "two_stage":
+        return "in two stages"
+    return f"with {variant[1:]} times fewer vectors" if variant[0] == "x" else f"at {variant} dimensions"
+
+
+def _column(variant: str) -> tuple[int, int]:
+    number = int(variant.lstrip("x")) if variant.lstrip("x").isdigit() else 0
+    return ["full", "", "x", "two_stage"].index(variant.rstrip("0123456789")), number if "x" in variant else -number
 
 
 def escape(value: object) -> Markup:
@@ -122,6 +144,8 @@ def _served(folder: Path) -> dict[str, Any]:
     modality = modalities["text"]
     causal = read(folder / "config.json").get("text_config", {}).get("is_causal", True)
     types = {module["type"].rsplit(".", 1)[-1]: folder / module["path"] for module in modules}
+    tokens = config["model_type"] == "MultiVectorEncoder"
+    dense = [folder / module["path"] for module in modules if module["type"].endswith(".Dense")]
     ranks = config["model_type"] == "CrossEncoder"
     mode = None  # Of pooling the states of a causal model's last layer, which other servers do in their own way.
     if causal and modality["method_output_name"] == "last_hidden_state" and "Pooling" in types:
@@ -129,6 +153,7 @@ def _served(folder: Path) -> dict[str, Any]:
     prompts = {role: config["prompts"].get(role, "") for role in ("query", "document")}
     return {
         "opens_with": config["model_type"],
+        "size": read(dense[-1] / "config.json")["out_features"] if dense and tokens else None,  # Of a token's vector.
         "ranks": ranks,
         "hears": "audio" in modalities,
         "trust": any(not module["type"].startswith("sentence_transformers.") for module in modules),
