@@ -19,6 +19,7 @@ from unittest.mock import Mock
 import datasets
 import numpy as np
 import pytest
+import sentence_transformers
 import torch
 import yaml
 from building import encoder, item, picture
@@ -31,15 +32,16 @@ from vlmembed.backbones import QueryFirst, Qwen3VL
 from vlmembed.cli import check, main
 from vlmembed.data import Rows, Source
 from vlmembed.data.digits import HandwrittenNumbers
-from vlmembed.encoder import Scorer
-from vlmembed.export.sentence_transformers import write_folder, write_reranker
+from vlmembed.encoder import MultiVectorEncoder, Scorer
+from vlmembed.export.sentence_transformers import write_folder, write_multi_vector, write_reranker
 from vlmembed.files import HOST
 from vlmembed.heads import YesNo
 from vlmembed.mining import mine, score, write_rows
 from vlmembed.mining.command import COMMANDS
 from vlmembed.mining.embedding import Entry, identify, model_input
 from vlmembed.mining.mining import Choice, Pool, gather, hard_negatives
-from vlmembed.types import Example, Item, Pair, Part
+from vlmembed.pooling import TokenProjection, TokenSelection
+from vlmembed.types import Example, Item, Pair, Part, Role
 
 
 @pytest.fixture(scope="module")
@@ -170,9 +172,8 @@ def test_a_multi_vector_model_mines_by_maxsim(
     similarity: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its most similar documents that are no positive, from the cache too, whatever instructions say."""
-    built = MultiVectorEncoder(
-        Qwen3VL(str(checkpoint)), TokenProjection(16), dict.fromkeys(("query", "document"), TokenSelection()), similarity
-    )
+    selections: dict[Role, TokenSelection] = {"query": TokenSelection(), "document": TokenSelection()}
+    built = MultiVectorEncoder(Qwen3VL(str(checkpoint)), TokenProjection(16), selections, similarity)
     torch.manual_seed(0)
     built.configure()
     write_multi_vector(built, tmp_path / "model")
@@ -182,7 +183,7 @@ def test_a_multi_vector_model_mines_by_maxsim(
         for number, text in enumerate(words)
     ]
     options: dict[str, Any] = {"margin": None, "relative_margin": None, "cache": str(tmp_path / "cache")}
-    for calls in range(2):
+    for _ in range(2):
         mine(str(tmp_path / "model"), Listed(rows), str(tmp_path / "mined.jsonl"), negatives=3, batch_size=1, **options)
         monkeypatch.setattr(sentence_transformers.MultiVectorEncoder, "encode_query", None)  # All is in the cache.
     model = sentence_transformers.MultiVectorEncoder(str(tmp_path / "model"))

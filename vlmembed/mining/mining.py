@@ -50,8 +50,8 @@ def mine(
     place of the embedder's prompts, and are written with them.
 
     Args:
-        model: The embedder: a folder written by ``export``, or anything that Sentence Transformers opens; a multi-vector
-            model compares by MaxSim.
+        model: The embedder: a folder written by ``export``, or anything that Sentence Transformers opens; a
+            multi-vector model compares by MaxSim.
         rows: Training rows: a path or Hub id, or a ``vlmembed.data.Source``.
         output: The JSONL file to write. Images that are in no file are written beside it.
         corpus: Where to look: an evaluation folder's corpus, the documents of other rows, or a
