@@ -11,8 +11,12 @@ from typing import Any
 
 import ddp
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+import yaml
+from building import run_config, write_rows
+from safetensors.torch import load_file
 from sentence_transformers.multi_vector_encoder.evaluation import MultiVectorInformationRetrievalEvaluator
 from sentence_transformers.multi_vector_encoder.modules.token_pooling import HierarchicalTokenPooling
 from sentence_transformers.util.similarity import maxsim
@@ -21,8 +25,14 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from vlmembed import metrics
+from vlmembed.ablation.run import csv_logger
+from vlmembed.backbones import Qwen3VL
+from vlmembed.cli import main
+from vlmembed.data.evaluation import as_evaluation
 from vlmembed.late_interaction import MultiVectors
+from vlmembed.losses import InfoNCE
 from vlmembed.metrics import METRICS, MultiVectorMetrics
+from vlmembed.modules import MultiVectorModule
 from vlmembed.types import EvaluationSet
 
 #: Every document, for each query.
@@ -288,3 +298,49 @@ def test_two_processes_equal_one() -> None:
     for values in ddp.run(shares, [uneven, [[order], []], [[], [order]]]):
         for value in values:
             torch.testing.assert_close(value, expected)
+
+
+def test_what_a_module_logs_and_predicts(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rankings are those of the vectors in the file beside them, and the logged metrics are pytrec_eval's of these."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["vlmembed"])
+    rows = str(write_rows(tmp_path / "rows.jsonl"))
+    config = run_config(checkpoint, train=rows, test=rows, batch_size=3, eval_batch_size=4) | {"seed_everything": 0}
+    options = config["model"]["init_args"]
+    del options["pooling"]
+    projection = {"class_path": "vlmembed.pooling.TokenProjection", "init_args": {"size": 24}}
+    options |= {"projection": projection, "similarity": "meanmaxsim", "merging_factors": [3], "two_stage": 4}
+    config["model"]["class_path"] = "vlmembed.modules.MultiVectorModule"
+    config["trainer"]["logger"] = csv_logger(tmp_path / "a/b")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    main(["test", "--config", "run.yaml"])
+    main(["predict", "--config", "run.yaml", "--trainer.logger.init_args.version=c"])
+    tensors = load_file(tmp_path / "a/c/predictions/rows.safetensors")
+    queries, documents = (
+        tensors[side].split(tensors[lengths].tolist())
+        for side, lengths in (("queries", "query_lengths"), ("documents", "document_lengths"))
+    )
+    evaluation = as_evaluation(rows)
+    scores = loop([*queries], [*documents]) / tensors["query_lengths"][:, None]
+    run: dict[str, dict[str, float]] = {name: {} for name in evaluation.query_names}
+    for line in (tmp_path / "a/c/predictions/rows.trec").read_text().splitlines():
+        query, _, document, rank, score, _ = line.split()
+        run[query][document] = float(score)
+        assert len(run[query]) == int(rank)
+        row, column = evaluation.query_names.index(query), evaluation.document_names.index(document)
+        assert float(score) == pytest.approx(scores[row, column].item(), abs=1e-6)
+    logged = pd.read_csv(tmp_path / "a/b/metrics.csv").iloc[-1]
+    for name, values in trec(evaluation, run).items():
+        assert logged[f"test/{name}"] == pytest.approx(np.mean(values), abs=1e-6)
+        assert {f"test/{name}/x3", f"test/{name}/two_stage"} <= {*logged.index}
+    mean = tensors["document_lengths"].double().mean().item()
+    assert logged["test/vectors_per_document"] == pytest.approx(mean)
+    # A third, rounded down: of vectors that differ no fewer.
+    third = (tensors["document_lengths"] // 3).clamp(min=1).double().mean().item()
+    assert logged["test/vectors_per_document/x3"] == pytest.approx(third)
+
+
+@pytest.mark.parametrize("count", [0, -3])
+def test_two_stages_rank_some_documents(count: int, checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match=f"two_stage is the number of documents that MaxSim ranks.*got {count}"):
+        MultiVectorModule(Qwen3VL(str(checkpoint)), InfoNCE(), two_stage=count)
