@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import pickle
 import random
 from dataclasses import replace
@@ -29,10 +31,11 @@ from vlmembed.ablation.run import csv_logger
 from vlmembed.backbones import Qwen3VL
 from vlmembed.cli import main
 from vlmembed.data.evaluation import as_evaluation
-from vlmembed.late_interaction import MultiVectors
+from vlmembed.late_interaction import MultiVectors, merge
 from vlmembed.losses import InfoNCE
 from vlmembed.metrics import METRICS, MultiVectorMetrics
 from vlmembed.modules import MultiVectorModule
+from vlmembed.training.guards import embedding_likeness
 from vlmembed.types import EvaluationSet
 
 #: Every document, for each query.
@@ -269,6 +272,47 @@ def test_measuring_copies_no_corpus() -> None:
         measured.update(rows, MultiVectors(vectors, lengths))
     measured.top_k(10)  # What libraries take once.
     assert peak(measured.per_query) < 30e6  # Of which a tile of 4,096 vectors takes 4 MB, copied and normalised.
+
+
+MERGED = {
+    "ragged": lambda: [normalize(vectors, dim=1) for vectors in vectors_of(evaluation_set(), 8, 40)],
+    "one vector": lambda: [torch.eye(4)[:1], torch.eye(4)[1:2]],
+    "all alike": lambda: [torch.eye(4)[:1].repeat(9, 1), torch.eye(4)[1:2].repeat(4, 1)],
+    "ties": lambda: [torch.eye(8), torch.eye(8)[[0, 1, 0, 1, 2, 2, 3]]],
+    "half precision": lambda: [normalize(torch.randn(30, 8), dim=1).bfloat16()],
+}
+
+
+@pytest.mark.parametrize("factor", [2, 3, 100])
+@pytest.mark.parametrize("kind", MERGED)
+def test_merged_vectors_are_those_of_sentence_transformers(kind: str, factor: int) -> None:
+    """Under autocast too; theirs of half precision are float32 here, and unit vectors to 1e-6 anyway."""
+    items_of = MERGED[kind]()
+    with torch.autocast("cpu", torch.bfloat16):
+        merged = merge(multi(items_of), factor)
+    torch.testing.assert_close(merged.vectors.norm(dim=1), torch.ones(len(merged.vectors)))
+    unit = [normalize(vectors.float(), dim=1) for vectors in items_of]
+    expected = HierarchicalTokenPooling(factor, num_protected_tokens=0).pool(unit)
+    for ours, theirs in zip(merged.split(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("similarity", ["maxsim", "meanmaxsim"])
+def test_equal_vectors_are_collapsed_and_at_chance(similarity: str) -> None:
+    """What the collapse monitor asks: all cosines are 1, and each of four documents is as likely."""
+    queries, documents = (
+        MultiVectors(torch.ones(sum(lengths), 3), torch.tensor(lengths), similarity == "meanmaxsim")
+        for lengths in ([2, 1, 4], [3, 5, 1, 2])
+    )
+    likeness, equal = embedding_likeness(queries, documents, torch.eye(3, 4, dtype=torch.int8))
+    assert likeness.item() == pytest.approx(1)
+    assert InfoNCE(0.05)(*equal).item() == pytest.approx(math.log(4), rel=1e-5)
+    random = queries.map(lambda vectors: torch.randn(len(vectors), 3, generator=torch.Generator().manual_seed(0)))
+    cosines = [
+        float(torch.cosine_similarity(one, other, dim=0))
+        for one, other in itertools.combinations([*random.vectors, *documents.vectors], 2)
+    ]
+    assert embedding_likeness(random, documents)[0].item() == pytest.approx(np.mean(cosines), abs=1e-6)
 
 
 def shares(parts: list[list[list[list[int]]]]) -> list[Any]:

@@ -38,7 +38,8 @@ def _clusters(vectors: Float[Tensor, "n D"], count: int) -> Int[Tensor, " n"]:
     """Return the number of each unit vector's cluster, from 0, of at most so many."""
     if count >= len(vectors):
         return torch.arange(len(vectors))
-    distances = (1 - vectors @ vectors.T).clamp_(0, 2).numpy()
+    with torch.autocast("cpu", enabled=False):
+        distances = (1 - vectors @ vectors.T).clamp_(0, 2).numpy()
     tree = linkage(squareform(distances, checks=False), method="ward")
     labels = torch.from_numpy(fcluster(tree, t=count, criterion="maxclust")).long()
     # Dense from 0: where distances tie there may be fewer clusters than were asked for.
