@@ -148,12 +148,12 @@ def test_a_cross_encoder_reads_pairs(bare: Path, tmp_path: Path) -> None:
 
 
 def test_tokens_with_a_vector_are_counted(bare: Path, tmp_path: Path) -> None:
-    """Of 64 × 64 pixels four tokens; where all are kept, nothing is said."""
+    """Of 64 × 64 pixels four tokens; of a query all."""
     picture(64, 64).save(tmp_path / "page.png")
     path = write(tmp_path / "train.jsonl", {"query": "q", "positive": {"image": "page.png", "text": "a caption"}})
     model = MultiVectorModule(Qwen3VL(str(bare)), InfoNCE(), document_tokens=TokenSelection("images"))
     query, document = readings(sections(model, train=path)[0])
-    assert query.tokens.endswith(" tokens")
+    assert query.tokens == "20 tokens, 20 with a vector"
     assert document.tokens.endswith(" tokens, 4 with a vector")
 
 
