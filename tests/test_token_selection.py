@@ -387,7 +387,7 @@ def test_sizes_above_the_projection_s(run: dict[str, Any], options: list[str], m
 
 def test_commands_and_options(run: dict[str, Any]) -> None:
     options = ["--model.query_tokens.part=images", "--model.expansion_tokens=2", "--model.document_tokens.skip=['Ċ']"]
-    for command in ("validate", "test"):
+    for command in ("validate", "test", "predict"):
         call(run, *options, command=command)
 
 
