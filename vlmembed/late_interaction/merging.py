@@ -11,7 +11,7 @@ from scipy.spatial.distance import squareform
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vlmembed.late_interaction.vectors import MultiVectors
+from vlmembed.late_interaction.vectors import MultiVectors, promoted
 
 
 def merge(items: MultiVectors, factor: int) -> MultiVectors:
@@ -22,7 +22,7 @@ def merge(items: MultiVectors, factor: int) -> MultiVectors:
     """
     if factor == 1:
         return items
-    unit = items.map(lambda vectors: normalize(vectors.float(), dim=-1))
+    unit = items.map(lambda vectors: normalize(promoted(vectors), dim=-1))
     clusters = [_clusters(vectors, max(1, len(vectors) // factor)) for vectors in unit.detach().map(Tensor.cpu).split()]
     lengths = torch.tensor([int(labels.max()) + 1 for labels in clusters])
     # From numbers within an item to numbers over all: (T,).
