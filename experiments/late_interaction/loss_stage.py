@@ -128,9 +128,7 @@ def main() -> None:
     if options.stage:
         print(memory(options.stage, options.batch_sizes[0], options.tokens))
         return
-    print(
-        f"{torch.get_num_threads()} threads, {options.tokens} vectors of documents, medians of {options.rounds} rounds\n"
-    )
+    print(f"{torch.get_num_threads()} threads, {options.tokens} vectors of documents, medians of {options.rounds} rounds\n")
     print("| queries | loss stage | MiB above the vectors | times ours | s | times ours |\n|---|---|---|---|---|---|")
     for batch_size in options.batch_sizes:
         seconds = times(batch_size, options.tokens, options.rounds)
