@@ -63,10 +63,10 @@ class MultiVectorModule(RetrievalModule):
     ) -> None:
         if any(factor < 2 for factor in merging_factors):
             raise ValueError(f"merging_factors are 2 or more, as all vectors are measured anyway: {merging_factors}.")
-        if two_stage is not None and two_stage < 1:
-            raise ValueError(f"two_stage is the number of documents that MaxSim ranks, or null; got {two_stage}.")
         if isinstance(expansion_tokens, int) and expansion_tokens < 0:
             raise ValueError(f"expansion_tokens is 0 or more, or a list of tokens, got {expansion_tokens}.")
+        if two_stage is not None and two_stage < 1:
+            raise ValueError(f"two_stage is the number of documents that MaxSim ranks, or null; got {two_stage}.")
         selections: Any = {
             "query": query_tokens or TokenSelection(),
             "document": document_tokens or TokenSelection(),
