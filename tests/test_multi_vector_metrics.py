@@ -271,7 +271,7 @@ def test_measuring_copies_no_corpus() -> None:
         vectors = torch.randn(int(lengths.sum()), 128, generator=generator)
         measured.update(rows, MultiVectors(vectors, lengths))
     measured.top_k(10)  # What libraries take once.
-    assert peak(measured.per_query) < 30e6  # Of which a tile of 4,096 vectors takes 4 MB, copied and normalised.
+    assert peak(measured.per_query) < 77e6 / 2  # A tile is 2 MB, and its copies; the allocator keeps some more.
 
 
 MERGED = {
