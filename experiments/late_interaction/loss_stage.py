@@ -11,10 +11,10 @@ process for each. Their vectors are normalised by the model, ours by the loss: i
 from __future__ import annotations
 
 import argparse
-import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -28,7 +28,6 @@ from vlmembed.late_interaction import MultiVectors
 from vlmembed.losses import InfoNCE
 
 DIMENSION = 128
-MEBIBYTE = 2**20
 STAGES = ["vlmembed", "Sentence Transformers"]
 
 
@@ -66,11 +65,6 @@ def theirs(features: list[dict[str, Tensor]]) -> tuple[Tensor, list[Tensor]]:
     return value.detach(), [gradient[part["attention_mask"].bool()] for gradient, part in pairs]
 
 
-def peak() -> float:
-    """MiB, so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MEBIBYTE
-
-
 def memory(stage: str, batch_size: int, tokens: int) -> float:
     """MiB above the vectors, in this process."""
     sides: Any = vectors(batch_size, tokens)
@@ -80,15 +74,16 @@ def memory(stage: str, batch_size: int, tokens: int) -> float:
     small = vectors(2, 4)
     ours(small)
     theirs([padded(side.detach()) for side in small])
-    before = resident()
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # Forgets the peak of what came before, which is imports.
     ours(sides) if stage == STAGES[0] else theirs(sides)
-    return peak() - before
+    return resident("VmHWM") - before
 
 
-def resident() -> float:
-    """MiB, now."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize() / MEBIBYTE
+def resident(name: str) -> float:
+    """MiB of this process: VmRSS, now; VmHWM, at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
 
 
 def measured(stage: str, batch_size: int, tokens: int) -> float:
@@ -128,7 +123,9 @@ def main() -> None:
     if options.stage:
         print(memory(options.stage, options.batch_sizes[0], options.tokens))
         return
-    print(f"{torch.get_num_threads()} threads, {options.tokens} vectors of documents, medians of {options.rounds} rounds\n")
+    print(
+        f"{torch.get_num_threads()} threads, {options.tokens} vectors of documents, medians of {options.rounds} rounds\n"
+    )
     print("| queries | loss stage | MiB above the vectors | times ours | s | times ours |\n|---|---|---|---|---|---|")
     for batch_size in options.batch_sizes:
         seconds = times(batch_size, options.tokens, options.rounds)
