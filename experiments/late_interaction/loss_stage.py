@@ -5,7 +5,7 @@ Transformers' ``MultiVectorMultipleNegativesRankingLoss`` as it comes, which get
 process, must agree in value and gradient, and are timed there; the peak of memory above the vectors is that of a
 process for each. Their vectors are normalised by the model, ours by the loss: it is counted on our side alone.
 
-    OMP_NUM_THREADS=1 python experiments/late_interaction/loss_stage.py [--batch_sizes 32 256] [--tokens 700] [--rounds 3]
+    OMP_NUM_THREADS=1 python experiments/late_interaction/loss_stage.py [--batch_sizes 32 256] [--tokens 700]
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def main() -> None:
         print(memory(options.stage, options.batch_sizes[0], options.tokens))
         return
     print(
-        f"{torch.get_num_threads()} threads, {options.tokens} vectors of documents, medians of {options.rounds} rounds\n"
+        f"{torch.get_num_threads()} threads, {options.tokens} vectors a document, medians of {options.rounds} rounds\n"
     )
     print("| queries | loss stage | MiB above the vectors | times ours | s | times ours |\n|---|---|---|---|---|---|")
     for batch_size in options.batch_sizes:
@@ -132,8 +132,8 @@ def main() -> None:
         sizes = {stage: measured(stage, batch_size, options.tokens) for stage in STAGES}
         for stage, size in sizes.items():
             ratios = size / sizes[STAGES[0]], median(seconds[stage]) / median(seconds[STAGES[0]])
-            row = f"{batch_size} | {stage} | {size:.0f} | {ratios[0]:.1f} | {median(seconds[stage]):.2f} | {ratios[1]:.2f}"
-            print(f"| {row} |", flush=True)
+            row = f"{size:.0f} | {ratios[0]:.1f} | {median(seconds[stage]):.2f} | {ratios[1]:.2f}"
+            print(f"| {batch_size} | {stage} | {row} |", flush=True)
 
 
 if __name__ == "__main__":
