@@ -23,6 +23,7 @@ from vlmembed.encoder import MultiVectorEncoder
 from vlmembed.export import SentenceTransformers, Verification
 from vlmembed.export.sentence_transformers import write_multi_vector
 from vlmembed.export.verify import Check, brings_code, expect, verify
+from vlmembed.late_interaction import MultiVectors, merge
 from vlmembed.pooling import TokenProjection, TokenSelection
 
 ALL = TokenSelection()
@@ -46,12 +47,11 @@ class Case:
     lora: bool = False
 
 
+MERGED = "residual MLP, truncated, merged"
 CASES = {
     "linear": Case(),
     "MLP, mean": Case(TokenProjection(24, inner_size=48), similarity="meanmaxsim"),
-    "residual MLP, truncated, merged": Case(
-        TokenProjection(24, inner_size=48, residual=True), truncate_dim=16, merging_factor=3
-    ),
+    MERGED: Case(TokenProjection(24, inner_size=48, residual=True), truncate_dim=16, merging_factor=3),
     "LoRA, bfloat16": Case(dtype="bfloat16", lora=True),
     "images, words skipped": Case(
         query=TokenSelection(skip=["e", "Ġseven"]),
@@ -122,9 +122,10 @@ def broken(exports: Exports, tmp_path: Path, name: str) -> tuple[Path, Check]:
 
 
 def test_folders_that_serve_something_else_are_noticed(exports: Exports, tmp_path: Path) -> None:
-    """A weight of the projection that is off, and a mask that keeps tokens that it should not."""
+    """A weight of the projection that is off, a mask that keeps tokens that it should not, merged vectors too short."""
     checks = {}
-    for name, module in {"linear": "1_Dense", "images, words skipped": "2_MultiVectorMask"}.items():
+    changed = {"linear": "1_Dense", "images, words skipped": "2_MultiVectorMask", MERGED: "6_HierarchicalTokenPooling"}
+    for name, module in changed.items():
         (tmp_path / name).mkdir()
         folder, check = broken(exports, tmp_path / name, name)
         if module == "1_Dense":
@@ -132,10 +133,25 @@ def test_folders_that_serve_something_else_are_noticed(exports: Exports, tmp_pat
             weights = load_file(path)
             weights["linear.weight"][0, 0] += 0.01
             save_file(weights, path)
-        else:
+        elif module == "2_MultiVectorMask":
             (folder / module / "config.json").write_text('{"skiplist_words": []}')
+        else:
+            (folder / module / "config.json").write_text('{"pool_factor": 3, "num_protected_tokens": 0}')
         checks[folder] = check
     assert not any(verification.passed for verification in verify(checks))
+
+
+def test_merged_documents_are_those_that_are_measured(exports: Exports) -> None:
+    """Equal vectors are merged as `merge` does, which measures ``val/ndcg@10/x3``."""
+    served: Any = Served(str(exports[MERGED][0]), device="cpu")
+    texts = ["four zero seven", "a page about birds that fly south in winter", "x"]
+    merged = served.encode_document(texts)
+    served[-1].tasks = []
+    whole = served.encode_document(texts)
+    expected = merge(MultiVectors(torch.cat(whole), torch.tensor([len(rows) for rows in whole])), 3).split()
+    assert [len(rows) for rows in merged] == [len(rows) // 3 for rows in whole]
+    for vectors, reference in zip(merged, expected, strict=True):
+        torch.testing.assert_close(vectors, reference, atol=1e-6, rtol=0)  # Rounding of unit vectors in float32.
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -148,7 +164,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [{"query": f"number {number} is wanted", "positive": cell} for number, cell in enumerate(cells)]
 
 
-@pytest.mark.parametrize("similarity", ["maxsim", "meanmaxsim"])
+@pytest.mark.parametrize("similarity", ["maxsim", pytest.param("meanmaxsim", marks=pytest.mark.exhaustive)])
 def test_what_was_measured_is_what_the_folder_ranks(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, similarity: str
 ) -> None:
@@ -172,6 +188,8 @@ def test_what_was_measured_is_what_the_folder_ranks(
     card = (folder / "README.md").read_text()
     assert "MultiVectorEncoder(" in card
     assert "64 bytes in float32" in card
+    assert "- late-interaction" in card
+    assert "do not serve it" in card
     served: Any = Served(str(folder))
     assert served.similarity_fn_name == similarity
     inputs = {str(number): as_input(row["positive"], tmp_path) for number, row in enumerate(written)}

@@ -129,7 +129,13 @@ def token_modules(encoder: MultiVectorEncoder, truncate_dim: int | None, merging
     names = {"module_input_name": TOKENS, "module_output_name": TOKENS}
     modules.append(ModuleSpec("sentence_transformers.base.modules.normalize.Normalize", names))
     if merging_factor > 1:
-        config = {"pool_factor": merging_factor, "num_protected_tokens": 0, "tasks": ["document"]}
+        # Without normalize_embeddings in the file, means stay shorter than 1.
+        config = {
+            "pool_factor": merging_factor,
+            "num_protected_tokens": 0,
+            "normalize_embeddings": True,
+            "tasks": ["document"],
+        }
         modules.append(
             ModuleSpec("sentence_transformers.multi_vector_encoder.modules.HierarchicalTokenPooling", config)
         )

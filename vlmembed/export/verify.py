@@ -81,8 +81,8 @@ class Check:
     inputs: Sequence[Any]  # Items, or pairs of items, as JSON; see `make_probes`.
     left_out: tuple[str, ...]  # Those that the model refuses: too long for it, or of a kind that it does not read.
     #: (inputs, n, D): by role or prompt the embedding, or n vectors, zeros behind them, not normalised; or the logits
-    #: of pairs, (inputs, 1, 1). Of several vectors also the ``similarity`` of all inputs, (inputs, 1, inputs), and how
-    #: many documents have when they are ``merged``, (inputs, 1, 1).
+    #: of pairs, (inputs, 1, 1). Of several vectors also the ``similarity`` of all inputs, (inputs, 1, inputs), and the
+    #: lengths of those that are ``merged``, (inputs, n, 1).
     expected: Mapping[str, Tensor]
     dimensions: tuple[int, ...]  # Compare unit vectors of so many leading dimensions, full first; none for logits.
     sides: tuple[str, ...]  # On which the folder's tokenizer can pad.
@@ -102,11 +102,13 @@ class Check:
             role, dimension, batching = way.rsplit("/", 2)
             reference = self.expected[role]
             served = served.reshape(len(reference), -1, served.shape[-1] if served.ndim > 1 else 1)
-            if self.dimensions and role not in ("similarity", "merged"):
+            unit = bool(self.dimensions) and role not in ("similarity", "merged")
+            if unit:
                 reference = normalize(reference[..., : int(dimension)], dim=-1)
-                # Where an input has more vectors than it should, or fewer, zeros stand against unit vectors.
-                missing = reference.shape[1] - served.shape[1]
-                served, reference = pad(served, (0, 0, 0, max(0, missing))), pad(reference, (0, 0, 0, max(0, -missing)))
+            # Where an input has more vectors than it should, or fewer, zeros stand against unit vectors.
+            missing = reference.shape[1] - served.shape[1]
+            served, reference = pad(served, (0, 0, 0, max(0, missing))), pad(reference, (0, 0, 0, max(0, -missing)))
+            if unit:
                 cosines.append(torch.linalg.vecdot(served, reference)[reference.any(-1)].min())
                 batching = f"{dimension} dimensions, {batching}"
             largest = (served - reference).abs().amax(dim=(1, 2))
@@ -251,8 +253,10 @@ def expect(
             unit[way] = MultiVectors(normalize(cut), lengths, length_normalized=True)
         similarity = {"similarity": maxsim(unit["query"], unit["document"])[:, None]}
         if merging_factor > 1:
-            # Which vectors are merged is decided by the last bit where they are about as similar: their number is not.
-            similarity["merged"] = merge(unit["document"], merging_factor).lengths[:, None, None].float()
+            # Which vectors are merged is decided by the last bit where they are about as similar; neither their number
+            # nor their length is.
+            merged = merge(unit["document"], merging_factor).map(lambda rows: rows.norm(dim=-1, keepdim=True))
+            similarity["merged"] = pad_sequence(merged.split(), batch_first=True)
     return Check(
         names=tuple(results),
         inputs=[inputs[name][0] for name in results],
@@ -351,7 +355,8 @@ def _vectors(job: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     merging = next((module for module in model if type(module).__name__ == "HierarchicalTokenPooling"), None)
     if merging is not None:
         merged = model.encode_document(inputs, batch_size=1, show_progress_bar=False)
-        yield f"merged/{size}/alone", torch.tensor([[float(len(rows))] for rows in merged])
+        lengths = [rows.float().norm(dim=-1, keepdim=True).cpu() for rows in merged]
+        yield f"merged/{size}/alone", pad_sequence(lengths, batch_first=True)
         merging.tasks = []  # What follows is compared before it is merged.
     for batching, side in _batchings(job):
         model.tokenizer.padding_side = side
