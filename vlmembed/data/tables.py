@@ -50,6 +50,13 @@ READERS: dict[str, Callable[[Path], Records]] = {
     ".tar": Tar,
 }
 KINDS = (*READERS, ".parquet")
+#: Files that are streamed, and the builder of `datasets`; not CSV, of whose texts it makes numbers.
+STREAMED = {
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+}
 HUB_ID = re.compile(r"(hf://datasets/)?[\w.-]*\w[\w.-]*(/[\w.-]+)?")
 
 
@@ -133,6 +140,35 @@ def open_table(
         raise ValueError(f"{name}: the data set has no rows{f' in split {split!r}' if '[' in split else ''}.")
     _, table, rows = parts[0]
     return table if len(parts) == 1 and len(rows) == len(table) else Joined(parts)
+
+
+def open_stream(
+    path: str | list[str], split: str, subset: str | None, allow_outside: list[str] | None, revision: str | None
+) -> datasets.IterableDataset:
+    """Open what `open_table` opens as a stream of ``datasets``; a ``ValueError`` says what cannot be streamed."""
+    paths, name, folder = [path] if isinstance(path, str) else path, title(path), Folder.of(path, allow_outside)
+    if "[" in split or "+" in split:
+        raise ValueError(f"{name}: split is {split!r}, but a stream has no slices; vlmembed.data.Rows reads them.")
+    if not paths or not _is_file(paths[0]):
+        if (Path(name) / "state.json").exists() or (Path(name) / "dataset_dict.json").exists():
+            raise ValueError(f"{name}: was written by save_to_disk; vlmembed.data.Rows reads it in place.")
+        with _named(name):
+            _refuse_other_files(name, folder, revision)
+            return datasets.load_dataset(name, subset, split=split, revision=revision, streaming=True)
+    if revision is not None:
+        raise ValueError(f"{name}: revision is {revision!r}, but a file has none; it is of a Hub id.")
+    files = [file for one in paths for file in _files(one, folder)]
+    kinds = {_kind(file) for file in files}
+    kind = kinds.pop()
+    if kinds or kind not in STREAMED:
+        raise ValueError(
+            f"{name}: a stream has files of one kind, of {', '.join(STREAMED)}; vlmembed.data.Rows reads others."
+        )
+    if subset is not None and kind != ".json":
+        raise ValueError(f"{name}: subset is {subset!r}, but files of this kind have none.")
+    options: Any = {"field": subset} if subset else {}
+    with _named(name):
+        return datasets.load_dataset(STREAMED[kind], data_files=files, split="train", streaming=True, **options)
 
 
 def title(path: str | list[str]) -> str:
