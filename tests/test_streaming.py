@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import ddp
 import pytest
 import torch
-import yaml
+import torch.distributed as dist
 from building import module, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 
 from vlmembed.data import GroupByQuery, Mixture, RetrievalDataModule, Rows, StreamingRows
 from vlmembed.data.streaming import StreamedBatches, StreamLoader
@@ -106,26 +108,37 @@ def test_another_number_of_workers_is_refused(tmp_path: Path) -> None:
         loader(rows, workers=2).load_state_dict(loader(rows).state_dict())
 
 
+def check_resumed(checkpoint: Path, paths: list[str], folder: Path, workers: int = 0) -> None:
+    options: Any = (
+        {"devices": 2, "strategy": DDPStrategy(process_group_backend="gloo")} if dist.is_initialized() else {}
+    )
+
+    def run(resume: Path | None = None) -> Any:
+        torch.manual_seed(0)
+        rows = StreamingRows(paths, columns={"q": "query"}, shuffle_buffer=16)
+        data = RetrievalDataModule(rows, batch_size=2, num_workers=workers)
+        model = module(checkpoint)
+        saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_top_k=-1)
+        together: Any = {"enable_checkpointing": True, "callbacks": [saving], "max_epochs": -1, **options}
+        trainer(max_steps=4, **together).fit(model, datamodule=data, ckpt_path=resume)
+        return model
+
+    whole = run()
+    resumed = run(folder / "step=2.ckpt")
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_a_resumed_run_has_the_bits_of_one_that_was_not_interrupted(
     checkpoint: Path, tmp_path: Path, workers: int
 ) -> None:
-    path = write(tmp_path, "jsonl", 1024)
+    check_resumed(checkpoint, write(tmp_path, "jsonl", 1024), tmp_path, workers)
 
-    def run(resume: Path | None = None) -> Any:
-        torch.manual_seed(0)
-        rows = StreamingRows(path, columns={"q": "query"}, shuffle_buffer=16)
-        data = RetrievalDataModule(rows, batch_size=2, num_workers=workers)
-        model = module(checkpoint)
-        saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1)
-        options: Any = {"enable_checkpointing": True, "callbacks": [saving], "max_epochs": -1}
-        trainer(max_steps=4, **options).fit(model, datamodule=data, ckpt_path=resume)
-        return model
 
-    whole = run()
-    resumed = run(tmp_path / "step=2.ckpt")
-    for name, value in whole.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[name]), name
+@pytest.mark.parametrize("files", [2, pytest.param(1, marks=pytest.mark.exhaustive)])
+def test_two_processes_resume_with_the_same_bits(checkpoint: Path, tmp_path: Path, files: int) -> None:
+    ddp.run(check_resumed, checkpoint, write(tmp_path, "jsonl", 256, files), tmp_path)
 
 
 def test_where_and_each_work_row_by_row(tmp_path: Path) -> None:
@@ -201,13 +214,3 @@ def test_a_run_without_an_end_is_refused(checkpoint: Path, tmp_path: Path) -> No
     data = RetrievalDataModule(StreamingRows(write(tmp_path, "jsonl"), columns={"q": "query"}), batch_size=2)
     with pytest.raises(ValueError, match=r"set trainer\.max_steps"):
         trainer(max_epochs=1, max_steps=-1).fit(module(checkpoint), datamodule=data)
-
-
-def test_the_cookbook_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (Path(__file__).parent.parent / "vlmembed/data/README.md").read_text()
-    options = yaml.safe_load(text.split("<!-- streaming -->\n```yaml\n")[1].split("```")[0])["train"]["init_args"]
-    monkeypatch.chdir(tmp_path)
-    Path("rows.jsonl").write_text(
-        "".join(json.dumps({"question": f"q{n}", "positive": f"a{n}"}) + "\n" for n in range(20))
-    )
-    assert len(take(loader(StreamingRows(**options)), 2)) == 2

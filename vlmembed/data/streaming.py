@@ -23,6 +23,8 @@ from vlmembed.data.tables import LINES, RawTable, _undecoded, open_stream
 from vlmembed.distributed import gather_objects
 from vlmembed.types import BadRow, Example
 
+#: Rows that are read at once where none are shuffled.
+BLOCK = 1024
 #: Where a reader is: its pass, the state of `datasets` before its block, rows before it, batches of it that are done.
 Position: TypeAlias = dict[str, Any]
 START: Position = {"pass": 0, "state": None, "row": 0, "batches": 0}
@@ -63,7 +65,7 @@ class StreamingRows(Rows):
     The arguments are those of ``vlmembed.data.Rows``, and three more. Checks see the first rows only.
 
     Args:
-        shuffle_buffer: Rows (256 at least) that are read at once and shuffled among each other; 0 keeps the order.
+        shuffle_buffer: Rows that are read at once and shuffled among each other; 0 keeps the order.
         rows: Rows of an epoch, which the next one continues; null for an epoch of ``trainer.max_steps`` steps.
         seed: Draws the order.
     """
@@ -161,7 +163,10 @@ class StreamedBatches(IterableDataset[Any]):
         if shares_files:
             stream = stream.shard(self.readers, reader, contiguous=False)
         origin = rows.origin + (f", part {reader + 1} of {self.readers}" if shares_files and self.readers > 1 else "")
-        size = -(-max(rows.shuffle_buffer, FIRST) // self.batch_size) * self.batch_size
+        # Where there are fewer files than readers, each reads all of them and takes its share of every block.
+        share = slice(None) if shares_files else slice(reader, None, self.readers)
+        multiple = self.batch_size * (1 if shares_files else self.readers)
+        size = -(-(rows.shuffle_buffer or BLOCK) // multiple) * multiple
         empty_passes = 0
         while empty_passes < 2:
             empty_passes += 1
@@ -173,27 +178,28 @@ class StreamedBatches(IterableDataset[Any]):
             state: Any = position["state"]
             for block in stream.iter(size):
                 after = stream.state_dict()
-                # Where there are fewer files than readers, each reads all of them and takes its turn in the blocks.
-                if shares_files or position["row"] // size % self.readers == reader:
-                    batches = self._batches(block, stream, position, reader, origin)
-                    for count, batch in enumerate(batches, start=1):
-                        empty_passes = 0
-                        if count > position["batches"]:
-                            yield {**position, "state": state, "batches": count}, batch
+                batches = self._batches(block, stream, position, reader if shares_files else 0, share, origin)
+                for count, batch in enumerate(batches, start=1):
+                    empty_passes = 0
+                    if count > position["batches"]:
+                        yield {**position, "state": state, "batches": count}, batch
                 state, position = after, {**position, "row": position["row"] + len(block), "state": after, "batches": 0}
             position = {**START, "pass": position["pass"] + 1}
         raise ValueError(
             f"{rows.origin}: reader {reader + 1} of {self.readers} (processes times loader workers) finds no batch of "
-            f"{self.batch_size} rows in the stream. Lower shuffle_buffer, batch_size or num_workers, or read the rows "
-            "with vlmembed.data.Rows."
+            f"{self.batch_size} rows in the stream. Lower batch_size or num_workers, or read the rows with "
+            "vlmembed.data.Rows."
         )
 
-    def _batches(self, block: Any, stream: Any, position: Position, reader: int, origin: str) -> Iterator[list[Any]]:
+    def _batches(
+        self, block: Any, stream: Any, position: Position, part: int, share: slice, origin: str
+    ) -> Iterator[list[Any]]:
         first = position["row"]
         table = self.rows.table(block, stream, origin, first)
         order: Any = np.arange(len(block))
         if self.rows.shuffle_buffer:
-            order = np.random.default_rng([self.rows.seed, position["pass"], reader, first]).permutation(order)
+            order = np.random.default_rng([self.rows.seed, position["pass"], part, first]).permutation(order)
+        order = order[share]
         waiting: list[Any] = []
         for start in range(0, len(order), self.batch_size):
             waiting += self._examples(table, order[start : start + self.batch_size].tolist(), origin, first)
