@@ -20,9 +20,8 @@ from vlmembed.data import Collator
 from vlmembed.encoder import Encoder
 from vlmembed.gradcache import GradCache
 from vlmembed.losses import BinaryCrossEntropy, InfoNCE, Loss, RankingLoss
-from vlmembed.modules import CrossEncoderModule, EmbeddingModule, RetrievalModule
-from vlmembed.modules.embedding import gather_batch
-from vlmembed.pooling import LastToken, Pooling
+from vlmembed.modules import CrossEncoderModule, EmbeddingModule, MultiVectorModule, RetrievalModule
+from vlmembed.pooling import LastToken, Pooling, TokenProjection
 from vlmembed.trainer import Trainer
 from vlmembed.types import Batch, Chunking, Example, Item, Part, RankingBatch, Role
 
@@ -86,7 +85,17 @@ def module(checkpoint: Path, loss: Loss | None = None, **options: Any) -> Embedd
     return built
 
 
-def batch(model: EmbeddingModule, rows: list[Example], chunk_size: int | None = None) -> Batch:
+def multi_vector(checkpoint: Path, loss: Loss | None = None, **options: Any) -> MultiVectorModule:
+    """A multi-vector model, with the same weights whenever it is made."""
+    backbone = options.pop("backbone", {})
+    options = {"graph_memory": "none", "projection": TokenProjection(32), **options}
+    built = MultiVectorModule(Qwen3VL(str(checkpoint), **backbone), loss or InfoNCE(0.05), **options)
+    torch.manual_seed(0)
+    built.configure_model()
+    return built
+
+
+def batch(model: EmbeddingModule | MultiVectorModule, rows: list[Example], chunk_size: int | None = None) -> Batch:
     return collated(model.collator(), rows, chunk_size)
 
 
@@ -142,11 +151,11 @@ def assert_alone_as_mixed(backbone: VisionLanguageModel, items: list[Item], tole
 
 
 def step_gradients(
-    model: EmbeddingModule, grad_cache: GradCache, data: Batch
+    model: EmbeddingModule | MultiVectorModule, grad_cache: GradCache, data: Batch
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The embeddings and the gradients of one step, without a trainer."""
     embeddings = grad_cache.embed(data)
-    model.loss(*gather_batch(embeddings, data)).backward()
+    model.loss(*model.gather_batch(embeddings, data)).backward()
     grad_cache.backward()
     found = gradients(model)
     model.zero_grad()

@@ -12,7 +12,7 @@ from typing import Any
 import ddp
 import lightning
 import torch
-from building import module, ranker, trainer, write_rows
+from building import module, multi_vector, ranker, trainer, write_rows
 from lightning.pytorch.callbacks import (
     Callback,
     Checkpoint,
@@ -30,7 +30,7 @@ from vlmembed.adapters import Freeze, LoRA
 from vlmembed.backbones import Qwen3VL
 from vlmembed.data import Mixture, RetrievalDataModule, Rows
 from vlmembed.features import FeatureCache, OnDisk
-from vlmembed.losses import InfoNCE, SoftmaxCrossEntropy
+from vlmembed.losses import InfoNCE, MergedTokens, SoftmaxCrossEntropy
 from vlmembed.modules import CosineDecay, EmbeddingModule, RetrievalModule
 from vlmembed.pooling import LastToken
 from vlmembed.training.checkpointing import STATE, in_window
@@ -67,6 +67,11 @@ def kept_features(checkpoint: Path, cache: FeatureCache | None = None) -> Retrie
 
 def reranker(checkpoint: Path) -> RetrievalModule:
     return ranker(checkpoint, SoftmaxCrossEntropy(), adapters=[dropping_lora()], **OPTIMIZER)
+
+
+def several_vectors(checkpoint: Path) -> RetrievalModule:
+    loss = MergedTokens(InfoNCE(0.05, learnable_temperature=True), [1, 2])
+    return multi_vector(checkpoint, loss, adapters=[dropping_lora()], **OPTIMIZER)
 
 
 def watchers(folder: Path) -> list[Callback]:
@@ -121,6 +126,7 @@ SETTINGS = {
     "reranker": Setting(
         reranker, trainer={"accumulate_grad_batches": 2, "val_check_interval": 2, "log_every_n_steps": 2}
     ),
+    "several vectors": Setting(several_vectors, trainer={"val_check_interval": 2}),
     "watched": Setting(
         trainer={"accumulate_grad_batches": 2, "val_check_interval": 2, "max_epochs": 9}, callbacks=watchers
     ),

@@ -44,6 +44,7 @@ CHOSEN = {
     "steps": ["04 epoch", "06 batch", "06 validation"],
     "mixture": ["05 batch", "07 epoch"],
     "reranker": ["02 batch", "02 validation", "04 batch"],
+    "several vectors": ["03 batch"],
     "watched": ["04 batch", "06 batch", "06 validation"],
     "averaged": ["02 batch", "04 validation", "04 epoch"],
     "moving average": ["01 batch", "03 validation", "04 batch"],

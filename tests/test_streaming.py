@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import ddp
 import pytest
 import torch
-import yaml
+import torch.distributed as dist
 from building import module, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 
 from vlmembed.data import GroupByQuery, Mixture, RetrievalDataModule, Rows, StreamingRows
 from vlmembed.data.streaming import StreamedBatches, StreamLoader
+from vlmembed.types import BadRow
 
 
 def write(folder: Path, kind: str, count: int = 600, files: int = 1) -> list[str]:
@@ -46,6 +49,11 @@ def keep(read: Any) -> Any:
     return number, position, Read((row, example.query.id, example.positives[0].id) for row, example in rows)
 
 
+def keep_bad(read: Any) -> Any:
+    number, position, rows = read
+    return number, position, Read(rows)
+
+
 def take(read: StreamLoader, count: int) -> list[Any]:
     return [list(batch) for batch in islice(read, count)]
 
@@ -68,8 +76,17 @@ def test_processes_read_each_row_once_in_a_pass(tmp_path: Path, files: int) -> N
     assert [number for number, *_ in seen[:256]] != sorted(number for number, *_ in seen[:256])
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("done", [1, 33, 75, 80])
+@pytest.mark.parametrize(
+    ("workers", "done"),
+    [
+        (0, 1),
+        (0, 33),
+        (0, 75),
+        (0, 80),
+        (2, 33),
+        *(pytest.param(2, n, marks=pytest.mark.exhaustive) for n in (1, 75, 80)),
+    ],
+)
 def test_a_resumed_stream_goes_on_with_the_same_rows(tmp_path: Path, workers: int, done: int) -> None:
     rows = StreamingRows(write(tmp_path, "jsonl"), columns={"q": "query"}, shuffle_buffer=100)
     whole = take(loader(rows, workers=workers), 90)
@@ -91,26 +108,36 @@ def test_another_number_of_workers_is_refused(tmp_path: Path) -> None:
         loader(rows, workers=2).load_state_dict(loader(rows).state_dict())
 
 
+def check_resumed(checkpoint: Path, paths: list[str], folder: Path, workers: int = 0) -> None:
+    def run(resume: Path | None = None) -> Any:
+        torch.manual_seed(0)
+        rows = StreamingRows(paths, columns={"q": "query"}, shuffle_buffer=16)
+        data = RetrievalDataModule(rows, batch_size=2, num_workers=workers)
+        model = module(checkpoint)
+        saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+        together: Any = {"enable_checkpointing": True, "callbacks": [saving], "max_epochs": -1}
+        if dist.is_initialized():
+            together |= {"devices": 2, "strategy": DDPStrategy(process_group_backend="gloo")}
+        trainer(max_steps=2, **together).fit(model, datamodule=data, ckpt_path=resume)
+        return model
+
+    whole = run()
+    resumed = run(folder / "step=1.ckpt")
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_a_resumed_run_has_the_bits_of_one_that_was_not_interrupted(
     checkpoint: Path, tmp_path: Path, workers: int
 ) -> None:
-    path = write(tmp_path, "jsonl", 1024)
+    check_resumed(checkpoint, write(tmp_path, "jsonl", 1024), tmp_path, workers)
 
-    def run(resume: Path | None = None) -> Any:
-        torch.manual_seed(0)
-        rows = StreamingRows(path, columns={"q": "query"}, shuffle_buffer=16)
-        data = RetrievalDataModule(rows, batch_size=2, num_workers=workers)
-        model = module(checkpoint)
-        saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1)
-        options: Any = {"enable_checkpointing": True, "callbacks": [saving], "max_epochs": -1}
-        trainer(max_steps=4, **options).fit(model, datamodule=data, ckpt_path=resume)
-        return model
 
-    whole = run()
-    resumed = run(tmp_path / "step=2.ckpt")
-    for name, value in whole.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[name]), name
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("files", [1, 2])
+def test_two_processes_resume_with_the_same_bits(checkpoint: Path, tmp_path: Path, files: int) -> None:
+    ddp.run(check_resumed, checkpoint, write(tmp_path, "jsonl", 256, files), tmp_path)
 
 
 def test_where_and_each_work_row_by_row(tmp_path: Path) -> None:
@@ -131,6 +158,34 @@ def test_a_bad_row_is_named(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(ValueError, match=r"rows.jsonl, row 18, column 'positive': the cell is empty"):
         take(loader(StreamingRows(str(path), shuffle_buffer=0)), 5)
+
+
+def test_cells_of_several_types_and_blank_lines_are_as_in_a_file(tmp_path: Path) -> None:
+    """Of JSON, a cell may be a string in one row and a mapping in the next; Arrow has one type per column."""
+    path = tmp_path / "rows.jsonl"
+    lines = [{"query": f"q{n}", "positive": [f"a{n}", {"text": "b\u2028c"}] if n % 2 else f"a{n}"} for n in range(40)]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\r\n" for line in lines)
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\n")
+    Path(tmp_path, "same.jsonl").write_text(text)
+    local = Rows(str(tmp_path / "same.jsonl"))
+    expected = [(n, local[n].query.id, local[n].positives[0].id) for n in range(40)]
+    streamed = take(loader(StreamingRows(str(path), shuffle_buffer=0)), 5)
+    assert [row for batch in streamed for row in batch] == expected
+
+
+@pytest.mark.parametrize("line", [b"{", b"[1]", b'{"query": "caf\xe9", "positive": "x"}', b'{"query": "x"}'])
+def test_bad_lines_are_left_out_once_each(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"query": f"q{n}", "positive": f"a{n}"}).encode() for n in range(300)]
+    lines[255] = line
+    path.write_bytes(b"\n".join(lines))
+    batches = StreamedBatches(StreamingRows(str(path)), 10, 1, 0, distinct=True, skip=True)
+    read = StreamLoader(batches, 30, collate_fn=keep_bad)
+    rows = [row for batch in read for row in batch]
+    (bad,) = [row for row in rows if isinstance(row, BadRow)]
+    assert len(rows) == 300
+    assert bad.row == 256
+    assert f"{path}, row 256" in bad.reason
 
 
 @pytest.mark.parametrize("wrap", [lambda rows: [rows, rows], GroupByQuery, lambda rows: Mixture([rows], losses=["a"])])
@@ -158,13 +213,3 @@ def test_a_run_without_an_end_is_refused(checkpoint: Path, tmp_path: Path) -> No
     data = RetrievalDataModule(StreamingRows(write(tmp_path, "jsonl"), columns={"q": "query"}), batch_size=2)
     with pytest.raises(ValueError, match=r"set trainer\.max_steps"):
         trainer(max_epochs=1, max_steps=-1).fit(module(checkpoint), datamodule=data)
-
-
-def test_the_cookbook_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (Path(__file__).parent.parent / "vlmembed/data/README.md").read_text()
-    options = yaml.safe_load(text.split("<!-- streaming -->\n```yaml\n")[1].split("```")[0])["train"]["init_args"]
-    monkeypatch.chdir(tmp_path)
-    Path("rows.jsonl").write_text(
-        "".join(json.dumps({"question": f"q{n}", "positive": f"a{n}"}) + "\n" for n in range(20))
-    )
-    assert len(take(loader(StreamingRows(**options)), 2)) == 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -11,19 +11,51 @@ from typing import Any, TypeAlias
 
 import datasets
 import numpy as np
+import pyarrow
 from datasets.table import InMemoryTable
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vlmembed.data.columns import Language
+from vlmembed.data.records import parse_line
 from vlmembed.data.rows import FIRST, Lookup, Rows, _check_same, _Found, _map, _with_element, to_examples
 from vlmembed.data.sources import GroupByQuery, Mixture, seeded_generator
-from vlmembed.data.tables import RawTable, _undecoded, open_stream
+from vlmembed.data.tables import LINES, RawTable, _undecoded, open_stream
 from vlmembed.distributed import gather_objects
 from vlmembed.types import BadRow, Example
 
+#: Rows that are read at once where none are shuffled.
+BLOCK = 1024
 #: Where a reader is: its pass, the state of `datasets` before its block, rows before it, batches of it that are done.
 Position: TypeAlias = dict[str, Any]
 START: Position = {"pass": 0, "state": None, "row": 0, "batches": 0}
+
+
+class Lines:
+    """A block of lines of JSONL files, each of which is parsed when asked for; nothing stands for a blank one."""
+
+    def __init__(self, lines: Any, origin: str, first: int):
+        self._lines, self._origin, self._first = lines, origin, first
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        lines = zip(indices, self._lines.take(pyarrow.array(indices, pyarrow.int64())).to_pylist(), strict=True)
+        rows = [(f"{self._origin}, row {self._first + index + 1}", line) for index, line in lines]
+        return [parse_line(line, origin) if line.strip() else None for origin, line in rows]
+
+    @cached_property
+    def column_names(self) -> list[str]:
+        """The keys of the first row."""
+        return [*(self.__getitems__([0])[0] or ())]
+
+    def select_columns(self, names: Iterable[str]) -> Lines:
+        """Return the same block: a line is read whole."""
+        return self
+
+    def origins(self, indices: Sequence[int]) -> list[str]:
+        """Say where rows stand, for messages."""
+        return [f"{self._origin}, row {self._first + index + 1}" for index in indices]
 
 
 @dataclass(eq=False)
@@ -33,7 +65,7 @@ class StreamingRows(Rows):
     The arguments are those of ``vlmembed.data.Rows``, and three more. Checks see the first rows only.
 
     Args:
-        shuffle_buffer: Rows (256 at least) that are read at once and shuffled among each other; 0 keeps the order.
+        shuffle_buffer: Rows that are read at once and shuffled among each other; 0 keeps the order.
         rows: Rows of an epoch, which the next one continues; null for an epoch of ``trainer.max_steps`` steps.
         seed: Draws the order.
     """
@@ -58,14 +90,14 @@ class StreamingRows(Rows):
         """Open the stream, whose blocks are Arrow tables."""
         return open_stream(self.path, self.split, self.subset, self.allow_outside, self.revision).with_format("arrow")
 
-    def table(self, block: Any, stream: datasets.IterableDataset) -> datasets.Dataset:
-        """Make of a block a table whose media are as they are stored."""
+    def table(self, block: Any, stream: datasets.IterableDataset, origin: str = "", first: int = 0) -> Any:
+        """Make of a block a table that is read by row numbers, and whose media are as they are stored."""
+        if stream.features == LINES:
+            return Lines(block.column(0).combine_chunks(), origin or self.origin, first)
         info = datasets.DatasetInfo(features=stream.features)
         return _undecoded(datasets.Dataset(InMemoryTable(block), info=info, fingerprint="stream"))
 
-    def examples(
-        self, table: datasets.Dataset, indices: Sequence[int], origin: str, first: int
-    ) -> list[tuple[int, Example]]:
+    def examples(self, table: Any, indices: Sequence[int], origin: str, first: int) -> list[tuple[int, Example]]:
         """Return the examples of some rows of a block, with their rows' numbers in the stream.
 
         A ``ValueError`` names row, column and value.
@@ -73,6 +105,8 @@ class StreamingRows(Rows):
         _, cells, columns = self._cells
         rows, origins, numbers = [], [], []
         for index, row in zip(indices, table.__getitems__([*indices]), strict=True):
+            if row is None:
+                continue
             place = f"{origin}, row {first + index + 1}"
             if self.cells is None:
                 _check_same([row], [place], set().union(*columns.values()), {*(self.columns or ())})
@@ -129,7 +163,10 @@ class StreamedBatches(IterableDataset[Any]):
         if shares_files:
             stream = stream.shard(self.readers, reader, contiguous=False)
         origin = rows.origin + (f", part {reader + 1} of {self.readers}" if shares_files and self.readers > 1 else "")
-        size = -(-max(rows.shuffle_buffer, FIRST) // self.batch_size) * self.batch_size
+        # Where there are fewer files than readers, each reads all of them and takes its share of every block.
+        share = slice(None) if shares_files else slice(reader, None, self.readers)
+        multiple = self.batch_size * (1 if shares_files else self.readers)
+        size = -(-(rows.shuffle_buffer or BLOCK) // multiple) * multiple
         empty_passes = 0
         while empty_passes < 2:
             empty_passes += 1
@@ -141,26 +178,28 @@ class StreamedBatches(IterableDataset[Any]):
             state: Any = position["state"]
             for block in stream.iter(size):
                 after = stream.state_dict()
-                # Where there are fewer files than readers, each reads all of them and takes its turn in the blocks.
-                if shares_files or position["row"] // size % self.readers == reader:
-                    batches = self._batches(block, stream, position, reader, origin)
-                    for count, batch in enumerate(batches, start=1):
-                        empty_passes = 0
-                        if count > position["batches"]:
-                            yield {**position, "state": state, "batches": count}, batch
+                batches = self._batches(block, stream, position, reader if shares_files else 0, share, origin)
+                for count, batch in enumerate(batches, start=1):
+                    empty_passes = 0
+                    if count > position["batches"]:
+                        yield {**position, "state": state, "batches": count}, batch
                 state, position = after, {**position, "row": position["row"] + len(block), "state": after, "batches": 0}
             position = {**START, "pass": position["pass"] + 1}
         raise ValueError(
             f"{rows.origin}: reader {reader + 1} of {self.readers} (processes times loader workers) finds no batch of "
-            f"{self.batch_size} rows in the stream. Lower shuffle_buffer, batch_size or num_workers, or read the rows "
-            "with vlmembed.data.Rows."
+            f"{self.batch_size} rows in the stream. Lower batch_size or num_workers, or read the rows with "
+            "vlmembed.data.Rows."
         )
 
-    def _batches(self, block: Any, stream: Any, position: Position, reader: int, origin: str) -> Iterator[list[Any]]:
-        table, first = self.rows.table(block, stream), position["row"]
+    def _batches(
+        self, block: Any, stream: Any, position: Position, part: int, share: slice, origin: str
+    ) -> Iterator[list[Any]]:
+        first = position["row"]
+        table = self.rows.table(block, stream, origin, first)
         order: Any = np.arange(len(block))
         if self.rows.shuffle_buffer:
-            order = np.random.default_rng([self.rows.seed, position["pass"], reader, first]).permutation(order)
+            order = np.random.default_rng([self.rows.seed, position["pass"], part, first]).permutation(order)
+        order = order[share]
         waiting: list[Any] = []
         for start in range(0, len(order), self.batch_size):
             waiting += self._examples(table, order[start : start + self.batch_size].tolist(), origin, first)

@@ -74,7 +74,8 @@ def write_card(folder: Path, facts: CardFacts) -> Path:
         variant = match["variant"] or "full"
         label = f"{metric} before reranking" if match["before"] else metric
         rows.setdefault((evaluation_set, label), {})[variant] = value
-        if not match["before"]:  # Which is no result of the reranker.
+        # What was there before the reranker, and the size of what is kept, are no results.
+        if not match["before"] and metric != "vectors_per_document":
             label = metric if variant == "full" else f"{metric} {_said(variant)}"
             results.append(
                 EvalResult(

@@ -149,7 +149,12 @@ def selection_module(encoder: MultiVectorEncoder) -> ModuleSpec:
     if not has_stock_selection(encoder):
         selections = {role: asdict(selection) for role, selection in encoder.selections.items()}
         described = [template.visual, template.instructions]
-        config = {"selections": selections, "skipped": encoder.preprocessor.skipped, "template": described}
+        config = {
+            "selections": selections,
+            "skipped": encoder.preprocessor.skipped,
+            "template": described,
+            "num_expansion_tokens": len(encoder.preprocessor.expansion),
+        }
         return ModuleSpec(f"{CODE}.ServedSelection", config)
     skipping = [role for role, selection in encoder.selections.items() if selection.skip]
     config = {

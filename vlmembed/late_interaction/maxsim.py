@@ -15,21 +15,26 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vlmembed.late_interaction.vectors import MultiVectors
+from vlmembed.late_interaction.vectors import MultiVectors, promoted
 
-#: Products of two vectors that are looked at together: 64 MiB of them, and as much for the backward pass.
-TILE = 2**24
+#: Numbers that are computed at once: 16 MiB of float32.
+TILE = 2**22
+#: How many vectors of queries are compared at once, at most: more would leave a tile too few of documents.
+MAXIMUM_HEIGHT = 2**13
 
 
 def maxsim(queries: MultiVectors, documents: MultiVectors) -> Float[Tensor, "Q P"]:
-    """Score queries against documents, in float32; vectors are taken as they are, so normalise them before.
+    """Score queries against documents, in at least float32; vectors are taken as they are, so normalise them before.
 
     The mean over a query's vectors where it is ``length_normalized``, and their sum otherwise.
+
+    Raises:
+        ValueError: If an item has no vectors, or the lengths are not those of the vectors.
     """
-    with torch.autocast(queries.device.type, enabled=False):
-        scores: Tensor = _MaxSim.apply(
-            queries.vectors.float(), documents.vectors.float(), queries.lengths, documents.lengths
-        )
+    _check_lengths("query", queries)
+    _check_lengths("document", documents)
+    rows = promoted(queries.vectors), promoted(documents.vectors)
+    scores: Tensor = _MaxSim.apply(*rows, queries.lengths, documents.lengths)
     if queries.length_normalized:
         scores = scores / queries.lengths[:, None].to(scores.device, non_blocking=True)
     return scores
@@ -48,20 +53,24 @@ class _MaxSim(torch.autograd.Function):
     ) -> Float[Tensor, "Q P"]:
         device = queries.device
         lengths = query_lengths.to(device, non_blocking=True)
-        scores = queries.new_empty(len(query_lengths), len(document_lengths))
+        largest = queries.new_empty(len(queries), len(document_lengths))
         # Row of the nearest vector, of each query's vector (S) in each document (P).
-        nearest = torch.empty(len(queries), len(document_lengths), dtype=torch.int32, device=device)
-        for columns, rows, is_padding in _tiles(document_lengths, len(queries)):
-            columns, rows = columns.to(device, non_blocking=True), rows.to(device, non_blocking=True)
-            tile = documents[rows.flatten()]  # (p × n, D)
-            products = (queries @ tile.T).unflatten(1, rows.shape)  # (S, p, n)
-            if is_padding is not None:
-                products.masked_fill_(is_padding.to(device, non_blocking=True), -torch.inf)
-            largest, index = products.max(dim=2)  # (S, p)
-            nearest[:, columns] = rows[:, 0].int() + index.int()
-            scores[:, columns] = torch.segment_reduce(largest, "sum", lengths=lengths)
+        nearest = torch.empty(largest.shape, dtype=torch.int32, device=device)
+        height = min(len(queries), MAXIMUM_HEIGHT)
+        with torch.autocast(device.type, enabled=False):
+            for columns, rows, is_padding in _tiles(document_lengths, TILE // height):
+                columns, rows = columns.to(device, non_blocking=True), rows.to(device, non_blocking=True)
+                tile = documents[rows.flatten()]  # (p × n, D)
+                for start in range(0, len(queries), height):
+                    part = slice(start, start + height)
+                    products = (queries[part] @ tile.T).unflatten(1, rows.shape)  # (s, p, n)
+                    if is_padding is not None:
+                        products.masked_fill_(is_padding.to(device, non_blocking=True), -torch.inf)
+                    largest[part, columns], index = products.max(dim=2)  # (s, p)
+                    nearest[part, columns] = rows[:, 0].int() + index.int()
         ctx.save_for_backward(queries, documents, nearest, lengths)
-        return scores
+        # Lengths were checked on the host; to check them again would wait for the device.
+        return torch.segment_reduce(largest, "sum", lengths=lengths, unsafe=True)
 
     @staticmethod
     @once_differentiable
@@ -69,28 +78,41 @@ class _MaxSim(torch.autograd.Function):
         queries, documents, nearest, lengths = ctx.saved_tensors
         to_queries, to_documents = torch.zeros_like(queries), torch.zeros_like(documents)
         weights = gradient.repeat_interleave(lengths, dim=0, output_size=len(queries))  # (Q, P) → (S, P)
-        height = max(1, TILE // (8 * queries.numel()))
+        width = max(1, TILE // queries.numel())
         # Columns of P documents at a time: (S, p) rows of the nearest, each times its weight.
-        for rows, weight in zip(nearest.split(height, dim=1), weights.split(height, dim=1), strict=True):
-            flat = rows.flatten()
-            to_queries += torch.einsum("sp,spd->sd", weight, documents[flat].unflatten(0, rows.shape))
-            to_documents.index_add_(0, flat, (weight[:, :, None] * queries[:, None]).flatten(0, 1))
+        for rows, weight in zip(nearest.split(width, dim=1), weights.split(width, dim=1), strict=True):
+            flat, weight = rows.flatten(), weight[:, :, None]
+            to_queries += (weight * documents[flat].unflatten(0, rows.shape)).sum(dim=1)
+            to_documents.index_add_(0, flat, (weight * queries[:, None]).flatten(0, 1))
         return to_queries, to_documents, None, None
 
 
-def _tiles(lengths: Int[Tensor, " P"], height: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+def _check_lengths(name: str, items: MultiVectors) -> None:
+    """Refuse items that MaxSim does not know."""
+    if not len(items) or not items.lengths.all():
+        empty = (items.lengths == 0).nonzero()[:, 0].tolist()
+        raise ValueError(f"MaxSim: every {name} needs a vector, and of {len(items)} numbers {empty} have none.")
+    if int(items.lengths.sum()) != len(items.vectors):
+        raise ValueError(
+            f"MaxSim: the lengths of {name} items add up to {int(items.lengths.sum())}, but there are "
+            f"{len(items.vectors)} vectors."
+        )
+
+
+def _tiles(lengths: Int[Tensor, " P"], width: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """Yield documents of similar length together: columns (p,), rows of their vectors (p, n), and which are padding.
 
-    A shorter document repeats its last row, which is masked. None where nothing is padded.
+    About ``width`` rows, and at least one document. A shorter document repeats its last row, which is masked. None
+    where nothing is padded.
     """
     starts = lengths.cumsum(0) - lengths
     order = lengths.argsort(descending=True, stable=True)
     position = 0
     while position < len(order):
         longest = int(lengths[order[position]])
-        columns = order[position : position + max(1, TILE // (4 * height * longest))]
+        columns = order[position : position + max(1, width // longest)]
         offsets = torch.arange(longest)
-        own = lengths[columns][:, None]
-        rows = starts[columns][:, None] + torch.minimum(offsets, own - 1)
-        yield columns, rows, offsets >= own if int(own.min()) < longest else None
+        counts = lengths[columns][:, None]
+        rows = starts[columns][:, None] + torch.minimum(offsets, counts - 1)
+        yield columns, rows, offsets >= counts if int(counts.min()) < longest else None
         position += len(columns)

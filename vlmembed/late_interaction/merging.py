@@ -11,7 +11,7 @@ from scipy.spatial.distance import squareform
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vlmembed.late_interaction.vectors import MultiVectors
+from vlmembed.late_interaction.vectors import MultiVectors, promoted
 
 
 def merge(items: MultiVectors, factor: int) -> MultiVectors:
@@ -22,7 +22,7 @@ def merge(items: MultiVectors, factor: int) -> MultiVectors:
     """
     if factor == 1:
         return items
-    unit = items.map(lambda vectors: normalize(vectors.float(), dim=-1))
+    unit = items.map(lambda vectors: normalize(promoted(vectors), dim=-1))
     clusters = [_clusters(vectors, max(1, len(vectors) // factor)) for vectors in unit.detach().map(Tensor.cpu).split()]
     lengths = torch.tensor([int(labels.max()) + 1 for labels in clusters])
     # From numbers within an item to numbers over all: (T,).
@@ -38,7 +38,8 @@ def _clusters(vectors: Float[Tensor, "n D"], count: int) -> Int[Tensor, " n"]:
     """Return the number of each unit vector's cluster, from 0, of at most so many."""
     if count >= len(vectors):
         return torch.arange(len(vectors))
-    distances = (1 - vectors @ vectors.T).clamp_(0, 2).numpy()
+    with torch.autocast("cpu", enabled=False):
+        distances = (1 - vectors @ vectors.T).clamp_(0, 2).numpy()
     tree = linkage(squareform(distances, checks=False), method="ward")
     labels = torch.from_numpy(fcluster(tree, t=count, criterion="maxclust")).long()
     # Dense from 0: where distances tie there may be fewer clusters than were asked for.

@@ -66,8 +66,11 @@ Vectors = Tensor | MultiVectors
 
 def at_least_float32(vectors: Vectors) -> Vectors:
     """Leave half precision."""
-    if isinstance(vectors, MultiVectors):
-        return vectors.map(lambda rows: rows.to(torch.promote_types(rows.dtype, torch.float32)))
+    return vectors.map(promoted) if isinstance(vectors, MultiVectors) else promoted(vectors)
+
+
+def promoted(vectors: Tensor) -> Tensor:
+    """Leave half precision."""
     return vectors.to(torch.promote_types(vectors.dtype, torch.float32))
 
 

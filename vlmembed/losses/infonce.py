@@ -136,10 +136,12 @@ class InfoNCE(Loss):
             batch = compare(queries, documents, self.directions), relevance, self._scale()
             blocks = pairs.split(max(1, BLOCK_BYTES // (4 * max(relevance.shape))))
             if len(blocks) == 1:
-                return self._pair_losses(*batch, pairs) @ weights
+                losses = self._pair_losses(*batch, pairs)
+                return losses @ weights.to(losses.dtype)
             # The (R, C) matrices of a block are not stored but computed again, when its gradient is.
             block_losses = partial(checkpoint, self._pair_losses, *batch, use_reentrant=False, preserve_rng_state=False)
-            return torch.cat([block_losses(block) for block in blocks]) @ weights
+            losses = torch.cat([block_losses(block) for block in blocks])
+            return losses @ weights.to(losses.dtype)
 
     def _pair_losses(
         self, similar: Similarity, relevance: Tensor, scale: Tensor | float, pairs: Int[Tensor, "R 2"]

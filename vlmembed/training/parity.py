@@ -15,7 +15,9 @@ from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint
 
 from vlmembed import distributed
-from vlmembed.losses import InfoNCE, Loss, Matryoshka, WeightedSum
+from vlmembed.encoder import MultiVectorEncoder
+from vlmembed.late_interaction import MultiVectors, Vectors, merge, truncate
+from vlmembed.losses import InfoNCE, Loss, Matryoshka, MergedTokens, WeightedSum
 from vlmembed.types import Batch
 
 #: What right steps differ by is rounding: in tests 1e-6 of a group's gradient, and 7e-3 where numbers have 16 bits, as
@@ -28,8 +30,8 @@ class ParityCheck(Callback):
 
     The step runs as it will, in its precision and over all processes, and in it all chunks but the last are embedded
     twice. Before each of its batches comes a slow one, which leaves everything as it was: torch's own activation
-    checkpointing, and the loss as its documentation defines it, pair by pair in float64 (InfoNCE, also in Matryoshka
-    and WeightedSum; another loss is taken as it is, and the report says so).
+    checkpointing, and the loss as its documentation defines it, pair by pair in float64 (InfoNCE, also in Matryoshka,
+    MergedTokens and WeightedSum; another loss is taken as it is, and the report says so).
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -37,7 +39,10 @@ class ParityCheck(Callback):
         self._expected: dict[str, Tensor] | None = None if trainer.global_step else {}
         self._batches = 0
         if not isinstance(getattr(pl_module, "loss", None), Loss):
-            raise TypeError(f"ParityCheck knows the step of an EmbeddingModule, not of a {type(pl_module).__name__}.")
+            raise TypeError(
+                "ParityCheck knows the step of an EmbeddingModule or a MultiVectorModule, not of a "
+                f"{type(pl_module).__name__}."
+            )
         if distributed.is_sharded(pl_module.encoder):
             raise ValueError("ParityCheck needs whole weights, not shards: check the run with trainer.strategy: ddp.")
 
@@ -71,7 +76,7 @@ class ParityCheck(Callback):
         batch, self._expected = self._batch, None
         loss = pl_module.loss_of(batch.loss)
         losses = {type(part).__name__ for part in loss.modules() if isinstance(part, Loss)}
-        others = ", ".join(sorted(losses - {"InfoNCE", "Matryoshka", "WeightedSum"}))
+        others = ", ".join(sorted(losses - {"InfoNCE", "Matryoshka", "MergedTokens", "WeightedSum"}))
         distributed.print_once(
             f"Parity check {'failed' if complaint else 'passed'}, of {len(batch.queries)} queries and "
             f"{len(batch.documents)} documents, chunks: {len(batch.chunks)}"
@@ -96,7 +101,12 @@ def defined_gradients(module: Any, batch: Batch) -> dict[str, Tensor]:
     return dict(zip(weights, gradients, strict=True))
 
 
-def _embed(module: Any, batch: Batch) -> Tensor:
+def _embed(module: Any, batch: Batch) -> Vectors:
+    outputs = _encode(module, batch)
+    return module.encoder.by_item(outputs, batch.chunks) if isinstance(module.encoder, MultiVectorEncoder) else outputs
+
+
+def _encode(module: Any, batch: Batch) -> Tensor:
     encoder, recomputed = module.encoder, partial(checkpoint, use_reentrant=False)
     if encoder.backbone.trains_vision and not module.grad_cache.graph_bytes:
         # Where no graphs may be kept, a trained tower runs with each chunk, and its dropout falls by chunk.
@@ -113,59 +123,95 @@ def _total(gradient: Tensor) -> Tensor:
     return torch.cat([distributed.gather(part[None]).sum(0) for part in parts]).view_as(gradient)
 
 
-def joined(embeddings: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+def joined(embeddings: Vectors, batch: Batch) -> tuple[Any, ...]:
     """Join all processes' batches item by item, as `gather_batch` should; others' have no gradient."""
     queries: dict[int, Tensor] = {}
     documents: dict[int, Tensor] = {}
     judged: dict[tuple[int, int], list[float]] = {}
-    shares = distributed.gather_objects((embeddings.detach().cpu(), replace(batch, chunks=[], images=[])))
+    # (D,) of each item, or (n, D); copies, as a view would bring all others with it.
+    items = embeddings.split() if isinstance(embeddings, MultiVectors) else list(embeddings)
+    copies = [item.detach().cpu().clone() for item in items]
+    shares = distributed.gather_objects((copies, replace(batch, chunks=[], images=[])))
     for rank, (vectors, part) in enumerate(shares):
-        vectors = embeddings if rank == distributed.rank() else vectors.to(embeddings.device)
+        vectors = items if rank == distributed.rank() else [item.to(embeddings.device) for item in vectors]
         # The first counts where several processes have an item, and the highest where they judge a pair.
-        queries = dict(zip(part.query_ids.tolist(), vectors[part.queries], strict=True)) | queries
-        documents = dict(zip(part.document_ids.tolist(), vectors[part.documents], strict=True)) | documents
+        for side, ids, rows in (
+            (queries, part.query_ids, part.queries),
+            (documents, part.document_ids, part.documents),
+        ):
+            for number, row in zip(ids.tolist(), rows.tolist(), strict=True):
+                side.setdefault(number, vectors[row])
         scores = [math.nan] * len(part.pairs) if part.scores is None else part.scores.tolist()
         for (query, document), *labels in zip(part.pairs.tolist(), part.labels.tolist(), scores, strict=True):
             judged[query, document] = max(labels, judged.get((query, document), labels))
     matrix = [[judged.get((query, document), [0, math.nan]) for document in documents] for query in queries]
     relevance, teacher = torch.tensor(matrix, device=embeddings.device).unbind(-1)  # (Q, P)
-    batch_of_all = torch.stack([*queries.values()]), torch.stack([*documents.values()]), relevance.to(torch.int8)
+    sides = [_together([*side.values()], embeddings) for side in (queries, documents)]
+    batch_of_all = *sides, relevance.to(torch.int8)
     return batch_of_all if batch.scores is None else (*batch_of_all, teacher)
 
 
-def defined_loss(loss: Loss, queries: Tensor, documents: Tensor, relevance: Tensor, *scores: Tensor) -> Tensor:
-    """Compute a loss as its documentation defines it, if it is InfoNCE, also inside of Matryoshka and WeightedSum."""
+def _together(items: list[Tensor], like: Vectors) -> Vectors:
+    if isinstance(like, MultiVectors):
+        return replace(like, vectors=torch.cat(items), lengths=torch.tensor([len(item) for item in items]))
+    return torch.stack(items)
+
+
+def defined_loss(loss: Loss, queries: Vectors, documents: Vectors, relevance: Tensor, *scores: Tensor) -> Tensor:
+    """Compute a loss as its documentation defines it, if it is InfoNCE, also inside of losses made of others."""
+    terms: list[tuple[Loss, Vectors, Vectors, float]]
     if type(loss) is Matryoshka:
-        terms = [(loss.loss, queries[:, :size], documents[:, :size], weight) for size, weight in loss.weights.items()]
+        sizes = loss.weights.items()
+        terms = [(loss.loss, truncate(queries, size), truncate(documents, size), weight) for size, weight in sizes]
+    elif type(loss) is MergedTokens and isinstance(documents, MultiVectors):
+        terms = [(loss.loss, queries, merge(documents, factor), weight) for factor, weight in loss.weights.items()]
     elif type(loss) is WeightedSum:
         terms = [(term, queries, documents, weight) for term, weight in loss.terms]
     elif type(loss) is InfoNCE:
-        return _defined_infonce(loss, normalize(queries.double()), normalize(documents.double()), relevance)
+        return _defined_infonce(loss, queries, documents, relevance)
     else:
         return loss(queries, documents, relevance, *(scores if loss.wants_scores or loss.wants_grades else ()))
     return torch.stack([weight * defined_loss(term, q, d, relevance, *scores) for term, q, d, weight in terms]).sum()
 
 
-def _defined_infonce(loss: InfoNCE, queries: Tensor, documents: Tensor, relevance: Tensor) -> Tensor:
+def _similarities(queries: Any, documents: Any) -> Tensor:
+    """Compute cosines (Q, P), or MaxSim query by query, of which no products are kept; in float64."""
+    if not isinstance(queries, MultiVectors):
+        return normalize(queries.double()) @ normalize(documents.double()).T
+    rows, counts = normalize(documents.vectors.double()), documents.lengths.tolist()
+
+    def row(query: Tensor) -> Tensor:
+        best = [products.max(dim=1).values for products in (query @ rows.T).split(counts, dim=1)]
+        return torch.stack([part.mean() if queries.length_normalized else part.sum() for part in best])
+
+    unit = queries.map(lambda vectors: normalize(vectors.double()))
+    return torch.stack([checkpoint(row, query, use_reentrant=False) for query in unit.split()])
+
+
+def _defined_infonce(loss: InfoNCE, queries: Vectors, documents: Vectors, relevance: Tensor) -> Tensor:
     """Average, over queries and their positives, minus the log of a pair's share in a softmax with its negatives."""
     positive, judged, hard = relevance == 1, relevance != 0, relevance == -1
+    matrix = _similarities(queries, documents)
+    matrices = {"query_to_document": matrix, "document_to_query": matrix.T}
+    sides = {"query_to_query": queries, "document_to_document": documents}
+    matrices |= {name: _similarities(side, side) for name, side in sides.items() if name in loss.directions}
     # Rows of similarities, taken apart at once: indexing makes a matrix of zeros for each row's gradient.
-    by_query, by_document = (queries @ documents.T).unbind(), (documents @ queries.T).unbind()
-    of_queries, of_documents = (queries @ queries.T).unbind(), (documents @ documents.T).unbind()
+    similar = {direction: similarities.unbind() for direction, similarities in matrices.items()}
     unweighed = {"in_batch_negatives": -1, "hard_negatives": 0, "all_negatives": 1}[loss.hardness_on]
     scale = loss.fixed_scale if loss.log_scale is None else loss.log_scale.double().exp()
     crossed = len({"query_to_document", "document_to_query"}.intersection(loss.directions))
-    losses: list[list[Tensor]] = [[] for _ in queries]
+    losses: list[list[Tensor]] = [[] for _ in range(len(queries))]
     for query, document in positive.nonzero().tolist():
-        similarity, logits = by_query[query][document], []
-        directions = {  # Of each, the similarities with all candidates, and which candidates are negatives.
-            "query_to_document": (by_query[query], ~positive[query] if loss.in_batch_negatives else hard[query]),
-            "document_to_query": (by_document[document], ~positive[:, document]),
-            "query_to_query": (of_queries[query], ~(positive & positive[query]).any(1)),
-            "document_to_document": (of_documents[document], ~(judged & judged[:, document, None]).any(0)),
+        similarity, logits = similar["query_to_document"][query][document], []
+        negatives = {  # Of each direction, which of all candidates are.
+            "query_to_document": ~positive[query] if loss.in_batch_negatives else hard[query],
+            "document_to_query": ~positive[:, document],
+            "query_to_query": ~(positive & positive[query]).any(1),
+            "document_to_document": ~(judged & judged[:, document, None]).any(0),
         }
         for direction in loss.directions:
-            similarities, is_negative = directions[direction]
+            similarities = similar[direction][query if direction.startswith("query") else document]
+            is_negative = negatives[direction]
             if loss.false_negative_margin is not None:
                 is_negative = is_negative & (similarities <= similarity + loss.false_negative_margin)
             weight = loss.hardness * (relevance[query] != unweighed) if direction == "query_to_document" else 0.0

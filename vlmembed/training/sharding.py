@@ -112,12 +112,12 @@ class ShardedGradCache(GradCache):
     def embed(self, batch: Batch | RankingBatch) -> Float[Tensor, "N D"]:
         """Embed a batch's items in the order of its chunks; see `GradCache.embed`."""
         self.graph_bytes = 0.0  # Whatever memory this process alone has free since.
-        items = sum(len(chunk["input_ids"]) for chunk in batch.chunks)
         missing = distributed.largest(len(batch.chunks), self.encoder.device) - len(batch.chunks)
         # Copies: the graph of the last chunk is kept, and only of that one.
         fillers = [dict(self._filler) for _ in range(missing)]
         self._texts = forward_chunks(self._text_encoder(batch), [*batch.chunks, *fillers])
-        return self._texts.embeddings[:items]
+        rows = sum(len(output) for output in self._texts.outputs[: len(batch.chunks)])
+        return self._texts.embeddings[:rows]
 
     def backward(self) -> None:
         """Send the gradient of the embeddings through the encoder; see `GradCache.backward`."""
