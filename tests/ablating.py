@@ -31,7 +31,7 @@ def fit(config: Any) -> None:
     (folder / "measured" / "things" / "per_query.csv").write_text(f"query,ndcg@10\n{rows}")
     (folder / "measured" / "things" / "top.json").write_text("{}")
     cost = {"seconds_per_step": 0.5, "steps_per_epoch": 106, "peak_memory_bytes": 1, "trained_parameters": 1}
-    cost |= {"pooling_parameters": 0, "embedding_dimension": 2, "embedding_bytes": 8}
+    cost |= {"pooling_parameters": 0, "embedding_dimension": 2, "document_bytes": 8, "search_seconds": 0.002}
     (folder / "cost.json").write_text(json.dumps(cost))
     _tally(config, f"end {folder.parent.name} {folder.name}")
 

@@ -102,7 +102,8 @@ def write_trial(
         "trained_parameters": 2_000_000 + dimension,
         "pooling_parameters": dimension if "attention" in setting["pooling"] else 0,
         "embedding_dimension": dimension,
-        "embedding_bytes": 4 * dimension,
+        "document_bytes": 4 * dimension,
+        "search_seconds": 0.002,
     }
     metrics = {f"test/{name}": float(values.mean()) for name, values in columns.items()}
     planned = Trial(trial, setting, seed, "test/ndcg@10", {})

@@ -119,6 +119,19 @@ def test_what_was_there_before_reranking_is_shown_and_is_no_result_of_the_model(
     assert data.pipeline_tag == "text-ranking"
 
 
+def test_the_number_of_vectors_is_shown_and_is_no_result(tmp_path: Path) -> None:
+    metrics = {
+        "val/ndcg@10": 0.75,
+        "val/ndcg@10/x4": 0.5,
+        "val/vectors_per_document": 9,
+        "val/vectors_per_document/x4": 2,
+    }
+    path = write(tmp_path, replace(FACTS, metrics=metrics), opens_with="MultiVectorEncoder")
+    assert ["val", "vectors_per_document", "9.0000", "2.0000"] in cells(rendered(path))
+    names = {result.metric_name for result in ModelCard.load(path).data.eval_results}
+    assert names == {"ndcg@10", "ndcg@10 with 4 times fewer vectors"}
+
+
 @pytest.mark.parametrize(
     ("opens_with", "calls"),
     [

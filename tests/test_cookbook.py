@@ -301,6 +301,18 @@ def config(checkpoint: Path, **data: Any) -> dict[str, Any]:
     return run
 
 
+def test_streaming(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row more than the readers (loader workers) have batches of."""
+    monkeypatch.chdir(tmp_path)
+    written = yaml.safe_load(PAGE.read_text().split("<!-- streaming -->\n```yaml\n")[1].split("```")[0])
+    Path("rows.jsonl").write_text("".join(f'{{"question": "q{n}", "positive": "a{n}"}}\n' for n in range(5)))
+    run = config(checkpoint, train=written["data"]["init_args"]["train"])
+    run["trainer"]["max_steps"] = 3
+    Path("run.yaml").write_text(yaml.safe_dump(run, sort_keys=False))
+    main(["fit", "--config", "run.yaml"])
+    assert len(Path("runs/run/version_0/metrics.csv").read_text().splitlines()) == 4
+
+
 def test_every_training_set_of_the_page_has_a_replica() -> None:
     assert table("training sets").keys() == REPLICAS.keys()
 

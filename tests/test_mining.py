@@ -19,6 +19,7 @@ from unittest.mock import Mock
 import datasets
 import numpy as np
 import pytest
+import sentence_transformers
 import torch
 import yaml
 from building import encoder, item, picture
@@ -31,15 +32,16 @@ from vlmembed.backbones import QueryFirst, Qwen3VL
 from vlmembed.cli import check, main
 from vlmembed.data import Rows, Source
 from vlmembed.data.digits import HandwrittenNumbers
-from vlmembed.encoder import Scorer
-from vlmembed.export.sentence_transformers import write_folder, write_reranker
+from vlmembed.encoder import MultiVectorEncoder, Scorer
+from vlmembed.export.sentence_transformers import write_folder, write_multi_vector, write_reranker
 from vlmembed.files import HOST
 from vlmembed.heads import YesNo
 from vlmembed.mining import mine, score, write_rows
 from vlmembed.mining.command import COMMANDS
 from vlmembed.mining.embedding import Entry, identify, model_input
 from vlmembed.mining.mining import Choice, Pool, gather, hard_negatives
-from vlmembed.types import Example, Item, Pair, Part
+from vlmembed.pooling import TokenProjection, TokenSelection
+from vlmembed.types import Example, Item, Pair, Part, Role
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +165,35 @@ def test_text_is_mined_as_by_sentence_transformers(embedder: Path, tmp_path: Pat
     full = {query: negatives for query, negatives in ours.items() if len(negatives) == 3}
     assert full == {row["query"]: [row[f"negative_{number}"] for number in (1, 2, 3)] for row in theirs}
     assert 2 < len(full) < 12
+
+
+@pytest.mark.parametrize("similarity", ["maxsim", pytest.param("meanmaxsim", marks=pytest.mark.exhaustive)])
+def test_a_multi_vector_model_mines_by_maxsim(
+    similarity: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its most similar documents that are no positive, from the cache too, whatever instructions say."""
+    selections: dict[Role, TokenSelection] = {"query": TokenSelection(), "document": TokenSelection()}
+    built = MultiVectorEncoder(Qwen3VL(str(checkpoint)), TokenProjection(16), selections, similarity)
+    torch.manual_seed(0)
+    built.configure()
+    write_multi_vector(built, tmp_path / "model")
+    words = [" ".join(["seven", "blue", "tree"][: 1 + number % 3]) + f" {number}" for number in range(11)]
+    rows = [
+        Example(replace(asked(number), instruction=f"Find {number % 2}."), (item(text),))
+        for number, text in enumerate(words)
+    ]
+    options: dict[str, Any] = {"margin": None, "relative_margin": None, "cache": str(tmp_path / "cache")}
+    for _ in range(2):
+        mine(str(tmp_path / "model"), Listed(rows), str(tmp_path / "mined.jsonl"), negatives=3, batch_size=1, **options)
+        monkeypatch.setattr(sentence_transformers.MultiVectorEncoder, "encode_query", None)  # All is in the cache.
+    model = sentence_transformers.MultiVectorEncoder(str(tmp_path / "model"))
+    documents = model.encode_document([{"text": text} for text in words])
+    mined = Rows(str(tmp_path / "mined.jsonl"))
+    for number, row in enumerate(rows):
+        query = model.encode([{"text": row.query.parts[0].value}], prompt=row.query.instruction, task="query")
+        scores = [float((query[0] @ document.T).amax(1).sum()) for document in documents]
+        best = sorted((place for place in range(11) if place != number), key=scores.__getitem__, reverse=True)[:3]
+        assert [negative.parts[0].value for negative in mined[number].negatives] == [words[place] for place in best]
 
 
 def test_nothing_with_the_image_of_a_positive_is_a_negative(embedder: Path, tmp_path: Path) -> None:

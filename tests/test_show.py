@@ -27,8 +27,8 @@ from vlmembed.cli import main
 from vlmembed.data import EvaluationFolder, GroupByQuery, Mixture, RetrievalDataModule, Rows
 from vlmembed.data.digits import HandwrittenNumbers, HandwrittenNumbersEvaluation
 from vlmembed.losses import InfoNCE, ScoreDistillation, SoftmaxCrossEntropy
-from vlmembed.modules import CrossEncoderModule, EmbeddingModule
-from vlmembed.pooling import LastToken
+from vlmembed.modules import CrossEncoderModule, EmbeddingModule, MultiVectorModule
+from vlmembed.pooling import LastToken, TokenSelection
 from vlmembed.show import CHARACTERS, PIXELS, Reader, Reading, Section, show
 
 ROOT = Path(__file__).parent.parent
@@ -145,6 +145,16 @@ def test_a_cross_encoder_reads_pairs(bare: Path, tmp_path: Path) -> None:
     assert "<Query>:q\n<Document>:<|vision_start|><|image_pad|> × 4 <|vision_end|>" in first.chat
     assert test.title == "data.test: train, 1 queries, 3 documents"
     assert sorted(reading.label.split(", ")[1] for reading in readings(test)) == ["grade 0", "grade 0", "grade 1"]
+
+
+def test_tokens_with_a_vector_are_counted(bare: Path, tmp_path: Path) -> None:
+    """Of 64 × 64 pixels four tokens; of a query all."""
+    picture(64, 64).save(tmp_path / "page.png")
+    path = write(tmp_path / "train.jsonl", {"query": "q", "positive": {"image": "page.png", "text": "a caption"}})
+    model = MultiVectorModule(Qwen3VL(str(bare)), InfoNCE(), document_tokens=TokenSelection("images"))
+    query, document = readings(sections(model, train=path)[0])
+    assert query.tokens == "20 tokens, 20 with a vector"
+    assert document.tokens.endswith(" tokens, 4 with a vector")
 
 
 def test_evaluation_sets_sources_and_videos(bare: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 import signal
 import sys
 from argparse import ArgumentError
@@ -12,9 +13,11 @@ from dataclasses import replace
 from enum import Enum
 from functools import cache, partial
 from importlib import import_module
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from jsonargparse import Namespace, _typehints, add_instantiator
+from jsonargparse._parameter_resolvers import get_signature_parameters
+from jsonargparse._util import import_object
 from lightning import LightningDataModule, LightningModule, seed_everything
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -78,6 +81,14 @@ class Parser(LightningArgumentParser):
         for name, (_, description) in COMMANDS.items():
             commands.add_subcommand(name, Parser(description=description), help=description)
         return commands
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Say what a class takes, where it is given something else."""
+        refused = re.search(r"class_path '([\w.]+)':\s+Option '(\w+)[\w.]*' is not accepted", message)
+        if refused is not None:
+            options = [param.name for param in get_signature_parameters(import_object(refused[1]))]
+            message += f"\n{refused[1]} has no {refused[2]}. It takes {', '.join(options)}."
+        super().error(message, ex)
 
 
 def _is_schedule(target: Any) -> bool:

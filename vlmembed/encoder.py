@@ -27,9 +27,16 @@ class Encoder(nn.Module):
 
     #: How pairs become one input, where pairs are read.
     template: PairTemplate | None = None
+    #: Tokens behind every query; a number is of padding tokens.
+    expansion_tokens: int | Sequence[str] | None = None
 
     def __init__(self, backbone: VisionLanguageModel, pooling: Pooling) -> None:
         super().__init__()
+        if any(isinstance(part, TokenProjection) for part in pooling.modules()) != isinstance(self, MultiVectorEncoder):
+            raise ValueError(
+                "TokenProjection gives each token a vector: it is the projection of "
+                f"vlmembed.modules.MultiVectorModule, and no pooling makes one of them (in {type(pooling).__name__})."
+            )
         self.backbone = backbone
         self.pooling = pooling
 
@@ -37,7 +44,9 @@ class Encoder(nn.Module):
     def preprocessor(self) -> ChatPreprocessor:
         """What makes the inputs; it needs no weights, and can be sent to loader workers."""
         pooling = self.pooling
-        preprocessor = self.backbone.make_preprocessor(self.template, pooling.appended, pooling.learns_tokens)
+        preprocessor = self.backbone.make_preprocessor(
+            self.template, pooling.appended, pooling.learns_tokens, self.expansion_tokens
+        )
         if any(isinstance(part, MeanWithoutInstruction) for part in pooling.modules()):
             preprocessor.fixed_instructions = MeanWithoutInstruction.__name__
         return preprocessor
@@ -120,8 +129,8 @@ class Encoder(nn.Module):
 class MultiVectorEncoder(Encoder):
     """Turns a chunk of items into the vectors of their tokens, one item's after the other's.
 
-    ``selections`` say which tokens of each role's items have one, and ``similarity`` how two items are compared:
-    ``maxsim`` adds up over a query's vectors, ``meanmaxsim`` averages.
+    ``selections`` say which tokens of each role's items have one, ``similarity`` how two items are compared:
+    ``maxsim`` adds up over a query's vectors, ``meanmaxsim`` averages; ``expansion_tokens`` stand behind queries.
     """
 
     pooling: TokenProjection
@@ -132,10 +141,12 @@ class MultiVectorEncoder(Encoder):
         projection: TokenProjection,
         selections: Mapping[Role, TokenSelection],
         similarity: str = "maxsim",
+        expansion_tokens: int | Sequence[str] | None = None,
     ) -> None:
         super().__init__(backbone, projection)
         self.selections = selections
         self.similarity = similarity
+        self.expansion_tokens = expansion_tokens
 
     @cached_property
     def preprocessor(self) -> ChatPreprocessor:
@@ -144,11 +155,12 @@ class MultiVectorEncoder(Encoder):
         preprocessor.selections = self.selections
         if any(selection.part == "without_instruction" for selection in self.selections.values()):
             preprocessor.fixed_instructions = "A selection of tokens without_instruction"
+        preprocessor.skipped  # noqa: B018  # Refuses what is no token, before weights are loaded.
         return preprocessor
 
     def fresh(self) -> MultiVectorEncoder:
         """Return the same encoder without weights."""
-        return MultiVectorEncoder(self.backbone, self.pooling, self.selections, self.similarity)
+        return MultiVectorEncoder(self.backbone, self.pooling, self.selections, self.similarity, self.expansion_tokens)
 
     def by_item(self, outputs: Float[Tensor, "T D"], chunks: Sequence[Inputs]) -> MultiVectors:
         """Give the vectors of some chunks to their items, which come in the same order."""

@@ -207,12 +207,15 @@ class Reader:
 
     def _reading(self, label: str, item: Item | Pair) -> Reading:
         preprocessor = self.preprocessor
-        ids = preprocessor([item])["input_ids"][0].tolist()
+        inputs = preprocessor([item])
+        ids = inputs["input_ids"][0].tolist()
         tokens = f"{len(ids):,} tokens"
         if len(ids) == preprocessor.max_length:
             unlimited = copy.copy(preprocessor)
             unlimited.max_length = None
             tokens += f" of {unlimited([item])['input_ids'].shape[1]:,}, at max_length"
+        if "kept" in inputs:
+            tokens += f", {int(inputs['kept'].sum()):,} with a vector"
         items = (item.query, item.document) if isinstance(item, Pair) else (item,)
         instruction = item.instruction
         if instruction is None:

@@ -33,7 +33,8 @@ COSTS = {
     "peak_memory_bytes": ("peak MiB", "{:,.0f}", 2**20),
     "trained_parameters": ("trained parameters", "{:,.0f}", 1),
     "pooling_parameters": ("of the pooling", "{:,.0f}", 1),
-    "embedding_bytes": ("bytes per embedding", "{:,.0f}", 1),
+    "document_bytes": ("bytes per document", "{:,.0f}", 1),
+    "search_seconds": ("ms per search", "{:.3g}", 1e-3),
 }
 #: Queries shown of each kind, characters of a query or document, and positives of a query.
 QUERIES, CHARACTERS, POSITIVES = 4, 300, 4

@@ -28,7 +28,14 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from transformers.utils.hub import cached_files
 from transformers.utils.import_utils import is_bitsandbytes_available
 
-from vlmembed.backbones.chat_templates import PairTemplate, TokenEmbeddings, append_tokens, check_template, learn_tokens
+from vlmembed.backbones.chat_templates import (
+    PairTemplate,
+    TokenEmbeddings,
+    append_tokens,
+    check_template,
+    expand_queries,
+    learn_tokens,
+)
 from vlmembed.backbones.preprocessing import ChatPreprocessor
 from vlmembed.distributed import print_once
 from vlmembed.kernels import compile_layers, use_liger
@@ -125,12 +132,17 @@ class VisionLanguageModel(nn.Module):
     # Preprocessing, which needs no weights
 
     def make_preprocessor(
-        self, template: PairTemplate | None = None, appended: Sequence[str] = (), new_tokens: bool = False
+        self,
+        template: PairTemplate | None = None,
+        appended: Sequence[str] = (),
+        new_tokens: bool = False,
+        expansion_tokens: int | Sequence[str] | None = None,
     ) -> ChatPreprocessor:
         """Make the preprocessor of this backbone's inputs; it can be sent to loader workers.
 
         It reads pairs by a template, or items with the backbone's instructions. Every input ends with the tokens
-        ``appended``, which the checkpoint knows unless they are new. What does not fit is refused by a ``ValueError``.
+        ``appended``, which the checkpoint knows unless they are new, and every query with the ``expansion_tokens``.
+        What does not fit is refused by a ``ValueError``.
         """
         processor: Any = self.open_processor()
         instructions: dict[Role, str | None] = {"query": None, "document": None} if template else self.instructions
@@ -148,8 +160,9 @@ class VisionLanguageModel(nn.Module):
             self.generation_prompt,
         )
         append_tokens(processor, appended, new_tokens)
+        expansion = expand_queries(processor, expansion_tokens)
         return self._preprocessor_class(template)(
-            processor, instructions, self.generation_prompt, self.max_length, template, appended
+            processor, instructions, self.generation_prompt, self.max_length, template, appended, expansion
         )
 
     def _preprocessor_class(self, template: PairTemplate | None) -> Any:

@@ -259,6 +259,45 @@ def append_tokens(processor: Any, tokens: Sequence[str], new: bool) -> None:
         processor.chat_template = processor.chat_template.removesuffix("\n") + "".join(tokens)
 
 
+def expand_queries(processor: Any, tokens: int | Sequence[str] | None) -> tuple[str, ...]:
+    """Let a processor's template end with some tokens, or a number of padding tokens, where ``task`` is ``query``.
+
+    Sentence Transformers gives a template that reads ``task`` the one of the call, which holds for a batch. A batch in
+    training holds both, so a message may say its own. Returns the tokens.
+    """
+    tokenizer = processor.tokenizer
+    expansion = (tokenizer.pad_token,) * tokens if isinstance(tokens, int) else tuple(tokens or ())
+    if not expansion:
+        return ()
+    vocabulary, atoms = tokenizer.get_vocab(), tokenizer.get_added_vocab()
+    marks = [getattr(processor, f"{kind}_token", None) for kind in ("image", "video", "audio")]
+    for token in expansion:
+        if token not in vocabulary:
+            problem = "the checkpoint's tokenizer does not have"
+        elif token not in atoms:
+            problem = "the tokenizer would split, or join with its neighbours"
+        elif token in marks:
+            problem = "stands for an image, a video or an audio"
+        else:
+            continue
+        raise ValueError(
+            f"expansion_tokens has {token!r}, which {problem}. Name one of its special tokens, such as "
+            f"{tokenizer.pad_token!r}, or a number of these."
+        )
+    string = json.dumps("".join(expansion), ensure_ascii=False)
+    # An expression: what stands before a block may lose its white space.
+    condition = "task == 'query' or messages[-1].task == 'query'"
+    processor.chat_template = processor.chat_template.removesuffix("\n") + f"{{{{ {string} if {condition} else '' }}}}"
+    chat = [{"role": "user", "content": [TEXT]}]
+    document, query = (processor.apply_chat_template(chat, task=task) for task in ("document", "query"))
+    if query != document + "".join(expansion):
+        raise ValueError(
+            "expansion_tokens: the checkpoint's chat template reads task already, and does something else for a query. "
+            "Set expansion_tokens: 0, or begin with a checkpoint whose template does not."
+        )
+    return expansion
+
+
 def learn_tokens(model: Any, tokenizer: Any, tokens: Sequence[str], embeddings: TokenEmbeddings) -> None:
     """Let a model, without adapters yet, read learned embeddings where it finds some tokens.
 

@@ -60,6 +60,7 @@ class ChatPreprocessor(Preprocessor):
             behind it. None for no limit.
         pair_template: Where the template is one of pairs, which.
         appended: Tokens that the template ends with, besides its own.
+        expansion: Tokens that it puts behind these where an item is a query.
     """
 
     #: What needs to know all instructions beforehand, and knows those of the roles only: a pooling's name.
@@ -75,6 +76,7 @@ class ChatPreprocessor(Preprocessor):
         max_length: int | None = None,
         pair_template: PairTemplate | None = None,
         appended: Sequence[str] = (),
+        expansion: Sequence[str] = (),
     ) -> None:
         self.processor: Any = processor
         self.instructions = instructions
@@ -82,6 +84,7 @@ class ChatPreprocessor(Preprocessor):
         self.max_length = max_length
         self.pair_template = pair_template
         self.appended = appended
+        self.expansion = expansion
         self._frames: dict[tuple[tuple[Role, ...], str | None], tuple[int, list[int]]] = {}
 
     @cached_property
@@ -158,7 +161,9 @@ class ChatPreprocessor(Preprocessor):
         for row, item in enumerate(items):
             assert isinstance(item, Item)
             selection = selections[item.role]
-            kept.append(selection.select(ids[row, None], mask[row, None], self.template, self.skipped[item.role]))
+            expansion = len(self.expansion) if item.role == "query" else 0
+            skipped = self.skipped[item.role]
+            kept.append(selection.select(ids[row, None], mask[row, None], self.template, skipped, expansion))
             if not kept[-1].any():
                 raise ValueError(
                     f"{item.origin or 'An item'} has no token that {item.role}_tokens keeps ({selection}), and so no "
@@ -176,6 +181,8 @@ class ChatPreprocessor(Preprocessor):
                     f"{role}_tokens.skip: {unknown[0]!r} is not one token of this checkpoint's vocabulary, where a "
                     "word behind a space is spelt with Ġ. Leave it out, or spell it so."
                 )
+            if role == "query" and (both := [token for token in selection.skip if token in self.expansion]):
+                raise ValueError(f"query_tokens.skip has {both[0]!r}, which is one of expansion_tokens. Remove either.")
         return {role: [vocabulary[token] for token in part.skip] for role, part in (self.selections or {}).items()}
 
     def _chat(self, contents: Mapping[Role, list[dict[str, Any]]], instruction: str | None = None) -> list[Message]:
@@ -183,7 +190,10 @@ class ChatPreprocessor(Preprocessor):
 
         That of the role, unless there is one; empty for none.
         """
-        messages = [{"role": role if len(contents) > 1 else "user", "content": contents[role]} for role in contents]
+        if len(contents) > 1:
+            messages: list[Message] = [{"role": role, "content": contents[role]} for role in contents]
+        else:  # Whose tokens a template may append, see `expand_queries`.
+            messages = [{"role": "user", "content": content, "task": role} for role, content in contents.items()]
         if instruction is None:
             instruction = self.instructions[next(iter(contents))]
         system = {"role": "system", "content": [{"type": "text", "text": instruction}]}

@@ -14,6 +14,7 @@ from vlmembed.data.evaluation import (
 from vlmembed.data.pages import Pages
 from vlmembed.data.rows import Lookup, Rows, Table
 from vlmembed.data.sources import GroupByQuery, Mixture, Source
+from vlmembed.data.streaming import StreamingRows
 
 __all__ = [
     "Collator",
@@ -33,6 +34,7 @@ __all__ = [
     "RetrievalDataModule",
     "Rows",
     "Source",
+    "StreamingRows",
     "Table",
 ]
 

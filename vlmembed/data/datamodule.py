@@ -17,6 +17,7 @@ from vlmembed.data.collate import Collator
 from vlmembed.data.evaluation import EvaluationSource, RerankingSource
 from vlmembed.data.rows import INSTRUCTIONS, Rows, Table
 from vlmembed.data.sources import Batches, GroupByQuery, Mixture, ResumableLoader, RowLists, Source, seeded_generator
+from vlmembed.data.streaming import Collated, StreamedBatches, StreamingRows, StreamLoader, Unnumbered, stream_of
 from vlmembed.metrics import MEAN
 from vlmembed.training.bad_rows import BadRowFile, ReadableRows, SkipBadRows
 from vlmembed.training.signals import leave_stopping_to_parent
@@ -56,6 +57,7 @@ class RetrievalDataModule(LightningDataModule):
     """
 
     trainer: Any  # Says which process this is, and where its device is.
+    _stream: StreamingRows | None = None
 
     def __init__(
         self,
@@ -100,6 +102,7 @@ class RetrievalDataModule(LightningDataModule):
         loaded = {*self.evaluations}
         if stage == "fit":
             self._mixture = as_mixture(self.train)
+            self._stream = stream_of(self._mixture)
             self.prompts = named_prompts(self._mixture)
         if stage == "validate" or (stage == "fit" and self.val is not None):
             self._load("val", self.val, "validation")
@@ -147,8 +150,11 @@ class RetrievalDataModule(LightningDataModule):
         return {*filter(None, self._mixture.losses or ())}
 
     @property
-    def steps_per_epoch(self) -> int:
-        """Training batches per epoch and process, known without reading the rows."""
+    def steps_per_epoch(self) -> int | None:
+        """Training batches per epoch and process, known without reading the rows; null of a stream without end."""
+        if self._stream is not None:
+            rows = self._stream.rows
+            return None if rows is None else rows // (self.batch_size * self.trainer.world_size)
         return len(self._batches())
 
     def train_dataloader(self) -> DataLoader:
@@ -165,6 +171,8 @@ class RetrievalDataModule(LightningDataModule):
             collator.chunking = Chunking(None, self.chunk_tokens, self.patch_cost)
         else:
             collator.chunking = Chunking(self.chunk_size, None, self.patch_cost)
+        if self._stream is not None:
+            return self._stream_loader(self._stream)
         rows: Any = RowLists(self._mixture.__getitems__)
         collate: Any = collator
         bad_rows = None
@@ -174,6 +182,28 @@ class RetrievalDataModule(LightningDataModule):
         options = {"persistent_workers": self.num_workers > 0, **self._loader_options}
         # A sampler's item is a whole batch of row numbers, and a row list reads them in one call.
         loader = ResumableLoader(rows, batch_size=None, sampler=self._batches(), collate_fn=collate, **options)
+        loader.bad_rows = bad_rows
+        return loader
+
+    def _stream_loader(self, rows: StreamingRows) -> StreamLoader:
+        trainer, collate, bad_rows = self.trainer, self._collator, None
+        per_epoch = self.steps_per_epoch
+        if per_epoch is None and (trainer.max_steps or -1) < 0:
+            raise ValueError(f"{rows.origin}: the length of a stream is unknown; set trainer.max_steps, or its rows.")
+        # The loader must have a length: of one without, Lightning takes a batch ahead, and a resumed run would lose it.
+        per_epoch = trainer.max_steps * trainer.accumulate_grad_batches if per_epoch is None else per_epoch
+        if per_epoch == 0:
+            raise ValueError(f"{rows.origin}: rows is {rows.rows}, fewer than one batch over all processes.")
+        is_skipping = self.on_bad_row == "skip"
+        workers = max(1, self.num_workers)
+        readers, first = workers * trainer.world_size, workers * trainer.global_rank
+        batches = StreamedBatches(
+            rows, self.batch_size, readers, first, self._collator.distinct_queries, skip=is_skipping
+        )
+        making: Any = SkipBadRows(collate, collate.check) if is_skipping else Unnumbered(collate)
+        if is_skipping:
+            bad_rows = BadRowFile(Path(trainer.log_dir or trainer.default_root_dir), self.max_bad_rows)
+        loader = StreamLoader(batches, per_epoch, collate_fn=Collated(making), **self._loader_options)
         loader.bad_rows = bad_rows
         return loader
 

@@ -184,14 +184,18 @@ class JSONLines(Records):
         return _as_array(bounds)
 
     def _read(self, file: BinaryIO, index: int) -> dict[str, Any]:
-        line = _between(file, self._bounds, index)
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{self.path}, row {index + 1}: not JSON ({error}): {line[:100]!r}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{self.path}, row {index + 1}: expected a JSON object, got {line[:100]!r}.")
-        return row
+        return parse_line(_between(file, self._bounds, index), f"{self.path}, row {index + 1}")
+
+
+def parse_line(line: str | bytes, origin: str) -> dict[str, Any]:
+    """Return the row that a line of a JSONL file is; a ``ValueError`` says what it is instead."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{origin}: not JSON ({error}): {line[:100]!r}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{origin}: expected a JSON object, got {line[:100]!r}.")
+    return row
 
 
 class Delimited(Records):

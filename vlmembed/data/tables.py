@@ -50,6 +50,16 @@ READERS: dict[str, Callable[[Path], Records]] = {
     ".tar": Tar,
 }
 KINDS = (*READERS, ".parquet")
+#: What a streamed JSONL file is to `datasets`: lines, since its JSON reader wants one type per column.
+LINES = datasets.Features({"line of JSON": datasets.Value("string")})
+# A byte that is not UTF-8 becomes an escape that is not JSON: the row is at fault, not the file.
+AS_LINES: dict[str, Any] = {"features": LINES, "encoding": "utf-8-sig", "encoding_errors": "backslashreplace"}
+#: Files that are streamed, the builder of `datasets` and its options; not CSV, of whose texts it makes numbers.
+STREAMED: dict[str, tuple[str, dict[str, Any]]] = {
+    ".jsonl": ("text", AS_LINES),
+    ".ndjson": ("text", AS_LINES),
+    ".parquet": ("parquet", {}),
+}
 HUB_ID = re.compile(r"(hf://datasets/)?[\w.-]*\w[\w.-]*(/[\w.-]+)?")
 
 
@@ -133,6 +143,52 @@ def open_table(
         raise ValueError(f"{name}: the data set has no rows{f' in split {split!r}' if '[' in split else ''}.")
     _, table, rows = parts[0]
     return table if len(parts) == 1 and len(rows) == len(table) else Joined(parts)
+
+
+def open_stream(
+    path: str | list[str], split: str, subset: str | None, allow_outside: list[str] | None, revision: str | None
+) -> datasets.IterableDataset:
+    """Open what `open_table` opens as a stream of ``datasets``; a ``ValueError`` says what cannot be streamed."""
+    paths, name, folder = [path] if isinstance(path, str) else path, title(path), Folder.of(path, allow_outside)
+    if "[" in split or "+" in split:
+        raise ValueError(f"{name}: split is {split!r}, but a stream has no slices; vlmembed.data.Rows reads them.")
+    if not path:
+        raise ValueError(f"path is {path!r}; it is a file, a glob, a list of these, a folder or a Hub id.")
+    if len(paths) == 1 and not _is_file(paths[0]):
+        if (Path(name) / "state.json").exists() or (Path(name) / "dataset_dict.json").exists():
+            raise ValueError(f"{name}: was written by save_to_disk; vlmembed.data.Rows reads it in place.")
+        with _named(name):
+            return _stream_set(name, split, subset, folder, revision)
+    for option, value, of in (("revision", revision, "a Hub id"), ("subset", subset, "a Hub id or folder")):
+        if value is not None:
+            raise ValueError(f"{name}: {option} is {value!r}, but a file has none that is streamed; it is of {of}.")
+    files = [file for one in paths for file in _files(one, folder)]
+    kinds = {_kind(file) for file in files}
+    kind = kinds.pop()
+    if kinds or kind not in STREAMED:
+        raise ValueError(
+            f"{name}: a stream has files of one kind, of {', '.join(STREAMED)}; vlmembed.data.Rows reads others."
+        )
+    builder, options = STREAMED[kind]
+    with _named(name):
+        return datasets.load_dataset(builder, data_files=files, split="train", streaming=True, **options)
+
+
+def _stream_set(
+    path: str, split: str, subset: str | None, folder: Folder, revision: str | None
+) -> datasets.IterableDataset:
+    """Open a folder or a Hub id, of whose files none lies elsewhere, as a stream."""
+    if os.path.isdir(path) and revision is not None:
+        raise ValueError(f"{path}: revision is {revision!r}, but a folder has none; it is of a Hub id.")
+    if not os.path.isdir(path) and not HUB_ID.fullmatch(path):
+        raise ValueError(f"{path}: no such file or folder{_beside(path)}, and no Hub id.")
+    builder, data_files = _checked_builder(path, subset, folder, revision)
+    if data_files:
+        _refuse_split(split, data_files, path)
+    files = data_files.get(split, [])
+    if files and all(_kind(file) in (".jsonl", ".ndjson") for file in files):
+        return datasets.load_dataset("text", data_files=files, split="train", streaming=True, **AS_LINES)
+    return builder.as_streaming_dataset(split=split)
 
 
 def title(path: str | list[str]) -> str:
@@ -260,16 +316,7 @@ def _open_saved(path: str, split: str, folder: Folder) -> list[Part]:
 
 def _load(path: str, split: str, subset: str | None, folder: Folder, revision: str | None) -> list[Part]:
     """Open a folder or a Hub id as ``load_dataset`` does, of whose files none lies elsewhere."""
-    _refuse_other_files(path, folder, revision)
-    builder = _builder(path, subset, revision)
-    data_files = {str(name): [*files] for name, files in (builder.config.data_files or {}).items()}
-    files = [file for files in data_files.values() for file in files]
-    local = [file for file in files if not file.startswith(f"hf://datasets/{path.removeprefix('hf://datasets/')}@")]
-    prepared = Path(builder.cache_dir).exists()
-    for file in local:  # Also links, and what the pages of older releases say.
-        located = folder.locate(file if URL.match(file) else os.path.abspath(file), "data", path)
-        if not prepared:
-            _refuse_long_lines(located)
+    builder, data_files = _checked_builder(path, subset, folder, revision, refuse_long_lines=True)
     for name in _split_names(split) if data_files else ():
         _refuse_split(name, data_files, path)
     if isinstance(builder, WebDataset):  # Not by `datasets`, which makes nulls of what is missing in a tar.
@@ -281,6 +328,23 @@ def _load(path: str, split: str, subset: str | None, folder: Folder, revision: s
     builder.download_and_prepare()
     table = _undecoded(builder.as_dataset(split=split), class_names=isinstance(builder, FolderBasedBuilder))
     return [(path, table, range(len(table)))]
+
+
+def _checked_builder(
+    path: str, subset: str | None, folder: Folder, revision: str | None, refuse_long_lines: bool = False
+) -> tuple[datasets.DatasetBuilder, dict[str, list[str]]]:
+    """Return what builds a folder or a Hub id, and the files of its splits, of which none lies elsewhere."""
+    _refuse_other_files(path, folder, revision)
+    builder = _builder(path, subset, revision)
+    data_files = {str(name): [*files] for name, files in (builder.config.data_files or {}).items()}
+    files = [file for files in data_files.values() for file in files]
+    local = [file for file in files if not file.startswith(f"hf://datasets/{path.removeprefix('hf://datasets/')}@")]
+    prepared = Path(builder.cache_dir).exists()
+    for file in local:  # Also links, and what the pages of older releases say.
+        located = folder.locate(file if URL.match(file) else os.path.abspath(file), "data", path)
+        if refuse_long_lines and not prepared:
+            _refuse_long_lines(located)
+    return builder, data_files
 
 
 def _builder(path: str, subset: str | None, revision: str | None) -> datasets.DatasetBuilder:

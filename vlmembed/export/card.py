@@ -38,6 +38,9 @@ NOTES = {
     "two_stage": "In two stages, mean vectors found the candidates that MaxSim ranked.",
 }
 
+#: By what the Hub finds models of a class, besides their task.
+TAGS = {"MultiVectorEncoder": ("multi-vector", "late-interaction")}
+
 #: Modules by which vLLM pools as Sentence Transformers does. It takes others for the last token, without a word.
 VLLM_MODULES = {"Transformer", "Pooling", "Dense", "Normalize"}
 
@@ -71,7 +74,8 @@ def write_card(folder: Path, facts: CardFacts) -> Path:
         variant = match["variant"] or "full"
         label = f"{metric} before reranking" if match["before"] else metric
         rows.setdefault((evaluation_set, label), {})[variant] = value
-        if not match["before"]:  # Which is no result of the reranker.
+        # What was there before the reranker, and the size of what is kept, are no results.
+        if not match["before"] and metric != "vectors_per_document":
             label = metric if variant == "full" else f"{metric} {_said(variant)}"
             results.append(
                 EvalResult(
@@ -91,7 +95,7 @@ def write_card(folder: Path, facts: CardFacts) -> Path:
         license=facts.license,
         base_model=facts.base_model if _on_hub(facts.base_model) else None,
         datasets=[name for name in facts.datasets if _on_hub(name)] or None,
-        tags=["sentence-transformers", "vlmembed"],
+        tags=["sentence-transformers", "vlmembed", *TAGS.get(served["opens_with"], ())],
         model_name=facts.title if results else None,
         eval_results=results or None,
     )
@@ -103,7 +107,11 @@ def write_card(folder: Path, facts: CardFacts) -> Path:
         rows=rows,
         # The table's columns: the whole embedding, then ever shorter ones.
         variants=(variants := sorted({variant for row in rows.values() for variant in row}, key=_column)),
-        notes=[note for mark, note in NOTES.items() if any(re.match(mark, variant) for variant in variants)],
+        notes=[
+            note
+            for mark, note in NOTES.items()
+            if any(re.match(mark, variant) for variant in variants) and (mark != "x" or served["merging_factor"] == 1)
+        ],
         config=Markup(html.escape(yaml_dump(dict(facts.config), sort_keys=False), quote=False)),
         **served,
     )
@@ -145,6 +153,12 @@ def _served(folder: Path) -> dict[str, Any]:
     causal = read(folder / "config.json").get("text_config", {}).get("is_causal", True)
     types = {module["type"].rsplit(".", 1)[-1]: folder / module["path"] for module in modules}
     tokens = config["model_type"] == "MultiVectorEncoder"
+    mask, selection, merging = (
+        read(types[name] / "config.json") if name in types else {}
+        for name in ("MultiVectorMask", "ServedSelection", "HierarchicalTokenPooling")
+    )
+    selections = selection.get("selections", {})
+    images_only = [role for role in selections if selections[role]["part"] == "images"]
     dense = [folder / module["path"] for module in modules if module["type"].endswith(".Dense")]
     ranks = config["model_type"] == "CrossEncoder"
     mode = None  # Of pooling the states of a causal model's last layer, which other servers do in their own way.
@@ -154,6 +168,8 @@ def _served(folder: Path) -> dict[str, Any]:
     return {
         "opens_with": config["model_type"],
         "size": read(dense[-1] / "config.json")["out_features"] if dense and tokens else None,  # Of a token's vector.
+        "merging_factor": merging.get("pool_factor", 1),
+        "images_only": ["document"] if mask.get("keep_only_token_ids") else images_only,
         "ranks": ranks,
         "hears": "audio" in modalities,
         "trust": any(not module["type"].startswith("sentence_transformers.") for module in modules),

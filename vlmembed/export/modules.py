@@ -129,7 +129,13 @@ def token_modules(encoder: MultiVectorEncoder, truncate_dim: int | None, merging
     names = {"module_input_name": TOKENS, "module_output_name": TOKENS}
     modules.append(ModuleSpec("sentence_transformers.base.modules.normalize.Normalize", names))
     if merging_factor > 1:
-        config = {"pool_factor": merging_factor, "num_protected_tokens": 0, "tasks": ["document"]}
+        # Without normalize_embeddings in the file, means stay shorter than 1.
+        config = {
+            "pool_factor": merging_factor,
+            "num_protected_tokens": 0,
+            "normalize_embeddings": True,
+            "tasks": ["document"],
+        }
         modules.append(
             ModuleSpec("sentence_transformers.multi_vector_encoder.modules.HierarchicalTokenPooling", config)
         )
@@ -143,7 +149,12 @@ def selection_module(encoder: MultiVectorEncoder) -> ModuleSpec:
     if not has_stock_selection(encoder):
         selections = {role: asdict(selection) for role, selection in encoder.selections.items()}
         described = [template.visual, template.instructions]
-        config = {"selections": selections, "skipped": encoder.preprocessor.skipped, "template": described}
+        config = {
+            "selections": selections,
+            "skipped": encoder.preprocessor.skipped,
+            "template": described,
+            "num_expansion_tokens": len(encoder.preprocessor.expansion),
+        }
         return ModuleSpec(f"{CODE}.ServedSelection", config)
     skipping = [role for role, selection in encoder.selections.items() if selection.skip]
     config = {

@@ -194,7 +194,8 @@ def _write_checkpoint(
     preprocessor = backbone.preprocessor
     pairs, new_tokens = preprocessor.pair_template, backbone.learned_tokens is not None
     # Opened anew: a tokenizer that was used remembers how it padded.
-    processor: Any = backbone.make_preprocessor(pairs, preprocessor.appended, new_tokens).processor
+    expansion = preprocessor.expansion
+    processor: Any = backbone.make_preprocessor(pairs, preprocessor.appended, new_tokens, expansion).processor
     if pairs is not None:  # Their template stands beside the checkpoint's own, for those who chat with it.
         template = backbone.open_processor().chat_template
         templates = template if isinstance(template, dict) else {"default": template}

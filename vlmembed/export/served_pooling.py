@@ -56,12 +56,19 @@ class ServedPooling(Module):
 class ServedSelection(Module):
     """Keeps the tokens that had a vector in training: sets the attention mask (B, L) by which vectors are returned."""
 
-    config_keys: list[str] = ["selections", "skipped", "template"]
+    config_keys: list[str] = ["selections", "skipped", "template", "num_expansion_tokens"]
     forward_kwargs: set[str] = {"task"}
 
-    def __init__(self, selections: dict[str, Any], skipped: dict[str, list[int]], template: list[Any]) -> None:
+    def __init__(
+        self,
+        selections: dict[str, Any],
+        skipped: dict[str, list[int]],
+        template: list[Any],
+        num_expansion_tokens: int = 0,
+    ) -> None:
         super().__init__()
         self.selections, self.skipped, self.template = selections, skipped, template
+        self.num_expansion_tokens = num_expansion_tokens
 
     def forward(self, features: dict[str, Any], task: str | None = None, **_: Any) -> dict[str, Any]:
         """Take tokens out of the mask; an input without a task is a document."""
@@ -73,7 +80,8 @@ class ServedSelection(Module):
             features["input_ids"],
             features["attention_mask"],
         )
-        features["attention_mask"] = selection.select(ids, mask, template, self.skipped[role])
+        expansion = self.num_expansion_tokens if role == "query" else 0
+        features["attention_mask"] = selection.select(ids, mask, template, self.skipped[role], expansion)
         return features
 
     def save(self, output_path: str, *_: Any, **__: Any) -> None:

@@ -81,7 +81,8 @@ class Check:
     inputs: Sequence[Any]  # Items, or pairs of items, as JSON; see `make_probes`.
     left_out: tuple[str, ...]  # Those that the model refuses: too long for it, or of a kind that it does not read.
     #: (inputs, n, D): by role or prompt the embedding, or n vectors, zeros behind them, not normalised; or the logits
-    #: of pairs, (inputs, 1, 1). Of several vectors also the ``similarity`` of all inputs, (inputs, 1, inputs).
+    #: of pairs, (inputs, 1, 1). Of several vectors also the ``similarity`` of all inputs, (inputs, 1, inputs), and the
+    #: lengths of those that are ``merged``, (inputs, n, 1).
     expected: Mapping[str, Tensor]
     dimensions: tuple[int, ...]  # Compare unit vectors of so many leading dimensions, full first; none for logits.
     sides: tuple[str, ...]  # On which the folder's tokenizer can pad.
@@ -91,7 +92,7 @@ class Check:
     @property
     def prompts(self) -> list[str]:
         """The prompts by name, besides what each role has."""
-        return [way for way in self.expected if way not in ("query", "document", "pair", "similarity")]
+        return [way for way in self.expected if way not in ("query", "document", "pair", "similarity", "merged")]
 
     def compare(self, results: Mapping[str, Tensor]) -> Verification:
         """Compare results, named ``role/dimension/batching``, or by a prompt in the role's place."""
@@ -101,11 +102,13 @@ class Check:
             role, dimension, batching = way.rsplit("/", 2)
             reference = self.expected[role]
             served = served.reshape(len(reference), -1, served.shape[-1] if served.ndim > 1 else 1)
-            if self.dimensions and role != "similarity":
+            unit = bool(self.dimensions) and role not in ("similarity", "merged")
+            if unit:
                 reference = normalize(reference[..., : int(dimension)], dim=-1)
-                # Where an input has more vectors than it should, or fewer, zeros stand against unit vectors.
-                missing = reference.shape[1] - served.shape[1]
-                served, reference = pad(served, (0, 0, 0, max(0, missing))), pad(reference, (0, 0, 0, max(0, -missing)))
+            # Where an input has more vectors than it should, or fewer, zeros stand against unit vectors.
+            missing = reference.shape[1] - served.shape[1]
+            served, reference = pad(served, (0, 0, 0, max(0, missing))), pad(reference, (0, 0, 0, max(0, -missing)))
+            if unit:
                 cosines.append(torch.linalg.vecdot(served, reference)[reference.any(-1)].min())
                 batching = f"{dimension} dimensions, {batching}"
             largest = (served - reference).abs().amax(dim=(1, 2))
@@ -202,7 +205,7 @@ def expect(
     And with each of the ``prompts``, which are called ``NAME-query`` or ``NAME-document``. What the model refuses, as
     with ``max_length`` or a processor for single images it may, is left out. The encoder is configured, with its
     adapters as they were trained; ``scratch`` is a folder for the probes' images. Documents of a multi-vector model are
-    merged by the ``merging_factor``.
+    merged by the ``merging_factor``, behind what is compared.
     """
     from vlmembed.data.cells import Folder, to_items
     from vlmembed.encoder import MultiVectorEncoder
@@ -248,10 +251,12 @@ def expect(
             cut = torch.cat(vectors)[:, : dimensions[0]]
             # As means, whatever the model's similarity: the tolerance is one of numbers up to 1.
             unit[way] = MultiVectors(normalize(cut), lengths, length_normalized=True)
-            if role_of(way) == "document":
-                unit[way] = merge(unit[way], merging_factor)
-        by_way = {way: vectors.split() for way, vectors in unit.items()}
         similarity = {"similarity": maxsim(unit["query"], unit["document"])[:, None]}
+        if merging_factor > 1:
+            # Which vectors are merged is decided by the last bit where they are about as similar; neither their number
+            # nor their length is.
+            merged = merge(unit["document"], merging_factor).map(lambda rows: rows.norm(dim=-1, keepdim=True))
+            similarity["merged"] = pad_sequence(merged.split(), batch_first=True)
     return Check(
         names=tuple(results),
         inputs=[inputs[name][0] for name in results],
@@ -347,18 +352,24 @@ def _vectors(job: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     inputs = [as_input(description) for description in job["inputs"]]
     model: Any = MultiVectorEncoder(job["folder"], device=job["device"], trust_remote_code=job["trust_remote_code"])
     roles, size = {"query": model.encode_query, "document": model.encode_document}, job["dimensions"][0]
+    merging = next((module for module in model if type(module).__name__ == "HierarchicalTokenPooling"), None)
+    if merging is not None:
+        merged = model.encode_document(inputs, batch_size=1, show_progress_bar=False)
+        lengths = [rows.float().norm(dim=-1, keepdim=True).cpu() for rows in merged]
+        yield f"merged/{size}/alone", pad_sequence(lengths, batch_first=True)
+        merging.tasks = []  # What follows is compared before it is merged.
     for batching, side in _batchings(job):
         model.tokenizer.padding_side = side
         options = {"show_progress_bar": False, "batch_size": 1 if batching == "alone" else len(inputs)}
         vectors = {role: encode(inputs, **options) for role, encode in roles.items()}
         for role, rows in vectors.items():
-            yield f"{role}/{size}/{batching}", pad_sequence(rows, batch_first=True)
+            yield f"{role}/{size}/{batching}", normalize(pad_sequence(rows, batch_first=True).float(), dim=-1)
         similarity = model.similarity(vectors["query"], vectors["document"]).cpu()
         counts = torch.tensor([len(rows) for rows in vectors["query"]])[:, None]
         yield f"similarity/{size}/{batching}", similarity / (counts if model.similarity_fn_name == "maxsim" else 1)
     for name in job["prompts"]:
         rows = roles[role_of(name)](inputs, batch_size=1, prompt_name=name, show_progress_bar=False)
-        yield f"{name}/{size}/alone", pad_sequence(rows, batch_first=True)
+        yield f"{name}/{size}/alone", normalize(pad_sequence(rows, batch_first=True).float(), dim=-1)
 
 
 def _scores(job: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int, Int64
 from torch import Tensor
@@ -14,13 +14,14 @@ from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from vlmembed.late_interaction import MultiVectors, maxsim, merge, truncate
+from vlmembed.late_interaction import MultiVectors, merge
 from vlmembed.metrics.functions import METRICS, Relevance, mean_over, name_order, order_keys, ranks
 from vlmembed.types import EvaluationSet, RerankingSet
 
 NAMED = 5  # How many items a message names.
 ROWS_PER_GATHER = 2**15  # Rows of each process sent together: a whole corpus may not fit on the device.
 SCORES_PER_BLOCK = 2**24  # Query-document scores looked at together: some 500 MiB with all copies.
+VECTORS_PER_BLOCK = 2**12  # Of queries, and of documents, whose products are looked at together: 64 MiB.
 
 
 class EvaluationMetrics(Metric):
@@ -114,7 +115,9 @@ class EvaluationMetrics(Metric):
         if not len(state):  # A process without items does not know what the others hold.
             state = torch.empty(0, width, dtype=torch.long if whole else torch.float32)
         pieces = (state[start : start + ROWS_PER_GATHER] for start in range(0, max(1, height), ROWS_PER_GATHER))
-        return [part.cpu() for piece in pieces for part in gather_all_tensors(piece.to(self.device), group)]
+        gathered = [[part.cpu() for part in gather_all_tensors(piece.to(self.device), group)] for piece in pieces]
+        # One process's rows after the other's: an item may have rows in several pieces.
+        return [part for parts in zip(*gathered, strict=True) for part in parts]
 
 
 class RetrievalMetrics(EvaluationMetrics):
@@ -161,18 +164,22 @@ class RetrievalMetrics(EvaluationMetrics):
         """
         with self.sync_context(dist_sync_fn=self._gather):
             best = []
-            for _, scores in self._score_blocks(self._matrix()):
-                columns = order_keys(scores, self.name_order).topk(min(k, scores.shape[1])).indices
+            for _, scores in self._score_blocks(self._scores(self._matrix())):
+                columns = self._best(scores, k)
                 highest = scores.gather(1, columns)
                 best.append((highest, columns.where(highest > -torch.inf, -1)))
         scores, columns = (torch.cat(blocks) for blocks in zip(*best, strict=True))
         return scores, columns
 
+    def _best(self, scores: Float[Tensor, "Q P"], k: int) -> Int64[Tensor, "Q K"]:
+        """Columns of the first documents, equal scores by name."""
+        return order_keys(scores, self.name_order).topk(min(k, scores.shape[1])).indices
+
     def _per_query(self) -> dict[str, Tensor]:
         relevance, values = self.relevance, dict[str, Tensor]()
-        for suffix, embeddings in self._variants(self._matrix()):
+        for suffix, blocks in self._variants(self._matrix()):
             rank_blocks = []
-            for start, scores in self._score_blocks(embeddings):
+            for start, scores in blocks:
                 first, last = torch.searchsorted(relevance.queries, torch.tensor([start, start + len(scores)])).tolist()
                 rows = relevance.queries[first:last] - start
                 documents = relevance.documents[first:last]
@@ -181,14 +188,17 @@ class RetrievalMetrics(EvaluationMetrics):
             values |= {name + suffix: metric(torch.cat(rank_blocks), relevance) for name, metric in METRICS.items()}
         return values
 
-    def _variants(self, embeddings: Any) -> Iterator[tuple[str, Any]]:
-        """Yield what is measured, with what its metrics' names end in: whole, and cut to each dimension."""
-        largest, available = max(self.dimensions, default=0), embeddings.shape[1]
+    def _variants(self, embeddings: Any) -> Iterator[tuple[str, Iterator[tuple[int, Tensor]]]]:
+        """Yield what metrics' names end in, and blocks of scores: of whole embeddings, and cut to each dimension."""
+        largest, available = max(self.dimensions, default=0), embeddings[0].shape[-1]
         if largest > available:
             raise ValueError(f"dimension {largest} is above the embedding's, which is {available}")
-        yield "", embeddings
+        yield "", self._score_blocks(self._scores(embeddings))
         for dimension in self.dimensions:
-            yield f"/{dimension}", truncate(embeddings, dimension)
+            yield f"/{dimension}", self._score_blocks(self._scores(self._cut(embeddings, dimension)))
+
+    def _cut(self, embeddings: Any, dimension: int) -> Any:
+        return embeddings[:, :dimension]
 
     def _scores(self, embeddings: Float[Tensor, "N D"]) -> Iterator[Float[Tensor, "Q P"]]:
         """Cosine of some queries after the other with the whole corpus: block after block."""
@@ -199,13 +209,10 @@ class RetrievalMetrics(EvaluationMetrics):
             # NumPy's product stays float32, whatever autocast and torch.set_float32_matmul_precision say.
             yield torch.from_numpy(block.numpy() @ corpus.numpy().T)
 
-    def _score_blocks(self, embeddings: Any) -> Iterator[tuple[int, Float[Tensor, "Q P"]]]:
-        """Scores of some queries, from a first one on, with the whole corpus: block after block.
-
-        It is -inf where a document is none of the query's candidates.
-        """
+    def _score_blocks(self, blocks: Iterator[Tensor]) -> Iterator[tuple[int, Float[Tensor, "Q P"]]]:
+        """Number blocks of scores by their first query; -inf where a document is none of the query's candidates."""
         start = 0
-        for scores in self._scores(embeddings):
+        for scores in blocks:
             if self._candidates:
                 others = torch.ones(scores.shape, dtype=torch.bool)
                 for row, columns in zip(others, self._candidates[start : start + len(scores)], strict=True):
@@ -218,61 +225,122 @@ class RetrievalMetrics(EvaluationMetrics):
 class MultiVectorMetrics(RetrievalMetrics):
     """Measures how well the queries of an evaluation set find their documents by MaxSim, in float32, on the CPU.
 
+    Vectors are held once, as they came, and compared in tiles. How many a document has is ``vectors_per_document``.
+
     Args:
         evaluation: The queries, the corpus and the judgements.
         dimensions: Measure vectors cut to these dimensions as well, under ``name/dimension``.
         merging_factors: Measure documents with so many times fewer vectors as well, under ``name/xfactor``.
+        two_stage: Measure a search in two stages as well, under ``name/two_stage``: the cosine of the means of unit
+            vectors finds so many documents of each query, which MaxSim ranks.
+        length_normalized: Whether a score is the mean over a query's vectors, and not their sum.
     """
 
     def __init__(
-        self, evaluation: EvaluationSet, dimensions: Sequence[int] = (), merging_factors: Sequence[int] = ()
+        self,
+        evaluation: EvaluationSet,
+        dimensions: Sequence[int] = (),
+        merging_factors: Sequence[int] = (),
+        two_stage: int | None = None,
+        length_normalized: bool = False,
     ) -> None:
         super().__init__(evaluation, dimensions)
         self.merging_factors = tuple(merging_factors)
+        self.two_stage = two_stage
+        self.length_normalized = length_normalized
+        self._vectors_per_document: dict[str, float] = {}
 
     def update(self, rows: Int[Tensor, " B"], embeddings: MultiVectors) -> None:  # type: ignore[override]
         """Take the vectors, not normalised, of items by number; see `RetrievalMetrics.update`."""
         rows = rows.detach().cpu().long()
         self._refuse_outside(rows)
-        self._length_normalized = embeddings.length_normalized
         # (T, 2): of each vector its item, and its index among the item's.
         index = torch.cat([torch.arange(length) for length in embeddings.lengths.tolist()])
         numbers = torch.stack([rows.repeat_interleave(embeddings.lengths), index], dim=1)
         self._take(numbers, embeddings.vectors.detach().float().cpu(), numbers[:, 0])
 
+    def compute(self) -> dict[str, Float[Tensor, ""]]:
+        """As `EvaluationMetrics.compute`, and the mean number of a document's vectors, merged and not."""
+        values = super().compute()
+        return values | {name: torch.tensor(count) for name, count in self._vectors_per_document.items()}
+
     def gather_embeddings(self) -> Any:
         """The vectors of all items, queries first, not normalised; raises as `per_query` does."""
-        return super().gather_embeddings()
+        with self.sync_context(dist_sync_fn=self._gather):
+            items = self._matrix()
+        return MultiVectors(torch.cat(items), torch.tensor([*map(len, items)]), self.length_normalized)
 
     def _matrix(self) -> Any:
-        """The vectors of each item in order: the first that came."""
-        numbers = dim_zero_cat(self.numbers) if len(self.numbers) else torch.empty(0, 2, dtype=torch.long)
-        starts = (numbers[:, 1] == 0).nonzero()[:, 0]
-        first = self._first(numbers[starts, 0])
-        lengths = torch.diff(starts, append=torch.tensor([len(numbers)]))
-        return MultiVectors(dim_zero_cat(self.values), lengths, self._length_normalized)[first]
+        """The vectors (n, D) of each item in order, the first that came: views of what is held."""
+        # Lists of what came, or tensors of what came to all processes.
+        numbers, values = ([state] if isinstance(state, Tensor) else state for state in (self.numbers, self.values))
+        came, items = [torch.empty(0, dtype=torch.long)], list[Tensor]()
+        for pairs, vectors in zip(numbers, values, strict=True):
+            starts = (pairs[:, 1] == 0).nonzero()[:, 0]
+            came.append(pairs[starts, 0])
+            items += vectors.tensor_split(starts[1:])
+        return [items[position] for position in self._first(torch.cat(came)).tolist()]
 
-    def _variants(self, embeddings: MultiVectors) -> Iterator[tuple[str, MultiVectors]]:
+    def _variants(self, embeddings: Any) -> Iterator[tuple[str, Iterator[tuple[int, Tensor]]]]:
+        """As `RetrievalMetrics._variants`; and with merged documents, and in two stages."""
+        queries, corpus = self._split(embeddings)
+        self._vectors_per_document = {"vectors_per_document": _mean_length(corpus)}
         yield from super()._variants(embeddings)
-        if not self.merging_factors:
-            return
-        items, count = torch.arange(len(embeddings)), len(self.evaluation.queries)
-        queries, corpus = embeddings[items[:count]], embeddings[items[count:]]
         for factor in self.merging_factors:
-            merged = merge(corpus, factor)
-            vectors, lengths = (
-                torch.cat([queries.vectors, merged.vectors]),
-                torch.cat([queries.lengths, merged.lengths]),
-            )
-            yield f"/x{factor}", replace(embeddings, vectors=vectors, lengths=lengths)
+            merged = [merge(MultiVectors(item, torch.tensor([len(item)])), factor).vectors for item in corpus]
+            self._vectors_per_document[f"vectors_per_document/x{factor}"] = _mean_length(merged)
+            yield f"/x{factor}", self._score_blocks(self._scores(queries + merged))
+        if self.two_stage is not None:
+            yield "/two_stage", self._two_stages(embeddings, self.two_stage)
 
-    def _scores(self, embeddings: MultiVectors) -> Iterator[Float[Tensor, "Q P"]]:  # type: ignore[override]
+    def _cut(self, embeddings: Any, dimension: int) -> Any:
+        return [vectors[:, :dimension] for vectors in embeddings]
+
+    def _split(self, items: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        count = len(self.evaluation.queries)
+        return items[:count], items[count:]
+
+    def _scores(self, embeddings: list[Tensor]) -> Iterator[Float[Tensor, "Q P"]]:  # type: ignore[override]
         """MaxSim of some queries after the other with the whole corpus: block after block."""
-        items, count = torch.arange(len(embeddings)), len(self.evaluation.queries)
-        unit = embeddings.map(lambda vectors: normalize(vectors, dim=1))
-        corpus = unit[items[count:]]
-        for block in items[:count].split(max(1, SCORES_PER_BLOCK // (len(corpus) * int(unit.lengths[:count].max())))):
-            yield maxsim(unit[block], corpus)
+        queries, corpus = self._split(embeddings)
+        height = max(1, min(SCORES_PER_BLOCK // len(corpus), VECTORS_PER_BLOCK // max(map(len, queries))))
+        for start in range(0, len(queries), height):
+            yield self._maxsim(queries[start : start + height], corpus)
+
+    def _maxsim(self, queries: list[Tensor], documents: list[Tensor]) -> Float[Tensor, "Q P"]:
+        """MaxSim as in `vlmembed.late_interaction.maxsim`, of which nothing is kept for a gradient."""
+        (rows, starts), width = _joined(queries), max(1, VECTORS_PER_BLOCK // max(map(len, documents)))
+        blocks = []
+        for first in range(0, len(documents), width):
+            columns, edges = _joined(documents[first : first + width])
+            # NumPy's product stays float32, as in `RetrievalMetrics`.
+            largest = np.maximum.reduceat(rows @ columns.T, edges, axis=1)  # (S, T) → (S, p)
+            blocks.append(np.add.reduceat(largest, starts, axis=0))  # (S, p) → (Q, p)
+        scores = torch.from_numpy(np.concatenate(blocks, axis=1))
+        return scores / torch.tensor([[len(query)] for query in queries]) if self.length_normalized else scores
+
+    def _two_stages(self, embeddings: list[Tensor], count: int) -> Iterator[tuple[int, Float[Tensor, "Q P"]]]:
+        """Blocks of MaxSim of queries with what their mean vectors find; -inf for what they do not find."""
+        means = torch.stack([normalize(vectors, dim=1).mean(0) for vectors in embeddings])  # (N, D)
+        queries, corpus = self._split(embeddings)
+        for start, cosines in self._score_blocks(super()._scores(means)):
+            scores = torch.full_like(cosines, -torch.inf)
+            for row, columns in enumerate(self._best(cosines, count)):
+                candidates = columns[cosines[row, columns] > -torch.inf]
+                documents = [corpus[column] for column in candidates.tolist()]
+                if documents:
+                    scores[row, candidates] = self._maxsim([queries[start + row]], documents)[0]
+            yield start, scores
+
+
+def _joined(items: list[Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """Unit vectors of some items, one item's after the other's, and the row of each item's first."""
+    lengths = [*map(len, items)]
+    return normalize(torch.cat(items), dim=1).numpy(), np.cumsum([0, *lengths[:-1]])
+
+
+def _mean_length(items: list[Tensor]) -> float:
+    return sum(map(len, items)) / len(items)
 
 
 class RerankingMetrics(EvaluationMetrics):

@@ -12,8 +12,9 @@ import torch
 from huggingface_hub import snapshot_download
 from jaxtyping import Float
 from safetensors.torch import save
-from sentence_transformers import SentenceTransformer
-from torch import Tensor
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer
+from sentence_transformers.util import load_file_path
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from vlmembed.features import read_tensor, signed
@@ -38,6 +39,9 @@ class Entry(NamedTuple):
 
 #: Distinct items by what they show and say, whatever their files are called, in the order of their embeddings.
 DistinctItems = dict[str, Entry]
+
+#: One embedding (D,) of each of N items, or the vectors (n, D) of each.
+Embeddings = Float[Tensor, "N D"] | list[Float[Tensor, "n D"]]
 
 
 def identify(item: Item) -> tuple[str, str]:
@@ -86,21 +90,25 @@ def model_input(item: Item) -> dict[str, Any]:
 class Embedder:
     """Embeds items with any Sentence Transformers model, with its own prompts for queries and for documents.
 
-    An item's own instruction takes the prompt's place.
+    An item's own instruction takes the prompt's place. A multi-vector model (its ``model_type`` is MultiVectorEncoder)
+    gives an item several vectors (n, D).
 
     In the folder ``cache`` embeddings are kept, for the next time that the same content is embedded with the same files
     of a model.
     """
 
     def __init__(self, model: str, batch_size: int, cache: str | None = None, trust_remote_code: bool = False) -> None:
-        self.model = SentenceTransformer(model, trust_remote_code=trust_remote_code)
+        config = load_file_path(model, "config_sentence_transformers.json")
+        self.is_multi_vector = "MultiVectorEncoder" in (Path(config).read_text(encoding="utf-8") if config else "")
+        opened_by = MultiVectorEncoder if self.is_multi_vector else SentenceTransformer
+        self.model: Any = opened_by(model, trust_remote_code=trust_remote_code)
         self.batch_size = batch_size
         self._cache = None if cache is None else Path(cache)
         if self._cache is not None:
             clear_drafts(self._cache)
             self._version = f"{model_version(model)} by sentence-transformers {version('sentence-transformers')}"
 
-    def embed(self, items: DistinctItems, role: Role) -> Float[Tensor, "N D"]:
+    def embed(self, items: DistinctItems, role: Role) -> Embeddings:
         """Embed items as queries or as documents, in float32, where the model is."""
         distinct, size, pieces = [*items], BATCHES * self.batch_size, []
         for start in tqdm(range(0, len(items), size), desc=f"Embedding {len(items)} distinct items ({role})"):
@@ -119,16 +127,29 @@ class Embedder:
                 if self._cache is not None:
                     write_whole(path, save({signed(key, piece): piece}))
             pieces.append(piece)
-        return torch.cat(pieces).to(self.model.device)
+        if not self.is_multi_vector:
+            return torch.cat(pieces).to(self.model.device)
+        return [vectors.to(self.model.device) for piece in pieces for vectors in _items_of(piece)]
 
-    def _encode(self, items: Sequence[Item], role: Role) -> Float[Tensor, "N D"]:
+    def _encode(self, items: Sequence[Item], role: Role) -> Float[Tensor, "rows width"]:
+        """Embed items: (N, D), or the vectors of all with the item's number in front, (T, 1 + D)."""
         encode = self.model.encode_query if role == "query" else self.model.encode_document
-        options: Any = {"batch_size": self.batch_size, "convert_to_tensor": True, "show_progress_bar": False}
+        options: Any = {"batch_size": self.batch_size, "show_progress_bar": False}
+        options |= {} if self.is_multi_vector else {"convert_to_tensor": True}
         inputs = [*map(model_input, items)]
         rows = by_instruction(items)
         pieces = [encode([inputs[row] for row in rows[prompt]], prompt=prompt, **options) for prompt in rows]
-        order = torch.tensor([*chain.from_iterable(rows.values())]).argsort()
-        return torch.cat(pieces).float().cpu()[order]
+        encoded = dict(zip(chain.from_iterable(rows.values()), chain.from_iterable(pieces), strict=True))
+        vectors = [encoded[row].float().cpu() for row in range(len(items))]
+        if not self.is_multi_vector:
+            return torch.stack(vectors)
+        return torch.cat([nn.functional.pad(of_item, (1, 0), value=row) for row, of_item in enumerate(vectors)])
+
+
+def _items_of(piece: Float[Tensor, "T width"]) -> Sequence[Float[Tensor, "n D"]]:
+    """Part vectors by the item's number in front of them."""
+    _, counts = piece[:, 0].unique_consecutive(return_counts=True)
+    return piece[:, 1:].split(counts.tolist())
 
 
 def by_instruction(items: Iterable[Item]) -> dict[str | None, list[int]]:

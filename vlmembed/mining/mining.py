@@ -10,13 +10,14 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice, tee
 from pathlib import Path
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
 from vlmembed.data import EvaluationSource, Rows, Source
 from vlmembed.data.evaluation import as_evaluation
-from vlmembed.mining.embedding import DistinctItems, Embedder, Entry, identify
+from vlmembed.mining.embedding import DistinctItems, Embedder, Embeddings, Entry, identify
 from vlmembed.mining.scoring import unscored, write_rows
 from vlmembed.types import Example, Item
 
@@ -49,7 +50,8 @@ def mine(
     place of the embedder's prompts, and are written with them.
 
     Args:
-        model: The embedder: a folder written by ``export``, or anything that Sentence Transformers opens.
+        model: The embedder: a folder written by ``export``, or anything that Sentence Transformers opens; a
+            multi-vector model compares by MaxSim.
         rows: Training rows: a path or Hub id, or a ``vlmembed.data.Source``.
         output: The JSONL file to write. Images that are in no file are written beside it.
         corpus: Where to look: an evaluation folder's corpus, the documents of other rows, or a
@@ -190,9 +192,9 @@ def _identities(items: Iterator[Item]) -> Iterator[tuple[str, str, str | None]]:
 
 def hard_negatives(
     pool: Pool,
-    queries: Float[Tensor, "Q D"],
-    documents: Float[Tensor, "P D"],
-    similarity: Callable[[Tensor, Tensor], Tensor],
+    queries: Embeddings,
+    documents: Embeddings,
+    similarity: Callable[[Any, Any], Float[Tensor, "Q P"]],
     choice: Choice,
     tile_bytes: int = 2**28,
 ) -> tuple[dict[str, list[str]], Counter[str]]:
@@ -200,8 +202,10 @@ def hard_negatives(
     names, contents = [*pool.queries], [*pool.documents]
     indices = {content: index for index, content in enumerate(contents)}
     chosen, reasons = dict[str, list[str]](), Counter[str]()
-    for tile in queries.split(max(1, tile_bytes // (4 * len(contents)))):
-        similarities, asked, ceilings = similarity(tile, documents), names[len(chosen) :][: len(tile)], list[float]()
+    height = max(1, tile_bytes // (4 * len(contents)))
+    for start in range(0, len(names), height):
+        asked, ceilings = names[start : start + height], list[float]()
+        similarities = similarity(queries[start : start + height], documents)
         for query, row in zip(asked, similarities, strict=True):
             positives = [indices[content] for content in pool.positives[query]]
             # Below the least similar positive: a candidate above it would be ranked above a positive.

@@ -65,8 +65,8 @@ class RetrievalModule(LightningModule, ABC):
         lr_scheduler: Any torch schedule that goes by steps; null for a constant rate. A parameter that means the number
             of steps (total_steps, num_training_steps) is given the run's own where the YAML gives none.
         learning_rates: Learning rates other than the optimizer's: for ``vision``, ``merger``, ``audio`` or
-            ``language``, or for
-            parameters whose name contains a match of a regular expression. The first that matches decides.
+            ``language``, for ``pooling``, ``projection`` or ``head``, or for parameters whose name contains a match of
+            a regular expression. The first that matches decides.
         graph_memory: How much memory the graphs of chunks may take, so that their chunks are not computed twice: a
             number of GiB, ``none``, or ``auto`` for what a step leaves free. Never changes the gradient.
         features: Keeps what a frozen vision tower makes of each image for the next epochs:

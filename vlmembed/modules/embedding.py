@@ -16,11 +16,12 @@ from vlmembed import distributed
 from vlmembed.backbones import VisionLanguageModel
 from vlmembed.data import ItemCollator
 from vlmembed.encoder import Encoder
+from vlmembed.heads import ScoreHead
 from vlmembed.late_interaction import MultiVectors, Vectors
 from vlmembed.losses import Loss
 from vlmembed.metrics import RetrievalMetrics
 from vlmembed.modules.base import DEPTH, RetrievalModule, write_run
-from vlmembed.pooling import Pooling, TokenProjection
+from vlmembed.pooling import Pooling
 from vlmembed.training.guards import CollapseMonitor, embedding_likeness
 from vlmembed.types import Batch, EvaluationSet, ItemBatch
 
@@ -46,8 +47,8 @@ class EmbeddingModule(RetrievalModule):
         losses: Mapping[str, Loss] | None = None,
         **options: Any,
     ) -> None:
-        if isinstance(pooling, TokenProjection):
-            raise ValueError("TokenProjection gives each token a vector: it is for vlmembed.modules.MultiVectorModule.")
+        if isinstance(pooling, ScoreHead):
+            raise ValueError(f"{type(pooling).__name__} is a head of vlmembed.modules.CrossEncoderModule, no pooling.")
         super().__init__(Encoder(backbone, pooling), loss, losses=losses, **options)
 
     def collator(self) -> ItemCollator:
@@ -60,7 +61,9 @@ class EmbeddingModule(RetrievalModule):
         return CollapseMonitor("Embeddings", embedding_likeness)
 
     def check(self) -> None:
-        """Refuse Matryoshka dimensions that the embedding does not have."""
+        """Refuse Matryoshka dimensions that the embedding does not have, and losses over fewer vectors."""
+        if any(loss.merging_factors for loss in (self.loss, *self.losses.values())):
+            raise ValueError("MergedTokens is for vlmembed.modules.MultiVectorModule: a single vector has no others.")
         too_large = [dimension for dimension in self.dimensions if dimension > self.encoder.dimension]
         if too_large:
             raise ValueError(

@@ -32,9 +32,14 @@ class MultiVectorModule(RetrievalModule):
         projection: From the hidden state of a token to its vector; null for a linear one to 128 dimensions.
         query_tokens: Which tokens of a query have a vector; null for all.
         document_tokens: The same for a document.
+        expansion_tokens: Special tokens of the checkpoint at the very end of every query, or how many of its padding
+            token, each with a vector whatever ``query_tokens`` are (ColBERT's query augmentation); null for none.
         similarity: ``maxsim`` adds up over a query's vectors, ``meanmaxsim`` averages, so that a temperature means the
             same for queries of any length.
         merging_factors: Measure documents with so many times fewer vectors as well, besides those that the loss trains.
+        two_stage: Measure a search in two stages as well, as a vector index makes it: so many documents are found by
+            the cosine of mean vectors, and ranked by MaxSim. PLAID (arXiv:2205.09707) finds them by centroids, MUVERA
+            (arXiv:2405.19504) by one vector that stands for MaxSim.
         losses: Further losses by name, for training sources that name one; see ``vlmembed.data.Mixture``.
         **options: As for `RetrievalModule`.
     """
@@ -49,20 +54,28 @@ class MultiVectorModule(RetrievalModule):
         projection: TokenProjection | None = None,
         query_tokens: TokenSelection | None = None,
         document_tokens: TokenSelection | None = None,
+        expansion_tokens: int | Sequence[str] | None = None,
         similarity: Literal["maxsim", "meanmaxsim"] = "maxsim",
         merging_factors: Sequence[int] = (),
+        two_stage: int | None = None,
         losses: Mapping[str, Loss] | None = None,
         **options: Any,
     ) -> None:
         if any(factor < 2 for factor in merging_factors):
             raise ValueError(f"merging_factors are 2 or more, as all vectors are measured anyway: {merging_factors}.")
+        if isinstance(expansion_tokens, int) and expansion_tokens < 0:
+            raise ValueError(f"expansion_tokens is 0 or more, or a list of tokens, got {expansion_tokens}.")
+        if two_stage is not None and two_stage < 1:
+            raise ValueError(f"two_stage is the number of documents that MaxSim ranks, or null; got {two_stage}.")
         selections: Any = {
             "query": query_tokens or TokenSelection(),
             "document": document_tokens or TokenSelection(),
         }
-        encoder = MultiVectorEncoder(backbone, projection or TokenProjection(), selections, similarity)
+        parts = backbone, projection or TokenProjection(), selections, similarity, expansion_tokens
+        encoder = MultiVectorEncoder(*parts)
         super().__init__(encoder, loss, losses=losses, **options)
         self.measured_factors = merging_factors
+        self.two_stage = two_stage
 
     @property
     def merging_factors(self) -> tuple[int, ...]:
@@ -95,7 +108,9 @@ class MultiVectorModule(RetrievalModule):
 
     def metric(self, evaluation: EvaluationSet) -> MultiVectorMetrics:
         """Measure how well queries find their documents in the whole corpus."""
-        return MultiVectorMetrics(evaluation, self.dimensions, self.merging_factors)
+        return MultiVectorMetrics(
+            evaluation, self.dimensions, self.merging_factors, self.two_stage, self.encoder.similarity == "meanmaxsim"
+        )
 
     def measure(self, batch: ItemBatch, metric: MultiVectorMetrics) -> None:
         """Encode queries or documents."""

@@ -27,11 +27,16 @@ SchedulerCallable = Callable[[Optimizer], LRScheduler]
 STEP_PARAMETERS = ("total_steps", "T_max", "total_iters", "num_training_steps", "max_iters", "max_steps")
 
 
+#: What stands behind the backbone, as each kind of module calls it, and how its parameters' names begin.
+BEHIND, PREFIX = ("pooling", "projection", "head"), "encoder.pooling."
+
+
 def parameter_groups(
     module: LightningModule, backbone: VisionLanguageModel, learning_rates: Mapping[str, float]
 ) -> list[dict[str, Any]]:
     """Split a module's trainable parameters by learning rate: the first group name or expression that matches decides.
 
+    ``pooling``, ``projection`` and ``head`` are the module's own, whatever parameters of the backbone are called.
     The group without ``lr`` takes the optimizer's own.
     """
     remaining = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
@@ -42,6 +47,8 @@ def parameter_groups(
         if pattern in backbone.groups:
             members = {id(parameter) for _, parameter in matching_parameters(backbone, pattern)}
             names = [name for name, parameter in remaining.items() if id(parameter) in members]
+        elif pattern in BEHIND:
+            names = [name for name in remaining if name.startswith(PREFIX)]
         else:
             names = [name for name in remaining if re.search(pattern, name)]
         if not names:

@@ -10,7 +10,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from vlmembed.pooling.base import Pooling, Template, after_instruction, at_least_float32, is_any
+from vlmembed.pooling.base import (
+    Pooling,
+    Template,
+    after_instruction,
+    at_least_float32,
+    is_any,
+    tokens_from_end,
+)
 
 
 @dataclass(frozen=True)
@@ -26,9 +33,17 @@ class TokenSelection:
     skip: Sequence[str] = ()
 
     def select(
-        self, input_ids: Int[Tensor, "B L"], mask: Int[Tensor, "B L"], template: Template, skipped: Sequence[int] = ()
+        self,
+        input_ids: Int[Tensor, "B L"],
+        mask: Int[Tensor, "B L"],
+        template: Template,
+        skipped: Sequence[int] = (),
+        num_expansion_tokens: int = 0,
     ) -> Bool[Tensor, "B L"]:
-        """Return which of the tokens where ``mask`` is 1 are kept; ``skipped`` are the ids of those to skip."""
+        """Return which of the tokens where ``mask`` is 1 are kept; ``skipped`` are the ids of those to skip.
+
+        An item's last ``num_expansion_tokens`` are kept whatever the part.
+        """
         kept = mask.bool()
         if self.part == "images":
             kept = kept & is_any(input_ids, template.visual)
@@ -36,7 +51,8 @@ class TokenSelection:
             kept = kept & ~is_any(input_ids, template.visual)
         elif self.part == "without_instruction":
             kept = kept & after_instruction(input_ids, mask, template)
-        return kept & ~is_any(input_ids, tuple(skipped))
+        kept = kept & ~is_any(input_ids, tuple(skipped))
+        return kept | (mask.bool() & (tokens_from_end(mask) <= num_expansion_tokens))
 
 
 class TokenProjection(Pooling):

@@ -88,11 +88,11 @@ class BadRowFile:
     def __init__(self, folder: Path, limit: int) -> None:
         self.path = folder / "bad_rows.jsonl"
         self.limit = limit
-        self._known: set[int] = set()
+        self._known: set[tuple[int, str]] = set()  # Of a stream's parts, rows have the same numbers.
 
     def add(self, rows: Sequence[BadRow]) -> None:
         """Write down and warn of rows that are not there yet; a ``ValueError`` if they are more than the limit now."""
-        new = {row.row: row for row in rows if row.row not in self._known}
+        new = {key: row for row in rows if (key := (row.row, row.reason)) not in self._known}
         if not new:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,18 +105,19 @@ class BadRowFile:
                 f"The last: {rows[-1].reason}"
             )
 
-    def _append(self, new: dict[int, BadRow]) -> set[int]:
+    def _append(self, new: dict[tuple[int, str], BadRow]) -> set[tuple[int, str]]:
         """Add what other processes, and the run before, have not; return what was there."""
         content = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-        written: set[int] = set()
+        written: set[tuple[int, str]] = set()
         for line in content.splitlines():
             with suppress(ValueError, KeyError, TypeError):  # Cut short, when a process or the disk had its end.
-                written.add(json.loads(line)["row"])
+                row = json.loads(line)
+                written.add((row["row"], row["reason"]))
         with self.path.open("a", encoding="utf-8") as file:
             if content and not content.endswith("\n"):
                 file.write("\n")
-            for row in new.values():
-                if row.row not in written:
-                    file.write(json.dumps(asdict(row)) + "\n")
-                    warnings.warn(f"Left out of training: {row.reason} ({self.path})", stacklevel=4)
+            for key, bad in new.items():
+                if key not in written:
+                    file.write(json.dumps(asdict(bad)) + "\n")
+                    warnings.warn(f"Left out of training: {bad.reason} ({self.path})", stacklevel=4)
         return written

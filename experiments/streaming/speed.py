@@ -1,0 +1,88 @@
+"""Rows per CPU second that become examples: read in place, and streamed, in turns, medians."""
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import datasets
+import numpy as np
+from PIL import Image
+
+from vlmembed.data import Rows, StreamingRows
+from vlmembed.data.streaming import START, StreamedBatches
+from vlmembed.media import open_image
+from vlmembed.types import Example
+
+BATCH = 64
+CASES = (("jsonl", 40_000, False), ("parquet", 40_000, False), ("images", 1024, False), ("images", 1024, True))
+
+
+def write(folder: Path, kind: str, count: int) -> str:
+    path = folder / f"{kind}.{'jsonl' if kind == 'jsonl' else 'parquet'}"
+    rows = [{"query": f"question {n} " * 4, "positive": f"answer {n} " * 30} for n in range(count)]
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+    if kind == "images":
+        noise = np.random.default_rng(0)
+        images = [Image.fromarray(noise.integers(0, 255, (224, 224, 3), dtype=np.uint8)) for _ in range(count)]
+        rows = [{"query": row["query"], "positive": image} for row, image in zip(rows, images, strict=True)]
+    datasets.Dataset.from_list(rows).to_parquet(path)
+    return str(path)
+
+
+def local(path: str, count: int) -> Iterator[list[Example]]:
+    rows = Rows(path)
+    order = np.random.default_rng(0).permutation(len(rows))
+    for start in range(0, count, BATCH):
+        yield rows.__getitems__(order[start : start + BATCH].tolist())
+
+
+def streamed(path: str, buffer: int) -> Iterator[list[Example]]:
+    batches = StreamedBatches(StreamingRows(path, shuffle_buffer=buffer), BATCH, 1, 0, distinct=False, skip=False)
+    batches.positions = [START]
+    for _, _, batch in batches:
+        yield [example for _, example in batch]
+
+
+def use(examples: list[Example], decode: bool) -> None:
+    for example in examples:
+        for part in example.positives[0].parts:
+            if decode and part.kind == "image":
+                open_image(part.value).convert("RGB")
+
+
+def seconds(batches: Iterator[list[Example]], count: int, decode: bool) -> float:
+    """Processor time of all threads, from the first batch on: opening is measured elsewhere."""
+    first = next(batches)
+    start = time.process_time()
+    use(first, decode)
+    for examples in islice(batches, count // BATCH - 1):
+        use(examples, decode)
+    return time.process_time() - start
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        for kind, count, decode in CASES:
+            path = write(Path(folder), kind, count)
+            runs: dict[str, Callable[[], Iterator[list[Example]]]] = {
+                "local": lambda path=path, count=count: local(path, count),
+                "stream": lambda path=path: streamed(path, 0),
+                "stream, buffer": lambda path=path, kind=kind: streamed(path, 500 if kind == "images" else 10_000),
+            }
+            times: dict[str, list[float]] = {name: [] for name in runs}
+            for _ in range(5):
+                for name, run in runs.items():
+                    times[name].append(seconds(run(), count, decode))
+            speed = {name: count / statistics.median(values) for name, values in times.items()}
+            case = f"{kind}{', decoded' if decode else ''}"
+            print(case, *(f"{n}: {v:,.0f} ({v / speed['local']:.0%})" for n, v in speed.items()), sep=" | ", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""Rows that are streamed: the same rows as read in place, once per pass, and resumed to the bit."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import ddp
+import pytest
+import torch
+import torch.distributed as dist
+from building import module, trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
+
+from vlmembed.data import GroupByQuery, Mixture, RetrievalDataModule, Rows, StreamingRows
+from vlmembed.data.streaming import StreamedBatches, StreamLoader
+from vlmembed.types import BadRow
+
+
+def write(folder: Path, kind: str, count: int = 600, files: int = 1) -> list[str]:
+    rows = [{"q": f"question {number}", "positive": f"ünïcode {number}"} for number in range(count)]
+    paths = []
+    for number in range(files):
+        part, path = rows[number::files], folder / f"{number}.{kind}"
+        if kind == "jsonl":
+            path.write_text("".join(json.dumps(row) + "\n" for row in part))
+        else:
+            getattr(datasets.Dataset.from_list(part), f"to_{kind}")(path)
+        paths.append(str(path))
+    return paths
+
+
+def loader(rows: StreamingRows, size: int = 8, workers: int = 0, world: int = 1, rank: int = 0) -> StreamLoader:
+    readers = max(1, workers)
+    batches = StreamedBatches(rows, size, readers * world, readers * rank, distinct=True, skip=False)
+    return StreamLoader(batches, 1000, num_workers=workers, collate_fn=keep)
+
+
+class Read(list):  # type: ignore[type-arg]
+    bad_rows = ()
+
+
+def keep(read: Any) -> Any:
+    number, position, rows = read
+    return number, position, Read((row, example.query.id, example.positives[0].id) for row, example in rows)
+
+
+def keep_bad(read: Any) -> Any:
+    number, position, rows = read
+    return number, position, Read(rows)
+
+
+def take(read: StreamLoader, count: int) -> list[Any]:
+    return [list(batch) for batch in islice(read, count)]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_stream_has_the_rows_of_the_file_in_order(tmp_path: Path, kind: str) -> None:
+    path = write(tmp_path, kind)
+    columns: Any = {"q": "query"}
+    local = Rows(path, columns=columns)
+    expected = [(n, local[n].query.id, local[n].positives[0].id) for n in range(600)]
+    streamed = take(loader(StreamingRows(path, columns=columns, shuffle_buffer=0)), 75)
+    assert [row for batch in streamed for row in batch] == expected
+
+
+@pytest.mark.parametrize("files", [1, 4])
+def test_processes_read_each_row_once_in_a_pass(tmp_path: Path, files: int) -> None:
+    rows = StreamingRows(write(tmp_path, "jsonl", 2048, files), columns={"q": "query"}, shuffle_buffer=256)
+    seen = [row for rank in range(2) for batch in take(loader(rows, world=2, rank=rank), 128) for row in batch]
+    assert len({query for _, query, _ in seen}) == len(seen) == 2048
+    assert [number for number, *_ in seen[:256]] != sorted(number for number, *_ in seen[:256])
+
+
+@pytest.mark.parametrize(
+    ("workers", "done"),
+    [
+        (0, 1),
+        (0, 33),
+        (0, 75),
+        (0, 80),
+        (2, 33),
+        *(pytest.param(2, n, marks=pytest.mark.exhaustive) for n in (1, 75, 80)),
+    ],
+)
+def test_a_resumed_stream_goes_on_with_the_same_rows(tmp_path: Path, workers: int, done: int) -> None:
+    rows = StreamingRows(write(tmp_path, "jsonl"), columns={"q": "query"}, shuffle_buffer=100)
+    whole = take(loader(rows, workers=workers), 90)
+    first = loader(rows, workers=workers)
+    before = []
+    for batch in first:
+        before.append(list(batch))
+        if len(before) == done:
+            state = first.state_dict()
+            break
+    resumed = loader(rows, workers=workers)
+    resumed.load_state_dict(json.loads(json.dumps(state)))
+    assert before + take(resumed, 90 - done) == whole
+
+
+def test_another_number_of_workers_is_refused(tmp_path: Path) -> None:
+    rows = StreamingRows(write(tmp_path, "jsonl"), columns={"q": "query"})
+    with pytest.raises(ValueError, match="Resume with the same devices and num_workers"):
+        loader(rows, workers=2).load_state_dict(loader(rows).state_dict())
+
+
+def check_resumed(checkpoint: Path, paths: list[str], folder: Path, workers: int = 0) -> None:
+    def run(resume: Path | None = None) -> Any:
+        torch.manual_seed(0)
+        rows = StreamingRows(paths, columns={"q": "query"}, shuffle_buffer=16)
+        data = RetrievalDataModule(rows, batch_size=2, num_workers=workers)
+        model = module(checkpoint)
+        saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+        together: Any = {"enable_checkpointing": True, "callbacks": [saving], "max_epochs": -1}
+        if dist.is_initialized():
+            together |= {"devices": 2, "strategy": DDPStrategy(process_group_backend="gloo")}
+        trainer(max_steps=2, **together).fit(model, datamodule=data, ckpt_path=resume)
+        return model
+
+    whole = run()
+    resumed = run(folder / "step=1.ckpt")
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.exhaustive)])
+def test_a_resumed_run_has_the_bits_of_one_that_was_not_interrupted(
+    checkpoint: Path, tmp_path: Path, workers: int
+) -> None:
+    check_resumed(checkpoint, write(tmp_path, "jsonl", 1024), tmp_path, workers)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("files", [1, 2])
+def test_two_processes_resume_with_the_same_bits(checkpoint: Path, tmp_path: Path, files: int) -> None:
+    ddp.run(check_resumed, checkpoint, write(tmp_path, "jsonl", 256, files), tmp_path)
+
+
+def test_where_and_each_work_row_by_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    lines = [{"query": f"q{n}", "positive": [f"a{n}", f"b{n}"], "kind": n % 2} for n in range(40)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options: Any = {"cells": {"query": {"text": "{positive} {query}"}, "positive": "positive"}}
+    options |= {"where": {"kind": 1}, "each": "positive"}
+    local = Rows(str(path), **options)
+    streamed = take(loader(StreamingRows(str(path), shuffle_buffer=0, **options)), 5)
+    expected = [local[n].query.id for n in range(40)]
+    assert [query for batch in streamed for _, query, _ in batch] == expected
+
+
+def test_a_bad_row_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    lines = [{"query": f"q{n}", "positive": f"a{n}" if n != 17 else ""} for n in range(40)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ValueError, match=r"rows.jsonl, row 18, column 'positive': the cell is empty"):
+        take(loader(StreamingRows(str(path), shuffle_buffer=0)), 5)
+
+
+def test_cells_of_several_types_and_blank_lines_are_as_in_a_file(tmp_path: Path) -> None:
+    """Of JSON, a cell may be a string in one row and a mapping in the next; Arrow has one type per column."""
+    path = tmp_path / "rows.jsonl"
+    lines = [{"query": f"q{n}", "positive": [f"a{n}", {"text": "b\u2028c"}] if n % 2 else f"a{n}"} for n in range(40)]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\r\n" for line in lines)
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\n")
+    Path(tmp_path, "same.jsonl").write_text(text)
+    local = Rows(str(tmp_path / "same.jsonl"))
+    expected = [(n, local[n].query.id, local[n].positives[0].id) for n in range(40)]
+    streamed = take(loader(StreamingRows(str(path), shuffle_buffer=0)), 5)
+    assert [row for batch in streamed for row in batch] == expected
+
+
+@pytest.mark.parametrize("line", [b"{", b"[1]", b'{"query": "caf\xe9", "positive": "x"}', b'{"query": "x"}'])
+def test_bad_lines_are_left_out_once_each(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"query": f"q{n}", "positive": f"a{n}"}).encode() for n in range(300)]
+    lines[255] = line
+    path.write_bytes(b"\n".join(lines))
+    batches = StreamedBatches(StreamingRows(str(path)), 10, 1, 0, distinct=True, skip=True)
+    read = StreamLoader(batches, 30, collate_fn=keep_bad)
+    rows = [row for batch in read for row in batch]
+    (bad,) = [row for row in rows if isinstance(row, BadRow)]
+    assert len(rows) == 300
+    assert bad.row == 256
+    assert f"{path}, row 256" in bad.reason
+
+
+@pytest.mark.parametrize("wrap", [lambda rows: [rows, rows], GroupByQuery, lambda rows: Mixture([rows], losses=["a"])])
+def test_a_stream_is_trained_on_alone(tmp_path: Path, wrap: Any) -> None:
+    rows = StreamingRows(write(tmp_path, "jsonl"), columns={"q": "query"})
+    with pytest.raises(ValueError, match="a stream is trained on alone"):
+        RetrievalDataModule(wrap(rows)).setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split": "train[:10%]"}, "a stream has no slices"),
+        ({"columns": {"qq": "query"}}, "no column 'qq' to rename or drop"),
+        ({"revision": "main"}, "a file has none"),
+        ({"shuffle_buffer": -1}, "shuffle_buffer is 0 or more"),
+    ],
+)
+def test_what_a_stream_cannot_do_is_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RetrievalDataModule(StreamingRows(write(tmp_path, "jsonl"), **options)).setup("fit")
+
+
+def test_a_run_without_an_end_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    data = RetrievalDataModule(StreamingRows(write(tmp_path, "jsonl"), columns={"q": "query"}), batch_size=2)
+    with pytest.raises(ValueError, match=r"set trainer\.max_steps"):
+        trainer(max_epochs=1, max_steps=-1).fit(module(checkpoint), datamodule=data)

@@ -1,0 +1,329 @@
+"""Training rows that are read as they come, of what does not fit on a disk."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from typing import Any, TypeAlias
+
+import datasets
+import numpy as np
+import pyarrow
+from datasets.table import InMemoryTable
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from vlmembed.data.columns import Language
+from vlmembed.data.records import parse_line
+from vlmembed.data.rows import FIRST, Lookup, Rows, _check_same, _Found, _map, _with_element, to_examples
+from vlmembed.data.sources import GroupByQuery, Mixture, seeded_generator
+from vlmembed.data.tables import LINES, RawTable, _undecoded, open_stream
+from vlmembed.distributed import gather_objects
+from vlmembed.types import BadRow, Example
+
+#: Rows that are read at once where none are shuffled.
+BLOCK = 1024
+#: Where a reader is: its pass, the state of `datasets` before its block, rows before it, batches of it that are done.
+Position: TypeAlias = dict[str, Any]
+START: Position = {"pass": 0, "state": None, "row": 0, "batches": 0}
+
+
+class Lines:
+    """A block of lines of JSONL files, each of which is parsed when asked for; nothing stands for a blank one."""
+
+    def __init__(self, lines: Any, origin: str, first: int):
+        self._lines, self._origin, self._first = lines, origin, first
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        lines = zip(indices, self._lines.take(pyarrow.array(indices, pyarrow.int64())).to_pylist(), strict=True)
+        rows = [(f"{self._origin}, row {self._first + index + 1}", line) for index, line in lines]
+        return [parse_line(line, origin) if line.strip() else None for origin, line in rows]
+
+    @cached_property
+    def column_names(self) -> list[str]:
+        """The keys of the first row."""
+        return [*(self.__getitems__([0])[0] or ())]
+
+    def select_columns(self, names: Iterable[str]) -> Lines:
+        """Return the same block: a line is read whole."""
+        return self
+
+    def origins(self, indices: Sequence[int]) -> list[str]:
+        """Say where rows stand, for messages."""
+        return [f"{self._origin}, row {self._first + index + 1}" for index in indices]
+
+
+@dataclass(eq=False)
+class StreamingRows(Rows):
+    """Training rows that are read as they come, for data that does not fit on a disk.
+
+    The arguments are those of ``vlmembed.data.Rows``, and three more. Checks see the first rows only.
+
+    Args:
+        shuffle_buffer: Rows that are read at once and shuffled among each other; 0 keeps the order.
+        rows: Rows of an epoch, which the next one continues; null for an epoch of ``trainer.max_steps`` steps.
+        seed: Draws the order.
+    """
+
+    shuffle_buffer: int = 10_000
+    rows: int | None = None
+    seed: int = 0
+
+    @cached_property
+    def raw(self) -> RawTable:
+        """The first rows, with all columns: what checks look at."""
+        if self.columns is not None and self.cells is not None:
+            raise ValueError(f"{self.origin}: give 'columns', which renames, or 'cells', which makes cells; not both.")
+        if self.shuffle_buffer < 0 or (self.rows is not None and self.rows < 1):
+            raise ValueError(f"{self.origin}: shuffle_buffer is 0 or more, rows 1 or more.")
+        stream = self.open()
+        for block in stream.iter(FIRST):
+            return self.table(block, stream)
+        raise ValueError(f"{self.origin}: the data set has no rows.")
+
+    def open(self) -> datasets.IterableDataset:
+        """Open the stream, whose blocks are Arrow tables."""
+        return open_stream(self.path, self.split, self.subset, self.allow_outside, self.revision).with_format("arrow")
+
+    def table(self, block: Any, stream: datasets.IterableDataset, origin: str = "", first: int = 0) -> Any:
+        """Make of a block a table that is read by row numbers, and whose media are as they are stored."""
+        if stream.features == LINES:
+            return Lines(block.column(0).combine_chunks(), origin or self.origin, first)
+        info = datasets.DatasetInfo(features=stream.features)
+        return _undecoded(datasets.Dataset(InMemoryTable(block), info=info, fingerprint="stream"))
+
+    def examples(self, table: Any, indices: Sequence[int], origin: str, first: int) -> list[tuple[int, Example]]:
+        """Return the examples of some rows of a block, with their rows' numbers in the stream.
+
+        A ``ValueError`` names row, column and value.
+        """
+        _, cells, columns = self._cells
+        rows, origins, numbers = [], [], []
+        for index, row in zip(indices, table.__getitems__([*indices]), strict=True):
+            if row is None:
+                continue
+            place = f"{origin}, row {first + index + 1}"
+            if self.cells is None:
+                _check_same([row], [place], set().union(*columns.values()), {*(self.columns or ())})
+            values = row.get(self.each) if self.each is not None else True
+            elements = range(len(values)) if isinstance(values, list) else () if values is None else (-1,)
+            for element in elements:
+                changed = _with_element(row, self.each, element)
+                if self._keeps(changed):
+                    rows.append(changed)
+                    numbers.append(first + index)
+                    origins.append(place + (f", {self.each}[{element}]" if element >= 0 else ""))
+        return [*zip(numbers, to_examples(_map(cells, rows, origins), self.folder, origins), strict=True)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name != "_keeps"}
+
+    @cached_property
+    def _keeps(self) -> Any:
+        return Language(self.raw_columns, self.origin).where(self.where or {})
+
+    def _find(self, name: str, lookup: Lookup) -> _Found:
+        if lookup.path is None:
+            raise ValueError(
+                f"{self.origin}: tables: {name}: a stream is not looked up in; give the table a path of its own, or "
+                "read the rows with vlmembed.data.Rows."
+            )
+        return super()._find(name, lookup)
+
+
+class StreamedBatches(IterableDataset[Any]):
+    """Batches of a stream, without end, and after each the position of its reader; see `StreamLoader`.
+
+    A reader reads a block, shuffles it and cuts it into batches. What is left of a block, which is less than a batch
+    or rows of queries that its last batch has already, is left out of this pass.
+    """
+
+    def __init__(self, rows: StreamingRows, batch_size: int, readers: int, first: int, distinct: bool, skip: bool):
+        self.rows, self.batch_size, self.readers, self.first = rows, batch_size, readers, first
+        self.distinct, self.skip = distinct, skip
+        #: Of this process's readers.
+        self.positions: list[Position] = []
+        #: The reader whose turn is next.
+        self.turn = 0
+
+    def __iter__(self) -> Iterator[tuple[int, Position, list[Any]]]:
+        worker = get_worker_info()
+        number = (self.turn + (worker.id if worker else 0)) % len(self.positions)
+        for position, batch in self._read(self.first + number, self.positions[number]):
+            yield number, position, batch
+
+    def _read(self, reader: int, position: Position) -> Iterator[tuple[Position, list[Any]]]:
+        rows, stream = self.rows, self.rows.open()
+        shares_files = stream.num_shards >= self.readers
+        if shares_files:
+            stream = stream.shard(self.readers, reader, contiguous=False)
+        origin = rows.origin + (f", part {reader + 1} of {self.readers}" if shares_files and self.readers > 1 else "")
+        # Where there are fewer files than readers, each reads all of them and takes its share of every block.
+        share = slice(None) if shares_files else slice(reader, None, self.readers)
+        multiple = self.batch_size * (1 if shares_files else self.readers)
+        size = -(-(rows.shuffle_buffer or BLOCK) // multiple) * multiple
+        empty_passes = 0
+        while empty_passes < 2:
+            empty_passes += 1
+            if position["state"] is not None:
+                stream.load_state_dict(position["state"])
+            elif position["pass"]:
+                stream = rows.open()
+                stream = stream.shard(self.readers, reader, contiguous=False) if shares_files else stream
+            state: Any = position["state"]
+            for block in stream.iter(size):
+                after = stream.state_dict()
+                batches = self._batches(block, stream, position, reader if shares_files else 0, share, origin)
+                for count, batch in enumerate(batches, start=1):
+                    empty_passes = 0
+                    if count > position["batches"]:
+                        yield {**position, "state": state, "batches": count}, batch
+                state, position = after, {**position, "row": position["row"] + len(block), "state": after, "batches": 0}
+            position = {**START, "pass": position["pass"] + 1}
+        raise ValueError(
+            f"{rows.origin}: reader {reader + 1} of {self.readers} (processes times loader workers) finds no batch of "
+            f"{self.batch_size} rows in the stream. Lower batch_size or num_workers, or read the rows with "
+            "vlmembed.data.Rows."
+        )
+
+    def _batches(
+        self, block: Any, stream: Any, position: Position, part: int, share: slice, origin: str
+    ) -> Iterator[list[Any]]:
+        first = position["row"]
+        table = self.rows.table(block, stream, origin, first)
+        order: Any = np.arange(len(block))
+        if self.rows.shuffle_buffer:
+            order = np.random.default_rng([self.rows.seed, position["pass"], part, first]).permutation(order)
+        order = order[share]
+        waiting: list[Any] = []
+        for start in range(0, len(order), self.batch_size):
+            waiting += self._examples(table, order[start : start + self.batch_size].tolist(), origin, first)
+            while len(waiting) >= self.batch_size:
+                batch, rest, queries = list[Any](), list[Any](), set[int | None]()
+                for row in waiting:
+                    query = None if isinstance(row, BadRow) or not self.distinct else row[1].query.id
+                    is_next = len(batch) < self.batch_size and query not in queries
+                    (batch if is_next else rest).append(row)
+                    queries |= {query} - {None} if is_next else set()
+                if len(batch) < self.batch_size:
+                    break
+                waiting = rest
+                yield batch
+        if len(waiting) > len(order) / 10 and len(order) > self.batch_size * 10:
+            warnings.warn(
+                f"{origin}: {len(waiting):,} of {len(order):,} rows are left out, whose queries are those of others. "
+                "A batch holds a query once; raise shuffle_buffer.",
+                stacklevel=2,
+            )
+
+    def _examples(self, table: Any, indices: list[int], origin: str, first: int) -> list[Any]:
+        """Return examples with their row's number, and a `BadRow` for one that is left out."""
+        try:
+            return self.rows.examples(table, indices, origin, first)
+        except ValueError as error:
+            if not self.skip:
+                raise
+            if len(indices) == 1:
+                return [BadRow(first + indices[0] + 1, str(error)[:1000])]
+            return [row for index in indices for row in self._examples(table, [index], origin, first)]
+
+
+class StreamLoader(DataLoader):
+    """A loader of a stream, whose readers' positions are saved in checkpoints; of all processes."""
+
+    dataset: StreamedBatches
+    bad_rows: Any = None  # Takes the rows that are left out of batches.
+    epoch = 0
+    _batch = 0
+    _exhausted = False
+
+    def __init__(self, batches: StreamedBatches, per_epoch: int, **options: Any):
+        super().__init__(batches, batch_size=None, **options)
+        self.per_epoch = per_epoch
+        batches.positions = [START] * max(1, self.num_workers)
+
+    def __len__(self) -> int:
+        return self.per_epoch
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        if self._exhausted:
+            self._exhausted = False
+            self._batch = 0
+            return
+        stream, start = self.dataset, self._batch
+        self.generator = seeded_generator(stream.rows.seed, stream.first, stream.turn)
+        for number, position, batch in islice(super().__iter__(), self.per_epoch - start):
+            # Counted when handed out, not when a worker reads ahead; a checkpoint is written after the batch's step.
+            stream.positions[number], stream.turn = position, (number + 1) % len(stream.positions)
+            self._batch += 1
+            if batch.bad_rows and self.bad_rows is not None:
+                self.bad_rows.add(batch.bad_rows)
+            yield batch
+        self._batch = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Say where the readers of all processes are."""
+        stream = self.dataset
+        return {"positions": gather_objects(stream.positions), "turn": stream.turn, "batch": self._batch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue there; a ``ValueError`` says that there were other processes or workers."""
+        stream, positions = self.dataset, state["positions"]
+        shape, saved = (
+            [stream.readers // len(stream.positions), len(stream.positions)],
+            [len(positions), len(positions[0])],
+        )
+        if shape != saved:
+            raise ValueError(
+                f"{stream.rows.origin}: the checkpoint has a stream's position in {saved[0]} processes with {saved[1]} "
+                f"readers each, and the run has {shape[0]} with {shape[1]}. "
+                "Resume with the same devices and num_workers."
+            )
+        stream.positions, stream.turn = list(positions[stream.first // shape[1]]), state["turn"]
+        self._batch, self._exhausted = state["batch"], bool(state.get("exhausted"))
+
+
+class Unnumbered:
+    """Makes a batch of examples that have the numbers of their rows."""
+
+    def __init__(self, collate: Any):
+        self.collate = collate
+
+    def __call__(self, rows: Sequence[tuple[int, Example]]) -> Any:
+        """Make a batch."""
+        return self.collate([example for _, example in rows])
+
+
+class Collated:
+    """Makes batches of what a stream's readers yield."""
+
+    def __init__(self, collate: Any):
+        self.collate = collate
+
+    def __call__(self, read: tuple[int, Position, list[Any]]) -> tuple[int, Position, Any]:
+        """Make a batch."""
+        number, position, rows = read
+        return number, position, self.collate(rows)
+
+
+def stream_of(mixture: Mixture) -> StreamingRows | None:
+    """Return the stream that is trained on; a ``ValueError`` if something else is beside or around it."""
+    sources = mixture.sources
+    streams = [
+        one
+        for one in sources
+        if isinstance(getattr(one, "rows", one) if isinstance(one, GroupByQuery) else one, StreamingRows)
+    ]
+    if not streams:
+        return None
+    if len(sources) > 1 or mixture.losses or isinstance(sources[0], GroupByQuery):
+        raise ValueError(
+            f"{streams[0].name}: a stream is trained on alone: not in a GroupByQuery, and not mixed with other sources "
+            "or given a loss, for which all rows must be known. Read it with vlmembed.data.Rows."
+        )
+    return streams[0]  # type: ignore[return-value]
