@@ -42,8 +42,8 @@ from vlmembed.data import ItemCollator, RetrievalDataModule
 from vlmembed.encoder import Encoder
 from vlmembed.export import Exporter
 from vlmembed.losses import InfoNCE
-from vlmembed.modules import EmbeddingModule
-from vlmembed.pooling import LastToken
+from vlmembed.modules import EmbeddingModule, MultiVectorModule
+from vlmembed.pooling import LastToken, TokenProjection
 from vlmembed.trainer import Trainer
 from vlmembed.training.sharding import refuse_strategy
 
@@ -152,6 +152,32 @@ def count_reductions(checkpoint: Path) -> int:
 def test_gradients_are_reduced_once_per_optimizer_step(checkpoint: Path) -> None:
     """Two layers and the rest, in three steps of two batches of several chunks."""
     assert ddp.run(count_reductions, checkpoint) == [3 * 3] * 2
+
+
+class Seeded(MultiVectorModule):
+    """Has the same projection whenever it is made."""
+
+    def configure_model(self) -> None:
+        torch.manual_seed(0)
+        super().configure_model()
+
+
+def train_several_vectors(checkpoint: Path) -> Recorder:
+    """Fillers for chunks that are missing have vectors, too, and other numbers of them than items."""
+
+    def build(scenario: Scenario) -> MultiVectorModule:
+        # Means: sums over 20 vectors over a temperature make steps so large that rounding grows.
+        options: dict[str, Any] = {"similarity": "meanmaxsim", "optimizer": OPTIMIZER}
+        return Seeded(Qwen3VL(str(checkpoint)), scenario.loss, TokenProjection(32), **options)
+
+    rank = dist.get_rank() if dist.is_initialized() else None
+    sharded = {} if rank is None else {"devices": ddp.WORLD_SIZE, "strategy": strategy()}
+    scenario = Scenario(mixed_steps(3), learnable())
+    return scenario.train(build, rank, None if rank is None else 2, **sharded)  # type: ignore[arg-type]
+
+
+def test_several_vectors_an_item(checkpoint: Path) -> None:
+    check_trained_as_one(*ddp.run(train_several_vectors, checkpoint), train_several_vectors(checkpoint))
 
 
 class Keep(Exporter):
