@@ -310,7 +310,9 @@ def train_one(scenario: Scenario, checkpoint: Path, rank: int | None) -> Any:
     """Train as one of two processes, or alone in one chunk."""
 
     def build(scenario: Scenario) -> MultiVectorModule:
-        return multi_vector(checkpoint, scenario.loss, adapters=scenario.adapters, optimizer=OPTIMIZER)
+        # Sums over 20 vectors would magnify the rounding of the weights as much, from the second step on.
+        options = {"adapters": scenario.adapters, "optimizer": OPTIMIZER, "similarity": "meanmaxsim"}
+        return multi_vector(checkpoint, scenario.loss, **options)
 
     parallel = {} if rank is None else {"devices": 2, "strategy": DDPStrategy(process_group_backend="gloo")}
     return scenario.train(build, rank, None if rank is None else 3, **parallel)  # type: ignore[arg-type]

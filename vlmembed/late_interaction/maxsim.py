@@ -2,7 +2,8 @@
 
 Each vector of a query takes the document's vector that is nearest to it, and their products are added up (ColBERT,
 arXiv:2004.12832). Only *which* vector was nearest is kept for the backward pass: of Q queries with m vectors and P
-documents with n, Q·m·P numbers of four bytes where autograd would keep n times as many.
+documents with n, Q·m·P numbers of four bytes where autograd would keep n times as many. Documents are brought to length
+1 a tile at a time, so that no copy of them is made but their gradient.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ MAXIMUM_HEIGHT = 2**13
 
 
 def maxsim(queries: MultiVectors, documents: MultiVectors) -> Float[Tensor, "Q P"]:
-    """Score queries against documents, in at least float32; vectors are taken as they are, so normalise them before.
+    """Score queries against documents, in at least float32, by the cosines of their vectors, of whatever length.
 
     The mean over a query's vectors where it is ``length_normalized``, and their sum otherwise.
 
@@ -41,7 +42,7 @@ def maxsim(queries: MultiVectors, documents: MultiVectors) -> Float[Tensor, "Q P
 
 
 class _MaxSim(torch.autograd.Function):
-    """The sum over each query's vectors of the largest product with a document's: (S, D) and (T, D) → (Q, P)."""
+    """The sum over each query's vectors of the largest cosine with a document's: (S, D) and (T, D) → (Q, P)."""
 
     @staticmethod
     def forward(
@@ -57,10 +58,12 @@ class _MaxSim(torch.autograd.Function):
         # Row of the nearest vector, of each query's vector (S) in each document (P).
         nearest = torch.empty(largest.shape, dtype=torch.int32, device=device)
         height = min(len(queries), MAXIMUM_HEIGHT)
+        query_norms, norms = _norms(queries), _norms(documents)  # (S, 1), (T, 1)
+        queries = queries / query_norms
         with torch.autocast(device.type, enabled=False):
             for columns, rows, is_padding in _tiles(document_lengths, TILE // height):
                 columns, rows = columns.to(device, non_blocking=True), rows.to(device, non_blocking=True)
-                tile = documents[rows.flatten()]  # (p × n, D)
+                tile = documents[rows.flatten()] / norms[rows.flatten()]  # (p × n, D)
                 for start in range(0, len(queries), height):
                     part = slice(start, start + height)
                     products = (queries[part] @ tile.T).unflatten(1, rows.shape)  # (s, p, n)
@@ -68,23 +71,38 @@ class _MaxSim(torch.autograd.Function):
                         products.masked_fill_(is_padding.to(device, non_blocking=True), -torch.inf)
                     largest[part, columns], index = products.max(dim=2)  # (s, p)
                     nearest[part, columns] = rows[:, 0].int() + index.int()
-        ctx.save_for_backward(queries, documents, nearest, lengths)
+        ctx.save_for_backward(queries, query_norms, documents, norms, nearest, lengths)
         # Lengths were checked on the host; to check them again would wait for the device.
         return torch.segment_reduce(largest, "sum", lengths=lengths, unsafe=True)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Float[Tensor, "Q P"]) -> tuple[Tensor | None, ...]:
-        queries, documents, nearest, lengths = ctx.saved_tensors
+        queries, query_norms, documents, norms, nearest, lengths = ctx.saved_tensors
         to_queries, to_documents = torch.zeros_like(queries), torch.zeros_like(documents)
         weights = gradient.repeat_interleave(lengths, dim=0, output_size=len(queries))  # (Q, P) → (S, P)
         width = max(1, TILE // queries.numel())
         # Columns of P documents at a time: (S, p) rows of the nearest, each times its weight.
         for rows, weight in zip(nearest.split(width, dim=1), weights.split(width, dim=1), strict=True):
             flat, weight = rows.flatten(), weight[:, :, None]
-            to_queries += (weight * documents[flat].unflatten(0, rows.shape)).sum(dim=1)
+            to_queries += (weight * (documents[flat] / norms[flat]).unflatten(0, rows.shape)).sum(dim=1)
             to_documents.index_add_(0, flat, (weight * queries[:, None]).flatten(0, 1))
+        # From the gradients of unit vectors to those of the vectors, in place.
+        _project(to_queries, queries, query_norms)
+        height = max(1, TILE // documents.shape[1])
+        blocks = (tensor.split(height) for tensor in (to_documents, documents, norms))
+        for gradients, vectors, lengths_of in zip(*blocks, strict=True):
+            _project(gradients, vectors / lengths_of, lengths_of)
         return to_queries, to_documents, None, None
+
+
+def _norms(vectors: Float[Tensor, "T D"]) -> Float[Tensor, "T 1"]:
+    return torch.linalg.vector_norm(vectors, dim=1, keepdim=True).clamp_min(1e-12)
+
+
+def _project(gradients: Float[Tensor, "n D"], unit: Float[Tensor, "n D"], norms: Float[Tensor, "n 1"]) -> None:
+    """Take out of gradients what points along their unit vectors, and divide by the vectors' lengths."""
+    gradients.sub_(unit * (gradients * unit).sum(dim=1, keepdim=True)).div_(norms)
 
 
 def _check_lengths(name: str, items: MultiVectors) -> None:

@@ -68,8 +68,8 @@ class MaxSimilarity(Similarity):
     """MaxSim, all of it computed at once: it costs more than the rows that are taken out of it."""
 
     def __init__(self, queries: MultiVectors, documents: MultiVectors, directions: Sequence[str]) -> None:
-        sides = {"query": queries.map(normalize), "document": documents.map(normalize)}
-        self._matrix = maxsim(sides["query"], sides["document"])
+        sides = {"query": queries, "document": documents}
+        self._matrix = maxsim(queries, documents)
         # A document's similarities with all queries are a column: the query's vectors look for theirs in both cases.
         self._rows = {"query_to_document": self._matrix, "document_to_query": self._matrix.T}
         for direction in set(directions) - set(self._rows):
