@@ -43,6 +43,7 @@ from vlmembed.pooling import (
     MeanOfLast,
     Pooling,
     PoolingWrapper,
+    TokenProjection,
 )
 from vlmembed.types import Batch, Inputs, Item, Pair, Part
 
@@ -249,7 +250,7 @@ POOLINGS = [
     *(
         one
         for one in vars(pooling).values()
-        if isinstance(one, type) and Pooling in one.__bases__ and not isabstract(one)
+        if isinstance(one, type) and Pooling in one.__bases__ and not isabstract(one) and one is not TokenProjection
     ),
     TwoLayers,
 ]

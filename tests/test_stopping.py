@@ -224,7 +224,7 @@ def test_the_recipes_keep_checkpoints_as_the_one_that_is_killed_below() -> None:
     for callbacks in kept:
         assert all(saver["class_path"].endswith(".ModelCheckpoint") for saver in callbacks)
         assert any(saver["init_args"]["save_last"] is True for saver in callbacks)
-    assert [callbacks for callbacks in kept if callbacks[0]["init_args"].keys() != {"save_last"}] == [kept[-1]] * 6
+    assert [callbacks for callbacks in kept if callbacks[0]["init_args"].keys() != {"save_last"}] == [kept[-1]] * 8
 
 
 #: Whose mechanisms the others have as well.

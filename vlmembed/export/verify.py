@@ -16,6 +16,7 @@ import sys
 import wave
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -80,9 +81,9 @@ class Check:
     names: tuple[str, ...]  # Of the inputs, after their kinds.
     inputs: Sequence[Any]  # Items, or pairs of items, as JSON; see `make_probes`.
     left_out: tuple[str, ...]  # Those that the model refuses: too long for it, or of a kind that it does not read.
-    #: (inputs, n, D): by role or prompt the embedding, or n vectors, zeros behind them, not normalised; or the logits
-    #: of pairs, (inputs, 1, 1). Of several vectors also the ``similarity`` of all inputs, (inputs, 1, inputs), and the
-    #: lengths of those that are ``merged``, (inputs, n, 1).
+    #: (inputs, D): embeddings by role or prompt, not normalised; or the logits of pairs. Of several vectors (inputs, n,
+    #: D), zeros behind them, also the ``similarity`` of all inputs, (inputs, 1, inputs), and the lengths of those that
+    #: are ``merged``, (inputs, n, 1).
     expected: Mapping[str, Tensor]
     dimensions: tuple[int, ...]  # Compare unit vectors of so many leading dimensions, full first; none for logits.
     sides: tuple[str, ...]  # On which the folder's tokenizer can pad.
@@ -101,6 +102,7 @@ class Check:
         for way, served in results.items():
             role, dimension, batching = way.rsplit("/", 2)
             reference = self.expected[role]
+            reference = reference.reshape(len(reference), -1, reference.shape[-1])
             served = served.reshape(len(reference), -1, served.shape[-1] if served.ndim > 1 else 1)
             unit = bool(self.dimensions) and role not in ("similarity", "merged")
             if unit:
@@ -243,8 +245,9 @@ def expect(
         reason = next(iter(refusals.values()))
         raise ExportError(f"The model reads none of the inputs that an export is verified with: {reason}")
     by_way = {way: [rows[place] for rows in results.values()] for place, way in enumerate(ways)}
-    similarity = {}
+    similarity, join = {}, torch.cat
     if isinstance(encoder, MultiVectorEncoder):
+        join = partial(pad_sequence, batch_first=True)
         unit = {}
         for way, vectors in by_way.items():
             lengths = torch.tensor([len(rows) for rows in vectors])
@@ -261,7 +264,7 @@ def expect(
         names=tuple(results),
         inputs=[inputs[name][0] for name in results],
         left_out=tuple(refusals),
-        expected={way: pad_sequence(vectors, batch_first=True) for way, vectors in by_way.items()} | similarity,
+        expected={way: join(vectors) for way, vectors in by_way.items()} | similarity,
         dimensions=tuple(dimensions),
         sides=tuple(sides),
         device=str(encoder.device),
