@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from building import module, trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 
 from vlmembed.data import GroupByQuery, Mixture, RetrievalDataModule, Rows, StreamingRows
@@ -108,23 +108,38 @@ def test_another_number_of_workers_is_refused(tmp_path: Path) -> None:
         loader(rows, workers=2).load_state_dict(loader(rows).state_dict())
 
 
-def check_resumed(checkpoint: Path, paths: list[str], folder: Path, workers: int = 0) -> None:
+class Queries(Callback):
+    """Keeps the queries that a process trains on."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *_: Any) -> None:
+        self.ids += batch.query_ids.tolist()
+
+
+def check_resumed(checkpoint: Path, paths: list[str], folder: Path, workers: int = 0, steps: int = 2) -> list[int]:
+    """Resume before the last step; return the queries that this process trained on without interruption."""
+
     def run(resume: Path | None = None) -> Any:
         torch.manual_seed(0)
         rows = StreamingRows(paths, columns={"q": "query"}, shuffle_buffer=16)
         data = RetrievalDataModule(rows, batch_size=2, num_workers=workers)
         model = module(checkpoint)
         saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
-        together: Any = {"enable_checkpointing": True, "callbacks": [saving], "max_epochs": -1}
+        queries = Queries()
+        together: Any = {"enable_checkpointing": True, "callbacks": [saving, queries], "max_epochs": -1}
         if dist.is_initialized():
             together |= {"devices": 2, "strategy": DDPStrategy(process_group_backend="gloo")}
-        trainer(max_steps=2, **together).fit(model, datamodule=data, ckpt_path=resume)
-        return model
+        trainer(max_steps=steps, **together).fit(model, datamodule=data, ckpt_path=resume)
+        return model, queries.ids
 
-    whole = run()
-    resumed = run(folder / "step=1.ckpt")
+    whole, queries = run()
+    resumed, rest = run(folder / f"step={steps - 1}.ckpt")
+    assert rest == queries[-2:]
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
+    return queries
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.exhaustive)])
@@ -136,7 +151,17 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_interrupted(
 
 @pytest.mark.parametrize("files", [2, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_two_processes_resume_with_the_same_bits(checkpoint: Path, tmp_path: Path, files: int) -> None:
-    ddp.run(check_resumed, checkpoint, write(tmp_path, "jsonl", 256, files), tmp_path)
+    paths = write(tmp_path, "jsonl", 256, files)
+    if files == 2:  # Of each block of 16 lines, the first file has one batch of 2, the other 8.
+        first = Path(paths[0]).read_text().splitlines()
+        Path(paths[0]).write_text("".join(line * (number % 16 < 2) + "\n" for number, line in enumerate(first)))
+    first, second = map(set, ddp.run(check_resumed, checkpoint, paths, tmp_path, 0, 3))
+    assert (len(first), len(second), first & second) == (6, 6, set())
+    if files == 2:
+        loops = torch.load(tmp_path / "step=2.ckpt", weights_only=False)["loops"]
+        (saved,) = loops["fit_loop"]["state_dict"]["combined_loader"]
+        positions = [position for (position,) in saved["positions"]]
+        assert [(position["row"], position["batches"]) for position in positions] == [(16, 1), (0, 2)]
 
 
 def test_where_and_each_work_row_by_row(tmp_path: Path) -> None:
@@ -185,6 +210,17 @@ def test_bad_lines_are_left_out_once_each(tmp_path: Path, line: bytes) -> None:
     assert len(rows) == 300
     assert bad.row == 256
     assert f"{path}, row 256" in bad.reason
+
+
+@pytest.mark.parametrize("blank", [1, 1500])
+def test_blank_lines_may_come_first(tmp_path: Path, blank: int) -> None:
+    (path,) = write(tmp_path, "jsonl", 20)
+    text = Path(path).read_text()
+    Path(path).write_text("\n" * blank + text.replace("\n", "\n \n"))
+    rows = StreamingRows(path, columns={"q": "query"})
+    RetrievalDataModule(rows).setup("fit")
+    assert rows.column_names == ["query", "positive"]
+    assert rows.origins([0, 9]) == [f"{path}, row {blank + number}" for number in (1, 19)]
 
 
 @pytest.mark.parametrize("wrap", [lambda rows: [rows, rows], GroupByQuery, lambda rows: Mixture([rows], losses=["a"])])

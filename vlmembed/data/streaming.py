@@ -33,16 +33,22 @@ START: Position = {"pass": 0, "state": None, "row": 0, "batches": 0}
 class Lines:
     """A block of lines of JSONL files, each of which is parsed when asked for; nothing stands for a blank one."""
 
-    def __init__(self, lines: Any, origin: str, first: int):
-        self._lines, self._origin, self._first = lines, origin, first
+    def __init__(self, lines: Any, origin: str, numbers: Sequence[int]):
+        self._lines, self._origin, self._numbers = lines, origin, numbers
 
     def __len__(self) -> int:
         return len(self._lines)
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         lines = zip(indices, self._lines.take(pyarrow.array(indices, pyarrow.int64())).to_pylist(), strict=True)
-        rows = [(f"{self._origin}, row {self._first + index + 1}", line) for index, line in lines]
+        rows = [(self.origins([index])[0], line) for index, line in lines]
         return [parse_line(line, origin) if line.strip() else None for origin, line in rows]
+
+    def without_blank(self) -> Lines:
+        """Return the lines that are rows, with the numbers that they have."""
+        rows = [index for index, line in enumerate(self._lines.to_pylist()) if line.strip()]
+        lines = self._lines.take(pyarrow.array(rows, pyarrow.int64()))
+        return Lines(lines, self._origin, [self._numbers[index] for index in rows])
 
     @cached_property
     def column_names(self) -> list[str]:
@@ -55,7 +61,7 @@ class Lines:
 
     def origins(self, indices: Sequence[int]) -> list[str]:
         """Say where rows stand, for messages."""
-        return [f"{self._origin}, row {self._first + index + 1}" for index in indices]
+        return [f"{self._origin}, row {self._numbers[index] + 1}" for index in indices]
 
 
 @dataclass(eq=False)
@@ -81,9 +87,13 @@ class StreamingRows(Rows):
             raise ValueError(f"{self.origin}: give 'columns', which renames, or 'cells', which makes cells; not both.")
         if self.shuffle_buffer < 0 or (self.rows is not None and self.rows < 1):
             raise ValueError(f"{self.origin}: shuffle_buffer is 0 or more, rows 1 or more.")
-        stream = self.open()
+        stream, read = self.open(), 0
         for block in stream.iter(FIRST):
-            return self.table(block, stream)
+            table = self.table(block, stream, first=read)
+            table = table.without_blank() if isinstance(table, Lines) else table
+            if len(table):
+                return table
+            read += len(block)
         raise ValueError(f"{self.origin}: the data set has no rows.")
 
     def open(self) -> datasets.IterableDataset:
@@ -93,7 +103,7 @@ class StreamingRows(Rows):
     def table(self, block: Any, stream: datasets.IterableDataset, origin: str = "", first: int = 0) -> Any:
         """Make of a block a table that is read by row numbers, and whose media are as they are stored."""
         if stream.features == LINES:
-            return Lines(block.column(0).combine_chunks(), origin or self.origin, first)
+            return Lines(block.column(0).combine_chunks(), origin or self.origin, range(first, first + len(block)))
         info = datasets.DatasetInfo(features=stream.features)
         return _undecoded(datasets.Dataset(InMemoryTable(block), info=info, fingerprint="stream"))
 
