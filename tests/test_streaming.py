@@ -16,7 +16,17 @@ from building import module, trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 
-from vlmembed.data import GroupByQuery, Mixture, RetrievalDataModule, Rows, StreamingRows
+from vlmembed.data import (
+    EvaluationRows,
+    EvaluationTables,
+    GroupByQuery,
+    ItemCollator,
+    Mixture,
+    PairCollator,
+    RetrievalDataModule,
+    Rows,
+    StreamingRows,
+)
 from vlmembed.data.streaming import StreamedBatches, StreamLoader
 from vlmembed.types import BadRow
 
@@ -228,6 +238,39 @@ def test_a_stream_is_trained_on_alone(tmp_path: Path, wrap: Any) -> None:
     rows = StreamingRows(write(tmp_path, "jsonl"), columns={"q": "query"})
     with pytest.raises(ValueError, match="a stream is trained on alone"):
         RetrievalDataModule(wrap(rows)).setup("fit")
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda rows: rows,
+        EvaluationRows,
+        lambda rows: [EvaluationRows(Mixture([GroupByQuery(rows)]))],
+        lambda rows: EvaluationTables(rows, rows),
+    ],
+)
+@pytest.mark.parametrize("collator", [lambda: ItemCollator(None), lambda: PairCollator(None, None)])
+def test_a_stream_is_not_measured_on(tmp_path: Path, wrap: Any, collator: Any) -> None:
+    path = write(tmp_path, "jsonl")
+    data = RetrievalDataModule(None, val=wrap(StreamingRows(path, columns={"q": "query"})))
+    data.collator = collator()
+    message = r"0\.jsonl.*: a stream is for training, and a measurement needs all rows\. Give the path itself"
+    with pytest.raises(ValueError, match=message):
+        data.setup("validate")
+
+
+def test_a_run_leaves_out_a_bad_row_of_a_stream(checkpoint: Path, tmp_path: Path) -> None:
+    (path,) = write(tmp_path, "jsonl", 20)
+    lines = Path(path).read_text().splitlines()
+    lines[2] = '{"q": "question 2", "positive": " "}'
+    Path(path).write_text("\n".join(lines))
+    rows, queries = StreamingRows(path, columns={"q": "query"}, shuffle_buffer=0), Queries()
+    data = RetrievalDataModule(rows, batch_size=4, num_workers=0, on_bad_row="skip")
+    with pytest.warns(UserWarning, match="Left out of training: .*0.jsonl, row 3, column 'positive': the"):
+        trainer(max_steps=2, callbacks=[queries], default_root_dir=tmp_path).fit(module(checkpoint), datamodule=data)
+    assert len(set(queries.ids)) == 7
+    (bad,) = map(json.loads, (tmp_path / "bad_rows.jsonl").read_text().splitlines())
+    assert bad["row"] == 3
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from vlmembed.data.judgements import (
 from vlmembed.data.pages import Pages
 from vlmembed.data.rows import Rows, Table
 from vlmembed.data.sources import Source
+from vlmembed.data.streaming import refuse_streams
 from vlmembed.data.tables import configurations
 from vlmembed.types import EvaluationSet, Item, RerankingSet
 
@@ -208,6 +209,7 @@ class EvaluationRows(EvaluationSource):
 
     def load(self) -> EvaluationSet:
         """See `EvaluationSource.load`; raises also for a label that is no whole number."""
+        refuse_streams(self.rows, "a measurement")
         queries: dict[str, tuple[int, int]] = {}
         corpus: dict[str, tuple[int, int]] = {}
         qrels: Qrels = {}

@@ -16,6 +16,7 @@ from PIL.Image import Image
 from vlmembed.data.cells import KINDS, Folder, content_keys, instructed, to_items
 from vlmembed.data.pages import Pages
 from vlmembed.data.rows import Table
+from vlmembed.data.streaming import refuse_streams
 from vlmembed.data.tables import text_lines
 from vlmembed.types import EvaluationSet, Item, Part, Role
 
@@ -85,6 +86,7 @@ Documents: TypeAlias = Table | Pages | JSONRows
 
 def as_rows(value: str | Table | Pages) -> Documents:
     """Open a table; of JSON that is read as it is, one whose rows need not have the same keys."""
+    refuse_streams(value, "a measurement")
     table = Table(value) if isinstance(value, str) else value
     if isinstance(table, Pages) or table.cells is not None or table.columns or table.where or table.each:
         return table

@@ -182,7 +182,7 @@ class Lookup:
     media: str | None = None
 
 
-class _Found:
+class LookedUp:
     """What the ids of a table stand for."""
 
     def __init__(self, lookup: Lookup, rows: RawTable, origin: str, folder: Folder | None) -> None:
@@ -208,6 +208,7 @@ class _Found:
         return {name: value for name, value in self.__dict__.items() if name != "cell"}
 
     def __call__(self, key: Any) -> Any:
+        """Return the content of the row with an id; a ``ValueError`` if there is none."""
         if key is None or key == "":
             return None
         if str(key) not in self.numbers:
@@ -298,9 +299,9 @@ class Table:
         rows = self._rows(table, [row for row, _ in places])
         origins = self.origins(indices)
         if self.cells is None and names is None:
-            _check_same(rows, origins, set().union(*columns.values()), {*(self.columns or ())})
-        elements = [_with_element(row, self.each, element) for row, (_, element) in zip(rows, places, strict=True)]
-        return _map(cells, elements, origins)
+            check_same(rows, origins, set().union(*columns.values()), {*(self.columns or ())})
+        elements = [with_element(row, self.each, element) for row, (_, element) in zip(rows, places, strict=True)]
+        return map_cells(cells, elements, origins)
 
     def origins(self, indices: Sequence[int]) -> list[str]:
         """Say where some rows come from, for messages."""
@@ -346,7 +347,7 @@ class Table:
         return open_table(self.path, self.split, self.subset, folder, self.revision)
 
     @cached_property
-    def _found(self) -> dict[str, _Found]:
+    def _found(self) -> dict[str, LookedUp]:
         return {name: self._find(name, lookup) for name, lookup in (self.tables or {}).items()}
 
     @cached_property
@@ -375,16 +376,16 @@ class Table:
             raise ValueError(f"{self.origin}: two columns would be called {twice[0]!r}; columns is {columns}.")
         return dict(renamed)
 
-    def _find(self, name: str, lookup: Lookup) -> _Found:
+    def _find(self, name: str, lookup: Lookup) -> LookedUp:
         """Open a table of ``tables``."""
         if lookup.path is None and (lookup.split, lookup.subset) == (None, None):
-            return _Found(lookup, self.raw, f"{self.origin}: tables: {name}", None)
+            return LookedUp(lookup, self.raw, f"{self.origin}: tables: {name}", None)
         path, is_same = lookup.path or self.path, lookup.path is None
         subset = lookup.subset or (self.subset if is_same else None)
         revision = lookup.revision or (self.revision if is_same else None)
         other = open_table(path, lookup.split or self.split, subset, Folder.of(path, self.allow_outside), revision)
         folder = None if is_same and lookup.media is None else _folder(path, lookup.media)
-        return _Found(lookup, other, f"{path}: tables: {name}", folder)
+        return LookedUp(lookup, other, f"{path}: tables: {name}", folder)
 
     @cached_property
     def _places(self) -> np.ndarray | None:
@@ -403,7 +404,7 @@ class Table:
                 continue
             values = row.get(self.each) if self.each is not None else True
             elements = range(len(values)) if isinstance(values, list) else () if values is None else (-1,)
-            places += [(number, one) for one in elements if keeps(_with_element(row, self.each, one))]
+            places += [(number, one) for one in elements if keeps(with_element(row, self.each, one))]
         if not places:
             raise ValueError(
                 f"{self.origin}: none of the {len(rows):,} rows is left by where: {self.where}"
@@ -436,7 +437,8 @@ class Rows(Table, Source):
         check_columns(names, self.origin)
 
 
-def _map(cells: Mapping[str, Read], rows: Sequence[Row], origins: Sequence[str]) -> list[dict[str, Any]]:
+def map_cells(cells: Mapping[str, Read], rows: Sequence[Row], origins: Sequence[str]) -> list[dict[str, Any]]:
+    """Make the cells of rows; a ``ValueError`` names row and column."""
     mapped = []
     for row, origin in zip(rows, origins, strict=True):
         made = {}
@@ -449,7 +451,7 @@ def _map(cells: Mapping[str, Read], rows: Sequence[Row], origins: Sequence[str])
     return mapped
 
 
-def _check_same(rows: Sequence[Row], origins: Sequence[str], columns: set[str], dropped: set[str]) -> None:
+def check_same(rows: Sequence[Row], origins: Sequence[str], columns: set[str], dropped: set[str]) -> None:
     """Refuse rows of other columns than the first row's: a misspelt name must not lose negatives."""
     for row, origin in zip(rows, origins, strict=True):
         missing, extra = [*(columns - row.keys())], [*(row.keys() - columns - dropped)]
@@ -458,7 +460,8 @@ def _check_same(rows: Sequence[Row], origins: Sequence[str], columns: set[str], 
             raise ValueError(f"{origin} {reason} row 1; every row needs the same columns.")
 
 
-def _with_element(row: Row, column: str | None, element: int) -> Row:
+def with_element(row: Row, column: str | None, element: int) -> Row:
+    """Return a row with one element of a list in place of the list."""
     return row if column is None or element < 0 else {**row, column: row[column][element]}
 
 

@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vlmembed.data.columns import Language
 from vlmembed.data.records import parse_line
-from vlmembed.data.rows import FIRST, Lookup, Rows, _check_same, _Found, _map, _with_element, to_examples
+from vlmembed.data.rows import FIRST, LookedUp, Lookup, Rows, check_same, map_cells, to_examples, with_element
 from vlmembed.data.sources import GroupByQuery, Mixture, seeded_generator
-from vlmembed.data.tables import LINES, RawTable, _undecoded, open_stream
+from vlmembed.data.tables import LINES, RawTable, open_stream, undecoded
 from vlmembed.distributed import gather_objects
 from vlmembed.types import BadRow, Example
 
@@ -105,7 +105,7 @@ class StreamingRows(Rows):
         if stream.features == LINES:
             return Lines(block.column(0).combine_chunks(), origin or self.origin, range(first, first + len(block)))
         info = datasets.DatasetInfo(features=stream.features)
-        return _undecoded(datasets.Dataset(InMemoryTable(block), info=info, fingerprint="stream"))
+        return undecoded(datasets.Dataset(InMemoryTable(block), info=info, fingerprint="stream"))
 
     def examples(self, table: Any, indices: Sequence[int], origin: str, first: int) -> list[tuple[int, Example]]:
         """Return the examples of some rows of a block, with their rows' numbers in the stream.
@@ -119,16 +119,16 @@ class StreamingRows(Rows):
                 continue
             place = f"{origin}, row {first + index + 1}"
             if self.cells is None:
-                _check_same([row], [place], set().union(*columns.values()), {*(self.columns or ())})
+                check_same([row], [place], set().union(*columns.values()), {*(self.columns or ())})
             values = row.get(self.each) if self.each is not None else True
             elements = range(len(values)) if isinstance(values, list) else () if values is None else (-1,)
             for element in elements:
-                changed = _with_element(row, self.each, element)
+                changed = with_element(row, self.each, element)
                 if self._keeps(changed):
                     rows.append(changed)
                     numbers.append(first + index)
                     origins.append(place + (f", {self.each}[{element}]" if element >= 0 else ""))
-        return [*zip(numbers, to_examples(_map(cells, rows, origins), self.folder, origins), strict=True)]
+        return [*zip(numbers, to_examples(map_cells(cells, rows, origins), self.folder, origins), strict=True)]
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in super().__getstate__().items() if name != "_keeps"}
@@ -137,7 +137,7 @@ class StreamingRows(Rows):
     def _keeps(self) -> Any:
         return Language(self.raw_columns, self.origin).where(self.where or {})
 
-    def _find(self, name: str, lookup: Lookup) -> _Found:
+    def _find(self, name: str, lookup: Lookup) -> LookedUp:
         if lookup.path is None:
             raise ValueError(
                 f"{self.origin}: tables: {name}: a stream is not looked up in; give the table a path of its own, or "
@@ -321,19 +321,31 @@ class Collated:
         return number, position, self.collate(rows)
 
 
+def streams_in(source: Any) -> list[StreamingRows]:
+    """Return the streams among what a source is made of."""
+    if isinstance(source, Mixture):
+        return [stream for single in source.sources for stream in streams_in(single)]
+    rows = source.rows if isinstance(source, GroupByQuery) else source
+    return [rows] if isinstance(rows, StreamingRows) else []
+
+
+def refuse_streams(source: Any, use: str) -> None:
+    """Refuse a stream where all rows must be known: of one, those that stand for its columns would be taken for all."""
+    for stream in streams_in(source):
+        raise ValueError(
+            f"{stream.origin}: a stream is for training, and {use} needs all rows. "
+            "Give the path itself, or vlmembed.data.Rows, of data that fits on the disk, such as a slice of its split."
+        )
+
+
 def stream_of(mixture: Mixture) -> StreamingRows | None:
     """Return the stream that is trained on; a ``ValueError`` if something else is beside or around it."""
-    sources = mixture.sources
-    streams = [
-        one
-        for one in sources
-        if isinstance(getattr(one, "rows", one) if isinstance(one, GroupByQuery) else one, StreamingRows)
-    ]
+    streams = streams_in(mixture)
     if not streams:
         return None
-    if len(sources) > 1 or mixture.losses or isinstance(sources[0], GroupByQuery):
+    if [*mixture.sources] != streams[:1] or mixture.losses:
         raise ValueError(
             f"{streams[0].name}: a stream is trained on alone: not in a GroupByQuery, and not mixed with other sources "
             "or given a loss, for which all rows must be known. Read it with vlmembed.data.Rows."
         )
-    return streams[0]  # type: ignore[return-value]
+    return streams[0]

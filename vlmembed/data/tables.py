@@ -286,7 +286,7 @@ def _open_parquet(files: Sequence[str]) -> list[Part]:
         table = datasets.load_dataset("parquet", data_files=[*map(glob.escape, files)], split="train")
         ends = [*accumulate(counts[file] for file in files)]
         pieces = [table.select(range(end - counts[file], end)) for file, end in zip(files, ends, strict=True)]
-        tables = map(_undecoded, pieces if len(files) > 1 else [table])
+        tables = map(undecoded, pieces if len(files) > 1 else [table])
     return [(file, piece, range(len(piece))) for file, piece in zip(files, tables, strict=True)]
 
 
@@ -310,7 +310,7 @@ def _open_saved(path: str, split: str, folder: Folder) -> list[Part]:
     for table in tables.values():
         for file in table.cache_files:
             folder.locate(os.path.abspath(file["filename"]), "data", path)
-    splits = {name: [(path, _undecoded(table), range(len(table)))] for name, table in tables.items()}
+    splits = {name: [(path, undecoded(table), range(len(table)))] for name, table in tables.items()}
     return _select(splits, split, path)
 
 
@@ -326,7 +326,7 @@ def _load(path: str, split: str, subset: str | None, folder: Folder, revision: s
     if isinstance(builder, AudioFolder):
         builder.BASE_FEATURE = _EncodedAudio
     builder.download_and_prepare()
-    table = _undecoded(builder.as_dataset(split=split), class_names=isinstance(builder, FolderBasedBuilder))
+    table = undecoded(builder.as_dataset(split=split), class_names=isinstance(builder, FolderBasedBuilder))
     return [(path, table, range(len(table)))]
 
 
@@ -466,7 +466,7 @@ def _refuse_long_lines(path: Path) -> None:
         deque(read_lines(path), maxlen=0)
 
 
-def _undecoded(table: datasets.Dataset, class_names: bool = False) -> datasets.Dataset:
+def undecoded(table: datasets.Dataset, class_names: bool = False) -> datasets.Dataset:
     """Have media come as they are stored: opened by `datasets`, they could be of any size, or a URL.
 
     Plain bytes come in the form of an image's, and the labels that `datasets` made of folders as their names.

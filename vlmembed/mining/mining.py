@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vlmembed.data import EvaluationSource, Rows, Source
 from vlmembed.data.evaluation import as_evaluation
+from vlmembed.data.streaming import refuse_streams
 from vlmembed.mining.embedding import DistinctItems, Embedder, Embeddings, Entry, identify
 from vlmembed.mining.scoring import unscored, write_rows
 from vlmembed.types import Example, Item
@@ -68,6 +69,7 @@ def mine(
     """
     choice = Choice(negatives, depth, skip, margin, relative_margin, max_score)
     source = Rows(rows) if isinstance(rows, str) else rows
+    refuse_streams(source, "mining")
     pool = gather(source, corpus)
     embedder = Embedder(model, batch_size, cache, trust_remote_code)
     queries, documents = embedder.embed(pool.queries, "query"), embedder.embed(pool.documents, "document")

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from vlmembed.data import Rows, Source
 from vlmembed.data.rows import INSTRUCTIONS
+from vlmembed.data.streaming import refuse_streams
 from vlmembed.files import clear_drafts, whole_file, write_whole
 from vlmembed.media import is_audio, is_video, load_image
 from vlmembed.mining.embedding import BATCHES, by_instruction, model_input
@@ -39,6 +40,7 @@ def score(model: str, rows: str | Source, output: str, batch_size: int = 32, tru
         trust_remote_code: Whether to run code that the model brings.
     """
     source = Rows(rows) if isinstance(rows, str) else rows
+    refuse_streams(source, "scoring")
     reranker = sentence_transformers.CrossEncoder(model, trust_remote_code=trust_remote_code)
     if reranker.num_labels != 1:
         raise ValueError(f"{model} gives {reranker.num_labels} scores for a pair; a teacher gives one.")
