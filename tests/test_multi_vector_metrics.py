@@ -334,6 +334,7 @@ def results(evaluation: EvaluationSet, batches: list[list[int]]) -> dict[str, An
     return {**measured.compute(), **of_each, "top": measured.top_k(7), "vectors": gathered.vectors}
 
 
+@pytest.mark.exhaustive
 def test_two_processes_equal_one() -> None:
     """Uneven shares, with five items on both and two of them twice on one; and then one process has nothing."""
     order = torch.randperm(90, generator=torch.Generator().manual_seed(4)).tolist()

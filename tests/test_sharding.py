@@ -176,6 +176,7 @@ def train_several_vectors(checkpoint: Path) -> Recorder:
     return scenario.train(build, rank, None if rank is None else 2, **sharded)  # type: ignore[arg-type]
 
 
+@pytest.mark.exhaustive
 def test_several_vectors_an_item(checkpoint: Path) -> None:
     check_trained_as_one(*ddp.run(train_several_vectors, checkpoint), train_several_vectors(checkpoint))
 

@@ -400,6 +400,7 @@ def losses() -> list[float]:
 FEATURES = [None, "vlmembed.features.InMemory", "vlmembed.features.OnDisk"]
 
 
+@pytest.mark.exhaustive
 def test_a_frozen_tower_s_features_may_be_kept(run: dict[str, Any]) -> None:
     """With LoRA in a language model that sees both ways, and a rate of its own for what is new."""
     lora = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
