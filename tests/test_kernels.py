@@ -61,6 +61,7 @@ def step(
         pytest.param({}, id="full", marks=pytest.mark.exhaustive),
     ],
 )
+@pytest.mark.exhaustive
 def test_compiled_layers_embed_and_learn_as_before(checkpoint: Path, options: dict[str, Any]) -> None:
     """With graphs and with replays, whose dropout falls as in the first pass; and compiled once for all shapes."""
     torch.compiler.reset()

@@ -345,6 +345,7 @@ def test_two_processes_equal_one() -> None:
             torch.testing.assert_close(value, expected)
 
 
+@pytest.mark.exhaustive
 def test_what_a_module_logs_and_predicts(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rankings are those of the vectors in the file beside them, and the logged metrics are pytrec_eval's of these."""
     monkeypatch.chdir(tmp_path)

@@ -228,7 +228,14 @@ def test_the_recipes_keep_checkpoints_as_the_one_that_is_killed_below() -> None:
 
 
 #: Whose mechanisms the others have as well.
-COVERED = ("another folder", "a link", "by time, within windows", "a recipe", "a link, within windows")
+COVERED = (
+    "another folder",
+    "a link",
+    "several, one of weights alone",
+    "by time, within windows",
+    "a recipe",
+    "a link, within windows",
+)
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,7 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_interrupted(
 
 
 @pytest.mark.parametrize("files", [2, pytest.param(1, marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
 def test_two_processes_resume_with_the_same_bits(checkpoint: Path, tmp_path: Path, files: int) -> None:
     paths = write(tmp_path, "jsonl", 256, files)
     if files == 2:  # Of each block of 16 lines, the first file has one batch of 2, the other 8.

@@ -131,6 +131,7 @@ PROJECTIONS = {
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", PROJECTIONS)
+@pytest.mark.exhaustive
 def test_vectors_are_those_of_an_item_alone(open_family: Any, family: str, name: str) -> None:
     """Of its states, as the backbone makes them of it alone, one matrix product after the other."""
     module = late(open_family(family), PROJECTIONS[name], document_tokens=TokenSelection("texts"), expansion_tokens=3)
@@ -385,6 +386,7 @@ def test_sizes_above_the_projection_s(run: dict[str, Any], options: list[str], m
         call(run, *options)
 
 
+@pytest.mark.exhaustive
 def test_commands_and_options(run: dict[str, Any]) -> None:
     options = ["--model.query_tokens.part=images", "--model.expansion_tokens=2", "--model.document_tokens.skip=['Ċ']"]
     for command in ("validate", "test", "predict"):
