@@ -63,7 +63,8 @@ class _MaxSim(torch.autograd.Function):
         with torch.autocast(device.type, enabled=False):
             for columns, rows, is_padding in _tiles(document_lengths, TILE // height):
                 columns, rows = columns.to(device, non_blocking=True), rows.to(device, non_blocking=True)
-                tile = documents[rows.flatten()] / norms[rows.flatten()]  # (p × n, D)
+                flat = rows.flatten()
+                tile = documents[flat] / norms[flat]  # (p × n, D)
                 for start in range(0, len(queries), height):
                     part = slice(start, start + height)
                     products = (queries[part] @ tile.T).unflatten(1, rows.shape)  # (s, p, n)
@@ -91,8 +92,8 @@ class _MaxSim(torch.autograd.Function):
         _project(to_queries, queries, query_norms)
         height = max(1, TILE // documents.shape[1])
         blocks = (tensor.split(height) for tensor in (to_documents, documents, norms))
-        for gradients, vectors, lengths_of in zip(*blocks, strict=True):
-            _project(gradients, vectors / lengths_of, lengths_of)
+        for gradients, vectors, norm in zip(*blocks, strict=True):
+            _project(gradients, vectors / norm, norm)
         return to_queries, to_documents, None, None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,39 @@ from vlmembed.late_interaction import MultiVectors, Vectors, at_least_float32, m
 from vlmembed.losses.base import Loss
 
 
-class Matryoshka(Loss):
+class LossAtSizes(Loss):
+    """Sum of a loss over embeddings of several sizes, each with a weight."""
+
+    #: What a size is called.
+    size = "size"
+
+    def __init__(self, loss: Loss, sizes: Sequence[int], names: str, weights: Sequence[float] | None) -> None:
+        super().__init__()
+        if not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes):
+            raise ValueError(f"{names} must be distinct numbers of at least 1, got {sizes!r}")
+        weights = [1.0] * len(sizes) if weights is None else weights
+        if len(weights) != len(sizes):
+            raise ValueError(f"weights must be one per {self.size} ({len(sizes)}), got {weights!r}")
+        self.loss = loss
+        self.weights = dict(zip(sizes, weights, strict=True))
+        self.dimensions, self.merging_factors = loss.dimensions, loss.merging_factors
+        self.wants_scores, self.wants_grades = loss.wants_scores, loss.wants_grades
+        self.wants_negatives = loss.wants_negatives
+
+    @abstractmethod
+    def resize(self, queries: Vectors, documents: Vectors, size: int) -> tuple[Vectors, Vectors]:
+        """Return queries and documents of a size."""
+
+    def forward(self, queries: Vectors, documents: Vectors, relevance: Tensor, scores: Tensor | None = None) -> Tensor:
+        teacher = () if scores is None else (scores,)
+        losses = [
+            weight * self.loss(*self.resize(queries, documents, size), relevance, *teacher)
+            for size, weight in self.weights.items()
+        ]
+        return torch.stack(losses).sum()
+
+
+class Matryoshka(LossAtSizes):
     """Sum of a loss over embeddings cut to several dimensions, so that users may cut them too. See arXiv:2205.13147.
 
     Args:
@@ -22,34 +55,25 @@ class Matryoshka(Loss):
         weights: What each dimension's loss counts, in the order of ``dimensions``; 1 each by default.
     """
 
+    size = "dimension"
+
     def __init__(self, loss: Loss, dimensions: Sequence[int], weights: Sequence[float] | None = None) -> None:
-        super().__init__()
-        if not dimensions or min(dimensions) < 1 or len(set(dimensions)) < len(dimensions):
-            raise ValueError(f"dimensions must be distinct numbers of at least 1, got {dimensions!r}")
-        weights = [1.0] * len(dimensions) if weights is None else weights
-        if len(weights) != len(dimensions):
-            raise ValueError(f"weights must be one per dimension ({len(dimensions)}), got {weights!r}")
-        self.loss = loss
-        self.weights = dict(sorted(zip(dimensions, weights, strict=True), reverse=True))  # Largest dimension first.
-        self.dimensions, self.wants_scores = tuple(self.weights), loss.wants_scores
-        self.merging_factors = loss.merging_factors
-        self.wants_grades, self.wants_negatives = loss.wants_grades, loss.wants_negatives
+        super().__init__(loss, dimensions, "dimensions", weights)
+        self.weights = dict(sorted(self.weights.items(), reverse=True))  # Largest dimension first.
+        self.dimensions = tuple(self.weights)
+
+    def resize(self, queries: Vectors, documents: Vectors, size: int) -> tuple[Vectors, Vectors]:
+        return truncate(queries, size), truncate(documents, size)
 
     def forward(self, queries: Vectors, documents: Vectors, relevance: Tensor, scores: Tensor | None = None) -> Tensor:
         largest, available = self.dimensions[0], queries.shape[1]
         if largest > available:
             raise ValueError(f"Matryoshka dimension {largest} is above the embedding's, which is {available}")
         # Converted once, so that half-precision embeddings get a gradient that was added up over dimensions in float32.
-        queries, documents = at_least_float32(queries), at_least_float32(documents)
-        teacher = () if scores is None else (scores,)
-        losses = [  # Of queries and documents cut to each dimension.
-            weight * self.loss(truncate(queries, dimension), truncate(documents, dimension), relevance, *teacher)
-            for dimension, weight in self.weights.items()
-        ]
-        return torch.stack(losses).sum()
+        return super().forward(at_least_float32(queries), at_least_float32(documents), relevance, scores)
 
 
-class MergedTokens(Loss):
+class MergedTokens(LossAtSizes):
     """Sum of a loss over documents whose vectors are merged to ever fewer; for models with several vectors an item.
 
     So users may store fewer: a factor of 4 is a quarter of the bytes. Vectors are merged by similarity, never left
@@ -61,28 +85,17 @@ class MergedTokens(Loss):
         weights: What each factor's loss counts, in the order of ``factors``; 1 each by default.
     """
 
-    def __init__(self, loss: Loss, factors: Sequence[int], weights: Sequence[float] | None = None) -> None:
-        super().__init__()
-        if not factors or min(factors) < 1 or len(set(factors)) < len(factors):
-            raise ValueError(f"factors must be distinct numbers of at least 1, got {factors!r}")
-        weights = [1.0] * len(factors) if weights is None else weights
-        if len(weights) != len(factors):
-            raise ValueError(f"weights must be one per factor ({len(factors)}), got {weights!r}")
-        self.loss = loss
-        self.weights = dict(sorted(zip(factors, weights, strict=True)))
-        self.merging_factors, self.dimensions = tuple(self.weights), loss.dimensions
-        self.wants_scores, self.wants_grades = loss.wants_scores, loss.wants_grades
-        self.wants_negatives = loss.wants_negatives
+    size = "factor"
 
-    def forward(self, queries: Vectors, documents: Vectors, relevance: Tensor, scores: Tensor | None = None) -> Tensor:
+    def __init__(self, loss: Loss, factors: Sequence[int], weights: Sequence[float] | None = None) -> None:
+        super().__init__(loss, factors, "factors", weights)
+        self.weights = dict(sorted(self.weights.items()))
+        self.merging_factors = tuple(self.weights)
+
+    def resize(self, queries: Vectors, documents: Vectors, size: int) -> tuple[Vectors, Vectors]:
         if not isinstance(documents, MultiVectors):
             raise ValueError("MergedTokens is for vlmembed.modules.MultiVectorModule: a single vector has no others.")
-        teacher = () if scores is None else (scores,)
-        losses = [
-            weight * self.loss(queries, merge(documents, factor), relevance, *teacher)
-            for factor, weight in self.weights.items()
-        ]
-        return torch.stack(losses).sum()
+        return queries, merge(documents, size)
 
 
 class WeightedSum(Loss):

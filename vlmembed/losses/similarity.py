@@ -15,9 +15,7 @@ from torch.nn.functional import normalize
 from vlmembed.late_interaction import MultiVectors, Vectors, at_least_float32, maxsim
 
 
-def compare(
-    queries: Vectors, documents: Vectors, directions: Sequence[str] = ("query_to_document",)
-) -> CosineSimilarity | MaxSimilarity:
+def compare(queries: Vectors, documents: Vectors, directions: Sequence[str] = ("query_to_document",)) -> Similarity:
     """Return the similarities of a batch; of ``directions``, which are asked for, the names are `InfoNCE`'s."""
     queries, documents = at_least_float32(queries), at_least_float32(documents)
     if isinstance(queries, MultiVectors) and isinstance(documents, MultiVectors):
@@ -69,19 +67,19 @@ class MaxSimilarity(Similarity):
 
     def __init__(self, queries: MultiVectors, documents: MultiVectors, directions: Sequence[str]) -> None:
         sides = {"query": queries, "document": documents}
-        self._matrix = maxsim(queries, documents)
+        matrix = maxsim(queries, documents)
         # A document's similarities with all queries are a column: the query's vectors look for theirs in both cases.
-        self._rows = {"query_to_document": self._matrix, "document_to_query": self._matrix.T}
+        self._rows = {"query_to_document": matrix, "document_to_query": matrix.T}
         for direction in set(directions) - set(self._rows):
             source, target = direction.split("_to_")
             self._rows[direction] = maxsim(sides[source], sides[target])
 
     @property
     def matrix(self) -> Float[Tensor, "Q P"]:
-        return self._matrix
+        return self._rows["query_to_document"]
 
     def pairs(self, query: Int[Tensor, " R"], document: Int[Tensor, " R"]) -> Float[Tensor, " R"]:
-        return self._matrix[query, document]
+        return self.matrix[query, document]
 
     def rows(self, direction: str, query: Int[Tensor, " R"], document: Int[Tensor, " R"]) -> Float[Tensor, "R C"]:
         return self._rows[direction].index_select(0, query if direction.startswith("query") else document)

@@ -145,6 +145,12 @@ class RetrievalModule(LightningModule, ABC):
         return self.loss if name is None else self.losses[name]
 
     @property
+    def label_specs(self) -> dict[str, Any]:
+        """What each of the further losses needs to know of a row, by name."""
+        losses: Any = self.losses.items()
+        return {name: loss.label_spec for name, loss in losses}
+
+    @property
     def dimensions(self) -> tuple[int, ...]:
         """Truncated dimensions that a loss trains, largest first; none of a cross-encoder."""
         losses = (self.loss, *self.losses.values())

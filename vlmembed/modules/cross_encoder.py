@@ -58,8 +58,8 @@ class CrossEncoderModule(RetrievalModule):
     def collator(self) -> PairCollator:
         """Score pairs, with the labels that the loss wants."""
         by_document = self.encoder.template.ends_with_query
-        named: Any = {name: loss.label_spec for name, loss in self.losses.items()}
-        return PairCollator(self.preprocessor, self.loss.label_spec, self.in_batch_negatives, by_document, named)
+        labels = self.loss.label_spec, self.in_batch_negatives, by_document, self.label_specs
+        return PairCollator(self.preprocessor, *labels)
 
     def collapse_monitor(self) -> CollapseMonitor:
         """Watch the spread of a batch's scores."""

@@ -86,8 +86,7 @@ class MultiVectorModule(RetrievalModule):
 
     def collator(self) -> ItemCollator:
         """Encode items, each on its own."""
-        named: Any = {name: loss.label_spec for name, loss in self.losses.items()}
-        return ItemCollator(self.preprocessor, self.loss.label_spec, named)
+        return ItemCollator(self.preprocessor, self.loss.label_spec, self.label_specs)
 
     def collapse_monitor(self) -> CollapseMonitor:
         """Watch the cosines of a batch's vectors."""

@@ -16,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from vlmembed import distributed
 from vlmembed.encoder import MultiVectorEncoder
-from vlmembed.late_interaction import MultiVectors, Vectors, merge, truncate
+from vlmembed.late_interaction import MultiVectors, Vectors
 from vlmembed.losses import InfoNCE, Loss, Matryoshka, MergedTokens, WeightedSum
+from vlmembed.losses.matryoshka import LossAtSizes
 from vlmembed.types import Batch
 
 #: What right steps differ by is rounding: in tests 1e-6 of a group's gradient, and 7e-3 where numbers have 16 bits, as
@@ -160,11 +161,8 @@ def _together(items: list[Tensor], like: Vectors) -> Vectors:
 def defined_loss(loss: Loss, queries: Vectors, documents: Vectors, relevance: Tensor, *scores: Tensor) -> Tensor:
     """Compute a loss as its documentation defines it, if it is InfoNCE, also inside of losses made of others."""
     terms: list[tuple[Loss, Vectors, Vectors, float]]
-    if type(loss) is Matryoshka:
-        sizes = loss.weights.items()
-        terms = [(loss.loss, truncate(queries, size), truncate(documents, size), weight) for size, weight in sizes]
-    elif type(loss) is MergedTokens and isinstance(documents, MultiVectors):
-        terms = [(loss.loss, queries, merge(documents, factor), weight) for factor, weight in loss.weights.items()]
+    if isinstance(loss, LossAtSizes) and type(loss) in (Matryoshka, MergedTokens):
+        terms = [(loss.loss, *loss.resize(queries, documents, size), weight) for size, weight in loss.weights.items()]
     elif type(loss) is WeightedSum:
         terms = [(term, queries, documents, weight) for term, weight in loss.terms]
     elif type(loss) is InfoNCE:
