@@ -74,7 +74,7 @@ def write_card(folder: Path, facts: CardFacts) -> Path:
         variant = match["variant"] or "full"
         label = f"{metric} before reranking" if match["before"] else metric
         rows.setdefault((evaluation_set, label), {})[variant] = value
-        # What was there before the reranker, and the size of what is kept, are no results.
+        # The order before the reranker, and the number of vectors, are no results.
         if not match["before"] and metric != "vectors_per_document":
             label = metric if variant == "full" else f"{metric} {_said(variant)}"
             results.append(
@@ -128,8 +128,12 @@ def _said(variant: str) -> str:
 
 
 def _column(variant: str) -> tuple[int, int]:
-    number = int(variant.lstrip("x")) if variant.lstrip("x").isdigit() else 0
-    return ["full", "", "x", "two_stage"].index(variant.rstrip("0123456789")), number if "x" in variant else -number
+    """Order columns: what is served, ever fewer dimensions, ever fewer vectors, two stages."""
+    if variant.isdigit():
+        return 1, -int(variant)
+    if variant.startswith("x"):
+        return 2, int(variant[1:])
+    return (0 if variant == "full" else 3), 0
 
 
 def escape(value: object) -> Markup:

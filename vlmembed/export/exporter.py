@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from vlmembed.encoder import Encoder, MultiVectorEncoder, Scorer
 from vlmembed.export.card import CardFacts, read, write_card
-from vlmembed.export.modules import check_head, check_servable, has_stock_selection, standalone_code, yes_no_head
+from vlmembed.export.modules import check_head, check_servable, yes_no_head
 from vlmembed.export.sentence_transformers import Scoring, write_folder, write_multi_vector, write_reranker
 from vlmembed.export.verify import ExportError, Verification, brings_code, expect, role_of, verify
 from vlmembed.heads import ScoreHead
@@ -114,8 +114,6 @@ class SentenceTransformers(Exporter):
     def export(self, encoder: Encoder, folder: Path, info: ModelInfo) -> Verification:
         """Write and verify the folder; see `Exporter.export`."""
         self.check(encoder.pooling)
-        if isinstance(encoder, MultiVectorEncoder) and not has_stock_selection(encoder):
-            standalone_code(encoder.pooling)
         refuse_used(folder)
         final = folder.resolve()
         draft = final.with_name(final.name + ".unverified")
@@ -128,7 +126,7 @@ class SentenceTransformers(Exporter):
             verification = self._write(encoder, draft, info)
             write_card(draft, self._facts(encoder, info, str(verification), info.address or str(folder)))
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(draft, ignore_errors=True)  # What is half written would only take up room.
+            shutil.rmtree(draft, ignore_errors=True)  # What is half written is of no use.
             raise ExportError(
                 f"The export to {folder} stopped: {error}. The run's checkpoints are whole. Make room, or give "
                 "permission, and export one: python -m vlmembed export --config … --ckpt_path … --output_dir …"

@@ -71,9 +71,7 @@ def write_folder(
     _write_checkpoint(backbone, folder)
     model_config = {
         "model_type": "SentenceTransformer",
-        # Both roles need a prompt of their own: neither falls back to the default one.
-        "prompts": {role: instruction or "" for role, instruction in backbone.instructions.items()}
-        | dict(prompts or {}),
+        "prompts": _prompts(backbone, prompts),
         "default_prompt_name": "document",
         "similarity_fn_name": "cosine",
     }
@@ -99,8 +97,7 @@ def write_multi_vector(
     _write_checkpoint(backbone, folder)
     model_config = {
         "model_type": "MultiVectorEncoder",
-        "prompts": {role: instruction or "" for role, instruction in backbone.instructions.items()}
-        | dict(prompts or {}),
+        "prompts": _prompts(backbone, prompts),
         "default_prompt_name": None,
         "similarity_fn_name": encoder.similarity,
     }
@@ -147,6 +144,11 @@ def write_reranker(
     if scorer.dtype != "float32":  # The last layer answers in float32, as it did in training.
         model_config["keep_in_fp32_modules"] = [last_layer]
     _write_modules(modules, pooling_of(head), model_config, folder)
+
+
+def _prompts(backbone: VisionLanguageModel, named: Mapping[str, str] | None) -> dict[str, str]:
+    """Return the prompt of each role, as neither falls back to the default one, and those of data sets by name."""
+    return {role: instruction or "" for role, instruction in backbone.instructions.items()} | dict(named or {})
 
 
 def _transformer(backbone: VisionLanguageModel, layers: Sequence[int] | None, **chat_template: str) -> ModuleSpec:
@@ -262,9 +264,9 @@ def _requirements(modules: Sequence[ModuleSpec]) -> dict[str, str]:
         release = ">=5.5"  # 5.4 takes padding on the left for the first token, and cannot open our dense rerankers.
     if "weightedmean" in modes:
         release = ">=6.2"  # Those before count positions from the padding on the left.
-    if "audio" in modules[0].config["modality_config"]:
-        return {"sentence_transformers": ">=6.2", "transformers": ">=5.24"}  # Earlier ones were not tried.
-    if any(".multi_vector_encoder." in module.type or module.type.endswith("Selection") for module in modules):
+    types = [module.type for module in modules]
+    is_multi_vector = any(".multi_vector_encoder." in name or name.endswith("Selection") for name in types)
+    if is_multi_vector or "audio" in modules[0].config["modality_config"]:
         return {"sentence_transformers": ">=6.2", "transformers": ">=5.24"}  # Earlier ones were not tried.
     # transformers before 5.4 keeps the positions of a batch with images for the texts after it, and fails on them.
     return {"sentence_transformers": release, "transformers": ">=5.4"}

@@ -41,7 +41,7 @@ class ServedPooling(Module):
         """Write configuration and weights, and this file into the folder above, where Sentence Transformers looks."""
         self.save_config(output_path)
         self.save_torch_weights(output_path, safe_serialization=safe_serialization)
-        shutil.copyfile(__file__, Path(output_path).parent / Path(__file__).name)
+        _save_code(output_path)
 
     @classmethod
     def load(cls, model_name_or_path: str, **options: Any) -> ServedPooling:  # type: ignore[override]
@@ -73,13 +73,8 @@ class ServedSelection(Module):
     def forward(self, features: dict[str, Any], task: str | None = None, **_: Any) -> dict[str, Any]:
         """Take tokens out of the mask; an input without a task is a document."""
         role = "query" if task == "query" else "document"
-        visual, instructions = self.template
-        template = Template(tuple(visual), tuple(map(tuple, instructions)))
-        selection, ids, mask = (
-            TokenSelection(**self.selections[role]),
-            features["input_ids"],
-            features["attention_mask"],
-        )
+        ids, mask = features["input_ids"], features["attention_mask"]
+        selection, template = TokenSelection(**self.selections[role]), _template(self.template)
         expansion = self.num_expansion_tokens if role == "query" else 0
         features["attention_mask"] = selection.select(ids, mask, template, self.skipped[role], expansion)
         return features
@@ -87,7 +82,7 @@ class ServedSelection(Module):
     def save(self, output_path: str, *_: Any, **__: Any) -> None:
         """Write the configuration, and this file into the folder above, where Sentence Transformers looks."""
         self.save_config(output_path)
-        shutil.copyfile(__file__, Path(output_path).parent / Path(__file__).name)
+        _save_code(output_path)
 
 
 def _build(value: Any) -> Any:
@@ -99,6 +94,14 @@ def _build(value: Any) -> Any:
     arguments = {name: _build(argument) for name, argument in value["arguments"].items()}
     pooling = globals()[value["class"]](**arguments)  # The pooling's class is in this file too.
     if value["template"]:
-        visual, instructions = value["template"]
-        pooling.template = Template(tuple(visual), tuple(map(tuple, instructions)))
+        pooling.template = _template(value["template"])
     return pooling
+
+
+def _template(described: list[Any]) -> Template:
+    visual, instructions = described
+    return Template(tuple(visual), tuple(map(tuple, instructions)))
+
+
+def _save_code(output_path: str) -> None:
+    shutil.copyfile(__file__, Path(output_path).parent / Path(__file__).name)

@@ -211,7 +211,6 @@ def expect(
     """
     from vlmembed.data.cells import Folder, to_items
     from vlmembed.encoder import MultiVectorEncoder
-    from vlmembed.late_interaction import MultiVectors, maxsim, merge
     from vlmembed.types import Pair
 
     def item(name: str, way: str) -> Item:
@@ -245,31 +244,43 @@ def expect(
         reason = next(iter(refusals.values()))
         raise ExportError(f"The model reads none of the inputs that an export is verified with: {reason}")
     by_way = {way: [rows[place] for rows in results.values()] for place, way in enumerate(ways)}
-    similarity, join = {}, torch.cat
-    if isinstance(encoder, MultiVectorEncoder):
-        join = partial(pad_sequence, batch_first=True)
-        unit = {}
-        for way, vectors in by_way.items():
-            lengths = torch.tensor([len(rows) for rows in vectors])
-            cut = torch.cat(vectors)[:, : dimensions[0]]
-            # As means, whatever the model's similarity: the tolerance is one of numbers up to 1.
-            unit[way] = MultiVectors(normalize(cut), lengths, length_normalized=True)
-        similarity = {"similarity": maxsim(unit["query"], unit["document"])[:, None]}
-        if merging_factor > 1:
-            # Which vectors are merged is decided by the last bit where they are about as similar; neither their number
-            # nor their length is.
-            merged = merge(unit["document"], merging_factor).map(lambda rows: rows.norm(dim=-1, keepdim=True))
-            similarity["merged"] = pad_sequence(merged.split(), batch_first=True)
+    several = isinstance(encoder, MultiVectorEncoder)
+    join = partial(pad_sequence, batch_first=True) if several else torch.cat
+    expected = {way: join(vectors) for way, vectors in by_way.items()}
+    if several:
+        expected |= _expect_similarities(by_way, dimensions[0], merging_factor)
     return Check(
         names=tuple(results),
         inputs=[inputs[name][0] for name in results],
         left_out=tuple(refusals),
-        expected={way: join(vectors) for way, vectors in by_way.items()} | similarity,
+        expected=expected,
         dimensions=tuple(dimensions),
         sides=tuple(sides),
         device=str(encoder.device),
         dtype=encoder.dtype,
     )
+
+
+def _expect_similarities(
+    by_way: Mapping[str, Sequence[Tensor]], dimension: int, merging_factor: int
+) -> dict[str, Tensor]:
+    """Compare the vectors of all inputs with each other, and say how long documents' are when they are merged."""
+    from vlmembed.late_interaction import MultiVectors, maxsim, merge
+
+    queries, documents = (
+        # As means, whatever the model's similarity: the tolerance is one of numbers up to 1.
+        MultiVectors(
+            normalize(torch.cat([*by_way[role]])[:, :dimension]), torch.tensor([*map(len, by_way[role])]), True
+        )
+        for role in ("query", "document")
+    )
+    expected = {"similarity": maxsim(queries, documents)[:, None]}
+    if merging_factor > 1:
+        # Which vectors are merged is decided by the last bit where they are about as similar; neither their number nor
+        # their length is.
+        merged = merge(documents, merging_factor).map(lambda rows: rows.norm(dim=-1, keepdim=True))
+        expected["merged"] = pad_sequence(merged.split(), batch_first=True)
+    return expected
 
 
 def verify(checks: Mapping[Path, Check], python: str = sys.executable) -> list[Verification]:
