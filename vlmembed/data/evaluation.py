@@ -39,7 +39,6 @@ from vlmembed.types import EvaluationSet, Item, RerankingSet
 #: Suffixes of files: a path with one of these, if there is none, is no Hub id.
 FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".gz", ".zst", ".tar", ".arrow", ".lance")
 
-
 #: Columns of queries: ids of the documents that answer them, and of those that they are ranked against.
 POSITIVES, CANDIDATES = "positives", "candidates"
 

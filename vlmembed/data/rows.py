@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -228,6 +228,13 @@ class _Cells(NamedTuple):
     columns: dict[str, set[str]]  # That each cell is made of.
 
 
+class _Filter(NamedTuple):
+    """Which rows of a table are read."""
+
+    keeps: Callable[[Row], bool]
+    columns: set[str]  # That it looks at.
+
+
 @dataclass(eq=False)
 class Table:
     """Rows of a file, a folder or the Hub, with the columns that they are given.
@@ -286,7 +293,7 @@ class Table:
         return len(reads.rows) if self._places is None else len(self._places)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_cells"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_cells", "_filter")}
 
     def read(self, indices: Sequence[int], names: Collection[str] | None = None) -> list[dict[str, Any]]:
         """Return the cells of some rows, by name; a ``ValueError`` names row, column and value."""
@@ -309,10 +316,11 @@ class Table:
         numbers = [row for row, _ in places]
         is_one = isinstance(table, datasets.Dataset)
         rows = [f"{self.origin}, row {row + 1}" for row in numbers] if is_one else table.origins(numbers)
-        return [
-            row + (f", {self.each}[{element}]" if element >= 0 else "")
-            for row, (_, element) in zip(rows, places, strict=True)
-        ]
+        return [self.at_element(row, element) for row, (_, element) in zip(rows, places, strict=True)]
+
+    def at_element(self, origin: str, element: int) -> str:
+        """Say which element of ``each`` it is, behind where the row comes from."""
+        return origin + (f", {self.each}[{element}]" if element >= 0 else "")
 
     @cached_property
     def folder(self) -> Folder:
@@ -343,8 +351,18 @@ class Table:
         """The rows as they are stored, with all columns."""
         if self.columns is not None and self.cells is not None:
             raise ValueError(f"{self.origin}: give 'columns', which renames, or 'cells', which makes cells; not both.")
+        return self._open()
+
+    def _open(self) -> RawTable:
         folder = Folder.of(self.path, self.allow_outside)
         return open_table(self.path, self.split, self.subset, folder, self.revision)
+
+    def elements(self, row: Row) -> list[int]:
+        """Return the elements of ``each`` in a row that are read, -1 for the row as it is; none of one left out."""
+        values = row.get(self.each) if self.each is not None else True
+        elements = range(len(values)) if isinstance(values, list) else () if values is None else (-1,)
+        keeps = self._filter.keeps
+        return [element for element in elements if keeps(with_element(row, self.each, element))]
 
     @cached_property
     def _found(self) -> dict[str, LookedUp]:
@@ -388,23 +406,21 @@ class Table:
         return LookedUp(lookup, other, f"{path}: tables: {name}", folder)
 
     @cached_property
-    def _places(self) -> np.ndarray | None:
-        """(N, 2) row and element of what is read; an unreadable row is among them, so that reading it says why."""
-        if not self.where and self.each is None:
-            return None
-        rows = self.raw
+    def _filter(self) -> _Filter:
         language = Language(self.raw_columns, self.origin)
         keeps = language.where(self.where or {})
         if self.each is not None:
             language.path(self.each)
-        places = []
-        for number, row in _scan(rows, language.used):
-            if row is None:
-                places.append((number, -1))
-                continue
-            values = row.get(self.each) if self.each is not None else True
-            elements = range(len(values)) if isinstance(values, list) else () if values is None else (-1,)
-            places += [(number, one) for one in elements if keeps(with_element(row, self.each, one))]
+        return _Filter(keeps, language.used)
+
+    @cached_property
+    def _places(self) -> np.ndarray | None:
+        """(N, 2) row and element of what is read; an unreadable row is among them, so that reading it says why."""
+        if not self.where and self.each is None:
+            return None
+        rows, places = self.raw, []
+        for number, row in _scan(rows, self._filter.columns):
+            places += [(number, element) for element in ((-1,) if row is None else self.elements(row))]
         if not places:
             raise ValueError(
                 f"{self.origin}: none of the {len(rows):,} rows is left by where: {self.where}"

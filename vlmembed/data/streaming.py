@@ -15,7 +15,6 @@ import pyarrow
 from datasets.table import InMemoryTable
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from vlmembed.data.columns import Language
 from vlmembed.data.records import parse_line
 from vlmembed.data.rows import FIRST, LookedUp, Lookup, Rows, check_same, map_cells, to_examples, with_element
 from vlmembed.data.sources import GroupByQuery, Mixture, seeded_generator
@@ -80,11 +79,8 @@ class StreamingRows(Rows):
     rows: int | None = None
     seed: int = 0
 
-    @cached_property
-    def raw(self) -> RawTable:
-        """The first rows, with all columns: what checks look at."""
-        if self.columns is not None and self.cells is not None:
-            raise ValueError(f"{self.origin}: give 'columns', which renames, or 'cells', which makes cells; not both.")
+    def _open(self) -> RawTable:
+        """Return the first rows: what checks look at."""
         if self.shuffle_buffer < 0 or (self.rows is not None and self.rows < 1):
             raise ValueError(f"{self.origin}: shuffle_buffer is 0 or more, rows 1 or more.")
         stream, read = self.open(), 0
@@ -120,22 +116,11 @@ class StreamingRows(Rows):
             place = f"{origin}, row {first + index + 1}"
             if self.cells is None:
                 check_same([row], [place], set().union(*columns.values()), {*(self.columns or ())})
-            values = row.get(self.each) if self.each is not None else True
-            elements = range(len(values)) if isinstance(values, list) else () if values is None else (-1,)
-            for element in elements:
-                changed = with_element(row, self.each, element)
-                if self._keeps(changed):
-                    rows.append(changed)
-                    numbers.append(first + index)
-                    origins.append(place + (f", {self.each}[{element}]" if element >= 0 else ""))
+            for element in self.elements(row):
+                rows.append(with_element(row, self.each, element))
+                numbers.append(first + index)
+                origins.append(self.at_element(place, element))
         return [*zip(numbers, to_examples(map_cells(cells, rows, origins), self.folder, origins), strict=True)]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in super().__getstate__().items() if name != "_keeps"}
-
-    @cached_property
-    def _keeps(self) -> Any:
-        return Language(self.raw_columns, self.origin).where(self.where or {})
 
     def _find(self, name: str, lookup: Lookup) -> LookedUp:
         if lookup.path is None:
@@ -167,13 +152,17 @@ class StreamedBatches(IterableDataset[Any]):
         for position, batch in self._read(self.first + number, self.positions[number]):
             yield number, position, batch
 
+    def _open(self, reader: int) -> tuple[datasets.IterableDataset, bool]:
+        """Open the files that a reader reads; whether these are its own, or all, where there are fewer than readers."""
+        stream = self.rows.open()
+        if stream.num_shards < self.readers:
+            return stream, False
+        return stream.shard(self.readers, reader, contiguous=False), True
+
     def _read(self, reader: int, position: Position) -> Iterator[tuple[Position, list[Any]]]:
-        rows, stream = self.rows, self.rows.open()
-        shares_files = stream.num_shards >= self.readers
-        if shares_files:
-            stream = stream.shard(self.readers, reader, contiguous=False)
+        rows, (stream, shares_files) = self.rows, self._open(reader)
         origin = rows.origin + (f", part {reader + 1} of {self.readers}" if shares_files and self.readers > 1 else "")
-        # Where there are fewer files than readers, each reads all of them and takes its share of every block.
+        # Of files that all read, each takes its share of every block.
         share = slice(None) if shares_files else slice(reader, None, self.readers)
         multiple = self.batch_size * (1 if shares_files else self.readers)
         size = -(-(rows.shuffle_buffer or BLOCK) // multiple) * multiple
@@ -183,8 +172,7 @@ class StreamedBatches(IterableDataset[Any]):
             if position["state"] is not None:
                 stream.load_state_dict(position["state"])
             elif position["pass"]:
-                stream = rows.open()
-                stream = stream.shard(self.readers, reader, contiguous=False) if shares_files else stream
+                stream, _ = self._open(reader)
             state: Any = position["state"]
             for block in stream.iter(size):
                 after = stream.state_dict()

@@ -169,25 +169,27 @@ def open_stream(
         raise ValueError(
             f"{name}: a stream has files of one kind, of {', '.join(STREAMED)}; vlmembed.data.Rows reads others."
         )
-    builder, options = STREAMED[kind]
     with _named(name):
-        return datasets.load_dataset(builder, data_files=files, split="train", streaming=True, **options)
+        return _stream_files(files, kind)
+
+
+def _stream_files(files: Sequence[str], kind: str) -> datasets.IterableDataset:
+    builder, options = STREAMED[kind]
+    return datasets.load_dataset(builder, data_files=[*files], split="train", streaming=True, **options)
 
 
 def _stream_set(
     path: str, split: str, subset: str | None, folder: Folder, revision: str | None
 ) -> datasets.IterableDataset:
     """Open a folder or a Hub id, of whose files none lies elsewhere, as a stream."""
-    if os.path.isdir(path) and revision is not None:
-        raise ValueError(f"{path}: revision is {revision!r}, but a folder has none; it is of a Hub id.")
-    if not os.path.isdir(path) and not HUB_ID.fullmatch(path):
-        raise ValueError(f"{path}: no such file or folder{_beside(path)}, and no Hub id.")
+    _refuse_no_set(path, revision)
     builder, data_files = _checked_builder(path, subset, folder, revision)
     if data_files:
         _refuse_split(split, data_files, path)
     files = data_files.get(split, [])
-    if files and all(_kind(file) in (".jsonl", ".ndjson") for file in files):
-        return datasets.load_dataset("text", data_files=files, split="train", streaming=True, **AS_LINES)
+    kinds = {_kind(file) for file in files}
+    if kinds and kinds <= {".jsonl", ".ndjson"}:
+        return _stream_files(files, kinds.pop())
     return builder.as_streaming_dataset(split=split)
 
 
@@ -290,13 +292,18 @@ def _open_parquet(files: Sequence[str]) -> list[Part]:
     return [(file, piece, range(len(piece))) for file, piece in zip(files, tables, strict=True)]
 
 
+def _refuse_no_set(path: str, revision: str | None) -> None:
+    """Refuse what is neither a folder nor a Hub id, and the revision of a folder."""
+    if os.path.isdir(path) and revision is not None:
+        raise ValueError(f"{path}: revision is {revision!r}, but a folder has none; it is of a Hub id.")
+    if not os.path.isdir(path) and not HUB_ID.fullmatch(path):
+        raise ValueError(f"{path}: no such file or folder{_beside(path)}, and no Hub id.")
+
+
 def _open_set(path: str, split: str, subset: str | None, folder: Folder, revision: str | None) -> list[Part]:
     """Open a folder or a Hub id."""
     with _named(path):
-        if os.path.isdir(path) and revision is not None:
-            raise ValueError(f"{path}: revision is {revision!r}, but a folder has none; it is of a Hub id.")
-        if not os.path.isdir(path) and not HUB_ID.fullmatch(path):
-            raise ValueError(f"{path}: no such file or folder{_beside(path)}, and no Hub id.")
+        _refuse_no_set(path, revision)
         if Path(path, "dataset_dict.json").exists() or Path(path, "state.json").exists():
             return _open_saved(path, split, folder)
         return _load(path, split, subset, folder, revision)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from itertools import chain, groupby
@@ -99,7 +100,8 @@ class Embedder:
 
     def __init__(self, model: str, batch_size: int, cache: str | None = None, trust_remote_code: bool = False) -> None:
         config = load_file_path(model, "config_sentence_transformers.json")
-        self.is_multi_vector = "MultiVectorEncoder" in (Path(config).read_text(encoding="utf-8") if config else "")
+        written = json.loads(Path(config).read_text(encoding="utf-8")) if config else {}
+        self.is_multi_vector = written.get("model_type") == "MultiVectorEncoder"
         opened_by = MultiVectorEncoder if self.is_multi_vector else SentenceTransformer
         self.model: Any = opened_by(model, trust_remote_code=trust_remote_code)
         self.batch_size = batch_size
