@@ -13,11 +13,10 @@ from dataclasses import replace
 from enum import Enum
 from functools import cache, partial
 from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any, NoReturn, cast
 
 from jsonargparse import Namespace, _typehints, add_instantiator
-from jsonargparse._parameter_resolvers import get_signature_parameters
-from jsonargparse._util import import_object
 from lightning import LightningDataModule, LightningModule, seed_everything
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -86,7 +85,8 @@ class Parser(LightningArgumentParser):
         """Say what a class takes, where it is given something else."""
         refused = re.search(r"class_path '([\w.]+)':\s+Option '(\w+)[\w.]*' is not accepted", message)
         if refused is not None:
-            options = [param.name for param in get_signature_parameters(import_object(refused[1]))]
+            keys = Parser().add_class_arguments(resolve_name(refused[1]), fail_untyped=False)
+            options = dict.fromkeys(key.split(".")[0] for key in keys)  # Some have options of their own.
             message += f"\n{refused[1]} has no {refused[2]}. It takes {', '.join(options)}."
         super().error(message, ex)
 
