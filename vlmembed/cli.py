@@ -36,6 +36,7 @@ COMMANDS = {
     "ablate": ("vlmembed.ablation.command", "Run a grid of settings and seeds; report which differences are real."),
     "mine": ("vlmembed.mining.command", "Find hard negatives for training rows with an embedder."),
     "score": ("vlmembed.mining.command", "Add a reranker's scores to training rows."),
+    "search": ("vlmembed.search.command", "Find the documents of an index that are nearest to queries."),
     "show": ("vlmembed.show", "Show the first rows as the model will read them; write a page with their images."),
 }
 

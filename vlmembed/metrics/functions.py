@@ -66,7 +66,7 @@ def name_order(evaluation: EvaluationSet) -> Int64[Tensor, " P"]:
     return torch.tensor(by_name, dtype=torch.long).argsort()
 
 
-def order_keys(scores: Float[Tensor, "*Q P"], name_order: Int[Tensor, " P"]) -> Int64[Tensor, "*Q P"]:
+def order_keys(scores: Float[Tensor, "*Q P"], name_order: Int[Tensor, "*#Q P"]) -> Int64[Tensor, "*Q P"]:
     """Turn scores, compared as float32, into distinct integers that sort as documents do: by score, then by name."""
     # The bits of a float sort as the number does once those below the sign of a negative one are flipped. Adding 0.0
     # turns -0.0 into 0.0, which it equals.
