@@ -75,8 +75,8 @@ class View:
     def blocks(self, only: Int64[Tensor, " n"] | None = None) -> Iterator[tuple[int, Vectors]]:
         """Yield documents, some after the other: the first one's row, and what `scores` compares."""
         size = max(1, int(BLOCK_NUMBERS / self.index.numbers_per_item))
-        for first, vectors in _ahead(self.index.blocks(size, self.dimension, only)):
-            yield first, self._brought(_signs(vectors) if self.signs else vectors)
+        read = self.index.blocks(size, self.dimension, only)
+        yield from _ahead((first, self._brought(_signs(part) if self.signs else part)) for first, part in read)
 
     def scores(self, queries: Vectors, documents: Vectors) -> Float[Tensor, "q p"]:
         """Compare queries with documents."""
@@ -108,7 +108,7 @@ def _means(items: MultiVectors) -> Float[Tensor, "N D"]:
 
 
 def _ahead(blocks: Iterator[Any]) -> Iterator[Any]:
-    """Read one block ahead, in a thread, while the one before is looked at."""
+    """Read and decode one block ahead, in a thread, while the one before is looked at."""
     with ThreadPoolExecutor(1) as thread:
         following = thread.submit(next, blocks, None)
         while (block := following.result()) is not None:
