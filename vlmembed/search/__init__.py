@@ -1,0 +1,1 @@
+"""Encoding a corpus of any size with an exported model, and searching it."""
