@@ -17,6 +17,7 @@ import sys
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -231,8 +232,9 @@ def _name(corpus: Any) -> str:
     """Return what a manifest and messages call a corpus."""
     if isinstance(corpus, str):
         return corpus
-    arguments = {name: str(value) for name, value in vars(corpus).items() if value and not name.startswith("_")}
-    return f"{type(corpus).__name__}({', '.join(f'{name}={value}' for name, value in arguments.items())})"[:500]
+    named = fields(corpus) if is_dataclass(corpus) else ()
+    arguments = (f"{field.name}={value!r}" for field in named if (value := getattr(corpus, field.name)) is not None)
+    return f"{type(corpus).__name__}({', '.join(arguments)})"
 
 
 # The manifest
