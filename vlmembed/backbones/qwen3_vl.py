@@ -89,6 +89,12 @@ class Qwen3VL(VisionLanguageModel):
         # flash-attn, as transformers calls it, does not know which keys are shared; ours does.
         return "sdpa" if getattr(self.preprocessor, "shares", False) else super()._attention(config)
 
+    def adopt(self, model: Any, preprocessor: ChatPreprocessor) -> None:
+        """Compute with a model that is loaded already; it reads packed sequences from now on."""
+        super().adopt(model, preprocessor)
+        if self.separate_vision_pass:
+            install(model)
+
     def _load_model(self) -> None:
         super()._load_model()
         if self.separate_vision_pass:

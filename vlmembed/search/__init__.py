@@ -1,1 +1,1 @@
-"""Encoding a corpus of any size with an exported model, and searching it."""
+"""From an exported folder to an encoded corpus, and from a query to what it finds there."""

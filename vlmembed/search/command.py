@@ -5,9 +5,10 @@ from collections.abc import Callable, Sequence
 from jsonargparse import auto_cli
 
 from vlmembed.cli import Parser
+from vlmembed.search.encoding import encode
 from vlmembed.search.searching import search
 
-COMMANDS: dict[str, Callable[..., None]] = {"search": search}
+COMMANDS: dict[str, Callable[..., None]] = {"encode": encode, "search": search}
 
 
 def main(words: Sequence[str]) -> None:
