@@ -11,12 +11,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from building import write_index
+from building import encoder, jsonl, picture, write_index
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from vlmembed.cli import main
+from vlmembed.encoder import MultiVectorEncoder as OurMultiVectorEncoder
+from vlmembed.export.sentence_transformers import write_folder, write_multi_vector
 from vlmembed.late_interaction import MultiVectors
 from vlmembed.metrics.tiles import BestDocuments, products
+from vlmembed.pooling import TokenProjection, TokenSelection
 from vlmembed.search import ranking
 from vlmembed.search.index import Index
 from vlmembed.search.ranking import View, rescore, search_exact
@@ -211,7 +216,7 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "another format": ({"format": 2}, "format 2 with vectors in 'float32'; this version reads format 1"),
     "another precision": ({"precision": "int4"}, "in 'int4'; this version reads format 1 in float32, float16"),
     "another count": ({"count": 41}, "41 items, and 40 in its shards"),
-    "another dimension": ({"dimension": 8}, "3 vectors with 48 numbers, where manifest.json says 8"),
+    "another dimension": ({"dimension": 8}, "7 vectors with 112 numbers, where manifest.json says 8"),
     "another similarity": ({"similarity": "euclidean"}, "compares vectors by 'euclidean', and search can do cosine"),
 }
 
@@ -294,3 +299,129 @@ def test_query_files_that_cannot_be_searched_are_refused(kind: str, tmp_path: Pa
     (tmp_path / "queries.jsonl").write_text(content + "\n" * bool(content))
     with pytest.raises(ValueError, match=message):
         read_queries(str(tmp_path / "queries.jsonl"))
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def world(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models, a corpus and queries of texts and pictures, and the index of each model, ``single`` and ``multi``."""
+    folder = tmp_path_factory.mktemp("world")
+    torch.manual_seed(0)
+    write_folder(encoder(checkpoint), folder / "single", dimensions=[32])
+    selections: Any = {"query": TokenSelection(), "document": TokenSelection()}
+    built = OurMultiVectorEncoder(encoder(checkpoint).backbone, TokenProjection(16), selections)
+    built.configure()
+    write_multi_vector(built, folder / "multi")
+    for number in range(3):
+        picture(32 + 32 * number, 64, number).save(folder / f"{number}.png")
+    texts = [{"id": f"t{number}", "text": f"text {number} " * (1 + number % 3)} for number in range(7)]
+    jsonl(folder / "corpus.jsonl", [*texts, *({"id": f"p{number}", "image": f"{number}.png"} for number in range(3))])
+    jsonl(folder / "queries.jsonl", [{"_id": "a", "text": "text 3"}, {"_id": "é", "image": "1.png", "text": "what?"}])
+    for kind in ("single", "multi"):
+        corpus = ["--corpus", str(folder / "corpus.jsonl"), "--output", str(folder / f"{kind}_index")]
+        main(["encode", "--model", str(folder / kind), *corpus])
+    return folder
+
+
+def arguments(folder: Path, kind: str = "single", **options: Any) -> list[str]:
+    given = {"index": folder / f"{kind}_index", "model": folder / kind, "queries": folder / "queries.jsonl"} | options
+    pairs = ([f"--{name}", str(value)] for name, value in given.items() if value is not None)
+    return ["search", *itertools.chain.from_iterable(pairs)]
+
+
+def run_of(path: Path) -> dict[str, list[tuple[str, float]]]:
+    """A TREC run: documents and scores by query, with ranks from 1."""
+    run: dict[str, list[tuple[str, float]]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        query, _, document, rank, score, _ = line.split()
+        run.setdefault(query, []).append((document, float(score)))
+        assert len(run[query]) == int(rank)
+    return run
+
+
+@pytest.mark.parametrize(("kind", "dimension"), [("single", None), ("single", 32), ("multi", None)])
+def test_a_run_is_what_sentence_transformers_finds(
+    kind: str, dimension: int | None, world: Path, tmp_path: Path
+) -> None:
+    main(arguments(world, kind, output=tmp_path / "a" / "run.trec", top_k=4, depth=10, dimension=dimension))
+    found = run_of(tmp_path / "a" / "run.trec")
+    model: Any = (SentenceTransformer if kind == "single" else MultiVectorEncoder)(str(world / kind))
+    options: Any = {"truncate_dim": dimension} if dimension else {}
+    sides = []
+    for name, encode in (("queries", model.encode_query), ("corpus", model.encode_document)):
+        rows = [json.loads(line) for line in (world / f"{name}.jsonl").read_text().splitlines()]
+        contents = [{key: row[key] for key in ("image", "text") if key in row} for row in rows]
+        contents = [one | ({"image": str(world / one["image"])} if "image" in one else {}) for one in contents]
+        sides.append(([row.get("id") or row["_id"] for row in rows], encode(contents, **options)))
+    (queries, of_queries), (documents, of_documents) = sides
+    scores = model.similarity(of_queries, of_documents)
+    assert [*found] == queries
+    for row, query in enumerate(queries):
+        named = dict(zip(documents, scores[row].tolist(), strict=True))
+        # Packed and padded encoding differ by 1e-5; MaxSim adds up some ten cosines.
+        assert [named[name] for name, _ in found[query]] == pytest.approx(sorted(named.values())[::-1][:4], abs=1e-4)
+        assert [score for _, score in found[query]] == pytest.approx(
+            [named[name] for name, _ in found[query]], abs=1e-4
+        )
+
+
+def test_one_query_is_answered_on_the_console(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    main(arguments(world, queries=None, query="text 3 ", top_k=3))
+    ranks, scores, names = zip(*(line.split() for line in capsys.readouterr().out.splitlines()[-3:]), strict=True)
+    assert ranks == ("1", "2", "3")
+    assert sorted(map(float, scores), reverse=True) == [*map(float, scores)]
+    assert {*names} < {*(f"t{number}" for number in range(7)), "p0", "p1", "p2"}
+
+
+@pytest.mark.parametrize(("kind", "first_stage"), [("single", 32), ("single", "binary"), ("multi", "mean")])
+def test_a_first_stage_that_finds_all_changes_nothing(kind: str, first_stage: Any, world: Path, tmp_path: Path) -> None:
+    options: Any = {"top_k": 10, "depth": 10}
+    main(arguments(world, kind, output=tmp_path / "one.trec", **options))
+    main(arguments(world, kind, output=tmp_path / "two.trec", first_stage=first_stage, **options))
+    one, two = run_of(tmp_path / "one.trec"), run_of(tmp_path / "two.trec")
+    for query in one:
+        assert [score for _, score in two[query]] == pytest.approx([score for _, score in one[query]], abs=1e-5)
+
+
+def test_another_models_index_may_find_what_maxsim_ranks(world: Path, tmp_path: Path) -> None:
+    options: Any = {"top_k": 3, "depth": 3}
+    main(arguments(world, "single", output=tmp_path / "first.trec", **options))
+    main(arguments(world, "multi", output=tmp_path / "both.trec", first_stage=world / "single_index", **options))
+    first, both = run_of(tmp_path / "first.trec"), run_of(tmp_path / "both.trec")
+    for query in first:
+        assert {name for name, _ in both[query]} == {name for name, _ in first[query]}
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "another model": ({"index": "multi_index"}, "multi_index: its vectors are of .*multi .* is another model"),
+    "a dimension that the index lacks": ({"dimension": 4096}, "dimension 4096 is none of its vectors'.*: 32"),
+    "no documents": ({"top_k": 0}, "top_k is 1 or more, and depth at least top_k; got 0 and 1000"),
+    "a first stage that finds fewer": ({"top_k": 10, "depth": 9, "first_stage": 32}, "got 10 and 9"),
+    "two kinds of queries": ({"query": "text"}, "takes queries .* or query"),
+    "neither": ({"queries": None}, "takes queries .* or query"),
+    "nowhere to write": ({"output": None}, "takes queries .* with output"),
+    "an empty query": ({"queries": None, "query": " "}, "query is empty"),
+    "no such index": ({"index": "nowhere"}, "nowhere: no index"),
+    "no such first stage": ({"first_stage": "nowhere"}, "nowhere: no index"),
+    "means of single vectors": ({"first_stage": "mean"}, "the mean of an item's vectors"),
+    "no numbers in a first stage": ({"first_stage": 0}, "dimension 0 is none"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_search_cannot_do_is_refused(kind: str, world: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    options, message = REFUSED[kind]
+    monkeypatch.chdir(world)
+    with pytest.raises(ValueError, match=message):
+        main(arguments(world, **{"output": tmp_path / "run.trec", **options}))
+    assert not [*tmp_path.iterdir()]
+
+
+def test_ids_that_a_run_cannot_hold_are_refused(tmp_path: Path) -> None:
+    for space in ("\u3000", " ", "\x0b"):
+        folder = write_index(tmp_path / str(ord(space)), random(3), ["a", f"b{space}c", "d"])
+        with pytest.raises(ValueError, match=r"id 'b.*c' has white space in it, which a TREC run cannot hold"):
+            Index.open(folder).refuse_white_space()

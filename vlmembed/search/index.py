@@ -126,6 +126,15 @@ class Index:
         """The ids (P,), in the corpus's order."""
         return pa.chunked_array([pq.read_table(file, columns=["id"])["id"].combine_chunks() for file in self.files])
 
+    def refuse_white_space(self) -> None:
+        """Refuse ids that a TREC run cannot hold."""
+        spaced = pc.match_substring_regex(self.ids, r"[\s\v\x1c-\x1f\x85\p{Z}]")
+        if (row := pc.index(spaced, True).as_py()) >= 0:
+            raise ValueError(
+                f"{self.folder}: id {self.ids[row].as_py()!r} has white space in it, which a TREC run cannot hold. "
+                "Replace it in the corpus, and encode it again."
+            )
+
     @cached_property
     def by_name(self) -> Int64[Tensor, " P"]:
         """The rows, sorted by id as bytes; a ``ValueError`` if two items share one."""
@@ -147,11 +156,12 @@ class Index:
 
     @cached_property
     def numbers_per_item(self) -> float:
-        """How many numbers the vectors of an item have, about: by the first shard."""
-        counts = pq.ParquetFile(self.files[0]).metadata
-        column = counts.schema.to_arrow_schema().names.index("embedding")
-        numbers = counts.row_group(0).column(column).num_values / counts.row_group(0).num_rows
-        return numbers * 8 if self.precision == "binary" else numbers
+        """How many numbers the vectors of an item have, about: by the first shard with items."""
+        shard = next(file for file, entry in zip(self.files, self.manifest["shards"], strict=True) if entry["rows"])
+        group = pq.ParquetFile(shard).metadata.row_group(0)
+        columns = (group.column(number) for number in range(group.num_columns))
+        count = next(column.num_values for column in columns if column.path_in_schema.startswith("embedding"))
+        return count / group.num_rows * (8 if self.precision == "binary" else 1)
 
     def blocks(
         self, rows: int, dimension: int | None = None, only: Int64[Tensor, " n"] | None = None
@@ -161,22 +171,24 @@ class Index:
         Vectors are as they are stored, cut to a dimension: of any length. Where only some rows are wanted, which are
         sorted, groups of rows without them are not read.
         """
-        size, first = self.check_dimension(dimension), 0
+        size, columns = self.check_dimension(dimension), ["embedding", *(["scale"] * (self.precision == "int8"))]
+        for first, shard, groups in self._parts(only):
+            for batch in shard.iter_batches(rows, row_groups=groups, columns=columns):
+                yield first, truncate(self._decoded(batch), size)
+                first += len(batch)
+
+    def _parts(self, only: Int64[Tensor, " n"] | None) -> Iterator[tuple[int, pq.ParquetFile, list[int]]]:
+        """Yield where to read, and the number of the first row there: whole files, or groups of rows of them."""
+        first = 0
         for file in self.files:
             shard = pq.ParquetFile(file, memory_map=True)
+            if only is None:
+                yield first, shard, [*range(shard.num_row_groups)]
             for group in range(shard.num_row_groups):
-                count = shard.metadata.row_group(group).num_rows
-                if only is None or np.diff(np.searchsorted(only.numpy(), [first, first + count])).item():
-                    yield from self._group(shard, group, first, rows, size)
-                first += count
-
-    def _group(
-        self, shard: pq.ParquetFile, group: int, first: int, rows: int, size: int
-    ) -> Iterator[tuple[int, Vectors]]:
-        columns = ["embedding", "scale"] if self.precision == "int8" else ["embedding"]
-        for batch in shard.iter_batches(rows, row_groups=[group], columns=columns):
-            yield first, truncate(self._decoded(batch), size)
-            first += len(batch)
+                stop = first + shard.metadata.row_group(group).num_rows
+                if only is not None and torch.searchsorted(only, torch.tensor([first, stop])).diff():
+                    yield first, shard, [group]
+                first = stop
 
     def _decoded(self, batch: pa.RecordBatch) -> Vectors:
         """Return the vectors of some rows in float32, whatever they are stored in; of bits, their signs."""

@@ -60,28 +60,30 @@ def search(
         device: Where to encode and to compare, such as ``cuda``; null for a GPU if there is one.
         trust_remote_code: Whether to run code that a model brings.
     """
-    if top_k < 1 or depth < top_k:
+    if top_k < 1 or (first_stage is not None and depth < top_k):
         raise ValueError(f"top_k is 1 or more, and depth at least top_k; got {top_k} and {depth}.")
     if (queries is None) == (query is None) or (queries is not None and output is None):
         raise ValueError("search takes queries (a file) with output (the run to write), or query (a text).")
     opened = Index.open(index)
+    if output is not None:
+        opened.refuse_white_space()
     view = View(opened, dimension, device=torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    cheaper = None if first_stage is None else first_view(view, first_stage)
     names, items = read_queries(queries) if queries is not None else (["query"], [_question(str(query))])
     engine = ServedModel.open(model, device=device, trust_remote_code=trust_remote_code)
     opened.refuse_other(engine.digest, model)
     vectors = encode_queries(engine, items)
-    if first_stage is None:
+    if cheaper is None:
         ranking = search_exact(view, vectors, top_k)
     else:
-        cheaper = first_view(view, first_stage)
         of_model = cheaper.index.manifest["model"]
-        if cheaper.index.manifest["model_digest"] == engine.digest:
-            rows = search_exact(cheaper, vectors, depth).rows
-        else:
+        of_first = vectors
+        if cheaper.index.manifest["model_digest"] != engine.digest:
             first_engine = ServedModel.open(of_model, device=device, trust_remote_code=trust_remote_code)
             cheaper.index.refuse_other(first_engine.digest, of_model)
-            rows = search_exact(cheaper, encode_queries(first_engine, items), depth).rows
-        ranking = rescore(view, vectors, same_rows(cheaper.index, opened, rows), top_k)
+            of_first = encode_queries(first_engine, items)
+        rows = same_rows(cheaper.index, opened, search_exact(cheaper, of_first, depth).rows)
+        ranking = rescore(view, vectors, rows, top_k)
     if output is None:
         for rank, (name, score) in enumerate(next(found(opened, ranking)), start=1):
             print(f"{rank:4}  {score:.4f}  {name}")
@@ -111,8 +113,8 @@ def encode_queries(engine: ServedModel, items: Sequence[Item]) -> Vectors:
     """Encode queries, in float32 on the host."""
     encoded = engine.encode(items, "query")
     if isinstance(encoded, Tensor):
-        return encoded.float().cpu()
-    return MultiVectors(torch.cat(encoded).float().cpu(), torch.tensor([*map(len, encoded)]))
+        return encoded
+    return MultiVectors(torch.cat(encoded), torch.tensor([*map(len, encoded)]))
 
 
 def first_view(view: View, first_stage: int | str) -> View:
@@ -121,7 +123,7 @@ def first_view(view: View, first_stage: int | str) -> View:
         return replace(view, dimension=int(first_stage))
     if first_stage in ("binary", "mean"):
         return replace(view, signs=first_stage == "binary", means=first_stage == "mean")
-    return replace(view, index=Index.open(first_stage))
+    return replace(view, index=Index.open(first_stage), dimension=None)
 
 
 def same_rows(source: Index, target: Index, rows: Int64[Tensor, "Q C"]) -> Int64[Tensor, "Q C"]:

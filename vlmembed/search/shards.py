@@ -155,9 +155,15 @@ def check_finite(window: Window, made: Encoded) -> None:
 
 def schema_of(precision: Precision, is_multi_vector: bool) -> pa.Schema:
     """Return the columns of a shard."""
-    vector = pa.list_(STORED[precision])
-    fields = [("id", pa.string()), ("embedding", pa.list_(vector) if is_multi_vector else vector)]
-    return pa.schema([*fields, *([("scale", pa.float32())] if precision == "int8" else [])])
+    vector = _required(STORED[precision])
+    embedding = pa.field("embedding", _required(vector) if is_multi_vector else vector, nullable=False)
+    scale = [("scale", pa.float32())] if precision == "int8" else []
+    return pa.schema([("id", pa.string()), embedding, *scale])
+
+
+def _required(element: pa.DataType) -> pa.DataType:
+    """Return the type of lists without nulls, which are read nearly twice as fast."""
+    return pa.list_(pa.field("element", element, nullable=False))
 
 
 def table_of(
@@ -190,7 +196,7 @@ def _scales(matrix: np.ndarray, lengths: Sequence[int] | None) -> np.ndarray:
 
 
 def _lists(values: pa.Array, lengths: Sequence[int]) -> pa.ListArray:
-    return pa.ListArray.from_arrays(pa.array(np.cumsum([0, *lengths]), pa.int32()), values)
+    return pa.ListArray.from_arrays(pa.array(np.cumsum([0, *lengths]), pa.int32()), values, _required(values.type))
 
 
 @dataclass(frozen=True)
