@@ -16,6 +16,9 @@ from torch import Tensor
 
 from vlmembed.metrics.functions import order_keys
 
+#: Documents that are looked at together: at first each of them may be among the best.
+WIDTH = 4096
+
 
 @contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
@@ -53,10 +56,14 @@ class BestDocuments:
 
     def add(self, start: int, scores: Float[Tensor, "q p"], name_order: Int[Tensor, " p"]) -> None:
         """Take a tile: scores of the queries from a number on, with documents whose names have these positions."""
+        for tile, order in zip(scores.split(WIDTH, dim=1), name_order.split(WIDTH), strict=True):
+            self._add(start, tile, order)
+
+    def _add(self, start: int, scores: Float[Tensor, "q p"], name_order: Int[Tensor, " p"]) -> None:
         # Most documents of most tiles are below the K-th so far, which one comparison says.
         found = _true(scores, self._lowest[start : start + len(scores), None])
         queries, documents = found // scores.shape[1], found % scores.shape[1]
-        keys = order_keys(scores.flatten()[found], name_order[documents] + 1)
+        keys = order_keys(scores[queries, documents], name_order[documents] + 1)
         self._waiting.append((queries + start, keys))
         self._count += len(found)
         if self._count > self._keys.numel() // 4:  # Merging costs more than comparing.
