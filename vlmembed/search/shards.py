@@ -115,8 +115,7 @@ class Encoding:
         unreadable: list[dict[str, Any]] = []
         schema, left = schema_of(self.job.precision, self.model.is_multi_vector), len(self.rows(shard))
         with whole_file(self.job.path(shard)) as draft:
-            # Vectors have no repeats that a dictionary or a codec would find.
-            with pq.ParquetWriter(draft, schema, compression="none", use_dictionary=False) as writer:
+            with pq.ParquetWriter(draft, schema, compression="none", use_dictionary=bytes_in(schema)) as writer:
                 while left:
                     window, made = next(encoded)
                     ids = [window.name(row) for row in made.rows]
@@ -158,6 +157,15 @@ def schema_of(precision: Precision, is_multi_vector: bool) -> pa.Schema:
     vector = pa.list_(STORED[precision])
     fields = [("id", pa.string()), ("embedding", pa.list_(vector) if is_multi_vector else vector)]
     return pa.schema([*fields, *([("scale", pa.float32())] if precision == "int8" else [])])
+
+
+def bytes_in(schema: pa.Schema) -> list[str]:
+    """Return the column whose numbers are bytes: without a dictionary, Parquet takes four for each of them."""
+    stored = schema.field("embedding").type
+    path = "embedding"
+    while pa.types.is_list(stored):
+        stored, path = stored.value_type, f"{path}.list.element"
+    return [path] if stored in (pa.int8(), pa.uint8()) else []
 
 
 def table_of(
