@@ -218,7 +218,8 @@ def scan(corpus: Corpus) -> str:
     for block in corpus.blocks():
         for name, content in block:
             hashed.update(f"{name!r} {len(content)} {content}\n".encode(errors="surrogatepass"))
-            short = hashlib.blake2b(f"{name}".encode(errors="surrogatepass"), digest_size=8).digest()
+            key = f"unreadable {len(ids)}" if name is None else f"id {name}"
+            short = hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=8).digest()
             ids.append(int.from_bytes(short, "big"))
     if not ids:
         raise ValueError("The corpus has no items.")
