@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import linear, pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb
@@ -143,6 +143,16 @@ def install(model: Any) -> None:
         language.config._attn_implementation = vision.config._attn_implementation = NAME
     language._deepstack_process = _add_features
     language.layers[-1].forward = MethodType(_forward_last, language.layers[-1])
+    vision.patch_embed.forward = MethodType(_embed_patches, vision.patch_embed)
+
+
+def _embed_patches(embed: Any, patches: Float[Tensor, "patches numbers"]) -> Float[Tensor, "patches H"]:
+    """Do as a product what transformers does as a convolution over windows that never overlap: 6 times as fast."""
+    projection = embed.proj
+    if type(projection) is not nn.Conv3d:  # A LoRA's.
+        embedded: Tensor = type(embed).forward(embed, patches)
+        return embedded
+    return linear(patches.to(projection.weight.dtype), projection.weight.flatten(1), projection.bias)
 
 
 def _add_features(hidden: Tensor, _: None, features: Tensor) -> Tensor:
