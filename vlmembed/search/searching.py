@@ -13,12 +13,10 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from vlmembed.data.beir import find_sets
-from vlmembed.data.cells import Folder
-from vlmembed.data.judgements import as_items, as_rows, read_contents
-from vlmembed.data.rows import Table
 from vlmembed.files import whole_file
 from vlmembed.late_interaction import MultiVectors, Vectors
+from vlmembed.search.corpus import open_corpus
+from vlmembed.search.encoding import scan
 from vlmembed.search.index import Index
 from vlmembed.search.ranking import Ranking, View, rescore, search_exact
 from vlmembed.search.served import ServedModel
@@ -92,21 +90,15 @@ def search(
         print(f"{output}: the first {ranking.rows.shape[1]} of {opened.count} documents for {len(names)} queries.")
 
 
-def read_queries(path: str) -> tuple[list[str], Sequence[Item]]:
-    """Read ids and contents of queries: of a file, or of all queries of an evaluation folder."""
-    table: str | Table = path
-    if sets := find_sets(path) if Path(path).is_dir() else {}:
-        if "" not in sets:
-            raise ValueError(f"{path}: it has subsets {', '.join(sets)}. Give the file of the queries of one.")
-        place = sets[""]["queries"]
-        table = place.open(place.choose(Folder.of(path, None), "test", is_exact=False), None, None)
-    contents = read_contents(as_rows(table), "query", None)
-    for name in contents.names:
+def read_queries(path: str) -> tuple[list[str], list[Item]]:
+    """Read ids and contents of all queries; a ``ValueError`` names the row of one that has none."""
+    corpus = open_corpus(path, "query")
+    scan(corpus)
+    names, items = zip(*map(corpus.read, range(len(corpus))), strict=True)
+    for row, name in enumerate(names):
         if len(name.split()) != 1:
-            raise ValueError(f"{contents.origin}: id {name!r} has white space in it, which a TREC run cannot hold.")
-    if not contents.names:
-        raise ValueError(f"{contents.origin}: there are no queries in it.")
-    return contents.names, as_items(contents.entries)
+            raise ValueError(f"{corpus.origin(row)}: id {name!r} has white space, which a TREC run cannot hold.")
+    return [*names], [*items]
 
 
 def encode_queries(engine: ServedModel, items: Sequence[Item]) -> Vectors:
