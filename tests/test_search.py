@@ -11,17 +11,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from building import encoder, jsonl, picture, write_index
-from sentence_transformers import MultiVectorEncoder, SentenceTransformer
+from building import encoder, jsonl, picture, ranker, write_index
+from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from vlmembed.cli import main
 from vlmembed.encoder import MultiVectorEncoder as OurMultiVectorEncoder
-from vlmembed.export.sentence_transformers import write_folder, write_multi_vector
+from vlmembed.export.sentence_transformers import write_folder, write_multi_vector, write_reranker
+from vlmembed.heads import Linear
 from vlmembed.late_interaction import MultiVectors
 from vlmembed.metrics.tiles import BestDocuments, products
-from vlmembed.pooling import TokenProjection, TokenSelection
+from vlmembed.pooling import LastToken, TokenProjection, TokenSelection
 from vlmembed.search import ranking
 from vlmembed.search.index import Index
 from vlmembed.search.ranking import View, rescore, search_exact
@@ -314,6 +315,7 @@ def world(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     built = OurMultiVectorEncoder(encoder(checkpoint).backbone, TokenProjection(16), selections)
     built.configure()
     write_multi_vector(built, folder / "multi")
+    write_reranker(ranker(checkpoint, head=Linear(LastToken())).encoder, folder / "reranker")
     for number in range(3):
         picture(32 + 32 * number, 64, number).save(folder / f"{number}.png")
     texts = [{"id": f"t{number}", "text": f"text {number} " * (1 + number % 3)} for number in range(7)]
@@ -393,6 +395,32 @@ def test_another_models_index_may_find_what_maxsim_ranks(world: Path, tmp_path: 
     first, both = run_of(tmp_path / "first.trec"), run_of(tmp_path / "both.trec")
     for query in first:
         assert {name for name, _ in both[query]} == {name for name, _ in first[query]}
+
+
+@pytest.mark.parametrize("first_stage", [None, "binary"])
+def test_a_reranker_ranks_by_its_logits(first_stage: Any, world: Path, tmp_path: Path) -> None:
+    """Texts and pictures, as Sentence Transformers scores the pairs."""
+    options: Any = {"depth": 6, "first_stage": first_stage}
+    main(arguments(world, output=tmp_path / "first.trec", top_k=6, **options))
+    main(arguments(world, output=tmp_path / "run.trec", top_k=4, reranker=world / "reranker", **options))
+    first, found = run_of(tmp_path / "first.trec"), run_of(tmp_path / "run.trec")
+    queries: dict[str, Any] = {"a": {"text": "text 3"}, "é": {"image": str(world / "1.png"), "text": "what?"}}
+    rows = [json.loads(line) for line in (world / "corpus.jsonl").read_text().splitlines()]
+    documents = {row.pop("id"): row | ({"image": str(world / row["image"])} if "image" in row else {}) for row in rows}
+    reranker = CrossEncoder(str(world / "reranker"))
+    for query, content in queries.items():
+        pairs: Any = [(content, documents[name]) for name, _ in first[query]]
+        logits = reranker.predict(pairs, activation_fn=torch.nn.Identity(), batch_size=1).tolist()
+        expected = sorted(zip(logits, (name for name, _ in first[query]), strict=True), reverse=True)[:4]
+        assert [name for name, _ in found[query]] == [name for _, name in expected]
+        # Padding moves a float32 logit by about 1e-6.
+        assert [score for _, score in found[query]] == pytest.approx([score for score, _ in expected], abs=1e-5)
+
+
+def test_a_reranker_reads_the_corpus_that_was_encoded(world: Path, tmp_path: Path) -> None:
+    other = jsonl(tmp_path / "corpus.jsonl", [{"id": "t0", "text": "one"}])
+    with pytest.raises(ValueError, match=r"single_index: its id 'p0' is not in the corpus any more"):
+        main(arguments(world, queries=None, query="one", top_k=2, reranker=world / "reranker", corpus=other))
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from jaxtyping import Int64
@@ -18,7 +18,8 @@ from vlmembed.late_interaction import MultiVectors, Vectors
 from vlmembed.search.corpus import open_corpus
 from vlmembed.search.encoding import scan
 from vlmembed.search.index import Index
-from vlmembed.search.ranking import Ranking, View, rescore, search_exact
+from vlmembed.search.ranking import Ranking, View, ranked, rescore, search_exact
+from vlmembed.search.reranking import open_reranker, rerank
 from vlmembed.search.served import ServedModel
 from vlmembed.types import Item, Part
 
@@ -33,6 +34,8 @@ def search(
     dimension: int | None = None,
     first_stage: int | str | None = None,
     depth: int = 1000,
+    reranker: str | None = None,
+    corpus: str | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
 ) -> None:
@@ -40,7 +43,7 @@ def search(
 
     Queries are encoded by the index's model, and compared as it compares; equal scores are ranked by id, descending, as
     ``trec_eval`` does. In two stages, a cheaper comparison finds ``depth`` documents of each query, and the whole
-    vectors or MaxSim rank these.
+    vectors, MaxSim or a reranker rank these.
 
     Args:
         index: The folder that ``encode`` wrote.
@@ -54,11 +57,15 @@ def search(
         first_stage: What finds the documents that are ranked: a dimension, ``binary`` (the signs of vectors, with all
             numbers of the query), ``mean`` (of several vectors of an item), or the folder of another index of the same
             corpus, by any model. Null for a single stage.
-        depth: How many documents of each query the first stage finds.
+        depth: How many documents of each query the first stage finds, or the reranker ranks.
+        reranker: A cross-encoder that ranks what is found, by its logits: a folder that ``export`` wrote, or anything
+            that Sentence Transformers' ``CrossEncoder`` opens.
+        corpus: Where the reranker reads the documents; null for where the index was made from.
         device: Where to encode and to compare, such as ``cuda``; null for a GPU if there is one.
         trust_remote_code: Whether to run code that a model brings.
     """
-    if top_k < 1 or (first_stage is not None and depth < top_k):
+    stages = first_stage is not None or reranker is not None
+    if top_k < 1 or (stages and depth < top_k):
         raise ValueError(f"top_k is 1 or more, and depth at least top_k; got {top_k} and {depth}.")
     if (queries is None) == (query is None) or (queries is not None and output is None):
         raise ValueError("search takes queries (a file) with output (the run to write), or query (a text).")
@@ -68,20 +75,20 @@ def search(
     view = View(opened, dimension, device=torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     cheaper = None if first_stage is None else first_view(view, first_stage)
     names, items = read_queries(queries) if queries is not None else (["query"], [_question(str(query))])
-    engine = ServedModel.open(model, device=device, trust_remote_code=trust_remote_code)
-    opened.refuse_other(engine.digest, model)
-    vectors = encode_queries(engine, items)
+    of_model = partial(vectors_of, items=items, device=device, trust_remote_code=trust_remote_code)
+    vectors = of_model(opened, model)
+    count = top_k if reranker is None else depth
     if cheaper is None:
-        ranking = search_exact(view, vectors, top_k)
+        ranking = search_exact(view, vectors, count)
     else:
-        of_model = cheaper.index.manifest["model"]
-        of_first = vectors
-        if cheaper.index.manifest["model_digest"] != engine.digest:
-            first_engine = ServedModel.open(of_model, device=device, trust_remote_code=trust_remote_code)
-            cheaper.index.refuse_other(first_engine.digest, of_model)
-            of_first = encode_queries(first_engine, items)
+        is_same = cheaper.index.manifest["model_digest"] == opened.manifest["model_digest"]
+        of_first = vectors if is_same else of_model(cheaper.index, cheaper.index.manifest["model"])
         rows = same_rows(cheaper.index, opened, search_exact(cheaper, of_first, depth).rows)
-        ranking = rescore(view, vectors, rows, top_k)
+        ranking = rescore(view, vectors, rows, count)
+    if reranker is not None:
+        documents = open_corpus(corpus or opened.manifest["corpus"], "document")
+        scores = rerank(open_reranker(reranker, device, trust_remote_code), items, documents, opened, ranking.rows)
+        ranking = ranked(opened, scores, ranking.rows, top_k)
     if output is None:
         for rank, (name, score) in enumerate(next(found(opened, ranking)), start=1):
             print(f"{rank:4}  {score:.4f}  {name}")
@@ -101,8 +108,12 @@ def read_queries(path: str) -> tuple[list[str], list[Item]]:
     return [*names], [*items]
 
 
-def encode_queries(engine: ServedModel, items: Sequence[Item]) -> Vectors:
-    """Encode queries, in float32 on the host."""
+def vectors_of(
+    index: Index, model: str, items: Sequence[Item], device: str | None = None, trust_remote_code: bool = False
+) -> Vectors:
+    """Encode queries by an index's model, in float32 on the host; a ``ValueError`` says that it is another one."""
+    engine = ServedModel.open(model, device=device, trust_remote_code=trust_remote_code)
+    index.refuse_other(engine.digest, model)
     encoded = engine.encode(items, "query")
     if isinstance(encoded, Tensor):
         return encoded
@@ -141,7 +152,7 @@ def write_run(path: Path, queries: Sequence[str], index: Index, ranking: Ranking
 def found(index: Index, ranking: Ranking) -> Iterator[list[tuple[str, float]]]:
     """Yield ids and scores of the documents of each query."""
     for scores, rows in zip(ranking.scores, ranking.rows, strict=True):
-        yield [*zip(index.ids.take(pa.array(rows[rows >= 0].numpy())).to_pylist(), scores.tolist(), strict=False)]
+        yield [*zip(index.names(rows[rows >= 0]), scores.tolist(), strict=False)]
 
 
 def _question(text: str) -> Item:
