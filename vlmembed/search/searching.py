@@ -15,10 +15,11 @@ from torch import Tensor
 
 from vlmembed.files import whole_file
 from vlmembed.late_interaction import MultiVectors, Vectors
+from vlmembed.search.approximate import Engine, search_by
 from vlmembed.search.corpus import open_corpus
 from vlmembed.search.encoding import scan
 from vlmembed.search.index import Index
-from vlmembed.search.ranking import Ranking, View, ranked, rescore, search_exact
+from vlmembed.search.ranking import Ranking, View, ranked, rescore
 from vlmembed.search.reranking import open_reranker, rerank
 from vlmembed.search.served import ServedModel
 from vlmembed.types import Item, Part
@@ -36,10 +37,12 @@ def search(
     depth: int = 1000,
     reranker: str | None = None,
     corpus: str | None = None,
+    engine: Engine = "exact",
+    probes: int = 32,
     device: str | None = None,
     trust_remote_code: bool = False,
 ) -> None:
-    """Search an index that ``encode`` wrote, exactly, in one pass over its shards whatever their size.
+    """Search an index that ``encode`` wrote, in one pass over its shards whatever their size.
 
     Queries are encoded by the index's model, and compared as it compares; equal scores are ranked by id, descending, as
     ``trec_eval`` does. In two stages, a cheaper comparison finds ``depth`` documents of each query, and the whole
@@ -61,12 +64,17 @@ def search(
         reranker: A cross-encoder that ranks what is found, by its logits: a folder that ``export`` wrote, or anything
             that Sentence Transformers' ``CrossEncoder`` opens.
         corpus: Where the reranker reads the documents; null for where the index was made from.
+        engine: ``exact``, or ``faiss`` or ``lancedb`` where that is installed: they keep lists of near vectors in the
+            index's folder, made the first time, and the recall against exact search is printed.
+        probes: How many of their lists ``faiss`` and ``lancedb`` look at.
         device: Where to encode and to compare, such as ``cuda``; null for a GPU if there is one.
         trust_remote_code: Whether to run code that a model brings.
     """
     stages = first_stage is not None or reranker is not None
     if top_k < 1 or (stages and depth < top_k):
         raise ValueError(f"top_k is 1 or more, and depth at least top_k; got {top_k} and {depth}.")
+    if probes < 1:
+        raise ValueError(f"probes is 1 or more, got {probes}.")
     if (queries is None) == (query is None) or (queries is not None and output is None):
         raise ValueError("search takes queries (a file) with output (the run to write), or query (a text).")
     opened = Index.open(index)
@@ -79,11 +87,11 @@ def search(
     vectors = of_model(opened, model)
     count = top_k if reranker is None else depth
     if cheaper is None:
-        ranking = search_exact(view, vectors, count)
+        ranking = search_by(engine, view, vectors, count, probes)
     else:
         is_same = cheaper.index.manifest["model_digest"] == opened.manifest["model_digest"]
         of_first = vectors if is_same else of_model(cheaper.index, cheaper.index.manifest["model"])
-        rows = same_rows(cheaper.index, opened, search_exact(cheaper, of_first, depth).rows)
+        rows = same_rows(cheaper.index, opened, search_by(engine, cheaper, of_first, depth, probes).rows)
         ranking = rescore(view, vectors, rows, count)
     if reranker is not None:
         documents = open_corpus(corpus or opened.manifest["corpus"], "document")
