@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from vlmembed.encoder import MultiVectorEncoder as OurMultiVectorEncoder
 from vlmembed.export.sentence_transformers import write_folder, write_multi_vector, write_reranker
 from vlmembed.heads import Linear
 from vlmembed.late_interaction import MultiVectors
-from vlmembed.metrics.tiles import BestDocuments, products
+from vlmembed.metrics.tiles import BestDocuments
 from vlmembed.pooling import LastToken, TokenProjection, TokenSelection
 from vlmembed.search import ranking
 from vlmembed.search.approximate import search_by
@@ -109,18 +110,22 @@ def test_the_best_of_tiles_are_those_of_all(k: int, width: int, kind: str) -> No
         assert [(value, sorted(names)[place] if place >= 0 else None) for value, place in ranked] == best_pairs + filled
 
 
-def test_products_are_float32_whatever_is_allowed_outside() -> None:
-    queries, documents = random(3, 64), random(5, 64, 1)
-    before = torch.get_float32_matmul_precision()
+def test_scores_are_float32_whatever_is_allowed_outside(tmp_path: Path) -> None:
+    vectors, queries = random(DOCUMENTS, 64), random(QUERIES, 64, 1)
+    index, before = (
+        Index.open(write_index(tmp_path / "index", vectors, ids())),
+        torch.get_float32_matmul_precision(),
+    )
     try:
         torch.set_float32_matmul_precision("medium")
         with torch.autocast("cpu", torch.bfloat16):
-            scores = products(queries, documents)
+            found = search_exact(View(index), queries, 40)
+        assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
-    exact = queries.double() @ documents.double().T
-    # Rounding of a sum of 64 products of about 9; bfloat16 would be off by 0.5.
-    torch.testing.assert_close(scores.double(), exact, atol=1e-4, rtol=0)
+    exact = normalize(queries.double(), dim=1) @ normalize(vectors.double(), dim=1).T
+    # Rounding of 64 products of float32; bfloat16 would be off by 1e-3.
+    torch.testing.assert_close(found.scores.double(), exact.gather(1, found.rows), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -165,6 +170,17 @@ def test_equal_scores_are_ranked_by_id(tmp_path: Path) -> None:
     scores = queries @ vectors.T / 16
     for k in (1, 7, 100):
         assert names_of(index, search_exact(View(index), queries, k).rows) == expected(scores, ids(), k)
+
+
+def test_what_stays_in_memory_is_found_again(tmp_path: Path) -> None:
+    folder = write_index(tmp_path / "index", random(DOCUMENTS), ids())
+    view, queries = View(Index.open(folder), 5, in_memory=True), random(QUERIES, seed=1)
+    expected = search_exact(View(view.index, 5), queries, 10)
+    assert search_exact(view, queries, 10).rows.equal(expected.rows)
+    for file in folder.glob("*.parquet"):
+        file.unlink()
+    assert search_exact(view, queries, 10).rows.equal(expected.rows)
+    assert rescore(view, queries, expected.rows, 3).rows.equal(expected.rows[:, :3])
 
 
 def test_inner_products_are_of_vectors_as_they_are(tmp_path: Path) -> None:
@@ -252,6 +268,16 @@ def test_dimensions_that_the_index_lacks_are_refused(dimension: int, tmp_path: P
     index = Index.open(write_index(tmp_path / "index", random(9), ids(9), dimensions=[4, 8]))
     with pytest.raises(ValueError, match=rf"dimension {dimension} is none of its vectors', which have 16.*: 4, 8"):
         search_exact(View(index, dimension), random(2), 3)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_queries_without_numbers_are_refused(value: float, tmp_path: Path) -> None:
+    index, queries = Index.open(write_index(tmp_path / "index", random(9), ids(9))), random(2)
+    queries[1, 3] = value
+    with pytest.raises(ValueError, match="queries have NaN or infinite numbers"):
+        search_exact(View(index), queries, 3)
+    with pytest.raises(ValueError, match=r"queries of shape \(2, 4\) are none of its model's"):
+        search_exact(View(index), random(2, 4), 3)
 
 
 def test_repeated_ids_are_refused(tmp_path: Path) -> None:
@@ -469,10 +495,28 @@ def test_a_reranker_reads_the_corpus_that_was_encoded(world: Path, tmp_path: Pat
         main(arguments(world, queries=None, query="one", top_k=2, reranker=world / "reranker", corpus=other))
 
 
+def test_the_commands_of_the_page_run(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Path(__file__).parent.parent / "vlmembed/search/README.md"
+    section = page.read_text().split("\n## Search\n")[1].split("\n## ")[0]
+    commands = [shlex.split(line)[3:] for line in section.splitlines() if line.startswith("python -m vlmembed ")]
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("my-model").symlink_to(world / "single")
+    for file in ("queries.jsonl", "1.png"):
+        Path(file).write_bytes((world / file).read_bytes())
+    Path("runs/index").symlink_to(world / "single_index")
+    for command in commands:
+        main(command)
+    assert {path.name for path in Path("runs").glob("*.trec")} == {"found.trec", "32.trec", "two.trec"}
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another model": ({"index": "multi_index"}, "multi_index: its vectors are of .*multi .* is another model"),
     "a dimension that the index lacks": ({"dimension": 4096}, "dimension 4096 is none of its vectors'.*: 32"),
     "no probes": ({"probes": 0}, "probes is 1 or more, got 0"),
+    "a folder to write": ({"output": "."}, "is a folder; output is the TREC run"),
+    "no such queries": ({"queries": "nowhere.jsonl"}, "nowhere.jsonl"),
+    "a corpus that is gone": ({"reranker": "reranker", "corpus": "gone.jsonl"}, "its corpus 'gone.jsonl' cannot be"),
     "no documents": ({"top_k": 0}, "top_k is 1 or more, and depth at least top_k; got 0 and 1000"),
     "a first stage that finds fewer": ({"top_k": 10, "depth": 9, "first_stage": 32}, "got 10 and 9"),
     "two kinds of queries": ({"query": "text"}, "takes queries .* or query"),

@@ -17,7 +17,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from vlmembed import distributed
 from vlmembed.late_interaction import MultiVectors, merge
 from vlmembed.metrics.functions import METRICS, Relevance, mean_over, name_order, order_keys, ranks
-from vlmembed.metrics.tiles import BestDocuments, products
+from vlmembed.metrics.tiles import BestDocuments
 from vlmembed.types import EvaluationSet, RerankingSet
 
 NAMED = 5  # How many items a message names.
@@ -227,7 +227,8 @@ class RetrievalMetrics(EvaluationMetrics):
         )
         height = max(1, SCORES_PER_BLOCK // len(corpus))
         for start in self._starts(height):
-            yield start, products(queries[start : start + height], corpus)
+            # NumPy's product stays float32, whatever autocast and torch.set_float32_matmul_precision say.
+            yield start, torch.from_numpy(queries[start : start + height].numpy() @ corpus.numpy().T)
 
     def _score_blocks(self, blocks: Iterator[tuple[int, Tensor]]) -> Iterator[tuple[int, Float[Tensor, "q P"]]]:
         """Blocks of scores, with -inf where a document is none of the query's candidates."""
@@ -331,7 +332,7 @@ class MultiVectorMetrics(RetrievalMetrics):
         blocks = []
         for first in range(0, len(documents), width):
             columns, edges = _end_to_end(documents[first : first + width])
-            # NumPy's product stays float32, as in `products`.
+            # NumPy's product stays float32, as in `RetrievalMetrics`.
             largest = np.maximum.reduceat(rows @ columns.T, edges, axis=1)  # (S, T) → (S, p)
             blocks.append(np.add.reduceat(largest, starts, axis=0))  # (S, p) → (Q, p)
         scores = torch.from_numpy(np.concatenate(blocks, axis=1))

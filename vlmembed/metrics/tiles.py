@@ -17,7 +17,7 @@ from torch import Tensor
 from vlmembed.metrics.functions import order_keys
 
 #: Documents that are looked at together: at first each of them may be among the best.
-WIDTH = 4096
+WIDTH = 1024
 
 
 @contextmanager
@@ -30,14 +30,6 @@ def exact_products(device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.set_float32_matmul_precision(precision)
-
-
-def products(queries: Float[Tensor, "q D"], documents: Float[Tensor, "p D"]) -> Float[Tensor, "q p"]:
-    """Inner products in float32."""
-    if queries.device.type == "cpu":  # NumPy's product knows of no other precision.
-        return torch.from_numpy(queries.numpy() @ documents.numpy().T)
-    with exact_products(queries.device):
-        return queries @ documents.T
 
 
 class BestDocuments:

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vlmembed.files import digest, whole_file
+from vlmembed.files import clear_drafts, digest, whole_file
 from vlmembed.late_interaction import MultiVectors, Vectors
 from vlmembed.search.ranking import Ranking, View, ranked, search_exact
 
@@ -44,6 +44,7 @@ def _by_faiss(view: View, vectors: Vectors, k: int, probes: int) -> Ranking:
     faiss = _imported("faiss", "faiss-cpu")
     queries, path = _single(view, vectors), _place(view, "faiss")
     if not path.exists():
+        clear_drafts(path.parent)
         lists, size = _list_count(view), queries.shape[1]
         built = faiss.IndexIVFFlat(faiss.IndexFlatIP(size), size, lists, faiss.METRIC_INNER_PRODUCT)
         built.train(_sample(view, VECTORS_PER_LIST * lists))

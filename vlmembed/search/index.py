@@ -200,19 +200,19 @@ class Index:
         items = batch["embedding"]
         lengths = torch.from_numpy(pc.list_value_length(items).to_numpy(zero_copy_only=False).astype(np.int64))
         vectors = items.flatten() if self.is_multi_vector else items
-        numbers = vectors.flatten().to_numpy(zero_copy_only=False)
+        numbers = torch.from_dlpack(vectors.flatten())  # Arrow's memory, which nothing here writes to.
         width = -(-self.dimension // 8) if self.precision == "binary" else self.dimension
         if len(numbers) != len(vectors) * width:
             raise ValueError(
                 f"{self.folder}: {len(vectors)} vectors with {len(numbers)} numbers, where manifest.json says {width} "
                 "each. Encode the corpus again."
             )
-        matrix = numbers.reshape(len(vectors), width)
+        matrix = numbers.view(len(vectors), width)
         if self.precision == "binary":
-            matrix = np.unpackbits(matrix, axis=1, count=self.dimension) * np.float32(2) - 1
-        matrix = matrix.astype(np.float32)
+            bits = np.unpackbits(matrix.numpy(), axis=1, count=self.dimension)
+            matrix = torch.from_numpy(bits) * 2.0 - 1
         if self.precision == "int8":
-            scales = batch["scale"].to_numpy()
-            matrix *= (np.repeat(scales, lengths) if self.is_multi_vector else scales)[:, None]
-        tensor = torch.from_numpy(matrix)
+            scales = torch.from_numpy(batch["scale"].to_numpy().copy())
+            matrix = matrix * (scales.repeat_interleave(lengths) if self.is_multi_vector else scales)[:, None]
+        tensor = matrix.float()
         return MultiVectors(tensor, lengths) if self.is_multi_vector else tensor

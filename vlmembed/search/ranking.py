@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,11 +15,11 @@ from torch.nn.functional import normalize
 
 from vlmembed.late_interaction import MultiVectors, Vectors, maxsim, truncate
 from vlmembed.metrics.functions import order_keys
-from vlmembed.metrics.tiles import BestDocuments, exact_products, products
+from vlmembed.metrics.tiles import BestDocuments, exact_products
 from vlmembed.search.index import Index
 
 #: Numbers of documents' vectors that are looked at together: they stay in a processor's cache.
-BLOCK_NUMBERS = 2**20
+BLOCK_NUMBERS = 2**18
 #: Queries that are compared with a block together.
 HEIGHT = 1024
 #: What an index's model may compare vectors by.
@@ -45,7 +46,9 @@ class View:
     dimension: int | None = None
     signs: bool = False
     means: bool = False
-    device: torch.device | str = "cpu"
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    #: Whether what was read stays in memory (on the device), for the searches that follow.
+    in_memory: bool = False
 
     def __post_init__(self) -> None:
         self.index.check_dimension(self.dimension)
@@ -68,12 +71,27 @@ class View:
         """Bring queries, as the model encodes them, to what `scores` compares."""
         if vectors.shape[-1] != self.index.dimension or isinstance(vectors, MultiVectors) != self.index.is_multi_vector:
             raise ValueError(f"{self.index.folder}: queries of shape {tuple(vectors.shape)} are none of its model's.")
+        if not (vectors.vectors if isinstance(vectors, MultiVectors) else vectors).isfinite().all():
+            raise ValueError(
+                f"{self.index.folder}: vectors of queries have NaN or infinite numbers, which find nothing. Is the "
+                "model whole?"
+            )
         if isinstance(vectors, MultiVectors):
             vectors = replace(vectors, length_normalized=self.similarity == "meanmaxsim")
         return self._brought(truncate(vectors, self.dimension or self.index.dimension))
 
     def blocks(self, only: Int64[Tensor, " n"] | None = None) -> Iterator[tuple[int, Vectors]]:
         """Yield documents, some after the other: the first one's row, and what `scores` compares."""
+        if self.in_memory:
+            yield from self._blocks
+            return
+        yield from self._read(only)
+
+    @cached_property
+    def _blocks(self) -> list[tuple[int, Vectors]]:
+        return [*self._read(None)]
+
+    def _read(self, only: Int64[Tensor, " n"] | None) -> Iterator[tuple[int, Vectors]]:
         size = max(1, int(BLOCK_NUMBERS / self.index.numbers_per_item))
         read = self.index.blocks(size, self.dimension, only)
         yield from _ahead((first, self._brought(_signs(part) if self.signs else part)) for first, part in read)
@@ -82,9 +100,8 @@ class View:
         """Compare queries with documents."""
         if isinstance(queries, MultiVectors):
             assert isinstance(documents, MultiVectors)
-            with exact_products(queries.device):
-                return maxsim(queries, documents)
-        return products(queries, documents)  # type: ignore[arg-type]
+            return maxsim(queries, documents)
+        return queries @ documents.T  # type: ignore[union-attr]
 
     def _brought(self, vectors: Vectors) -> Vectors:
         """Move to the device, and to unit length where vectors are compared by the cosine; MaxSim does that itself."""
@@ -120,11 +137,12 @@ def search_exact(view: View, vectors: Vectors, k: int) -> Ranking:
     """Find the first k documents of queries, in one pass over the index; equal scores are ranked by id, descending."""
     queries, index = view.queries(vectors), view.index
     best = BestDocuments(len(vectors), min(k, index.count), view.device)
-    for first, documents in view.blocks():
-        name_order = index.name_order[first : first + len(documents)].to(view.device)
-        for start in range(0, len(vectors), HEIGHT):
-            tile = view.scores(_part(queries, start, start + HEIGHT), documents)
-            best.add(start, tile, name_order)
+    with exact_products(view.device):
+        for first, documents in view.blocks():
+            name_order = index.name_order[first : first + len(documents)].to(view.device)
+            for start in range(0, len(vectors), HEIGHT):
+                tile = view.scores(_part(queries, start, start + HEIGHT), documents)  # (q, p)
+                best.add(start, tile, name_order)
     scores, names = (tensor.cpu() for tensor in best.ranked())
     return Ranking(scores, index.by_name[names].where(names >= 0, -1))
 
@@ -138,7 +156,8 @@ def rescore(view: View, vectors: Vectors, rows: Int64[Tensor, "Q C"], k: int) ->
         place, columns = places[start:stop], wanted[start:stop] - first
         for query in (place // rows.shape[1]).unique().tolist():
             of_query = place // rows.shape[1] == query
-            tile = view.scores(_part(queries, query, query + 1), documents[columns[of_query]])
+            with exact_products(view.device):
+                tile = view.scores(_part(queries, query, query + 1), documents[columns[of_query]])
             scores.view(-1)[place[of_query]] = tile[0].cpu()
     return ranked(view.index, scores, rows, k)
 

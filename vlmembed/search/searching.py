@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -16,7 +17,7 @@ from torch import Tensor
 from vlmembed.files import whole_file
 from vlmembed.late_interaction import MultiVectors, Vectors
 from vlmembed.search.approximate import Engine, search_by
-from vlmembed.search.corpus import open_corpus
+from vlmembed.search.corpus import Corpus, CorpusSource, open_corpus
 from vlmembed.search.encoding import scan
 from vlmembed.search.index import Index
 from vlmembed.search.ranking import Ranking, View, ranked, rescore
@@ -36,7 +37,7 @@ def search(
     first_stage: int | str | None = None,
     depth: int = 1000,
     reranker: str | None = None,
-    corpus: str | None = None,
+    corpus: CorpusSource | None = None,
     engine: Engine = "exact",
     probes: int = 32,
     device: str | None = None,
@@ -79,10 +80,13 @@ def search(
         raise ValueError("search takes queries (a file) with output (the run to write), or query (a text).")
     opened = Index.open(index)
     if output is not None:
+        if Path(output).is_dir():
+            raise ValueError(f"{output} is a folder; output is the TREC run to write, a file.")
         opened.refuse_white_space()
     view = View(opened, dimension, device=torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     cheaper = None if first_stage is None else first_view(view, first_stage)
     names, items = read_queries(queries) if queries is not None else (["query"], [_question(str(query))])
+    documents = corpus_of(opened, corpus) if reranker is not None else None
     of_model = partial(vectors_of, items=items, device=device, trust_remote_code=trust_remote_code)
     vectors = of_model(opened, model)
     count = top_k if reranker is None else depth
@@ -93,8 +97,7 @@ def search(
         of_first = vectors if is_same else of_model(cheaper.index, cheaper.index.manifest["model"])
         rows = same_rows(cheaper.index, opened, search_by(engine, cheaper, of_first, depth, probes).rows)
         ranking = rescore(view, vectors, rows, count)
-    if reranker is not None:
-        documents = open_corpus(corpus or opened.manifest["corpus"], "document")
+    if reranker is not None and documents is not None:
         scores = rerank(open_reranker(reranker, device, trust_remote_code), items, documents, opened, ranking.rows)
         ranking = ranked(opened, scores, ranking.rows, top_k)
     if output is None:
@@ -114,6 +117,18 @@ def read_queries(path: str) -> tuple[list[str], list[Item]]:
         if len(name.split()) != 1:
             raise ValueError(f"{corpus.origin(row)}: id {name!r} has white space, which a TREC run cannot hold.")
     return [*names], [*items]
+
+
+def corpus_of(index: Index, corpus: CorpusSource | None) -> Corpus:
+    """Open the corpus that an index was made from, where it was or where it is said to be."""
+    value: Any = index.manifest.get("corpus") if corpus is None else corpus
+    try:
+        return open_corpus(value, index.manifest.get("role", "document"))
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{index.folder}: its corpus {value!r} cannot be opened, which the reranker is to read: {error} If it has "
+            "moved, or was given as a class, say with 'corpus' where it is."
+        ) from error
 
 
 def vectors_of(
