@@ -3,8 +3,8 @@
     python experiments/search/speed.py --count 1000000
 
 Runs alternate, and medians are compared: of the clock, and of the processors' time, which says more where others use
-them too. Files are read from the system's cache; opening the index, which sorts the ids, is measured apart. Prints a line
-of JSON; needs faiss-cpu.
+them too. Files are read from the system's cache; opening the index, which sorts the ids, is measured apart. Prints a
+line of JSON; needs faiss-cpu.
 """
 
 from __future__ import annotations

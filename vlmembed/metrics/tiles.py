@@ -52,8 +52,11 @@ class BestDocuments:
             self._add(start, tile, order)
 
     def _add(self, start: int, scores: Float[Tensor, "q p"], name_order: Int[Tensor, " p"]) -> None:
+        lowest, k = self._lowest[start : start + len(scores), None], self._keys.shape[1]
+        if k < scores.shape[1] and lowest.isneginf().any():  # Of a first tile, none below its own K-th.
+            lowest = torch.maximum(lowest, scores.topk(k).values[:, -1:])
         # Most documents of most tiles are below the K-th so far, which one comparison says.
-        found = _true(scores, self._lowest[start : start + len(scores), None])
+        found = _true(scores, lowest)
         queries, documents = found // scores.shape[1], found % scores.shape[1]
         keys = order_keys(scores[queries, documents], name_order[documents] + 1)
         self._waiting.append((queries + start, keys))
