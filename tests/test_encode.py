@@ -10,6 +10,8 @@ import multiprocessing
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
