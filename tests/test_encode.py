@@ -671,8 +671,7 @@ def test_the_commands_of_the_page_run(place: Path) -> None:
 
 #: Runs its command once for each of two tasks, as SLURM would.
 SRUN = """#!/usr/bin/env bash
-while [ "$1" != python ]; do shift; done
-shift
+while [ "$1" != -m ]; do shift || exit 1; done
 for task in 0 1; do SLURM_PROCID=$task SLURM_STEP_NUM_TASKS=2 PYTHON "$@" || exit 1; done
 """
 
