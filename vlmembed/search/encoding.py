@@ -183,6 +183,7 @@ def _interval() -> float:
 def _complete(job: Job, manifest: dict[str, Any], written: Sequence[Shard]) -> None:
     """Write down what cannot be read, and that all is done."""
     folder = Path(job.output)
+    clear_drafts(folder)  # Of workers that were killed.
     unreadable = [entry for shard in written for entry in shard.unreadable]
     count = sum(shard.rows for shard in written)
     if not count:
