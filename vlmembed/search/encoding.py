@@ -111,7 +111,8 @@ def encode(
     if unreadable:
         sys.exit(
             f"{unreadable} of the items could not be read; {output}/{SIDE_FILE} says which, and why. The others are "
-            "encoded. Once they are mended, delete the files of their shards, and run this again."
+            "encoded. Once images are mended, delete the files of their shards, and run this again; rows that are "
+            "mended make another corpus, for another output."
         )
 
 
