@@ -379,9 +379,13 @@ def test_a_document_without_vectors_stops_a_run_before_its_first_step(run: dict[
             ["--trainer.exporter=vlmembed.export.SentenceTransformers", "--trainer.exporter.truncate_dim=17"],
             "truncate_dim=17 is not between 1 and the vectors' 16",
         ),
+        # Nothing of the parser's stands around what a class says.
+        (["--model.projection.size=0"], r"^TokenProjection: sizes are 1 or more, got size=0, inner_size=None\.$"),
+        (["--model.merging_factors=[1]"], r"^merging_factors are 2 or more, as .* measured anyway: \[1\]\.$"),
+        (["--model.two_stage=0"], "^two_stage is the number of documents that MaxSim ranks, or null; got 0.$"),
     ],
 )  # fmt: skip
-def test_sizes_above_the_projection_s(run: dict[str, Any], options: list[str], message: str) -> None:
+def test_sizes_that_are_refused(run: dict[str, Any], options: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(run, *options)
 
