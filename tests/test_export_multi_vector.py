@@ -168,7 +168,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 def test_what_was_measured_is_what_the_folder_ranks(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, similarity: str
 ) -> None:
-    """From the command line: a short run, whose export Sentence Transformers' own evaluator measures."""
+    """From the command line: a short run, and an export of its checkpoint, which their own evaluator measures."""
     monkeypatch.chdir(tmp_path)
     written = rows(tmp_path)
     config = run_config(checkpoint, train=jsonl("t.jsonl", written), val=jsonl("v.jsonl", written), batch_size=4)
@@ -179,9 +179,10 @@ def test_what_was_measured_is_what_the_folder_ranks(
     model["init_args"] = {**arguments, "projection": projection, "similarity": similarity}
     model["init_args"]["loss"] = {"class_path": "vlmembed.losses.InfoNCE"}
     config["trainer"] |= {"max_steps": 2, "default_root_dir": str(tmp_path)}
-    config["trainer"].pop("exporter", None)
     Path("run.yaml").write_text(json.dumps(config))
-    main(["fit", "--config", "run.yaml"])
+    main(["fit", "--config", "run.yaml", "--trainer.exporter=null"])
+    (saved,) = tmp_path.rglob("*.ckpt")
+    main(["export", "--config", "run.yaml", "--ckpt_path", str(saved)])
     (metrics,) = tmp_path.rglob("metrics.csv")
     measured = pandas.read_csv(metrics)["val/ndcg@10"].dropna().iloc[-1]
     (folder,) = tmp_path.rglob("export")
