@@ -2,7 +2,8 @@
 
 One step of a fresh multi-vector model that keeps no graph: its peak of allocated bytes, without weights and inputs. By
 design it holds the vectors four times (by chunk, of the batch, as the loss takes them, and as gradients) and, of each
-vector of a query, which of a document's is nearest. What is left should grow by no more than 10 %.
+vector of a query, which of a document's is nearest; and the features of images, where their tower is frozen. What is
+left should grow by no more than 10 %.
 
     OMP_NUM_THREADS=1 python experiments/late_interaction/memory.py [--batch_sizes 32 256] [--config tiny]
 """
@@ -43,8 +44,10 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=8, help="items per chunk")
     parser.add_argument("--config", default="wide_tower", help="of the checkpoint, as in ../step_time")
     options = parser.parse_args()
-    print("| trained | pairs | vectors | peak, MiB | vectors, MiB | nearest, MiB | left, MiB | times the first |")
-    print("|---|--:|--:|--:|--:|--:|--:|--:|")
+    print(
+        "| trained | pairs | vectors | MiB at most | of vectors | of nearest | of features | left | times the first |"
+    )
+    print("|---|--:|--:|--:|--:|--:|--:|--:|--:|")
     with TemporaryDirectory() as scratch:
         folder, config = Path(scratch) / "checkpoint", checkpoint.configuration(options.config)
         checkpoint.write(folder, config, MIN_TOKENS, MAX_TOKENS)
@@ -58,9 +61,11 @@ def main() -> None:
                 vectors = 4 * 4 * SIZE * int(lengths.sum())  # Four times, in float32.
                 nearest = 4 * size * int(lengths[batch.queries].sum())
                 whole = peak(model, batch)
-                left = whole - vectors - nearest
+                frozen = [] if trained == "everything" else model.model.encoder.encode_images(batch.images)
+                features = sum(image.nbytes for image in frozen)
+                left = whole - vectors - nearest - features
                 first = first or left
-                sizes = " | ".join(f"{part / MIB:.1f}" for part in (whole, vectors, nearest, left))
+                sizes = " | ".join(f"{part / MIB:.1f}" for part in (whole, vectors, nearest, features, left))
                 print(f"| {trained} | {size} | {lengths.sum()} | {sizes} | {left / first:.2f} |", flush=True)
 
 
