@@ -18,8 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from vlmembed.late_interaction.vectors import MultiVectors, promoted
 
-#: Numbers that are computed at once: 16 MiB of float32.
-TILE = 2**22
+#: Numbers that are computed at once: 4 MiB of float32, which a processor's cache holds.
+TILE = 2**20
 #: How many vectors of queries are compared at once, at most: more would leave a tile too few of documents.
 MAXIMUM_HEIGHT = 2**13
 
@@ -63,7 +63,8 @@ class _MaxSim(torch.autograd.Function):
         with torch.autocast(device.type, enabled=False):
             for columns, rows, is_padding in _tiles(document_lengths, TILE // max(height, queries.shape[1])):
                 columns, rows = columns.to(device, non_blocking=True), rows.to(device, non_blocking=True)
-                tile = documents[rows] / norms[rows]  # (p, n, D)
+                flat = rows.flatten()
+                tile = (documents.index_select(0, flat) / norms[flat]).unflatten(0, rows.shape)  # (p, n, D)
                 if is_padding is not None:
                     is_padding = is_padding.to(device, non_blocking=True)
                 largest = queries.new_empty(len(queries), len(columns))
@@ -85,9 +86,9 @@ class _MaxSim(torch.autograd.Function):
         # Columns of P documents at a time: (S, p) rows of the nearest, each times its weight.
         for rows, columns in zip(nearest.split(width, dim=1), gradient.split(width, dim=1), strict=True):
             weight = columns.repeat_interleave(lengths, dim=0, output_size=len(queries))  # (Q, p) → (S, p)
-            flat, of_unit = rows.flatten(), weight / norms[rows, 0]
-            with torch.autocast(queries.device.type, enabled=False):
-                to_queries += (of_unit[:, None] @ documents[flat].unflatten(0, rows.shape))[:, 0]
+            flat = rows.flatten()
+            of_unit = (weight / norms[flat].view(rows.shape))[:, :, None]
+            to_queries += (of_unit * documents.index_select(0, flat).unflatten(0, rows.shape)).sum(dim=1)
             to_documents.index_add_(0, flat, (weight[:, :, None] * queries[:, None]).flatten(0, 1))
         # From the gradients of unit vectors to those of the vectors, in place.
         _project(to_queries, queries, query_norms)
