@@ -286,6 +286,9 @@ MERGED = MergedTokens(InfoNCE(), [1, 2])
         (lambda backbone: EmbeddingModule(backbone, YesNo(), InfoNCE()), "YesNo is a head of .*CrossEncoderModule"),
         (lambda backbone: late(backbone, LastToken()), "in LastToken"),
         (lambda backbone: late(backbone, expansion_tokens=-1), "expansion_tokens is 0 or more.*-1"),
+        (lambda backbone: late(backbone, similarity="cosine"), "similarity is maxsim or meanmaxsim, got 'cosine'"),
+        (lambda backbone: TokenSelection("image"), "part is all, images,.*got part='image'"),  # type: ignore[arg-type]
+        (lambda backbone: TokenSelection(skip="Ċ"), r"skip a list of tokens; got part='all', skip='Ċ'"),
         *[
             (
                 lambda backbone, loss=loss: EmbeddingModule(backbone, LastToken(), loss).configure_model(),

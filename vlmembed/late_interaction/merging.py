@@ -17,10 +17,11 @@ from vlmembed.late_interaction.vectors import MultiVectors, promoted
 
 
 def merge(items: MultiVectors, factor: int, trees: Sequence[np.ndarray] | None = None) -> MultiVectors:
-    """Merge the vectors of each item into 1 / factor of their number, and at least one; unit vectors come out.
+    """Merge the vectors of each item into 1 / factor of their number, and at least one.
 
-    Which vectors are merged has no gradient, their means have. The clusters are Ward's, on cosine distance, as in
-    Sentence Transformers' ``HierarchicalTokenPooling``. Who merges by several factors makes the `ward_trees` once.
+    Unit vectors come out, and of a factor of 1 the items as they are. Which vectors are merged has no gradient, their
+    means have. The clusters are Ward's, on cosine distance, as in Sentence Transformers' ``HierarchicalTokenPooling``.
+    Who merges by several factors makes the `ward_trees` once.
     """
     if factor == 1:
         return items
