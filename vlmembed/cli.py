@@ -87,7 +87,7 @@ class Parser(LightningArgumentParser):
             return super().instantiate_classes(*args, **options)
         except ValueError as error:
             reasons = re.findall(r"^ *- (?!Expected a|Does not validate)(.+)", str(error), re.MULTILINE)
-            if not reasons:
+            if not reasons or not str(error).startswith("Does not validate"):
                 raise
             raise ValueError("\n".join(reasons)) from error
 
