@@ -166,7 +166,11 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("similarity", ["maxsim", pytest.param("meanmaxsim", marks=pytest.mark.exhaustive)])
 def test_what_was_measured_is_what_the_folder_ranks(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, similarity: str
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    similarity: str,
 ) -> None:
     """From the command line: a short run, and an export of its checkpoint, which their own evaluator measures."""
     monkeypatch.chdir(tmp_path)
@@ -182,7 +186,11 @@ def test_what_was_measured_is_what_the_folder_ranks(
     Path("run.yaml").write_text(json.dumps(config))
     main(["fit", "--config", "run.yaml", "--trainer.exporter=null"])
     (saved,) = tmp_path.rglob("*.ckpt")
-    main(["export", "--config", "run.yaml", "--ckpt_path", str(saved)])
+    main(["export", "--config", "run.yaml", "--ckpt_path", str(saved), "--model.two_stage=3"])
+    assert (
+        "configured as when the checkpoint was trained:\n  model.init_args.two_stage: None → 3\n"
+        in capsys.readouterr().out
+    )
     (metrics,) = tmp_path.rglob("metrics.csv")
     measured = pandas.read_csv(metrics)["val/ndcg@10"].dropna().iloc[-1]
     (folder,) = tmp_path.rglob("export")
