@@ -13,7 +13,19 @@ import ddp
 import pytest
 import torch
 import torch.distributed as dist
-from building import Recorder, batch, examples, item, picture, relative_difference, texts, trainer, weights, write_rows
+from building import (
+    Recorder,
+    batch,
+    examples,
+    item,
+    multi_vector,
+    picture,
+    relative_difference,
+    texts,
+    trainer,
+    weights,
+    write_rows,
+)
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -46,7 +58,7 @@ from vlmembed.losses import InfoNCE
 from vlmembed.modules import EmbeddingModule, MultiVectorModule
 from vlmembed.pooling import LastToken, TokenProjection, TokenSelection
 from vlmembed.trainer import Trainer
-from vlmembed.training.sharding import refuse_strategy
+from vlmembed.training.sharding import ShardedGradCache, refuse_strategy
 
 
 def strategy(**options: Any) -> ModelParallelStrategy:
@@ -179,6 +191,11 @@ def train_several_vectors(checkpoint: Path) -> Recorder:
     ]
     scenario = Scenario([(shown[start : start + 1], shown[start + 1 : start + 5]) for start in (0, 5, 10)], learnable())
     return scenario.train(build, rank, None if rank is None else 2, **sharded)  # type: ignore[arg-type]
+
+
+def test_a_filler_has_vectors_where_only_images_have_any(checkpoint: Path) -> None:
+    encoder = multi_vector(checkpoint, query_tokens=TokenSelection("images")).encoder
+    assert len(encoder(ShardedGradCache(encoder)._filler))
 
 
 @pytest.mark.exhaustive
