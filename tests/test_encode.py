@@ -10,6 +10,8 @@ import multiprocessing
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -588,6 +590,14 @@ def test_the_environment_says_which_share(
     assert encoding._share("2/5") == (2, 5)
 
 
+def test_ray_that_is_not_there_is_named(
+    embedder: Path, corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ValueError, match=r'needs Ray: pip install "vlmembed\[ray\]"'):
+        encode(str(embedder), corpus, str(tmp_path / "index"), executor=Ray())
+
+
 def kill_workers(output: Path, kills: int, killed: list[int]) -> None:
     """Each time that two more shards are there, kill a process of Ray that encodes."""
     for kill in range(kills):
@@ -619,6 +629,7 @@ def test_ray_makes_the_same_files_though_workers_are_killed(
         ray.shutdown()
     assert len(killed) == kills
     assert content(tmp_path / "ray") == content(tmp_path / "one")
+    assert not [*(tmp_path / "ray").glob(".*.draft")]
 
 
 PEAK = "import resource, sys; from vlmembed.cli import main; main(sys.argv[1:]); print(resource.getrusage(0).ru_maxrss)"
@@ -669,8 +680,7 @@ def test_the_commands_of_the_page_run(place: Path) -> None:
 
 #: Runs its command once for each of two tasks, as SLURM would.
 SRUN = """#!/usr/bin/env bash
-while [ "$1" != python ]; do shift; done
-shift
+while [ "$1" != -m ]; do shift || exit 1; done
 for task in 0 1; do SLURM_PROCID=$task SLURM_STEP_NUM_TASKS=2 PYTHON "$@" || exit 1; done
 """
 

@@ -111,7 +111,8 @@ def encode(
     if unreadable:
         sys.exit(
             f"{unreadable} of the items could not be read; {output}/{SIDE_FILE} says which, and why. The others are "
-            "encoded. Once they are mended, delete the files of their shards, and run this again."
+            "encoded. Once images are mended, delete the files of their shards, and run this again; rows that are "
+            "mended make another corpus, for another output."
         )
 
 
@@ -183,6 +184,7 @@ def _interval() -> float:
 def _complete(job: Job, manifest: dict[str, Any], written: Sequence[Shard]) -> None:
     """Write down what cannot be read, and that all is done."""
     folder = Path(job.output)
+    clear_drafts(folder)  # Of workers that were killed.
     unreadable = [entry for shard in written for entry in shard.unreadable]
     count = sum(shard.rows for shard in written)
     if not count:

@@ -49,7 +49,6 @@ class Ray(Executor):
         """See `Executor.run`."""
         try:
             import ray
-            from ray.exceptions import RayTaskError
         except ImportError as error:
             raise ValueError('The executor Ray needs Ray: pip install "vlmembed[ray]".') from error
 
@@ -59,12 +58,10 @@ class Ray(Executor):
         options: Any = {"num_cpus": self.cpus, "num_gpus": self.gpus, "concurrency": workers, "batch_size": 1}
         ray.data.DataContext.get_current().enable_progress_bars = False  # Ours counts items.
         logging.getLogger("ray.data").setLevel(logging.WARNING)
-        try:
-            for row in blocks.map_batches(_Worker, fn_constructor_args=(encoding.job,), **options).iter_rows():
-                progress(len(encoding.rows(int(row["shard"]))))
-        except RayTaskError as error:
-            cause = error.as_instanceof_cause()
-            raise ValueError(f"A worker has failed: {cause}") from error
+        for row in blocks.map_batches(_Worker, fn_constructor_args=(encoding.job,), **options).iter_rows():
+            if row["error"]:
+                raise ValueError(row["error"])
+            progress(len(encoding.rows(int(row["shard"]))))
 
     def _room(self, resources: dict[str, float]) -> int:
         rooms = [resources.get(name, 0) // need for name, need in (("CPU", self.cpus), ("GPU", self.gpus)) if need]
@@ -79,6 +76,10 @@ class _Worker:
         self._encoding = Encoding(job)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        for _ in self._encoding.write(batch["shard"].tolist()):
-            pass
-        return batch
+        error = ""
+        try:
+            for _ in self._encoding.write(batch["shard"].tolist()):
+                pass
+        except ValueError as reason:  # Raised here, it would come in Ray's own words.
+            error = str(reason)
+        return {**batch, "error": [error]}
