@@ -61,7 +61,7 @@ class BestDocuments:
         keys = order_keys(scores[queries, documents], name_order[documents] + 1)
         self._waiting.append((queries + start, keys))
         self._count += len(found)
-        if self._count > self._keys.numel() // 4:  # Merging costs more than comparing.
+        if self._count > self._keys.numel() // 2:  # Merging costs more than comparing.
             self._merge()
 
     def ranked(self) -> tuple[Float[Tensor, "Q K"], Int64[Tensor, "Q K"]]:
