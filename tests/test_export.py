@@ -434,6 +434,31 @@ def test_the_files(checkpoint: Path, tmp_path: Path) -> None:
     assert read(tmp_path / "tokenizer_config.json")["model_max_length"] == 99
 
 
+def test_an_export_is_a_checkpoint_whose_settings_are_those_of_the_next_training(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """Of the first training nothing stays: its limit, its attention, its dimensions, its layers."""
+    first, second, long_text = tmp_path / "first", tmp_path / "second", "one two three " * 40
+    built = encoder(checkpoint, zoo.LayerMix(zoo.LastToken(), 2), max_length=60, bidirectional=True)
+    first.mkdir()
+    write_folder(built, first, dimensions=[32, 64])
+    trained_on = encoder(first).eval()
+    second.mkdir()
+    write_folder(trained_on, second)
+    with torch.no_grad():
+        expected = normalize(trained_on(trained_on.preprocessor([Item("document", (Part("text", long_text),))])))
+    served = SentenceTransformer(str(second), device="cpu").encode_document([long_text], convert_to_tensor=True)
+    torch.testing.assert_close(served, expected, rtol=0, atol=TOLERANCE)
+    before, after = (read(folder / "config.json") for folder in (first, second))
+    positions = after["text_config"]["max_position_embeddings"]
+    assert read(second / "tokenizer_config.json")["model_max_length"] >= positions
+    assert "max_seq_length" not in read(second / "sentence_bert_config.json")
+    assert (before.pop("is_causal"), after["is_causal"], after["text_config"]["is_causal"]) == (False, True, True)
+    stale = {"is_matryoshka", "matryoshka_dimensions", "output_hidden_states"}
+    assert stale <= {*before}
+    assert not stale & {*after, *after["text_config"]}
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_weights_are_the_checkpoints(tmp_path: Path, tied: bool) -> None:
     fresh, folder = tmp_path / "fresh", tmp_path / "export"
