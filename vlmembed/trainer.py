@@ -232,6 +232,8 @@ class Trainer(lightning.Trainer):
             },
             config=yaml.safe_load(self.run_config) or {},
             prompts=getattr(datamodule, "prompts", None) or state.get("prompts", {}),
+            rows=getattr(datamodule, "rows", None) or state.get("rows"),
+            steps=(checkpoint or {}).get("global_step", self.global_step),
         )
         self.exporter.export(model.encoder, folder, info)
         if push_to_hub is not None:
