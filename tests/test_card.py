@@ -11,10 +11,20 @@ from typing import Any
 import pytest
 import sentence_transformers
 import yaml
+from building import encoder, multi_vector, ranker
+from datasets import Dataset
 from huggingface_hub import ModelCard, metadata_load
+from sentence_transformers.cross_encoder.evaluation import CrossEncoderRerankingEvaluator
+from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
+from sentence_transformers.multi_vector_encoder.evaluation import MultiVectorInformationRetrievalEvaluator
+from sentence_transformers.multi_vector_encoder.losses import MultiVectorMultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
+from vlmembed.export import ModelInfo, SentenceTransformers
 from vlmembed.export.card import CardFacts, escape, origin_of, write_card
 from vlmembed.export.exporter import data_sets, losses
+from vlmembed.export.sentence_transformers import write_folder, write_multi_vector, write_reranker
 
 #: Closes a code span, a table cell, an HTML block, a code block, and the front matter, if it is let through.
 NASTY = "a`b|c</details></code></pre>\n```\n---\n# *d* [e](f) <script>g</script> &lt; {{ h }} $i$"
@@ -290,8 +300,8 @@ def test_a_document_of_many_vectors_has_a_size(tmp_path: Path) -> None:
 def test_the_card_says_what_the_model_reads(tmp_path: Path, modalities: tuple[str, ...], said: str) -> None:
     text = write(tmp_path, modalities=modalities).read_text()
     assert said in text
-    assert f"**Supported modalities:** {', '.join(map(str.title, ('text', 'image', *modalities)))}" in text
-    assert "**Maximum sequence length:** 512 tokens" in text
+    assert f"**Supported Modalities:** {', '.join(map(str.title, ('text', 'image', *modalities)))}" in text
+    assert "**Maximum Sequence Length:** 512 tokens" in text
 
 
 def test_no_folder_of_the_machine_is_named(tmp_path: Path) -> None:
@@ -367,3 +377,74 @@ def test_what_a_checkpoint_was_made_of(
         Path(name).mkdir(parents=True, exist_ok=True)
         Path(name, file).write_bytes(content.encode() if isinstance(content, str) else content)
     assert origin_of(name) == origin
+
+
+def of_their_trainer(folder: Path, output: Path) -> ModelCard:
+    """The card that Sentence Transformers' trainer writes for the model in an exported folder, once it was measured."""
+    kind = json.loads((folder / "config_sentence_transformers.json").read_text())["model_type"]
+    model: Any = getattr(sentence_transformers, kind)(str(folder), device="cpu")
+    columns: dict[str, Any] = {"query": ["one", "two"], "positive": ["1", "2"]}
+    loss, evaluator = {
+        "SentenceTransformer": (MultipleNegativesRankingLoss, InformationRetrievalEvaluator),
+        "MultiVectorEncoder": (MultiVectorMultipleNegativesRankingLoss, MultiVectorInformationRetrievalEvaluator),
+        "CrossEncoder": (BinaryCrossEntropyLoss, CrossEncoderRerankingEvaluator),
+    }[kind]
+    if kind == "CrossEncoder":
+        columns["label"] = [1.0, 0.0]
+        evaluator([{"query": "one", "positive": ["1"], "negative": ["2"]}])(model)
+    else:
+        evaluator({"q": "one"}, {"a": "1", "b": "2"}, {"q": {"a"}}, show_progress_bar=False)(model)
+    options = getattr(sentence_transformers, f"{kind}TrainingArguments")(str(output), report_to=[])
+    rows = Dataset.from_dict(columns)
+    getattr(sentence_transformers, f"{kind}Trainer")(model=model, args=options, train_dataset=rows, loss=loss(model))
+    model.model_card_data.language, model.model_card_data.license = ["en"], "mit"
+    model.save_pretrained(str(output))
+    return ModelCard.load(output / "README.md")
+
+
+#: Their section → ours. What they leave for authors to fill in stands in comments.
+SECTIONS = {
+    "Direct Usage (Sentence Transformers)": "Usage",
+    "Evaluation": "Results",
+    "Metrics": "Results",
+    "Training Details": "Training",
+    "Training Dataset": "Training",
+    "Training Logs": "Training",
+    "Framework Versions": "Verification",
+    "BibTeX": "Citation",
+    "Additional Resources": "Usage",
+    "Sentence Transformers": "SentenceTransformers",
+}
+
+
+WRITERS = {encoder: write_folder, multi_vector: write_multi_vector, ranker: write_reranker}
+
+
+@pytest.mark.parametrize("build", WRITERS)
+def test_nothing_is_missing_that_the_card_of_their_trainer_has(checkpoint: Path, tmp_path: Path, build: Any) -> None:
+    options: Any = {"max_length": 100}
+    built = build(checkpoint, **options if build is encoder else {"backbone": options})
+    built, folder = getattr(built, "encoder", built), tmp_path / "folder"
+    folder.mkdir()
+    WRITERS[build](built, folder)
+    config = {"model": {"init_args": {"loss": INFONCE}}, "data": {"init_args": {"train": "org/pages"}}}
+    info = ModelInfo("pages", metrics={"val/ndcg@10": 0.5}, config=config, rows=2, steps=9)
+    exporter = SentenceTransformers(license="mit", language=["en"], base_model="org/base")
+    write_card(folder, exporter.facts(built, info, "", "folder"))
+    ours, theirs = ModelCard.load(folder / "README.md"), of_their_trainer(folder, tmp_path)
+    missing = set(theirs.data.to_dict()) - set(ours.data.to_dict())
+    assert missing <= {"widget"}  # Of texts alone; the Hub has no widget for these models.
+    assert (ours.data.base_model, ours.data.datasets) == ("org/base", ["org/pages"])
+    kinds = [{tag.split(":")[0] for tag in card.data.tags} for card in (ours, theirs)]
+    assert kinds[0] >= kinds[1]
+    assert "dataset_size:2" in ours.data.tags
+    text = re.sub("<!--.*?-->", "", theirs.text, flags=re.DOTALL)
+    facts = [set(re.findall(r"^- \*\*(.+?):\*\*", card, re.MULTILINE)) for card in (ours.text, text)]
+    assert facts[0] >= facts[1]
+    for label in facts[1] - {"Documentation", "Hugging Face", "Supported Modalities", "Output Dimensionality"}:
+        values = [re.findall(rf"\*\*{label}:\*\* (\S+)", card)[0].lower() for card in (ours.text, text)]
+        assert values[0] == values[1], label
+    headings = [set(re.findall(r"^##+ (.+)$", card, re.MULTILINE)) for card in (ours.text, text)]
+    ignored = {"Unnamed Dataset", *theirs.data.tags, *(heading for heading in headings[1] if "Retrieval" in heading)}
+    ignored |= {heading for heading in headings[1] if heading.endswith(("Loss", "Reranking"))}
+    assert {SECTIONS.get(heading, heading) for heading in headings[1] - ignored} <= headings[0]

@@ -134,7 +134,7 @@ class SentenceTransformers(Exporter):
         try:
             draft.mkdir(parents=True)
             verification = self._write(encoder, draft, info)
-            write_card(draft, self._facts(encoder, info, str(verification), info.address or folder.name))
+            write_card(draft, self.facts(encoder, info, str(verification), info.address or folder.name))
         except (OSError, SafetensorError) as error:
             shutil.rmtree(draft, ignore_errors=True)  # What is half written is of no use.
             raise ExportError(
@@ -188,7 +188,8 @@ class SentenceTransformers(Exporter):
                 write_folder(encoder, draft, self.truncate_dim, dimensions if info.dimensions else (), info.prompts)
             return verify({draft: expected})[0]
 
-    def _facts(self, encoder: Encoder, info: ModelInfo, verification: str, source: str) -> CardFacts:
+    def facts(self, encoder: Encoder, info: ModelInfo, verification: str, source: str) -> CardFacts:
+        """Return what the card tells of a model that users open at ``source``."""
         config = public(info.config)
         model, data = (config.get(part, {}).get("init_args", {}) for part in ("model", "data"))
         labels = "pooling", "projection", "head", "template", "loss", "losses", "adapters", "optimizer", "lr_scheduler"
