@@ -275,17 +275,19 @@ def _requirements(modules: Sequence[ModuleSpec]) -> dict[str, str]:
     """Return the releases that serve such modules; tests/test_export.py opens folders with the lowest."""
     named = [module.config.get("pooling_mode", []) for module in modules]
     modes = {mode for names in named for mode in ([names] if isinstance(names, str) else names)}
-    release = ">=5.4"
+    releases = ["5.4"]
     if "cls" in modes or any(module.config.get("module_output_name") == "scores" for module in modules):
-        release = ">=5.5"  # 5.4 takes padding on the left for the first token, and cannot open our dense rerankers.
+        releases.append("5.5")  # 5.4 takes padding on the left for the first token; opens no dense reranker.
+    if "max_seq_length" in modules[0].config:
+        releases.append("5.6")  # Those before cut off the template's end with that of a long text.
     if "weightedmean" in modes:
-        release = ">=6.2"  # Those before count positions from the padding on the left.
+        releases.append("6.2")  # Those before count positions from the padding on the left.
     types = [module.type for module in modules]
     is_multi_vector = any(".multi_vector_encoder." in name or name.endswith("Selection") for name in types)
     if is_multi_vector or "audio" in modules[0].config["modality_config"]:
         return {"sentence_transformers": ">=6.2", "transformers": ">=5.24"}  # Earlier ones were not tried.
     # transformers before 5.4 keeps the positions of a batch with images for the texts after it, and fails on them.
-    return {"sentence_transformers": release, "transformers": ">=5.4"}
+    return {"sentence_transformers": f">={max(releases)}", "transformers": ">=5.4"}
 
 
 def _write_json(path: Path, value: Any) -> None:
