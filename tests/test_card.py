@@ -409,7 +409,7 @@ SECTIONS = {
     "Metrics": "Results",
     "Training Details": "Training",
     "Training Dataset": "Training",
-    "Training Logs": "Training",
+    "Training Logs": "Training",  # Where there are some: their trainer has a heading for none.
     "Framework Versions": "Verification",
     "BibTeX": "Citation",
     "Additional Resources": "Usage",
@@ -448,3 +448,20 @@ def test_nothing_is_missing_that_the_card_of_their_trainer_has(checkpoint: Path,
     ignored = {"Unnamed Dataset", *theirs.data.tags, *(heading for heading in headings[1] if "Retrieval" in heading)}
     ignored |= {heading for heading in headings[1] if heading.endswith(("Loss", "Reranking"))}
     assert {SECTIONS.get(heading, heading) for heading in headings[1] - ignored} <= headings[0]
+
+
+def test_the_last_measurements_of_the_run_are_told(tmp_path: Path) -> None:
+    """Losses are logged at other steps than metrics; what was measured of part of the model stands with the results."""
+    log = tmp_path / "metrics.csv"
+    header = "epoch,step,train/loss,val/ndcg@10,val/ndcg@10/64,val/birds/recall@1\n"
+    log.write_text(f"{header}0,0,,0.25,0.2,\n0,4,2.5,,,\n0,9,1.5,,,\n0,9,,0.5,0.4,0.75\n")
+    text = write(tmp_path / "told", replace(FACTS, log=log)).read_text()
+    (told,) = re.findall(r"### Training Logs\n\n(.*?)\n\n", text, re.DOTALL)
+    assert told.splitlines()[::2] == [
+        "| step | train/loss | val/ndcg@10 | val/birds/recall@1 |",
+        "| 0 |  | 0.2500 |  |",
+    ]
+    assert told.splitlines()[3:] == ["| 9 | 1.5000 | 0.5000 | 0.7500 |"]
+    for content in ("", "epoch\n1\n", "step,train/loss\n1,2\n"):
+        log.write_text(content)
+        assert "Training Logs" not in write(tmp_path / "empty", replace(FACTS, log=log)).read_text()

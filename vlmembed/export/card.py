@@ -93,6 +93,7 @@ class CardFacts:
     dimension: int | None = None  # Of an embedding, or of a multi-vector model's vectors, as it is served.
     full_dimension: int | None = None  # As it was trained, and measured where a metric's name has no dimension.
     dimensions: Sequence[int] = ()  # That embeddings were trained to be truncated to.
+    log: Path | None = None  # Of the run, as Lightning's CSVLogger writes it.
 
 
 def write_card(folder: Path, facts: CardFacts) -> Path:
@@ -117,6 +118,7 @@ def write_card(folder: Path, facts: CardFacts) -> Path:
         model_name=facts.title if results else None,
         eval_results=results or None,
     )
+    history = _history(facts.log)
     cited = ["SentenceTransformers", served["opens_with"], *facts.losses]
     cited += [name for name in ("LoRA",) if f"{name}(" in facts.training.get("Adapters", "")]
     environment = Environment(finalize=escape, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -138,6 +140,7 @@ def write_card(folder: Path, facts: CardFacts) -> Path:
             if any(re.match(mark, variant) for variant in variants) and (mark != "x" or served["merging_factor"] == 1)
         ],
         vectors=next((row["full"] for (_, name), row in rows.items() if name == VECTORS and "full" in row), None),
+        history=[["step", *history.columns], *history.itertuples(name=None)] if len(history) else [],
         config=Markup(html.escape(yaml_dump(public(facts.config), sort_keys=False), quote=False)),
         citations={name: Markup(CITATIONS[name]) for name in dict.fromkeys(cited) if name in CITATIONS},
         **served,
@@ -145,6 +148,26 @@ def write_card(folder: Path, facts: CardFacts) -> Path:
     path = folder / "README.md"
     ModelCard(text).save(path)
     return path
+
+
+#: How often a run was measured, of which the card tells the last.
+MEASUREMENTS = 20
+
+
+def _history(log: Path | None) -> Any:
+    """Return loss and metrics, as served at full size, by the step at which the model was measured: a pandas table."""
+    import pandas  # Takes a second.
+
+    try:
+        table = pandas.read_csv(log or "").groupby("step").last()
+    except (OSError, ValueError, KeyError):  # There is no log, or nothing in it: the card goes without.
+        return pandas.DataFrame()
+    matches = {name: LOGGED_NAME.fullmatch(name) for name in table if name.startswith("val/")}
+    names = [name for name, match in matches.items() if match and not (match["variant"] or match["before"])]
+    logged = table.filter(["train/loss", *names])
+    if "train/loss" in logged:
+        logged = logged.assign(**{"train/loss": logged["train/loss"].ffill()})
+    return logged.dropna(subset=names, how="all").tail(MEASUREMENTS)
 
 
 #: A metric that counts, and is no result.

@@ -40,6 +40,7 @@ class ModelInfo:
     prompts: Mapping[str, str] = field(default_factory=dict)  # Instructions of its training sources, ``NAME-ROLE``.
     rows: int | None = None  # Of training, where known.
     steps: int | None = None  # Of the optimizer.
+    log: Path | None = None  # What Lightning's CSVLogger wrote of the run.
 
 
 class Exporter(ABC):
@@ -214,6 +215,7 @@ class SentenceTransformers(Exporter):
             dimension=self.truncate_dim or full,
             full_dimension=full,
             dimensions=info.dimensions if full else (),
+            log=info.log,
         )
 
 
