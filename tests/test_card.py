@@ -22,7 +22,7 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 from vlmembed.export import ModelInfo, SentenceTransformers
-from vlmembed.export.card import CardFacts, escape, origin_of, write_card
+from vlmembed.export.card import CardFacts, escape, logged_at, origin_of, write_card
 from vlmembed.export.exporter import data_sets, losses
 from vlmembed.export.sentence_transformers import write_folder, write_multi_vector, write_reranker
 
@@ -462,6 +462,8 @@ def test_the_last_measurements_of_the_run_are_told(tmp_path: Path) -> None:
         "| 0 |  | 0.2500 |  |",
     ]
     assert told.splitlines()[3:] == ["| 9 | 1.5000 | 0.5000 | 0.7500 |"]
+    measured = {"val/ndcg@10": 0.5, "val/ndcg@10/64": 0.4, "val/birds/recall@1": 0.75}
+    assert [logged_at(log, step) for step in (9, 4, 5, None)] == [measured, {}, {}, {}]
     for content in ("", "epoch\n1\n", "step,train/loss\n1,2\n"):
         log.write_text(content)
         assert "Training Logs" not in write(tmp_path / "empty", replace(FACTS, log=log)).read_text()

@@ -154,14 +154,26 @@ def write_card(folder: Path, facts: CardFacts) -> Path:
 MEASUREMENTS = 20
 
 
-def _history(log: Path | None) -> Any:
-    """Return loss and metrics, as served at full size, by the step at which the model was measured: a pandas table."""
+def read_log(log: Path | None) -> Any:
+    """Return what was logged by step, as a pandas table; an empty one where there is no log, or nothing in it."""
     import pandas  # Takes a second.
 
     try:
-        table = pandas.read_csv(log or "").groupby("step").last()
-    except (OSError, ValueError, KeyError):  # There is no log, or nothing in it: the card goes without.
+        return pandas.read_csv(log or "").groupby("step").last()
+    except (OSError, ValueError, KeyError):
         return pandas.DataFrame()
+
+
+def logged_at(log: Path | None, step: int | None) -> dict[str, float]:
+    """Return the metrics that were logged of the model after a step."""
+    table = read_log(log)
+    row = table.loc[step].dropna() if step in table.index else {}
+    return {name: float(value) for name, value in row.items() if name.startswith(("val/", "test/"))}
+
+
+def _history(log: Path | None) -> Any:
+    """Return loss and metrics, of the whole model, by the step at which it was measured, as a pandas table."""
+    table = read_log(log)
     matches = {name: LOGGED_NAME.fullmatch(name) for name in table if name.startswith("val/")}
     names = [name for name, match in matches.items() if match and not (match["variant"] or match["before"])]
     logged = table.filter(["train/loss", *names])

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from vlmembed.encoder import Encoder, MultiVectorEncoder, Scorer
-from vlmembed.export.card import CardFacts, origin_of, public, read, write_card
+from vlmembed.export.card import CardFacts, logged_at, origin_of, public, read, write_card
 from vlmembed.export.modules import check_head, check_servable, yes_no_head
 from vlmembed.export.sentence_transformers import Scoring, write_folder, write_multi_vector, write_reranker
 from vlmembed.export.verify import ExportError, Verification, brings_code, expect, role_of, verify
@@ -203,7 +203,8 @@ class SentenceTransformers(Exporter):
             base_model=self.base_model or origin_of(encoder.backbone.checkpoint),
             training={label: summarize(part) for label, part in parts.items() if part},
             datasets=[*dict.fromkeys(data_sets(data.get("train")))],
-            metrics=info.metrics,
+            # A process that only exports has measured nothing; the run did.
+            metrics=info.metrics or logged_at(info.log, info.steps),
             config=config,
             verification=verification,
             versions={"Python": python_version()} | {library: version(library) for library in LIBRARIES},
