@@ -235,18 +235,21 @@ def test_nothing_from_outside_can_break_the_card(tmp_path: Path) -> None:
         verification=NASTY,
         versions={NASTY: NASTY},
         license=NASTY,
+        language=(NASTY,),
+        losses=(NASTY,),
     )
     path = write(tmp_path, nasty, prompts={"query": NASTY})
     card, page = ModelCard.load(path), rendered(path)
-    assert (card.data.license, card.data.model_name) == (NASTY, NASTY)  # YAML carries it exactly
+    assert (card.data.license, card.data.model_name, card.data.language) == (NASTY, NASTY, [NASTY])  # As YAML, exactly.
+    assert f"loss:{NASTY}" in card.data.tags
     facts = replace(FACTS, base_model="fresh", datasets=("x.jsonl",), training={"a": "b"}, losses=())
     plain = rendered(write(tmp_path / "plain", facts))
     for tag in ("h1", "h2", "details", "/details", "pre", "/pre", "script", "a ", "em", "table", "hr"):
         assert page.count(f"<{tag}") == plain.count(f"<{tag}"), tag
     assert [len(row) for row in cells(page)] == [3, 3]
-    # Title, license, data set, label and its value, verification, library and its version; of a folder the last part.
+    # Title, language, license, data set, label and its value, verification, library and its version; of a folder the last part.
     visible = html.unescape(re.sub("<[^>]+>", "", page))
-    assert visible.count(" ".join(NASTY.split())) == 8
+    assert visible.count(" ".join(NASTY.split())) == 9
     assert html.unescape(render(f"# {escape(NASTY)}")) == f"<h1>{' '.join(NASTY.split())}</h1>\n"
 
 

@@ -323,6 +323,12 @@ def test_the_exporter(checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFix
     assert is_progress_bar_enabled()
 
 
+@pytest.mark.parametrize("base_model", ["/home/me/model", "model", "model.json", "a/b/c", ""])
+def test_a_base_model_that_is_no_id_is_refused_before_training(base_model: str) -> None:
+    with pytest.raises(ValueError, match="is no id of a model on the Hub"):
+        SentenceTransformers(base_model=base_model).check(zoo.LastToken())
+
+
 def test_a_difference_fails_and_leaves_no_export(checkpoint: Path, own: ModuleType, tmp_path: Path) -> None:
     """The pooling computes something that its class and arguments do not say."""
     pooling = own.Drifting()

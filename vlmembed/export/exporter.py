@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from vlmembed.encoder import Encoder, MultiVectorEncoder, Scorer
-from vlmembed.export.card import CardFacts, logged_at, origin_of, public, read, write_card
+from vlmembed.export.card import CardFacts, logged_at, on_hub, origin_of, public, read, write_card
 from vlmembed.export.modules import check_head, check_servable, yes_no_head
 from vlmembed.export.sentence_transformers import Scoring, write_folder, write_multi_vector, write_reranker
 from vlmembed.export.verify import ExportError, Verification, brings_code, expect, role_of, verify
@@ -100,6 +100,10 @@ class SentenceTransformers(Exporter):
 
     def check(self, pooling: Pooling) -> None:
         """Refuse poolings whose code no folder can bring along, and what a reranker lacks; see `Exporter.check`."""
+        if self.base_model is not None and not on_hub(self.base_model):
+            raise ValueError(
+                f"base_model={self.base_model!r} is no id of a model on the Hub, such as Qwen/Qwen3-VL-2B."
+            )
         ranks = isinstance(pooling, ScoreHead)
         if ranks and self.truncate_dim is not None:
             raise ValueError(f"truncate_dim={self.truncate_dim} is for embeddings, and a reranker has none. Remove it.")
@@ -217,6 +221,13 @@ class SentenceTransformers(Exporter):
             full_dimension=full,
             dimensions=info.dimensions if full else (),
             log=info.log,
+        )
+
+
+def _refuse_no_id(base_model: str | None) -> None:
+    if base_model is not None and not on_hub(base_model):
+        raise ValueError(
+            f"base_model={base_model!r} is no id of a model on the Hub, such as Qwen/Qwen3-VL-2B-Instruct."
         )
 
 
