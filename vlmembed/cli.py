@@ -81,6 +81,16 @@ class Parser(LightningArgumentParser):
             commands.add_subcommand(name, Parser(description=description), help=description)
         return commands
 
+    def instantiate_classes(self, *args: Any, **options: Any) -> Any:
+        """Build the objects. What a class refuses comes last, without the types that its place would take as well."""
+        try:
+            return super().instantiate_classes(*args, **options)
+        except ValueError as error:
+            reasons = re.findall(r"^ *- (?!Expected a|Does not validate)(.+)", str(error), re.MULTILINE)
+            if not reasons or not str(error).startswith("Does not validate"):
+                raise
+            raise ValueError("\n".join(reasons)) from error
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what a class takes, where it is given something else."""
         refused = re.search(r"class_path '([\w.]+)':\s+Option '(\w+)[\w.]*' is not accepted", message)
