@@ -248,7 +248,7 @@ def test_nothing_from_outside_can_break_the_card(tmp_path: Path) -> None:
     for tag in ("h1", "h2", "details", "/details", "pre", "/pre", "script", "a ", "em", "table", "hr"):
         assert page.count(f"<{tag}") == plain.count(f"<{tag}"), tag
     assert [len(row) for row in cells(page)] == [3, 3]
-    # Title, language, license, data set, label and its value, verification, library and its version; of a folder the last part.
+    # Title, language, license, data set, label and its value, verification, library and its version.
     visible = html.unescape(re.sub("<[^>]+>", "", page))
     assert visible.count(" ".join(NASTY.split())) == 9
     assert html.unescape(render(f"# {escape(NASTY)}")) == f"<h1>{' '.join(NASTY.split())}</h1>\n"
