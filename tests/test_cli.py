@@ -88,6 +88,9 @@ def test_fit_then_everything_else(run: dict[str, Any], capfd: pytest.CaptureFixt
     # What `export` reads from the checkpoint is what `fit` exported from memory.
     exported, again = (load_file(place / "model.safetensors") for place in (folder / "export", Path("elsewhere")))
     assert all(torch.equal(exported[name], again[name]) for name in exported)
+    for place in (folder / "export", Path("elsewhere")):
+        card = (place / "README.md").read_text()
+        assert all(part in card for part in ("### Training Logs", "| Steps |", "- dataset_size:", "- type: ndcg@10"))
 
 
 def _last_value(path: Path, name: str) -> float:

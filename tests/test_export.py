@@ -159,15 +159,19 @@ def trained(checkpoint: Path, case: Case) -> Encoder:
 Exports = dict[str, tuple[Path, Verification]]
 
 
-def exported(checkpoint: Path, root: Path, left_out: tuple[str, ...] = (), **options: Any) -> Exports:
+def exported(
+    checkpoint: Path, root: Path, left_out: tuple[str, ...] = (), cases: dict[str, Case] = CASES, **options: Any
+) -> Exports:
     """Write every case, and open all of them in one process that cannot import vlmembed."""
     checks = {}
-    for name, case in CASES.items():
+    for name, case in cases.items():
         built, folder = trained(checkpoint, case), root / name.replace(" ", "_")
         folder.mkdir()
-        checks[folder] = without(expect(built, root, [case.truncate_dim or built.dimension, 16]), left_out)
+        omitted = (*left_out, "long text") if left_out and not case.max_length else left_out
+        check = expect(built, root, [case.truncate_dim or built.dimension, 16])
+        checks[folder] = without(check, omitted)
         write_folder(built, folder, case.truncate_dim)
-    return dict(zip(CASES, zip(checks, verify(checks, **options), strict=True), strict=True))
+    return dict(zip(cases, zip(checks, verify(checks, **options), strict=True), strict=True))
 
 
 def without(check: Check, left_out: tuple[str, ...]) -> Check:
@@ -220,13 +224,14 @@ def test_the_lowest_release_that_is_claimed_opens_every_folder(
         pytest.skip("VLMEMBED_OLDEST_PYTHON names no interpreter with Sentence Transformers 5.4 and transformers 5.4")
     # Releases before 6.0 take no lists; transformers 5.4 does not lay transparent images on white.
     left_out = ("two images and text", "video", "transparent image")
+    cases = {name: replace(case, max_length=None) for name, case in CASES.items()} | {"cut": Case(zoo.LastToken)}
     later = set()
-    for name, (folder, verification) in exported(checkpoint, tmp_path, left_out, python=python).items():
+    for name, (folder, verification) in exported(checkpoint, tmp_path, left_out, cases, python=python).items():
         claimed = read(folder / "config_sentence_transformers.json")["requirements"]["sentence_transformers"] == ">=5.4"
         assert verification.passed is claimed, f"{name}: {verification}"
         later |= set() if claimed else {name}
-    # Wrong there where padding is on the left.
-    assert later == {"first", "weighted mean", "concatenation", "layer mix"}
+    # Wrong there where padding is on the left, or the template's end is cut.
+    assert later == {"first", "weighted mean", "concatenation", "layer mix", "cut"}
 
 
 @pytest.mark.parametrize("name", ["own", "many", "layer mix"])
@@ -316,6 +321,12 @@ def test_the_exporter(checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFix
     assert all(text in printed for text in said)
     assert not any(text in noise for text in ("model shards", "Loading weights", "no video metadata"))
     assert is_progress_bar_enabled()
+
+
+@pytest.mark.parametrize("base_model", ["/home/me/model", "model", "model.json", "a/b/c", ""])
+def test_a_base_model_that_is_no_id_is_refused_before_training(base_model: str) -> None:
+    with pytest.raises(ValueError, match="is no id of a model on the Hub"):
+        SentenceTransformers(base_model=base_model).check(zoo.LastToken())
 
 
 def test_a_difference_fails_and_leaves_no_export(checkpoint: Path, own: ModuleType, tmp_path: Path) -> None:
@@ -427,11 +438,36 @@ def test_the_files(checkpoint: Path, tmp_path: Path) -> None:
     write_folder(encoder(checkpoint, **options, bidirectional=True), tmp_path)
     config = read(tmp_path / "config_sentence_transformers.json")
     assert config["prompts"] == {"query": "Find it.", "document": ""}
-    assert config["requirements"]["sentence_transformers"] == ">=5.4"
+    assert config["requirements"]["sentence_transformers"] == ">=5.6"
     assert read(tmp_path / "processor_config.json")["image_processor"]["size"]["longest_edge"] == 9216
     assert read(tmp_path / "config.json")["text_config"]["is_causal"] is False
     assert "is_matryoshka" not in read(tmp_path / "config.json")
     assert read(tmp_path / "tokenizer_config.json")["model_max_length"] == 99
+
+
+def test_an_export_is_a_checkpoint_whose_settings_are_those_of_the_next_training(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """Of the first training nothing stays: its limit, its attention, its dimensions, its layers."""
+    first, second, long_text = tmp_path / "first", tmp_path / "second", "one two three " * 40
+    built = encoder(checkpoint, zoo.LayerMix(zoo.LastToken(), 2), max_length=60, bidirectional=True)
+    first.mkdir()
+    write_folder(built, first, dimensions=[32, 64])
+    trained_on = encoder(first).eval()
+    second.mkdir()
+    write_folder(trained_on, second)
+    with torch.no_grad():
+        expected = normalize(trained_on(trained_on.preprocessor([Item("document", (Part("text", long_text),))])))
+    served = SentenceTransformer(str(second), device="cpu").encode_document([long_text], convert_to_tensor=True)
+    torch.testing.assert_close(served, expected, rtol=0, atol=TOLERANCE)
+    before, after = (read(folder / "config.json") for folder in (first, second))
+    positions = after["text_config"]["max_position_embeddings"]
+    assert read(second / "tokenizer_config.json")["model_max_length"] >= positions
+    assert "max_seq_length" not in read(second / "sentence_bert_config.json")
+    assert (before.pop("is_causal"), after["is_causal"], after["text_config"]["is_causal"]) == (False, True, True)
+    stale = {"is_matryoshka", "matryoshka_dimensions", "output_hidden_states"}
+    assert stale <= {*before}
+    assert not stale & {*after, *after["text_config"]}
 
 
 @pytest.mark.parametrize("tied", [True, False])

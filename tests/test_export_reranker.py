@@ -98,7 +98,7 @@ def test_both_forms_are_served_as_trained(
     assert "pipeline_tag: text-ranking" in card
     assert "model = CrossEncoder(" in capfd.readouterr().out
     requirement = read(folder / "config_sentence_transformers.json")["requirements"]["sentence_transformers"]
-    assert requirement == (">=5.5" if scoring == "dense" else ">=5.4")
+    assert requirement == ">=5.6"
 
 
 # Here
@@ -204,6 +204,8 @@ def test_an_exported_reranker_is_a_checkpoint_too(checkpoint: Path, tmp_path: Pa
     check = expect(trained, tmp_path)
     write_reranker(trained, tmp_path / "second")
     assert_served(tmp_path / "second", check)
+    config = read(tmp_path / "second" / "config_sentence_transformers.json")
+    assert config["requirements"]["sentence_transformers"] == ">=5.5"
 
 
 def test_a_prompt_takes_the_instructions_place(checkpoint: Path, tmp_path: Path) -> None:

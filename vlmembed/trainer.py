@@ -208,7 +208,8 @@ class Trainer(lightning.Trainer):
         checkpoint: dict[str, Any] | None = None
         if ckpt_path is None and is_sharded(model):
             checkpoint = {"state_dict": whole_weights(model)}
-        folder = Path(output_dir) if output_dir else self.export_folder  # Which all processes are asked for.
+        in_run = self.export_folder  # Which all processes are asked for.
+        folder = Path(output_dir) if output_dir else in_run
         if not self.is_global_zero:
             return
         refuse_used(folder)
@@ -234,6 +235,9 @@ class Trainer(lightning.Trainer):
             },
             config=yaml.safe_load(self.run_config) or {},
             prompts=getattr(datamodule, "prompts", None) or state.get("prompts", {}),
+            rows=getattr(datamodule, "rows", None) or state.get("rows"),
+            steps=(checkpoint or {}).get("global_step", self.global_step),
+            log=(Path(ckpt_path).resolve().parents[1] if ckpt_path else in_run.parent) / "metrics.csv",
         )
         self.exporter.export(model.encoder, folder, info)
         if push_to_hub is not None:

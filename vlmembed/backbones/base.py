@@ -274,9 +274,10 @@ class VisionLanguageModel(nn.Module):
     def _load_model(self) -> None:
         config = self.load_config()
         self._weight_files()  # Says more clearly than transformers which one is broken.
-        if self.bidirectional:
-            # transformers reads the flag from the decoder's own config; at the top level it does nothing.
-            config.get_text_config().is_causal = False
+        # transformers reads the flag from the decoder's own config; at the top level it does nothing.
+        decoder = config.get_text_config()
+        if getattr(decoder, "is_causal", True) is self.bidirectional:  # Also where the checkpoint is an export.
+            decoder.is_causal = not self.bidirectional
         self.model, loading = AutoModel.from_pretrained(
             self.checkpoint,
             config=config,

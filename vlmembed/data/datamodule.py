@@ -90,6 +90,8 @@ class RetrievalDataModule(LightningDataModule):
         self.patch_cost = PATCH_COST
         #: The instructions of the training sources, by name; see `named_prompts`.
         self.prompts: dict[str, str] = {}
+        #: How many training rows there are, where known.
+        self.rows: int | None = None
         #: Of each stage (``val``, ``test``, ``predict``), its evaluation sets, one per loader.
         self.evaluations: dict[str, list[Any]] = {}
 
@@ -104,6 +106,7 @@ class RetrievalDataModule(LightningDataModule):
             self._mixture = as_mixture(self.train)
             self._stream = stream_of(self._mixture)
             self.prompts = named_prompts(self._mixture)
+            self.rows = len(self._mixture) if self._stream is None else self._stream.rows
         if stage == "validate" or (stage == "fit" and self.val is not None):
             self._load("val", self.val, "validation")
         elif stage == "test":
@@ -220,8 +223,8 @@ class RetrievalDataModule(LightningDataModule):
         return self._evaluation_loaders("predict")
 
     def state_dict(self) -> dict[str, Any]:
-        """Save the size of chunks, so that a resumed run cuts the same; and the instructions, for an export."""
-        return {"chunk_tokens": self.chunk_tokens, "prompts": self.prompts}
+        """Save the size of chunks, so that a resumed run cuts the same; and for an export instructions and rows."""
+        return {"chunk_tokens": self.chunk_tokens, "prompts": self.prompts, "rows": self.rows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what a checkpoint says."""

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from platform import python_version
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -17,14 +18,14 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from vlmembed.encoder import Encoder, MultiVectorEncoder, Scorer
-from vlmembed.export.card import CardFacts, read, write_card
+from vlmembed.export.card import CardFacts, logged_at, on_hub, origin_of, public, read, write_card
 from vlmembed.export.modules import check_head, check_servable, yes_no_head
 from vlmembed.export.sentence_transformers import Scoring, write_folder, write_multi_vector, write_reranker
 from vlmembed.export.verify import ExportError, Verification, brings_code, expect, role_of, verify
 from vlmembed.heads import ScoreHead
 from vlmembed.pooling import Pooling, TokenProjection
 
-LIBRARIES = ("vlmembed", "sentence-transformers", "transformers", "torch")
+LIBRARIES = ("vlmembed", "sentence-transformers", "transformers", "torch", "datasets", "tokenizers")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ class ModelInfo:
     metrics: Mapping[str, float] = field(default_factory=dict)  # Under their logged names.
     config: Mapping[str, Any] = field(default_factory=dict)  # Of the run.
     prompts: Mapping[str, str] = field(default_factory=dict)  # Instructions of its training sources, ``NAME-ROLE``.
+    rows: int | None = None  # Of training, where known.
+    steps: int | None = None  # Of the optimizer.
+    log: Path | None = None  # What Lightning's CSVLogger wrote of the run.
 
 
 class Exporter(ABC):
@@ -69,6 +73,9 @@ class SentenceTransformers(Exporter):
         merging_factor: Export a multi-vector model whose documents have so many times fewer vectors, merged by
             similarity; 1 for all.
         license: The model's license for its card, as the Hub names it, such as apache-2.0.
+        language: Codes of the languages of its training data for its card, such as [en, de].
+        base_model: The Hub id of what the checkpoint is or was made of, for the card; null for what the checkpoint's
+            folder says of itself.
         pipeline_tag: The task under which the Hub lists the model, such as visual-document-retrieval for images of
             pages; null for feature-extraction of an embedder, and text-ranking of a reranker.
     """
@@ -80,15 +87,23 @@ class SentenceTransformers(Exporter):
         merging_factor: int = 1,
         license: str | None = None,
         pipeline_tag: str | None = None,
+        language: list[str] | None = None,
+        base_model: str | None = None,
     ) -> None:
         self.truncate_dim = truncate_dim
         self.reranker_scoring = reranker_scoring
         self.merging_factor = merging_factor
         self.license = license
         self.pipeline_tag = pipeline_tag
+        self.language = language
+        self.base_model = base_model
 
     def check(self, pooling: Pooling) -> None:
         """Refuse poolings whose code no folder can bring along, and what a reranker lacks; see `Exporter.check`."""
+        if self.base_model is not None and not on_hub(self.base_model):
+            raise ValueError(
+                f"base_model={self.base_model!r} is no id of a model on the Hub, such as Qwen/Qwen3-VL-2B."
+            )
         ranks = isinstance(pooling, ScoreHead)
         if ranks and self.truncate_dim is not None:
             raise ValueError(f"truncate_dim={self.truncate_dim} is for embeddings, and a reranker has none. Remove it.")
@@ -124,7 +139,7 @@ class SentenceTransformers(Exporter):
         try:
             draft.mkdir(parents=True)
             verification = self._write(encoder, draft, info)
-            write_card(draft, self._facts(encoder, info, str(verification), info.address or str(folder)))
+            write_card(draft, self.facts(encoder, info, str(verification), info.address or folder.name))
         except (OSError, SafetensorError) as error:
             shutil.rmtree(draft, ignore_errors=True)  # What is half written is of no use.
             raise ExportError(
@@ -178,24 +193,65 @@ class SentenceTransformers(Exporter):
                 write_folder(encoder, draft, self.truncate_dim, dimensions if info.dimensions else (), info.prompts)
             return verify({draft: expected})[0]
 
-    def _facts(self, encoder: Encoder, info: ModelInfo, verification: str, source: str) -> CardFacts:
-        model, data = (info.config.get(part, {}).get("init_args", {}) for part in ("model", "data"))
-        labels = "pooling", "projection", "head", "template", "loss", "adapters"
-        parts = {part.capitalize(): model.get(part) for part in labels}
-        train = data.get("train")
+    def facts(self, encoder: Encoder, info: ModelInfo, verification: str, source: str) -> CardFacts:
+        """Return what the card tells of a model that users open at ``source``."""
+        config = public(info.config)
+        model, data = (config.get(part, {}).get("init_args", {}) for part in ("model", "data"))
+        labels = "pooling", "projection", "head", "template", "loss", "losses", "adapters", "optimizer", "lr_scheduler"
+        parts = {part.replace("_", " ").capitalize(): model.get(part) for part in labels}
+        parts |= {"Batch size": data.get("batch_size"), "Training rows": info.rows, "Steps": info.steps}
+        full = None if isinstance(encoder, Scorer) else encoder.dimension
         return CardFacts(
             title=info.name,
             source=source,
-            base_model=encoder.backbone.checkpoint,
+            base_model=self.base_model or origin_of(encoder.backbone.checkpoint),
             training={label: summarize(part) for label, part in parts.items() if part},
-            datasets=[name for name in (train if isinstance(train, list) else [train]) if isinstance(name, str)],
-            metrics=info.metrics,
-            config=info.config,
+            datasets=[*dict.fromkeys(data_sets(data.get("train")))],
+            # A process that only exports has measured nothing; the run did.
+            metrics=info.metrics or logged_at(info.log, info.steps),
+            config=config,
             verification=verification,
-            versions={library: version(library) for library in LIBRARIES},
+            versions={"Python": python_version()} | {library: version(library) for library in LIBRARIES},
             license=self.license,
             pipeline_tag=self.pipeline_tag,
+            language=self.language or (),
+            losses=[*dict.fromkeys(losses(model.get("loss")) + losses(model.get("losses")))],
+            rows=info.rows,
+            dimension=self.truncate_dim or full,
+            full_dimension=full,
+            dimensions=info.dimensions if full else (),
+            log=info.log,
         )
+
+
+def _refuse_no_id(base_model: str | None) -> None:
+    if base_model is not None and not on_hub(base_model):
+        raise ValueError(
+            f"base_model={base_model!r} is no id of a model on the Hub, such as Qwen/Qwen3-VL-2B-Instruct."
+        )
+
+
+def data_sets(value: Any) -> list[str]:
+    """Name what the configuration of training data reads: paths and Hub ids, and classes that have neither."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list):
+        return [name for item in value for name in data_sets(item)]
+    if not isinstance(value, Mapping):
+        return []
+    arguments = value.get("init_args", {})
+    return [name for key in ("path", "rows", "sources") for name in data_sets(arguments.get(key))] or [summarize(value)]
+
+
+def losses(value: Any) -> list[str]:
+    """Name the classes of a loss and of those in it, outer ones first."""
+    if isinstance(value, list):
+        return [name for item in value for name in losses(item)]
+    if not isinstance(value, Mapping):
+        return []
+    if "class_path" not in value:
+        return losses([*value.values()])
+    return [value["class_path"].rsplit(".", 1)[-1], *losses([*value.get("init_args", {}).values()])]
 
 
 def summarize(value: Any) -> str:
@@ -203,6 +259,8 @@ def summarize(value: Any) -> str:
     if isinstance(value, Mapping) and "class_path" in value:
         arguments = (f"{name}={summarize(argument)}" for name, argument in value.get("init_args", {}).items())
         return f"{value['class_path'].rsplit('.', 1)[-1]}({', '.join(arguments)})"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}: {summarize(part)}" for name, part in value.items())
     return f"[{', '.join(map(summarize, value))}]" if isinstance(value, list) else str(value)
 
 

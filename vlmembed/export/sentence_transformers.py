@@ -17,6 +17,7 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from vlmembed import adapters
 from vlmembed.backbones import VisionLanguageModel
@@ -37,6 +38,9 @@ from vlmembed.export.modules import (
     yes_no_head,
 )
 from vlmembed.pooling import Pooling
+
+#: What an export adds to ``config.json``: a checkpoint that is an export has it from its own training.
+WRITTEN = {"is_matryoshka", "matryoshka_dimensions", "classifier_from_token", "is_original_qwen3_reranker"}
 
 #: ``dense`` scores a pooled state; ``logits`` takes the difference of two logits of the whole language model.
 Scoring = Literal["dense", "logits"]
@@ -115,6 +119,7 @@ def write_reranker(
     """
     backbone, head = scorer.backbone, scorer.pooling
     config = backbone.model.config.get_text_config()
+    server_keys: dict[str, Any] = {}
     if scoring == "dense":
         check_head(head)
         modules = [_transformer(backbone, head.layers, chat_template=NAME), *head_modules(head, config)]
@@ -122,7 +127,11 @@ def write_reranker(
         _write_checkpoint(backbone, folder)
     else:
         yes_no = yes_no_head(head)
-        tokens = label_token_ids(backbone.preprocessor.processor.tokenizer, yes_no.label_tokens)
+        tokenizer = backbone.preprocessor.processor.tokenizer
+        tokens = label_token_ids(tokenizer, yes_no.label_tokens)
+        if backbone.model.config.model_type == "qwen3_vl":  # From these vLLM makes the same difference of two rows.
+            words = tokenizer.convert_ids_to_tokens(tokens[::-1])
+            server_keys = {"classifier_from_token": words, "is_original_qwen3_reranker": True}
         score = {"true_token_id": tokens[0], "false_token_id": tokens[1], "module_input_name": "causal_logits"}
         modules = [
             _transformer(backbone, None, chat_template=NAME),
@@ -143,7 +152,7 @@ def write_reranker(
     }
     if scorer.dtype != "float32":  # The last layer answers in float32, as it did in training.
         model_config["keep_in_fp32_modules"] = [last_layer]
-    _write_modules(modules, pooling_of(head), model_config, folder)
+    _write_modules(modules, pooling_of(head), model_config, folder, **server_keys)
 
 
 def _prompts(backbone: VisionLanguageModel, named: Mapping[str, str] | None) -> dict[str, str]:
@@ -173,6 +182,8 @@ def _transformer(backbone: VisionLanguageModel, layers: Sequence[int] | None, **
         | {"chat_template": {"add_generation_prompt": backbone.generation_prompt, **chat_template}},
         "unpad_inputs": False,
     }
+    if backbone.max_length is not None:
+        config["max_seq_length"] = backbone.max_length  # Sentence Transformers takes the tokenizer's; vLLM reads this.
     path = "sentence_transformers.base.modules.transformer.Transformer"
     return ModuleSpec(path, config, file_name="sentence_bert_config.json")
 
@@ -202,8 +213,9 @@ def _write_checkpoint(
         template = backbone.open_processor().chat_template
         templates = template if isinstance(template, dict) else {"default": template}
         processor.chat_template = {**templates, NAME: processor.chat_template}
-    if backbone.max_length is not None:
-        processor.tokenizer.model_max_length = backbone.max_length
+    # Without a limit of this training, one that the checkpoint has from an earlier one does not stay.
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", VERY_LARGE_INTEGER)
+    processor.tokenizer.model_max_length = backbone.max_length or max(processor.tokenizer.model_max_length, positions)
     processor.save_pretrained(folder)
 
 
@@ -241,11 +253,15 @@ def _write_modules(
         entries.append({"idx": index, "name": str(index), "path": path, "type": module.type})
     _write_json(folder / "modules.json", entries)
     _write_json(folder / "config_sentence_transformers.json", {**model_config, "requirements": _requirements(modules)})
-    config = read(folder / "config.json") | extra
-    if len(pooling.layers) > 1:
-        # Sentence Transformers cannot ask for the states of all layers; the checkpoint returns them by itself.
-        for part in (config, config.get("text_config", {})):
+    config = {key: value for key, value in read(folder / "config.json").items() if key not in WRITTEN} | extra
+    text_config = config.get("text_config", config)
+    for part in (config, text_config):
+        part.pop("output_hidden_states", None)
+        if len(pooling.layers) > 1:
+            # Sentence Transformers cannot ask for the states of all layers; the checkpoint returns them by itself.
             part["output_hidden_states"] = True
+    # vLLM reads it at both levels, transformers in the decoder's.
+    config["is_causal"] = text_config.get("is_causal", True)
     _write_json(folder / "config.json", config)
     if any(module.type.startswith(f"{CODE}.") for module in modules):
         (folder / f"{CODE}.py").write_text(standalone_code(pooling), encoding="utf-8")
@@ -259,17 +275,19 @@ def _requirements(modules: Sequence[ModuleSpec]) -> dict[str, str]:
     """Return the releases that serve such modules; tests/test_export.py opens folders with the lowest."""
     named = [module.config.get("pooling_mode", []) for module in modules]
     modes = {mode for names in named for mode in ([names] if isinstance(names, str) else names)}
-    release = ">=5.4"
+    releases = ["5.4"]
     if "cls" in modes or any(module.config.get("module_output_name") == "scores" for module in modules):
-        release = ">=5.5"  # 5.4 takes padding on the left for the first token, and cannot open our dense rerankers.
+        releases.append("5.5")  # 5.4 takes padding on the left for the first token; opens no dense reranker.
+    if "max_seq_length" in modules[0].config:
+        releases.append("5.6")  # Those before cut off the template's end with that of a long text.
     if "weightedmean" in modes:
-        release = ">=6.2"  # Those before count positions from the padding on the left.
+        releases.append("6.2")  # Those before count positions from the padding on the left.
     types = [module.type for module in modules]
     is_multi_vector = any(".multi_vector_encoder." in name or name.endswith("Selection") for name in types)
     if is_multi_vector or "audio" in modules[0].config["modality_config"]:
         return {"sentence_transformers": ">=6.2", "transformers": ">=5.24"}  # Earlier ones were not tried.
     # transformers before 5.4 keeps the positions of a batch with images for the texts after it, and fails on them.
-    return {"sentence_transformers": release, "transformers": ">=5.4"}
+    return {"sentence_transformers": f">={max(releases)}", "transformers": ">=5.4"}
 
 
 def _write_json(path: Path, value: Any) -> None:
