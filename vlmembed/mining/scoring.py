@@ -56,13 +56,15 @@ def _scored(reranker: sentence_transformers.CrossEncoder, source: Source, batch_
         # Several batches at a time, which Sentence Transformers sorts by length.
         full = sum(len(example.documents) for example in examples) >= BATCHES * batch_size
         if full or row == len(source) - 1:
-            logits = iter(_logits(reranker, examples, batch_size))
+            logits = iter(logits_of(reranker, examples, batch_size))
             for example in examples:
                 yield replace(example, scores=tuple(islice(logits, len(example.documents))))
             examples = []
 
 
-def _logits(reranker: sentence_transformers.CrossEncoder, examples: Sequence[Example], batch_size: int) -> list[float]:
+def logits_of(
+    reranker: sentence_transformers.CrossEncoder, examples: Sequence[Example], batch_size: int
+) -> list[float]:
     """Return the logit of each example's documents, one example after the other."""
     pairs = [(example.query, document) for example in examples for document in example.documents]
     # Each distinct item is opened once.
