@@ -75,45 +75,46 @@ def benchmark(
         from mteb.cache import ResultCache
 
         from vlmembed.benchmark import results
-        from vlmembed.benchmark.models import open_model
+        from vlmembed.benchmark.models import Model, open_model
         from vlmembed.benchmark.tasks import find_tasks, refuse_unfit
     except ModuleNotFoundError as error:
         raise ValueError(f'{error.name} is not installed. Install it: pip install "vlmembed[mteb]"') from error
 
     if depth < 1:
         raise ValueError(f"depth is 1 or more, got {depth}.")
+    if update_card and not Path(model).is_dir():
+        raise ValueError(f"update_card writes into a folder, and {model} is none; download it, and name the folder.")
     stage = None if first_stage is None else Path(first_stage)
     if stage is not None and not stage.exists():
         raise ValueError(f"first_stage {first_stage}: no such file or folder.")
     chosen, cache = find_tasks(tasks), ResultCache(output)
-    # Numbers over other candidates are kept apart from those over the whole corpus.
+    # Numbers over candidates are kept apart from those over the whole corpus.
     settings = {} if stage is None else {"first_stage": _digest_of(stage), "depth": depth}
     options: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers}
     options |= {"settings": settings, "trust_remote_code": trust_remote_code}
 
-    def measured(model: str, name: str | None = None) -> tuple[Any, list[results.Scores]]:
-        opened = open_model(model, name, **options)
+    def measured(opened: Model) -> list[results.Scores]:
         refuse_unfit(chosen, opened, stage is not None)
-        return opened, [results.measure(opened, task, cache, stage, depth, save_predictions) for task in chosen]
+        return [results.measure(opened, task, cache, stage, depth, save_predictions) for task in chosen]
 
-    opened, scores = measured(model, name)
-    called = opened.mteb_model_meta.name
-    against: dict[str, Any] = {}
+    opened = open_model(model, name, **options)
+    scores = [measured(opened)]
+    metas = [opened.mteb_model_meta]
     if compare is not None:
-        written = results.find_results(Path(compare), cache.get_task_result_path("", opened.mteb_model_meta).parent)
+        written = results.find_results(Path(compare), cache.get_task_result_path("", metas[0]).parent)
         if written is None:
-            other, others = measured(compare)
-            against["other"] = other.mteb_model_meta.name
+            other = open_model(compare, **options)
+            scores.append(measured(other))
+            metas.append(other.mteb_model_meta)
         else:
-            others = [results.read_written(task, written) for task in chosen]
-            against["other"] = results.called_in(written)
-        results.check_same_queries(scores, others)
-        against["others"] = results.rows_of(others)
-    text = results.table(called, results.rows_of(scores), **against)
+            scores.append([results.read_written(task, written) for task in chosen])
+            metas.append(results.read_meta(written))
+        results.check_same_queries(*scores)
+    text = results.table(results.labels(metas), [results.rows_of(of_model) for of_model in scores])
     write_whole(Path(output) / "results.md", text.encode())
     print(text)
     if update_card:
-        results.update_card(opened.folder, scores)
+        results.update_card(opened.folder, scores[0])
     print(f"{output}: mteb's results, the scores of each query, and the table in results.md.")
 
 

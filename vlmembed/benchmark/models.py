@@ -141,7 +141,9 @@ class Model:
     #: As mteb calls it.
     kind: str
 
-    def __init__(self, model: Any, folder: Path, name: str, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, model: Any, folder: Path, name: str, settings: Mapping[str, Any], weights: torch.nn.Module
+    ) -> None:
         self.model = model  #: As Sentence Transformers has opened it.
         self.folder = folder
         prompts = {key: text for key, text in model.prompts.items() if text}
@@ -153,7 +155,7 @@ class Model:
                 "model_type": [self.kind],
                 "framework": ["Sentence Transformers", "PyTorch"],
                 "use_instructions": bool(prompts),
-                "n_parameters": sum(parameter.numel() for parameter in model.parameters()),
+                "n_parameters": sum(parameter.numel() for parameter in weights.parameters()),
                 "experiment_kwargs": dict(settings) or None,
             }
         )
@@ -235,7 +237,7 @@ class Retriever(Model):
     kind = "late-interaction"
 
     def __init__(self, served: ServedModel, name: str, settings: Mapping[str, Any], num_workers: int = 0) -> None:
-        super().__init__(served.served, served.folder, name, settings)
+        super().__init__(served.served, served.folder, name, settings, served.encoder or served.served)
         self.served = served
         self.num_workers = num_workers
         similarity = SIMILARITIES.get(served.similarity, ScoringFunction.MAX_SIM)
@@ -362,7 +364,7 @@ class Reranker(Model):
     kind = "cross-encoder"
 
     def __init__(self, model: Any, folder: Path, name: str, settings: Mapping[str, Any], batch_size: int) -> None:
-        super().__init__(model, folder, name, settings)
+        super().__init__(model, folder, name, settings, model)
         self.batch_size = batch_size
 
     def _search(

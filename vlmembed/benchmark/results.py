@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ from huggingface_hub import EvalResult, metadata_load, metadata_save
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from mteb.abstasks import AbsTask, AbsTaskRetrieval
 from mteb.cache import ResultCache
+from mteb.models import ModelMeta
 from mteb.results import TaskResult
 from scipy import stats
 
-from vlmembed.ablation.statistics import ALPHA, PairwiseComparison, compare, holm
+from vlmembed.ablation.statistics import PairwiseComparison, compare, holm
 from vlmembed.benchmark.models import Model
 from vlmembed.benchmark.tasks import give_candidates, leaves, load
 from vlmembed.files import whole_file, write_whole
@@ -41,7 +42,7 @@ class Scores:
 
     task: AbsTask
     result: TaskResult
-    queries: list[dict[str, Any]]  #: A query each: task (a part of this one), split, subset, query, and the score.
+    queries: list[dict[str, Any]]  #: A query each: task (a part of this one), split, subset, metric, query, score.
 
     @property
     def metric(self) -> str:
@@ -53,7 +54,7 @@ class Scores:
         """By part, split and subset: query → score; nothing where the task's score is not the mean of their means."""
         cells: dict[tuple[str, ...], dict[str, float]] = {}
         for row in self.queries:
-            cells.setdefault((row["task"], row["split"], row["subset"]), {})[row["query"]] = row[self.metric]
+            cells.setdefault((row["task"], row["split"], row["subset"]), {})[row["query"]] = row["score"]
         mean = np.mean([np.mean([*scores.values()]) for scores in cells.values()]) if cells else np.nan
         return cells if abs(mean - self.result.get_score()) <= ROUNDING else {}
 
@@ -63,7 +64,10 @@ def measure(
 ) -> Scores:
     """Run a task; or read what the same model has reached on the same data before."""
     path = cache.get_task_result_path(task.metadata.name, model.mteb_model_meta)
-    if (before := read_scores(task, path)) is not None:
+    predictions = cache.cache_path / "predictions" / path.parent.relative_to(cache.cache_path / "results")
+    is_saved = all((predictions / part.prediction_file_name).is_file() for part in leaves(task))
+    before = read_scores(task, path)
+    if before is not None and (is_saved or not save_predictions):
         return before
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
@@ -81,9 +85,7 @@ def measure(
             co2_tracker=False,
             show_progress_bar=False,
             encode_kwargs={"show_progress_bar": False},
-            prediction_folder=cache.cache_path / "predictions" / path.parent.relative_to(cache.cache_path / "results")
-            if save_predictions
-            else None,
+            prediction_folder=predictions if save_predictions else None,
         )
     write_whole(path.with_suffix(QUERIES), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
     scores = read_scores(task, path)
@@ -101,9 +103,8 @@ def _recorded(task: AbsTask, rows: list[dict[str, Any]]) -> Iterator[None]:
     original = task.task_specific_scores
 
     def record(scores: Any, qrels: Any, results: Any, hf_split: str, hf_subset: str) -> dict[str, float]:
-        about = {"task": task.metadata.name, "split": hf_split, "subset": hf_subset}
-        for query, values in scores.items():
-            rows.append({**about, "query": query, task.metadata.main_score: values[f"{MEASURES[name]}{k}"]})
+        about = {"task": task.metadata.name, "split": hf_split, "subset": hf_subset, "metric": task.metadata.main_score}
+        rows.extend({**about, "query": query, "score": of[f"{MEASURES[name]}{k}"]} for query, of in scores.items())
         return original(scores, qrels, results, hf_split, hf_subset)
 
     task.task_specific_scores = record  # type: ignore[method-assign]
@@ -114,12 +115,14 @@ def _recorded(task: AbsTask, rows: list[dict[str, Any]]) -> Iterator[None]:
 
 
 def read_scores(task: AbsTask, path: Path) -> Scores | None:
-    """Read what `measure` has written about the data that the task has now; None where there is nothing."""
+    """Read what `measure` has written about the data and subsets that the task has now; None where there is nothing."""
     queries = path.with_suffix(QUERIES)  # Written last.
     if not queries.is_file() or not path.is_file():
         return None
     result = TaskResult.from_disk(path)
-    if result.dataset_revision != task.metadata.revision:
+    measured = {(split, entry["hf_subset"]) for split, entries in result.scores.items() for entry in entries}
+    wanted = {(split, subset) for split in task.eval_splits for subset in task.hf_subsets}
+    if result.dataset_revision != task.metadata.revision or (measured != wanted and leaves(task) == [task]):
         return None
     return Scores(task, result, [json.loads(line) for line in queries.read_text(encoding="utf-8").splitlines()])
 
@@ -141,14 +144,15 @@ def read_written(task: AbsTask, folder: Path) -> Scores:
     if scores is None:
         raise ValueError(
             f"{folder}: it has no results of {task.metadata.name}, or they are of other data (another revision than "
-            f"{task.metadata.revision}). Measure that model on the same tasks."
+            f"{task.metadata.revision}, or other subsets). Measure that model on the same tasks."
         )
     return scores
 
 
-def called_in(folder: Path) -> str:
-    """Return what mteb calls the model of a folder of results."""
-    return str(json.loads((folder / "model_meta.json").read_text(encoding="utf-8"))["name"])
+def read_meta(folder: Path) -> ModelMeta:
+    """Read whose results a folder has."""
+    written = json.loads((folder / "model_meta.json").read_text(encoding="utf-8"))
+    return ModelMeta.create_empty({"name": written["name"], "revision": written["revision"]})
 
 
 # What they say
@@ -238,29 +242,37 @@ def check_same_queries(scores: Sequence[Scores], others: Sequence[Scores]) -> No
             )
 
 
-def table(name: str, rows: Sequence[Row], other: str | None = None, others: Sequence[Row] = ()) -> str:
-    """Write a Markdown table of a model, or of two that are compared."""
-    heads = ["Task", "Metric", "Queries", name, "95 %"]
-    heads += [] if other is None else [other, "95 %", "Difference", "p", "Verdict"]
+def labels(models: Sequence[ModelMeta]) -> list[str]:
+    """Return the names of models; with their revisions, where they have the same."""
+    names = [str(model.name) for model in models]
+    if len({*names}) == len(names):
+        return names
+    return [f"{model.name} ({str(model.revision)[:8]})" for model in models]
+
+
+def table(names: Sequence[str], models: Sequence[Sequence[Row]]) -> str:
+    """Write a Markdown table of the rows of a model, or of two that are compared."""
+    heads = ["Task", "Metric", "Queries", *(head for name in names for head in (name, "95 %"))]
+    heads += ["Difference", "p", "Verdict"] if len(models) > 1 else []
     lines = [heads, ["---", "---", *["---:"] * (len(heads) - 2)]]
-    comparisons = [row.compare(against) for row, against in zip(rows, others, strict=True)] if others else []
-    p_values = holm(np.array([found.p_value for found in comparisons if found is not None]))
-    corrected = iter(p_values.tolist())
-    for number, row in enumerate(rows):
-        cells = [row.label, row.metric, str(row.count or "")]
-        for side in (row, *others[number : number + 1]):
-            cells += [f"{side.value:.4f}", "–" if side.interval is None else "{:.4f} – {:.4f}".format(*side.interval)]
-        if others and (found := comparisons[number]) is not None:
-            cells += _verdict(found, next(corrected))
-        elif others:
-            cells += [f"{row.value - others[number].value:+.4f}", "–", "–"]
+    comparisons = [row.compare(other) for row, other in zip(*models, strict=True)] if len(models) > 1 else []
+    known = [comparison for comparison in comparisons if comparison is not None]
+    corrected = iter(holm(np.array([comparison.p_value for comparison in known])).tolist())
+    for number, rows in enumerate(zip(*models, strict=True)):
+        cells = [rows[0].label, rows[0].metric, str(rows[0].count or "")]
+        for row in rows:
+            cells += [f"{row.value:.4f}", "–" if row.interval is None else "{:.4f} – {:.4f}".format(*row.interval)]
+        if comparisons and (comparison := comparisons[number]) is not None:
+            cells += _verdict(comparison, next(corrected))
+        elif comparisons:
+            cells += [f"{rows[0].value - rows[1].value:+.4f}", "–", "–"]
         lines.append(cells)
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 
 
-def _verdict(found: PairwiseComparison, p_value: float) -> list[str]:
-    word = "within noise" if p_value >= ALPHA else "better" if found.difference > 0 else "worse"
-    return [f"{found.difference:+.4f} ± {found.margin:.4f}", f"{p_value:.4f}", word]
+def _verdict(comparison: PairwiseComparison, p_value: float) -> list[str]:
+    verdict = replace(comparison, corrected=p_value).verdict
+    return [f"{comparison.difference:+.4f} ± {comparison.margin:.4f}", f"{p_value:.4f}", verdict]
 
 
 def update_card(folder: Path, scores: Sequence[Scores]) -> None:

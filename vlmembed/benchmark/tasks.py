@@ -22,6 +22,7 @@ from vlmembed.data import EvaluationSource
 from vlmembed.data.evaluation import FILES, as_evaluation
 from vlmembed.data.judgements import read_run
 from vlmembed.files import content_digest, digest
+from vlmembed.metrics import Relevance
 from vlmembed.types import EvaluationSet, Item, LazyImage
 
 #: Names that a message offers instead of an unknown one.
@@ -36,6 +37,7 @@ class EvaluationTask(AbsTaskRetrieval):
     """
 
     def __init__(self, evaluation: EvaluationSet) -> None:
+        Relevance.of(evaluation)  # Refuses a set in which nothing is to be found.
         self.evaluation = evaluation
         queries, corpus = ([*map(_content, items)] for items in (evaluation.queries, evaluation.corpus))
         shown = {kind for kinds, _ in (*queries, *corpus) for kind in kinds}
@@ -47,7 +49,7 @@ class EvaluationTask(AbsTaskRetrieval):
         pieces = (*evaluation.query_names, *evaluation.document_names, *(text for _, text in (*queries, *corpus)))
         languages = ["und-Zyyy"]  # mteb asks for one; undetermined, in an undetermined script.
         self.metadata = TaskMetadata(
-            name=evaluation.name,
+            name=evaluation.name.replace("/", "__"),  # It names files.
             description=f"Evaluation set {evaluation.name}.",
             dataset={"path": evaluation.name, "revision": digest((*pieces, *judged))},
             type="Retrieval" if shown == {"text"} else "Any2AnyRetrieval",
