@@ -18,8 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from vlmembed.late_interaction.vectors import MultiVectors, promoted
 
-#: Numbers that are computed at once: 16 MiB of float32.
-TILE = 2**22
+#: Numbers that are computed at once: 4 MiB of float32, which a processor's cache holds.
+TILE = 2**20
 #: How many vectors of queries are compared at once, at most: more would leave a tile too few of documents.
 MAXIMUM_HEIGHT = 2**13
 
@@ -64,7 +64,7 @@ class _MaxSim(torch.autograd.Function):
             for columns, rows, is_padding in _tiles(document_lengths, TILE // height):
                 columns, rows = columns.to(device, non_blocking=True), rows.to(device, non_blocking=True)
                 flat = rows.flatten()
-                tile = documents[flat] / norms[flat]  # (p × n, D)
+                tile = documents.index_select(0, flat) / norms[flat]  # (p × n, D)
                 for start in range(0, len(queries), height):
                     part = slice(start, start + height)
                     products = (queries[part] @ tile.T).unflatten(1, rows.shape)  # (s, p, n)
@@ -85,9 +85,10 @@ class _MaxSim(torch.autograd.Function):
         width = max(1, TILE // queries.numel())
         # Columns of P documents at a time: (S, p) rows of the nearest, each times its weight.
         for rows, weight in zip(nearest.split(width, dim=1), weights.split(width, dim=1), strict=True):
-            flat, weight = rows.flatten(), weight[:, :, None]
-            to_queries += (weight * (documents[flat] / norms[flat]).unflatten(0, rows.shape)).sum(dim=1)
-            to_documents.index_add_(0, flat, (weight * queries[:, None]).flatten(0, 1))
+            flat = rows.flatten()
+            of_unit = (weight / norms[flat].view(rows.shape))[:, :, None]
+            to_queries += (of_unit * documents.index_select(0, flat).unflatten(0, rows.shape)).sum(dim=1)
+            to_documents.index_add_(0, flat, (weight[:, :, None] * queries[:, None]).flatten(0, 1))
         # From the gradients of unit vectors to those of the vectors, in place.
         _project(to_queries, queries, query_norms)
         height = max(1, TILE // documents.shape[1])
