@@ -233,7 +233,7 @@ def test_an_items_own_instruction_takes_the_prompts_place(exported: Path) -> Non
     expected = [served.encode_query("seven", prompt=text, convert_to_tensor=True) for text in ("Find the page.", "")]
     expected.append(served.encode_query("seven", prompt_name="pages-document", convert_to_tensor=True))
     assert_same(model.encode(told, "query", "pages-document"), expected)
-    with pytest.raises(ValueError, match="no prompt 'pages-querry' .did you mean 'pages-query'"):
+    with pytest.raises(ValueError, match=r"no prompt 'pages-querry' .did you mean 'pages-query'"):
         model.encode(told, "query", "pages-querry")
 
 

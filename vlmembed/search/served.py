@@ -506,7 +506,9 @@ def _adopt(folder: Path, types: Sequence[str], served: Any, trust_remote_code: b
     } | {f"{role}_instruction": prompt_of(served.prompts, role) for role in PROMPTS}
     is_qwen3_vl = str(transformer.model.config.model_type).startswith("qwen3_vl")
     backbone = (Qwen3VL if is_qwen3_vl else VisionLanguageModel)(str(folder), **options)
-    preprocessor = backbone.make_preprocessor()
+    preprocessor: Any = backbone.make_preprocessor()
+    # All items of a role begin with its prompt, which a batch computes once.
+    preprocessor.shares = is_qwen3_vl and not backbone.bidirectional
     backbone.adopt(transformer.model, preprocessor)
     encoder = ServedEncoder(backbone, ServedModules(served))
     encoder.preprocessor = preprocessor
