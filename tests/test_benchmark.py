@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,16 +24,20 @@ from mteb.abstasks import AbsTaskRetrieval
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.cache import ResultCache
 from mteb.mocks import mock_tasks
-from mteb.models import CrossEncoderWrapper, MultiVectorWrapper, SentenceTransformerEncoderWrapper
+from mteb.models import CrossEncoderWrapper, ModelMeta, MultiVectorWrapper, SentenceTransformerEncoderWrapper
 from mteb.types import PromptType
 from PIL import Image
 from scipy import stats
 from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch.utils.data import DataLoader
 
 from vlmembed.benchmark.command import benchmark
 from vlmembed.benchmark.models import Model, open_model
-from vlmembed.benchmark.results import Row, Scores, measure, rows_of, table
+from vlmembed.benchmark.results import Row, Scores, labels, measure, rows_of, table
 from vlmembed.benchmark.tasks import find_tasks, load, refuse_unfit
 from vlmembed.cli import main
 from vlmembed.data import EvaluationFolder, RetrievalDataModule
@@ -311,6 +316,43 @@ def test_a_reranker_orders_what_a_first_stage_found(
     assert found == pytest.approx(per_query(expected), **EQUAL)
 
 
+def test_a_first_stage_of_a_task_with_subsets(folders: dict[str, Path], tmp_path: Path) -> None:
+    model = open_model(str(folders["embedder"]))
+    whole = run_of(model, Pages(), tmp_path / "first", save_predictions=True)
+    stage = tmp_path / "first" / "predictions"
+    again = run_of(model, Pages(), tmp_path / "all", first_stage=stage, depth=12)
+    assert means(again.result) == means(whole.result)
+    few = run_of(open_model(str(folders["other"])), Pages(), tmp_path / "few", first_stage=stage, depth=2)
+    found = json.loads(next(stage.rglob("Pages_predictions.json")).read_text())["french"]["test"]
+    for query, ranked in found.items():
+        best = {name: -rank for rank, name in enumerate(sorted(ranked, key=ranked.__getitem__, reverse=True)[:2])}
+        orders = best, {name: -rank for name, rank in best.items()}
+        possible = [
+            pytrec_eval.RelevanceEvaluator(QRELS, {"ndcg_cut.10"}).evaluate({query: run})[query]["ndcg_cut_10"]
+            for run in orders
+        ]
+        (score,) = [row["score"] for row in few.queries if (row["subset"], row["query"]) == ("french", query)]
+        assert any(score == pytest.approx(value, **EQUAL) for value in possible)
+    (tmp_path / "run.trec").write_text("q1 Q0 d1 1 0.5 x\n")
+    with pytest.raises(ValueError, match=r"run.trec: a TREC run does not say .*Pages.*english/test, french/test"):
+        run_of(model, Pages(), tmp_path / "trec", first_stage=tmp_path / "run.trec")
+
+
+def test_a_model_of_text_alone_is_measured_on_texts(tmp_path: Path) -> None:
+    """Any of Sentence Transformers, which need not have a backbone of ours."""
+    words = ["This", "is", "a", "positive", "negative", "sentence", "test"]
+    tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(["[UNK]", *words])}, "[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=16)]).save(str(tmp_path / "static"))
+    model = open_model(str(tmp_path / "static"))
+    assert model.modalities == ["text"]
+    task = mock_tasks.MockRetrievalTask
+    scores = run_of(model, task(), tmp_path)
+    assert means(scores.result) == pytest.approx(means(by_mteb(tmp_path / "static", task())), rel=0, abs=1e-5)
+    with pytest.raises(ValueError, match=r"Pages: its documents have image, which the model does not read \(text\)"):
+        refuse_unfit([Pages()], model, False)
+
+
 def test_an_embedder_may_order_candidates_too(folders: dict[str, Path], pages: Path, tmp_path: Path) -> None:
     ranked = {f"q{number}": [f"d{(number + step) % 12}" for step in (0, 3, 5)] for number in range(6)}
     task = Pages()
@@ -545,6 +587,8 @@ def test_what_a_model_cannot_do_rightly_is_refused_before_it_runs(folders: dict[
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"update_card": True, "model": "org/birds"}, "update_card writes into a folder, and org/birds is none"),
+        ({"tasks": ["nothing"]}, "evaluation set 'nothing' has no query with a document of grade 1"),
         ({"depth": 0}, "depth is 1 or more, got 0"),
         ({"first_stage": "nowhere"}, "first_stage nowhere: no such file"),
         ({"name": "birds"}, "name 'birds': mteb's names of models are two words with a slash"),
@@ -569,6 +613,8 @@ def test_options_that_do_not_fit_are_refused(
     monkeypatch.chdir(tmp_path)
     for copy in ("pages", "copy/pages"):
         shutil.copytree(pages, copy)
+    shutil.copytree(pages, "nothing")
+    Path("nothing/qrels.tsv").write_text("q1\td1\t0\n")
     Path("empty").mkdir()
     Path("broken.json").write_text("[1]")
     Path("other.json").write_text('{"mteb_model_meta": {}, "english": {}}')
@@ -578,6 +624,19 @@ def test_options_that_do_not_fit_are_refused(
     (results / "Others.queries.jsonl").write_text("")
     with pytest.raises(ValueError, match=message):
         benchmark(**{"model": str(folders["embedder"]), "tasks": ["pages"], "output": "out", **options})
+
+
+def test_without_mteb_the_command_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mteb.cache", None)
+    with pytest.raises(ValueError, match=r'mteb.* is not installed: pip install "vlmembed\[mteb\]"'):
+        benchmark("model", ["SciFact"])
+
+
+def test_models_of_one_name_are_told_apart_by_revision() -> None:
+    known = ("a/b", "1" * 32), ("a/b", "2" * 32), ("a/c", "3")
+    metas = [ModelMeta.create_empty({"name": name, "revision": revision}) for name, revision in known]
+    assert labels(metas[:2]) == ["a/b (11111111)", "a/b (22222222)"]
+    assert labels(metas[1:]) == ["a/b", "a/c"]
 
 
 def test_models_are_not_compared_on_other_queries(folders: dict[str, Path], pages: Path, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def benchmark(
         from vlmembed.benchmark.models import Model, open_model
         from vlmembed.benchmark.tasks import find_tasks, refuse_unfit
     except ModuleNotFoundError as error:
-        raise ValueError(f'{error.name} is not installed. Install it: pip install "vlmembed[mteb]"') from error
+        raise ValueError(f'{error.name} is not installed: pip install "vlmembed[mteb]"') from error
 
     if depth < 1:
         raise ValueError(f"depth is 1 or more, got {depth}.")

@@ -364,7 +364,10 @@ class ServedModel:
         options = {"show_progress_bar": False} | ({} if self.is_multi_vector else {"convert_to_tensor": True})
         encoded: dict[int, Tensor] = {}
         for prompt, rows in by_instruction(item for item, _ in made).items():
-            vectors = encode([made[row][1] for row in rows], prompt=prompt, batch_size=PADDED_ITEMS, **options)
+            inputs = [made[row][1] for row in rows]
+            if [*self.served.modalities] == ["text"]:  # Such models need not take a mapping.
+                inputs = [content["text"] if content.keys() == {"text"} else content for content in inputs]
+            vectors = encode(inputs, prompt=prompt, batch_size=PADDED_ITEMS, **options)
             encoded |= zip(rows, (of_item.clone() for of_item in vectors), strict=True)  # Out of inference mode.
         return [encoded[row] for row in range(len(made))]
 
