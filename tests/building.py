@@ -9,6 +9,8 @@ from typing import Any
 
 import lightning
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
@@ -280,3 +282,41 @@ def run_config(checkpoint: Path, **data: Any) -> dict[str, Any]:
         "data": {"class_path": "vlmembed.data.RetrievalDataModule", "init_args": {"num_workers": 0, **data}},
         "trainer": {"accelerator": "cpu", "enable_progress_bar": False, "log_every_n_steps": 1},
     }
+
+
+def write_index(
+    folder: Path,
+    vectors: torch.Tensor | list[torch.Tensor],
+    ids: list[str],
+    precision: str = "float32",
+    shard_size: int = 7,
+    **manifest: Any,
+) -> Path:
+    """An index as ``encode`` writes it: vectors (P, D), or those (n, D) of each item, in shards."""
+    folder.mkdir(parents=True)
+    is_multi, dimension, shards = isinstance(vectors, list), vectors[0].shape[-1], []
+    for number, start in enumerate(range(0, len(ids), shard_size)):
+        part = [np.atleast_2d(item.float().numpy()) for item in vectors[start : start + shard_size]]
+        columns: dict[str, Any] = {"id": ids[start : start + shard_size]}
+        if precision == "int8":
+            scales = [float(np.abs(item).max() / 127) for item in part]
+            part = [np.rint(item / scale).astype(np.int8) for item, scale in zip(part, scales, strict=True)]
+            columns["scale"] = pa.array(scales, pa.float32())
+        elif precision == "binary":
+            part = [np.packbits(item > 0, axis=1) for item in part]
+        else:
+            part = [item.astype(precision) for item in part]
+        single = pa.list_(pa.from_numpy_dtype(part[0].dtype))
+        rows = [[*item] if is_multi else item[0] for item in part]
+        columns["embedding"] = pa.array(rows, pa.list_(single) if is_multi else single)
+        file = f"shard-{number:05}.parquet"
+        pq.write_table(pa.table(columns), folder / file, row_group_size=max(1, shard_size // 2))
+        shards.append({"file": file, "rows": len(part), "sha256": ""})
+    written = {
+        "format": 1, "model": "model", "model_digest": "", "engine": "", "role": "document", "prompt": "",
+        "precision": precision, "dimension": dimension, "dimensions": [], "is_multi_vector": is_multi,
+        "similarity": "maxsim" if is_multi else "cosine", "count": len(ids), "shard_size": shard_size,
+        "shards": shards, "complete": True, **manifest,
+    }  # fmt: skip
+    (folder / "manifest.json").write_text(json.dumps(written))
+    return folder

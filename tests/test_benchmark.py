@@ -367,6 +367,9 @@ def test_an_embedder_may_order_candidates_too(folders: dict[str, Path], pages: P
         best = sorted(names, key=whole[query].__getitem__, reverse=True)[:2]
         assert found[query] == pytest.approx({name: whole[query][name] for name in best}, rel=0, abs=1e-6)
     assert found["q6"] == {}
+    model.index(data["corpus"])
+    nothing = model.search(data["queries"], task_metadata=task.metadata, top_k=2, top_ranked={})
+    assert nothing == dict.fromkeys(data["queries"]["id"], {})
 
 
 def test_prompts_of_a_task_and_of_its_type_are_used(checkpoint: Path, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from vlmembed.cli import main
 from vlmembed.data.evaluation import as_evaluation
 from vlmembed.late_interaction import MultiVectors, merge
 from vlmembed.losses import InfoNCE
-from vlmembed.metrics import METRICS, MultiVectorMetrics
+from vlmembed.metrics import METRICS, MultiVectorMetrics, RetrievalMetrics
 from vlmembed.modules import MultiVectorModule
 from vlmembed.training.guards import embedding_likeness
 from vlmembed.types import EvaluationSet
@@ -278,6 +278,21 @@ def test_measuring_copies_no_corpus() -> None:
     assert peak(measured.per_query) < 77e6 / 2  # A tile is 2 MB, and its copies.
 
 
+def test_memory_does_not_grow_with_queries_times_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """5,000 documents at seven dimensions: all scores of 400 queries are 8 MB, a block of them 0.25 MB."""
+    monkeypatch.setattr(metrics.retrieval, "SCORES_PER_BLOCK", 2**16)
+    peaks = []
+    for count in (40, 400):
+        names, documents = [f"q{row}" for row in range(count)], [f"d{row}" for row in range(5000)]
+        qrels = {name: {"d3": 1, "d70": 2} for name in names}
+        corpus = items(1, "document") * 5000
+        evaluation = EvaluationSet("large", items(count, "query"), corpus, names, documents, qrels)
+        measured = RetrievalMetrics(evaluation, dimensions=(8, 7, 6, 5, 4, 3))
+        measured.update(torch.arange(count + 5000), torch.randn(count + 5000, 8))
+        peaks.append(peak(measured.per_query))
+    assert peaks[1] < peaks[0] + 1e6  # Of each query a few values of each metric.
+
+
 MERGED = {
     "ragged": lambda: [normalize(vectors, dim=1) for vectors in vectors_of(evaluation_set(), 8, 40)],
     "one vector": lambda: [torch.eye(4)[:1], torch.eye(4)[1:2]],
@@ -322,6 +337,7 @@ def test_equal_vectors_are_collapsed_and_at_chance(similarity: str) -> None:
 def shares(parts: list[list[list[list[int]]]]) -> list[Any]:
     """In one of two processes: update with its shares, and say what comes out."""
     metrics.retrieval.ROWS_PER_GATHER = 16  # So that the vectors of an item come in several pieces.
+    metrics.retrieval.SCORES_PER_BLOCK = 7 * 60  # So that each process scores some of the queries.
     evaluation = evaluation_set()
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
     return [results(evaluation, part[rank]) for part in parts]

@@ -35,8 +35,10 @@ from vlmembed.training.signals import end_with_parent
 COMMANDS = {
     "ablate": ("vlmembed.ablation.command", "Run a grid of settings and seeds; report which differences are real."),
     "benchmark": ("vlmembed.benchmark.command", "Measure a model by mteb: tasks and benchmarks by name, or folders."),
+    "encode": ("vlmembed.search.command", "Encode a corpus of any size into an index of Parquet files."),
     "mine": ("vlmembed.mining.command", "Find hard negatives for training rows with an embedder."),
     "score": ("vlmembed.mining.command", "Add a reranker's scores to training rows."),
+    "search": ("vlmembed.search.command", "Find the documents of an index that are nearest to queries."),
     "show": ("vlmembed.show", "Show the first rows as the model will read them; write a page with their images."),
 }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,9 +24,10 @@ from mteb.models.model_meta import ScoringFunction
 from mteb.types import PromptType
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
+from tqdm import tqdm, trange
 
 from vlmembed.files import digest
+from vlmembed.metrics.tiles import BestDocuments
 from vlmembed.mining.scoring import logits_of
 from vlmembed.search.served import ServedModel, find_folder, folder_digest
 from vlmembed.types import Example, Item, Part, Role
@@ -135,6 +136,18 @@ def _parts(kind: Any, value: Any) -> Iterator[Part]:
         yield Part(kind, value)
 
 
+@dataclass(frozen=True)
+class Request:
+    """What mteb asks for in a search."""
+
+    task: TaskMetadata
+    queries: Sequence[Item]
+    corpus: Sequence[Item]
+    names: Sequence[str]  #: Of the documents.
+    candidates: Sequence[Sequence[int]] | None  #: Columns of the corpus, of each query; None for all.
+    top_k: int
+
+
 class Model:
     """A folder that mteb searches with (its ``SearchProtocol``): what all kinds have."""
 
@@ -181,12 +194,13 @@ class Model:
     ) -> Run:
         """Return the best documents of each query, among its candidates (``top_ranked``) if it has some."""
         corpus, self._corpus = self._corpus, None
-        candidates = None if top_ranked is None else _candidates(queries["id"], corpus["id"], top_ranked, task_metadata)
-        asked = self._items(queries, task_metadata, PromptType.query)
-        ranked = self._search(
-            asked, self._items(corpus, task_metadata, PromptType.document), candidates, top_k, task_metadata
-        )
         names = [*corpus["id"]]
+        candidates = None if top_ranked is None else _candidates(queries["id"], names, top_ranked, task_metadata)
+        asked, documents = (
+            self._items(table, task_metadata, prompt)
+            for table, prompt in ((queries, PromptType.query), (corpus, PromptType.document))
+        )
+        ranked = self._search(Request(task_metadata, asked, documents, names, candidates, top_k))
         return {
             query: {names[column]: score for column, score in best}
             for query, best in zip(queries["id"], ranked, strict=True)
@@ -207,14 +221,7 @@ class Model:
             return prompts.get(name or self.model.default_prompt_name) or ""
         return None if name in (None, prompt.value) else prompts[name]
 
-    def _search(
-        self,
-        queries: Sequence[Item],
-        corpus: Sequence[Item],
-        candidates: Sequence[Sequence[int]] | None,
-        top_k: int,
-        task: TaskMetadata,
-    ) -> list[list[tuple[int, float]]]:
+    def _search(self, request: Request) -> list[list[tuple[int, float]]]:
         """Return column and score of each query's best documents."""
         raise NotImplementedError
 
@@ -247,34 +254,26 @@ class Retriever(Model):
         #: The last corpus that was short, by its content.
         self._last: tuple[str, list[Any]] = ("", [])
 
-    def _search(
-        self,
-        queries: Sequence[Item],
-        corpus: Sequence[Item],
-        candidates: Sequence[Sequence[int]] | None,
-        top_k: int,
-        task: TaskMetadata,
-    ) -> list[list[tuple[int, float]]]:
+    def _search(self, request: Request) -> list[list[tuple[int, float]]]:
+        task, candidates, corpus = request.task, request.candidates, request.corpus
         wanted: Sequence[int] = range(len(corpus))
         if candidates is not None:
             wanted = sorted({column for columns in candidates for column in columns})
         allowed = None if candidates is None else _mask(candidates, wanted)
-        asked = _together([vector for vectors in self._encode(queries, "query", task) for vector in vectors])
-        scores, places = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.long)
-        start = 0
-        for vectors in self._documents(Selected(corpus, wanted), task):
-            block = torch.arange(start, start + len(vectors)).expand(len(queries), -1)  # (Q, p)
-            similarity = self.similarity(asked, vectors)
-            if not similarity.isfinite().all():
+        by_name = sorted(range(len(wanted)), key=lambda place: request.names[wanted[place]])
+        order, start = torch.tensor(by_name).argsort(), 0
+        queries = _together([vector for block in self._encode(request.queries, "query", task) for vector in block])
+        best = BestDocuments(len(queries), max(1, min(request.top_k, len(wanted))))
+        for documents in self._documents(Selected(corpus, wanted), task):
+            block = slice(start, start + len(documents))
+            scores = self.similarity(queries, documents)  # (Q, p)
+            if not scores.isfinite().all():
                 raise ValueError(f"{task.name}: similarities to documents {start} and after are not finite numbers.")
-            if allowed is not None:
-                similarity = similarity.masked_fill(~allowed[:, start : start + len(vectors)], -torch.inf)
-            scores, places = torch.cat([scores, similarity], dim=1), torch.cat([places, block], dim=1)
-            scores, best = scores.topk(min(top_k, scores.shape[1]))
-            places, start = places.gather(1, best), start + len(vectors)
+            best.add(0, scores if allowed is None else scores.masked_fill(~allowed[:, block], -torch.inf), order[block])
+            start = block.stop
         return [
-            [(wanted[place], score) for place, score in zip(*row, strict=True) if score > -torch.inf]
-            for row in zip(places.tolist(), scores.tolist(), strict=True)
+            [(wanted[by_name[position]], score) for score, position in zip(*row, strict=True) if position >= 0]
+            for row in zip(*(column.tolist() for column in best.ranked()), strict=True)
         ]
 
     def _documents(self, corpus: Sequence[Item], task: TaskMetadata) -> Iterable[Any]:
@@ -367,25 +366,18 @@ class Reranker(Model):
         super().__init__(model, folder, name, settings, model)
         self.batch_size = batch_size
 
-    def _search(
-        self,
-        queries: Sequence[Item],
-        corpus: Sequence[Item],
-        candidates: Sequence[Sequence[int]] | None,
-        top_k: int,
-        task: TaskMetadata,
-    ) -> list[list[tuple[int, float]]]:
-        if candidates is None:
-            raise ValueError(f"{task.name}: a reranker needs candidates; give a first stage.")
-        pairs = iter([(row, column) for row, columns in enumerate(candidates) for column in columns])
-        ranked: list[list[tuple[int, float]]] = [[] for _ in queries]
-        with tqdm(total=sum(map(len, candidates)), desc=f"{task.name}, pairs", leave=False) as bar:
-            while block := [*islice(pairs, PAIRS)]:
-                examples = [Example(queries[row], (corpus[column],)) for row, column in block]
-                for (row, column), logit in zip(block, logits_of(self.model, examples, self.batch_size), strict=True):
-                    ranked[row].append((column, logit))
-                bar.update(len(block))
-        return [sorted(row, key=lambda best: -best[1])[:top_k] for row in ranked]
+    def _search(self, request: Request) -> list[list[tuple[int, float]]]:
+        if request.candidates is None:
+            raise ValueError(f"{request.task.name}: a reranker needs candidates; give a first stage.")
+        pairs = [(row, column) for row, columns in enumerate(request.candidates) for column in columns]
+        ranked: list[list[tuple[int, float]]] = [[] for _ in request.queries]
+        for start in trange(0, len(pairs), PAIRS, desc=f"{request.task.name}, pairs", leave=False):
+            block = pairs[start : start + PAIRS]
+            examples = [Example(request.queries[row], (request.corpus[column],)) for row, column in block]
+            logits = logits_of(self.model, examples, self.batch_size)
+            for (row, column), logit in zip(block, logits, strict=True):
+                ranked[row].append((column, logit))
+        return ranked
 
 
 def open_model(

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from vlmembed.types import EvaluationSet
 
+FEW = 16  # Documents of which each is ranked by a pass over the scores; for more these are sorted.
+
 
 @dataclass(frozen=True)
 class Relevance:
@@ -66,7 +68,7 @@ def name_order(evaluation: EvaluationSet) -> Int64[Tensor, " P"]:
     return torch.tensor(by_name, dtype=torch.long).argsort()
 
 
-def order_keys(scores: Float[Tensor, "*Q P"], name_order: Int[Tensor, " P"]) -> Int64[Tensor, "*Q P"]:
+def order_keys(scores: Float[Tensor, "*Q P"], name_order: Int[Tensor, "*#Q P"]) -> Int64[Tensor, "*Q P"]:
     """Turn scores, compared as float32, into distinct integers that sort as documents do: by score, then by name."""
     # The bits of a float sort as the number does once those below the sign of a negative one are flipped. Adding 0.0
     # turns -0.0 into 0.0, which it equals.
@@ -85,15 +87,20 @@ def ranks(
 
     ``queries`` are the rows of ``scores`` of the relevant documents, ascending.
     """
-    keys = order_keys(scores, name_order).numpy()
-    wanted = keys[queries.numpy(), documents.clamp(min=0).numpy()]
-    keys.sort(axis=1)
     edges = torch.searchsorted(queries, torch.arange(len(scores) + 1)).tolist()
-    ahead = np.empty(len(wanted))
-    # Each query's keys are sorted once, however many of them are relevant.
+    columns, ahead = documents.clamp(min=0).numpy(), np.zeros(len(documents))
     for row, (start, stop) in enumerate(pairwise(edges)):
-        ahead[start:stop] = keys.shape[1] - np.searchsorted(keys[row], wanted[start:stop], side="right")
+        if start < stop:  # One query's keys at a time: all would be three times the scores.
+            keys = order_keys(scores[row], name_order).numpy()
+            ahead[start:stop] = _numbers_above(keys, keys[columns[start:stop]])
     return torch.where(documents >= 0, 1.0 + torch.from_numpy(ahead), torch.inf)
+
+
+def _numbers_above(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Count the keys above each of some."""
+    if len(wanted) < FEW:
+        return np.array([np.count_nonzero(keys > key) for key in wanted])
+    return len(keys) - np.searchsorted(np.sort(keys), wanted, side="right")
 
 
 def ndcg_at_k(ranks: Float64[Tensor, " M"], relevance: Relevance, k: int) -> Float64[Tensor, " Q"]:

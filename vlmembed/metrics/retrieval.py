@@ -14,13 +14,15 @@ from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
+from vlmembed import distributed
 from vlmembed.late_interaction import MultiVectors, merge
 from vlmembed.metrics.functions import METRICS, Relevance, mean_over, name_order, order_keys, ranks
+from vlmembed.metrics.tiles import BestDocuments, products
 from vlmembed.types import EvaluationSet, RerankingSet
 
 NAMED = 5  # How many items a message names.
 ROWS_PER_GATHER = 2**15  # Rows of each process sent together: a whole corpus may not fit on the device.
-SCORES_PER_BLOCK = 2**24  # Query-document scores looked at together: some 500 MiB with all copies.
+SCORES_PER_BLOCK = 2**24  # Query-document scores looked at together: 64 MiB.
 VECTORS_PER_BLOCK = 2**12  # Of queries, and of documents, whose products are looked at together: 64 MiB.
 
 
@@ -133,6 +135,7 @@ class RetrievalMetrics(EvaluationMetrics):
             raise ValueError(f"dimensions must be distinct numbers of at least 1, got {dimensions!r}")
         super().__init__(evaluation, len(evaluation.queries) + len(evaluation.corpus), "embedding")
         self.dimensions = tuple(dimensions)
+        self._by_name = self.name_order.argsort()
         # (C,) of each query; many may share those of one, such as a corpus.
         distinct = {id(columns): columns for columns in evaluation.candidates or ()}
         tensors = {key: torch.tensor(columns) for key, columns in distinct.items()}
@@ -162,31 +165,48 @@ class RetrievalMetrics(EvaluationMetrics):
 
         Where a query has fewer candidates, -inf and -1 fill up.
         """
+        width = min(k, len(self.evaluation.corpus))
+        rows, highest, columns = [torch.empty(0).long()], [torch.empty(0, width)], [torch.empty(0, width).long()]
         with self.sync_context(dist_sync_fn=self._gather):
-            best = []
-            for _, scores in self._score_blocks(self._scores(self._matrix())):
-                columns = self._best(scores, k)
-                highest = scores.gather(1, columns)
-                best.append((highest, columns.where(highest > -torch.inf, -1)))
-        scores, columns = (torch.cat(blocks) for blocks in zip(*best, strict=True))
-        return scores, columns
+            for start, scores in self._score_blocks(self._scores(self._matrix())):
+                best = self._best(scores, width)
+                for parts, part in zip(
+                    (rows, highest, columns), (torch.arange(len(scores)) + start, *best), strict=True
+                ):
+                    parts.append(part)
+            return self._joined(rows, highest), self._joined(rows, columns)
 
-    def _best(self, scores: Float[Tensor, "Q P"], k: int) -> Int64[Tensor, "Q K"]:
-        """Columns of the first documents, equal scores by name."""
-        return order_keys(scores, self.name_order).topk(min(k, scores.shape[1])).indices
+    def _best(self, scores: Float[Tensor, "q P"], k: int) -> tuple[Float[Tensor, "q K"], Int64[Tensor, "q K"]]:
+        """Scores and columns of the first documents, equal scores by name."""
+        best = BestDocuments(len(scores), min(k, scores.shape[1]))
+        best.add(0, scores, self.name_order)
+        highest, names = best.ranked()
+        return highest, self._by_name[names].where(names >= 0, -1)
 
     def _per_query(self) -> dict[str, Tensor]:
         relevance, values = self.relevance, dict[str, Tensor]()
         for suffix, blocks in self._variants(self._matrix()):
-            rank_blocks = []
+            numbers, found = [torch.empty(0).long()], [torch.empty(0).double()]
             for start, scores in blocks:
                 first, last = torch.searchsorted(relevance.queries, torch.tensor([start, start + len(scores)])).tolist()
                 rows = relevance.queries[first:last] - start
                 documents = relevance.documents[first:last]
-                found = ranks(scores, rows, documents, self.name_order)
-                rank_blocks.append(found.where(scores[rows, documents] > -torch.inf, torch.inf))
-            values |= {name + suffix: metric(torch.cat(rank_blocks), relevance) for name, metric in METRICS.items()}
+                rank = ranks(scores, rows, documents, self.name_order)
+                numbers.append(torch.arange(first, last))
+                found.append(rank.where(scores[rows, documents] > -torch.inf, torch.inf))
+            joined = self._joined(numbers, found)
+            values |= {name + suffix: metric(joined, relevance) for name, metric in METRICS.items()}
         return values
+
+    def _joined(self, numbers: list[Tensor], values: list[Tensor]) -> Tensor:
+        """Join what all processes have computed, by its numbers."""
+        order = distributed.gather_on_host(torch.cat(numbers), self.device).argsort()
+        return distributed.gather_on_host(torch.cat(values), self.device)[order]
+
+    def _starts(self, height: int) -> range:
+        """The first queries of this process's blocks, which are the same blocks for any number of processes."""
+        starts = range(0, len(self.evaluation.queries), height)
+        return starts[distributed.rank() :: distributed.world_size()]
 
     def _variants(self, embeddings: Any) -> Iterator[tuple[str, Iterator[tuple[int, Tensor]]]]:
         """Yield what metrics' names end in, and blocks of scores: of whole embeddings, and cut to each dimension."""
@@ -200,26 +220,24 @@ class RetrievalMetrics(EvaluationMetrics):
     def _cut(self, embeddings: Any, dimension: int) -> Any:
         return embeddings[:, :dimension]
 
-    def _scores(self, embeddings: Float[Tensor, "N D"]) -> Iterator[Float[Tensor, "Q P"]]:
-        """Cosine of some queries after the other with the whole corpus: block after block."""
+    def _scores(self, embeddings: Float[Tensor, "N D"]) -> Iterator[tuple[int, Float[Tensor, "q P"]]]:
+        """Cosine of this process's queries with the whole corpus: block after block, with its first query."""
         queries, corpus = normalize(embeddings, dim=1).split(
             [len(self.evaluation.queries), len(self.evaluation.corpus)]
         )
-        for block in queries.split(max(1, SCORES_PER_BLOCK // len(corpus))):
-            # NumPy's product stays float32, whatever autocast and torch.set_float32_matmul_precision say.
-            yield torch.from_numpy(block.numpy() @ corpus.numpy().T)
+        height = max(1, SCORES_PER_BLOCK // len(corpus))
+        for start in self._starts(height):
+            yield start, products(queries[start : start + height], corpus)
 
-    def _score_blocks(self, blocks: Iterator[Tensor]) -> Iterator[tuple[int, Float[Tensor, "Q P"]]]:
-        """Number blocks of scores by their first query; -inf where a document is none of the query's candidates."""
-        start = 0
-        for scores in blocks:
+    def _score_blocks(self, blocks: Iterator[tuple[int, Tensor]]) -> Iterator[tuple[int, Float[Tensor, "q P"]]]:
+        """Blocks of scores, with -inf where a document is none of the query's candidates."""
+        for start, scores in blocks:
             if self._candidates:
                 others = torch.ones(scores.shape, dtype=torch.bool)
                 for row, columns in zip(others, self._candidates[start : start + len(scores)], strict=True):
                     row[columns] = False
                 scores.masked_fill_(others, -torch.inf)
             yield start, scores
-            start += len(scores)
 
 
 class MultiVectorMetrics(RetrievalMetrics):
@@ -300,20 +318,20 @@ class MultiVectorMetrics(RetrievalMetrics):
         count = len(self.evaluation.queries)
         return items[:count], items[count:]
 
-    def _scores(self, embeddings: list[Tensor]) -> Iterator[Float[Tensor, "Q P"]]:  # type: ignore[override]
-        """MaxSim of some queries after the other with the whole corpus: block after block."""
+    def _scores(self, embeddings: list[Tensor]) -> Iterator[tuple[int, Tensor]]:  # type: ignore[override]
+        """MaxSim of this process's queries with the whole corpus; see `RetrievalMetrics._scores`."""
         queries, corpus = self._split(embeddings)
         height = max(1, min(SCORES_PER_BLOCK // len(corpus), VECTORS_PER_BLOCK // max(map(len, queries))))
-        for start in range(0, len(queries), height):
-            yield self._maxsim(queries[start : start + height], corpus)
+        for start in self._starts(height):
+            yield start, self._maxsim(queries[start : start + height], corpus)
 
     def _maxsim(self, queries: list[Tensor], documents: list[Tensor]) -> Float[Tensor, "Q P"]:
         """MaxSim as in `vlmembed.late_interaction.maxsim`, of which nothing is kept for a gradient."""
-        (rows, starts), width = _joined(queries), max(1, VECTORS_PER_BLOCK // max(map(len, documents)))
+        (rows, starts), width = _end_to_end(queries), max(1, VECTORS_PER_BLOCK // max(map(len, documents)))
         blocks = []
         for first in range(0, len(documents), width):
-            columns, edges = _joined(documents[first : first + width])
-            # NumPy's product stays float32, as in `RetrievalMetrics`.
+            columns, edges = _end_to_end(documents[first : first + width])
+            # NumPy's product stays float32, as in `products`.
             largest = np.maximum.reduceat(rows @ columns.T, edges, axis=1)  # (S, T) → (S, p)
             blocks.append(np.add.reduceat(largest, starts, axis=0))  # (S, p) → (Q, p)
         scores = torch.from_numpy(np.concatenate(blocks, axis=1))
@@ -325,15 +343,15 @@ class MultiVectorMetrics(RetrievalMetrics):
         queries, corpus = self._split(embeddings)
         for start, cosines in self._score_blocks(super()._scores(means)):
             scores = torch.full_like(cosines, -torch.inf)
-            for row, columns in enumerate(self._best(cosines, count)):
-                candidates = columns[cosines[row, columns] > -torch.inf]
+            for row, columns in enumerate(self._best(cosines, count)[1]):
+                candidates = columns[columns >= 0]
                 documents = [corpus[column] for column in candidates.tolist()]
                 if documents:
                     scores[row, candidates] = self._maxsim([queries[start + row]], documents)[0]
             yield start, scores
 
 
-def _joined(items: list[Tensor]) -> tuple[np.ndarray, np.ndarray]:
+def _end_to_end(items: list[Tensor]) -> tuple[np.ndarray, np.ndarray]:
     """Unit vectors of some items, one item's after the other's, and the row of each item's first."""
     lengths = [*map(len, items)]
     return normalize(torch.cat(items), dim=1).numpy(), np.cumsum([0, *lengths[:-1]])

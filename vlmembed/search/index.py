@@ -1,0 +1,213 @@
+"""A folder that ``encode`` wrote, opened for reading: ids and vectors of any number of items, some at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from vlmembed.late_interaction import MultiVectors, Vectors, truncate
+
+FORMAT = 1
+PRECISIONS = ("float32", "float16", "int8", "binary")
+#: What a manifest says and a search needs.
+KEYS = ("format", "complete", "model", "model_digest", "precision", "dimension", "is_multi_vector", "count", "shards")
+
+
+@dataclass(frozen=True)
+class Index:
+    """The encoded items of a corpus, in the corpus's order; their vectors stay on disk."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Index:
+        """Open a folder; a ``ValueError`` says that it is no index, not complete, or not as its manifest says."""
+        path = Path(folder) / "manifest.json"
+        if not path.is_file():
+            raise ValueError(f"{folder}: no index, for it has no manifest.json. 'python -m vlmembed encode' makes one.")
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            missing = [key for key in KEYS if key not in manifest]
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: it cannot be read: {error}. Encode the corpus again.") from error
+        if missing:
+            raise ValueError(f"{path}: it does not say {', '.join(missing)}. Encode the corpus again.")
+        index = cls(Path(folder), manifest)
+        index._check()
+        return index
+
+    def _check(self) -> None:
+        """Refuse another format, and what is not whole."""
+        manifest, path = self.manifest, self.folder / "manifest.json"
+        if manifest["format"] != FORMAT or manifest["precision"] not in PRECISIONS:
+            raise ValueError(
+                f"{path}: format {manifest['format']!r} with vectors in {manifest['precision']!r}; this version reads "
+                f"format {FORMAT} in {', '.join(PRECISIONS)}. Encode the corpus again."
+            )
+        if not manifest["complete"]:
+            raise ValueError(
+                f"{self.folder}: the index is not complete; it has {self._rows} items so far. Run the same "
+                "'python -m vlmembed encode' again, which goes on where it ended."
+            )
+        for shard, file in zip(manifest["shards"], self.files, strict=True):
+            rows = pq.ParquetFile(file).metadata.num_rows if file.is_file() else 0
+            if rows != shard["rows"]:
+                raise ValueError(
+                    f"{file}: {rows} items, but manifest.json says {shard['rows']}. Encode the corpus again."
+                )
+        if self._rows != self.count or not self.count:
+            raise ValueError(f"{path}: {self.count} items, and {self._rows} in its shards. Encode the corpus again.")
+
+    @property
+    def count(self) -> int:
+        """How many items there are: P."""
+        return int(self.manifest["count"])
+
+    @property
+    def dimension(self) -> int:
+        """How many numbers a vector has: D."""
+        return int(self.manifest["dimension"])
+
+    @property
+    def precision(self) -> str:
+        """How vectors are stored; see `PRECISIONS`."""
+        return str(self.manifest["precision"])
+
+    @property
+    def is_multi_vector(self) -> bool:
+        """Whether an item has several vectors."""
+        return bool(self.manifest["is_multi_vector"])
+
+    @property
+    def files(self) -> list[Path]:
+        """The shards, in order."""
+        return [self.folder / shard["file"] for shard in self.manifest["shards"]]
+
+    @property
+    def _rows(self) -> int:
+        return sum(shard["rows"] for shard in self.manifest["shards"])
+
+    def refuse_other(self, model_digest: str, model: str) -> None:
+        """Refuse a model that is not the one whose vectors these are: it would find anything."""
+        if model_digest != self.manifest["model_digest"]:
+            raise ValueError(
+                f"{self.folder}: its vectors are of {self.manifest['model']} (digest "
+                f"{self.manifest['model_digest']}), and {model} is another model, or has changed since (digest "
+                f"{model_digest}). Search with that model, or encode the corpus with this one."
+            )
+
+    def check_dimension(self, dimension: int | None) -> int:
+        """Return a dimension that vectors may be cut to, the whole one for None; a ``ValueError`` if there is none."""
+        if dimension is None:
+            return self.dimension
+        if not 1 <= dimension <= self.dimension:
+            trained = ", ".join(map(str, self.manifest.get("dimensions") or [])) or "none"
+            raise ValueError(
+                f"{self.folder}: dimension {dimension} is none of its vectors', which have {self.dimension}; "
+                f"smaller ones that the model was trained for: {trained}."
+            )
+        return dimension
+
+    @cached_property
+    def ids(self) -> pa.ChunkedArray:
+        """The ids (P,), in the corpus's order."""
+        return pa.chunked_array([pq.read_table(file, columns=["id"])["id"].combine_chunks() for file in self.files])
+
+    def refuse_white_space(self) -> None:
+        """Refuse ids that a TREC run cannot hold."""
+        spaced = pc.match_substring_regex(self.ids, r"[\s\v\x1c-\x1f\x85\p{Z}]")
+        if (row := pc.index(spaced, True).as_py()) >= 0:
+            raise ValueError(
+                f"{self.folder}: id {self.ids[row].as_py()!r} has white space in it, which a TREC run cannot hold. "
+                "Replace it in the corpus, and encode it again."
+            )
+
+    @cached_property
+    def by_name(self) -> Int64[Tensor, " P"]:
+        """The rows, sorted by id as bytes; a ``ValueError`` if two items share one."""
+        rows = pc.sort_indices(self.ids)
+        ids = self.ids.take(rows)
+        repeated = pc.index(pc.equal(ids[1:], ids[:-1]), True).as_py()
+        if repeated >= 0:
+            first, second = rows[repeated : repeated + 2].to_pylist()
+            raise ValueError(
+                f"{self.folder}: id {ids[repeated].as_py()!r} is that of items {min(first, second)} and "
+                f"{max(first, second)}. Give each document of the corpus an id of its own, and encode it again."
+            )
+        return torch.from_numpy(rows.to_numpy().astype(np.int64))
+
+    @cached_property
+    def name_order(self) -> Int64[Tensor, " P"]:
+        """The position of each row when they are sorted by id."""
+        return torch.empty_like(self.by_name).index_copy_(0, self.by_name, torch.arange(self.count))
+
+    @cached_property
+    def numbers_per_item(self) -> float:
+        """How many numbers the vectors of an item have, about: by the first shard with items."""
+        shard = next(file for file, entry in zip(self.files, self.manifest["shards"], strict=True) if entry["rows"])
+        group = pq.ParquetFile(shard).metadata.row_group(0)
+        columns = (group.column(number) for number in range(group.num_columns))
+        count = next(column.num_values for column in columns if column.path_in_schema.startswith("embedding"))
+        return count / group.num_rows * (8 if self.precision == "binary" else 1)
+
+    def blocks(
+        self, rows: int, dimension: int | None = None, only: Int64[Tensor, " n"] | None = None
+    ) -> Iterator[tuple[int, Vectors]]:
+        """Yield some rows after the other: the first one's number, and their vectors (n, D) in float32, or of each.
+
+        Vectors are as they are stored, cut to a dimension: of any length. Where only some rows are wanted, which are
+        sorted, groups of rows without them are not read.
+        """
+        size, columns = self.check_dimension(dimension), ["embedding", *(["scale"] * (self.precision == "int8"))]
+        for first, shard, groups in self._parts(only):
+            for batch in shard.iter_batches(rows, row_groups=groups, columns=columns):
+                yield first, truncate(self._decoded(batch), size)
+                first += len(batch)
+
+    def _parts(self, only: Int64[Tensor, " n"] | None) -> Iterator[tuple[int, pq.ParquetFile, list[int]]]:
+        """Yield where to read, and the number of the first row there: whole files, or groups of rows of them."""
+        first = 0
+        for file in self.files:
+            shard = pq.ParquetFile(file, memory_map=True)
+            if only is None:
+                yield first, shard, [*range(shard.num_row_groups)]
+            for group in range(shard.num_row_groups):
+                stop = first + shard.metadata.row_group(group).num_rows
+                if only is not None and torch.searchsorted(only, torch.tensor([first, stop])).diff():
+                    yield first, shard, [group]
+                first = stop
+
+    def _decoded(self, batch: pa.RecordBatch) -> Vectors:
+        """Return the vectors of some rows in float32, whatever they are stored in; of bits, their signs."""
+        items = batch["embedding"]
+        lengths = torch.from_numpy(pc.list_value_length(items).to_numpy(zero_copy_only=False).astype(np.int64))
+        vectors = items.flatten() if self.is_multi_vector else items
+        numbers = vectors.flatten().to_numpy(zero_copy_only=False)
+        width = -(-self.dimension // 8) if self.precision == "binary" else self.dimension
+        if len(numbers) != len(vectors) * width:
+            raise ValueError(
+                f"{self.folder}: {len(vectors)} vectors with {len(numbers)} numbers, where manifest.json says {width} "
+                "each. Encode the corpus again."
+            )
+        matrix = numbers.reshape(len(vectors), width)
+        if self.precision == "binary":
+            matrix = np.unpackbits(matrix, axis=1, count=self.dimension) * np.float32(2) - 1
+        matrix = matrix.astype(np.float32)
+        if self.precision == "int8":
+            scales = batch["scale"].to_numpy()
+            matrix *= (np.repeat(scales, lengths) if self.is_multi_vector else scales)[:, None]
+        tensor = torch.from_numpy(matrix)
+        return MultiVectors(tensor, lengths) if self.is_multi_vector else tensor

@@ -1,0 +1,157 @@
+"""Exact rankings of an index of any size, in one pass over its shards, and a second stage that ranks what it found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from vlmembed.late_interaction import MultiVectors, Vectors, maxsim, truncate
+from vlmembed.metrics.functions import order_keys
+from vlmembed.metrics.tiles import BestDocuments, exact_products, products
+from vlmembed.search.index import Index
+
+#: Numbers of documents' vectors that are looked at together: they stay in a processor's cache.
+BLOCK_NUMBERS = 2**20
+#: Queries that are compared with a block together.
+HEIGHT = 1024
+#: What an index's model may compare vectors by.
+SIMILARITIES = ("cosine", "dot", "maxsim", "meanmaxsim")
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The first documents of each query, the best first; where there are fewer, -inf and -1 fill up."""
+
+    scores: Float[Tensor, "Q K"]
+    rows: Int64[Tensor, "Q K"]  # Of the index.
+
+
+@dataclass(frozen=True)
+class View:
+    """What a search looks at: vectors of an index, cut to a dimension, or their signs, or the mean of an item's.
+
+    They are compared as the model compares them, in float32; means of unit vectors by their cosine. Of signs the
+    queries' numbers are not reduced: the inner product of numbers with signs finds more than a Hamming distance.
+    """
+
+    index: Index
+    dimension: int | None = None
+    signs: bool = False
+    means: bool = False
+    device: torch.device | str = "cpu"
+
+    def __post_init__(self) -> None:
+        self.index.check_dimension(self.dimension)
+        if self.means and not self.index.is_multi_vector:
+            raise ValueError(
+                f"{self.index.folder}: the mean of an item's vectors is asked for, and each has one vector."
+            )
+        if self.similarity not in SIMILARITIES:
+            raise ValueError(
+                f"{self.index.folder}: its model compares vectors by {self.similarity!r}, and search can do "
+                f"{', '.join(SIMILARITIES)}."
+            )
+
+    @property
+    def similarity(self) -> str:
+        """What the model compares vectors by."""
+        return str(self.index.manifest.get("similarity") or ("maxsim" if self.index.is_multi_vector else "cosine"))
+
+    def queries(self, vectors: Vectors) -> Vectors:
+        """Bring queries, as the model encodes them, to what `scores` compares."""
+        if vectors.shape[-1] != self.index.dimension or isinstance(vectors, MultiVectors) != self.index.is_multi_vector:
+            raise ValueError(f"{self.index.folder}: queries of shape {tuple(vectors.shape)} are none of its model's.")
+        if isinstance(vectors, MultiVectors):
+            vectors = replace(vectors, length_normalized=self.similarity == "meanmaxsim")
+        return self._brought(truncate(vectors, self.dimension or self.index.dimension))
+
+    def blocks(self, only: Int64[Tensor, " n"] | None = None) -> Iterator[tuple[int, Vectors]]:
+        """Yield documents, some after the other: the first one's row, and what `scores` compares."""
+        size = max(1, int(BLOCK_NUMBERS / self.index.numbers_per_item))
+        read = self.index.blocks(size, self.dimension, only)
+        yield from _ahead((first, self._brought(_signs(part) if self.signs else part)) for first, part in read)
+
+    def scores(self, queries: Vectors, documents: Vectors) -> Float[Tensor, "q p"]:
+        """Compare queries with documents."""
+        if isinstance(queries, MultiVectors):
+            assert isinstance(documents, MultiVectors)
+            with exact_products(queries.device):
+                return maxsim(queries, documents)
+        return products(queries, documents)  # type: ignore[arg-type]
+
+    def _brought(self, vectors: Vectors) -> Vectors:
+        """Move to the device, and to unit length where vectors are compared by the cosine; MaxSim does that itself."""
+        if isinstance(vectors, MultiVectors):
+            vectors = vectors.map(lambda rows: rows.to(self.device))
+            return _means(vectors) if self.means else vectors
+        vectors = vectors.to(self.device)
+        return normalize(vectors, dim=1) if self.similarity == "cosine" else vectors
+
+
+def _signs(vectors: Vectors) -> Vectors:
+    if isinstance(vectors, MultiVectors):
+        return vectors.map(lambda rows: (rows > 0) * 2.0 - 1)
+    return (vectors > 0) * 2.0 - 1
+
+
+def _means(items: MultiVectors) -> Float[Tensor, "N D"]:
+    """The mean of each item's unit vectors, at unit length."""
+    lengths = items.lengths.to(items.device)
+    return normalize(torch.segment_reduce(normalize(items.vectors, dim=1), "mean", lengths=lengths), dim=1)
+
+
+def _ahead(blocks: Iterator[Any]) -> Iterator[Any]:
+    """Read and decode one block ahead, in a thread, while the one before is looked at."""
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, blocks, None)
+        while (block := following.result()) is not None:
+            following = thread.submit(next, blocks, None)
+            yield block
+
+
+def search_exact(view: View, vectors: Vectors, k: int) -> Ranking:
+    """Find the first k documents of queries, in one pass over the index; equal scores are ranked by id, descending."""
+    queries, index = view.queries(vectors), view.index
+    best = BestDocuments(len(vectors), min(k, index.count), view.device)
+    for first, documents in view.blocks():
+        name_order = index.name_order[first : first + len(documents)].to(view.device)
+        for start in range(0, len(vectors), HEIGHT):
+            tile = view.scores(_part(queries, start, start + HEIGHT), documents)
+            best.add(start, tile, name_order)
+    scores, names = (tensor.cpu() for tensor in best.ranked())
+    return Ranking(scores, index.by_name[names].where(names >= 0, -1))
+
+
+def rescore(view: View, vectors: Vectors, rows: Int64[Tensor, "Q C"], k: int) -> Ranking:
+    """Rank what a first stage found for each query: rows of the index, or -1."""
+    queries, scores = view.queries(vectors), torch.full(rows.shape, -torch.inf)
+    wanted, places = rows.flatten().sort()  # Pairs of a query and a document, by document.
+    for first, documents in view.blocks(wanted[wanted >= 0].unique()):
+        start, stop = torch.searchsorted(wanted, torch.tensor([first, first + len(documents)])).tolist()
+        place, columns = places[start:stop], wanted[start:stop] - first
+        for query in (place // rows.shape[1]).unique().tolist():
+            of_query = place // rows.shape[1] == query
+            tile = view.scores(_part(queries, query, query + 1), documents[columns[of_query]])
+            scores.view(-1)[place[of_query]] = tile[0].cpu()
+    return ranked(view.index, scores, rows, k)
+
+
+def ranked(index: Index, scores: Float[Tensor, "Q C"], rows: Int64[Tensor, "Q C"], k: int) -> Ranking:
+    """Put candidates in order; -1 is none."""
+    scores = scores.where(rows >= 0, -torch.inf)
+    order = order_keys(scores, index.name_order[rows.clamp(min=0)]).topk(min(k, rows.shape[1])).indices
+    return Ranking(scores.gather(1, order), rows.gather(1, order))
+
+
+def _part(vectors: Vectors, start: int, stop: int) -> Vectors:
+    """Some items after the other."""
+    if isinstance(vectors, MultiVectors):
+        return vectors[torch.arange(start, min(stop, len(vectors)))]
+    return vectors[start:stop]
