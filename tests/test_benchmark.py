@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from torch.utils.data import DataLoader
 
 from vlmembed.benchmark.command import benchmark
 from vlmembed.benchmark.models import Model, open_model
-from vlmembed.benchmark.results import Row, Scores, labels, measure, rows_of, table
+from vlmembed.benchmark.results import Row, Scores, compared, labels, measure, rows_of, table
 from vlmembed.benchmark.tasks import find_tasks, load, refuse_unfit
 from vlmembed.cli import main
 from vlmembed.data import EvaluationFolder, RetrievalDataModule
@@ -369,7 +370,7 @@ def test_an_embedder_may_order_candidates_too(folders: dict[str, Path], pages: P
     assert found["q6"] == {}
     model.index(data["corpus"])
     nothing = model.search(data["queries"], task_metadata=task.metadata, top_k=2, top_ranked={})
-    assert nothing == dict.fromkeys(data["queries"]["id"], {})
+    assert nothing == {query: {} for query in data["queries"]["id"]}
 
 
 def test_prompts_of_a_task_and_of_its_type_are_used(checkpoint: Path, tmp_path: Path) -> None:
@@ -439,7 +440,7 @@ def test_a_folder_with_subsets_is_their_mean(folders: dict[str, Path], pages: Pa
 
 def rows_with(*samples: np.ndarray) -> Row:
     means = [sample.mean() for sample in samples]
-    return Row("task", "ndcg_at_10", float(np.mean(means)), [*samples], [1 / len(samples)] * len(samples))
+    return Row("task", "task", "ndcg_at_10", float(np.mean(means)), [*samples], [1 / len(samples)] * len(samples))
 
 
 def test_intervals_are_those_of_the_mean() -> None:
@@ -477,6 +478,8 @@ def test_a_model_is_compared_with_another_or_with_its_results(
     folders: dict[str, Path], pages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     benchmark(str(folders["other"]), [str(pages)], str(tmp_path / "other"))
+    (file,) = (tmp_path / "other").rglob("*.queries.jsonl")
+    file.write_text("".join(reversed(file.read_text().splitlines(keepends=True))))  # In any order.
     benchmark(str(folders["embedder"]), [str(pages)], str(tmp_path), compare=str(tmp_path / "other"))
     (line,) = (tmp_path / "results.md").read_text().splitlines()[2:]
     one, other = ([*per_query(similarities(folders[name], contents(pages))).values()] for name in ("embedder", "other"))
@@ -598,7 +601,9 @@ def test_what_a_model_cannot_do_rightly_is_refused_before_it_runs(folders: dict[
         ({"tasks": []}, "name at least one task"),
         ({"tasks": ["pages", "copy/pages"]}, "two are called 'pages'"),
         ({"compare": "empty"}, "empty"),
-        ({"compare": "out"}, "no results of pages|other data"),
+        ({"compare": "out"}, "out/results/a__b/1: it has no results of pages, or they are of other data"),
+        ({"compare": "two"}, r"two has results of several models; name one: .*two/a, .*two/b"),
+        ({"tasks": ["STS12"], "first_stage": "strange.trec"}, "STS12: it is STS, and only retrieval has a first stage"),
         ({"first_stage": "out"}, "expected one pages_predictions.json"),
         ({"first_stage": "broken.json"}, r"broken.json: it holds no predictions"),
         ({"first_stage": "other.json"}, r"other.json: nothing was found for pages, default, test"),
@@ -622,9 +627,8 @@ def test_options_that_do_not_fit_are_refused(
     Path("broken.json").write_text("[1]")
     Path("other.json").write_text('{"mteb_model_meta": {}, "english": {}}')
     Path("strange.trec").write_text("q0 Q0 x 1 0.5 t\n")
-    results = Path("out/results/a__b/1")
-    results.mkdir(parents=True)
-    (results / "Others.queries.jsonl").write_text("")
+    for results in ("out/results/a__b/1", "two/a", "two/b"):
+        jsonl(f"{results}/Others.queries.jsonl", [])
     with pytest.raises(ValueError, match=message):
         benchmark(**{"model": str(folders["embedder"]), "tasks": ["pages"], "output": "out", **options})
 
@@ -640,6 +644,24 @@ def test_models_of_one_name_are_told_apart_by_revision() -> None:
     metas = [ModelMeta.create_empty({"name": name, "revision": revision}) for name, revision in known]
     assert labels(metas[:2]) == ["a/b (11111111)", "a/b (22222222)"]
     assert labels(metas[1:]) == ["a/b", "a/c"]
+
+
+def test_p_values_are_corrected_over_tasks_and_over_subsets() -> None:
+    random = np.random.default_rng(11)
+    pairs = [
+        (base + shift + 0.1 * random.standard_normal(40), base)
+        for shift in (0.05, 0.03, 0.0)
+        for base in [random.uniform(size=40)]
+    ]
+    kinds = ["task", "subset", "task"]
+    first, second = (
+        [replace(rows_with(pair[side]), kind=kind) for kind, pair in zip(kinds, pairs, strict=True)] for side in (0, 1)
+    )
+    plain = [stats.ttest_rel(*pair).pvalue for pair in pairs]
+    corrected = [comparison.corrected for comparison in compared(first, second) if comparison is not None]
+    smaller, larger = sorted([plain[0], plain[2]])
+    expected = {smaller: min(1, 2 * smaller), larger: max(larger, min(1, 2 * smaller)), plain[1]: plain[1]}
+    assert corrected == pytest.approx([expected[p_value] for p_value in plain], rel=1e-9)
 
 
 def test_models_are_not_compared_on_other_queries(folders: dict[str, Path], pages: Path, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ MODALITIES = ("text", "image", "audio", "video")
 WINDOW = 1024
 
 #: The most documents whose vectors are held for the next subset of a task.
-KEPT = 20_000
+REUSED = 20_000
 
 #: Pairs that a reranker is given at a time.
 PAIRS = 256
@@ -278,7 +278,7 @@ class Retriever(Model):
 
     def _documents(self, corpus: Sequence[Item], task: TaskMetadata) -> Iterable[Any]:
         """Encode a corpus; that of a task's next subset is often the same, as where questions are translated."""
-        if len(task.hf_subsets) == 1 or len(corpus) > KEPT:
+        if len(task.hf_subsets) == 1 or len(corpus) > REUSED:
             return self._encode(corpus, "document", task)
         key = digest(str(item.id) for item in corpus)
         if key != self._last[0]:

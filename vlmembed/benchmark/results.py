@@ -6,8 +6,9 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mteb
 import numpy as np
@@ -49,11 +50,12 @@ class Scores:
         """What the task is judged by."""
         return self.task.metadata.main_score
 
-    @property
+    @cached_property
     def cells(self) -> dict[tuple[str, ...], dict[str, float]]:
         """By part, split and subset: query → score; nothing where the task's score is not the mean of their means."""
         cells: dict[tuple[str, ...], dict[str, float]] = {}
-        for row in self.queries:
+        # In one order, so that two models' scores stand side by side.
+        for row in sorted(self.queries, key=lambda row: (row["task"], row["split"], row["subset"], row["query"])):
             cells.setdefault((row["task"], row["split"], row["subset"]), {})[row["query"]] = row["score"]
         mean = np.mean([np.mean([*scores.values()]) for scores in cells.values()]) if cells else np.nan
         return cells if abs(mean - self.result.get_score()) <= ROUNDING else {}
@@ -74,7 +76,7 @@ def measure(
         for part in leaves(task):
             load(part)
             stack.callback(part.unload_data)
-            if first_stage is not None:
+            if first_stage is not None and isinstance(part, AbsTaskRetrieval):
                 give_candidates(part, first_stage, depth)
             stack.enter_context(_recorded(part, rows))
         mteb.evaluate(
@@ -127,15 +129,19 @@ def read_scores(task: AbsTask, path: Path) -> Scores | None:
     return Scores(task, result, [json.loads(line) for line in queries.read_text(encoding="utf-8").splitlines()])
 
 
-def find_results(folder: Path, other_than: Path) -> Path | None:
-    """Return the folder of results of the one model that an output folder has; None where a folder is no such.
+def find_results(folder: Path, this_model: Path) -> Path | None:
+    """Return where an output folder has the results of the one other model; None where a folder is a model itself.
 
-    A ``ValueError`` says that there are several.
+    A ``ValueError`` says that there are several, or those of this model alone.
     """
-    models = sorted({file.parent for file in folder.rglob(f"*{QUERIES}")} - {other_than.resolve(), other_than})
-    if len(models) > 1:
-        raise ValueError(f"{folder} has results of several models; name one: {', '.join(map(str, models))}.")
-    return models[0] if models else None
+    if any((part / "modules.json").is_file() for part in (folder, folder / "export")) or not folder.is_dir():
+        return None
+    models = sorted({file.parent.resolve() for file in folder.rglob(f"*{QUERIES}")})
+    others = [model for model in models if model != this_model.resolve()]
+    if models and len(others) != 1:
+        listed = f"several models; name one: {', '.join(map(str, others))}" if others else "this model alone"
+        raise ValueError(f"{folder} has results of {listed}.")
+    return others[0] if others else None
 
 
 def read_written(task: AbsTask, folder: Path) -> Scores:
@@ -160,8 +166,9 @@ def read_meta(folder: Path) -> ModelMeta:
 
 @dataclass
 class Row:
-    """A line of the table: a task, a subset of it, or the mean over tasks."""
+    """A line of the table."""
 
+    kind: Literal["task", "subset", "mean"]  #: Those of a kind are a family of comparisons.
     label: str
     metric: str
     value: float
@@ -212,20 +219,21 @@ def rows_of(scores: Sequence[Scores]) -> list[Row]:
     for one in scores:
         samples = [np.array([*queries.values()]) for queries in one.cells.values()]
         value = float(np.mean([sample.mean() for sample in samples])) if samples else one.result.get_score()
-        tasks.append(Row(one.task.metadata.name, one.metric, value, samples, [1 / len(samples)] * len(samples)))
+        tasks.append(Row("task", one.task.metadata.name, one.metric, value, samples, [1 / len(samples)] * len(samples)))
         rows.append(tasks[-1])
         if len(samples) > 1:
             rows += [
-                Row(" / ".join(cell), one.metric, float(sample.mean()), [sample], [1.0])
+                Row("subset", " / ".join(cell), one.metric, float(sample.mean()), [sample], [1.0])
                 for cell, sample in zip(one.cells, samples, strict=True)
             ]
     if len(tasks) > 1:
-        known = all(task.samples for task in tasks)
-        samples = [sample for task in tasks for sample in task.samples] if known else []
-        weights = [weight / len(tasks) for task in tasks for weight in task.weights] if known else []
-        metrics = {task.metric for task in tasks}
-        metric = metrics.pop() if len(metrics) == 1 else "main score"
-        rows.append(Row("mean over tasks", metric, float(np.mean([task.value for task in tasks])), samples, weights))
+        whole = tasks if all(task.samples for task in tasks) else []
+        samples = [sample for task in whole for sample in task.samples]
+        weights = [weight / len(tasks) for task in whole for weight in task.weights]
+        metric = tasks[0].metric if len({task.metric for task in tasks}) == 1 else "main score"
+        rows.append(
+            Row("mean", "mean over tasks", metric, float(np.mean([task.value for task in tasks])), samples, weights)
+        )
     return rows
 
 
@@ -250,29 +258,35 @@ def labels(models: Sequence[ModelMeta]) -> list[str]:
     return [f"{model.name} ({str(model.revision)[:8]})" for model in models]
 
 
+def compared(rows: Sequence[Row], others: Sequence[Row]) -> list[PairwiseComparison | None]:
+    """Compare two models row by row, with p-values corrected over all tasks, and over all subsets."""
+    comparisons = [row.compare(other) for row, other in zip(rows, others, strict=True)]
+    for kind in ("task", "subset", "mean"):
+        numbers = [number for number, row in enumerate(rows) if row.kind == kind and comparisons[number] is not None]
+        p_values = holm(np.array([comparisons[number].p_value for number in numbers]))  # type: ignore[union-attr]
+        for number, p_value in zip(numbers, p_values.tolist(), strict=True):
+            comparisons[number] = replace(comparisons[number], corrected=p_value)  # type: ignore[type-var]
+    return comparisons
+
+
 def table(names: Sequence[str], models: Sequence[Sequence[Row]]) -> str:
     """Write a Markdown table of the rows of a model, or of two that are compared."""
     heads = ["Task", "Metric", "Queries", *(head for name in names for head in (name, "95 %"))]
     heads += ["Difference", "p", "Verdict"] if len(models) > 1 else []
     lines = [heads, ["---", "---", *["---:"] * (len(heads) - 2)]]
-    comparisons = [row.compare(other) for row, other in zip(*models, strict=True)] if len(models) > 1 else []
-    known = [comparison for comparison in comparisons if comparison is not None]
-    corrected = iter(holm(np.array([comparison.p_value for comparison in known])).tolist())
+    comparisons = compared(*models) if len(models) > 1 else []
     for number, rows in enumerate(zip(*models, strict=True)):
         cells = [rows[0].label, rows[0].metric, str(rows[0].count or "")]
         for row in rows:
-            cells += [f"{row.value:.4f}", "–" if row.interval is None else "{:.4f} – {:.4f}".format(*row.interval)]
+            interval = row.interval
+            cells += [f"{row.value:.4f}", "–" if interval is None else "{:.4f} – {:.4f}".format(*interval)]
         if comparisons and (comparison := comparisons[number]) is not None:
-            cells += _verdict(comparison, next(corrected))
+            cells += [f"{comparison.difference:+.4f} ± {comparison.margin:.4f}"]
+            cells += [f"{comparison.corrected:.4f}", comparison.verdict]
         elif comparisons:
             cells += [f"{rows[0].value - rows[1].value:+.4f}", "–", "–"]
         lines.append(cells)
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
-
-
-def _verdict(comparison: PairwiseComparison, p_value: float) -> list[str]:
-    verdict = replace(comparison, corrected=p_value).verdict
-    return [f"{comparison.difference:+.4f} ± {comparison.margin:.4f}", f"{p_value:.4f}", verdict]
 
 
 def update_card(folder: Path, scores: Sequence[Scores]) -> None:

@@ -39,65 +39,63 @@ class EvaluationTask(AbsTaskRetrieval):
     def __init__(self, evaluation: EvaluationSet) -> None:
         Relevance.of(evaluation)  # Refuses a set in which nothing is to be found.
         self.evaluation = evaluation
-        queries, corpus = ([*map(_content, items)] for items in (evaluation.queries, evaluation.corpus))
-        shown = {kind for kinds, _ in (*queries, *corpus) for kind in kinds}
-        judged = (
-            f"{query} {document} {grade}"
-            for query, grades in evaluation.qrels.items()
-            for document, grade in grades.items()
-        )
-        pieces = (*evaluation.query_names, *evaluation.document_names, *(text for _, text in (*queries, *corpus)))
-        languages = ["und-Zyyy"]  # mteb asks for one; undetermined, in an undetermined script.
-        self.metadata = TaskMetadata(
-            name=evaluation.name.replace("/", "__"),  # It names files.
-            description=f"Evaluation set {evaluation.name}.",
-            dataset={"path": evaluation.name, "revision": digest((*pieces, *judged))},
-            type="Retrieval" if shown == {"text"} else "Any2AnyRetrieval",
-            modalities=[kind for kind in get_args(Modalities) if kind in shown],
-            eval_splits=["test"],
-            eval_langs=dict.fromkeys(evaluation.subsets, languages) if evaluation.subsets else languages,
-            main_score="ndcg_at_10",
-        )
+        self.metadata = _metadata(evaluation)
         super().__init__()
 
     def load_data(self, num_proc: int | None = None, **_: Any) -> None:
         """Put the set into mteb's form."""
-        evaluation = self.evaluation
-        self.dataset = {}
-        for subset in self.hf_subsets:
-            rows = [
-                row
-                for row in range(len(evaluation.queries))
-                if not evaluation.subsets or evaluation.subsets[row] == subset
-            ]
-            names = [evaluation.query_names[row] for row in rows]
-            candidates = [evaluation.candidates[row] for row in rows] if evaluation.candidates else []
-            corpus, ranked = Items(evaluation.document_names, evaluation.corpus), None
-            if candidates and len({*map(id, candidates)}) == 1 and evaluation.subsets:
-                corpus = corpus.select(candidates[0])  # The subset's own corpus.
-            elif candidates:
-                ranked = {
-                    name: [evaluation.document_names[column] for column in columns]
-                    for name, columns in zip(names, candidates, strict=True)
-                }
-            self.dataset[subset] = {
-                "test": {
-                    "corpus": corpus,
-                    "queries": Items(names, Selected(evaluation.queries, rows)),
-                    "relevant_docs": {name: dict(evaluation.qrels[name]) for name in names},
-                    "top_ranked": ranked,
-                }
-            }
+        self.dataset = {subset: {"test": self._split(subset)} for subset in self.hf_subsets}
         self.data_loaded = True
+
+    def _split(self, subset: str) -> Any:
+        evaluation = self.evaluation
+        of = evaluation.subsets or [subset] * len(evaluation.queries)
+        rows = [row for row, name in enumerate(of) if name == subset]
+        names = [evaluation.query_names[row] for row in rows]
+        corpus, ranked = Items(evaluation.document_names, evaluation.corpus), None
+        if evaluation.candidates and evaluation.subsets:  # Then they are the subset's own corpus.
+            corpus = corpus.select(evaluation.candidates[rows[0]])
+        elif evaluation.candidates:
+            columns = {name: evaluation.candidates[row] for name, row in zip(names, rows, strict=True)}
+            ranked = {name: [evaluation.document_names[column] for column in columns[name]] for name in names}
+        return {
+            "corpus": corpus,
+            "queries": Items(names, Selected(evaluation.queries, rows)),
+            "relevant_docs": {name: dict(evaluation.qrels[name]) for name in names},
+            "top_ranked": ranked,
+        }
 
     def unload_data(self) -> None:
         """Forget mteb's form of the set; mteb would forget what it is called, too."""
         self.dataset, self.data_loaded = {}, False
 
 
+def _metadata(evaluation: EvaluationSet) -> TaskMetadata:
+    """Describe a set to mteb; its revision is its content."""
+    contents = [_content(item) for items in (evaluation.queries, evaluation.corpus) for item in items]
+    shown = {kind for kinds, _ in contents for kind in kinds}
+    judged = (
+        f"{query}\t{document}\t{grade}"
+        for query, grades in evaluation.qrels.items()
+        for document, grade in grades.items()
+    )
+    names = (*evaluation.query_names, *evaluation.document_names, *(evaluation.subsets or ()))
+    languages = ["und-Zyyy"]  # mteb asks for one; undetermined, in an undetermined script.
+    return TaskMetadata(
+        name=evaluation.name.replace("/", "__"),  # It names files.
+        description=f"Evaluation set {evaluation.name}.",
+        dataset={"path": evaluation.name, "revision": digest((*names, *(text for _, text in contents), *judged))},
+        type="Retrieval" if shown == {"text"} else "Any2AnyRetrieval",
+        modalities=[kind for kind in get_args(Modalities) if kind in shown],
+        eval_splits=["test"],
+        eval_langs=dict.fromkeys(evaluation.subsets, languages) if evaluation.subsets else languages,
+        main_score="ndcg_at_10",
+    )
+
+
 def _content(item: Item) -> tuple[set[str], str]:
     """Return the kinds of an item's parts, and what changes with its content."""
-    pieces = [item.instruction or ""]
+    pieces = [str(item.instruction)]
     for part in item.parts:
         values = part.value if isinstance(part.value, tuple) else (part.value,)
         for value in values:
@@ -177,6 +175,8 @@ def _reasons(task: AbsTask, model: Model, has_first_stage: bool) -> Iterator[str
                 f"{what} have {' and '.join(missing)}, which the model does not read ({', '.join(model.modalities)}); "
                 "without that the number would be another task's."
             )
+    if has_first_stage and not is_retrieval:
+        yield f"it is {task.metadata.type}, and only retrieval has a first stage."
     if model.kind != "dense" and not is_retrieval:
         yield f"it is {task.metadata.type}, and needs one vector an item; this model does retrieval and reranking."
     if model.kind == "cross-encoder" and is_retrieval and not has_first_stage and not _has_candidates(task):
@@ -205,14 +205,12 @@ def load(task: AbsTask) -> None:
         ) from error
 
 
-def give_candidates(task: AbsTask, first_stage: Path, depth: int) -> None:
+def give_candidates(task: AbsTaskRetrieval, first_stage: Path, depth: int) -> None:
     """Have each query ranked among the first documents that another model has found for it.
 
     ``first_stage`` is a TREC run, for a task that has no subsets; or what mteb calls predictions, a file or a folder of
     them, as ``save_predictions`` writes it.
     """
-    if not isinstance(task, AbsTaskRetrieval):
-        raise ValueError(f"{task.metadata.name}: only retrieval has a first stage, and this is {task.metadata.type}.")
     task.convert_v1_dataset_format_to_v2(num_proc=None)
     splits = [(subset, split, data) for subset, splits in task.dataset.items() for split, data in splits.items()]
     is_trec = first_stage.is_file() and first_stage.suffix != ".json"
@@ -242,10 +240,10 @@ def _read_predictions(path: Path, task: AbsTask) -> Mapping[str, Mapping[str, Ma
     """Read the predictions of a task: subset → split → query → document → score."""
     files = [path] if path.is_file() else sorted(path.rglob(task.prediction_file_name))
     if len(files) != 1:
-        found = f"{len(files)} ({', '.join(map(str, files))})" if files else "none"
+        there = f"are {len(files)} ({', '.join(map(str, files))})" if files else "is none"
         raise ValueError(
             f"{path}: expected one {task.prediction_file_name}, as benchmark writes it with --save_predictions, and "
-            f"there {'are' if files else 'is'} {found}. Name the file, or the folder of one model."
+            f"there {there}. Name the file, or the folder of one model."
         )
     try:
         content = json.loads(files[0].read_text(encoding="utf-8"))
