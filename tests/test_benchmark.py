@@ -435,6 +435,34 @@ def test_a_folder_with_subsets_is_their_mean(folders: dict[str, Path], pages: Pa
     assert [line.split(" | ")[3] for line in lines] == [f"{value:.4f}" for value in expected]
 
 
+def test_a_run_has_the_name_of_its_folders_and_a_revision_that_no_card_changes(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "my runs" / "version_0"
+    export = shutil.copytree(folders["embedder"], run / "export")
+    names, revisions = [], []
+    for change in (None, "README.md", "config_sentence_transformers.json"):
+        if change is not None:
+            (export / change).write_text(
+                (export / change).read_text() + "\n" if (export / change).exists() else "A card"
+            )
+        meta = open_model(str(run)).mteb_model_meta
+        names.append(meta.name)
+        revisions.append(meta.revision)
+    assert names == ["my_runs/version_0"] * 3
+    assert revisions[0] == revisions[1] != revisions[2]
+    assert open_model(str(folders["embedder"])).mteb_model_meta.revision == revisions[0]
+    weights = sum(parameter.numel() for parameter in SentenceTransformer(str(export)).parameters())
+    assert meta.n_parameters == weights
+
+
+def test_an_image_that_cannot_be_read_is_named(folders: dict[str, Path], pages: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(pages, tmp_path / "broken")
+    (broken / "1.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"broken: .*corpus.jsonl, row 2.*1.png"):
+        benchmark(str(folders["embedder"]), [str(broken)], str(tmp_path / "out"))
+
+
 # What numbers say
 
 
