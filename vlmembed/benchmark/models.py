@@ -85,21 +85,14 @@ class Selected(Sequence[Item]):
 
 
 class TableItems(Sequence[Item]):
-    """The rows of a table of mteb's as items: all that a row shows, in the order of the columns.
+    """The rows that a loader of mteb's has, as items: all that a row shows, in the order of the columns."""
 
-    Images and recordings are read as they are in the table, so that they are decoded as in training.
-    """
-
-    def __init__(self, table: Any, role: Role, instruction: str | None, task: str) -> None:
-        if isinstance(table, datasets.Dataset):
-            for name, feature in table.features.items():
-                if name in MODALITIES and (raw := _undecoded(feature)) is not feature:
-                    table = table.cast_column(name, raw)
-        self.table = table
-        self.names = [name for name in table.column_names if name in MODALITIES]
+    def __init__(self, inputs: DataLoader[Any], role: Role, instruction: str | None, task: str) -> None:
+        self.table, names = _rows(inputs)
+        self.names = [name for name in names if name in MODALITIES]
         self.role, self.instruction, self.task = role, instruction, task
         if not self.names:
-            raise ValueError(f"{task}: a {role} has none of {', '.join(MODALITIES)}; it has {table.column_names}.")
+            raise ValueError(f"{task}: a {role} has none of {', '.join(MODALITIES)}; it has {', '.join(names)}.")
 
     def __len__(self) -> int:
         return len(self.table)
@@ -115,6 +108,18 @@ class TableItems(Sequence[Item]):
         if not parts:
             raise ValueError(f"{origin}: it has none of {', '.join(self.names)}.")
         return Item(self.role, tuple(parts), origin, self.instruction)
+
+
+def _rows(inputs: DataLoader[Any]) -> tuple[Any, list[str]]:
+    """Return rows and the names of their columns; images in tables are not decoded, which is done as in training."""
+    table: Any = inputs.dataset
+    if not isinstance(table, datasets.Dataset):  # Then images are open, in batches.
+        rows = [dict(zip(batch, row, strict=True)) for batch in inputs for row in zip(*batch.values(), strict=True)]
+        return rows, [*rows[0]] if rows else []
+    for name, feature in table.features.items():
+        if name in MODALITIES and (raw := _undecoded(feature)) is not feature:
+            table = table.cast_column(name, raw)
+    return table, table.column_names
 
 
 def _undecoded(feature: Any) -> Any:
@@ -159,7 +164,6 @@ class Model:
     ) -> None:
         self.model = model  #: As Sentence Transformers has opened it.
         self.folder = folder
-        prompts = {key: text for key, text in model.prompts.items() if text}
         self.mteb_model_meta = ModelMeta.create_empty(
             {
                 "name": name,
@@ -167,7 +171,7 @@ class Model:
                 "modalities": _modalities(model, folder),
                 "model_type": [self.kind],
                 "framework": ["Sentence Transformers", "PyTorch"],
-                "use_instructions": bool(prompts),
+                "use_instructions": any(model.prompts.values()),
                 "n_parameters": sum(parameter.numel() for parameter in weights.parameters()),
                 "experiment_kwargs": dict(settings) or None,
             }
@@ -210,8 +214,8 @@ class Model:
         """Return a table's items; mteb puts titles, instructions and conversations into their texts."""
         if isinstance(table, Items):
             return table.items
-        prepared = create_dataloader(table, task_metadata=task, prompt_type=prompt).dataset
-        return TableItems(prepared, cast(Role, prompt.value), self._instruction(task, prompt), task.name)
+        loader = create_dataloader(table, task_metadata=task, prompt_type=prompt)
+        return TableItems(loader, cast(Role, prompt.value), self._instruction(task, prompt), task.name)
 
     def _instruction(self, task: TaskMetadata, prompt: PromptType | None) -> str | None:
         """Return the text of the prompt that the model has for a task or its type; None leaves it to the role's."""
@@ -323,31 +327,13 @@ class Embedder(Retriever):
         self, inputs: DataLoader[Any], *, task_metadata: TaskMetadata, prompt_type: PromptType | None = None, **_: Any
     ) -> Any:
         """Return the vectors (N, D) of a loader's rows, as an array."""
-        # Where the data set is no table, images are open, in batches.
-        table: Any = inputs.dataset if isinstance(inputs.dataset, datasets.Dataset) else Rows(inputs)
         role = cast(Role, prompt_type.value if prompt_type else "document")
-        items = TableItems(table, role, self._instruction(task_metadata, prompt_type), task_metadata.name)
+        items = TableItems(inputs, role, self._instruction(task_metadata, prompt_type), task_metadata.name)
         return torch.cat([*self._encode(items, role, task_metadata)]).numpy()
 
     def similarity_pairwise(self, queries: Any, documents: Any) -> Tensor:
         """Compare each with its own: (N,)."""
         return cast(Tensor, self.model.similarity_pairwise(_together(queries), _together(documents)))
-
-
-class Rows:
-    """A loader's batches as rows, where its data set is no table."""
-
-    def __init__(self, batches: DataLoader[Any]) -> None:
-        self.rows = [
-            dict(zip(batch, values, strict=True)) for batch in batches for values in zip(*batch.values(), strict=True)
-        ]
-        self.column_names = [*self.rows[0]] if self.rows else []
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.rows[index]
 
 
 def _together(vectors: Any) -> Any:

@@ -196,12 +196,12 @@ def load(task: AbsTask) -> None:
     except (OSError, HTTPError, HfHubHTTPError, ValueError) as error:
         if isinstance(task, EvaluationTask):
             raise
-        path, revision = task.metadata.dataset["path"], task.metadata.revision
+        name, fetch = task.metadata.name, "import mteb; mteb.get_task({!r}).load_data()"
         raise ValueError(
-            f"{task.metadata.name}: its data set {path} cannot be loaded, neither from the Hub nor from the cache "
-            f"({type(error).__name__}: {error}). Where there is a network, and HF_HUB_OFFLINE is not set, run `hf "
-            f"download --repo-type dataset {path} --revision {revision}`, or this command once; then HF_HOME says "
-            "where the cache is that this machine is to read. A data set that is gated needs HF_TOKEN."
+            f"{name}: its data set {task.metadata.dataset['path']} cannot be loaded, neither from the Hub nor from the "
+            f"cache ({type(error).__name__}: {error}). Where there is a network, and HF_HUB_OFFLINE is not set, load "
+            f'it once: python -c "{fetch.format(name)}". The cache is where HF_HOME says, which has to be the same '
+            "here; to download the files alone is not enough. A data set that is gated needs HF_TOKEN."
         ) from error
 
 
