@@ -8,6 +8,7 @@ import io
 import json
 import multiprocessing
 import re
+import shutil
 import signal
 import threading
 import time
@@ -35,7 +36,7 @@ from vlmembed.search import encoding
 from vlmembed.search.corpus import open_corpus
 from vlmembed.search.encoding import encode, scan
 from vlmembed.search.executors import Ray
-from vlmembed.search.shards import Precision, schema_of, table_of
+from vlmembed.search.shards import Precision, bytes_in, schema_of, table_of
 from vlmembed.types import Role
 
 FORK = multiprocessing.get_context("fork")
@@ -160,6 +161,22 @@ def test_precisions_are_their_formulas(precision: Precision, lengths: list[int] 
             np.testing.assert_allclose(np.array(item) * scale, expected, rtol=0, atol=scale * 0.501)
         else:
             np.testing.assert_array_equal(np.array(item, dtype=precision), expected.astype(precision))
+
+
+@pytest.mark.parametrize(("precision", "size"), [("float32", 4), ("float16", 2), ("int8", 1), ("binary", 1 / 8)])
+@pytest.mark.parametrize("lengths", [None, [4] * 100])
+def test_a_number_takes_what_it_is_stored_in(
+    precision: Precision, size: float, lengths: list[int] | None, tmp_path: Path
+) -> None:
+    """A twentieth more, for where an item begins and ends; and of bits, for the dictionary of a page."""
+    vectors, ids = torch.randn(400, 512), [f"{row}" for row in range(400 if lengths is None else 100)]
+    given: Any = vectors if lengths is None else [*vectors.split(lengths)]
+    schema = schema_of(precision, lengths is not None)
+    with pq.ParquetWriter(tmp_path / "shard", schema, compression="none", use_dictionary=bytes_in(schema)) as writer:
+        writer.write_table(table_of(ids, given, precision, schema))
+    column = pq.read_metadata(tmp_path / "shard").row_group(0).column(1)
+    assert column.path_in_schema.startswith("embedding")
+    assert column.total_compressed_size < vectors.numel() * size * (1.2 if precision == "binary" else 1.05)
 
 
 # What can be encoded
@@ -571,20 +588,22 @@ def test_the_environment_says_which_share(
     assert encoding._share("2/5") == (2, 5)
 
 
-def kill_a_worker(output: Path, killed: list[int]) -> None:
-    """Once some shards are there, kill a process of Ray that encodes."""
-    while len([*output.glob("*.parquet")]) < 3:
-        time.sleep(0.01)
-    for process in psutil.process_iter(["cmdline"]):
-        if "ray::MapWorker" in " ".join(process.info["cmdline"] or []):
-            process.send_signal(signal.SIGKILL)
-            killed.append(process.pid)
-            return
+def kill_workers(output: Path, kills: int, killed: list[int]) -> None:
+    """Each time that two more shards are there, kill a process of Ray that encodes."""
+    for kill in range(kills):
+        while len([*output.glob("*.parquet")]) < 2 * kill + 3:
+            time.sleep(0.01)
+        for process in psutil.process_iter(["cmdline"]):
+            if "ray::MapWorker" in " ".join(process.info["cmdline"] or []):
+                process.send_signal(signal.SIGKILL)
+                killed.append(process.pid)
+                break
 
 
 @pytest.mark.slow
-def test_ray_makes_the_same_files_though_a_worker_is_killed(
-    embedder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.exhaustive)])
+def test_ray_makes_the_same_files_though_workers_are_killed(
+    kills: int, embedder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ray = pytest.importorskip("ray")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
@@ -593,10 +612,85 @@ def test_ray_makes_the_same_files_though_a_worker_is_killed(
     encode(str(embedder), corpus, str(tmp_path / "one"), shard_size=8)
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     killed: list[int] = []
-    threading.Thread(target=kill_a_worker, args=(tmp_path / "ray", killed), daemon=True).start()
+    threading.Thread(target=kill_workers, args=(tmp_path / "ray", kills, killed), daemon=True).start()
     try:
         encode(str(embedder), corpus, str(tmp_path / "ray"), shard_size=8, executor=Ray(workers=2))
     finally:
         ray.shutdown()
-    assert killed
+    assert len(killed) == kills
     assert content(tmp_path / "ray") == content(tmp_path / "one")
+
+
+PEAK = "import resource, sys; from vlmembed.cli import main; main(sys.argv[1:]); print(resource.getrusage(0).ru_maxrss)"
+
+
+@pytest.mark.exhaustive
+def test_memory_does_not_grow_with_the_corpus(embedder: Path, tmp_path: Path) -> None:
+    peaks = []
+    for count in (20_000, 200_000):
+        rows = ({"id": f"document {number}", "text": f"item {number}"} for number in range(count))
+        words = ["encode", "--model", str(embedder), "--corpus", jsonl(tmp_path / f"{count}.jsonl", rows)]
+        command = [sys.executable, "-c", PEAK, *words, "--output", str(tmp_path / f"{count}")]
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks.append(int(run.stdout.split()[-1]))
+    assert peaks[1] < peaks[0] * 1.1
+
+
+# The page
+
+
+def commands(section: str) -> list[str]:
+    text = PAGE.read_text().split(f"\n## {section}\n")[1].split("\n## ")[0]
+    return [line for line in text.splitlines() if " vlmembed encode " in line]
+
+
+@pytest.fixture
+def place(embedder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a user would be."""
+    monkeypatch.chdir(tmp_path)
+    Path("my-model").symlink_to(embedder)
+    Path("pages").mkdir()
+    rows = items(tmp_path / "pages", 9)
+    jsonl("corpus.jsonl", [{"id": row["id"], "text": "text", "language": "de"} for row in rows])
+    (written,) = re.findall(r"<!-- encode.yaml -->\n```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    Path("encode.yaml").write_text(written)
+    return tmp_path
+
+
+def test_the_commands_of_the_page_run(place: Path) -> None:
+    for command in [*commands("Encode"), *(line for line in commands("On a cluster") if "--shards" in line)]:
+        main(command.split()[3:])
+    assert {path.parent.name for path in place.glob("runs/*/manifest.json")} == {
+        *("index", "pages", "german-and-french", "all-pages")
+    }
+    assert all(manifest(path.parent)["complete"] for path in place.glob("runs/*/manifest.json"))
+    assert table("runs/pages")["id"].to_pylist() == [f"{number}.png" for number in range(7)]
+
+
+#: Runs its command once for each of two tasks, as SLURM would.
+SRUN = """#!/usr/bin/env bash
+while [ "$1" != python ]; do shift; done
+shift
+for task in 0 1; do SLURM_PROCID=$task SLURM_STEP_NUM_TASKS=2 PYTHON "$@" || exit 1; done
+"""
+
+
+@pytest.mark.exhaustive
+def test_the_commands_of_the_page_run_on_a_cluster(place: Path) -> None:
+    Path("srun").write_text(SRUN.replace("PYTHON", sys.executable))
+    Path("srun").chmod(0o755)
+    replaced = {
+        "torchrun --nproc-per-node 8": f"{sys.executable} -m torch.distributed.run --nproc-per-node 2",
+        "srun": "./srun",
+        "python -m vlmembed": f"{sys.executable} -m vlmembed",
+        "--executor.gpus 1": "--executor.workers 1",
+    }
+    everywhere = [line for line in commands("On a cluster") if "--shards" not in line]
+    assert len(everywhere) == 3
+    for command in everywhere:
+        for words, others in replaced.items():
+            command = command.replace(words, others) if words in command and others not in command else command
+        run = subprocess.run(f"{command} --shard_size 3".split(), capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr[-3000:]
+        assert manifest("runs/all-pages")["count"] == 7
+        shutil.rmtree("runs/all-pages")

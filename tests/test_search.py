@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from building import encoder, jsonl, picture, write_index
-from sentence_transformers import MultiVectorEncoder, SentenceTransformer
+from building import encoder, jsonl, picture, ranker, write_index
+from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from vlmembed.cli import main
 from vlmembed.encoder import MultiVectorEncoder as OurMultiVectorEncoder
-from vlmembed.export.sentence_transformers import write_folder, write_multi_vector
+from vlmembed.export.sentence_transformers import write_folder, write_multi_vector, write_reranker
+from vlmembed.heads import Linear
 from vlmembed.late_interaction import MultiVectors
 from vlmembed.metrics.tiles import BestDocuments, products
-from vlmembed.pooling import TokenProjection, TokenSelection
+from vlmembed.pooling import LastToken, TokenProjection, TokenSelection
 from vlmembed.search import ranking
+from vlmembed.search.approximate import search_by
 from vlmembed.search.index import Index
 from vlmembed.search.ranking import View, rescore, search_exact
 from vlmembed.search.searching import read_queries, same_rows
@@ -301,6 +304,50 @@ def test_query_files_that_cannot_be_searched_are_refused(kind: str, tmp_path: Pa
         read_queries(str(tmp_path / "queries.jsonl"))
 
 
+# Approximate search
+
+
+@pytest.mark.parametrize("engine", ["faiss", "lancedb"])
+@pytest.mark.parametrize("options", [{}, {"dimension": 5}, {"signs": True}, {"means": True}])
+def test_approximate_search_that_looks_everywhere_is_exact(
+    engine: Any, options: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And does so again with what the first time has left; with one list of many it finds less, and says so."""
+    pytest.importorskip(engine)
+    means = "means" in options
+    documents, queries = (several(300), several(QUERIES, seed=9)) if means else (random(300), random(QUERIES, seed=9))
+    index = Index.open(write_index(tmp_path / "index", documents, ids(300), shard_size=70))
+    view, vectors = View(index, **options), multi(queries) if means else queries
+    exact = search_exact(view, vectors, 10)
+    for _ in range(2):
+        found = search_by(engine, view, vectors, 10, probes=100)
+        assert capsys.readouterr().out.startswith(f"{engine}: recall@10 is 1.0000 of exact search, on 5 of")
+        # FAISS and LanceDB add up in other orders.
+        torch.testing.assert_close(found.scores, exact.scores, atol=1e-5, rtol=0)
+    found = search_by(engine, view, vectors, 10, probes=1)
+    hits = sum(len({*one} & {*other}) for one, other in zip(found.rows.tolist(), exact.rows.tolist(), strict=True))
+    assert f"recall@10 is {hits / 50:.4f}" in capsys.readouterr().out
+    assert 0 < hits < 50
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_approximate_search_of_few_documents(count: int, tmp_path: Path) -> None:
+    index = Index.open(write_index(tmp_path / "index", random(count), ids(count)))
+    for engine in ("faiss", "lancedb"):
+        pytest.importorskip(engine)
+        found = search_by(engine, View(index), random(QUERIES, seed=9), 10, probes=1)
+        assert found.rows.equal(search_exact(View(index), random(QUERIES, seed=9), 10).rows)
+
+
+def test_engines_that_cannot_search_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = Index.open(write_index(tmp_path / "index", several(9), ids(9)))
+    with pytest.raises(ValueError, match=r"one vector of an item.*first_stage mean"):
+        search_by("faiss", View(index), multi(several(2)), 3, 1)
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ValueError, match="engine faiss is not installed: pip install faiss-cpu"):
+        search_by("faiss", View(index, means=True), multi(several(2)), 3, 1)
+
+
 # The command
 
 
@@ -314,6 +361,7 @@ def world(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     built = OurMultiVectorEncoder(encoder(checkpoint).backbone, TokenProjection(16), selections)
     built.configure()
     write_multi_vector(built, folder / "multi")
+    write_reranker(ranker(checkpoint, head=Linear(LastToken())).encoder, folder / "reranker")
     for number in range(3):
         picture(32 + 32 * number, 64, number).save(folder / f"{number}.png")
     texts = [{"id": f"t{number}", "text": f"text {number} " * (1 + number % 3)} for number in range(7)]
@@ -395,9 +443,36 @@ def test_another_models_index_may_find_what_maxsim_ranks(world: Path, tmp_path: 
         assert {name for name, _ in both[query]} == {name for name, _ in first[query]}
 
 
+@pytest.mark.parametrize("first_stage", [None, "binary"])
+def test_a_reranker_ranks_by_its_logits(first_stage: Any, world: Path, tmp_path: Path) -> None:
+    """Texts and pictures, as Sentence Transformers scores the pairs."""
+    options: Any = {"depth": 6, "first_stage": first_stage}
+    main(arguments(world, output=tmp_path / "first.trec", top_k=6, **options))
+    main(arguments(world, output=tmp_path / "run.trec", top_k=4, reranker=world / "reranker", **options))
+    first, found = run_of(tmp_path / "first.trec"), run_of(tmp_path / "run.trec")
+    queries: dict[str, Any] = {"a": {"text": "text 3"}, "é": {"image": str(world / "1.png"), "text": "what?"}}
+    rows = [json.loads(line) for line in (world / "corpus.jsonl").read_text().splitlines()]
+    documents = {row.pop("id"): row | ({"image": str(world / row["image"])} if "image" in row else {}) for row in rows}
+    reranker = CrossEncoder(str(world / "reranker"))
+    for query, content in queries.items():
+        pairs: Any = [(content, documents[name]) for name, _ in first[query]]
+        logits = reranker.predict(pairs, activation_fn=torch.nn.Identity(), batch_size=1).tolist()
+        expected = sorted(zip(logits, (name for name, _ in first[query]), strict=True), reverse=True)[:4]
+        assert [name for name, _ in found[query]] == [name for _, name in expected]
+        # Padding moves a float32 logit by about 1e-6.
+        assert [score for _, score in found[query]] == pytest.approx([score for score, _ in expected], abs=1e-5)
+
+
+def test_a_reranker_reads_the_corpus_that_was_encoded(world: Path, tmp_path: Path) -> None:
+    other = jsonl(tmp_path / "corpus.jsonl", [{"id": "t0", "text": "one"}])
+    with pytest.raises(ValueError, match=r"single_index: its id 'p0' is not in the corpus any more"):
+        main(arguments(world, queries=None, query="one", top_k=2, reranker=world / "reranker", corpus=other))
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another model": ({"index": "multi_index"}, "multi_index: its vectors are of .*multi .* is another model"),
     "a dimension that the index lacks": ({"dimension": 4096}, "dimension 4096 is none of its vectors'.*: 32"),
+    "no probes": ({"probes": 0}, "probes is 1 or more, got 0"),
     "no documents": ({"top_k": 0}, "top_k is 1 or more, and depth at least top_k; got 0 and 1000"),
     "a first stage that finds fewer": ({"top_k": 10, "depth": 9, "first_stage": 32}, "got 10 and 9"),
     "two kinds of queries": ({"query": "text"}, "takes queries .* or query"),

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import datasets
-import sentence_transformers
 import torch
 from mteb._create_dataloaders import create_dataloader  # Not public, and what mteb's own searches read rows by.
 from mteb.abstasks.task_metadata import TaskMetadata
@@ -28,9 +27,9 @@ from tqdm import tqdm, trange
 
 from vlmembed.files import digest
 from vlmembed.metrics.tiles import BestDocuments
-from vlmembed.mining.scoring import logits_of
+from vlmembed.search.reranking import logits, open_reranker
 from vlmembed.search.served import ServedModel, find_folder, folder_digest
-from vlmembed.types import Example, Item, Part, Role
+from vlmembed.types import Item, Pair, Part, Role
 
 #: What a model may read, as mteb names it.
 MODALITIES = ("text", "image", "audio", "video")
@@ -359,9 +358,8 @@ class Reranker(Model):
         ranked: list[list[tuple[int, float]]] = [[] for _ in request.queries]
         for start in trange(0, len(pairs), PAIRS, desc=f"{request.task.name}, pairs", leave=False):
             block = pairs[start : start + PAIRS]
-            examples = [Example(request.queries[row], (request.corpus[column],)) for row, column in block]
-            logits = logits_of(self.model, examples, self.batch_size)
-            for (row, column), logit in zip(block, logits, strict=True):
+            content = [Pair(request.queries[row], request.corpus[column]) for row, column in block]
+            for (row, column), logit in zip(block, logits(self.model, content, self.batch_size), strict=True):
                 ranked[row].append((column, logit))
         return ranked
 
@@ -383,7 +381,7 @@ def open_model(
     if not re.fullmatch(r"[^/\s]+/[^/\s]+", name):
         raise ValueError(f"name {name!r}: mteb's names of models are two words with a slash, such as someone/birds.")
     if _config(folder, "config_sentence_transformers.json").get("model_type") == "CrossEncoder":
-        reranker = sentence_transformers.CrossEncoder(str(folder), trust_remote_code=trust_remote_code)
+        reranker = open_reranker(str(folder), trust_remote_code=trust_remote_code)
         return Reranker(reranker, folder, name, settings or {}, batch_size)
     served = ServedModel.open(folder, trust_remote_code=trust_remote_code)
     kind = Retriever if served.is_multi_vector else Embedder

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import sentence_transformers
-import torch
 from tqdm import tqdm
 
 from vlmembed.data import Rows, Source
@@ -21,8 +18,8 @@ from vlmembed.data.streaming import refuse_streams
 from vlmembed.files import clear_drafts, whole_file, write_whole
 from vlmembed.media import is_audio, is_video, load_image
 from vlmembed.mining.embedding import BATCHES
-from vlmembed.search.served import by_instruction, model_input
-from vlmembed.types import Example, Frame, Item, Part
+from vlmembed.search.reranking import logits, open_reranker
+from vlmembed.types import Example, Frame, Item, Pair, Part
 
 
 def score(model: str, rows: str | Source, output: str, batch_size: int = 32, trust_remote_code: bool = False) -> None:
@@ -42,47 +39,23 @@ def score(model: str, rows: str | Source, output: str, batch_size: int = 32, tru
     """
     source = Rows(rows) if isinstance(rows, str) else rows
     refuse_streams(source, "scoring")
-    reranker = sentence_transformers.CrossEncoder(model, trust_remote_code=trust_remote_code)
-    if reranker.num_labels != 1:
-        raise ValueError(f"{model} gives {reranker.num_labels} scores for a pair; a teacher gives one.")
+    reranker = open_reranker(model, trust_remote_code=trust_remote_code)
     count = write_rows(Path(output), _scored(reranker, source, batch_size))
     print(f"{output}: {count} rows with the scores of {model}.")
 
 
-def _scored(reranker: sentence_transformers.CrossEncoder, source: Source, batch_size: int) -> Iterator[Example]:
+def _scored(reranker: Any, source: Source, batch_size: int) -> Iterator[Example]:
     examples: list[Example] = []
     for row in tqdm(range(len(source)), desc="Scoring rows"):
         examples.append(unscored(source[row]))
         # Several batches at a time, which Sentence Transformers sorts by length.
         full = sum(len(example.documents) for example in examples) >= BATCHES * batch_size
         if full or row == len(source) - 1:
-            logits = iter(logits_of(reranker, examples, batch_size))
+            pairs = [Pair(example.query, document) for example in examples for document in example.documents]
+            scores = iter(logits(reranker, pairs, batch_size))
             for example in examples:
-                yield replace(example, scores=tuple(islice(logits, len(example.documents))))
+                yield replace(example, scores=tuple(islice(scores, len(example.documents))))
             examples = []
-
-
-def logits_of(
-    reranker: sentence_transformers.CrossEncoder, examples: Sequence[Example], batch_size: int
-) -> list[float]:
-    """Return the logit of each example's documents, one example after the other."""
-    pairs = [(example.query, document) for example in examples for document in example.documents]
-    # Each distinct item is opened once.
-    opened = {key: model_input(item) for key, item in {item.id: item for pair in pairs for item in pair}.items()}
-    inputs: list[Any] = [(opened[query.id], opened[document.id]) for query, document in pairs]
-    for index, (query, document) in enumerate(inputs):
-        if query.keys() == document.keys() == {"text"}:
-            inputs[index] = query["text"], document["text"]  # Rerankers of text take nothing else.
-    options: Any = {"activation_fn": torch.nn.Identity(), "convert_to_tensor": True, "show_progress_bar": False}
-    logits = [math.nan] * len(pairs)
-    for prompt, places in by_instruction(query for query, _ in pairs).items():
-        scores = reranker.predict([inputs[place] for place in places], prompt=prompt, batch_size=batch_size, **options)
-        for place, logit in zip(places, scores.tolist(), strict=True):
-            logits[place] = logit
-    for (_, document), logit in zip(pairs, logits, strict=True):
-        if not math.isfinite(logit):
-            raise ValueError(f"{document.origin}: the reranker's score is {logit}, not a finite number.")
-    return logits
 
 
 def unscored(example: Example) -> Example:

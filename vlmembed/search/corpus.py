@@ -23,7 +23,7 @@ from vlmembed.data.beir import Place, find_sets
 from vlmembed.data.cells import Folder
 from vlmembed.data.columns import nearest
 from vlmembed.data.evaluation import is_evaluation_folder
-from vlmembed.data.judgements import Documents, as_rows, item_columns, item_id, spelling, to_item
+from vlmembed.data.judgements import ITEM_IDS, Documents, as_rows, item_columns, item_id, spelling, to_item
 from vlmembed.data.sources import Source
 from vlmembed.data.streaming import refuse_streams
 from vlmembed.data.tables import KINDS, Joined
@@ -130,13 +130,14 @@ class TableCorpus(Corpus):
     @cached_property
     def _light(self) -> list[str]:
         """The columns whose cells are small."""
-        always, features = {"title", "text", "instruction"}, self._features or {}
-        is_pages = isinstance(self._opened, Pages)  # Whose text would be read from every page.
+        if isinstance(self._opened, Pages):
+            return ["id"]
+        if self._features is None:
+            return self._columns
+        features, always = self._features, {"title", "text", "instruction", *ITEM_IDS[self._role]}
 
         def is_light(name: str) -> bool:
-            if spelling(name) in ("id", "corpus-id", "query-id", "docid", "did", "qid"):
-                return True
-            return not is_pages and (name in always or (name in features and not MEDIA.search(repr(features[name]))))
+            return spelling(name) in always or (name in features and not MEDIA.search(repr(features[name])))
 
         return [*filter(is_light, self._columns)]
 

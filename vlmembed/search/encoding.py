@@ -133,27 +133,37 @@ def _encode(job: Job, share: tuple[int, int], executor: Executor) -> int:
     print(f"{_name(job.corpus)}: {len(corpus):,} items.", flush=True)
     corpus_digest = scan(corpus)
     served = open_model(job)
-    encoding, folder = Encoding(job, served, corpus), Path(job.output)
-    numbers = range(-(-len(corpus) // job.shard_size))
+    encoding, path = Encoding(job, served, corpus), Path(job.output, MANIFEST)
     manifest = {**_manifest(job, served), "corpus_digest": corpus_digest}
-    known = _resumed(folder, manifest)
-    done = {number: shard for number in numbers if (shard := Shard.read(job.path(number))) is not None}
+    known = _resumed(path, manifest)
+    numbers = range(-(-len(corpus) // job.shard_size))
+    mine, done = numbers[share[0] - 1 :: share[1]], _whole(job, numbers)
+    _refuse_rewritten(encoding, [number for number in mine if number in done])
+    if known is None or (known["complete"] and len(done) < len(numbers)):
+        write_whole(path, _as_json(manifest))
+    _run(executor, encoding, [number for number in mine if number not in done], done)
+    written = _whole(job, numbers)
+    if len(written) == len(numbers):
+        _complete(job, manifest, [*written.values()])
+    else:
+        print(f"{job.output}: the files of share {share[0]}/{share[1]} are whole; others are not yet.")
+    return sum(len(written[number].unreadable) for number in mine)
+
+
+def _whole(job: Job, numbers: range) -> dict[int, Shard]:
+    """Return those shards that are there, and whole, by number."""
+    return {number: shard for number in numbers if (shard := Shard.read(job.path(number))) is not None}
+
+
+def _refuse_rewritten(encoding: Encoding, done: Sequence[int]) -> None:
+    """Refuse images that have been written again since they were encoded."""
     for number in done:
-        if changed := rewritten(corpus, encoding.rows(number), job.path(number)):
+        path = encoding.job.path(number)
+        if changed := rewritten(encoding.corpus, encoding.rows(number), path):
             raise ValueError(
-                f"{folder}: the corpus has changed: {changed} was written after {job.path(number).name}, which has "
+                f"{encoding.job.output}: the corpus has changed: {changed} was written after {path.name}, which has "
                 "what it was before. Delete that file to have it encoded anew, or name another output."
             )
-    if known is None or (known["complete"] and len(done) < len(numbers)):
-        write_whole(folder / MANIFEST, _as_json(manifest))
-    mine = numbers[share[0] - 1 :: share[1]]
-    _run(executor, encoding, [number for number in mine if number not in done], done)
-    written = {number: shard for number in numbers if (shard := Shard.read(job.path(number))) is not None}
-    if len(written) == len(numbers):
-        _complete(folder, job, manifest, [*written.values()])
-    else:
-        print(f"{folder}: the files of share {share[0]}/{share[1]} are whole; others are not yet.")
-    return sum(len(written[number].unreadable) for number in mine)
 
 
 def _run(executor: Executor, encoding: Encoding, shards: Sequence[int], done: dict[int, Shard]) -> None:
@@ -170,8 +180,9 @@ def _interval() -> float:
     return 0.5 if sys.stderr.isatty() else 10.0
 
 
-def _complete(folder: Path, job: Job, manifest: dict[str, Any], written: Sequence[Shard]) -> None:
+def _complete(job: Job, manifest: dict[str, Any], written: Sequence[Shard]) -> None:
     """Write down what cannot be read, and that all is done."""
+    folder = Path(job.output)
     unreadable = [entry for shard in written for entry in shard.unreadable]
     count = sum(shard.rows for shard in written)
     if not count:
@@ -207,7 +218,8 @@ def scan(corpus: Corpus) -> str:
     for block in corpus.blocks():
         for name, content in block:
             hashed.update(f"{name!r} {len(content)} {content}\n".encode(errors="surrogatepass"))
-            short = hashlib.blake2b(f"{name}".encode(errors="surrogatepass"), digest_size=8).digest()
+            key = f"unreadable {len(ids)}" if name is None else f"id {name}"
+            short = hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=8).digest()
             ids.append(int.from_bytes(short, "big"))
     if not ids:
         raise ValueError("The corpus has no items.")
@@ -272,9 +284,8 @@ def _as_json(manifest: dict[str, Any]) -> bytes:
     return (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def _resumed(folder: Path, manifest: dict[str, Any]) -> dict[str, Any] | None:
+def _resumed(path: Path, manifest: dict[str, Any]) -> dict[str, Any] | None:
     """Return the manifest that is there, if any; a ``ValueError`` says what of it has changed."""
-    path = folder / MANIFEST
     if not path.exists():
         return None
     try:
@@ -285,9 +296,9 @@ def _resumed(folder: Path, manifest: dict[str, Any]) -> dict[str, Any] | None:
     if changed:
         name = changed[0]
         raise ValueError(
-            f"{folder} was begun with another {SETTINGS.get(name, name)}: {name} is {known.get(name)!r} in {MANIFEST}, "
-            f"and now {manifest[name]!r}. Give it what it was begun with, or name another output; what is written "
-            "stays."
+            f"{path.parent} was begun with another {SETTINGS.get(name, name)}: {name} is {known.get(name)!r} in "
+            f"{MANIFEST}, and now {manifest[name]!r}. Give it what it was begun with, or name another output; what is "
+            "written stays."
         )
     manifest["versions"] = known.get("versions", manifest["versions"])
     return known

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -56,7 +57,8 @@ class Ray(Executor):
         workers = min(self.workers or self._room(ray.cluster_resources()), len(shards))
         blocks = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
         options: Any = {"num_cpus": self.cpus, "num_gpus": self.gpus, "concurrency": workers, "batch_size": 1}
-        ray.data.DataContext.get_current().enable_progress_bars = False
+        ray.data.DataContext.get_current().enable_progress_bars = False  # Ours counts items.
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
         try:
             for row in blocks.map_batches(_Worker, fn_constructor_args=(encoding.job,), **options).iter_rows():
                 progress(len(encoding.rows(int(row["shard"]))))

@@ -126,6 +126,11 @@ class Index:
         """The ids (P,), in the corpus's order."""
         return pa.chunked_array([pq.read_table(file, columns=["id"])["id"].combine_chunks() for file in self.files])
 
+    def names(self, rows: Int64[Tensor, " n"]) -> list[str]:
+        """Return the ids of some rows."""
+        names: list[str] = self.ids.take(pa.array(rows.numpy())).to_pylist()
+        return names
+
     def refuse_white_space(self) -> None:
         """Refuse ids that a TREC run cannot hold."""
         spaced = pc.match_substring_regex(self.ids, r"[\s\v\x1c-\x1f\x85\p{Z}]")

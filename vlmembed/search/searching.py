@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from vlmembed.data.beir import find_sets
-from vlmembed.data.cells import Folder
-from vlmembed.data.judgements import as_items, as_rows, read_contents
-from vlmembed.data.rows import Table
 from vlmembed.files import whole_file
 from vlmembed.late_interaction import MultiVectors, Vectors
+from vlmembed.search.approximate import Engine, search_by
+from vlmembed.search.corpus import open_corpus
+from vlmembed.search.encoding import scan
 from vlmembed.search.index import Index
-from vlmembed.search.ranking import Ranking, View, rescore, search_exact
+from vlmembed.search.ranking import Ranking, View, ranked, rescore
+from vlmembed.search.reranking import open_reranker, rerank
 from vlmembed.search.served import ServedModel
 from vlmembed.types import Item, Part
 
@@ -35,14 +35,18 @@ def search(
     dimension: int | None = None,
     first_stage: int | str | None = None,
     depth: int = 1000,
+    reranker: str | None = None,
+    corpus: str | None = None,
+    engine: Engine = "exact",
+    probes: int = 32,
     device: str | None = None,
     trust_remote_code: bool = False,
 ) -> None:
-    """Search an index that ``encode`` wrote, exactly, in one pass over its shards whatever their size.
+    """Search an index that ``encode`` wrote, in one pass over its shards whatever their size.
 
     Queries are encoded by the index's model, and compared as it compares; equal scores are ranked by id, descending, as
     ``trec_eval`` does. In two stages, a cheaper comparison finds ``depth`` documents of each query, and the whole
-    vectors or MaxSim rank these.
+    vectors, MaxSim or a reranker rank these.
 
     Args:
         index: The folder that ``encode`` wrote.
@@ -56,12 +60,21 @@ def search(
         first_stage: What finds the documents that are ranked: a dimension, ``binary`` (the signs of vectors, with all
             numbers of the query), ``mean`` (of several vectors of an item), or the folder of another index of the same
             corpus, by any model. Null for a single stage.
-        depth: How many documents of each query the first stage finds.
+        depth: How many documents of each query the first stage finds, or the reranker ranks.
+        reranker: A cross-encoder that ranks what is found, by its logits: a folder that ``export`` wrote, or anything
+            that Sentence Transformers' ``CrossEncoder`` opens.
+        corpus: Where the reranker reads the documents; null for where the index was made from.
+        engine: ``exact``, or ``faiss`` or ``lancedb`` where that is installed: they keep lists of near vectors in the
+            index's folder, made the first time, and the recall against exact search is printed.
+        probes: How many of their lists ``faiss`` and ``lancedb`` look at.
         device: Where to encode and to compare, such as ``cuda``; null for a GPU if there is one.
         trust_remote_code: Whether to run code that a model brings.
     """
-    if top_k < 1 or (first_stage is not None and depth < top_k):
+    stages = first_stage is not None or reranker is not None
+    if top_k < 1 or (stages and depth < top_k):
         raise ValueError(f"top_k is 1 or more, and depth at least top_k; got {top_k} and {depth}.")
+    if probes < 1:
+        raise ValueError(f"probes is 1 or more, got {probes}.")
     if (queries is None) == (query is None) or (queries is not None and output is None):
         raise ValueError("search takes queries (a file) with output (the run to write), or query (a text).")
     opened = Index.open(index)
@@ -70,20 +83,20 @@ def search(
     view = View(opened, dimension, device=torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     cheaper = None if first_stage is None else first_view(view, first_stage)
     names, items = read_queries(queries) if queries is not None else (["query"], [_question(str(query))])
-    engine = ServedModel.open(model, device=device, trust_remote_code=trust_remote_code)
-    opened.refuse_other(engine.digest, model)
-    vectors = encode_queries(engine, items)
+    of_model = partial(vectors_of, items=items, device=device, trust_remote_code=trust_remote_code)
+    vectors = of_model(opened, model)
+    count = top_k if reranker is None else depth
     if cheaper is None:
-        ranking = search_exact(view, vectors, top_k)
+        ranking = search_by(engine, view, vectors, count, probes)
     else:
-        of_model = cheaper.index.manifest["model"]
-        of_first = vectors
-        if cheaper.index.manifest["model_digest"] != engine.digest:
-            first_engine = ServedModel.open(of_model, device=device, trust_remote_code=trust_remote_code)
-            cheaper.index.refuse_other(first_engine.digest, of_model)
-            of_first = encode_queries(first_engine, items)
-        rows = same_rows(cheaper.index, opened, search_exact(cheaper, of_first, depth).rows)
-        ranking = rescore(view, vectors, rows, top_k)
+        is_same = cheaper.index.manifest["model_digest"] == opened.manifest["model_digest"]
+        of_first = vectors if is_same else of_model(cheaper.index, cheaper.index.manifest["model"])
+        rows = same_rows(cheaper.index, opened, search_by(engine, cheaper, of_first, depth, probes).rows)
+        ranking = rescore(view, vectors, rows, count)
+    if reranker is not None:
+        documents = open_corpus(corpus or opened.manifest["corpus"], "document")
+        scores = rerank(open_reranker(reranker, device, trust_remote_code), items, documents, opened, ranking.rows)
+        ranking = ranked(opened, scores, ranking.rows, top_k)
     if output is None:
         for rank, (name, score) in enumerate(next(found(opened, ranking)), start=1):
             print(f"{rank:4}  {score:.4f}  {name}")
@@ -92,25 +105,23 @@ def search(
         print(f"{output}: the first {ranking.rows.shape[1]} of {opened.count} documents for {len(names)} queries.")
 
 
-def read_queries(path: str) -> tuple[list[str], Sequence[Item]]:
-    """Read ids and contents of queries: of a file, or of all queries of an evaluation folder."""
-    table: str | Table = path
-    if sets := find_sets(path) if Path(path).is_dir() else {}:
-        if "" not in sets:
-            raise ValueError(f"{path}: it has subsets {', '.join(sets)}. Give the file of the queries of one.")
-        place = sets[""]["queries"]
-        table = place.open(place.choose(Folder.of(path, None), "test", is_exact=False), None, None)
-    contents = read_contents(as_rows(table), "query", None)
-    for name in contents.names:
+def read_queries(path: str) -> tuple[list[str], list[Item]]:
+    """Read ids and contents of all queries; a ``ValueError`` names the row of one that has none."""
+    corpus = open_corpus(path, "query")
+    scan(corpus)
+    names, items = zip(*map(corpus.read, range(len(corpus))), strict=True)
+    for row, name in enumerate(names):
         if len(name.split()) != 1:
-            raise ValueError(f"{contents.origin}: id {name!r} has white space in it, which a TREC run cannot hold.")
-    if not contents.names:
-        raise ValueError(f"{contents.origin}: there are no queries in it.")
-    return contents.names, as_items(contents.entries)
+            raise ValueError(f"{corpus.origin(row)}: id {name!r} has white space, which a TREC run cannot hold.")
+    return [*names], [*items]
 
 
-def encode_queries(engine: ServedModel, items: Sequence[Item]) -> Vectors:
-    """Encode queries, in float32 on the host."""
+def vectors_of(
+    index: Index, model: str, items: Sequence[Item], device: str | None = None, trust_remote_code: bool = False
+) -> Vectors:
+    """Encode queries by an index's model, in float32 on the host; a ``ValueError`` says that it is another one."""
+    engine = ServedModel.open(model, device=device, trust_remote_code=trust_remote_code)
+    index.refuse_other(engine.digest, model)
     encoded = engine.encode(items, "query")
     if isinstance(encoded, Tensor):
         return encoded
@@ -149,7 +160,7 @@ def write_run(path: Path, queries: Sequence[str], index: Index, ranking: Ranking
 def found(index: Index, ranking: Ranking) -> Iterator[list[tuple[str, float]]]:
     """Yield ids and scores of the documents of each query."""
     for scores, rows in zip(ranking.scores, ranking.rows, strict=True):
-        yield [*zip(index.ids.take(pa.array(rows[rows >= 0].numpy())).to_pylist(), scores.tolist(), strict=False)]
+        yield [*zip(index.names(rows[rows >= 0]), scores.tolist(), strict=False)]
 
 
 def _question(text: str) -> Item:

@@ -115,8 +115,7 @@ class Encoding:
         unreadable: list[dict[str, Any]] = []
         schema, left = schema_of(self.job.precision, self.model.is_multi_vector), len(self.rows(shard))
         with whole_file(self.job.path(shard)) as draft:
-            # Vectors have no repeats that a dictionary or a codec would find.
-            with pq.ParquetWriter(draft, schema, compression="none", use_dictionary=False) as writer:
+            with pq.ParquetWriter(draft, schema, compression="none", use_dictionary=bytes_in(schema)) as writer:
                 while left:
                     window, made = next(encoded)
                     ids = [window.name(row) for row in made.rows]
@@ -164,6 +163,15 @@ def schema_of(precision: Precision, is_multi_vector: bool) -> pa.Schema:
 def _required(element: pa.DataType) -> pa.DataType:
     """Return the type of lists without nulls, which are read nearly twice as fast."""
     return pa.list_(pa.field("element", element, nullable=False))
+
+
+def bytes_in(schema: pa.Schema) -> list[str]:
+    """Return the column whose numbers are bytes: without a dictionary, Parquet takes four for each of them."""
+    stored = schema.field("embedding").type
+    path = "embedding"
+    while pa.types.is_list(stored):
+        stored, path = stored.value_type, f"{path}.list.element"
+    return [path] if stored in (pa.int8(), pa.uint8()) else []
 
 
 def table_of(
