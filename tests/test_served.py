@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from building import item, picture
-from other_models import idefics3, qwen2_5_vl
+from other_models import idefics3, qwen2_5_omni, qwen2_5_vl, qwen3_vl_moe
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from test_export import CASES as SINGLE
 from test_export import OWN, write_module
@@ -253,6 +253,11 @@ def test_says_what_it_is(exported: Path, tmp_path: Path) -> None:
     assert ServedModel.open(copy).digest != model.digest
 
 
+def test_truncates_as_the_folder_says(exported: Path, tmp_path: Path, probes: Probes) -> None:
+    folder = changed(exported, tmp_path / "export", "config_sentence_transformers.json", truncate_dim=24)
+    compare(folder, probes, SentenceTransformer)
+
+
 def changed(folder: Path, target: Path, name: str, **values: Any) -> Path:
     """Copy a folder with other values in one of its JSON files."""
     shutil.copytree(folder, target)
@@ -308,14 +313,25 @@ def test_a_text_model_is_left_to_sentence_transformers(tmp_path: Path) -> None:
         assert "row 9" in encoded.unreadable[4]
 
 
-@pytest.mark.parametrize("make", [qwen2_5_vl, pytest.param(idefics3, marks=pytest.mark.exhaustive)])
+EXHAUSTIVE = [pytest.param(make, marks=pytest.mark.exhaustive) for make in (idefics3, qwen3_vl_moe, qwen2_5_omni)]
+
+
+@pytest.mark.parametrize("make", [qwen2_5_vl, *EXHAUSTIVE])
 def test_other_vision_language_models(tmp_path: Path, probes: Probes, make: Any) -> None:
+    """Those that are padded, one with experts, and one that hears."""
     make(tmp_path / "checkpoint")
-    built = Encoder(VisionLanguageModel(str(tmp_path / "checkpoint")), Mean())
+    packs, hears = make is qwen3_vl_moe, make is qwen2_5_omni
+    built = Encoder((Qwen3VL if packs else VisionLanguageModel)(str(tmp_path / "checkpoint")), Mean())
     built.configure()
     (tmp_path / "export").mkdir()
     write_folder(built, tmp_path / "export", prompts=PROMPTS)
-    compare(tmp_path / "export", Probes(probes.inputs[:3], probes.items[:3]), SentenceTransformer)
+    rate = built.preprocessor.audio_rate
+    read = Probes(probes.inputs[:3], probes.items[:3])
+    if hears:
+        described = {name: value for name, value in make_probes(tmp_path, rate).items() if "audio" in name}
+        heard = [to_items([(value, "document", name)], Folder(tmp_path))[0] for name, value in described.items()]
+        read = Probes([*read.inputs[:2], *map(as_input, described.values())], [*read.items[:2], *heard])
+    compare(tmp_path / "export", read, SentenceTransformer)
 
 
 def test_distinct_images_go_through_the_tower_once(exported: Path) -> None:
@@ -342,6 +358,9 @@ def test_a_run_stands_for_its_export(exported: Path, tmp_path: Path) -> None:
         ({"config.json": "{}"}, r"has no modules\.json"),
         ({"modules.json": "[", "config_sentence_transformers.json": "{}"}, r"modules\.json is not JSON"),
         ({"modules.json": "[]", "config_sentence_transformers.json": "{"}, r"transformers\.json is not JSON"),
+        ({"modules.json": "{}"}, r"modules\.json is not what"),
+        ({"modules.json": "[1]"}, r"modules\.json is not what"),
+        ({"modules.json": "[]", "config_sentence_transformers.json": "[]"}, r"transformers\.json is not what"),
         ({"modules.json": "[]"}, "cannot open"),
         (
             {"modules.json": "[]", "config_sentence_transformers.json": '{"model_type": "CrossEncoder"}'},

@@ -101,7 +101,7 @@ class ServedModules(Pooling):
             hidden = hidden[-1]
         features = self.served({**features, "token_embeddings": hidden}, task=role)
         if "sentence_embedding" in features:
-            return features["sentence_embedding"]
+            return features["sentence_embedding"][:, : self.served.truncate_dim]
         kept = features["attention_mask"].bool()
         return [vectors[tokens] for vectors, tokens in zip(features["token_embeddings"], kept, strict=True)]
 
@@ -164,7 +164,7 @@ class ServedModel:
                 f"{folder} is a reranker: it scores pairs, and gives no item a vector. Name an embedder's folder here, "
                 "and the reranker where pairs are ranked."
             )
-        types = [module["type"] for module in _read(path / "modules.json")]
+        types = [str(module.get("type")) for module in _read(path / "modules.json", list)]
         foreign = [name for name in types if not name.startswith(STOCK)]
         if foreign and not trust_remote_code:
             raise ValueError(
@@ -356,9 +356,9 @@ class ServedModel:
             vectors = self._encode_padded(made, role)
         if isinstance(vectors, Tensor):
             return vectors.float().cpu().unbind()
-        return [of_item.float().cpu() for of_item in vectors]
+        return torch.cat(vectors).float().cpu().split([*map(len, vectors)])  # Over to the host in one piece.
 
-    def _encode_padded(self, made: Sequence[tuple[Item, Any]], role: Role) -> Sequence[Tensor]:
+    def _encode_padded(self, made: Sequence[tuple[Item, Any]], role: Role) -> Vectors:
         """Encode items by Sentence Transformers, which is told one prompt at a time."""
         encode = self.served.encode_query if role == "query" else self.served.encode_document
         options = {"show_progress_bar": False} | ({} if self.is_multi_vector else {"convert_to_tensor": True})
@@ -367,9 +367,9 @@ class ServedModel:
             inputs = [made[row][1] for row in rows]
             if [*self.served.modalities] == ["text"]:  # Such models need not take a mapping.
                 inputs = [content["text"] if content.keys() == {"text"} else content for content in inputs]
-            vectors = encode(inputs, prompt=prompt, batch_size=PADDED_ITEMS, **options)
-            encoded |= zip(rows, (of_item.clone() for of_item in vectors), strict=True)  # Out of inference mode.
-        return [encoded[row] for row in range(len(made))]
+            encoded |= zip(rows, encode(inputs, prompt=prompt, batch_size=PADDED_ITEMS, **options), strict=True)
+        vectors = [encoded[row] for row in range(len(made))]
+        return vectors if self.is_multi_vector else torch.stack(vectors)
 
 
 class _Plan:
@@ -547,14 +547,15 @@ def prompt_of(prompts: Mapping[str, str | None], role: Role) -> str | None:
     return next((prompts[name] for name in PROMPTS[role] if name in prompts), None)
 
 
-def _read(path: Path) -> Any:
-    """Return what a JSON file holds; an empty mapping where there is none."""
-    if not path.is_file():
-        return {}
+def _read(path: Path, kind: type = dict) -> Any:
+    """Return what a JSON file holds, a mapping or a list; an empty one where there is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else kind()
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, kind) or (isinstance(value, list) and not all(isinstance(entry, dict) for entry in value)):
+        raise ValueError(f"{path} is not what Sentence Transformers writes there: {value!r:.100}")
+    return value
 
 
 # What Sentence Transformers reads
