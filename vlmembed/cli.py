@@ -34,6 +34,7 @@ from vlmembed.training.signals import end_with_parent
 #: Commands with a parser of their own, in modules that nothing below knows: the module's ``main`` runs them.
 COMMANDS = {
     "ablate": ("vlmembed.ablation.command", "Run a grid of settings and seeds; report which differences are real."),
+    "benchmark": ("vlmembed.benchmark.command", "Measure a model by mteb: tasks and benchmarks by name, or folders."),
     "encode": ("vlmembed.search.command", "Encode a corpus of any size into an index of Parquet files."),
     "mine": ("vlmembed.mining.command", "Find hard negatives for training rows with an embedder."),
     "score": ("vlmembed.mining.command", "Add a reranker's scores to training rows."),

@@ -365,6 +365,8 @@ class ServedModel:
         encoded: dict[int, Tensor] = {}
         for prompt, rows in by_instruction(item for item, _ in made).items():
             inputs = [made[row][1] for row in rows]
+            if [*self.served.modalities] == ["text"]:  # Such models need not take a mapping.
+                inputs = [content["text"] if content.keys() == {"text"} else content for content in inputs]
             encoded |= zip(rows, encode(inputs, prompt=prompt, batch_size=PADDED_ITEMS, **options), strict=True)
         vectors = [encoded[row] for row in range(len(made))]
         return vectors if self.is_multi_vector else torch.stack(vectors)
