@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import ddp
+import pyarrow
 import pytest
 import torch
 import torch.distributed as dist
@@ -28,6 +29,7 @@ from vlmembed.data import (
     StreamingRows,
 )
 from vlmembed.data.streaming import StreamedBatches, StreamLoader
+from vlmembed.mining import mine, score
 from vlmembed.types import BadRow
 
 
@@ -258,6 +260,57 @@ def test_a_stream_is_not_measured_on(tmp_path: Path, wrap: Any, collator: Any) -
     message = r"0\.jsonl.*: a stream is for training, and a measurement needs all rows\. Give the path itself"
     with pytest.raises(ValueError, match=message):
         data.setup("validate")
+
+
+@pytest.mark.parametrize(("command", "use"), [(mine, "mining"), (score, "scoring")])
+@pytest.mark.parametrize("wrap", [lambda rows: rows, GroupByQuery, lambda rows: Mixture([GroupByQuery(rows)])])
+def test_a_stream_is_neither_mined_nor_scored(tmp_path: Path, command: Any, use: str, wrap: Any) -> None:
+    rows = wrap(StreamingRows(write(tmp_path, "jsonl"), columns={"q": "query"}))
+    with pytest.raises(ValueError, match=rf"0\.jsonl: a stream is for training, and {use} needs all rows\. Give the"):
+        command("no model", rows, str(tmp_path / "output.jsonl"))
+
+
+@pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("wrap", [lambda path: path, lambda path: str(Path(path).parent)])
+def test_a_line_above_the_limit_is_refused_as_in_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, wrap: Any
+) -> None:
+    """Also of the rows that no check looks at, and of a folder's files; a line of the limit's size is read."""
+    monkeypatch.setattr("vlmembed.data.records.MAX_LINE_BYTES", 100)
+    lines = [json.dumps({"query": f"q{n}", "positive": "é"}, ensure_ascii=False).encode() for n in range(300)]
+    lines[290] = lines[290].ljust(99)
+    for size, message in ((0, None), (100, "row 280: the line has more than")):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        lines[279] = lines[279].ljust(size)
+        path = str(folder / f"rows.jsonl{ending}")
+        with pyarrow.output_stream(path) as file:  # Which compresses by the ending.
+            file.write(b"\n".join(lines))
+        read = loader(StreamingRows(wrap(path), shuffle_buffer=0), size=100)
+        if message is None:
+            assert [n for batch in take(read, 3) for n, *_ in batch] == [*range(300)]
+        else:
+            with pytest.raises(ValueError, match=rf"^{path}, {message}"):
+                take(read, 3)
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+def test_a_compressed_stream_that_was_cut_off_is_named(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"rows.jsonl{ending}"
+    text = "".join(json.dumps({"query": f"q{n} {n**99}", "positive": f"a{n}"}) + "\n" for n in range(300))
+    with pyarrow.output_stream(path) as file:
+        file.write(text.encode())
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=rf"^{path}: cannot be decompressed: .*Is the file whole"):
+        take(loader(StreamingRows(str(path))), 30)
+
+
+def test_names_of_files_are_no_patterns(tmp_path: Path) -> None:
+    folder = tmp_path / "a[1]"
+    folder.mkdir()
+    for kind in ("jsonl", "parquet"):
+        rows = StreamingRows(write(folder, kind), columns={"q": "query"}, shuffle_buffer=0)
+        assert [n for batch in take(loader(rows), 2) for n, *_ in batch] == [*range(16)]
 
 
 def test_a_run_leaves_out_a_bad_row_of_a_stream(checkpoint: Path, tmp_path: Path) -> None:

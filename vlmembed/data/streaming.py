@@ -39,9 +39,9 @@ class Lines:
         return len(self._lines)
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        lines = zip(indices, self._lines.take(pyarrow.array(indices, pyarrow.int64())).to_pylist(), strict=True)
-        rows = [(self.origins([index])[0], line) for index, line in lines]
-        return [parse_line(line, origin) if line.strip() else None for origin, line in rows]
+        lines = self._lines.take(pyarrow.array(indices, pyarrow.int64())).to_pylist()
+        rows = zip(lines, self.origins(indices), strict=True)
+        return [parse_line(line, origin) if line.strip() else None for line, origin in rows]
 
     def without_blank(self) -> Lines:
         """Return the lines that are rows, with the numbers that they have."""
@@ -99,7 +99,7 @@ class StreamingRows(Rows):
     def table(self, block: Any, stream: datasets.IterableDataset, origin: str = "", first: int = 0) -> Any:
         """Make of a block a table that is read by row numbers, and whose media are as they are stored."""
         if stream.features == LINES:
-            return Lines(block.column(0).combine_chunks(), origin or self.origin, range(first, first + len(block)))
+            return Lines(block.column(0), origin or self.origin, range(first, first + len(block)))
         info = datasets.DatasetInfo(features=stream.features)
         return undecoded(datasets.Dataset(InMemoryTable(block), info=info, fingerprint="stream"))
 
