@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from itertools import islice
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from building import module, trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
+from PIL import Image
 
 from vlmembed.data import (
     EvaluationRows,
@@ -29,6 +31,7 @@ from vlmembed.data import (
     StreamingRows,
 )
 from vlmembed.data.streaming import StreamedBatches, StreamLoader
+from vlmembed.media import encode_audio, load_image
 from vlmembed.mining import mine, score
 from vlmembed.types import BadRow
 
@@ -260,6 +263,62 @@ def test_a_stream_is_not_measured_on(tmp_path: Path, wrap: Any, collator: Any) -
     message = r"0\.jsonl.*: a stream is for training, and a measurement needs all rows\. Give the path itself"
     with pytest.raises(ValueError, match=message):
         data.setup("validate")
+
+
+def encoded(number: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (3 + number % 5, 4), (number, 0, 255)).save(file, "png")
+    return file.getvalue()
+
+
+IMAGE, BINARY, LARGE = datasets.Image(decode=False), datasets.Value("binary"), datasets.Value("large_binary")
+#: Types of a column, and what a row has in it, by the row's number.
+MEDIA: dict[str, tuple[Any, Any]] = {
+    "struct": (IMAGE, lambda n: {"bytes": encoded(n), "path": f"{n}.png"}),
+    "plain": (BINARY, encoded),
+    "large": (LARGE, encoded),
+    "list": (datasets.List(IMAGE), lambda n: [{"bytes": encoded(k), "path": None} for k in range(n % 3 + 1)]),
+    "list of plain": (datasets.List(LARGE), lambda n: [encoded(k) for k in range(n % 3 + 1)]),
+    "fixed": (datasets.List(IMAGE, length=2), lambda n: [{"bytes": encoded(k), "path": None} for k in (n, n + 1)]),
+    "text or image": (
+        {"text": datasets.Value("string"), "image": IMAGE},
+        lambda n: {"text": f"t{n}", "image": {"bytes": encoded(n), "path": None} if n % 2 else None},
+    ),
+    "nested": (
+        {"text": datasets.Value("string"), "image": datasets.List(BINARY)},
+        lambda n: {"text": f"t{n}", "image": [encoded(k) for k in range(n % 3)] if n % 4 else None},
+    ),
+    "audio": (BINARY, lambda n: encode_audio([0.0, n / 400] * 800, 16000)),
+    "some empty": (IMAGE, lambda n: {"bytes": encoded(n), "path": None} if n % 50 else None),
+}
+
+
+@pytest.mark.parametrize("kind", MEDIA)
+def test_media_are_those_of_the_file(tmp_path: Path, kind: str) -> None:
+    """Though their bytes are not copied; without shuffling and with it, each row once."""
+    feature, make = MEDIA[kind]
+    path = str(tmp_path / "rows.parquet")
+    data = {"query": [f"q{n}" for n in range(300)], "positive": [make(n) for n in range(300)]}
+    features = datasets.Features({"query": datasets.Value("string"), "positive": feature})
+    datasets.Dataset.from_dict(data, features=features).to_parquet(path, batch_size=70)
+    local = Rows(path)
+    for buffer in (0, 100):
+        rows = StreamingRows(path, shuffle_buffer=buffer)
+        batches = StreamedBatches(rows, 10, 1, 0, distinct=False, skip=True)
+        read = [row for batch in islice(StreamLoader(batches, 30, collate_fn=keep_bad), 30) for row in batch]
+        bad = {row.row - 1 for row in read if isinstance(row, BadRow)}
+        assert bad == ({*range(0, 300, 50)} if kind == "some empty" else set())
+        examples = dict(row for row in read if not isinstance(row, BadRow))
+        assert {*examples} | bad == {*range(300)}
+        for number, example in examples.items():
+            expected = local[number]
+            assert example == expected
+            assert (example.query.id, example.positives[0].id) == (expected.query.id, expected.positives[0].id)
+            assert example.positives[0].origin == expected.positives[0].origin
+            for part in example.positives[-1].parts:
+                if part.kind == "image":
+                    assert isinstance(part.value, memoryview)
+                    load_image(part.value)
 
 
 @pytest.mark.parametrize(("command", "use"), [(mine, "mining"), (score, "scoring")])

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice, pairwise, repeat
 from typing import Any, TypeAlias
 
 import datasets
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from vlmembed.data.records import parse_line
 from vlmembed.data.rows import FIRST, LookedUp, Lookup, Rows, check_same, map_cells, to_examples, with_element
 from vlmembed.data.sources import GroupByQuery, Mixture, seeded_generator
-from vlmembed.data.tables import LINES, RawTable, open_stream, undecoded
+from vlmembed.data.tables import LINES, RawTable, open_stream
 from vlmembed.distributed import gather_objects
 from vlmembed.types import BadRow, Example
 
@@ -63,6 +63,63 @@ class Lines:
         return [f"{self._origin}, row {self._numbers[index] + 1}" for index in indices]
 
 
+class Media:
+    """A block of rows with images, whose bytes are not copied: they are most of it."""
+
+    def __init__(self, rows: datasets.Dataset | None, media: pyarrow.Table):
+        self._rows, self._media = rows, media
+        self.column_names = [*(rows.column_names if rows else ()), *media.column_names]
+
+    def __len__(self) -> int:
+        return len(self._media)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        rows = self._rows.__getitems__(indices) if self._rows else [{} for _ in indices]
+        for name, values in self._values.items():
+            for row, index in zip(rows, indices, strict=True):
+                row[name] = values[index]
+        return rows
+
+    @cached_property
+    def _values(self) -> dict[str, list[Any]]:
+        columns = zip(self._media.column_names, self._media.columns, strict=True)
+        return {name: [*chain.from_iterable(map(uncopied, column.chunks))] for name, column in columns}
+
+    def select_columns(self, names: Iterable[str]) -> Media:
+        """Return a block in which others need not be read."""
+        names = {*names}
+        rows = [name for name in (self._rows.column_names if self._rows else ()) if name in names]
+        media = [name for name in self._media.column_names if name in names]
+        return Media(self._rows.select_columns(rows) if self._rows and rows else None, self._media.select(media))
+
+
+def has_bytes(kind: pyarrow.DataType) -> bool:
+    """Tell a column type that has bytes in it, as those of images have."""
+    inner = [kind.field(number).type for number in range(kind.num_fields)]
+    return any(map(has_bytes, inner)) if inner else "binary" in str(kind)
+
+
+def uncopied(array: pyarrow.Array, is_encoded: bool = False) -> list[Any]:
+    """Return what `undecoded` makes of an Arrow array, with views of the memory in place of bytes."""
+    kind, values = array.type, list[Any]()
+    if not has_bytes(kind):
+        return array.to_pylist()
+    if pyarrow.types.is_struct(kind):
+        names = [field.name for field in kind]
+        columns = [uncopied(array.field(name), {*names} <= {"bytes", "path"}) for name in names]
+        values = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+    elif kind.num_fields:
+        values = [uncopied(value.values) if value.is_valid else None for value in array]
+    else:
+        width = np.int64 if pyarrow.types.is_large_binary(kind) else np.int32
+        bounds = np.frombuffer(array.buffers()[1], width)[array.offset :][: len(array) + 1].tolist()
+        content = memoryview(array.buffers()[2] or b"").cast("B")
+        values = [content[start:end] for start, end in pairwise(bounds)]
+        values = values if is_encoded else [{"bytes": value, "path": None} for value in values]
+    valid = array.is_valid().to_pylist() if array.null_count else repeat(True)
+    return [value if is_there else None for value, is_there in zip(values, valid, strict=False)]
+
+
 @dataclass(eq=False)
 class StreamingRows(Rows):
     """Training rows that are read as they come, for data that does not fit on a disk.
@@ -100,8 +157,13 @@ class StreamingRows(Rows):
         """Make of a block a table that is read by row numbers, and whose media are as they are stored."""
         if stream.features == LINES:
             return Lines(block.column(0), origin or self.origin, range(first, first + len(block)))
-        info = datasets.DatasetInfo(features=stream.features)
-        return undecoded(datasets.Dataset(InMemoryTable(block), info=info, fingerprint="stream"))
+        media = [field.name for field in block.schema if has_bytes(field.type)]
+        others = [name for name in block.column_names if name not in media]
+        info = datasets.DatasetInfo(features=datasets.Features({name: stream.features[name] for name in others}))
+        rows = (
+            datasets.Dataset(InMemoryTable(block.select(others)), info=info, fingerprint="stream") if others else None
+        )
+        return Media(rows, block.select(media)) if media else rows
 
     def examples(self, table: Any, indices: Sequence[int], origin: str, first: int) -> list[tuple[int, Example]]:
         """Return the examples of some rows of a block, with their rows' numbers in the stream.
