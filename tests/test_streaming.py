@@ -301,6 +301,7 @@ def test_media_are_those_of_the_file(tmp_path: Path, kind: str) -> None:
     data = {"query": [f"q{n}" for n in range(300)], "positive": [make(n) for n in range(300)]}
     features = datasets.Features({"query": datasets.Value("string"), "positive": feature})
     datasets.Dataset.from_dict(data, features=features).to_parquet(path, batch_size=70)
+    RetrievalDataModule(StreamingRows(path)).setup("fit")
     local = Rows(path)
     for buffer in (0, 100):
         rows = StreamingRows(path, shuffle_buffer=buffer)

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from vlmembed.data.records import parse_line
 from vlmembed.data.rows import FIRST, LookedUp, Lookup, Rows, check_same, map_cells, to_examples, with_element
 from vlmembed.data.sources import GroupByQuery, Mixture, seeded_generator
-from vlmembed.data.tables import LINES, RawTable, open_stream
+from vlmembed.data.tables import LINES, RawTable, open_stream, undecoded
 from vlmembed.distributed import gather_objects
 from vlmembed.types import BadRow, Example
 
@@ -63,18 +63,23 @@ class Lines:
         return [f"{self._origin}, row {self._numbers[index] + 1}" for index in indices]
 
 
-class Media:
-    """A block of rows with images, whose bytes are not copied: they are most of it."""
+def as_dataset(block: pyarrow.Table, features: datasets.Features) -> datasets.Dataset:
+    """Make a data set of some columns of a stream's block."""
+    info = datasets.DatasetInfo(features=datasets.Features({name: features[name] for name in block.column_names}))
+    return datasets.Dataset(InMemoryTable(block), info=info, fingerprint="stream")
 
-    def __init__(self, rows: datasets.Dataset | None, media: pyarrow.Table):
-        self._rows, self._media = rows, media
-        self.column_names = [*(rows.column_names if rows else ()), *media.column_names]
 
-    def __len__(self) -> int:
-        return len(self._media)
+class Views:
+    """A block of rows, of which bytes are not copied: images are most of it."""
+
+    def __init__(self, block: pyarrow.Table, features: datasets.Features):
+        media = [field.name for field in block.schema if has_bytes(field.type)]
+        others = block.drop_columns(media)
+        self._others = as_dataset(others, features) if others.column_names else None
+        self._media = block.select(media)
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        rows = self._rows.__getitems__(indices) if self._rows else [{} for _ in indices]
+        rows = self._others.__getitems__(indices) if self._others else [{} for _ in indices]
         for name, values in self._values.items():
             for row, index in zip(rows, indices, strict=True):
                 row[name] = values[index]
@@ -84,13 +89,6 @@ class Media:
     def _values(self) -> dict[str, list[Any]]:
         columns = zip(self._media.column_names, self._media.columns, strict=True)
         return {name: [*chain.from_iterable(map(uncopied, column.chunks))] for name, column in columns}
-
-    def select_columns(self, names: Iterable[str]) -> Media:
-        """Return a block in which others need not be read."""
-        names = {*names}
-        rows = [name for name in (self._rows.column_names if self._rows else ()) if name in names]
-        media = [name for name in self._media.column_names if name in names]
-        return Media(self._rows.select_columns(rows) if self._rows and rows else None, self._media.select(media))
 
 
 def has_bytes(kind: pyarrow.DataType) -> bool:
@@ -142,8 +140,10 @@ class StreamingRows(Rows):
             raise ValueError(f"{self.origin}: shuffle_buffer is 0 or more, rows 1 or more.")
         stream, read = self.open(), 0
         for block in stream.iter(FIRST):
-            table = self.table(block, stream, first=read)
-            table = table.without_blank() if isinstance(table, Lines) else table
+            if stream.features == LINES:
+                table: Any = self.block(block, stream, first=read).without_blank()
+            else:
+                table = undecoded(as_dataset(block, stream.features))
             if len(table):
                 return table
             read += len(block)
@@ -153,17 +153,11 @@ class StreamingRows(Rows):
         """Open the stream, whose blocks are Arrow tables."""
         return open_stream(self.path, self.split, self.subset, self.allow_outside, self.revision).with_format("arrow")
 
-    def table(self, block: Any, stream: datasets.IterableDataset, origin: str = "", first: int = 0) -> Any:
-        """Make of a block a table that is read by row numbers, and whose media are as they are stored."""
+    def block(self, block: Any, stream: datasets.IterableDataset, origin: str = "", first: int = 0) -> Any:
+        """Make of a block of Arrow one that is read by row numbers, and whose media are as they are stored."""
         if stream.features == LINES:
             return Lines(block.column(0), origin or self.origin, range(first, first + len(block)))
-        media = [field.name for field in block.schema if has_bytes(field.type)]
-        others = [name for name in block.column_names if name not in media]
-        info = datasets.DatasetInfo(features=datasets.Features({name: stream.features[name] for name in others}))
-        rows = (
-            datasets.Dataset(InMemoryTable(block.select(others)), info=info, fingerprint="stream") if others else None
-        )
-        return Media(rows, block.select(media)) if media else rows
+        return Views(block, stream.features)
 
     def examples(self, table: Any, indices: Sequence[int], origin: str, first: int) -> list[tuple[int, Example]]:
         """Return the examples of some rows of a block, with their rows' numbers in the stream.
@@ -255,7 +249,7 @@ class StreamedBatches(IterableDataset[Any]):
         self, block: Any, stream: Any, position: Position, part: int, share: slice, origin: str
     ) -> Iterator[list[Any]]:
         first = position["row"]
-        table = self.rows.table(block, stream, origin, first)
+        table = self.rows.block(block, stream, origin, first)
         order: Any = np.arange(len(block))
         if self.rows.shuffle_buffer:
             order = np.random.default_rng([self.rows.seed, position["pass"], part, first]).permutation(order)
