@@ -156,7 +156,7 @@ class StreamingRows(Rows):
     def block(self, block: Any, stream: datasets.IterableDataset, origin: str = "", first: int = 0) -> Any:
         """Make of a block of Arrow one that is read by row numbers, and whose media are as they are stored."""
         if stream.features == LINES:
-            return Lines(block.column(0), origin or self.origin, range(first, first + len(block)))
+            return Lines(block.column(0).combine_chunks(), origin or self.origin, range(first, first + len(block)))
         return Views(block, stream.features)
 
     def examples(self, table: Any, indices: Sequence[int], origin: str, first: int) -> list[tuple[int, Example]]:
@@ -342,27 +342,16 @@ class StreamLoader(DataLoader):
         self._batch, self._exhausted = state["batch"], bool(state.get("exhausted"))
 
 
-class Unnumbered:
-    """Makes a batch of examples that have the numbers of their rows."""
-
-    def __init__(self, collate: Any):
-        self.collate = collate
-
-    def __call__(self, rows: Sequence[tuple[int, Example]]) -> Any:
-        """Make a batch."""
-        return self.collate([example for _, example in rows])
-
-
 class Collated:
-    """Makes batches of what a stream's readers yield."""
+    """Makes batches of what a stream's readers yield, by a function of examples, or of rows with their numbers."""
 
-    def __init__(self, collate: Any):
-        self.collate = collate
+    def __init__(self, collate: Any, takes_numbers: bool):
+        self.collate, self.takes_numbers = collate, takes_numbers
 
     def __call__(self, read: tuple[int, Position, list[Any]]) -> tuple[int, Position, Any]:
         """Make a batch."""
         number, position, rows = read
-        return number, position, self.collate(rows)
+        return number, position, self.collate(rows if self.takes_numbers else [example for _, example in rows])
 
 
 def streams_in(source: Any) -> list[StreamingRows]:
