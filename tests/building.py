@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
 from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
 from vlmembed.backbones import Qwen3VL, VisionLanguageModel
@@ -234,6 +236,19 @@ class Recorder(Callback):
     def update(self, step: int) -> dict[str, torch.Tensor]:
         """What the first steps changed, in float64."""
         return difference(self.weights[step], self.weights[0])
+
+
+def allocated(of: Callable[[], Any]) -> int:
+    """Bytes of torch that a call allocates at most at a time.
+
+    Not what is resident, which the system may take back and give again meanwhile.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        of()
+    # Of the raw ones, as `events` counts what an operator allocates as the operator's.
+    events: Any = recorded.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return max(itertools.accumulate(change for _, change in changes))
 
 
 def trainer(**options: Any) -> Trainer:

@@ -220,6 +220,11 @@ def test_weights_that_nobody_asks_for_are_refused(checkpoint: Path, tmp_path: Pa
         load(fixed, file)
 
 
+def test_weights_of_another_size_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"has weights of other sizes: 2 of them, such as weight\. .* of its own run"):
+        complete_frozen({"state_dict": nn.Linear(3, 2).state_dict()}, nn.Linear(3, 4), {})
+
+
 def test_a_probe_reads_the_lora_of_a_run(checkpoint: Path, tmp_path: Path) -> None:
     built = model(checkpoint)
     file = trained(built, tmp_path)

@@ -166,9 +166,13 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("similarity", ["maxsim", pytest.param("meanmaxsim", marks=pytest.mark.exhaustive)])
 def test_what_was_measured_is_what_the_folder_ranks(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, similarity: str
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    similarity: str,
 ) -> None:
-    """From the command line: a short run, whose export Sentence Transformers' own evaluator measures."""
+    """From the command line: a short run, and an export of its checkpoint, which their own evaluator measures."""
     monkeypatch.chdir(tmp_path)
     written = rows(tmp_path)
     config = run_config(checkpoint, train=jsonl("t.jsonl", written), val=jsonl("v.jsonl", written), batch_size=4)
@@ -179,9 +183,14 @@ def test_what_was_measured_is_what_the_folder_ranks(
     model["init_args"] = {**arguments, "projection": projection, "similarity": similarity}
     model["init_args"]["loss"] = {"class_path": "vlmembed.losses.InfoNCE"}
     config["trainer"] |= {"max_steps": 2, "default_root_dir": str(tmp_path)}
-    config["trainer"].pop("exporter", None)
     Path("run.yaml").write_text(json.dumps(config))
-    main(["fit", "--config", "run.yaml"])
+    main(["fit", "--config", "run.yaml", "--trainer.exporter=null"])
+    (saved,) = tmp_path.rglob("*.ckpt")
+    main(["export", "--config", "run.yaml", "--ckpt_path", str(saved), "--model.two_stage=3"])
+    assert (
+        "configured as when the checkpoint was trained:\n  model.init_args.two_stage: None → 3\n"
+        in capsys.readouterr().out
+    )
     (metrics,) = tmp_path.rglob("metrics.csv")
     measured = pandas.read_csv(metrics)["val/ndcg@10"].dropna().iloc[-1]
     (folder,) = tmp_path.rglob("export")

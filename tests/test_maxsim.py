@@ -14,7 +14,8 @@ from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vlmembed.late_interaction import MultiVectors, maxsim, merge
+from vlmembed.late_interaction import MultiVectors, maxsim, merge, ward_trees
+from vlmembed.losses import InfoNCE, MergedTokens
 
 #: Lengths of queries and of documents.
 RAGGED = [
@@ -167,6 +168,8 @@ def test_merging_is_sentence_transformers(factor: int) -> None:
     pooling = HierarchicalTokenPooling(pool_factor=factor, num_protected_tokens=0)
     expected = pooling.pool([part.float() for part in documents.split()])
     merged = merge(documents.map(Tensor.float), factor)
+    of_trees = merge(documents.map(Tensor.float), factor, ward_trees(documents.map(Tensor.float)))
+    assert torch.equal(of_trees.vectors, merged.vectors)
     assert merged.lengths.tolist() == [len(part) for part in expected]
     for actual, wanted in zip(merged.split(), expected, strict=True):
         # Clusters come in another order.
@@ -174,3 +177,11 @@ def test_merging_is_sentence_transformers(factor: int) -> None:
         assert sorted(closest.indices.tolist()) == list(range(len(actual)))
         torch.testing.assert_close(closest.values, torch.ones(len(actual)))
         torch.testing.assert_close(actual.norm(dim=1), torch.ones(len(actual)))
+
+
+def test_vectors_that_are_not_finite_make_a_loss_that_is_not() -> None:
+    """Of which the step is skipped, and the run goes on."""
+    documents = items([3, 4], 3)
+    documents.vectors[1] = torch.nan
+    losses = [InfoNCE(), MergedTokens(InfoNCE(), [2, 3])]
+    assert not any(loss(items([2, 1]), documents, torch.eye(2, dtype=torch.int8)).isfinite() for loss in losses)

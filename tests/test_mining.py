@@ -38,9 +38,10 @@ from vlmembed.files import HOST
 from vlmembed.heads import YesNo
 from vlmembed.mining import mine, score, write_rows
 from vlmembed.mining.command import COMMANDS
-from vlmembed.mining.embedding import Entry, identify, model_input
+from vlmembed.mining.embedding import Entry, identify
 from vlmembed.mining.mining import Choice, Pool, gather, hard_negatives
 from vlmembed.pooling import TokenProjection, TokenSelection
+from vlmembed.search.served import model_input
 from vlmembed.types import Example, Item, Pair, Part, Role
 
 

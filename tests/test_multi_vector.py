@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from building import (
+    allocated,
     batch,
     difference,
     examples,
@@ -301,6 +303,22 @@ def test_halved_chunks_keep_the_order_of_items(checkpoint: Path, monkeypatch: py
     assert not failures
     torch.testing.assert_close(vectors, expected[0], rtol=0, atol=1e-5)
     assert relative_difference(gradients, expected[1]) < EXACT
+
+
+def test_memory_hardly_grows_with_the_batch(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the vectors, and the row of the nearest; no graphs are kept, and chunks have the same size."""
+    monkeypatch.setattr(import_module("vlmembed.late_interaction.maxsim"), "TILE", 2**14)
+    model, left = multi_vector(checkpoint), {}
+    for size in (8, 32):
+        documents = [item(f"page {number:03} {'of many words ' * 12}") for number in range(size)]
+        rows = [Example(item(f"query {number:03}", role="query"), (page,)) for number, page in enumerate(documents)]
+        data = batch(model, rows, 4)
+        bytes_allocated = allocated(lambda data=data: step_gradients(model, GradCache(model.encoder), data))
+        lengths = torch.cat([chunk["kept"].sum(1) for chunk in data.chunks])
+        nearest = 4 * int(lengths[data.queries].sum()) * size
+        # The vectors by chunk, of the batch, and as the loss takes them; and their gradients.
+        left[size] = bytes_allocated - 4 * int(lengths.sum()) * 4 * model.encoder.dimension - nearest
+    assert left[32] < 1.1 * left[8]
 
 
 # Two processes

@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from building import run_config, write_rows
+from building import allocated, run_config, write_rows
 from safetensors.torch import load_file
 from sentence_transformers.multi_vector_encoder.evaluation import MultiVectorInformationRetrievalEvaluator
 from sentence_transformers.multi_vector_encoder.modules.token_pooling import HierarchicalTokenPooling
@@ -26,7 +26,6 @@ from sentence_transformers.util.similarity import maxsim
 from test_metrics import evaluation_set, items, trec
 from torch import Tensor
 from torch.nn.functional import normalize
-from torch.profiler import ProfilerActivity, profile
 
 from vlmembed import metrics
 from vlmembed.ablation.run import csv_logger
@@ -248,19 +247,12 @@ def test_half_precision_is_scored_in_float32_whatever_products_are_allowed(size:
 
 
 def peak(of: Any) -> int:
-    """Bytes that a call allocates at most at a time, of torch and of Python and NumPy.
-
-    Not what is resident, which the system may take back and give again meanwhile.
-    """
+    """Bytes that a call allocates at most at a time, of torch and of Python and NumPy."""
     tracemalloc.start()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        of()
+    of_torch = allocated(of)
     _, traced = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    # Of the raw ones, as `events` counts what an operator allocates as the operator's.
-    events: Any = recorded.profiler.kineto_results.events()  # type: ignore[union-attr]
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    return traced + max(itertools.accumulate(change for _, change in changes))
+    return traced + of_torch
 
 
 def test_measuring_copies_no_corpus() -> None:

@@ -120,12 +120,14 @@ def test_vision_positions_and_taps_are_those_that_transformers_computes(checkpoi
 
 
 def normalised(backbone: Qwen3VL, images: Inputs) -> Tensor:
-    """What the vision tower gets."""
+    """What the vision tower gets, at all moments in time."""
     given: list[Tensor] = []
     hook = backbone.model.visual.register_forward_pre_hook(lambda _, arguments: given.append(arguments[0]))
     backbone.encode_images(images)
     hook.remove()
-    return given[0]
+    vision = backbone.model.config.vision_config
+    moments = given[0].unflatten(1, (3, -1, vision.patch_size**2))
+    return moments.expand(-1, -1, vision.temporal_patch_size, -1).flatten(1)
 
 
 @pytest.fixture(scope="module", params=["checkpoint's own", "uneven"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,19 @@ import ddp
 import pytest
 import torch
 import torch.distributed as dist
-from building import Recorder, batch, examples, relative_difference, texts, trainer, weights, write_rows
+from building import (
+    Recorder,
+    batch,
+    examples,
+    item,
+    multi_vector,
+    picture,
+    relative_difference,
+    texts,
+    trainer,
+    weights,
+    write_rows,
+)
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -43,9 +56,9 @@ from vlmembed.encoder import Encoder
 from vlmembed.export import Exporter
 from vlmembed.losses import InfoNCE
 from vlmembed.modules import EmbeddingModule, MultiVectorModule
-from vlmembed.pooling import LastToken, TokenProjection
+from vlmembed.pooling import LastToken, TokenProjection, TokenSelection
 from vlmembed.trainer import Trainer
-from vlmembed.training.sharding import refuse_strategy
+from vlmembed.training.sharding import ShardedGradCache, refuse_strategy
 
 
 def strategy(**options: Any) -> ModelParallelStrategy:
@@ -163,17 +176,26 @@ class Seeded(MultiVectorModule):
 
 
 def train_several_vectors(checkpoint: Path) -> Recorder:
-    """Fillers for chunks that are missing have vectors, too, and other numbers of them than items."""
+    """Fillers for chunks that are missing have vectors, too, though they are texts where only images have any."""
 
     def build(scenario: Scenario) -> MultiVectorModule:
         # Means: sums over 20 vectors over a temperature make steps so large that rounding grows.
         options: dict[str, Any] = {"similarity": "meanmaxsim", "optimizer": OPTIMIZER}
+        options["query_tokens"] = TokenSelection("images")
         return Seeded(Qwen3VL(str(checkpoint)), scenario.loss, TokenProjection(32), **options)
 
     rank = dist.get_rank() if dist.is_initialized() else None
     sharded = {} if rank is None else {"devices": ddp.WORLD_SIZE, "strategy": strategy()}
-    scenario = Scenario(mixed_steps(3), learnable())
+    shown = [
+        replace(row, query=item(picture(64, 32 + 32 * (n % 2), n), role="query")) for n, row in enumerate(examples(15))
+    ]
+    scenario = Scenario([(shown[start : start + 1], shown[start + 1 : start + 5]) for start in (0, 5, 10)], learnable())
     return scenario.train(build, rank, None if rank is None else 2, **sharded)  # type: ignore[arg-type]
+
+
+def test_a_filler_has_vectors_where_only_images_have_any(checkpoint: Path) -> None:
+    encoder = multi_vector(checkpoint, query_tokens=TokenSelection("images")).encoder
+    assert len(encoder(ShardedGradCache(encoder)._filler))
 
 
 @pytest.mark.exhaustive

@@ -286,6 +286,9 @@ MERGED = MergedTokens(InfoNCE(), [1, 2])
         (lambda backbone: EmbeddingModule(backbone, YesNo(), InfoNCE()), "YesNo is a head of .*CrossEncoderModule"),
         (lambda backbone: late(backbone, LastToken()), "in LastToken"),
         (lambda backbone: late(backbone, expansion_tokens=-1), "expansion_tokens is 0 or more.*-1"),
+        (lambda backbone: late(backbone, similarity="cosine"), "similarity is maxsim or meanmaxsim, got 'cosine'"),
+        (lambda backbone: TokenSelection("image"), "part is all, images,.*got part='image'"),  # type: ignore[arg-type]
+        (lambda backbone: TokenSelection(skip="Ċ"), r"skip a list of tokens; got part='all', skip='Ċ'"),
         *[
             (
                 lambda backbone, loss=loss: EmbeddingModule(backbone, LastToken(), loss).configure_model(),
@@ -379,9 +382,13 @@ def test_a_document_without_vectors_stops_a_run_before_its_first_step(run: dict[
             ["--trainer.exporter=vlmembed.export.SentenceTransformers", "--trainer.exporter.truncate_dim=17"],
             "truncate_dim=17 is not between 1 and the vectors' 16",
         ),
+        # Nothing of the parser's stands around what a class says.
+        (["--model.projection.size=0"], r"^TokenProjection: sizes are 1 or more, got size=0, inner_size=None\.$"),
+        (["--model.merging_factors=[1]"], r"^merging_factors are 2 or more, as .* measured anyway: \[1\]\.$"),
+        (["--model.two_stage=0"], "^two_stage is the number of documents that MaxSim ranks, or null; got 0.$"),
     ],
 )  # fmt: skip
-def test_sizes_above_the_projection_s(run: dict[str, Any], options: list[str], message: str) -> None:
+def test_sizes_that_are_refused(run: dict[str, Any], options: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(run, *options)
 

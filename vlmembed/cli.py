@@ -34,6 +34,7 @@ from vlmembed.training.signals import end_with_parent
 #: Commands with a parser of their own, in modules that nothing below knows: the module's ``main`` runs them.
 COMMANDS = {
     "ablate": ("vlmembed.ablation.command", "Run a grid of settings and seeds; report which differences are real."),
+    "encode": ("vlmembed.search.command", "Encode a corpus of any size into an index of Parquet files."),
     "mine": ("vlmembed.mining.command", "Find hard negatives for training rows with an embedder."),
     "score": ("vlmembed.mining.command", "Add a reranker's scores to training rows."),
     "show": ("vlmembed.show", "Show the first rows as the model will read them; write a page with their images."),
@@ -80,6 +81,16 @@ class Parser(LightningArgumentParser):
         for name, (_, description) in COMMANDS.items():
             commands.add_subcommand(name, Parser(description=description), help=description)
         return commands
+
+    def instantiate_classes(self, *args: Any, **options: Any) -> Any:
+        """Build the objects. What a class refuses comes last, without the types that its place would take as well."""
+        try:
+            return super().instantiate_classes(*args, **options)
+        except ValueError as error:
+            reasons = re.findall(r"^ *- (?!Expected a|Does not validate)(.+)", str(error), re.MULTILINE)
+            if not reasons or not str(error).startswith("Does not validate"):
+                raise
+            raise ValueError("\n".join(reasons)) from error
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what a class takes, where it is given something else."""

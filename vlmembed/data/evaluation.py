@@ -322,7 +322,7 @@ def as_evaluation(value: str | Source | EvaluationSource, split: str = "test") -
     """Load what stands for an evaluation set."""
     if isinstance(value, RerankingSource):
         raise ValueError(f"{type(value).__name__} is for a cross-encoder; an embedder searches a whole corpus.")
-    if isinstance(value, str) and _is_evaluation_folder(value):
+    if isinstance(value, str) and is_evaluation_folder(value):
         return EvaluationFolder(value).read(split)
     value = Rows(value, split) if isinstance(value, str) else value
     return (EvaluationRows(value) if isinstance(value, Source) else value).load()
@@ -332,7 +332,7 @@ def as_reranking(value: str | Source | EvaluationSource | RerankingSource, split
     """Load what stands for queries and their candidates."""
     source = value
     if isinstance(source, str):
-        source = EvaluationFolder(source) if _is_evaluation_folder(source) else Rows(source, split)
+        source = EvaluationFolder(source) if is_evaluation_folder(source) else Rows(source, split)
     if isinstance(source, EvaluationSource):
         # Not those of a folder's subsets, which are whole corpora.
         evaluation = None if isinstance(source, EvaluationFolder) else source.load()
@@ -350,7 +350,8 @@ def as_reranking(value: str | Source | EvaluationSource | RerankingSource, split
     return reranking
 
 
-def _is_evaluation_folder(path: str) -> bool:
+def is_evaluation_folder(path: str) -> bool:
+    """Tell a folder or Hub id with a corpus and queries from other data sets."""
     if Path(path).exists() or Path(path).suffix.lower() in FILES:
         return Path(path).is_dir() and bool(find_sets(path))
     try:

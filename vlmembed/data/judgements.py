@@ -148,17 +148,16 @@ def read_contents(
     Columns other than the id, ``title``, ``instruction``, ``text``, ``image``, ``video``, or ``query`` (``document`` in
     a corpus), and those that are asked for, are not read.
     """
-    known = {role, "title", "instruction", *content_keys(table.column_names), *more, group_by}
-    wanted = [name for name in table.column_names if name in known or _spelling(name) in ITEM_IDS[role]]
+    wanted = item_columns(table.column_names, role, *more, group_by)
     more = [name for name in more if name in table.column_names]
     contents = Contents(origin_of(table), [], [], [], [])
     numbers: dict[str, int] = {}
     for index, row, origin in _scan(table, wanted):
-        name = _item_id(row, role, origin)
+        name = item_id(row, role, origin)
         if numbers.setdefault(name, index) != index:
             first = table.origins([numbers[name]])[0]
             raise ValueError(f"{origin}: id {name!r} is given twice; first at {first}.")
-        item = _item(row, role, instruction, origin, table.folder)
+        item = to_item(row, role, instruction, origin, table.folder)
         again = partial(_read_item, table, index, wanted, role, instruction)
         contents.names.append(name)
         contents.entries.append(again if any(map(_is_large, item.parts)) else item)
@@ -166,6 +165,12 @@ def read_contents(
         if group_by is not None:
             contents.groups.append(_group(row.get(group_by), f"{origin}, column {group_by!r}"))
     return contents
+
+
+def item_columns(columns: Collection[str], role: Role, *more: str | None) -> list[str]:
+    """Return those columns that an item is made of: its id, its content, and others that are asked for."""
+    known = {role, "title", "instruction", *content_keys(columns), *more}
+    return [name for name in columns if name in known or spelling(name) in ITEM_IDS[role]]
 
 
 def _is_large(part: Part) -> bool:
@@ -199,7 +204,8 @@ def origin_of(documents: Documents) -> str:
     return f"{place}, {subset}" if subset else place
 
 
-def _item_id(row: Row, role: Role, origin: str) -> str:
+def item_id(row: Row, role: Role, origin: str) -> str:
+    """Return the id of a row's item; a ``ValueError`` says that there is none, or that it is none."""
     key = _column(row, ITEM_IDS[role], origin)
     if key is None:
         raise ValueError(f"{origin}: expected one 'id' (or {', '.join(ITEM_IDS[role])}); there are {', '.join(row)}.")
@@ -219,8 +225,9 @@ def to_id(value: Any, origin: str) -> str:
     return name
 
 
-def _item(row: Row, role: Role, instruction: str | None, origin: str, folder: Folder) -> Item:
-    origin = f"{origin} (id {_item_id(row, role, origin)!r})"
+def to_item(row: Row, role: Role, instruction: str | None, origin: str, folder: Folder) -> Item:
+    """Make a row's item; a ``ValueError`` names row, column and value."""
+    origin = f"{origin} (id {item_id(row, role, origin)!r})"
     own = row.get("instruction")
     item = to_items([(_cell(row, role, origin), role, origin)], folder)[0]
     return instructed([item], instruction if own is None else own, f"{origin}, key 'instruction'")[0]
@@ -229,7 +236,7 @@ def _item(row: Row, role: Role, instruction: str | None, origin: str, folder: Fo
 def _read_item(table: Documents, index: int, names: Collection[str], role: Role, instruction: str | None) -> Item:
     """Read one row's item again."""
     (row,), (origin,) = table.read([index], names), table.origins([index])
-    return _item(row, role, instruction, origin, table.folder)
+    return to_item(row, role, instruction, origin, table.folder)
 
 
 def _cell(row: Row, role: Role, origin: str) -> Any:
@@ -256,16 +263,17 @@ def _cell(row: Row, role: Role, origin: str) -> Any:
 
 
 @lru_cache(maxsize=1024)
-def _spelling(name: str) -> str:
+def spelling(name: str) -> str:
+    """Return a column's name as ids are looked for."""
     return name.lower().replace("_", "-").strip("-")
 
 
 def _column(names: Iterable[str], spellings: Sequence[str], origin: str) -> str | None:
     """Return the column that is spelled like the first possible of some names; None if there is none."""
-    for spelling in spellings:
-        columns = [name for name in names if _spelling(name) == spelling]
+    for possible in spellings:
+        columns = [name for name in names if spelling(name) == possible]
         if len(columns) > 1:
-            raise ValueError(f"{origin}: expected one {spelling!r}; there are {' and '.join(columns)}.")
+            raise ValueError(f"{origin}: expected one {possible!r}; there are {' and '.join(columns)}.")
         if columns:
             return columns[0]
     return None

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from vlmembed.types import Example, Item
 
 #: Bounds the memory of reading the queries of a whole source.
-ROWS_AT_ONCE = 1024
+ROWS_AT_ONCE = 4096
 #: Stands for the id of a query that has not been read.
 UNREAD = np.iinfo(np.int64).min
 

@@ -12,14 +12,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vlmembed.late_interaction.vectors import MultiVectors, promoted
 
-#: Numbers that are computed at once: 16 MiB of float32.
-TILE = 2**22
+#: Numbers that are computed at once: 4 MiB of float32, which a processor's cache holds.
+TILE = 2**20
 #: How many vectors of queries are compared at once, at most: more would leave a tile too few of documents.
 MAXIMUM_HEIGHT = 2**13
 
@@ -54,40 +54,42 @@ class _MaxSim(torch.autograd.Function):
     ) -> Float[Tensor, "Q P"]:
         device = queries.device
         lengths = query_lengths.to(device, non_blocking=True)
-        largest = queries.new_empty(len(queries), len(document_lengths))
+        scores = queries.new_empty(len(query_lengths), len(document_lengths))
         # Row of the nearest vector, of each query's vector (S) in each document (P).
-        nearest = torch.empty(largest.shape, dtype=torch.int32, device=device)
+        nearest = torch.empty(len(queries), len(document_lengths), dtype=torch.int32, device=device)
         height = min(len(queries), MAXIMUM_HEIGHT)
         query_norms, norms = _norms(queries), _norms(documents)  # (S, 1), (T, 1)
         queries = queries / query_norms
         with torch.autocast(device.type, enabled=False):
-            for columns, rows, is_padding in _tiles(document_lengths, TILE // height):
+            for columns, rows, is_padding in _tiles(document_lengths, TILE // max(height, queries.shape[1])):
                 columns, rows = columns.to(device, non_blocking=True), rows.to(device, non_blocking=True)
                 flat = rows.flatten()
-                tile = documents[flat] / norms[flat]  # (p × n, D)
+                tile = (documents.index_select(0, flat) / norms[flat]).unflatten(0, rows.shape)  # (p, n, D)
+                if is_padding is not None:
+                    is_padding = is_padding.to(device, non_blocking=True)
+                largest = queries.new_empty(len(queries), len(columns))
                 for start in range(0, len(queries), height):
                     part = slice(start, start + height)
-                    products = (queries[part] @ tile.T).unflatten(1, rows.shape)  # (s, p, n)
-                    if is_padding is not None:
-                        products.masked_fill_(is_padding.to(device, non_blocking=True), -torch.inf)
-                    largest[part, columns], index = products.max(dim=2)  # (s, p)
+                    largest[part], index = _largest(queries[part], tile, is_padding)
                     nearest[part, columns] = rows[:, 0].int() + index.int()
+                # (S, p) → (Q, p). Lengths were checked on the host; to check them again would wait for the device.
+                scores[:, columns] = torch.segment_reduce(largest, "sum", lengths=lengths, unsafe=True)
         ctx.save_for_backward(queries, query_norms, documents, norms, nearest, lengths)
-        # Lengths were checked on the host; to check them again would wait for the device.
-        return torch.segment_reduce(largest, "sum", lengths=lengths, unsafe=True)
+        return scores
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Float[Tensor, "Q P"]) -> tuple[Tensor | None, ...]:
         queries, query_norms, documents, norms, nearest, lengths = ctx.saved_tensors
         to_queries, to_documents = torch.zeros_like(queries), torch.zeros_like(documents)
-        weights = gradient.repeat_interleave(lengths, dim=0, output_size=len(queries))  # (Q, P) → (S, P)
         width = max(1, TILE // queries.numel())
         # Columns of P documents at a time: (S, p) rows of the nearest, each times its weight.
-        for rows, weight in zip(nearest.split(width, dim=1), weights.split(width, dim=1), strict=True):
-            flat, weight = rows.flatten(), weight[:, :, None]
-            to_queries += (weight * (documents[flat] / norms[flat]).unflatten(0, rows.shape)).sum(dim=1)
-            to_documents.index_add_(0, flat, (weight * queries[:, None]).flatten(0, 1))
+        for rows, columns in zip(nearest.split(width, dim=1), gradient.split(width, dim=1), strict=True):
+            weight = columns.repeat_interleave(lengths, dim=0, output_size=len(queries))  # (Q, p) → (S, p)
+            flat = rows.flatten()
+            of_unit = (weight / norms[flat].view(rows.shape))[:, :, None]
+            to_queries += (of_unit * documents.index_select(0, flat).unflatten(0, rows.shape)).sum(dim=1)
+            to_documents.index_add_(0, flat, (weight[:, :, None] * queries[:, None]).flatten(0, 1))
         # From the gradients of unit vectors to those of the vectors, in place.
         _project(to_queries, queries, query_norms)
         height = max(1, TILE // documents.shape[1])
@@ -95,6 +97,16 @@ class _MaxSim(torch.autograd.Function):
         for gradients, vectors, norm in zip(*blocks, strict=True):
             _project(gradients, vectors / norm, norm)
         return to_queries, to_documents, None, None
+
+
+def _largest(
+    queries: Float[Tensor, "s D"], tile: Float[Tensor, "p n D"], is_padding: Bool[Tensor, "p n"] | None
+) -> tuple[Float[Tensor, "s p"], Int[Tensor, "s p"]]:
+    """Return the largest product of each vector with each document's, and which it is."""
+    products = (queries @ tile.flatten(0, 1).T).unflatten(1, tile.shape[:2])  # (s, p, n)
+    if is_padding is not None:
+        products.masked_fill_(is_padding, -torch.inf)
+    return products.max(dim=2)
 
 
 def _norms(vectors: Float[Tensor, "T D"]) -> Float[Tensor, "T 1"]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vlmembed.late_interaction import MultiVectors, Vectors, at_least_float32, merge, truncate
+from vlmembed.late_interaction import MultiVectors, Vectors, at_least_float32, merge, truncate, ward_trees
 from vlmembed.losses.base import Loss
 
 
@@ -33,14 +33,14 @@ class LossAtSizes(Loss):
         self.wants_negatives = loss.wants_negatives
 
     @abstractmethod
-    def resize(self, queries: Vectors, documents: Vectors, size: int) -> tuple[Vectors, Vectors]:
-        """Return queries and documents of a size."""
+    def resized(self, queries: Vectors, documents: Vectors) -> Iterator[tuple[Vectors, Vectors]]:
+        """Yield queries and documents of each size, in the order of ``weights``."""
 
     def forward(self, queries: Vectors, documents: Vectors, relevance: Tensor, scores: Tensor | None = None) -> Tensor:
         teacher = () if scores is None else (scores,)
         losses = [
-            weight * self.loss(*self.resize(queries, documents, size), relevance, *teacher)
-            for size, weight in self.weights.items()
+            weight * self.loss(*sides, relevance, *teacher)
+            for weight, sides in zip(self.weights.values(), self.resized(queries, documents), strict=True)
         ]
         return torch.stack(losses).sum()
 
@@ -62,8 +62,8 @@ class Matryoshka(LossAtSizes):
         self.weights = dict(sorted(self.weights.items(), reverse=True))  # Largest dimension first.
         self.dimensions = tuple(self.weights)
 
-    def resize(self, queries: Vectors, documents: Vectors, size: int) -> tuple[Vectors, Vectors]:
-        return truncate(queries, size), truncate(documents, size)
+    def resized(self, queries: Vectors, documents: Vectors) -> Iterator[tuple[Vectors, Vectors]]:
+        return ((truncate(queries, size), truncate(documents, size)) for size in self.dimensions)
 
     def forward(self, queries: Vectors, documents: Vectors, relevance: Tensor, scores: Tensor | None = None) -> Tensor:
         largest, available = self.dimensions[0], queries.shape[1]
@@ -92,10 +92,11 @@ class MergedTokens(LossAtSizes):
         self.weights = dict(sorted(self.weights.items()))
         self.merging_factors = tuple(self.weights)
 
-    def resize(self, queries: Vectors, documents: Vectors, size: int) -> tuple[Vectors, Vectors]:
+    def resized(self, queries: Vectors, documents: Vectors) -> Iterator[tuple[Vectors, Vectors]]:
         if not isinstance(documents, MultiVectors):
             raise ValueError("MergedTokens is for vlmembed.modules.MultiVectorModule: a single vector has no others.")
-        return queries, merge(documents, size)
+        trees = None if self.merging_factors == (1,) else ward_trees(documents)
+        return ((queries, merge(documents, factor, trees)) for factor in self.merging_factors)
 
 
 class WeightedSum(Loss):

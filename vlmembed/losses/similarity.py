@@ -16,7 +16,7 @@ from vlmembed.late_interaction import MultiVectors, Vectors, at_least_float32, m
 
 
 def compare(queries: Vectors, documents: Vectors, directions: Sequence[str] = ("query_to_document",)) -> Similarity:
-    """Return the similarities of a batch; of ``directions``, which are asked for, the names are `InfoNCE`'s."""
+    """Return the similarities of a batch. ``directions``, as `InfoNCE` names them, are those whose rows are wanted."""
     queries, documents = at_least_float32(queries), at_least_float32(documents)
     if isinstance(queries, MultiVectors) and isinstance(documents, MultiVectors):
         return MaxSimilarity(queries, documents, directions)
@@ -39,7 +39,7 @@ class Similarity(ABC):
 
     @abstractmethod
     def rows(self, direction: str, query: Int[Tensor, " R"], document: Int[Tensor, " R"]) -> Float[Tensor, "R C"]:
-        """Of the query, or the document, of each of R pairs with all C queries or documents."""
+        """Of each pair's query, or document, with all C queries or documents: ``query_to_document`` and so on."""
 
 
 class CosineSimilarity(Similarity):

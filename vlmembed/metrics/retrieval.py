@@ -14,7 +14,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from vlmembed.late_interaction import MultiVectors, merge
+from vlmembed.late_interaction import MultiVectors, merge, ward_trees
 from vlmembed.metrics.functions import METRICS, Relevance, mean_over, name_order, order_keys, ranks
 from vlmembed.types import EvaluationSet, RerankingSet
 
@@ -286,12 +286,19 @@ class MultiVectorMetrics(RetrievalMetrics):
         queries, corpus = self._split(embeddings)
         self._vectors_per_document = {"vectors_per_document": _mean_length(corpus)}
         yield from super()._variants(embeddings)
-        for factor in self.merging_factors:
-            merged = [merge(MultiVectors(item, torch.tensor([len(item)])), factor).vectors for item in corpus]
+        for factor, merged in self._merged(corpus) if self.merging_factors else ():
             self._vectors_per_document[f"vectors_per_document/x{factor}"] = _mean_length(merged)
             yield f"/x{factor}", self._score_blocks(self._scores(queries + merged))
         if self.two_stage is not None:
             yield "/two_stage", self._two_stages(embeddings, self.two_stage)
+
+    def _merged(self, corpus: list[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
+        """Yield the documents' vectors merged by each factor."""
+        items = [MultiVectors(vectors, torch.tensor([len(vectors)])) for vectors in corpus]
+        trees = [*map(ward_trees, items)]
+        for factor in self.merging_factors:
+            merged = (merge(item, factor, tree) for item, tree in zip(items, trees, strict=True))
+            yield factor, [item.vectors for item in merged]
 
     def _cut(self, embeddings: Any, dimension: int) -> Any:
         return [vectors[:, :dimension] for vectors in embeddings]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
-from itertools import chain, groupby
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,14 +20,12 @@ from tqdm import tqdm
 
 from vlmembed.features import read_tensor, signed
 from vlmembed.files import clear_drafts, content_digest, digest, write_whole
-from vlmembed.media import load_audio, load_image
+from vlmembed.media import load_image
+from vlmembed.search.served import by_instruction, folder_digest, model_input
 from vlmembed.types import Item, Role
 
 #: Batches that are encoded, and cached, together: their images are open. Sentence Transformers sorts them by length.
 BATCHES = 8
-
-#: Samples a second of audio that is in no file; what the models that hear are made for.
-AUDIO_RATE = 16_000
 
 
 class Entry(NamedTuple):
@@ -59,33 +57,6 @@ def identify(item: Item) -> tuple[str, str]:
         digests.append(digest(chain([part.kind], content)))
     shown = [value for part, value in zip(item.parts, digests, strict=True) if part.kind != "text"]
     return digest(digests), " ".join(sorted(shown))
-
-
-def model_input(item: Item) -> dict[str, Any]:
-    """Return what Sentence Transformers takes for an item: its texts, open images, videos and audio, by kind.
-
-    A ``ValueError`` says that the item shows kinds by turns, which such a mapping cannot say.
-    """
-    content: dict[str, Any] = {}
-    kinds = [kind for kind, _ in groupby(part.kind for part in item.parts)]
-    if len(kinds) > len({*kinds}):
-        raise ValueError(
-            f"{item.origin}: texts and images by turns ({', '.join(kinds)}) cannot be given to Sentence Transformers "
-            "in order. Put all images together."
-        )
-    for part in item.parts:
-        value: Any = part.value
-        if part.frames:
-            images = [load_image(frame, item.origin) for frame in part.frames]
-            value = images[0] if part.kind == "image" else images
-        elif isinstance(value, Path):
-            value = str(value.absolute())
-        elif part.kind == "video":
-            raise ValueError(f"{item.origin}: Sentence Transformers takes a video from a file only. Write it into one.")
-        elif part.kind == "audio":
-            value = {"array": load_audio(value, AUDIO_RATE, item.origin), "sampling_rate": AUDIO_RATE}
-        content.setdefault(part.kind, []).append(value)
-    return {kind: values[0] if len(values) == 1 else values for kind, values in content.items()}
 
 
 class Embedder:
@@ -154,19 +125,9 @@ def _items_of(piece: Float[Tensor, "T width"]) -> Sequence[Float[Tensor, "n D"]]
     return piece[:, 1:].split(counts.tolist())
 
 
-def by_instruction(items: Iterable[Item]) -> dict[str | None, list[int]]:
-    """Return the places of the items of each instruction: a model is told one at a time."""
-    places: dict[str | None, list[int]] = {}
-    for place, item in enumerate(items):
-        places.setdefault(item.instruction, []).append(place)
-    return places
-
-
 def model_version(model: str) -> str:
     """Return what identifies the files of a model that has been loaded, of a folder or of the Hub: their content."""
     try:
-        folder = Path(model if Path(model).is_dir() else snapshot_download(model, local_files_only=True))
+        return folder_digest(Path(model if Path(model).is_dir() else snapshot_download(model, local_files_only=True)))
     except ValueError as error:
         raise ValueError(f"{model}: its files are not found, so embeddings have no key; leave out cache.") from error
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return digest(chain.from_iterable((path.relative_to(folder).as_posix(), content_digest(path)) for path in files))

@@ -20,7 +20,8 @@ from vlmembed.data.rows import INSTRUCTIONS
 from vlmembed.data.streaming import refuse_streams
 from vlmembed.files import clear_drafts, whole_file, write_whole
 from vlmembed.media import is_audio, is_video, load_image
-from vlmembed.mining.embedding import BATCHES, by_instruction, model_input
+from vlmembed.mining.embedding import BATCHES
+from vlmembed.search.served import by_instruction, model_input
 from vlmembed.types import Example, Frame, Item, Part
 
 

@@ -129,10 +129,11 @@ def _matrix(shape: tuple[int, int], rows: Tensor, columns: Tensor, values: Tenso
 
 def _gather_distinct(embeddings: Vectors, rows: Tensor, ids: Tensor) -> tuple[Vectors, Tensor]:
     """Gather some rows, and keep the first of each id; they come back in the order of ids."""
-    device = embeddings.device
-    gathered = _gather(_take(embeddings, rows))  # Of all processes.
-    distinct, inverse = distributed.gather_on_host(ids, device).unique(return_inverse=True)
-    return _take(gathered, distributed.first_indices(inverse, len(distinct))), distinct
+    distinct, inverse = distributed.gather_on_host(ids, embeddings.device).unique(return_inverse=True)
+    first = distributed.first_indices(inverse, len(distinct))
+    if distributed.world_size() == 1:  # One copy less of all vectors.
+        return _take(embeddings, rows[first]), distinct
+    return _take(_gather(_take(embeddings, rows)), first), distinct
 
 
 def _take(embeddings: Vectors, rows: Tensor) -> Vectors:

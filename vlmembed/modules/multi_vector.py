@@ -61,6 +61,8 @@ class MultiVectorModule(RetrievalModule):
         losses: Mapping[str, Loss] | None = None,
         **options: Any,
     ) -> None:
+        if similarity not in ("maxsim", "meanmaxsim"):
+            raise ValueError(f"similarity is maxsim or meanmaxsim, got {similarity!r}.")
         if any(factor < 2 for factor in merging_factors):
             raise ValueError(f"merging_factors are 2 or more, as all vectors are measured anyway: {merging_factors}.")
         if isinstance(expansion_tokens, int) and expansion_tokens < 0:

@@ -32,6 +32,13 @@ class TokenSelection:
     part: Literal["all", "images", "texts", "without_instruction"] = "all"
     skip: Sequence[str] = ()
 
+    def __post_init__(self) -> None:
+        if self.part not in ("all", "images", "texts", "without_instruction") or isinstance(self.skip, str):
+            raise ValueError(
+                "TokenSelection: part is all, images, texts or without_instruction, and skip a list of tokens; got "
+                f"part={self.part!r}, skip={self.skip!r}."
+            )
+
     def select(
         self,
         input_ids: Int[Tensor, "B L"],

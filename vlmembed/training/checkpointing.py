@@ -523,6 +523,9 @@ def complete_frozen(
     complaints = {
         "lacks weights": [name for name in present if name not in weights and not _belongs(name, frozen)],
         "has weights that this model lacks": [name for name in (*weights, *frozen) if name not in present],
+        "has weights of other sizes": [
+            name for name, value in weights.items() if name in present and value.shape != present[name].shape
+        ],
         "was trained with other frozen weights": [name for name in frozen if sums.get(name) != frozen[name][0]],
     }
     for complaint, names in complaints.items():

@@ -162,7 +162,8 @@ def defined_loss(loss: Loss, queries: Vectors, documents: Vectors, relevance: Te
     """Compute a loss as its documentation defines it, if it is InfoNCE, also inside of losses made of others."""
     terms: list[tuple[Loss, Vectors, Vectors, float]]
     if isinstance(loss, LossAtSizes) and type(loss) in (Matryoshka, MergedTokens):
-        terms = [(loss.loss, *loss.resize(queries, documents, size), weight) for size, weight in loss.weights.items()]
+        sizes = zip(loss.resized(queries, documents), loss.weights.values(), strict=True)
+        terms = [(loss.loss, *sides, weight) for sides, weight in sizes]
     elif type(loss) is WeightedSum:
         terms = [(term, queries, documents, weight) for term, weight in loss.terms]
     elif type(loss) is InfoNCE:

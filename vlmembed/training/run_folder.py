@@ -297,6 +297,12 @@ def refuse_changes(before: str, after: str, allowed: Collection[str] = ()) -> No
         distributed.print_once(f"Changed since the run began:\n{_listed(accepted_changes)}")
 
 
+def name_changes(before: str, after: str) -> None:
+    """Say what of the model has changed since the run whose checkpoint is exported."""
+    if changed := {key: values for key, values in changes(before, after).items() if _is_below(key, ("model",))}:
+        print(f"The model is not configured as when the checkpoint was trained:\n{_listed(changed)}", flush=True)
+
+
 def changes(before: str, after: str) -> dict[str, tuple[Any, Any]]:
     """Return what two configurations in YAML say differently: dotted key → both values, None where there is none."""
     old, new = (dict(dict_to_namespace(yaml.safe_load(text) or {}).items()) for text in (before, after))

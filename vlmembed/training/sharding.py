@@ -11,6 +11,7 @@ encode as many images as it happens to have, or none, and keep the features of a
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 from jaxtyping import Float
@@ -106,8 +107,10 @@ class ShardedGradCache(GradCache):
 
     def __init__(self, encoder: Encoder, features: FeatureCache | None = None, steps: int = 0) -> None:
         super().__init__(encoder, 0.0, features, steps)
+        preprocessor = copy(encoder.preprocessor)
+        preprocessor.selections = None  # All tokens have a vector: of images only, a text would have none.
         text = Item("query", (Part("text", "filler"),), origin="filler")
-        self._filler = encoder.preprocessor.prepare([text]).chunk([0])
+        self._filler = preprocessor.prepare([text]).chunk([0])
 
     def embed(self, batch: Batch | RankingBatch) -> Float[Tensor, "N D"]:
         """Embed a batch's items in the order of its chunks; see `GradCache.embed`."""

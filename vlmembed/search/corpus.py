@@ -1,0 +1,389 @@
+"""The items of a corpus by number, read when asked for: in memory is only where each of them lies."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from abc import ABC, abstractmethod
+from array import array
+from bisect import bisect_right
+from collections.abc import Collection, Iterator, Sequence
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import datasets
+import numpy as np
+from PIL import Image
+
+from vlmembed.data import EvaluationFolder, EvaluationRows, EvaluationSource, EvaluationTables, Pages, Rows, Table
+from vlmembed.data.beir import Place, find_sets
+from vlmembed.data.cells import Folder
+from vlmembed.data.columns import nearest
+from vlmembed.data.evaluation import is_evaluation_folder
+from vlmembed.data.judgements import ITEM_IDS, Documents, as_rows, item_columns, item_id, spelling, to_item
+from vlmembed.data.sources import Source
+from vlmembed.data.streaming import refuse_streams
+from vlmembed.data.tables import KINDS, Joined
+from vlmembed.files import digest
+from vlmembed.types import EvaluationSet, Example, Item, LazyImage, Role
+
+#: What a corpus can be given as, besides a path or Hub id.
+CorpusSource: TypeAlias = str | Table | Pages | Source | EvaluationSource
+
+#: Rows that are read at once.
+BLOCK = 256
+
+#: Above `Item.id`, which has 63 bits: stands for a row that cannot be read.
+UNREADABLE = 2**63
+
+#: Of features of `datasets`, those whose cells may be large.
+MEDIA = re.compile(r"decode|binary")
+
+
+class Corpus(ABC):
+    """Items with ids, by their number."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def scan(self, rows: range) -> list[tuple[str | None, str]]:
+        """Return the ids of some rows, and what else is cheaply known of them; no id of one that cannot be read.
+
+        A ``ValueError`` names a row whose id is none.
+        """
+
+    @abstractmethod
+    def read(self, row: int) -> tuple[str, Item]:
+        """Return a row's id and item; a ``ValueError`` says why it has none."""
+
+    @abstractmethod
+    def origin(self, row: int) -> str:
+        """Say where a row is, for messages."""
+
+    def files(self) -> list[Path]:
+        """Return the files that hold images within them; those beside them are named by the items."""
+        return []
+
+    def blocks(self) -> Iterator[list[tuple[str | None, str]]]:
+        """Scan all rows."""
+        for start in range(0, len(self), BLOCK):
+            yield self.scan(range(start, min(start + BLOCK, len(self))))
+
+
+class TableCorpus(Corpus):
+    """The rows of a table of items; ``prefix`` stands before the ids of one of several."""
+
+    def __init__(self, table: Documents, role: Role, instruction: str | None = None, prefix: str = "") -> None:
+        self._table, self._role, self._instruction, self._prefix = table, role, instruction, prefix
+        self._columns = item_columns(table.column_names, role)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def scan(self, rows: range) -> list[tuple[str | None, str]]:
+        """See `Corpus.scan`; images that are in the table are not read."""
+        try:
+            cells = self._scanned(rows)
+        except ValueError as error:
+            if len(rows) == 1:
+                return [(None, str(error))]
+            return [entry for row in rows for entry in self.scan(range(row, row + 1))]
+        origins = self._table.origins(rows)
+        return [
+            (self._prefix + item_id(row, self._role, origin), json.dumps(row, default=_brief))
+            for row, origin in zip(cells, origins, strict=True)
+        ]
+
+    def read(self, row: int) -> tuple[str, Item]:
+        """See `Corpus.read`."""
+        (cells,), (origin,) = self._table.read([row], self._columns), self._table.origins([row])
+        name = self._prefix + item_id(cells, self._role, origin)
+        return name, to_item(cells, self._role, self._instruction, origin, self._table.folder)
+
+    def origin(self, row: int) -> str:
+        """See `Corpus.origin`."""
+        return self._table.origins([row])[0]
+
+    def files(self) -> list[Path]:
+        """See `Corpus.files`."""
+        table = self._opened
+        if not isinstance(table, Table) or self._features is None:
+            return []
+        paths = [table.path] if isinstance(table.path, str) else table.path
+        return [Path(path) for path in paths if os.path.isfile(path)]
+
+    @property
+    def _opened(self) -> Table | Pages:
+        return self._table if isinstance(self._table, Table | Pages) else self._table.table
+
+    @cached_property
+    def _features(self) -> datasets.Features | None:
+        """The features of an Arrow table."""
+        raw = getattr(self._opened, "raw", None)
+        raw = raw.first if isinstance(raw, Joined) else raw
+        return raw.features if isinstance(raw, datasets.Dataset) else None
+
+    @cached_property
+    def _light(self) -> list[str]:
+        """The columns whose cells are small."""
+        if isinstance(self._opened, Pages):
+            return ["id"]
+        if self._features is None:
+            return self._columns
+        features, always = self._features, {"title", "text", "instruction", *ITEM_IDS[self._role]}
+
+        def is_light(name: str) -> bool:
+            return spelling(name) in always or (name in features and not MEDIA.search(repr(features[name])))
+
+        return [*filter(is_light, self._columns)]
+
+    def _scanned(self, rows: range) -> list[dict[str, Any]]:
+        if isinstance(self._table, Table | Pages):
+            return self._table.read(rows, self._light)
+        raw = self._table.table.raw
+        return (raw if self._features is None else raw.select_columns(self._light)).__getitems__([*rows])
+
+
+def _brief(value: Any) -> str:
+    """Return what stands for a cell that is no JSON, such as the bytes of a file in a tar."""
+    return digest([value]) if isinstance(value, bytes) else str(value)
+
+
+class MediaFolder(Pages):
+    """The images, and the pages of the PDFs, of a folder, in the order of their names, which are their ids."""
+
+    def read(self, indices: Sequence[int], names: Collection[str] | None = None) -> list[dict[str, Any]]:
+        """See `Pages.read`."""
+        rows = []
+        for index in indices:
+            file, _ = self._page(index)
+            if file.suffix.lower() == ".pdf":
+                rows += super().read([index], names)
+            else:
+                row = {"id": file.relative_to(self.folder.path).as_posix(), "image": str(file.absolute())}
+                rows.append({name: cell for name, cell in row.items() if names is None or name in names})
+        return rows
+
+    def origins(self, indices: Sequence[int]) -> list[str]:
+        """See `Pages.origins`."""
+        return [f"{self.path}, {self.read([index], ['id'])[0]['id']}" for index in indices]
+
+    @cached_property
+    def _files(self) -> list[Path]:
+        return sorted((file for file in _visible(Path(self.path)) if _is_shown(file)), key=Path.as_posix)
+
+    def _count(self, file: Path) -> int:
+        self.folder.find(file.absolute(), "image or PDF", self.path)
+        try:
+            return super()._count(file) if file.suffix.lower() == ".pdf" else 1
+        except ValueError:
+            return 1  # Reading this page will say why there is none.
+
+
+def _visible(root: Path) -> Iterator[Path]:
+    """Yield a file, or the files below a folder, but hidden ones."""
+    for file in [root] if root.is_file() else root.rglob("*"):
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(root).parts):
+            yield file
+
+
+def _is_shown(file: Path) -> bool:
+    suffix = file.suffix.lower()
+    return suffix == ".pdf" or (suffix in Image.registered_extensions() and suffix not in (".mpg", ".mpeg"))
+
+
+def is_media_folder(path: str) -> bool:
+    """Tell a folder of images and PDFs, or one PDF, from a data set."""
+    root, has_media = Path(path), False
+    if root.is_file():
+        return root.suffix.lower() == ".pdf"
+    if not root.is_dir():
+        return False
+    for file in _visible(root):
+        if {*file.suffixes} & {*KINDS, ".ndjson", ".arrow", ".lance"}:
+            return False
+        has_media = has_media or _is_shown(file)
+    return has_media
+
+
+class RowsCorpus(Corpus):
+    """The distinct documents, or queries, of training rows; their ids are those of their content."""
+
+    def __init__(self, rows: Source, role: Role) -> None:
+        refuse_streams(rows, "encoding")
+        self._rows, self._role = rows, role
+        self._last: tuple[int, list[Item]] = -1, []
+        self._ids, self._places = self._distinct()
+
+    def _distinct(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the N ids, in the order in which they come first; and (N, 2) row, and number in the row."""
+        ids, places = array("Q"), array("q")
+        for row in range(len(self._rows)):
+            try:
+                items = self._items(row)
+            except ValueError:
+                ids.append(UNREADABLE + row)
+                places.extend((row, 0))
+                continue
+            ids.extend(item.id for item in items)
+            places.extend(place for number in range(len(items)) for place in (row, number))
+        if not ids:
+            raise ValueError(f"{self._rows.name}: the training rows have no {self._role}.")
+        _, first = np.unique(np.frombuffer(ids, np.uint64), return_index=True)
+        first.sort()
+        return np.frombuffer(ids, np.uint64)[first], np.frombuffer(places, np.int64).reshape(-1, 2)[first]
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def scan(self, rows: range) -> list[tuple[str | None, str]]:
+        """See `Corpus.scan`."""
+        return [(None if self._ids[row] >= UNREADABLE else f"{self._ids[row]:016x}", "") for row in rows]
+
+    def read(self, row: int) -> tuple[str, Item]:
+        """See `Corpus.read`."""
+        place, number = self._places[row].tolist()
+        if self._last[0] != place:
+            self._last = place, self._items(place)
+        return f"{self._ids[row]:016x}", self._last[1][number]
+
+    def origin(self, row: int) -> str:
+        """See `Corpus.origin`."""
+        place = int(self._places[row, 0])
+        return (
+            self._rows.origins([place])[0] if isinstance(self._rows, Table) else f"{self._rows.name}, row {place + 1}"
+        )
+
+    def _items(self, row: int) -> list[Item]:
+        example: Example = self._rows[row]
+        return [example.query] if self._role == "query" else [*example.documents]
+
+
+class SetCorpus(Corpus):
+    """The documents, or queries, of an evaluation set in memory."""
+
+    def __init__(self, evaluation: EvaluationSet, role: Role) -> None:
+        is_query = role == "query"
+        self._name = evaluation.name
+        self._items = evaluation.queries if is_query else evaluation.corpus
+        self._ids = evaluation.query_names if is_query else evaluation.document_names
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def scan(self, rows: range) -> list[tuple[str | None, str]]:
+        """See `Corpus.scan`."""
+        return [(self._ids[row], "") for row in rows]
+
+    def read(self, row: int) -> tuple[str, Item]:
+        """See `Corpus.read`."""
+        return self._ids[row], self._items[row]
+
+    def origin(self, row: int) -> str:
+        """See `Corpus.origin`."""
+        return f"{self._name}, item {row + 1}"
+
+
+class JoinedCorpus(Corpus):
+    """Several corpora, one after the other."""
+
+    def __init__(self, parts: Sequence[Corpus]) -> None:
+        self._parts = parts
+        self._ends = [*accumulate(map(len, parts))]
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def scan(self, rows: range) -> list[tuple[str | None, str]]:
+        """See `Corpus.scan`."""
+        return [
+            entry for row in rows for part, place in [self._place(row)] for entry in part.scan(range(place, place + 1))
+        ]
+
+    def read(self, row: int) -> tuple[str, Item]:
+        """See `Corpus.read`."""
+        part, place = self._place(row)
+        return part.read(place)
+
+    def origin(self, row: int) -> str:
+        """See `Corpus.origin`."""
+        part, place = self._place(row)
+        return part.origin(place)
+
+    def files(self) -> list[Path]:
+        """See `Corpus.files`."""
+        return [file for part in self._parts for file in part.files()]
+
+    def blocks(self) -> Iterator[list[tuple[str | None, str]]]:
+        """See `Corpus.blocks`."""
+        for part in self._parts:
+            yield from part.blocks()
+
+    def _place(self, row: int) -> tuple[Corpus, int]:
+        number = bisect_right(self._ends, row)
+        return self._parts[number], row - self._ends[number] + len(self._parts[number])
+
+
+def open_corpus(value: CorpusSource, role: Role) -> Corpus:
+    """Open whatever ``data.val`` takes, or a file or folder of items; a ``ValueError`` says why that cannot be."""
+    if isinstance(value, str):
+        value = _source(value)
+    if isinstance(value, EvaluationRows):
+        value = value.rows
+    if isinstance(value, Source):
+        return RowsCorpus(value, role)
+    if isinstance(value, EvaluationFolder):
+        return _of_folder(value, role)
+    if isinstance(value, EvaluationTables):
+        table = as_rows(value.queries if role == "query" else value.corpus)
+        return TableCorpus(table, role, value.query_instruction if role == "query" else value.document_instruction)
+    if isinstance(value, EvaluationSource):
+        return SetCorpus(value.load(), role)
+    return TableCorpus(as_rows(value), role)
+
+
+def _source(path: str) -> CorpusSource:
+    """Return what a path or Hub id stands for."""
+    if is_media_folder(path):
+        return MediaFolder(path)
+    if is_evaluation_folder(path):
+        return EvaluationFolder(path)
+    table = Table(path)
+    columns = {*as_rows(table).column_names}
+    is_training = "query" in columns and bool({"positive", "label"} & columns)
+    return Rows(path) if is_training and not {"id", "_id"} & columns else table
+
+
+def _of_folder(source: EvaluationFolder, role: Role) -> Corpus:
+    """Open the corpora, or the queries, of an evaluation folder; no judgements are needed."""
+    sets = find_sets(source.path, source.revision)
+    if not sets:
+        raise ValueError(f"{source.path}: no evaluation set; a folder has corpus.jsonl and queries.jsonl.")
+    if source.subset is not None and source.subset not in sets:
+        known = ", ".join(filter(None, sets)) or "none, but is a single set"
+        raise ValueError(f"{source.path}: no subset {source.subset!r}{nearest(source.subset, sets)}; it has {known}.")
+    chosen = source.subset if source.subset is not None else "" if "" in sets else None
+    named = sets if chosen is None else {chosen: sets[chosen]}
+    root, parts = Folder.of(source.path, source.allow_outside), dict[Place, Corpus]()
+    for subset, places in named.items():
+        place = places["queries" if role == "query" else "corpus"]
+        if place not in parts:
+            place.check(root)
+            split = place.choose(root, source.split or "test", is_exact=False)
+            instruction = source.query_instruction if role == "query" else source.document_instruction
+            table = as_rows(place.open(split, source.revision, source.allow_outside))
+            parts[place] = TableCorpus(table, role, instruction, f"{subset}/" if chosen is None else "")
+    return next(iter(parts.values())) if len(parts) == 1 else JoinedCorpus([*parts.values()])
+
+
+def files_of(item: Item) -> Iterator[Path]:
+    """Yield the files that an item names."""
+    for part in item.parts:
+        for value in part.value if isinstance(part.value, tuple) else (part.value,):
+            file = getattr(value, "file", None) if isinstance(value, LazyImage) else value
+            if isinstance(file, Path):
+                yield file

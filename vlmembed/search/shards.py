@@ -1,0 +1,227 @@
+"""One shard of an index: a Parquet file of ids and vectors, and of what could not be read."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import tee
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from vlmembed.files import whole_file
+from vlmembed.search.corpus import Corpus, CorpusSource, files_of, open_corpus
+from vlmembed.search.served import Encoded, ServedModel
+from vlmembed.types import Item, Role
+
+Precision = Literal["float32", "float16", "int8", "binary"]
+
+#: In a shard's metadata: the items that could not be read, as JSON.
+UNREADABLE = b"unreadable"
+
+#: How vectors are stored.
+STORED: dict[Precision, Any] = {
+    "float32": pa.float32(),
+    "float16": pa.float16(),
+    "int8": pa.int8(),
+    "binary": pa.uint8(),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every process of an encoding is told; it is pickled."""
+
+    model: str
+    corpus: CorpusSource
+    output: str
+    role: Role
+    precision: Precision
+    shard_size: int
+    window: int
+    batch_tokens: int | None
+    num_workers: int
+    device: str | None
+    dtype: str | None
+    trust_remote_code: bool
+    folder: str  # Where relative paths start.
+
+    def path(self, shard: int) -> Path:
+        """Return the file of a shard."""
+        return Path(self.folder, self.output, f"shard-{shard:05d}.parquet")
+
+
+class Window(Sequence[Item]):
+    """Items that are encoded together, each read when asked for; their ids are known once they have been read."""
+
+    def __init__(self, corpus: Corpus, rows: range) -> None:
+        self._corpus, self.rows = corpus, rows
+        self.ids: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        self.ids[index], item = self._corpus.read(self.rows[index])
+        return item
+
+    def name(self, index: int) -> str | None:
+        """Return an item's id, also of one that could not be read; None where its row says none."""
+        return self.ids.get(index) or self._corpus.scan(self.rows[index : index + 1])[0][0]
+
+    def origin(self, index: int) -> str:
+        """Say where an item is."""
+        return self._corpus.origin(self.rows[index])
+
+
+class Encoding:
+    """An open model and corpus, which writes shards."""
+
+    def __init__(self, job: Job, model: ServedModel | None = None, corpus: Corpus | None = None) -> None:
+        self.job = job
+        self.model = model or open_model(job)
+        self.corpus = open_corpus(job.corpus, job.role) if corpus is None else corpus
+
+    def rows(self, shard: int) -> range:
+        """Return the rows of the corpus that are in a shard."""
+        first = shard * self.job.shard_size
+        return range(first, min(first + self.job.shard_size, len(self.corpus)))
+
+    def write(self, shards: Iterable[int], progress: Callable[[int], Any] = int) -> Iterator[int]:
+        """Write shards, each whole or not at all, and yield the number of each; ``progress`` is told of items."""
+        shards = [*shards]
+        # One stream for all: its workers read the next shard while this one is encoded. A window ends with its shard,
+        # so that what is in a file does not depend on where the encoding began.
+        read, windows = tee(
+            Window(self.corpus, rows[start : start + self.job.window])
+            for rows in map(self.rows, shards)
+            for start in range(0, len(rows), self.job.window)
+        )
+        options: Any = {"num_workers": self.job.num_workers, "batch_tokens": self.job.batch_tokens}
+        encoded = zip(windows, self.model.stream(read, self.job.role, **options), strict=True)
+        for shard in shards:
+            self._write(shard, encoded, progress)
+            yield shard
+
+    def _write(self, shard: int, encoded: Iterator[tuple[Window, Encoded]], progress: Callable[[int], Any]) -> None:
+        unreadable: list[dict[str, Any]] = []
+        schema, left = schema_of(self.job.precision, self.model.is_multi_vector), len(self.rows(shard))
+        with whole_file(self.job.path(shard)) as draft:
+            with pq.ParquetWriter(draft, schema, compression="none", use_dictionary=bytes_in(schema)) as writer:
+                while left:
+                    window, made = next(encoded)
+                    ids = [window.name(row) for row in made.rows]
+                    check_finite(window, made)
+                    if made.rows:
+                        writer.write_table(table_of(ids, made.vectors, self.job.precision, schema))
+                    for row, reason in sorted(made.unreadable.items()):
+                        name, origin = window.name(row), window.origin(row)
+                        unreadable.append({"id": name, "origin": origin, "error": reason, "shard": shard})
+                    left -= len(window)
+                    progress(len(window))
+                writer.add_key_value_metadata({UNREADABLE: json.dumps(unreadable)})
+            os.chmod(draft, 0o666 & ~_umask())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def open_model(job: Job) -> ServedModel:
+    """Open the model of a job."""
+    return ServedModel.open(job.model, job.device, job.dtype, job.trust_remote_code)
+
+
+def check_finite(window: Window, made: Encoded) -> None:
+    """Raise a ``ValueError`` that names the first item whose vectors have a number that is none."""
+    for row, vectors in zip(made.rows, made.vectors, strict=True):
+        if not torch.isfinite(vectors).all():
+            raise ValueError(
+                f"{window.origin(row)} (id {window.name(row)!r}): its embedding has NaN or infinite numbers. Is the "
+                "model whole, and made for this dtype? Try --dtype float32. Shards that are written stay."
+            )
+
+
+def schema_of(precision: Precision, is_multi_vector: bool) -> pa.Schema:
+    """Return the columns of a shard."""
+    vector = pa.list_(STORED[precision])
+    fields = [("id", pa.string()), ("embedding", pa.list_(vector) if is_multi_vector else vector)]
+    return pa.schema([*fields, *([("scale", pa.float32())] if precision == "int8" else [])])
+
+
+def bytes_in(schema: pa.Schema) -> list[str]:
+    """Return the column whose numbers are bytes: without a dictionary, Parquet takes four for each of them."""
+    stored = schema.field("embedding").type
+    path = "embedding"
+    while pa.types.is_list(stored):
+        stored, path = stored.value_type, f"{path}.list.element"
+    return [path] if stored in (pa.int8(), pa.uint8()) else []
+
+
+def table_of(
+    ids: Sequence[str | None], vectors: Tensor | list[Tensor], precision: Precision, schema: pa.Schema
+) -> pa.Table:
+    """Return rows of a shard: embeddings (N, D), or the vectors (n, D) of each of N items."""
+    lengths = None if isinstance(vectors, Tensor) else [len(of_item) for of_item in vectors]
+    matrix = (vectors if isinstance(vectors, Tensor) else torch.cat(vectors)).float().numpy()  # (N, D) or (T, D)
+    columns: list[Any] = [pa.array(ids, pa.string())]
+    if precision == "int8":
+        scales = _scales(matrix, lengths)
+        matrix = np.rint(matrix / (scales if lengths is None else np.repeat(scales, lengths))[:, None]).astype(np.int8)
+        columns.append(pa.array(scales, pa.float32()))
+    elif precision == "binary":
+        matrix = np.packbits(matrix > 0, axis=1)
+    else:
+        matrix = matrix.astype(precision)
+    columns.insert(1, _lists(pa.array(matrix.ravel()), [matrix.shape[1]] * len(matrix)))
+    if lengths is not None:
+        columns[1] = _lists(columns[1], lengths)
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _scales(matrix: np.ndarray, lengths: Sequence[int] | None) -> np.ndarray:
+    """Return what each item's int8 are multiplied by (N,): the largest number becomes 127."""
+    largest = np.abs(matrix).max(axis=1)  # Of each vector.
+    if lengths is not None:
+        largest = np.array([piece.max(initial=0) for piece in np.split(largest, np.cumsum(lengths)[:-1])])
+    return np.where(largest > 0, largest / 127, 1).astype(np.float32)
+
+
+def _lists(values: pa.Array, lengths: Sequence[int]) -> pa.ListArray:
+    return pa.ListArray.from_arrays(pa.array(np.cumsum([0, *lengths]), pa.int32()), values)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What a shard that is whole says of itself."""
+
+    rows: int
+    unreadable: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, path: Path) -> Shard | None:
+        """Return it; None where there is none, or none that is whole."""
+        try:
+            metadata = pq.read_metadata(path)
+        except (FileNotFoundError, pa.ArrowInvalid):
+            return None
+        return cls(metadata.num_rows, json.loads(metadata.metadata[UNREADABLE]))
+
+
+def rewritten(corpus: Corpus, rows: range, shard: Path) -> Path | None:
+    """Return a file that items of a shard name, or that they are in, and that was written after the shard."""
+    written, files = shard.stat().st_mtime_ns, {*corpus.files()}
+    for row in rows:
+        with suppress(ValueError):  # It could not be read then, either.
+            files |= {*files_of(corpus.read(row)[1])}
+    return next((file for file in files if file.exists() and file.stat().st_mtime_ns > written), None)
