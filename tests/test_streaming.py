@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from itertools import islice
 from pathlib import Path
@@ -9,12 +10,14 @@ from typing import Any
 
 import datasets
 import ddp
+import pyarrow
 import pytest
 import torch
 import torch.distributed as dist
 from building import module, trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
+from PIL import Image
 
 from vlmembed.data import (
     EvaluationRows,
@@ -28,6 +31,8 @@ from vlmembed.data import (
     StreamingRows,
 )
 from vlmembed.data.streaming import StreamedBatches, StreamLoader
+from vlmembed.media import encode_audio, load_image
+from vlmembed.mining import mine, score
 from vlmembed.types import BadRow
 
 
@@ -258,6 +263,114 @@ def test_a_stream_is_not_measured_on(tmp_path: Path, wrap: Any, collator: Any) -
     message = r"0\.jsonl.*: a stream is for training, and a measurement needs all rows\. Give the path itself"
     with pytest.raises(ValueError, match=message):
         data.setup("validate")
+
+
+def encoded(number: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (3 + number % 5, 4), (number, 0, 255)).save(file, "png")
+    return file.getvalue()
+
+
+IMAGE, BINARY, LARGE = datasets.Image(decode=False), datasets.Value("binary"), datasets.Value("large_binary")
+#: Types of a column, and what a row has in it, by the row's number.
+MEDIA: dict[str, tuple[Any, Any]] = {
+    "struct": (IMAGE, lambda n: {"bytes": encoded(n), "path": f"{n}.png"}),
+    "plain": (BINARY, encoded),
+    "large": (LARGE, encoded),
+    "list": (datasets.List(IMAGE), lambda n: [{"bytes": encoded(k), "path": None} for k in range(n % 3 + 1)]),
+    "list of plain": (datasets.List(LARGE), lambda n: [encoded(k) for k in range(n % 3 + 1)]),
+    "fixed": (datasets.List(IMAGE, length=2), lambda n: [{"bytes": encoded(k), "path": None} for k in (n, n + 1)]),
+    "text or image": (
+        {"text": datasets.Value("string"), "image": IMAGE},
+        lambda n: {"text": f"t{n}", "image": {"bytes": encoded(n), "path": None} if n % 2 else None},
+    ),
+    "nested": (
+        {"text": datasets.Value("string"), "image": datasets.List(BINARY)},
+        lambda n: {"text": f"t{n}", "image": [encoded(k) for k in range(n % 3)] if n % 4 else None},
+    ),
+    "audio": (BINARY, lambda n: encode_audio([0.0, n / 400] * 800, 16000)),
+    "some empty": (IMAGE, lambda n: {"bytes": encoded(n), "path": None} if n % 50 else None),
+}
+
+
+@pytest.mark.parametrize("kind", MEDIA)
+def test_media_are_those_of_the_file(tmp_path: Path, kind: str) -> None:
+    """Though their bytes are not copied; without shuffling and with it, each row once."""
+    feature, make = MEDIA[kind]
+    path = str(tmp_path / "rows.parquet")
+    data = {"query": [f"q{n}" for n in range(300)], "positive": [make(n) for n in range(300)]}
+    features = datasets.Features({"query": datasets.Value("string"), "positive": feature})
+    datasets.Dataset.from_dict(data, features=features).to_parquet(path, batch_size=70)
+    RetrievalDataModule(StreamingRows(path)).setup("fit")
+    local = Rows(path)
+    for buffer in (0, 100):
+        rows = StreamingRows(path, shuffle_buffer=buffer)
+        batches = StreamedBatches(rows, 10, 1, 0, distinct=False, skip=True)
+        read = [row for batch in islice(StreamLoader(batches, 30, collate_fn=keep_bad), 30) for row in batch]
+        bad = {row.row - 1 for row in read if isinstance(row, BadRow)}
+        assert bad == ({*range(0, 300, 50)} if kind == "some empty" else set())
+        examples = dict(row for row in read if not isinstance(row, BadRow))
+        assert {*examples} | bad == {*range(300)}
+        for number, example in examples.items():
+            expected = local[number]
+            assert example == expected
+            assert (example.query.id, example.positives[0].id) == (expected.query.id, expected.positives[0].id)
+            assert example.positives[0].origin == expected.positives[0].origin
+            for part in example.positives[-1].parts:
+                if part.kind == "image":
+                    assert isinstance(part.value, memoryview)
+                    load_image(part.value)
+
+
+@pytest.mark.parametrize(("command", "use"), [(mine, "mining"), (score, "scoring")])
+@pytest.mark.parametrize("wrap", [lambda rows: rows, GroupByQuery, lambda rows: Mixture([GroupByQuery(rows)])])
+def test_a_stream_is_neither_mined_nor_scored(tmp_path: Path, command: Any, use: str, wrap: Any) -> None:
+    rows = wrap(StreamingRows(write(tmp_path, "jsonl"), columns={"q": "query"}))
+    with pytest.raises(ValueError, match=rf"0\.jsonl: a stream is for training, and {use} needs all rows\. Give the"):
+        command("no model", rows, str(tmp_path / "output.jsonl"))
+
+
+@pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("wrap", [lambda path: path, lambda path: str(Path(path).parent)])
+def test_a_line_above_the_limit_is_refused_as_in_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, wrap: Any
+) -> None:
+    """Also of the rows that no check looks at, and of a folder's files; a line of the limit's size is read."""
+    monkeypatch.setattr("vlmembed.data.records.MAX_LINE_BYTES", 100)
+    lines = [json.dumps({"query": f"q{n}", "positive": "é"}, ensure_ascii=False).encode() for n in range(300)]
+    lines[290] = lines[290].ljust(99)
+    for size, message in ((0, None), (100, "row 280: the line has more than")):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        lines[279] = lines[279].ljust(size)
+        path = str(folder / f"rows.jsonl{ending}")
+        with pyarrow.output_stream(path) as file:  # Which compresses by the ending.
+            file.write(b"\n".join(lines))
+        read = loader(StreamingRows(wrap(path), shuffle_buffer=0), size=100)
+        if message is None:
+            assert [n for batch in take(read, 3) for n, *_ in batch] == [*range(300)]
+        else:
+            with pytest.raises(ValueError, match=rf"^{path}, {message}"):
+                take(read, 3)
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+def test_a_compressed_stream_that_was_cut_off_is_named(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"rows.jsonl{ending}"
+    text = "".join(json.dumps({"query": f"q{n} {n**99}", "positive": f"a{n}"}) + "\n" for n in range(300))
+    with pyarrow.output_stream(path) as file:
+        file.write(text.encode())
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=rf"^{path}: cannot be decompressed: .*Is the file whole"):
+        take(loader(StreamingRows(str(path))), 30)
+
+
+def test_names_of_files_are_no_patterns(tmp_path: Path) -> None:
+    folder = tmp_path / "a[1]"
+    folder.mkdir()
+    for kind in ("jsonl", "parquet"):
+        rows = StreamingRows(write(folder, kind), columns={"q": "query"}, shuffle_buffer=0)
+        assert [n for batch in take(loader(rows), 2) for n, *_ in batch] == [*range(16)]
 
 
 def test_a_run_leaves_out_a_bad_row_of_a_stream(checkpoint: Path, tmp_path: Path) -> None:

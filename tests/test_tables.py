@@ -644,13 +644,29 @@ print(peak() - before)
 
 HUB_PROGRAM = """
 import json, sys
+from itertools import islice
 from vlmembed.data.cells import Folder
+from vlmembed.data.streaming import START, StreamedBatches, StreamingRows
 from vlmembed.data.tables import open_table
 
-for path, subset, split, revision in json.loads(sys.argv[1]):
+def local(path, subset, split, revision):
+    table = open_table(path, split, subset, Folder.of(path, None), revision)
+    return [row["txt"] for row in table.__getitems__(range(len(table)))]
+
+def streamed(path, subset, split, revision):
+    cells = {"query": "txt", "positive": "txt"}
+    rows = StreamingRows(path, split, subset, revision=revision, cells=cells, shuffle_buffer=4)
+    batches = StreamedBatches(rows, 4, 1, 0, distinct=False, skip=False)
+    batches.positions = [START]
+    first, *rest = islice(batches, 4)
+    batches.positions = [first[1]]
+    assert [*islice(batches, 3)] == rest
+    return sorted(example.query.parts[0].value for _, example in first[2])
+
+cases, streams = json.loads(sys.argv[1])
+for read, case in [*((local, case) for case in cases), *((streamed, case) for case in streams)]:
     try:
-        table = open_table(path, split, subset, Folder.of(path, None), revision)
-        print(json.dumps([row["txt"] for row in table.__getitems__(range(len(table)))]))
+        print(json.dumps(read(*case)))
     except ValueError as error:
         print(json.dumps(str(error)))
 """
@@ -667,7 +683,11 @@ def test_configurations_splits_slices_and_revisions_of_a_hub_id(tmp_path: Path) 
     tar = write_tar(tmp_path / "t.tar", [("a.txt", b"one"), ("b.txt", b"two")]).read_bytes()
     lines = b'{"txt": "new"}\n' * 200 + b'{"txt": "last"}\n'
     new = {"README.md": PAGE.encode(), **dict.fromkeys(("en/train.jsonl", "en/dev.jsonl", "de/train.jsonl"), lines)}
+    texts, parquet = [{"txt": f"t{number}"} for number in range(16)], io.BytesIO()
+    datasets.Dataset.from_list(texts).to_parquet(parquet)
+    packed = gzip.compress("".join(json.dumps(row) + "\n" for row in texts).encode())
     branches = {"v1": {"train.jsonl": b'{"txt": "old"}\n'}, "main": new}
+    branches |= {"parquet": {"train.parquet": parquet.getvalue()}, "gz": {"train.jsonl.gz": packed}}
     tars = {"train.tar": tar, "test.tar": tar}
     cases = {
         ("org/set", "en", "train[:1%]", None): ["new", "new"],
@@ -681,6 +701,14 @@ def test_configurations_splits_slices_and_revisions_of_a_hub_id(tmp_path: Path) 
         ("org/tars", None, "dev", None): "org/tars: no split 'dev'; it has train, test",
         ("org/set", "en", "train", "v9"): "org/set: cannot be opened: 404 Client Error.\n\nRevision Not Found",
     }
+    streams = {
+        **{("org/set", None, "train", branch): ["t0", "t1", "t2", "t3"] for branch in ("parquet", "gz")},
+        ("org/set", "en", "train", None): ["new"] * 4,
+        ("org/set", "fr", "train", None): "org/set: no configuration 'fr'; it has en, de",
+        ("org/set", "en", "tran", None): "org/set: no split 'tran' (did you mean 'train'?); it has train, dev",
+        ("org/set", "en", "train[:1%]", None): "org/set: split is 'train[:1%]', but a stream has no slices",
+        ("org/set", None, "train", "v9"): "org/set: cannot be opened: 404 Client Error.\n\nRevision Not Found",
+    }
     with serve("hf_x") as hub:
         hub.repositories |= {name: Repository(private=False) for name in ("org/set", "org/tars")}
         for branch, files in branches.items():
@@ -688,8 +716,8 @@ def test_configurations_splits_slices_and_revisions_of_a_hub_id(tmp_path: Path) 
         hub.repositories["org/tars"].commit("main", tars)
         environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_x", "HF_HOME": str(tmp_path / "home")}
         environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-        command = [sys.executable, "-c", HUB_PROGRAM, json.dumps([*cases])]
+        command = [sys.executable, "-c", HUB_PROGRAM, json.dumps([[*cases], [*streams]])]
         ran = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    for (case, expected), line in zip(cases.items(), ran.stdout.splitlines(), strict=True):
+    for (case, expected), line in zip([*cases.items(), *streams.items()], ran.stdout.splitlines(), strict=True):
         said = json.loads(line)
         assert said == expected if isinstance(expected, list) else said.startswith(expected), (case, said)

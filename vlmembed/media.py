@@ -127,7 +127,7 @@ RATES = range(1000, 192_001)
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
 
-def open_image(file: Path | bytes) -> Image.Image:
+def open_image(file: Path | bytes | memoryview) -> Image.Image:
     """Read the header of an image: nothing is decoded, so a file that is refused takes no memory.
 
     Raises one of ``UNREADABLE`` if it is above a limit, broken, not there, or of none of ``FORMATS``, whatever its name
@@ -456,13 +456,13 @@ def _grey(image: Image.Image) -> Image.Image:
     return grey
 
 
-def head_of(file: Path | bytes, most: float = math.inf, variable: str = "") -> bytes:
+def head_of(file: Path | bytes | memoryview, most: float = math.inf, variable: str = "") -> bytes:
     """Return the first bytes of a file, unless it has more than the limit that an environment variable sets."""
-    size = len(file) if isinstance(file, bytes) else file.stat().st_size
+    size = file.stat().st_size if isinstance(file, Path) else len(file)
     if size > most:
         raise ValueError(f"{size:,} bytes are more than the limit of {most:,}; {variable} sets it")
-    if isinstance(file, bytes):
-        return file[:HEAD]
+    if not isinstance(file, Path):
+        return bytes(file[:HEAD])
     with file.open("rb") as opened:
         return opened.read(HEAD)
 
@@ -476,7 +476,7 @@ def _check_kind(head: bytes, others: dict[bytes, str]) -> None:
 
 
 def _unreadable(kind: str, frame: Frame, origin: str, error: Exception) -> ValueError:
-    where, name = f"{origin}: " if origin else "", "given as bytes" if isinstance(frame, bytes) else frame
+    where, name = f"{origin}: " if origin else "", "given as bytes" if isinstance(frame, bytes | memoryview) else frame
     if isinstance(error, OtherKindError):
         return ValueError(f"{where}cannot read the {kind} {name}: {error}, or remove the row.")
     return ValueError(

@@ -55,8 +55,8 @@ class LazyImage(ABC):
         """Make the image if it is not there yet, and return its file; a ``ValueError`` says why that cannot be."""
 
 
-#: An image: open, in a file, the content of a file, or made when it is needed.
-Frame = Image | Path | bytes | LazyImage
+#: An image: open, in a file, the content of a file (of a stream not copied), or made when it is needed.
+Frame = Image | Path | bytes | memoryview | LazyImage
 
 #: What a patch costs, in tokens, where the vision tower is trained: about half of a token's activations in Qwen3-VL.
 PATCH_COST = 0.5
@@ -83,8 +83,9 @@ class Part:
         for value in self.value if isinstance(self.value, tuple) else (self.value,):
             if isinstance(value, Image):
                 hashed.update(f"\0pixels {value.mode} {value.size}".encode() + value.tobytes())
-            elif isinstance(value, bytes):
-                hashed.update(f"\0bytes {len(value)} ".encode() + value)
+            elif isinstance(value, bytes | memoryview):
+                hashed.update(f"\0bytes {len(value)} ".encode())
+                hashed.update(value)
             elif isinstance(value, LazyImage):
                 hashed.update(f"\0{type(value).__name__} {value.key}".encode())
             else:

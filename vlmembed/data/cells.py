@@ -17,7 +17,7 @@ from huggingface_hub import constants
 from PIL import Image
 
 from vlmembed.data.pdf import PdfPage, all_pages
-from vlmembed.media import encode_audio, is_audio, is_video, limit
+from vlmembed.media import HEAD, encode_audio, is_audio, is_video, limit
 from vlmembed.types import Frame, Item, LazyImage, Part, Role
 
 KINDS = ("text", "image", "video", "audio", "pdf")
@@ -174,7 +174,7 @@ def _without_key(cell: Any, folder: Folder, origin: str) -> Iterator[Part]:
     """Read an image, or a cell of an ``Image``, ``Pdf``, ``Audio`` or ``Video`` column."""
     content, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, Mapping) else (None, None)
     kind = (mimetypes.guess_type(path)[0] or "") if isinstance(path, str) else ""
-    head = content if isinstance(content, bytes) else b""
+    head = bytes(content[:HEAD]) if isinstance(content, bytes | memoryview) else b""
     if head.startswith(b"%PDF-") or (not head and kind == "application/pdf"):
         yield from _of_pdf(cell, None, folder, origin)
     elif is_audio(head) or kind.startswith("audio/"):
@@ -286,6 +286,8 @@ def _checked_text(value: Any, origin: str) -> str:
 
 def _frame(value: Any, folder: Folder, origin: str) -> Frame:
     """Return an open image, the path of one, or its content, which is decoded when it is encoded."""
+    if _is_encoded(value) and isinstance(value.get("bytes"), memoryview):  # Of a stream: images are not copied.
+        return value["bytes"]
     return value if isinstance(value, Image.Image | LazyImage) else _file(value, "image", folder, origin)
 
 
@@ -307,6 +309,8 @@ def _file(value: Any, kind: str, folder: Folder, origin: str) -> Path | bytes:
     content, path = (value.get("bytes"), value.get("path")) if _is_encoded(value) else (None, value)
     if content is None:
         return folder.find(path, kind, origin)
+    if isinstance(content, memoryview):
+        return bytes(content)
     if not isinstance(content, bytes):
         raise ValueError(f"{origin}: the bytes of {kind} {path!r} are {type(content).__name__} {content!r:.100}.")
     return content

@@ -350,7 +350,7 @@ def _extent(value: Frame) -> Any:
         return value.mode, value.size
     if isinstance(value, LazyImage):
         return value.size
-    return len(value) if isinstance(value, bytes) else value.stat().st_size
+    return value.stat().st_size if isinstance(value, Path) else len(value)
 
 
 def _hashed(value: Frame) -> Any:

@@ -17,7 +17,7 @@ from vlmembed.data.collate import Collator
 from vlmembed.data.evaluation import EvaluationSource, RerankingSource
 from vlmembed.data.rows import INSTRUCTIONS, Rows, Table
 from vlmembed.data.sources import Batches, GroupByQuery, Mixture, ResumableLoader, RowLists, Source, seeded_generator
-from vlmembed.data.streaming import Collated, StreamedBatches, StreamingRows, StreamLoader, Unnumbered, stream_of
+from vlmembed.data.streaming import Collated, StreamedBatches, StreamingRows, StreamLoader, stream_of
 from vlmembed.metrics import MEAN
 from vlmembed.training.bad_rows import BadRowFile, ReadableRows, SkipBadRows
 from vlmembed.training.signals import leave_stopping_to_parent
@@ -203,10 +203,10 @@ class RetrievalDataModule(LightningDataModule):
         batches = StreamedBatches(
             rows, self.batch_size, readers, first, self._collator.distinct_queries, skip=is_skipping
         )
-        making: Any = SkipBadRows(collate, collate.check) if is_skipping else Unnumbered(collate)
+        making = Collated(SkipBadRows(collate, collate.check) if is_skipping else collate, takes_numbers=is_skipping)
         if is_skipping:
             bad_rows = BadRowFile(Path(trainer.log_dir or trainer.default_root_dir), self.max_bad_rows)
-        loader = StreamLoader(batches, per_epoch, collate_fn=Collated(making), **self._loader_options)
+        loader = StreamLoader(batches, per_epoch, collate_fn=making, **self._loader_options)
         loader.bad_rows = bad_rows
         return loader
 

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, cast
 import datasets
 import numpy as np
 import pyarrow
+from datasets.utils.file_utils import xopen
 from filelock import FileLock
 
 from vlmembed.data.columns import nearest
@@ -37,17 +38,16 @@ DECODER = json.JSONDecoder()
 LONGEST_TOKEN = 16
 
 
-def open_bytes(path: Path) -> BinaryIO:
-    """Open a file, whose content is decompressed if its name ends in .gz or .zst."""
-    compression = COMPRESSIONS.get(path.suffix.lower())
-    if compression is None:
-        return path.open("rb")
-    # Arrow's, which unlike Python's packages says so when a file has been cut off.
-    stream = pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), compression)
-    return cast(BinaryIO, io.BufferedReader(stream, 2**20))
+def open_bytes(path: str | Path) -> BinaryIO:
+    """Open a file, also one of the Hub, whose content is decompressed if its name ends in .gz or .zst."""
+    file: Any = xopen(str(path), "rb")
+    if compression := COMPRESSIONS.get(Path(path).suffix.lower()):
+        # Arrow's, which unlike Python's packages says so when a file has been cut off.
+        file = pyarrow.CompressedInputStream(file, compression)
+    return cast(BinaryIO, file if isinstance(file, io.BufferedReader) else io.BufferedReader(file, 2**20))
 
 
-def read_lines(path: Path, name: Path | None = None) -> Iterator[bytes]:
+def read_lines(path: str | Path, name: Path | None = None) -> Iterator[bytes]:
     """Read a file line by line; a line above ``MAX_LINE_BYTES`` is refused before it is in memory."""
     with open_bytes(path) as file:
         lines = iter(partial(file.readline, MAX_LINE_BYTES + 1), b"")
@@ -72,12 +72,12 @@ def _decode(line: bytes, origin: str, is_first: bool = False) -> str:
         raise ValueError(f"{origin}: not UTF-8 ({error}): {line[:100]!r}") from error
 
 
-def _decompressed(pieces: Iterator[bytes], path: Path) -> Iterator[bytes]:
+def _decompressed(pieces: Iterator[bytes], path: str | Path) -> Iterator[bytes]:
     """Pass on what is read of a file; say which one it was that cannot be decompressed."""
     try:
         yield from pieces
     except OSError as error:  # Arrow's, which has neither number nor name.
-        if path.suffix.lower() not in COMPRESSIONS:
+        if Path(path).suffix.lower() not in COMPRESSIONS:
             raise
         raise ValueError(f"{path}: cannot be decompressed: {error}. Is the file whole?") from error
 

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice, pairwise, repeat
 from typing import Any, TypeAlias
 
 import datasets
@@ -39,9 +39,9 @@ class Lines:
         return len(self._lines)
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        lines = zip(indices, self._lines.take(pyarrow.array(indices, pyarrow.int64())).to_pylist(), strict=True)
-        rows = [(self.origins([index])[0], line) for index, line in lines]
-        return [parse_line(line, origin) if line.strip() else None for origin, line in rows]
+        lines = self._lines.take(pyarrow.array(indices, pyarrow.int64())).to_pylist()
+        rows = zip(lines, self.origins(indices), strict=True)
+        return [parse_line(line, origin) if line.strip() else None for line, origin in rows]
 
     def without_blank(self) -> Lines:
         """Return the lines that are rows, with the numbers that they have."""
@@ -61,6 +61,61 @@ class Lines:
     def origins(self, indices: Sequence[int]) -> list[str]:
         """Say where rows stand, for messages."""
         return [f"{self._origin}, row {self._numbers[index] + 1}" for index in indices]
+
+
+def as_dataset(block: pyarrow.Table, features: datasets.Features) -> datasets.Dataset:
+    """Make a data set of some columns of a stream's block."""
+    info = datasets.DatasetInfo(features=datasets.Features({name: features[name] for name in block.column_names}))
+    return datasets.Dataset(InMemoryTable(block), info=info, fingerprint="stream")
+
+
+class Views:
+    """A block of rows, of which bytes are not copied: images are most of it."""
+
+    def __init__(self, block: pyarrow.Table, features: datasets.Features):
+        media = [field.name for field in block.schema if has_bytes(field.type)]
+        others = block.drop_columns(media)
+        self._others = as_dataset(others, features) if others.column_names else None
+        self._media = block.select(media)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        rows = self._others.__getitems__(indices) if self._others else [{} for _ in indices]
+        for name, values in self._values.items():
+            for row, index in zip(rows, indices, strict=True):
+                row[name] = values[index]
+        return rows
+
+    @cached_property
+    def _values(self) -> dict[str, list[Any]]:
+        columns = zip(self._media.column_names, self._media.columns, strict=True)
+        return {name: [*chain.from_iterable(map(uncopied, column.chunks))] for name, column in columns}
+
+
+def has_bytes(kind: pyarrow.DataType) -> bool:
+    """Tell a column type that has bytes in it, as those of images have."""
+    inner = [kind.field(number).type for number in range(kind.num_fields)]
+    return any(map(has_bytes, inner)) if inner else "binary" in str(kind)
+
+
+def uncopied(array: pyarrow.Array, is_encoded: bool = False) -> list[Any]:
+    """Return what `undecoded` makes of an Arrow array, with views of the memory in place of bytes."""
+    kind, values = array.type, list[Any]()
+    if not has_bytes(kind):
+        return array.to_pylist()
+    if pyarrow.types.is_struct(kind):
+        names = [field.name for field in kind]
+        columns = [uncopied(array.field(name), {*names} <= {"bytes", "path"}) for name in names]
+        values = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+    elif kind.num_fields:
+        values = [uncopied(value.values) if value.is_valid else None for value in array]
+    else:
+        width = np.int64 if pyarrow.types.is_large_binary(kind) else np.int32
+        bounds = np.frombuffer(array.buffers()[1], width)[array.offset :][: len(array) + 1].tolist()
+        content = memoryview(array.buffers()[2] or b"").cast("B")
+        values = [content[start:end] for start, end in pairwise(bounds)]
+        values = values if is_encoded else [{"bytes": value, "path": None} for value in values]
+    valid = array.is_valid().to_pylist() if array.null_count else repeat(True)
+    return [value if is_there else None for value, is_there in zip(values, valid, strict=False)]
 
 
 @dataclass(eq=False)
@@ -85,8 +140,10 @@ class StreamingRows(Rows):
             raise ValueError(f"{self.origin}: shuffle_buffer is 0 or more, rows 1 or more.")
         stream, read = self.open(), 0
         for block in stream.iter(FIRST):
-            table = self.table(block, stream, first=read)
-            table = table.without_blank() if isinstance(table, Lines) else table
+            if stream.features == LINES:
+                table: Any = self.block(block, stream, first=read).without_blank()
+            else:
+                table = undecoded(as_dataset(block, stream.features))
             if len(table):
                 return table
             read += len(block)
@@ -96,12 +153,11 @@ class StreamingRows(Rows):
         """Open the stream, whose blocks are Arrow tables."""
         return open_stream(self.path, self.split, self.subset, self.allow_outside, self.revision).with_format("arrow")
 
-    def table(self, block: Any, stream: datasets.IterableDataset, origin: str = "", first: int = 0) -> Any:
-        """Make of a block a table that is read by row numbers, and whose media are as they are stored."""
+    def block(self, block: Any, stream: datasets.IterableDataset, origin: str = "", first: int = 0) -> Any:
+        """Make of a block of Arrow one that is read by row numbers, and whose media are as they are stored."""
         if stream.features == LINES:
             return Lines(block.column(0).combine_chunks(), origin or self.origin, range(first, first + len(block)))
-        info = datasets.DatasetInfo(features=stream.features)
-        return undecoded(datasets.Dataset(InMemoryTable(block), info=info, fingerprint="stream"))
+        return Views(block, stream.features)
 
     def examples(self, table: Any, indices: Sequence[int], origin: str, first: int) -> list[tuple[int, Example]]:
         """Return the examples of some rows of a block, with their rows' numbers in the stream.
@@ -193,7 +249,7 @@ class StreamedBatches(IterableDataset[Any]):
         self, block: Any, stream: Any, position: Position, part: int, share: slice, origin: str
     ) -> Iterator[list[Any]]:
         first = position["row"]
-        table = self.rows.table(block, stream, origin, first)
+        table = self.rows.block(block, stream, origin, first)
         order: Any = np.arange(len(block))
         if self.rows.shuffle_buffer:
             order = np.random.default_rng([self.rows.seed, position["pass"], part, first]).permutation(order)
@@ -286,27 +342,16 @@ class StreamLoader(DataLoader):
         self._batch, self._exhausted = state["batch"], bool(state.get("exhausted"))
 
 
-class Unnumbered:
-    """Makes a batch of examples that have the numbers of their rows."""
-
-    def __init__(self, collate: Any):
-        self.collate = collate
-
-    def __call__(self, rows: Sequence[tuple[int, Example]]) -> Any:
-        """Make a batch."""
-        return self.collate([example for _, example in rows])
-
-
 class Collated:
-    """Makes batches of what a stream's readers yield."""
+    """Makes batches of what a stream's readers yield, by a function of examples, or of rows with their numbers."""
 
-    def __init__(self, collate: Any):
-        self.collate = collate
+    def __init__(self, collate: Any, takes_numbers: bool):
+        self.collate, self.takes_numbers = collate, takes_numbers
 
     def __call__(self, read: tuple[int, Position, list[Any]]) -> tuple[int, Position, Any]:
         """Make a batch."""
         number, position, rows = read
-        return number, position, self.collate(rows)
+        return number, position, self.collate(rows if self.takes_numbers else [example for _, example in rows])
 
 
 def streams_in(source: Any) -> list[StreamingRows]:

@@ -19,9 +19,11 @@ from typing import Any, TypeAlias
 import datasets
 import pyarrow.parquet
 import yaml
+from datasets.iterable_dataset import ArrowExamplesIterable
 from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
+from datasets.table import table_cast
 from huggingface_hub import hf_hub_download, metadata_load
 
 from vlmembed.data.cells import URL, Folder
@@ -51,15 +53,11 @@ READERS: dict[str, Callable[[Path], Records]] = {
 }
 KINDS = (*READERS, ".parquet")
 #: What a streamed JSONL file is to `datasets`: lines, since its JSON reader wants one type per column.
-LINES = datasets.Features({"line of JSON": datasets.Value("string")})
-# A byte that is not UTF-8 becomes an escape that is not JSON: the row is at fault, not the file.
-AS_LINES: dict[str, Any] = {"features": LINES, "encoding": "utf-8-sig", "encoding_errors": "backslashreplace"}
-#: Files that are streamed, the builder of `datasets` and its options; not CSV, of whose texts it makes numbers.
-STREAMED: dict[str, tuple[str, dict[str, Any]]] = {
-    ".jsonl": ("text", AS_LINES),
-    ".ndjson": ("text", AS_LINES),
-    ".parquet": ("parquet", {}),
-}
+LINES = datasets.Features({"line of JSON": datasets.Value("large_binary")})
+#: Bytes of rows that a stream reads at once: few, for which the system need not find new memory.
+BYTES_AT_ONCE = 2**20
+#: Files that are streamed; not CSV, of whose texts `datasets` makes numbers.
+STREAMED = (".jsonl", ".ndjson", ".parquet")
 HUB_ID = re.compile(r"(hf://datasets/)?[\w.-]*\w[\w.-]*(/[\w.-]+)?")
 
 
@@ -173,9 +171,38 @@ def open_stream(
         return _stream_files(files, kind)
 
 
-def _stream_files(files: Sequence[str], kind: str) -> datasets.IterableDataset:
-    builder, options = STREAMED[kind]
-    return datasets.load_dataset(builder, data_files=[*files], split="train", streaming=True, **options)
+def _stream_files(files: Sequence[str], kind: str, features: Any = None) -> datasets.IterableDataset:
+    read: Any = _blocks_of_lines
+    if kind == ".parquet":
+        features = features or datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(files[0]))
+        read = partial(_blocks_of_parquet, schema=features.arrow_schema)
+    # As of a list of a generator's arguments, each file is a part of its own.
+    blocks = ArrowExamplesIterable(read, {"files": [*files]})
+    return datasets.IterableDataset(blocks, datasets.DatasetInfo(features=features or LINES))
+
+
+def _blocks_of_parquet(files: Sequence[str], schema: pyarrow.Schema) -> Iterator[tuple[Any, pyarrow.Table]]:
+    for file in files:
+        # Mapped, since `datasets` reads by Python, which copies all of it once more.
+        with pyarrow.parquet.ParquetFile(file, memory_map=True) as rows:
+            groups = map(rows.metadata.row_group, range(rows.num_row_groups))
+            size = sum(group.total_byte_size for group in groups) // max(1, rows.metadata.num_rows)
+            at_once = min(max(BYTES_AT_ONCE // max(1, size), 8), 1024)
+            for number, block in enumerate(rows.iter_batches(at_once, use_threads=False)):
+                yield number, table_cast(pyarrow.Table.from_batches([block]), schema)
+
+
+def _blocks_of_lines(files: Sequence[str]) -> Iterator[tuple[Any, pyarrow.Table]]:
+    for file in files:
+        lines, size = list[bytes](), 0
+        for number, line in enumerate(read_lines(file)):
+            lines.append(line)
+            size += len(line)
+            if size > BYTES_AT_ONCE:
+                yield number, pyarrow.table([lines], LINES.arrow_schema)
+                lines, size = [], 0
+        if lines:
+            yield "last", pyarrow.table([lines], LINES.arrow_schema)
 
 
 def _stream_set(
@@ -190,6 +217,8 @@ def _stream_set(
     kinds = {_kind(file) for file in files}
     if kinds and kinds <= {".jsonl", ".ndjson"}:
         return _stream_files(files, kinds.pop())
+    if kinds == {".parquet"} and not any(map(URL.match, files)):
+        return _stream_files(files, ".parquet", builder.info.features)
     return builder.as_streaming_dataset(split=split)
 
 
