@@ -197,6 +197,16 @@ def test_a_multi_vector_model_mines_by_maxsim(
         scores = [float((query[0] @ document.T).amax(1).sum()) for document in documents]
         best = sorted((place for place in range(11) if place != number), key=scores.__getitem__, reverse=True)[:3]
         assert [negative.parts[0].value for negative in mined[number].negatives] == [words[place] for place in best]
+    # From an index of the same documents, the same.
+    jsonl(tmp_path / "corpus.jsonl", [{"id": str(number), "text": text} for number, text in enumerate(words)])
+    encode(str(tmp_path / "model"), str(tmp_path / "corpus.jsonl"), str(tmp_path / "index"))
+    monkeypatch.undo()
+    indexed = str(tmp_path / "indexed.jsonl")
+    options = {"margin": None, "relative_margin": None, "index": str(tmp_path / "index")}
+    mine(str(tmp_path / "model"), Listed(rows), indexed, negatives=3, **options)
+    assert [row.negatives for row in map(Rows(indexed).__getitem__, range(11))] == [
+        row.negatives for row in map(mined.__getitem__, range(11))
+    ]
 
 
 def test_nothing_with_the_image_of_a_positive_is_a_negative(embedder: Path, tmp_path: Path) -> None:
