@@ -22,7 +22,7 @@ import pytest
 import sentence_transformers
 import torch
 import yaml
-from building import encoder, item, picture
+from building import encoder, item, jsonl, picture
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import cos_sim, mine_hard_negatives
@@ -41,6 +41,8 @@ from vlmembed.mining.command import COMMANDS
 from vlmembed.mining.embedding import Entry, identify
 from vlmembed.mining.mining import Choice, Pool, gather, hard_negatives
 from vlmembed.pooling import TokenProjection, TokenSelection
+from vlmembed.search.documents import Documents
+from vlmembed.search.encoding import encode
 from vlmembed.search.served import model_input
 from vlmembed.types import Example, Item, Pair, Part, Role
 
@@ -195,6 +197,16 @@ def test_a_multi_vector_model_mines_by_maxsim(
         scores = [float((query[0] @ document.T).amax(1).sum()) for document in documents]
         best = sorted((place for place in range(11) if place != number), key=scores.__getitem__, reverse=True)[:3]
         assert [negative.parts[0].value for negative in mined[number].negatives] == [words[place] for place in best]
+    # From an index of the same documents, the same.
+    jsonl(tmp_path / "corpus.jsonl", [{"id": str(number), "text": text} for number, text in enumerate(words)])
+    encode(str(tmp_path / "model"), str(tmp_path / "corpus.jsonl"), str(tmp_path / "index"))
+    monkeypatch.undo()
+    indexed = str(tmp_path / "indexed.jsonl")
+    options = {"margin": None, "relative_margin": None, "index": str(tmp_path / "index")}
+    mine(str(tmp_path / "model"), Listed(rows), indexed, negatives=3, **options)
+    assert [row.negatives for row in map(Rows(indexed).__getitem__, range(11))] == [
+        row.negatives for row in map(mined.__getitem__, range(11))
+    ]
 
 
 def test_nothing_with_the_image_of_a_positive_is_a_negative(embedder: Path, tmp_path: Path) -> None:
@@ -275,6 +287,89 @@ def test_rows_that_cannot_be_mined_are_refused(embedder: Path, tmp_path: Path) -
     with pytest.raises(ValueError, match="No row of listed has a negative among 1 documents"):
         mine(str(embedder), Listed([Example(query, (item("a"),))]), str(output))
     assert [path.name for path in tmp_path.iterdir()] == ["broken.png"]
+
+
+# From an index
+
+
+@pytest.fixture(scope="module")
+def indexed(embedder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus of forty texts and six images, some of them twice, one unreadable; and its index."""
+    folder = tmp_path_factory.mktemp("indexed")
+    for number in range(6):
+        picture(32, 32, number % 4).save(folder / f"{number}.png")
+    (folder / "broken.png").write_bytes(b"no image")
+    documents = [{"id": f"t{number}", "text": f"text {number % 33}"} for number in range(40)]
+    documents.insert(7, {"id": "bad", "image": "broken.png"})
+    documents += [{"id": f"i{number}", "image": f"{number}.png"} for number in range(6)]
+    jsonl(folder / "corpus.jsonl", documents)
+    with pytest.raises((ValueError, SystemExit)):  # The rest is encoded.
+        encode(str(embedder), str(folder / "corpus.jsonl"), str(folder / "index"), shard_size=10)
+    return folder
+
+
+def mined_rows(embedder: Path, output: Path, rows: list[Example], corpus: Any, **options: Any) -> list[set[str]]:
+    mine(str(embedder), Listed(rows), str(output), corpus, **{"margin": None, "relative_margin": None} | options)
+    mined = Rows(str(output), allow_outside=[str(output.parent.parent)])
+    return [{identify(negative)[0] for negative in mined[row].negatives} for row in range(len(mined))]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"negatives": 50, "depth": 60},
+        {"negatives": 3, "depth": 4, "skip": 1, "relative_margin": 0.01},
+        {"margin": 0.0, "negatives": 20},
+    ],
+)
+def test_an_index_gives_the_negatives_of_its_corpus(
+    embedder: Path, indexed: Path, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the same documents give without one, whatever is in the corpus twice, or could not be read."""
+    monkeypatch.setattr("vlmembed.mining.indexed.SPARE", 0)  # So that positives and repeated ones need another search.
+    rows = [Example(asked(number), (item(f"text {number}"), item(f"text {number + 9}"))) for number in range(5)]
+    rows.append(Example(asked(9), (Item("document", (Part("image", indexed / "1.png"),)),)))
+    rows.append(Example(item("text 4", role="query"), (item("nowhere else"),), (item("text 8"),)))
+    readable = [Example(asked(0), (item(f"text {number % 33}"),)) for number in range(40)]
+    readable += [Example(asked(0), (item(picture(32, 32, number % 4)),)) for number in range(6)]
+    expected = mined_rows(embedder, tmp_path / "without.jsonl", rows, Listed(readable), **options)
+    actual = mined_rows(embedder, tmp_path / "mined.jsonl", rows, None, index=str(indexed / "index"), **options)
+    assert actual == expected
+    assert any(expected)
+
+
+def test_only_documents_that_may_be_taken_are_read(
+    embedder: Path, indexed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, original = list[int](), Documents.__getitem__
+    monkeypatch.setattr(Documents, "__getitem__", lambda self, row: read.append(row) or original(self, row))
+    rows = [Example(asked(0), (item("text 1"),))]
+    mined_rows(embedder, tmp_path / "mined.jsonl", rows, None, index=str(indexed / "index"), negatives=2)
+    assert 2 <= len({*read}) < 10
+
+
+def test_indices_that_cannot_be_mined_are_refused(embedder: Path, indexed: Path, tmp_path: Path) -> None:
+    rows, written = (
+        Listed([Example(asked(0), (item("text 1"),))]),
+        json.loads((indexed / "index" / "manifest.json").read_text()),
+    )
+    jsonl(tmp_path / "renamed.jsonl", [{"id": f"x{number}", "text": "x"} for number in range(47)])
+    jsonl(tmp_path / "short.jsonl", [{"id": "t0", "text": "text 0"}])
+    cases: dict[str, tuple[dict[str, Any], str | None]] = {
+        "is another model": ({"model_digest": "0" * 32}, None),
+        "encoded as 'query'": ({"role": "query"}, None),
+        "its vectors are signs": ({"precision": "binary"}, None),
+        "missing.jsonl cannot be opened.*give 'corpus'": ({"corpus": str(tmp_path / "missing.jsonl")}, None),
+        "has changed.*'x[0-9]+' where the index has 't": ({}, str(tmp_path / "renamed.jsonl")),
+        "has changed.*it has 1 items, and the index 47": ({}, str(tmp_path / "short.jsonl")),
+    }
+    for number, (message, (changed, corpus)) in enumerate(cases.items()):
+        folder = Path(shutil.copytree(indexed / "index", tmp_path / f"index {number}"))
+        (folder / "manifest.json").write_text(json.dumps(written | changed))
+        with pytest.raises(ValueError, match=f"(?s){message}"):
+            mine(str(embedder), rows, str(tmp_path / "mined.jsonl"), corpus, margin=None, index=str(folder))
+    assert not (tmp_path / "mined.jsonl").exists()
 
 
 # What an item is

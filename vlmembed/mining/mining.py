@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from itertools import islice, tee
 from pathlib import Path
@@ -18,8 +18,11 @@ from torch import Tensor
 from vlmembed.data import EvaluationSource, Rows, Source
 from vlmembed.data.evaluation import as_evaluation
 from vlmembed.data.streaming import refuse_streams
-from vlmembed.mining.embedding import DistinctItems, Embedder, Embeddings, Entry, identify
+from vlmembed.mining.choice import Choice, Pool, choose
+from vlmembed.mining.embedding import Embedder, Embeddings, Entry, identify
+from vlmembed.mining.indexed import IndexedCandidates
 from vlmembed.mining.scoring import unscored, write_rows
+from vlmembed.search.served import find_folder
 from vlmembed.types import Example, Item
 
 #: Items that are in memory at the same time.
@@ -39,6 +42,7 @@ def mine(
     max_score: float | None = None,
     batch_size: int = 32,
     cache: str | None = None,
+    index: str | None = None,
     trust_remote_code: bool = False,
 ) -> None:
     """Find hard negatives of training rows with an embedder, and write the rows with them.
@@ -56,7 +60,7 @@ def mine(
         rows: Training rows: a path or Hub id, or a ``vlmembed.data.Source``.
         output: The JSONL file to write. Images that are in no file are written beside it.
         corpus: Where to look: an evaluation folder's corpus, the documents of other rows, or a
-            ``vlmembed.data.EvaluationSource``; null for the documents of ``rows``.
+            ``vlmembed.data.EvaluationSource``; null for the documents of ``rows``, or those of ``index``.
         negatives: How many to find for each row, at most.
         depth: How many of the most similar documents to look at.
         skip: How many that could be taken to leave out, from the most similar one on.
@@ -65,15 +69,21 @@ def mine(
         max_score: The largest similarity of a negative; null for no such limit.
         batch_size: Items that go through the model at once.
         cache: A folder of embeddings: the same content is not embedded twice with the same files of a model.
+        index: The folder that ``encode`` wrote of the corpus with this model: its embeddings are not computed again,
+            nor held in memory, and only documents that may be taken are read. Null to embed the corpus.
         trust_remote_code: Whether to run code that the model brings.
     """
     choice = Choice(negatives, depth, skip, margin, relative_margin, max_score)
     source = Rows(rows) if isinstance(rows, str) else rows
     refuse_streams(source, "mining")
-    pool = gather(source, corpus)
-    embedder = Embedder(model, batch_size, cache, trust_remote_code)
+    indexed = None if index is None else IndexedCandidates(index, model, corpus)
+    pool = gather(source, corpus, is_indexed=indexed is not None)
+    embedder = Embedder(model if indexed is None else str(find_folder(model)), batch_size, cache, trust_remote_code)
     queries, documents = embedder.embed(pool.queries, "query"), embedder.embed(pool.documents, "document")
-    chosen, reasons = hard_negatives(pool, queries, documents, embedder.model.similarity, choice)
+    if indexed is None:
+        chosen, reasons = hard_negatives(pool, queries, documents, embedder.model.similarity, choice)
+    else:
+        chosen, reasons = indexed.hard_negatives(pool, queries, documents, choice)
     count = write_rows(Path(output), _with_negatives(source, pool, chosen))
     print(
         f"{output}: {count} of {len(source)} rows, with {sum(map(len, chosen.values()))} hard negatives of "
@@ -100,58 +110,17 @@ def _with_negatives(rows: Source, pool: Pool, chosen: dict[str, list[str]]) -> I
         )
 
 
-@dataclass(frozen=True)
-class Choice:
-    """How hard negatives are chosen among a query's candidates; see the arguments of `mine`."""
+def gather(rows: Source, corpus: str | Source | EvaluationSource | None, is_indexed: bool = False) -> Pool:
+    """Read all rows once, and the corpus; without one, the rows' documents are the candidates.
 
-    count: int
-    depth: int
-    skip: int
-    margin: float | None
-    relative_margin: float | None
-    max_score: float | None
-
-    def __post_init__(self) -> None:
-        if self.count < 1 or self.skip < 0 or self.depth < self.skip + self.count:
-            raise ValueError(
-                f"negatives is 1 or more, skip 0 or more, and depth at least both together; got {self.count}, "
-                f"{self.skip} and {self.depth}."
-            )
-        for name in ("margin", "relative_margin"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"{name} is 0 or more, or null; got {value}.")
-
-    def ceiling(self, positive: float) -> float:
-        """Return the largest similarity of a negative, given that of the positive."""
-        limits = [math.inf if self.max_score is None else self.max_score]
-        if self.margin is not None:
-            limits.append(positive - self.margin)
-        if self.relative_margin is not None:
-            # A share of the size, so that a similarity below zero gets a lower ceiling too.
-            limits.append(positive - abs(positive) * self.relative_margin)
-        return min(limits)
-
-
-@dataclass
-class Pool:
-    """What is mined: distinct queries and documents, each by what identifies its content."""
-
-    queries: DistinctItems = field(default_factory=dict)  #: Their instructions, where they have some, are behind it.
-    documents: DistinctItems = field(default_factory=dict)  #: The candidates, and then positives that are none.
-    candidates: int = 0
-    positives: dict[str, set[str]] = field(default_factory=dict)  #: Of each query, those of all rows that ask it.
-    rows: list[tuple[str, set[str]]] = field(default_factory=list)  #: The query of each row, and its own negatives.
-
-
-def gather(rows: Source, corpus: str | Source | EvaluationSource | None) -> Pool:
-    """Read all rows once, and the corpus; without one, the rows' documents are the candidates."""
+    Where the candidates are those of an index, of documents only the positives are read.
+    """
 
     def read(row: int, rank: int) -> Item:
         return _items(rows[row])[rank]
 
     pool = Pool()
-    if corpus is not None:
+    if corpus is not None and not is_indexed:
         sequence = as_evaluation(corpus).corpus
         items = (sequence[index] for index in range(len(sequence)))
         for index, (content, images, instruction) in enumerate(_identities(items)):
@@ -171,7 +140,7 @@ def gather(rows: Source, corpus: str | Source | EvaluationSource | None) -> Pool
         pool.queries.setdefault(query, entry)
         pool.positives.setdefault(query, set()).update(content for content, _ in documents[:count])
         pool.rows.append((query, {content for content, _ in documents[count:]}))
-        for content, entry in documents if corpus is None else documents[:count]:
+        for content, entry in documents if corpus is None and not is_indexed else documents[:count]:
             pool.documents.setdefault(content, entry)
     pool.candidates = pool.candidates or len(pool.documents)
     return pool
@@ -215,19 +184,11 @@ def hard_negatives(
             row[positives] = -math.inf
         top = similarities[:, : pool.candidates].topk(min(pool.candidates, choice.depth))  # (tile, depth)
         for query, ceiling, *ranked in zip(asked, ceilings, top.values.tolist(), top.indices.tolist(), strict=True):
-            taken, shown = list[str](), {pool.documents[content].images for content in pool.positives[query]}
-            for score, content in ((score, contents[index]) for score, index in zip(*ranked, strict=True)):
-                images = pool.documents[content].images
-                if len(taken) == choice.skip + choice.count or score == -math.inf:
-                    break  # There are enough, or only positives are left.
-                if query.partition(" ")[0] == content:
-                    reasons["the query itself"] += 1
-                elif images and images in shown:
-                    reasons["the same images as a positive, or as a negative that was taken"] += 1
-                elif score > ceiling:
-                    reasons["so similar that they may be positives"] += 1
-                else:
-                    taken.append(content)
-                    shown.add(images)
-            chosen[query] = taken[choice.skip :]
+            candidates = (
+                (score, contents[index], pool.documents[contents[index]].images)
+                for score, index in zip(*ranked, strict=True)
+                if score > -math.inf  # Only positives are left.
+            )
+            chosen[query], left_out = choose(pool, query, ceiling, candidates, choice)
+            reasons += left_out
     return chosen, reasons

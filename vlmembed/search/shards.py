@@ -124,7 +124,8 @@ class Encoding:
                         writer.write_table(table_of(ids, made.vectors, self.job.precision, schema))
                     for row, reason in sorted(made.unreadable.items()):
                         name, origin = window.name(row), window.origin(row)
-                        unreadable.append({"id": name, "origin": origin, "error": reason, "shard": shard})
+                        place = {"row": window.rows[row], "shard": shard}  # Of the corpus, from 0.
+                        unreadable.append({"id": name, "origin": origin, "error": reason, **place})
                     left -= len(window)
                     progress(len(window))
                 writer.add_key_value_metadata({UNREADABLE: json.dumps(unreadable)})

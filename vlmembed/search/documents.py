@@ -1,0 +1,70 @@
+"""The documents behind the rows of an index, read from the corpus that it was made of."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from pathlib import Path
+from threading import Lock
+
+from vlmembed.search.corpus import CorpusSource, open_corpus
+from vlmembed.search.index import Index
+from vlmembed.types import Item
+
+
+class Documents:
+    """The items of an index by row, each read when it is asked for, from several threads too.
+
+    A ``ValueError`` says that the corpus is not there, or is another than the index was made of.
+
+    Args:
+        index: The index.
+        corpus: Where the corpus is now; null for where it was.
+    """
+
+    def __init__(self, index: Index, corpus: CorpusSource | None = None) -> None:
+        self._index, self._lock = index, Lock()
+        value = index.manifest.get("corpus") if corpus is None else corpus
+        if value is None or isinstance(value, dict | list):
+            raise ValueError(f"{index.folder}: its manifest does not say where its corpus is. Give it as 'corpus'.")
+        self._name = value if isinstance(value, str) else type(value).__name__
+        try:
+            self._corpus = open_corpus(value, index.manifest.get("role", "document"))
+        except (ValueError, OSError) as error:
+            raise ValueError(
+                f"{index.folder}: its corpus {self._name} cannot be opened: {error}. If it has moved, give 'corpus'."
+            ) from error
+        self._unreadable = _unreadable(index)
+        if len(self._corpus) != index.count + len(self._unreadable):
+            self._refuse(f"{len(self._corpus)} items, and the index {index.count + len(self._unreadable)}")
+
+    def __len__(self) -> int:
+        return self._index.count
+
+    def __getitem__(self, row: int) -> Item:
+        with self._lock:
+            name, item = self._corpus.read(self._place(row))
+        if name != (expected := self._index.ids[row].as_py()):
+            self._refuse(f"{name!r} where the index has {expected!r} ({item.origin})")
+        return item
+
+    def _place(self, row: int) -> int:
+        """Return where the item of a row is in the corpus, of which the index lacks what could not be read."""
+        place = row
+        while place != (shifted := row + bisect_right(self._unreadable, place)):
+            place = shifted
+        return place
+
+    def _refuse(self, what: str) -> None:
+        raise ValueError(
+            f"{self._index.folder}: the corpus {self._name} has changed since it was encoded; it has {what}. "
+            "Encode it again."
+        )
+
+
+def _unreadable(index: Index) -> list[int]:
+    """Return the places in the corpus that could not be read, ascending."""
+    path = Path(index.folder) / "unreadable.jsonl"
+    if not path.is_file():
+        return []
+    return sorted(json.loads(line)["row"] for line in path.read_text(encoding="utf-8").splitlines() if line)
