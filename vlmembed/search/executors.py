@@ -6,6 +6,7 @@ import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from vlmembed.search.shards import Encoding, Job
@@ -28,6 +29,7 @@ class Local(Executor):
             pass
 
 
+@dataclass
 class Ray(Executor):
     """By Ray Data, on the cluster at ``RAY_ADDRESS``, or else a local one; all machines share the folders.
 
@@ -40,10 +42,9 @@ class Ray(Executor):
         gpus: GPUs of a worker.
     """
 
-    def __init__(self, workers: int = 0, cpus: float = 1, gpus: float = 0) -> None:
-        self.workers = workers
-        self.cpus = cpus
-        self.gpus = gpus
+    workers: int = 0
+    cpus: float = 1
+    gpus: float = 0
 
     def run(self, encoding: Encoding, shards: Sequence[int], progress: Callable[[int], Any]) -> None:
         """See `Executor.run`."""
