@@ -208,7 +208,8 @@ class Trainer(lightning.Trainer):
         checkpoint: dict[str, Any] | None = None
         if ckpt_path is None and is_sharded(model):
             checkpoint = {"state_dict": whole_weights(model)}
-        in_run = self.export_folder  # Which all processes are asked for.
+        # All processes are asked for the run's folder, unless it is not needed.
+        in_run = Path() if ckpt_path and output_dir else self.export_folder
         folder = Path(output_dir) if output_dir else in_run
         if not self.is_global_zero:
             return
