@@ -23,7 +23,20 @@ from vlmembed.cli import main
 from vlmembed.export import PushError
 
 ROWS = 12
-COMMANDS = ("fit", "validate", "test", "predict", "export", "ablate", "mine", "score", "show", "encode", "search", "benchmark")
+COMMANDS = (
+    "fit",
+    "validate",
+    "test",
+    "predict",
+    "export",
+    "ablate",
+    "mine",
+    "score",
+    "show",
+    "encode",
+    "search",
+    "benchmark",
+)
 
 
 @pytest.fixture
