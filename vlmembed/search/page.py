@@ -42,28 +42,22 @@ STYLE = """
   border: 1px solid var(--border-color-primary); background: var(--block-background-fill);
   color: var(--body-text-color) }
 .hits img { width: 100%; height: 160px; margin: 0; object-fit: contain; background: var(--background-fill-secondary) }
-.hits p { flex: 1; margin: 0; padding: 8px 10px; font-size: 14px; line-height: 1.4; overflow-wrap: anywhere }
+.hits p { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 8; overflow: hidden;
+  margin: 8px 10px; padding: 0; font-size: 14px; line-height: 1.4; overflow-wrap: anywhere }
 .hits div { display: flex; gap: 8px; margin-top: auto; padding: 6px 10px; font-size: 13px;
   border-top: 1px solid var(--border-color-primary) }
-.hits div span { flex: 1; min-width: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
+.hits div span { flex: 1; min-width: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
+  direction: rtl; text-align: left }  /* Of long ids the end tells more. */
 .hits div data { font-variant-numeric: tabular-nums }
 .message { margin: 0; padding: 10px 12px; border-radius: 8px; overflow-wrap: anywhere; color: var(--body-text-color);
   border: 1px solid var(--border-color-primary); background: var(--block-background-fill) }
 .message[role=alert] { border-left: 4px solid #d97706 }
-.hits .message { border: 0 }
+.hits p.message { display: block; border: 0 }
 """
 
 
 class Side:
-    """An index with its model and its corpus, for one question after the other.
-
-    Args:
-        index: The folder that ``encode`` wrote.
-        model: The model that it was encoded with.
-        corpus: Where the corpus is now; null for where it was.
-        device: Where to encode and to compare; null for a GPU if there is one.
-        trust_remote_code: Whether to run code that the model brings.
-    """
+    """An index with its model and its corpus, for one question after the other; options as those of ``search``."""
 
     def __init__(
         self,
@@ -105,7 +99,9 @@ class Side:
         return f'<ol class="hits">{"".join(cards)}</ol>'
 
     def _card(self, rank: int, row: int, name: str, score: float) -> str:
-        label = f'<b>{rank}</b><span title="{_escaped(name)}">{_escaped(name)}</span><data>{score:.4f}</data>'
+        label = (
+            f'<b>{rank}</b><span title="{_escaped(name)}"><bdi>{_escaped(name)}</bdi></span><data>{score:.4f}</data>'
+        )
         return f"<li>{self._content(row)}<div>{label}</div></li>"
 
     def _read(self, row: int) -> str:
@@ -119,7 +115,7 @@ class Side:
 
 def question(text: str | None, image: str | Path | None) -> Item:
     """Return the query of a text, an image, or an image with a text."""
-    parts = [Part("image", Path(image))] if image else []
+    parts = [Part("image", Path(image).read_bytes())] if image else []
     if text and text.strip():
         parts.append(Part("text", text.strip()))
     if not parts:
@@ -129,17 +125,16 @@ def question(text: str | None, image: str | Path | None) -> Item:
 
 def _shown(part: Part, origin: str) -> str:
     if part.frames:
-        return f'<img alt="" src="{thumbnail(load_image(part.frames[0], origin))}">'
+        return _thumbnail(load_image(part.frames[0], origin))
     text = str(part.value) if part.kind == "text" else f"({part.kind})"
     return f"<p>{_escaped(textwrap.shorten(text, CHARACTERS, placeholder=' …'))}</p>"
 
 
-def thumbnail(image: Image.Image) -> str:
-    """Return a small copy of an image as a data URI."""
+def _thumbnail(image: Image.Image) -> str:
     image.thumbnail((EDGE, EDGE))
     file = io.BytesIO()
     image.save(file, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">'
 
 
 def _message(text: str, role: str) -> str:
@@ -157,15 +152,16 @@ def make_page(sides: Sequence[Side], top_k: int) -> Any:
     most = min(top_k, *(side.index.count for side in sides))
     with gradio.Blocks(title="Search", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         with gradio.Row():
-            text = gradio.Textbox(label="Question", placeholder="Type a question, then Enter", scale=3, autofocus=True)
-            image = gradio.Image(
-                label="Or an image", type="filepath", sources=["upload", "clipboard"], buttons=[], height=150
-            )
+            with gradio.Column(scale=3):
+                text = gradio.Textbox(label="Question", placeholder="Type a question, then Enter", autofocus=True)
+                with gradio.Row(equal_height=True):
+                    count = gradio.Slider(1, most, min(SHOWN, most), step=1, label="Documents", visible=most > 1)
+                    button = gradio.Button("Search", variant="primary", min_width=120)
+            with gradio.Column(min_width=240):
+                sources = ["upload", "clipboard"]
+                image = gradio.Image(label="Or an image", type="filepath", sources=sources, buttons=[], height=190)
             # Gradio would open it, and say no more than "Error" where that fails; the engine names what is wrong.
             image.preprocess = lambda uploaded: uploaded and uploaded.path
-        with gradio.Row():
-            count = gradio.Slider(1, most, min(SHOWN, most), step=1, label="Documents", visible=most > 1)
-            button = gradio.Button("Search", variant="primary")
         with gradio.Row():
             for side in sides:
                 with gradio.Column(min_width=320):
