@@ -332,8 +332,10 @@ def train_one(scenario: Scenario, checkpoint: Path, rank: int | None) -> Any:
         options = {"adapters": scenario.adapters, "optimizer": OPTIMIZER, "similarity": "meanmaxsim"}
         return multi_vector(checkpoint, scenario.loss, **options)
 
-    parallel = {} if rank is None else {"devices": 2, "strategy": DDPStrategy(process_group_backend="gloo")}
-    return scenario.train(build, rank, None if rank is None else 3, **parallel)  # type: ignore[arg-type]
+    # In float32 another vector may be the nearest, by the last bit, once weights were rounded otherwise by an update.
+    options: dict[str, Any] = {"precision": "64-true"}
+    options |= {} if rank is None else {"devices": 2, "strategy": DDPStrategy(process_group_backend="gloo")}
+    return scenario.train(build, rank, None if rank is None else 3, **options)
 
 
 SCENARIOS: dict[str, Callable[[], Scenario]] = {
