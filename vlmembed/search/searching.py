@@ -25,6 +25,11 @@ from vlmembed.search.reranking import open_reranker, rerank
 from vlmembed.search.served import ServedModel
 from vlmembed.types import Item, Part
 
+PAGE_OPTIONS = (
+    "page goes with index, model, other_index, other_model, top_k (1 or more), corpus, device and trust_remote_code, "
+    "and with nothing else; other_index and other_model go with page."
+)
+
 
 def search(
     index: str,
@@ -40,6 +45,9 @@ def search(
     corpus: CorpusSource | None = None,
     engine: Engine = "exact",
     probes: int = 32,
+    page: bool = False,
+    other_index: str | None = None,
+    other_model: str | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
 ) -> None:
@@ -64,18 +72,23 @@ def search(
         depth: How many documents of each query the first stage finds, or the reranker ranks.
         reranker: A cross-encoder that ranks what is found, by its logits: a folder that ``export`` wrote, or anything
             that Sentence Transformers' ``CrossEncoder`` opens.
-        corpus: Where the reranker reads the documents; null for where the index was made from.
+        corpus: Where the reranker or the page reads the documents; null for where the index was made from.
         engine: ``exact``, or ``faiss`` or ``lancedb`` where that is installed: they keep lists of near vectors in the
             index's folder, made the first time, and the recall against exact search is printed.
         probes: How many of their lists ``faiss`` and ``lancedb`` look at.
+        page: Whether to serve a local page instead, where questions are typed and images dropped.
+        other_index: A second index for the page, of any model, to show side by side.
+        other_model: The model of ``other_index``.
         device: Where to encode and to compare, such as ``cuda``; null for a GPU if there is one.
         trust_remote_code: Whether to run code that a model brings.
     """
-    stages = first_stage is not None or reranker is not None
-    if top_k < 1 or (stages and depth < top_k):
-        raise ValueError(f"top_k is 1 or more, and depth at least top_k; got {top_k} and {depth}.")
-    if probes < 1:
-        raise ValueError(f"probes is 1 or more, got {probes}.")
+    if page or other_index is not None or other_model is not None:
+        elsewhere = [queries, query, output, dimension, first_stage, reranker]
+        if not page or elsewhere != [None] * 6 or engine != "exact" or top_k < 1:
+            raise ValueError(PAGE_OPTIONS)
+        _serve([(index, model), (other_index, other_model)], top_k, corpus, device, trust_remote_code)
+        return
+    _check_counts(top_k, depth, probes, first_stage is not None or reranker is not None)
     if (queries is None) == (query is None) or (queries is not None and output is None):
         raise ValueError("search takes queries (a file) with output (the run to write), or query (a text).")
     opened = Index.open(index)
@@ -108,6 +121,19 @@ def search(
         print(f"{output}: the first {ranking.rows.shape[1]} of {opened.count} documents for {len(names)} queries.")
 
 
+def _check_counts(top_k: int, depth: int, probes: int, stages: bool) -> None:
+    if top_k < 1 or (stages and depth < top_k):
+        raise ValueError(f"top_k is 1 or more, and depth at least top_k; got {top_k} and {depth}.")
+    if probes < 1:
+        raise ValueError(f"probes is 1 or more, got {probes}.")
+
+
+def _serve(*options: Any) -> None:
+    from vlmembed.search.page import serve  # Which searches by what is here.
+
+    serve(*options)
+
+
 def read_queries(path: str) -> tuple[list[str], list[Item]]:
     """Read ids and contents of all queries; a ``ValueError`` names the row of one that has none."""
     corpus = open_corpus(path, "query")
@@ -137,6 +163,11 @@ def vectors_of(
     """Encode queries by an index's model, in float32 on the host; a ``ValueError`` says that it is another one."""
     engine = ServedModel.open(model, device=device, trust_remote_code=trust_remote_code)
     index.refuse_other(engine.digest, model)
+    return query_vectors(engine, items)
+
+
+def query_vectors(engine: ServedModel, items: Sequence[Item]) -> Vectors:
+    """Encode queries, in float32 on the host."""
     encoded = engine.encode(items, "query")
     if isinstance(encoded, Tensor):
         return encoded
