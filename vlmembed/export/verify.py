@@ -269,9 +269,7 @@ def _expect_similarities(
 
     queries, documents = (
         # As means, whatever the model's similarity: the tolerance is one of numbers up to 1.
-        MultiVectors(
-            normalize(torch.cat([*by_way[role]])[:, :dimension]), torch.tensor([*map(len, by_way[role])]), True
-        )
+        MultiVectors.of(by_way[role], True).map(lambda vectors: normalize(vectors[:, :dimension]))
         for role in ("query", "document")
     )
     expected = {"similarity": maxsim(queries, documents)[:, None]}

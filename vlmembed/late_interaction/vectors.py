@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -19,6 +19,11 @@ class MultiVectors:
     lengths: Int[Tensor, " N"]  # How many vectors each item has; on the host, which knows it from the tokens.
     #: Whether a score is the mean over a query's vectors, and not their sum.
     length_normalized: bool = False
+
+    @classmethod
+    def of(cls, items: Sequence[Float[Tensor, "n D"]], length_normalized: bool = False) -> MultiVectors:
+        """Join the vectors of some items; see `split`."""
+        return cls(torch.cat([*items]), torch.tensor([*map(len, items)]), length_normalized)
 
     def __len__(self) -> int:
         return len(self.lengths)

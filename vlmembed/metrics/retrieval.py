@@ -287,7 +287,7 @@ class MultiVectorMetrics(RetrievalMetrics):
         """The vectors of all items, queries first, not normalised; raises as `per_query` does."""
         with self.sync_context(dist_sync_fn=self._gather):
             items = self._matrix()
-        return MultiVectors(torch.cat(items), torch.tensor([*map(len, items)]), self.length_normalized)
+        return MultiVectors.of(items, self.length_normalized)
 
     def _matrix(self) -> Any:
         """The vectors (n, D) of each item in order, the first that came: views of what is held."""
@@ -313,7 +313,7 @@ class MultiVectorMetrics(RetrievalMetrics):
 
     def _merged(self, corpus: list[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
         """Yield the documents' vectors merged by each factor."""
-        items = [MultiVectors(vectors, torch.tensor([len(vectors)])) for vectors in corpus]
+        items = [MultiVectors.of([vectors]) for vectors in corpus]
         trees = [*map(ward_trees, items)]
         for factor in self.merging_factors:
             merged = (merge(item, factor, tree) for item, tree in zip(items, trees, strict=True))

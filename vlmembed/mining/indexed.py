@@ -98,9 +98,7 @@ class IndexedCandidates:
 
 
 def _as_vectors(embeddings: Embeddings) -> Vectors:
-    if isinstance(embeddings, Tensor):
-        return embeddings
-    return MultiVectors(torch.cat(embeddings), torch.tensor([*map(len, embeddings)]))
+    return embeddings if isinstance(embeddings, Tensor) else MultiVectors.of(embeddings)
 
 
 def _part(vectors: Vectors, rows: Sequence[int]) -> Vectors:

@@ -169,9 +169,7 @@ def vectors_of(
 def query_vectors(engine: ServedModel, items: Sequence[Item]) -> Vectors:
     """Encode queries, in float32 on the host."""
     encoded = engine.encode(items, "query")
-    if isinstance(encoded, Tensor):
-        return encoded
-    return MultiVectors(torch.cat(encoded), torch.tensor([*map(len, encoded)]))
+    return encoded if isinstance(encoded, Tensor) else MultiVectors.of(encoded)
 
 
 def first_view(view: View, first_stage: int | str) -> View:
