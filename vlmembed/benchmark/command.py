@@ -65,7 +65,7 @@ def benchmark(
             single task without subsets, or the predictions that ``save_predictions`` has written for another model.
         depth: How many of the first stage's documents each query has as candidates.
         name: What mteb calls the model, such as someone/birds; null for the Hub id or the folder's name.
-        save_predictions: Whether to write what was found, as mteb does: 1,000 documents a query.
+        save_predictions: Whether to write the rankings, as mteb does: 1,000 documents a query.
         update_card: Whether to write the results into the metadata (``model-index``) of the folder's card.
         batch_size: Pairs that go through a reranker at once.
         num_workers: Processes that read for an embedder.

@@ -20,7 +20,7 @@ from mteb.types import Modalities, PromptType
 from vlmembed.benchmark.models import Items, Model, Selected
 from vlmembed.data import EvaluationSource
 from vlmembed.data.evaluation import FILES, as_evaluation
-from vlmembed.data.judgements import read_run
+from vlmembed.data.judgements import first_documents, read_run
 from vlmembed.files import content_digest, digest
 from vlmembed.metrics import Relevance
 from vlmembed.types import EvaluationSet, Item, LazyImage
@@ -228,12 +228,7 @@ def give_candidates(task: AbsTaskRetrieval, first_stage: Path, depth: int) -> No
             run = read_run(first_stage, EvaluationSet(task.metadata.name, [], [], queries, corpus, {}))
         elif (run := predictions.get(subset, {}).get(split)) is None:
             raise ValueError(f"{first_stage}: nothing was found for {task.metadata.name}, {subset}, {split}.")
-        data["top_ranked"] = {query: _best(run.get(query, {}), depth) for query in queries}
-
-
-def _best(scores: Mapping[str, float], depth: int) -> list[str]:
-    """Return the names of the highest scores, equal ones as ``trec_eval`` orders them."""
-    return sorted(scores, key=lambda name: (scores[name], name), reverse=True)[:depth]
+        data["top_ranked"] = {query: first_documents(run.get(query, {}), depth) for query in queries}
 
 
 def _read_predictions(path: Path, task: AbsTask) -> Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]:

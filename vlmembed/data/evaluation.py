@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from vlmembed.data.beir import LINES, Place, Places, find_sets
 from vlmembed.data.cells import Folder
 from vlmembed.data.columns import nearest
@@ -22,6 +20,7 @@ from vlmembed.data.judgements import (
     Qrels,
     as_items,
     as_rows,
+    first_documents,
     origin_of,
     read_contents,
     read_judgements,
@@ -290,9 +289,7 @@ class RerankingRun(RerankingSource):
         columns = {name: column for column, name in enumerate(evaluation.document_names)}
         candidates = []
         for query in evaluation.query_names:
-            scores = run.get(query, {})
-            best = sorted(scores, key=lambda name: (np.float32(scores[name]), name), reverse=True)
-            candidates.append([columns[document] for document in best[: self.depth]])
+            candidates.append([columns[document] for document in first_documents(run.get(query, {}), self.depth)])
         return RerankingSet(replace(evaluation, name=self.name or evaluation.name), candidates)
 
 

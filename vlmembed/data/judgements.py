@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
+import numpy as np
 from PIL.Image import Image
 
 from vlmembed.data.cells import KINDS, Folder, content_keys, instructed, to_items
@@ -365,6 +366,18 @@ def read_run(path: Path, evaluation: EvaluationSet) -> dict[str, dict[str, float
     if not run:
         raise ValueError(f"{path}: the file has no rows.")
     return run
+
+
+def trec_lines(query: str, documents: Iterable[tuple[str, float]]) -> Iterator[str]:
+    """Yield a query's lines of a TREC run, ``query Q0 document rank score vlmembed``, from the best document on."""
+    for rank, (name, score) in enumerate(documents, start=1):
+        # Nine digits bring every float32 back: whoever reads the run gets this order from it.
+        yield f"{query} Q0 {name} {rank} {score:.9g} vlmembed\n"
+
+
+def first_documents(scores: Mapping[str, float], depth: int) -> list[str]:
+    """Return the names of the highest scores; equal ones (in float32) by name, descending, as ``trec_eval`` does."""
+    return sorted(scores, key=lambda name: (np.float32(scores[name]), name), reverse=True)[:depth]
 
 
 def _number(value: Any) -> float:

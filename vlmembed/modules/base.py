@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from vlmembed import distributed
 from vlmembed.adapters import Adapter
 from vlmembed.data import Collator
 from vlmembed.data.columns import nearest
+from vlmembed.data.judgements import trec_lines
 from vlmembed.encoder import Encoder
 from vlmembed.features import FeatureCache
 from vlmembed.gradcache import GradCache
@@ -396,11 +398,8 @@ def write_run(evaluation: Any, scores: Tensor, columns: Tensor, folder: Path) ->
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{evaluation.name}.trec").open("w", encoding="utf-8") as file:
         for query, row, documents in zip(evaluation.query_names, scores.tolist(), columns.tolist(), strict=True):
-            for rank, (score, column) in enumerate(zip(row, documents, strict=True), start=1):
-                if column < 0:
-                    break
-                # Nine digits bring every float32 back: whoever reads the run gets this order from it.
-                file.write(f"{query} Q0 {evaluation.document_names[column]} {rank} {score:.9g} vlmembed\n")
+            names = [evaluation.document_names[column] for column in takewhile(lambda column: column >= 0, documents)]
+            file.writelines(trec_lines(query, zip(names, row, strict=False)))
 
 
 def _refuse_names_with_spaces(evaluation: Any) -> None:

@@ -24,7 +24,7 @@ from vlmembed.search.corpus import CorpusSource
 from vlmembed.search.documents import Documents
 from vlmembed.search.index import Index
 from vlmembed.search.ranking import View, search_exact
-from vlmembed.search.searching import found, query_vectors
+from vlmembed.search.searching import named, query_vectors
 from vlmembed.search.served import ServedModel
 from vlmembed.types import Item, Part
 
@@ -86,11 +86,11 @@ class Side:
         if lacking and self.engine.encoder is None:  # Ours all read images.
             raise ValueError(f"The model {self.name} reads no {' and no '.join(lacking)}.")
         ranking = search_exact(self._view(dimension), query_vectors(self.engine, [item]), count)
-        names = next(found(self.index, ranking))
+        names = next(named(self.index, ranking))
         return [(row, *pair) for row, pair in zip(ranking.rows[0].tolist(), names, strict=False)]
 
     def answer(self, text: str | None, image: str | None, dimension: int, count: int) -> str:
-        """Return what is found as HTML, or why nothing can be."""
+        """Return the documents found as HTML, or why there are none."""
         try:
             hits = self.find(question(text, image), int(dimension), int(count))
         except (ValueError, OSError) as error:

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from vlmembed.data.judgements import trec_lines
 from vlmembed.files import whole_file
 from vlmembed.late_interaction import MultiVectors, Vectors
 from vlmembed.search.approximate import Engine, search_by
@@ -63,15 +64,15 @@ def search(
         queries: Queries with ids: a JSONL, CSV or Parquet file (``id`` or ``_id``, and any of ``text``, ``image``,
             ``video``), or an evaluation folder.
         query: The text of one query, instead.
-        output: The TREC run to write; null to print, of one query, what is found.
+        output: The TREC run to write; null to print the ranking of one query.
         top_k: How many documents to find for each query.
         dimension: Cut vectors to their first numbers, as Matryoshka losses train them for; null for all.
         first_stage: What finds the documents that are ranked: a dimension, ``binary`` (the signs of vectors, with all
             numbers of the query), ``mean`` (of several vectors of an item), or the folder of another index of the same
             corpus, by any model. Null for a single stage.
         depth: How many documents of each query the first stage finds, or the reranker ranks.
-        reranker: A cross-encoder that ranks what is found, by its logits: a folder that ``export`` wrote, or anything
-            that Sentence Transformers' ``CrossEncoder`` opens.
+        reranker: A cross-encoder that ranks the documents found, by its logits: a folder that ``export`` wrote, or
+            anything that Sentence Transformers' ``CrossEncoder`` opens.
         corpus: Where the reranker or the page reads the documents; null for where the index was made from.
         engine: ``exact``, or ``faiss`` or ``lancedb`` where that is installed: they keep lists of near vectors in the
             index's folder, made the first time, and the recall against exact search is printed.
@@ -114,7 +115,7 @@ def search(
         scores = rerank(open_reranker(reranker, device, trust_remote_code), items, documents, opened, ranking.rows)
         ranking = ranked(opened, scores, ranking.rows, top_k)
     if output is None:
-        for rank, (name, score) in enumerate(next(found(opened, ranking)), start=1):
+        for rank, (name, score) in enumerate(next(named(opened, ranking)), start=1):
             print(f"{rank:4}  {score:.4f}  {name}")
     else:
         write_run(Path(output), names, opened, ranking)
@@ -193,15 +194,13 @@ def same_rows(source: Index, target: Index, rows: Int64[Tensor, "Q C"]) -> Int64
 
 
 def write_run(path: Path, queries: Sequence[str], index: Index, ranking: Ranking) -> None:
-    """Write a TREC run: lines ``query Q0 document rank score vlmembed``."""
+    """Write a TREC run of all queries, whole or not at all."""
     with whole_file(path) as draft, draft.open("w", encoding="utf-8") as file:
-        for query, documents in zip(queries, found(index, ranking), strict=True):
-            for rank, (name, score) in enumerate(documents, start=1):
-                # Nine digits bring every float32 back: whoever reads the run gets this order from it.
-                file.write(f"{query} Q0 {name} {rank} {score:.9g} vlmembed\n")
+        for query, documents in zip(queries, named(index, ranking), strict=True):
+            file.writelines(trec_lines(query, documents))
 
 
-def found(index: Index, ranking: Ranking) -> Iterator[list[tuple[str, float]]]:
+def named(index: Index, ranking: Ranking) -> Iterator[list[tuple[str, float]]]:
     """Yield ids and scores of the documents of each query."""
     for scores, rows in zip(ranking.scores, ranking.rows, strict=True):
         yield [*zip(index.names(rows[rows >= 0]), scores.tolist(), strict=False)]
