@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from pathlib import Path
 from threading import Lock
 
-from vlmembed.search.corpus import CorpusSource, open_corpus
-from vlmembed.search.index import Index
+from vlmembed.search.corpus import Corpus, CorpusSource, open_corpus
+from vlmembed.search.index import SIDE_FILE, Index
 from vlmembed.types import Item
+
+
+def corpus_of(index: Index, corpus: CorpusSource | None = None) -> tuple[Corpus, str]:
+    """Open the corpus that an index was made of, where it was or is said to be; it comes with its name for messages."""
+    value = index.manifest.get("corpus") if corpus is None else corpus
+    if value is None or isinstance(value, dict | list):
+        raise ValueError(f"{index.folder}: its manifest does not say where its corpus is. Give it as 'corpus'.")
+    name = value if isinstance(value, str) else type(value).__name__
+    try:
+        return open_corpus(value, index.manifest.get("role", "document")), name
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{index.folder}: its corpus {name} cannot be opened: {error}. If it has moved, or was given as a class, "
+            "give 'corpus'."
+        ) from error
 
 
 class Documents:
@@ -24,16 +38,7 @@ class Documents:
 
     def __init__(self, index: Index, corpus: CorpusSource | None = None) -> None:
         self._index, self._lock = index, Lock()
-        value = index.manifest.get("corpus") if corpus is None else corpus
-        if value is None or isinstance(value, dict | list):
-            raise ValueError(f"{index.folder}: its manifest does not say where its corpus is. Give it as 'corpus'.")
-        self._name = value if isinstance(value, str) else type(value).__name__
-        try:
-            self._corpus = open_corpus(value, index.manifest.get("role", "document"))
-        except (ValueError, OSError) as error:
-            raise ValueError(
-                f"{index.folder}: its corpus {self._name} cannot be opened: {error}. If it has moved, give 'corpus'."
-            ) from error
+        self._corpus, self._name = corpus_of(index, corpus)
         self._unreadable = _unreadable(index)
         if len(self._corpus) != index.count + len(self._unreadable):
             self._refuse(f"{len(self._corpus)} items, and the index {index.count + len(self._unreadable)}")
@@ -64,7 +69,7 @@ class Documents:
 
 def _unreadable(index: Index) -> list[int]:
     """Return the places in the corpus that could not be read, ascending."""
-    path = Path(index.folder) / "unreadable.jsonl"
+    path = index.folder / SIDE_FILE
     if not path.is_file():
         return []
     return sorted(json.loads(line)["row"] for line in path.read_text(encoding="utf-8").splitlines() if line)

@@ -30,14 +30,10 @@ from vlmembed.data import EvaluationSource, Pages, Source, Table
 from vlmembed.files import clear_drafts, write_whole
 from vlmembed.search.corpus import Corpus, is_media_folder, open_corpus
 from vlmembed.search.executors import Executor, Local
+from vlmembed.search.index import FORMAT, MANIFEST, SIDE_FILE, Precision
 from vlmembed.search.served import ServedModel
-from vlmembed.search.shards import Encoding, Job, Precision, Shard, open_model, rewritten
+from vlmembed.search.shards import Encoding, Job, Shard, open_model, rewritten
 from vlmembed.types import Role
-
-MANIFEST, SIDE_FILE = "manifest.json", "unreadable.jsonl"
-
-#: The format that vlmembed/search/README.md describes.
-FORMAT = 1
 
 #: What a manifest says, and may not be another when the encoding is resumed.
 SETTINGS = {

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -19,8 +19,12 @@ from torch import Tensor
 
 from vlmembed.late_interaction import MultiVectors, Vectors, truncate
 
+#: The format that README.md describes: `encode` writes it, and what is here reads it.
 FORMAT = 1
-PRECISIONS = ("float32", "float16", "int8", "binary")
+#: How vectors are stored.
+Precision = Literal["float32", "float16", "int8", "binary"]
+#: The files beside the shards: what made them, and what could not be read.
+MANIFEST, SIDE_FILE = "manifest.json", "unreadable.jsonl"
 #: What a manifest says and a search needs.
 KEYS = ("format", "complete", "model", "model_digest", "precision", "dimension", "is_multi_vector", "count", "shards")
 
@@ -35,7 +39,7 @@ class Index:
     @classmethod
     def open(cls, folder: str | Path) -> Index:
         """Open a folder; a ``ValueError`` says that it is no index, not complete, or not as its manifest says."""
-        path = Path(folder) / "manifest.json"
+        path = Path(folder) / MANIFEST
         if not path.is_file():
             raise ValueError(f"{folder}: no index, for it has no manifest.json. 'python -m vlmembed encode' makes one.")
         try:
@@ -51,11 +55,11 @@ class Index:
 
     def _check(self) -> None:
         """Refuse another format, and what is not whole."""
-        manifest, path = self.manifest, self.folder / "manifest.json"
-        if manifest["format"] != FORMAT or manifest["precision"] not in PRECISIONS:
+        manifest, path = self.manifest, self.folder / MANIFEST
+        if manifest["format"] != FORMAT or manifest["precision"] not in get_args(Precision):
             raise ValueError(
                 f"{path}: format {manifest['format']!r} with vectors in {manifest['precision']!r}; this version reads "
-                f"format {FORMAT} in {', '.join(PRECISIONS)}. Encode the corpus again."
+                f"format {FORMAT} in {', '.join(get_args(Precision))}. Encode the corpus again."
             )
         if not manifest["complete"]:
             raise ValueError(
@@ -83,7 +87,7 @@ class Index:
 
     @property
     def precision(self) -> str:
-        """How vectors are stored; see `PRECISIONS`."""
+        """How vectors are stored; see `Precision`."""
         return str(self.manifest["precision"])
 
     @property

@@ -18,7 +18,8 @@ from vlmembed.data.judgements import trec_lines
 from vlmembed.files import whole_file
 from vlmembed.late_interaction import MultiVectors, Vectors
 from vlmembed.search.approximate import Engine, search_by
-from vlmembed.search.corpus import Corpus, CorpusSource, open_corpus
+from vlmembed.search.corpus import CorpusSource, open_corpus
+from vlmembed.search.documents import corpus_of
 from vlmembed.search.encoding import scan
 from vlmembed.search.index import Index
 from vlmembed.search.ranking import Ranking, View, ranked, rescore
@@ -100,7 +101,7 @@ def search(
     view = View(opened, dimension, device=torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     cheaper = None if first_stage is None else first_view(view, first_stage)
     names, items = read_queries(queries) if queries is not None else (["query"], [_question(str(query))])
-    documents = corpus_of(opened, corpus) if reranker is not None else None
+    documents = corpus_of(opened, corpus)[0] if reranker is not None else None
     of_model = partial(vectors_of, items=items, device=device, trust_remote_code=trust_remote_code)
     vectors = of_model(opened, model)
     count = top_k if reranker is None else depth
@@ -144,18 +145,6 @@ def read_queries(path: str) -> tuple[list[str], list[Item]]:
         if len(name.split()) != 1:
             raise ValueError(f"{corpus.origin(row)}: id {name!r} has white space, which a TREC run cannot hold.")
     return [*names], [*items]
-
-
-def corpus_of(index: Index, corpus: CorpusSource | None) -> Corpus:
-    """Open the corpus that an index was made from, where it was or where it is said to be."""
-    value: Any = index.manifest.get("corpus") if corpus is None else corpus
-    try:
-        return open_corpus(value, index.manifest.get("role", "document"))
-    except (ValueError, OSError) as error:
-        raise ValueError(
-            f"{index.folder}: its corpus {value!r} cannot be opened, which the reranker is to read: {error} If it has "
-            "moved, or was given as a class, say with 'corpus' where it is."
-        ) from error
 
 
 def vectors_of(

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import tee
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,10 +19,9 @@ from torch import Tensor
 
 from vlmembed.files import whole_file
 from vlmembed.search.corpus import Corpus, CorpusSource, files_of, open_corpus
+from vlmembed.search.index import Precision
 from vlmembed.search.served import Encoded, ServedModel
 from vlmembed.types import Item, Role
-
-Precision = Literal["float32", "float16", "int8", "binary"]
 
 #: In a shard's metadata: the items that could not be read, as JSON.
 UNREADABLE = b"unreadable"
