@@ -360,7 +360,7 @@ def test_indices_that_cannot_be_mined_are_refused(embedder: Path, indexed: Path,
         "is another model": ({"model_digest": "0" * 32}, None),
         "encoded as 'query'": ({"role": "query"}, None),
         "its vectors are signs": ({"precision": "binary"}, None),
-        "missing.jsonl cannot be opened.*give 'corpus'": ({"corpus": str(tmp_path / "missing.jsonl")}, None),
+        "missing.jsonl' cannot be opened.*give 'corpus'": ({"corpus": str(tmp_path / "missing.jsonl")}, None),
         "has changed.*'x[0-9]+' where the index has 't": ({}, str(tmp_path / "renamed.jsonl")),
         "has changed.*it has 1 items, and the index 47": ({}, str(tmp_path / "short.jsonl")),
     }

@@ -21,7 +21,7 @@ def corpus_of(index: Index, corpus: CorpusSource | None = None) -> tuple[Corpus,
         return open_corpus(value, index.manifest.get("role", "document")), name
     except (ValueError, OSError) as error:
         raise ValueError(
-            f"{index.folder}: its corpus {name} cannot be opened: {error}. If it has moved, or was given as a class, "
+            f"{index.folder}: its corpus {name!r} cannot be opened: {error}. If it has moved, or was given as a class, "
             "give 'corpus'."
         ) from error
 
