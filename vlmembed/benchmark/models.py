@@ -6,7 +6,6 @@ mteb takes a folder that it does not know for a model of text, and scores pages 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,8 +26,8 @@ from tqdm import tqdm, trange
 
 from vlmembed.files import digest
 from vlmembed.metrics.tiles import BestDocuments
-from vlmembed.search.reranking import logits, open_reranker
-from vlmembed.search.served import ServedModel, find_folder, folder_digest
+from vlmembed.search.reranking import PAIRS, logits, open_reranker
+from vlmembed.search.served import ServedModel, find_folder, folder_digest, read_json
 from vlmembed.types import Item, Pair, Part, Role
 
 #: What a model may read, as mteb names it.
@@ -39,9 +38,6 @@ WINDOW = 1024
 
 #: The most documents whose vectors are held for the next subset of a task.
 REUSED = 20_000
-
-#: Pairs that a reranker is given at a time.
-PAIRS = 256
 
 #: Query → document → score.
 Run = dict[str, dict[str, float]]
@@ -380,7 +376,7 @@ def open_model(
     name = name or name_of(model, folder)
     if not re.fullmatch(r"[^/\s]+/[^/\s]+", name):
         raise ValueError(f"name {name!r}: mteb's names of models are two words with a slash, such as someone/birds.")
-    if _config(folder, "config_sentence_transformers.json").get("model_type") == "CrossEncoder":
+    if read_json(folder / "config_sentence_transformers.json").get("model_type") == "CrossEncoder":
         reranker = open_reranker(str(folder), trust_remote_code=trust_remote_code)
         return Reranker(reranker, folder, name, settings or {}, batch_size)
     served = ServedModel.open(folder, trust_remote_code=trust_remote_code)
@@ -388,14 +384,9 @@ def open_model(
     return kind(served, name, settings or {}, num_workers)
 
 
-def _config(folder: Path, name: str) -> dict[str, Any]:
-    path = folder / name
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
 def _modalities(model: Any, folder: Path) -> list[str]:
     """Return what a model reads, as its folder says, or else Sentence Transformers."""
-    known = _config(folder, "sentence_bert_config.json").get("modality_config") or model.modalities
+    known = read_json(folder / "sentence_bert_config.json").get("modality_config") or model.modalities
     return [kind for kind in MODALITIES if kind in known]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,9 +22,10 @@ from vlmembed.benchmark.models import Items, Model, Selected
 from vlmembed.data import EvaluationSource
 from vlmembed.data.evaluation import FILES, as_evaluation
 from vlmembed.data.judgements import first_documents, read_run
-from vlmembed.files import content_digest, digest
+from vlmembed.files import digest
 from vlmembed.metrics import Relevance
-from vlmembed.types import EvaluationSet, Item, LazyImage
+from vlmembed.search.served import identity
+from vlmembed.types import EvaluationSet
 
 #: Names that a message offers instead of an unknown one.
 OFFERED = 3
@@ -72,8 +74,10 @@ class EvaluationTask(AbsTaskRetrieval):
 
 def _metadata(evaluation: EvaluationSet) -> TaskMetadata:
     """Describe a set to mteb; its revision is its content."""
-    contents = [_content(item) for items in (evaluation.queries, evaluation.corpus) for item in items]
-    shown = {kind for kinds, _ in contents for kind in kinds}
+    shown, contents = set[str](), list[str]()
+    for item in chain(evaluation.queries, evaluation.corpus):  # Each is read once.
+        shown |= {part.kind for part in item.parts}
+        contents.append(identity(item))
     judged = (
         f"{query}\t{document}\t{grade}"
         for query, grades in evaluation.qrels.items()
@@ -84,26 +88,13 @@ def _metadata(evaluation: EvaluationSet) -> TaskMetadata:
     return TaskMetadata(
         name=evaluation.name.replace("/", "__"),  # It names files.
         description=f"Evaluation set {evaluation.name}.",
-        dataset={"path": evaluation.name, "revision": digest((*names, *(text for _, text in contents), *judged))},
+        dataset={"path": evaluation.name, "revision": digest((*names, *contents, *judged))},
         type="Retrieval" if shown == {"text"} else "Any2AnyRetrieval",
         modalities=[kind for kind in get_args(Modalities) if kind in shown],
         eval_splits=["test"],
         eval_langs=dict.fromkeys(evaluation.subsets, languages) if evaluation.subsets else languages,
         main_score="ndcg_at_10",
     )
-
-
-def _content(item: Item) -> tuple[set[str], str]:
-    """Return the kinds of an item's parts, and what changes with its content."""
-    pieces = [str(item.instruction)]
-    for part in item.parts:
-        values = part.value if isinstance(part.value, tuple) else (part.value,)
-        for value in values:
-            if isinstance(value, Path):
-                pieces.append(content_digest(value))
-            else:
-                pieces.append(value.content if isinstance(value, LazyImage) else part.digest.hex())
-    return {part.kind for part in item.parts}, digest(pieces)
 
 
 def find_tasks(wanted: Sequence[str | EvaluationSource]) -> list[AbsTask]:

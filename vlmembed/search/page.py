@@ -16,14 +16,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from vlmembed.media import load_image
 from vlmembed.search.corpus import CorpusSource
 from vlmembed.search.documents import Documents
 from vlmembed.search.index import Index
-from vlmembed.search.ranking import View, search_exact
+from vlmembed.search.ranking import View, device_of, search_exact
 from vlmembed.search.searching import named, query_vectors
 from vlmembed.search.served import ServedModel
 from vlmembed.types import Item, Part
@@ -71,8 +70,7 @@ class Side:
         self.documents = Documents(self.index, corpus)
         self.engine = ServedModel.open(model, device=device, trust_remote_code=trust_remote_code)
         self.index.refuse_other(self.engine.digest, model)
-        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self._view = lru_cache(None)(partial(View, self.index, device=where, in_memory=True))
+        self._view = lru_cache(None)(partial(View, self.index, device=device_of(device), in_memory=True))
         self._content = lru_cache(512)(self._read)
 
     @property

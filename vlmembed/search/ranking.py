@@ -112,6 +112,11 @@ class View:
         return normalize(vectors, dim=1) if self.similarity == "cosine" else vectors
 
 
+def device_of(name: str | None) -> torch.device:
+    """Return a device by its name; for None a GPU if there is one."""
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def _signs(vectors: Vectors) -> Vectors:
     if isinstance(vectors, MultiVectors):
         return vectors.map(lambda rows: (rows > 0) * 2.0 - 1)

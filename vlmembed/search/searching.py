@@ -22,7 +22,7 @@ from vlmembed.search.corpus import CorpusSource, open_corpus
 from vlmembed.search.documents import corpus_of
 from vlmembed.search.encoding import scan
 from vlmembed.search.index import Index
-from vlmembed.search.ranking import Ranking, View, ranked, rescore
+from vlmembed.search.ranking import Ranking, View, device_of, ranked, rescore
 from vlmembed.search.reranking import open_reranker, rerank
 from vlmembed.search.served import ServedModel
 from vlmembed.types import Item, Part
@@ -98,7 +98,7 @@ def search(
         if Path(output).is_dir():
             raise ValueError(f"{output} is a folder; output is the TREC run to write, a file.")
         opened.refuse_white_space()
-    view = View(opened, dimension, device=torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    view = View(opened, dimension, device=device_of(device))
     cheaper = None if first_stage is None else first_view(view, first_stage)
     names, items = read_queries(queries) if queries is not None else (["query"], [_question(str(query))])
     documents = corpus_of(opened, corpus)[0] if reranker is not None else None

@@ -158,13 +158,13 @@ class ServedModel:
         from sentence_transformers import MultiVectorEncoder, SentenceTransformer  # Takes seconds.
 
         path = find_folder(folder)
-        config = _read(path / "config_sentence_transformers.json")
+        config = read_json(path / "config_sentence_transformers.json")
         if config.get("model_type") == "CrossEncoder":
             raise ValueError(
                 f"{folder} is a reranker: it scores pairs, and gives no item a vector. Name an embedder's folder here, "
                 "and the reranker where pairs are ranked."
             )
-        types = [str(module.get("type")) for module in _read(path / "modules.json", list)]
+        types = [str(module.get("type")) for module in read_json(path / "modules.json", list)]
         foreign = [name for name in types if not name.startswith(STOCK)]
         if foreign and not trust_remote_code:
             raise ValueError(
@@ -205,7 +205,7 @@ class ServedModel:
     @cached_property
     def dimensions(self) -> list[int]:
         """Those that the embeddings were trained to be truncated to, if any."""
-        return [int(size) for size in _read(self.folder / "config.json").get("matryoshka_dimensions", [])]
+        return [int(size) for size in read_json(self.folder / "config.json").get("matryoshka_dimensions", [])]
 
     @cached_property
     def pixels(self) -> dict[str, int] | None:
@@ -317,7 +317,7 @@ class ServedModel:
         """Return what identifies an item's content, and its cost; or why it cannot be read."""
         try:
             cost = self.encoder.preprocessor.cost(item) if self.encoder is not None else _text_length(item)
-            return _identity(item), cost
+            return identity(item), cost
         except (ValueError, OSError) as error:
             origin = "" if item.origin and item.origin in str(error) else f"{item.origin or 'An item'}: "
             return "", f"{origin}{error}"
@@ -444,7 +444,7 @@ def _open(items: Sequence[tuple[int, Item]]) -> list[tuple[Item, Any]]:
     return [(item, model_input(item)) for _, item in items]
 
 
-def _identity(item: Item) -> str:
+def identity(item: Item) -> str:
     """Return what is another for another content or instruction, whatever files are called."""
     pieces: list[str | bytes] = ["" if item.instruction is None else f"told {item.instruction}"]
     for part in item.parts:
@@ -547,7 +547,7 @@ def prompt_of(prompts: Mapping[str, str | None], role: Role) -> str | None:
     return next((prompts[name] for name in PROMPTS[role] if name in prompts), None)
 
 
-def _read(path: Path, kind: type = dict) -> Any:
+def read_json(path: Path, kind: type = dict) -> Any:
     """Return what a JSON file holds, a mapping or a list; an empty one where there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else kind()
