@@ -21,7 +21,7 @@ from tqdm import tqdm
 from vlmembed.features import read_tensor, signed
 from vlmembed.files import clear_drafts, content_digest, digest, write_whole
 from vlmembed.media import load_image
-from vlmembed.search.served import by_instruction, folder_digest, model_input
+from vlmembed.search.served import encode_padded, folder_digest, model_input
 from vlmembed.types import Item, Role
 
 #: Batches that are encoded, and cached, together: their images are open. Sentence Transformers sorts them by length.
@@ -106,14 +106,8 @@ class Embedder:
 
     def _encode(self, items: Sequence[Item], role: Role) -> Float[Tensor, "rows width"]:
         """Embed items: (N, D), or the vectors of all with the item's number in front, (T, 1 + D)."""
-        encode = self.model.encode_query if role == "query" else self.model.encode_document
-        options: Any = {"batch_size": self.batch_size, "show_progress_bar": False}
-        options |= {} if self.is_multi_vector else {"convert_to_tensor": True}
-        inputs = [*map(model_input, items)]
-        rows = by_instruction(items)
-        pieces = [encode([inputs[row] for row in rows[prompt]], prompt=prompt, **options) for prompt in rows]
-        encoded = dict(zip(chain.from_iterable(rows.values()), chain.from_iterable(pieces), strict=True))
-        vectors = [encoded[row].float().cpu() for row in range(len(items))]
+        encoded = encode_padded(self.model, items, [*map(model_input, items)], role, self.batch_size)
+        vectors = [of_item.float().cpu() for of_item in encoded]
         if not self.is_multi_vector:
             return torch.stack(vectors)
         return torch.cat([nn.functional.pad(of_item, (1, 0), value=row) for row, of_item in enumerate(vectors)])

@@ -353,23 +353,11 @@ class ServedModel:
         if self.encoder is not None:
             vectors = self.encoder(made.inputs, self.encoder.encode_images(made.images), role)
         else:
-            vectors = self._encode_padded(made, role)
+            items, inputs = zip(*made, strict=True)
+            vectors = encode_padded(self.served, items, inputs, role, PADDED_ITEMS)
         if isinstance(vectors, Tensor):
             return vectors.float().cpu().unbind()
         return torch.cat(vectors).float().cpu().split([*map(len, vectors)])  # Over to the host in one piece.
-
-    def _encode_padded(self, made: Sequence[tuple[Item, Any]], role: Role) -> Vectors:
-        """Encode items by Sentence Transformers, which is told one prompt at a time."""
-        encode = self.served.encode_query if role == "query" else self.served.encode_document
-        options = {"show_progress_bar": False} | ({} if self.is_multi_vector else {"convert_to_tensor": True})
-        encoded: dict[int, Tensor] = {}
-        for prompt, rows in by_instruction(item for item, _ in made).items():
-            inputs = [made[row][1] for row in rows]
-            if [*self.served.modalities] == ["text"]:  # Such models need not take a mapping.
-                inputs = [content["text"] if content.keys() == {"text"} else content for content in inputs]
-            encoded |= zip(rows, encode(inputs, prompt=prompt, batch_size=PADDED_ITEMS, **options), strict=True)
-        vectors = [encoded[row] for row in range(len(made))]
-        return vectors if self.is_multi_vector else torch.stack(vectors)
 
 
 class _Plan:
@@ -594,3 +582,22 @@ def by_instruction(items: Iterable[Item]) -> dict[str | None, list[int]]:
     for place, item in enumerate(items):
         places.setdefault(item.instruction, []).append(place)
     return places
+
+
+def encode_padded(
+    served: Any, items: Sequence[Item], inputs: Sequence[dict[str, Any]], role: Role, batch_size: int
+) -> list[Tensor]:
+    """Encode items, given as `model_input` makes them, by Sentence Transformers, which is told one prompt at a time.
+
+    An embedding (D,) of each comes back, or the vectors (n, D).
+    """
+    encode = served.encode_query if role == "query" else served.encode_document
+    several = type(served).__name__ == "MultiVectorEncoder"
+    options = {"batch_size": batch_size, "show_progress_bar": False} | ({} if several else {"convert_to_tensor": True})
+    contents: list[Any] = [*inputs]
+    if [*served.modalities] == ["text"]:  # Such models need not take a mapping.
+        contents = [content["text"] if content.keys() == {"text"} else content for content in inputs]
+    encoded: dict[int, Tensor] = {}
+    for prompt, rows in by_instruction(items).items():
+        encoded |= zip(rows, encode([contents[row] for row in rows], prompt=prompt, **options), strict=True)
+    return [encoded[row] for row in range(len(items))]
