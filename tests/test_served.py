@@ -203,6 +203,35 @@ def test_what_cannot_be_read_is_left_out_by_name(exported: Path, window: list[It
         model.encode(window, "document")
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_equal_items_of_a_group_are_encoded_once(exported: Path, window: list[Item], num_workers: int) -> None:
+    """In the second window there is nothing new; in another group everything is."""
+    model = ServedModel.open(exported, device="cpu")
+    windows = [window, [*window[4:7], *window[:2]], [*window[:1], *window[4:5]]]
+    first, second, other = model.stream(
+        windows, "document", num_workers=num_workers, group_of=lambda items: items is windows[2]
+    )
+    assert (second.rows, [*second.unreadable]) == ([1, 3, 4], [0, 2])
+    assert "same content as another" in second.unreadable[0]
+    assert window[4].origin in second.unreadable[0]
+    assert second.vectors[1:].equal(first.vectors[:2])
+    assert (other.rows, [*other.unreadable]) == ([0], [1])
+    assert "same content" not in other.unreadable[1]
+
+
+def test_threads_compute_side_by_side(exported: Path, window: list[Item]) -> None:
+    model, threads = ServedModel.open(exported, device="cpu"), torch.get_num_threads()
+    readable = [window[row] for row in (0, 1, 5, 8, 9)]
+    try:
+        torch.set_num_threads(3)
+        (encoded,) = model.stream([readable], "document", batch_tokens=1)  # A batch for each item.
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+    alone = torch.cat([model.encode([one], "document") for one in readable])
+    torch.testing.assert_close(encoded.vectors, alone, rtol=0, atol=TOLERANCE)
+
+
 class Lazy(Sequence[Any]):
     """Reads an item when it is asked for it, and cannot read one."""
 

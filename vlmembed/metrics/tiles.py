@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int, Int64
 from torch import Tensor
@@ -17,7 +16,9 @@ from torch import Tensor
 from vlmembed.metrics.functions import order_keys
 
 #: Documents that are looked at together: at first each of them may be among the best.
-WIDTH = 1024
+WIDTH = 4096
+#: Neighbours of which the largest is found first.
+GROUP = 64
 
 
 @contextmanager
@@ -56,7 +57,7 @@ class BestDocuments:
         if k < scores.shape[1] and lowest.isneginf().any():  # Of a first tile, none below its own K-th.
             lowest = torch.maximum(lowest, scores.topk(k).values[:, -1:])
         # Most documents of most tiles are below the K-th so far, which one comparison says.
-        found = _true(scores, lowest)
+        found = _not_below(scores, lowest)
         queries, documents = found // scores.shape[1], found % scores.shape[1]
         keys = order_keys(scores[queries, documents], name_order[documents] + 1)
         self._waiting.append((queries + start, keys))
@@ -92,8 +93,11 @@ class BestDocuments:
         return torch.where(ascending < 0, ascending ^ 0x7FFFFFFF, ascending).view(torch.float32)
 
 
-def _true(scores: Float[Tensor, "q p"], lowest: Float[Tensor, "q 1"]) -> Int64[Tensor, " n"]:
+def _not_below(scores: Float[Tensor, "q p"], lowest: Float[Tensor, "q 1"]) -> Int64[Tensor, " n"]:
     """The flat indices of scores that are not below the lowest."""
-    if scores.device.type == "cpu":  # NumPy is twice as fast in comparing, and six times in finding few.
-        return torch.from_numpy(np.flatnonzero(scores.numpy() >= lowest.numpy()))
-    return (scores >= lowest).flatten().nonzero()[:, 0]
+    # Most groups of neighbours have none, and the largest of each are found in half the time of comparing all.
+    width = GROUP if scores.shape[1] % GROUP == 0 else scores.shape[1]
+    groups = scores.unflatten(1, (-1, width))  # (q, p) → (q, p / width, width)
+    query, group = (groups.amax(dim=2) >= lowest).nonzero().unbind(1)
+    found, place = (groups[query, group] >= lowest[query]).nonzero().unbind(1)
+    return query[found] * scores.shape[1] + group[found] * width + place

@@ -56,7 +56,7 @@ def encode(
     output: str,
     role: Role = "document",
     precision: Precision = "float32",
-    shard_size: int = 8192,
+    shard_size: int = 16_384,
     window: int = 1024,
     batch_tokens: int | None = None,
     num_workers: int = 0,
@@ -80,8 +80,8 @@ def encode(
         output: The folder to write.
         role: Whether items are documents or queries: of an evaluation folder or training rows, those are encoded.
         precision: How vectors are stored: float32, float16, int8 (with a scale for each item), or binary (signs).
-        shard_size: Items of a file; what a kill costs at most.
-        window: Items that are looked at together: equal ones, and images, are encoded once, similar ones together.
+        shard_size: Items of a file, and what a kill costs at most. Equal ones are encoded once if they have one vector.
+        window: Items that are looked at together: similar ones go through the model together, equal images once.
         batch_tokens: The most tokens that go through the model at once; null for what is usual for the device.
         num_workers: Processes that read and decode ahead.
         shards: Which share of the files this process writes, ``3/8``, of several that write the same folder; null for

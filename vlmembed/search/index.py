@@ -163,6 +163,10 @@ class Index:
         """The position of each row when they are sorted by id."""
         return torch.empty_like(self.by_name).index_copy_(0, self.by_name, torch.arange(self.count))
 
+    def rows_of(self, numbers: int) -> int:
+        """Return how many items have so many numbers, about; at least one."""
+        return max(1, int(numbers / self.numbers_per_item))
+
     @cached_property
     def numbers_per_item(self) -> float:
         """How many numbers the vectors of an item have, about: by the first shard with items."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -17,9 +17,11 @@ from vlmembed.late_interaction import MultiVectors, Vectors, maxsim, truncate
 from vlmembed.metrics.functions import order_keys
 from vlmembed.metrics.tiles import BestDocuments, exact_products
 from vlmembed.search.index import Index
+from vlmembed.search.threads import computing_threads, thread_count
 
-#: Numbers of documents' vectors that are looked at together: they stay in a processor's cache.
-BLOCK_NUMBERS = 2**18
+#: Numbers of documents' vectors that are read together, and that are looked at together: a processor's cache has room
+#: for the latter, and for their scores.
+BLOCK_NUMBERS, TILE_NUMBERS = 2**22, 2**20
 #: Queries that are compared with a block together.
 HEIGHT = 1024
 #: What an index's model may compare vectors by.
@@ -92,8 +94,7 @@ class View:
         return [*self._read(None)]
 
     def _read(self, only: Int64[Tensor, " n"] | None) -> Iterator[tuple[int, Vectors]]:
-        size = max(1, int(BLOCK_NUMBERS / self.index.numbers_per_item))
-        read = self.index.blocks(size, self.dimension, only)
+        read = self.index.blocks(self.index.rows_of(BLOCK_NUMBERS), self.dimension, only)
         yield from _ahead((first, self._brought(_signs(part) if self.signs else part)) for first, part in read)
 
     def scores(self, queries: Vectors, documents: Vectors) -> Float[Tensor, "q p"]:
@@ -140,15 +141,22 @@ def _ahead(blocks: Iterator[Any]) -> Iterator[Any]:
 
 def search_exact(view: View, vectors: Vectors, k: int) -> Ranking:
     """Find the first k documents of queries, in one pass over the index; equal scores are ranked by id, descending."""
-    queries, index = view.queries(vectors), view.index
-    best = BestDocuments(len(vectors), min(k, index.count), view.device)
-    with exact_products(view.device):
+    queries, index, count = view.queries(vectors), view.index, len(vectors)
+    height, width = min(HEIGHT, -(-count // thread_count(view.device))), index.rows_of(TILE_NUMBERS)
+    starts = range(0, count, max(1, height))
+    parts = [_part(queries, start, start + height) for start in starts]
+    best = [BestDocuments(len(part), min(k, index.count), view.device) for part in parts]
+
+    def look(first: int, documents: Vectors, number: int) -> None:
+        for start in range(0, len(documents), width):
+            tile = _part(documents, start, start + width)
+            name_order = index.name_order[first + start : first + start + len(tile)].to(view.device)
+            best[number].add(0, view.scores(parts[number], tile), name_order)  # (q, p)
+
+    with exact_products(view.device), computing_threads(thread_count(view.device)) as pool:
         for first, documents in view.blocks():
-            name_order = index.name_order[first : first + len(documents)].to(view.device)
-            for start in range(0, len(vectors), HEIGHT):
-                tile = view.scores(_part(queries, start, start + HEIGHT), documents)  # (q, p)
-                best.add(start, tile, name_order)
-    scores, names = (tensor.cpu() for tensor in best.ranked())
+            list(pool.map(partial(look, first, documents), range(len(parts))))
+    scores, names = (torch.cat(tensors).cpu() for tensors in zip(*(part.ranked() for part in best), strict=True))
     return Ranking(scores, index.by_name[names].where(names >= 0, -1))
 
 

@@ -12,9 +12,9 @@ import json
 import math
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import chain, groupby
 from pathlib import Path
@@ -35,6 +35,7 @@ from vlmembed.export.modules import CODE
 from vlmembed.files import content_digest, digest
 from vlmembed.media import load_audio, load_image
 from vlmembed.pooling import Pooling
+from vlmembed.search.threads import computing_threads, in_order, thread_count
 from vlmembed.training.signals import leave_stopping_to_parent
 from vlmembed.types import Inputs, Item, LazyImage, Part, Role
 
@@ -238,7 +239,6 @@ class ServedModel:
                 raise ValueError(reason)
         return encoded.vectors
 
-    @torch.no_grad()
     def stream(
         self,
         windows: Iterable[Sequence[Item]],
@@ -246,22 +246,26 @@ class ServedModel:
         prompt_name: str | None = None,
         num_workers: int = 0,
         batch_tokens: int | None = None,
+        group_of: Callable[[Any], Hashable] | None = None,
     ) -> Iterator[Encoded]:
         """Encode windows of items, one after the other, while ``num_workers`` processes read those behind.
 
-        What comes of a window depends on nothing but its items: equal ones are encoded once, and those of similar cost
-        together, so larger windows are faster, up to some thousand items. A window is a list, or any sequence that
-        reads an item when it is asked for it; it is read once, some time before it is yielded. An item that cannot be
-        read (a ``ValueError`` of the sequence, of the file or of the model's processor) is in ``Encoded.unreadable``,
-        and the others are encoded without it.
+        Items of similar cost are encoded together, of one window; equal ones once, of a group: windows one after the
+        other of the same ``group_of``, null for each alone. What comes of a group depends on nothing but its items. A
+        window is a list, or any sequence that reads an item when it is asked for it; it is read once, some time before
+        it is yielded. An item that cannot be read (a ``ValueError`` of the sequence, of the file or of the model's
+        processor) is in ``Encoded.unreadable``, and the others are encoded without it.
         """
         prompt = self._named(prompt_name)
         plans: deque[_Plan] = deque()
 
         def batches() -> Iterator[list[tuple[int, Item]]]:
-            for window in windows:
-                plans.append(self._plan(window, role, prompt, batch_tokens))
-                yield from plans[-1].batches
+            for _, group in groupby(windows, group_of) if group_of else ((None, [window]) for window in windows):
+                seen = _Seen()
+                for window in group:
+                    seen = _Seen() if self.is_multi_vector else seen  # Too many to keep: a page has hundreds of them.
+                    plans.append(self._plan(window, role, prompt, batch_tokens, seen))
+                    yield from plans[-1].batches
 
         loader = DataLoader(
             RowLists(list),
@@ -272,11 +276,25 @@ class ServedModel:
             pin_memory=self.device.type == "cuda",
             worker_init_fn=leave_stopping_to_parent,
         )
-        for made, rows, unreadable in loader:
-            yield from _whole(plans)  # Windows of which no item could be read.
-            plans[0].take(rows, self._compute(made, role) if rows else [], unreadable)
-            yield from _whole(plans)
+        threads = self._thread_count
+        with computing_threads(threads) as pool:
+            for rows, vectors, unreadable in in_order(pool, partial(self._take, role), loader, ahead=threads):
+                yield from _whole(plans)  # Windows of which no item could be read.
+                plans[0].take(rows, vectors, unreadable)
+                yield from _whole(plans)
         yield from _whole(plans)
+
+    @property
+    def _thread_count(self) -> int:
+        """How many batches are computed at the same time: one where it is not known that a model can do that."""
+        packs = self.encoder is not None and self.encoder.backbone.separate_vision_pass
+        return thread_count(self.device) if packs else 1
+
+    @torch.no_grad()  # Of a thread.
+    def _take(self, role: Role, batch: tuple[Any, list[int], dict[int, str]]) -> Any:
+        """Compute a batch's vectors, between its rows and why other rows cannot be read."""
+        made, rows, unreadable = batch
+        return rows, self._compute(made, role) if rows else [], unreadable
 
     def _named(self, prompt_name: str | None) -> str | None:
         """Return a prompt by its name; None for that of the role."""
@@ -289,9 +307,11 @@ class ServedModel:
 
     # From a window to batches
 
-    def _plan(self, window: Sequence[Item], role: Role, prompt: str | None, batch_tokens: int | None) -> _Plan:
+    def _plan(
+        self, window: Sequence[Item], role: Role, prompt: str | None, batch_tokens: int | None, seen: _Seen
+    ) -> _Plan:
         """Read a window's items, and say which of them go through the model together."""
-        plan = _Plan()
+        plan = _Plan(seen)
         for row in range(len(window)):
             try:
                 item = window[row]
@@ -307,8 +327,9 @@ class ServedModel:
             for row, (identity, cost) in zip([*plan.items], looked, strict=True):
                 if isinstance(cost, str):
                     plan.unreadable[row] = cost
-                elif plan.first.setdefault(identity, row) == row:
+                elif identity not in seen.identities:
                     costs[row] = cost
+                    seen.identities.add(identity)
                 plan.identities[row] = identity
         plan.batches = [[(row, plan.items[row]) for row in batch] for batch in self._cut(costs, role, batch_tokens)]
         return plan
@@ -360,21 +381,30 @@ class ServedModel:
         return torch.cat(vectors).float().cpu().split([*map(len, vectors)])  # Over to the host in one piece.
 
 
+@dataclass
+class _Seen:
+    """What came of the distinct items of a group of windows, by identity."""
+
+    identities: set[str] = field(default_factory=set)  # Of all that are planned.
+    vectors: dict[str, Tensor] = field(default_factory=dict)
+    unreadable: dict[str, str] = field(default_factory=dict)
+
+
 class _Plan:
     """A window that is being encoded."""
 
-    def __init__(self) -> None:
+    def __init__(self, seen: _Seen) -> None:
+        self.seen = seen
         self.items: dict[int, Item] = {}  # By row, those that there are.
         self.identities: dict[int, str] = {}
-        self.first: dict[str, int] = {}  # The row of the first item of each identity: that one is encoded.
-        self.batches: list[list[tuple[int, Item]]] = []
+        self.batches: list[list[tuple[int, Item]]] = []  # Of distinct items that were not in an earlier window.
         self.unreadable: dict[int, str] = {}
-        self._vectors: dict[int, Tensor] = {}
         self._taken = 0
 
     def take(self, rows: Sequence[int], vectors: Sequence[Tensor], unreadable: Mapping[int, str]) -> None:
         """Take what came of the next batch."""
-        self._vectors |= zip(rows, vectors, strict=True)
+        self.seen.vectors |= zip((self.identities[row] for row in rows), vectors, strict=True)
+        self.seen.unreadable |= {self.identities[row]: reason for row, reason in unreadable.items()}
         self.unreadable |= unreadable
         self._taken += 1
 
@@ -387,12 +417,12 @@ class _Plan:
         """Give every item what the first of its content has."""
         rows, vectors = [], []
         for row, item in self.items.items():
-            first = self.first.get(self.identities[row])
-            if first in self._vectors:
+            identity = self.identities[row]
+            if identity in self.seen.vectors:
                 rows.append(row)
-                vectors.append(self._vectors[first])
-            elif first is not None and row != first:
-                reason = self.unreadable[first]
+                vectors.append(self.seen.vectors[identity])
+            elif row not in self.unreadable:
+                reason = self.seen.unreadable[identity]
                 self.unreadable[row] = f"{item.origin or 'An item'} has the same content as another: {reason}"
         several = bool(vectors) and vectors[0].ndim > 1
         return Encoded(

@@ -104,7 +104,11 @@ class Encoding:
             for rows in map(self.rows, shards)
             for start in range(0, len(rows), self.job.window)
         )
-        options: Any = {"num_workers": self.job.num_workers, "batch_tokens": self.job.batch_tokens}
+        options: Any = {
+            "num_workers": self.job.num_workers,
+            "batch_tokens": self.job.batch_tokens,
+            "group_of": lambda window: window.rows.start // self.job.shard_size,
+        }
         encoded = zip(windows, self.model.stream(read, self.job.role, **options), strict=True)
         for shard in shards:
             self._write(shard, encoded, progress)
