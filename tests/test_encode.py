@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import multiprocessing
+import os
 import re
 import shutil
 import signal
@@ -711,6 +712,29 @@ def test_killed_at_any_moment_it_leaves_the_same_files(kills: int, embedder: Pat
     assert not [*output.glob(".*.draft")]
 
 
+#: With which status an encoding ends that is told to: 128 and the signal's number, as shells have it, or by the signal.
+STATUS = {signal.SIGINT: 128 + signal.SIGINT, signal.SIGTERM: -signal.SIGTERM, signal.SIGKILL: -signal.SIGKILL}
+
+
+def words_for(embedder: Path, folder: Path) -> list[str]:
+    """A command line whose encoding takes a while."""
+    corpus = jsonl(folder / "corpus.jsonl", items(folder, 480))
+    return ["encode", f"--model={embedder}", f"--corpus={corpus}", f"--output={folder / 'index'}", "--shard_size=8"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_told_to_stop_it_does(number: signal.Signals, embedder: Path, tmp_path: Path, capfd: Any) -> None:
+    process: Any = FORK.Process(target=main, args=(words_for(embedder, tmp_path),))
+    process.start()
+    while process.is_alive() and not [*(tmp_path / "index").glob("*.parquet")]:
+        time.sleep(0.002)
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == STATUS[number]
+    assert "Traceback" not in capfd.readouterr().err
+    assert not (tmp_path / "index/shard-00059.parquet").exists()
+
+
 def test_a_file_that_is_not_whole_is_written_again(embedder: Path, corpus: str, tmp_path: Path) -> None:
     output = tmp_path / "index"
     encode(str(embedder), corpus, str(output), shard_size=10)
@@ -816,6 +840,32 @@ def test_ray_makes_the_same_files_though_workers_are_killed(
     assert len(killed) == kills
     assert content(tmp_path / "ray") == content(tmp_path / "one")
     assert not [*(tmp_path / "ray").glob(".*.draft")]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("number", [*STATUS])
+def test_ray_is_resumed_at_once_when_its_driver_has_ended(
+    number: signal.Signals, embedder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its workers end by themselves, and what they write until then are the same files."""
+    pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    words, output = words_for(embedder, tmp_path), tmp_path / "index"
+    encode(str(embedder), str(tmp_path / "corpus.jsonl"), str(tmp_path / "one"), shard_size=8)
+    command = [sys.executable, "-m", "vlmembed", *words, "--executor=Ray", "--executor.workers=2"]
+    driver = subprocess.Popen(command)
+    while driver.poll() is None and len([*output.glob("*.parquet")]) < 6:
+        time.sleep(0.01)
+    children = psutil.Process(driver.pid).children(recursive=True)
+    workers = [child for child in children if "MapWorker" in " ".join(child.cmdline())]
+    driver.send_signal(number)
+    assert driver.wait(30) == STATUS[number]
+    subprocess.run(command, check=True)
+    assert len(workers) == 2
+    assert psutil.wait_procs(workers, 1)[1] == []
+    assert content(output) == content(tmp_path / "one")
+    assert not [*output.glob(".*.draft")]
 
 
 PEAK = "import resource, sys; from vlmembed.cli import main; main(sys.argv[1:]); print(resource.getrusage(0).ru_maxrss)"

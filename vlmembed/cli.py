@@ -303,7 +303,10 @@ def main(args: ArgsType = None) -> None:
     if isinstance(words, list):
         refuse_secrets_in(words)
     if isinstance(words, list) and words and words[0] in COMMANDS:
-        import_module(COMMANDS[words[0]][0]).main(words)
+        try:
+            import_module(COMMANDS[words[0]][0]).main(words)
+        except KeyboardInterrupt:  # Of which Ray would make a status of 1.
+            sys.exit(128 + signal.SIGINT)
         return
     end_with_parent()
     try:

@@ -174,11 +174,10 @@ class SentenceTransformers(Exporter):
                 transformers_logging.disable_progress_bar()
             # What is expected is computed first: writing merges the adapters into the weights.
             if isinstance(encoder, MultiVectorEncoder):
-                dimensions = [self.truncate_dim or encoder.dimension]
-                expected = expect(
-                    encoder, Path(scratch), dimensions, prompts=info.prompts, merging_factor=self.merging_factor
-                )
-                write_multi_vector(encoder, draft, self.truncate_dim, self.merging_factor, info.prompts)
+                full, merging_factor = self.truncate_dim or encoder.dimension, self.merging_factor
+                expected = expect(encoder, Path(scratch), [full], prompts=info.prompts, merging_factor=merging_factor)
+                dimensions = _trained(full, info)
+                write_multi_vector(encoder, draft, self.truncate_dim, merging_factor, info.prompts, dimensions)
             elif isinstance(encoder, Scorer):
                 # Logits are taken at the last position, where a token has to be.
                 sides = ("left", "right") if self.reranker_scoring == "dense" else ("left",)
@@ -188,9 +187,9 @@ class SentenceTransformers(Exporter):
                 write_reranker(encoder, draft, self.reranker_scoring, prompts)
             else:
                 full = self.truncate_dim or encoder.dimension
-                dimensions = [full, *(dimension for dimension in info.dimensions if dimension < full)]
-                expected = expect(encoder, Path(scratch), dimensions, prompts=info.prompts)
-                write_folder(encoder, draft, self.truncate_dim, dimensions if info.dimensions else (), info.prompts)
+                dimensions = _trained(full, info)
+                expected = expect(encoder, Path(scratch), dimensions or [full], prompts=info.prompts)
+                write_folder(encoder, draft, self.truncate_dim, dimensions, info.prompts)
             return verify({draft: expected})[0]
 
     def facts(self, encoder: Encoder, info: ModelInfo, verification: str, source: str) -> CardFacts:
@@ -222,6 +221,11 @@ class SentenceTransformers(Exporter):
             dimensions=info.dimensions if full else (),
             log=info.log,
         )
+
+
+def _trained(full: int, info: ModelInfo) -> list[int]:
+    """Return the dimensions that vectors may be cut to, with the whole ones first; none where no loss trained them."""
+    return [full, *(dimension for dimension in info.dimensions if dimension < full)] if info.dimensions else []
 
 
 def _refuse_no_id(base_model: str | None) -> None:

@@ -79,9 +79,7 @@ def write_folder(
         "default_prompt_name": "document",
         "similarity_fn_name": "cosine",
     }
-    # vLLM and SGLang cut embeddings only if these keys say that they may.
-    matryoshka = {"is_matryoshka": True, "matryoshka_dimensions": sorted(dimensions)} if dimensions else {}
-    _write_modules(modules, pooling, model_config, folder, **matryoshka)
+    _write_modules(modules, pooling, model_config, folder, **_matryoshka(dimensions))
 
 
 def write_multi_vector(
@@ -90,11 +88,12 @@ def write_multi_vector(
     truncate_dim: int | None = None,
     merging_factor: int = 1,
     prompts: Mapping[str, str] | None = None,
+    dimensions: Sequence[int] = (),
 ) -> None:
     """Write a multi-vector model into an empty folder; adapters are merged into the encoder's weights, for good.
 
     With ``truncate_dim`` so many leading dimensions are kept, and with a ``merging_factor`` documents get so many times
-    fewer vectors; ``prompts`` are as for `write_folder`.
+    fewer vectors; ``prompts`` and ``dimensions`` are as for `write_folder`.
     """
     backbone = encoder.backbone
     modules = [_transformer(backbone, encoder.pooling.layers), *token_modules(encoder, truncate_dim, merging_factor)]
@@ -105,7 +104,7 @@ def write_multi_vector(
         "default_prompt_name": None,
         "similarity_fn_name": encoder.similarity,
     }
-    _write_modules(modules, encoder.pooling, model_config, folder)
+    _write_modules(modules, encoder.pooling, model_config, folder, **_matryoshka(dimensions))
 
 
 def write_reranker(
@@ -234,6 +233,11 @@ def _as_saved(model: PreTrainedModel) -> PreTrainedModel:
     setattr(whole, whole.base_model_prefix, model)
     whole.tie_weights()
     return whole
+
+
+def _matryoshka(dimensions: Sequence[int]) -> dict[str, Any]:
+    """Return the keys by which vLLM and SGLang know that they may cut vectors, and our search to which sizes."""
+    return {"is_matryoshka": True, "matryoshka_dimensions": sorted(dimensions)} if dimensions else {}
 
 
 def _write_modules(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,10 +55,14 @@ class Ray(Executor):
         except ImportError as error:
             raise ValueError('The executor Ray needs Ray: pip install "vlmembed[ray]".') from error
 
+        on_sigterm = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
         ray.init(ignore_reinit_error=True, log_to_driver=False)
+        with suppress(ValueError):  # Of a thread that is not the main one.
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray's handler prints a trace, and ends with another status.
         workers = min(self.workers or self._room(ray.cluster_resources()), len(shards))
         blocks = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
-        options: Any = {"num_cpus": self.cpus, "num_gpus": self.gpus, "concurrency": workers, "batch_size": 1}
+        pool = ray.data.ActorPoolStrategy(size=workers)
+        options: Any = {"num_cpus": self.cpus, "num_gpus": self.gpus, "compute": pool, "batch_size": 1}
         ray.data.DataContext.get_current().enable_progress_bars = False  # Ours counts items.
         logging.getLogger("ray.data").setLevel(logging.WARNING)
         for row in blocks.map_batches(_Worker, fn_constructor_args=(encoding.job,), **options).iter_rows():
