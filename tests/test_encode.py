@@ -388,7 +388,7 @@ def streamed_some(folder: Path) -> tuple[str, dict[str, Any]]:
 
 def streamed_pages(folder: Path) -> tuple[str, dict[str, Any]]:
     rows = [{"id": n, "image": {"bytes": png(n), "path": None}, "language": "de"} for n in range(21)]
-    rows[10]["image"] = {"bytes": png(1)[:200], "path": None}
+    rows[10]["image"] = {"bytes": b"no image", "path": None}
     data = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image(decode=False))
     data.to_parquet(folder / "pages.parquet", batch_size=6)
     return str(folder / "pages.parquet"), {"where": {"language": {"not": "fr"}}}
@@ -462,6 +462,10 @@ def test_a_stream_is_shared_out_and_resumed(
     words = ["encode", "--config", "encode.yaml", "--output"]
     with pytest.raises(SystemExit, match="2 of the items"):
         main([*words, "one", "--num_workers", "1"])
+    named = ["encode", "--model", str(embedder), "--corpus", "vlmembed.data.StreamingRows", "--corpus.path", path]
+    with pytest.raises(SystemExit, match="2 of the items"):
+        main([*named, "--corpus.columns", json.dumps(options["columns"]), "--shard_size", "4", "--output", "named"])
+    assert content(tmp_path / "named") == content(tmp_path / "one")
     for share in ("2/2", "1/2"):
         with suppress(SystemExit):
             main([*words, "several", "--shards", share])

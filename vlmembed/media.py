@@ -479,6 +479,6 @@ def _unreadable(kind: str, frame: Frame, origin: str, error: Exception) -> Value
     where, name = f"{origin}: " if origin else "", "given as bytes" if isinstance(frame, bytes | memoryview) else frame
     if isinstance(error, OtherKindError):
         return ValueError(f"{where}cannot read the {kind} {name}: {error}, or remove the row.")
-    return ValueError(
-        f"{where}cannot read the {kind} {name} ({type(error).__name__}: {error}). Replace the file or remove the row."
-    )
+    # Where bytes were in memory is another at each run; what `encode` writes of an error is not.
+    reason = re.sub(r" <[^<>]* at 0x[0-9a-f]+>", "", f"{type(error).__name__}: {error}")
+    return ValueError(f"{where}cannot read the {kind} {name} ({reason}). Replace the file or remove the row.")

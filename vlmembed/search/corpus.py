@@ -32,8 +32,9 @@ from vlmembed.files import digest
 from vlmembed.search.cursor import Cursor
 from vlmembed.types import EvaluationSet, Example, Item, LazyImage, Role
 
-#: What a corpus can be given as, besides a path or Hub id.
-CorpusSource: TypeAlias = str | Table | Pages | Source | EvaluationSource
+#: What a corpus can be given as. On the command line, ``--corpus.path`` is of the first class that can be meant, and
+#: `Table` cannot be told from its subclasses: those with a base come before.
+CorpusSource: TypeAlias = str | Source | EvaluationSource | Table | Pages
 
 #: Rows that are read at once.
 BLOCK = 256

@@ -26,9 +26,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from vlmembed.data import EvaluationSource, Pages, Source, Table
 from vlmembed.files import clear_drafts, write_whole
-from vlmembed.search.corpus import Corpus, is_media_folder, open_corpus
+from vlmembed.search.corpus import Corpus, CorpusSource, is_media_folder, open_corpus
 from vlmembed.search.executors import Executor, Local
 from vlmembed.search.index import FORMAT, MANIFEST, SIDE_FILE, Precision
 from vlmembed.search.served import ServedModel
@@ -52,7 +51,7 @@ SETTINGS = {
 
 def encode(
     model: str,
-    corpus: str | Table | Pages | Source | EvaluationSource,
+    corpus: CorpusSource,
     output: str,
     role: Role = "document",
     precision: Precision = "float32",
