@@ -47,8 +47,10 @@ from vlmembed.export.sentence_transformers import write_folder, write_multi_vect
 from vlmembed.pooling import TokenProjection, TokenSelection
 from vlmembed.search import encoding
 from vlmembed.search.corpus import open_corpus
+from vlmembed.search.documents import corpus_of
 from vlmembed.search.encoding import encode, scan
 from vlmembed.search.executors import Ray
+from vlmembed.search.index import Index
 from vlmembed.search.shards import Precision, bytes_in, schema_of, table_of
 from vlmembed.types import Role
 
@@ -477,6 +479,8 @@ def test_a_stream_is_shared_out_and_resumed(
         main([*words, "several"])
     assert content(tmp_path / "several") == content(tmp_path / "one")
     assert len(opened) <= 4  # For the columns, the ids, to look at what is done, and for shard 1, which is before.
+    with pytest.raises(ValueError, match="looking documents up needs all rows"):
+        corpus_of(Index.open("one"), StreamingRows(path, **options))
 
 
 def test_a_stream_has_no_row_of_a_blank_line(tmp_path: Path, opened: list[StreamingRows]) -> None:
