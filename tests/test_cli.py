@@ -19,8 +19,10 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from test_hub import TOKEN, connect
 
-from vlmembed.cli import main
+from vlmembed.cli import Parser, main
+from vlmembed.data import Pages, Rows, Table
 from vlmembed.export import PushError
+from vlmembed.search.encoding import encode
 
 ROWS = 12
 COMMANDS = (
@@ -309,3 +311,23 @@ def test_help(words: str, expected: str, capsys: pytest.CaptureFixture[str], mon
         main(words.split())
     assert stopped.value.code == 0
     assert expected.lower() in " ".join(capsys.readouterr().out.split()).lower()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["vlmembed.data.Pages", "--corpus.path", "x", "--corpus.text", "true"], Pages("x", text=True)),
+        (["vlmembed.data.Table", "--corpus.path", "x", "--corpus.split", "test"], Table("x", split="test")),
+        (["vlmembed.data.Rows", "--corpus.path", "x"], Rows("x")),
+        (['{"path": "x", "split": "test"}'], Table("x", split="test")),
+        (["x"], "x"),
+    ],
+)
+def test_a_corpus_is_of_the_class_that_is_named(words: list[str], expected: Any) -> None:
+    """Also on the command line, where several classes take what is given."""
+    parser = Parser()
+    parser.add_function_arguments(encode, sub_configs=False)
+    arguments = ["--model", "m", "--output", "o", "--corpus", *words]
+    corpus = parser.instantiate_classes(parser.parse_args(arguments)).corpus
+    assert type(corpus) is type(expected)
+    assert corpus == expected if isinstance(corpus, str) else vars(corpus) == vars(expected)

@@ -16,13 +16,14 @@ from importlib import import_module
 from pkgutil import resolve_name
 from typing import Any, NoReturn, cast
 
-from jsonargparse import Namespace, _typehints, add_instantiator
+from jsonargparse import Namespace, _typehints, add_instantiator, set_parsing_settings
 from lightning import LightningDataModule, LightningModule, seed_everything
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 from torch.optim.lr_scheduler import LRScheduler
 
+from vlmembed.data import Pages, Table
 from vlmembed.distributed import print_once
 from vlmembed.modules import RetrievalModule
 from vlmembed.modules.optimization import STEP_PARAMETERS, SchedulerCallable
@@ -41,6 +42,9 @@ COMMANDS = {
     "search": ("vlmembed.search.command", "Find the documents of an index that are nearest to queries."),
     "show": ("vlmembed.show", "Show the first rows as the model will read them; write a page with their images."),
 }
+
+# Of dataclasses, jsonargparse takes the first that fits, whatever class is named, unless it is told otherwise.
+set_parsing_settings(subclasses_enabled=[Table, Pages])
 
 
 class Parser(LightningArgumentParser):
