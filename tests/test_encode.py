@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import hashlib
 import io
 import json
@@ -16,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,16 @@ from building import encoder, jsonl, picture, write_rows
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 
 from vlmembed.cli import main
-from vlmembed.data import EvaluationFolder, EvaluationRows, EvaluationTables, GroupByQuery, Pages, Rows, Table
+from vlmembed.data import (
+    EvaluationFolder,
+    EvaluationRows,
+    EvaluationTables,
+    GroupByQuery,
+    Pages,
+    Rows,
+    StreamingRows,
+    Table,
+)
 from vlmembed.encoder import MultiVectorEncoder as OurMultiVectorEncoder
 from vlmembed.export.sentence_transformers import write_folder, write_multi_vector
 from vlmembed.pooling import TokenProjection, TokenSelection
@@ -330,6 +340,182 @@ def test_a_source_is_named_in_yaml(embedder: Path, tmp_path: Path) -> None:
     assert table(output).schema.field("embedding").type.value_type == pa.float16()
     assert len(manifest(output)["shards"]) == 2
     assert "corpus.jsonl" in manifest(output)["corpus"]
+
+
+# Streams
+
+
+def streamed_rows(folder: Path) -> tuple[str, dict[str, Any]]:
+    path = write_rows(folder / "rows.jsonl", 21)
+    lines = path.read_text().splitlines()
+    lines[9] = '{"query": "cut off", "posit'
+    lines[13] = json.dumps({"query": "q", "positive": {"image": "missing.png"}, "negative": "wrong 0"})
+    lines[14] = json.dumps({"query": "q", "positive": "", "negative": "wrong 0"})
+    path.write_text("\n".join(lines))
+    return str(path), {}
+
+
+def streamed_elements(folder: Path) -> tuple[str, dict[str, Any]]:
+    rows: list[dict[str, Any]] = [
+        {"query": f"q{n}", "answers": [f"a{n}", f"b{n % 5}"], "kind": n % 2} for n in range(30)
+    ]
+    rows[11]["answers"] = ["good", ""]
+    rows[15]["answers"] = []
+    cells = {"query": "query", "positive": "answers"}
+    return jsonl(folder / "rows.jsonl", rows), {"cells": cells, "where": {"kind": 1}, "each": "answers"}
+
+
+def streamed_images(folder: Path) -> tuple[str, dict[str, Any]]:
+    rows: list[Any] = [{"query": f"q{n}", "page": {"bytes": png(n % 17), "path": None}} for n in range(21)]
+    rows[10]["page"] = {"bytes": png(1)[:200], "path": None}
+    rows[12]["page"] = None
+    data = datasets.Dataset.from_list(rows).cast_column("page", datasets.Image(decode=False))
+    data.to_parquet(folder / "rows.parquet", batch_size=6)
+    return str(folder / "rows.parquet"), {"columns": {"page": "positive"}}
+
+
+def streamed_items(folder: Path) -> tuple[str, dict[str, Any]]:
+    lines = [json.dumps(row) for row in items(folder, 21)]
+    lines[5] = json.dumps({"id": "missing", "image": "missing.png"})
+    lines[6] = '{"id": "cut off'
+    return write_lines(folder / "items.jsonl", lines), {}
+
+
+def streamed_some(folder: Path) -> tuple[str, dict[str, Any]]:
+    rows = [{"key": n, "body": f"text {n}", "keep": n % 3 > 0} for n in range(21)]
+    return jsonl(folder / "items.jsonl", rows), {"columns": {"key": "id", "body": "text"}, "where": {"keep": True}}
+
+
+def streamed_pages(folder: Path) -> tuple[str, dict[str, Any]]:
+    rows = [{"id": n, "image": {"bytes": png(n), "path": None}, "language": "de"} for n in range(21)]
+    rows[10]["image"] = {"bytes": png(1)[:200], "path": None}
+    data = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image(decode=False))
+    data.to_parquet(folder / "pages.parquet", batch_size=6)
+    return str(folder / "pages.parquet"), {"where": {"language": {"not": "fr"}}}
+
+
+def write_lines(path: Path, lines: list[str]) -> str:
+    path.write_text("\n".join(lines))
+    return str(path)
+
+
+def same_index(one: Path, other: Path) -> bool:
+    """Whether all is the same, but what the corpus is called."""
+    files = [
+        {name: file for name, file in content(folder).items() if name != "manifest.json"}
+        | {name: value for name, value in manifest(folder).items() if name != "corpus"}
+        for folder in (one, other)
+    ]
+    return files[0] == files[1]
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[StreamingRows]:
+    """A stream for each time that one is opened; blocks are small."""
+    streams, open_one = list[StreamingRows](), StreamingRows.open
+
+    def counted(stream: StreamingRows) -> Any:
+        streams.append(stream)
+        return open_one(stream)
+
+    monkeypatch.setattr(StreamingRows, "open", counted)
+    monkeypatch.setattr("vlmembed.search.cursor.BLOCK", 4)
+    return streams
+
+
+@pytest.mark.parametrize("role", ["document", pytest.param("query", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    ("build", "kind", "unreadable"),
+    [
+        (streamed_rows, Rows, 3),
+        (streamed_elements, Rows, 1),
+        (streamed_images, Rows, 2),
+        (streamed_items, Table, 2),
+        (streamed_some, Table, 0),
+        (streamed_pages, Table, 1),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_stream_makes_the_files_of_rows_in_place(
+    build: Any, kind: Any, unreadable: int, role: Role, embedder: Path, tmp_path: Path, opened: list[StreamingRows]
+) -> None:
+    """Without a row being read more than twice: to know the ids, and to encode; and the first for their columns."""
+    path, options = build(tmp_path)
+    for name, corpus in (("place", kind(path, **options)), ("stream", StreamingRows(path, **options))):
+        with suppress(SystemExit):
+            encode(str(embedder), corpus, str(tmp_path / name), role, shard_size=5, window=3)
+    assert same_index(tmp_path / "stream", tmp_path / "place")
+    assert manifest(tmp_path / "stream")["complete"]
+    assert len(opened) == 3
+    if role == "document":
+        side_file = content(tmp_path / "stream").get("unreadable.jsonl", b"")
+        assert len(side_file.splitlines()) == unreadable
+
+
+def test_a_stream_is_shared_out_and_resumed(
+    embedder: Path, tmp_path: Path, opened: list[StreamingRows], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path, options = streamed_images(tmp_path)
+    config = {"class_path": "vlmembed.data.StreamingRows", "init_args": {"path": path, **options}}
+    Path("encode.yaml").write_text(json.dumps({"model": str(embedder), "corpus": config, "shard_size": 4}))
+    words = ["encode", "--config", "encode.yaml", "--output"]
+    with pytest.raises(SystemExit, match="2 of the items"):
+        main([*words, "one", "--num_workers", "1"])
+    for share in ("2/2", "1/2"):
+        with suppress(SystemExit):
+            main([*words, "several", "--shards", share])
+    assert content(tmp_path / "several") == content(tmp_path / "one")
+    for number in (1, 3, 4):  # As if it had been killed.
+        Path(f"several/shard-0000{number}.parquet").unlink()
+    opened.clear()
+    with pytest.raises(SystemExit, match="2 of the items"):
+        main([*words, "several"])
+    assert content(tmp_path / "several") == content(tmp_path / "one")
+    assert len(opened) <= 4  # For the columns, the ids, to look at what is done, and for shard 1, which is before.
+
+
+def test_a_stream_has_no_row_of_a_blank_line(tmp_path: Path, opened: list[StreamingRows]) -> None:
+    lines = [json.dumps({"id": n, "text": f"text {n}"}) for n in range(10)]
+    path = write_lines(tmp_path / "items.jsonl", [*lines[:6], "", " ", "", "", "", *lines[6:], "", ""])
+    corpus = open_corpus(StreamingRows(path), "document")
+    assert [corpus.read(row)[0] for row in range(len(corpus))] == [f"{n}" for n in range(10)]
+    assert corpus.origin(6) == f"{path}, row 12"
+    assert corpus.read(2)[0] == corpus.read(2)[0] == "2"
+    assert len(opened) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "wrap", "message"),
+    [
+        ({"rows": 4}, None, "rows is 4, which ends an epoch of training"),
+        ({}, GroupByQuery, "encoding a GroupByQuery needs all rows"),
+        ({"columns": {"id": None}}, None, "column 'text' is unknown"),
+        ({"columns": {"it": None}}, None, "no column 'it' to rename or drop"),
+        ({"split": "train[:1%]"}, None, "a stream has no slices"),
+    ],
+    ids=str,
+)
+def test_what_a_stream_cannot_do_is_refused(
+    options: dict[str, Any], wrap: Any, message: str, corpus: str, tmp_path: Path
+) -> None:
+    stream = StreamingRows(corpus, **options)
+    with pytest.raises(ValueError, match=message):
+        encode("no model is opened", wrap(stream) if wrap else stream, str(tmp_path / "index"))
+
+
+def test_a_stream_that_breaks_off_or_changes_is_no_shorter_corpus(tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"id": n, "text": f"text {n}"}) + "\n" for n in range(600))
+    path = Path(write_lines(tmp_path / "items.jsonl", [lines]))
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(lines.encode())[:-100])
+    stream = StreamingRows([str(path), str(tmp_path / "cut.jsonl.gz")])
+    with pytest.raises(OSError, match=r"cut.jsonl.gz: the stream broke off after row \d+: .*gz: cannot be dec"):
+        scan(open_corpus(stream, "document"))
+    corpus = open_corpus(StreamingRows(str(path)), "document")
+    scan(corpus)
+    path.write_text(lines[: len(lines) // 2])
+    with pytest.raises(OSError, match=r"items.jsonl has changed since it was opened; it has fewer rows now"):
+        corpus.read(599)
 
 
 # What is no corpus, or no other things

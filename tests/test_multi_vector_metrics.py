@@ -36,7 +36,7 @@ from vlmembed.late_interaction import MultiVectors, merge
 from vlmembed.losses import InfoNCE
 from vlmembed.metrics import METRICS, MultiVectorMetrics, RetrievalMetrics
 from vlmembed.modules import MultiVectorModule
-from vlmembed.training.guards import embedding_likeness
+from vlmembed.training.guards import LOOKS, embedding_likeness
 from vlmembed.types import EvaluationSet
 
 #: Every document, for each query.
@@ -328,6 +328,22 @@ def test_equal_vectors_are_collapsed_and_at_chance(similarity: str) -> None:
         for one, other in itertools.combinations([*random.vectors, *documents.vectors], 2)
     ]
     assert embedding_likeness(random, documents)[0].item() == pytest.approx(np.mean(cosines), abs=1e-6)
+
+
+def test_a_vector_that_all_documents_have_may_leave_nothing_to_learn() -> None:
+    """Where it is the nearest, as those of a template's first tokens may be, the loss is at chance and says why."""
+    generator = torch.Generator().manual_seed(0)
+    near, far = torch.eye(8)[0], 0.1 * torch.randn(40, 8, generator=generator)
+    queries = MultiVectors((near + far).requires_grad_(), torch.full((8,), 5))
+    documents = MultiVectors.of([torch.stack([near, *-torch.rand(4, 8, generator=generator)]) for _ in range(8)])
+    loss = InfoNCE(0.02)(queries, documents, torch.eye(8, dtype=torch.int8))
+    assert loss.item() == pytest.approx(math.log(8))
+    (gradient,) = torch.autograd.grad(loss, queries.vectors)
+    assert gradient.abs().max() < 1e-6
+    monitor = MultiVectorModule.collapse_monitor(None)  # type: ignore[arg-type]
+    monitor._looks = [torch.zeros(3)] * LOOKS
+    with pytest.warns(UserWarning, match=r"at chance.*Or tokens of the chat template.*document_tokens\.skip"):
+        monitor._judge([0.5, loss.item(), math.log(8)], 0.0)
 
 
 def shares(parts: list[list[list[list[int]]]]) -> list[Any]:

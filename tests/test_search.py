@@ -23,6 +23,7 @@ from vlmembed.encoder import MultiVectorEncoder as OurMultiVectorEncoder
 from vlmembed.export.sentence_transformers import write_folder, write_multi_vector, write_reranker
 from vlmembed.heads import Linear
 from vlmembed.late_interaction import MultiVectors
+from vlmembed.metrics import tiles
 from vlmembed.metrics.tiles import BestDocuments
 from vlmembed.pooling import LastToken, TokenProjection, TokenSelection
 from vlmembed.search import ranking
@@ -83,9 +84,12 @@ def names_of(index: Index, rows: Tensor) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("k", [1, 4, 40])
-@pytest.mark.parametrize("width", [1, 3, 40])
-@pytest.mark.parametrize("kind", ["random", "tied", "ascending", "one value", "excluded"])
-def test_the_best_of_tiles_are_those_of_all(k: int, width: int, kind: str) -> None:
+@pytest.mark.parametrize(("width", "group"), [(1, 64), (8, 4), (40, 64)])
+@pytest.mark.parametrize("kind", ["random", "tied", "ascending", "one value", "excluded", "NaN"])
+def test_the_best_of_tiles_are_those_of_all(
+    k: int, width: int, kind: str, group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "GROUP", group)
     scores, names = random(QUERIES, DOCUMENTS), ids()
     if kind == "tied":
         scores = scores.round()  # Of 0 and -0, which are equal, too.
@@ -96,6 +100,8 @@ def test_the_best_of_tiles_are_those_of_all(k: int, width: int, kind: str) -> No
     elif kind == "excluded":
         scores[:, ::2] = -torch.inf
         scores[2] = -torch.inf
+    elif kind == "NaN":
+        scores[:, ::3] = torch.nan
     order = torch.tensor(sorted(range(DOCUMENTS), key=names.__getitem__)).argsort()
     best = BestDocuments(QUERIES, k)
     for start, column in itertools.product(range(0, QUERIES, 2), range(0, DOCUMENTS, width)):
@@ -134,6 +140,7 @@ def test_search_is_the_loop_over_pairs(
     precision: str, dimension: int | None, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ranking, "BLOCK_NUMBERS", block)
+    monkeypatch.setattr(ranking, "TILE_NUMBERS", block // 2)
     monkeypatch.setattr(ranking, "HEIGHT", 2)
     vectors, queries = random(DOCUMENTS), random(QUERIES, seed=1)
     index = Index.open(write_index(tmp_path / "index", vectors, ids(), precision))

@@ -55,7 +55,8 @@ class BestDocuments:
     def _add(self, start: int, scores: Float[Tensor, "q p"], name_order: Int[Tensor, " p"]) -> None:
         lowest, k = self._lowest[start : start + len(scores), None], self._keys.shape[1]
         if k < scores.shape[1] and lowest.isneginf().any():  # Of a first tile, none below its own K-th.
-            lowest = torch.maximum(lowest, scores.topk(k).values[:, -1:])
+            numbers = scores.where(~scores.isnan(), -torch.inf)
+            lowest = torch.maximum(lowest, numbers.topk(k).values[:, -1:])
         # Most documents of most tiles are below the K-th so far, which one comparison says.
         found = _not_below(scores, lowest)
         queries, documents = found // scores.shape[1], found % scores.shape[1]
@@ -98,6 +99,6 @@ def _not_below(scores: Float[Tensor, "q p"], lowest: Float[Tensor, "q 1"]) -> In
     # Most groups of neighbours have none, and the largest of each are found in half the time of comparing all.
     width = GROUP if scores.shape[1] % GROUP == 0 else scores.shape[1]
     groups = scores.unflatten(1, (-1, width))  # (q, p) → (q, p / width, width)
-    query, group = (groups.amax(dim=2) >= lowest).nonzero().unbind(1)
+    query, group = (~(groups.amax(dim=2) < lowest)).nonzero().unbind(1)  # NaN among them hides no other.
     found, place = (groups[query, group] >= lowest[query]).nonzero().unbind(1)
     return query[found] * scores.shape[1] + group[found] * width + place

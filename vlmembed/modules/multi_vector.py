@@ -92,7 +92,11 @@ class MultiVectorModule(RetrievalModule):
 
     def collapse_monitor(self) -> CollapseMonitor:
         """Watch the cosines of a batch's vectors."""
-        return CollapseMonitor("Vectors", embedding_likeness)
+        cause = (
+            "Or tokens of the chat template, whose vectors are the same in every document, are nearest to all others: "
+            "then all similarities are equal, and document_tokens.skip should name these tokens."
+        )
+        return CollapseMonitor("Vectors", embedding_likeness, cause)
 
     def check(self) -> None:
         """Refuse Matryoshka dimensions that the vectors do not have."""

@@ -8,9 +8,10 @@ import re
 from abc import ABC, abstractmethod
 from array import array
 from bisect import bisect_right
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence, Sized
+from dataclasses import fields
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,11 +24,12 @@ from vlmembed.data.beir import Place, find_sets
 from vlmembed.data.cells import Folder
 from vlmembed.data.columns import nearest
 from vlmembed.data.evaluation import is_evaluation_folder
-from vlmembed.data.judgements import ITEM_IDS, Documents, as_rows, item_columns, item_id, spelling, to_item
+from vlmembed.data.judgements import ITEM_IDS, Documents, JSONRows, as_rows, item_columns, item_id, spelling, to_item
 from vlmembed.data.sources import Source
-from vlmembed.data.streaming import refuse_streams
+from vlmembed.data.streaming import StreamingRows, refuse_streams
 from vlmembed.data.tables import KINDS, Joined
 from vlmembed.files import digest
+from vlmembed.search.cursor import Cursor
 from vlmembed.types import EvaluationSet, Example, Item, LazyImage, Role
 
 #: What a corpus can be given as, besides a path or Hub id.
@@ -70,8 +72,14 @@ class Corpus(ABC):
 
     def blocks(self) -> Iterator[list[tuple[str | None, str]]]:
         """Scan all rows."""
-        for start in range(0, len(self), BLOCK):
-            yield self.scan(range(start, min(start + BLOCK, len(self))))
+        yield from map(self.scan, numbered(self))
+
+
+def numbered(rows: Sized, raw: Any = None) -> Iterator[range]:
+    """Number rows, block by block; if they are a stream's, read it, as only its end says how many there are."""
+    if isinstance(raw, Cursor):
+        return raw.ranges()
+    return (range(start, min(start + BLOCK, len(rows))) for start in range(0, len(rows), BLOCK))
 
 
 class TableCorpus(Corpus):
@@ -104,6 +112,10 @@ class TableCorpus(Corpus):
         name = self._prefix + item_id(cells, self._role, origin)
         return name, to_item(cells, self._role, self._instruction, origin, self._table.folder)
 
+    def blocks(self) -> Iterator[list[tuple[str | None, str]]]:
+        """See `Corpus.blocks`."""
+        yield from map(self.scan, numbered(self, getattr(self._opened, "raw", None)))
+
     def origin(self, row: int) -> str:
         """See `Corpus.origin`."""
         return self._table.origins([row])[0]
@@ -125,7 +137,7 @@ class TableCorpus(Corpus):
         """The features of an Arrow table."""
         raw = getattr(self._opened, "raw", None)
         raw = raw.first if isinstance(raw, Joined) else raw
-        return raw.features if isinstance(raw, datasets.Dataset) else None
+        return raw.features if isinstance(raw, datasets.Dataset | Cursor) else None
 
     @cached_property
     def _light(self) -> list[str]:
@@ -214,7 +226,7 @@ class RowsCorpus(Corpus):
     """The distinct documents, or queries, of training rows; their ids are those of their content."""
 
     def __init__(self, rows: Source, role: Role) -> None:
-        refuse_streams(rows, "encoding")
+        refuse_streams(rows, f"encoding a {type(rows).__name__}")
         self._rows, self._role = rows, role
         self._last: tuple[int, list[Item]] = -1, []
         self._ids, self._places = self._distinct()
@@ -222,7 +234,7 @@ class RowsCorpus(Corpus):
     def _distinct(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the N ids, in the order in which they come first; and (N, 2) row, and number in the row."""
         ids, places = array("Q"), array("q")
-        for row in range(len(self._rows)):
+        for row in chain.from_iterable(numbered(self._rows, getattr(self._rows, "raw", None))):
             try:
                 items = self._items(row)
             except ValueError:
@@ -334,6 +346,8 @@ def open_corpus(value: CorpusSource, role: Role) -> Corpus:
         value = _source(value)
     if isinstance(value, EvaluationRows):
         value = value.rows
+    if isinstance(value, StreamingRows):
+        return _of_stream(value, role)
     if isinstance(value, Source):
         return RowsCorpus(value, role)
     if isinstance(value, EvaluationFolder):
@@ -356,6 +370,27 @@ def _source(path: str) -> CorpusSource:
     columns = {*as_rows(table).column_names}
     is_training = "query" in columns and bool({"positive", "label"} & columns)
     return Rows(path) if is_training and not {"id", "_id"} & columns else table
+
+
+def _of_stream(stream: StreamingRows, role: Role) -> Corpus:
+    """Open a stream of training rows, or of items with ids, as a table whose rows are those of a cursor."""
+    if stream.rows is not None:
+        raise ValueError(
+            f"{stream.origin}: rows is {stream.rows}, which ends an epoch of training, but all of a stream is encoded. "
+            "Leave it out; 'where' chooses rows."
+        )
+    cursor = Cursor(stream)
+    # The cursor has only rows and elements that are read.
+    options = {field.name: getattr(stream, field.name) for field in fields(Table)} | {"where": None, "each": None}
+    table, rows = Table(**options), Rows(**options)
+    for opened in (table, rows):
+        vars(opened).update(raw=cursor, raw_columns=stream.raw_columns, _found=stream._found)
+    names = {*table.column_names}
+    if {"query", "positive"} <= names or {"query", "label"} <= names or not {*map(spelling, names)} & {*ITEM_IDS[role]}:
+        rows.check(names)
+        return RowsCorpus(rows, role)
+    is_changed = stream.columns or stream.cells is not None or stream.where or stream.each
+    return TableCorpus(table if is_changed or cursor.features is not None else JSONRows(table), role)
 
 
 def _of_folder(source: EvaluationFolder, role: Role) -> Corpus:

@@ -6,6 +6,7 @@ import json
 from bisect import bisect_right
 from threading import Lock
 
+from vlmembed.data.streaming import refuse_streams
 from vlmembed.search.corpus import Corpus, CorpusSource, open_corpus
 from vlmembed.search.index import SIDE_FILE, Index
 from vlmembed.types import Item
@@ -17,6 +18,7 @@ def corpus_of(index: Index, corpus: CorpusSource | None = None) -> tuple[Corpus,
     if value is None or isinstance(value, dict | list):
         raise ValueError(f"{index.folder}: its manifest does not say where its corpus is. Give it as 'corpus'.")
     name = value if isinstance(value, str) else type(value).__name__
+    refuse_streams(value, "looking documents up")
     try:
         return open_corpus(value, index.manifest.get("role", "document")), name
     except (ValueError, OSError) as error:

@@ -76,7 +76,7 @@ def encode(
         model: The folder of an export, the folder of a run that has one, or a Hub id.
         corpus: What to encode: an evaluation folder's corpus, a file of items (``id`` and any of ``text``, ``image``,
             ``video``), training rows' documents, a folder of images and PDFs, a Hub id; or a ``vlmembed.data.Table``,
-            ``Pages``, source of rows or source of evaluation sets.
+            ``Pages``, source of rows (also a stream) or source of evaluation sets.
         output: The folder to write.
         role: Whether items are documents or queries: of an evaluation folder or training rows, those are encoded.
         precision: How vectors are stored: float32, float16, int8 (with a scale for each item), or binary (signs).
@@ -127,8 +127,8 @@ def _check_arguments(corpus: Any, output: str, shard_size: int, window: int) -> 
 def _encode(job: Job, share: tuple[int, int], executor: Executor) -> int:
     """Write what is missing of a share of the shards; return how many items of it could not be read."""
     corpus = open_corpus(job.corpus, job.role)
+    corpus_digest = scan(corpus)  # Which also finds out how long a stream is.
     print(f"{_name(job.corpus)}: {len(corpus):,} items.", flush=True)
-    corpus_digest = scan(corpus)
     served = open_model(job)
     encoding, path = Encoding(job, served, corpus), Path(job.output, MANIFEST)
     manifest = {**_manifest(job, served), "corpus_digest": corpus_digest}

@@ -59,22 +59,26 @@ class Job:
 
 
 class Window(Sequence[Item]):
-    """Items that are encoded together, each read when asked for; their ids are known once they have been read."""
+    """Items that are encoded together, each read when asked for; their ids are known then, also of unreadable ones."""
 
     def __init__(self, corpus: Corpus, rows: range) -> None:
         self._corpus, self.rows = corpus, rows
-        self.ids: dict[int, str] = {}
+        self.ids: dict[int, str | None] = {}
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: Any) -> Any:
-        self.ids[index], item = self._corpus.read(self.rows[index])
+        try:
+            self.ids[index], item = self._corpus.read(self.rows[index])
+        except ValueError:  # Later, a stream would have to begin again to say the id.
+            self.ids[index] = self._corpus.scan(self.rows[index : index + 1])[0][0]
+            raise
         return item
 
     def name(self, index: int) -> str | None:
-        """Return an item's id, also of one that could not be read; None where its row says none."""
-        return self.ids.get(index) or self._corpus.scan(self.rows[index : index + 1])[0][0]
+        """Return the id of an item that has been asked for; None where its row says none."""
+        return self.ids[index]
 
     def origin(self, index: int) -> str:
         """Say where an item is."""

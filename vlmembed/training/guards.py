@@ -170,11 +170,12 @@ class CollapseMonitor:
 
     Chance is the loss of the same batches if all outputs were the same. Means over 50 steps are judged, of which every
     tenth is looked at; not while the learning rate rises. A warning comes again only after it was better in between.
-    ``likeness`` makes, of the loss's arguments, how alike outputs are (1 if all are the same), and equal outputs.
+    ``likeness`` makes, of the loss's arguments, how alike outputs are (1 if all are the same), and equal outputs;
+    ``cause`` is a likely one besides the usual.
     """
 
-    def __init__(self, outputs: str, likeness: Callable[..., tuple[Tensor, tuple[Any, ...]]]) -> None:
-        self.outputs, self.likeness = outputs, likeness
+    def __init__(self, outputs: str, likeness: Callable[..., tuple[Tensor, tuple[Any, ...]]], cause: str = "") -> None:
+        self.outputs, self.likeness, self.cause = outputs, likeness, cause
         self._noted: tuple[tuple[Any, ...], Tensor] | None = None
         self._looks: list[Tensor] = []
         self._rate = 0.0
@@ -207,7 +208,10 @@ class CollapseMonitor:
 
     def _judge(self, means: list[float], rate: float) -> None:
         likeness, value, chance = means
-        steps, causes = f"over the last {EVERY * (len(self._looks) - 1) + 1} steps", CAUSES.format(rate)
+        steps, causes = (
+            f"over the last {EVERY * (len(self._looks) - 1) + 1} steps",
+            f"{CAUSES.format(rate)} {self.cause}".rstrip(),
+        )
         is_empty = abs(chance) < 1e-6
         self._warn(is_empty, f"{NOTHING_TO_LEARN} It was {value:.3g} {steps}.")
         self._warn(rate == self._rate == 0, f"The learning rate was 0 {steps}.")
