@@ -816,6 +816,13 @@ def test_ray_that_is_not_there_is_named(
         encode(str(embedder), corpus, str(tmp_path / "index"), executor=Ray())
 
 
+def test_a_cluster_without_room_is_an_error() -> None:
+    """Ray would wait for room without a word."""
+    assert Ray(cpus=2, gpus=0.5)._room({"CPU": 9.0, "GPU": 1.0}) == 2
+    with pytest.raises(ValueError, match="it has 2 CPU cores and 0 GPUs, and a worker needs 1 and 1"):
+        Ray(gpus=1)._room({"CPU": 2.0})
+
+
 def kill_workers(output: Path, kills: int, killed: list[int]) -> None:
     """Each time that two more shards are there, kill a process of Ray that encodes."""
     for kill in range(kills):

@@ -181,7 +181,8 @@ def test_what_was_measured_is_what_the_folder_ranks(
     arguments = {name: value for name, value in model["init_args"].items() if name != "pooling"}
     projection = {"class_path": "vlmembed.pooling.TokenProjection", "init_args": {"size": 16}}
     model["init_args"] = {**arguments, "projection": projection, "similarity": similarity}
-    model["init_args"]["loss"] = {"class_path": "vlmembed.losses.InfoNCE"}
+    loss = {"loss": {"class_path": "vlmembed.losses.InfoNCE"}, "dimensions": [8]}
+    model["init_args"]["loss"] = {"class_path": "vlmembed.losses.Matryoshka", "init_args": loss}
     config["trainer"] |= {"max_steps": 2, "default_root_dir": str(tmp_path)}
     Path("run.yaml").write_text(json.dumps(config))
     main(["fit", "--config", "run.yaml", "--trainer.exporter=null"])
@@ -199,6 +200,7 @@ def test_what_was_measured_is_what_the_folder_ranks(
     assert ". A vector has 16 numbers: 64 bytes in float32." in card
     assert "- late-interaction" in card
     assert "do not serve it" in card
+    assert json.loads((folder / "config.json").read_text())["matryoshka_dimensions"] == [8, 16]
     served: Any = Served(str(folder))
     assert served.similarity_fn_name == similarity
     inputs = {str(number): as_input(row["positive"], tmp_path) for number, row in enumerate(written)}

@@ -23,8 +23,8 @@ def corpus_of(index: Index, corpus: CorpusSource | None = None) -> tuple[Corpus,
         return open_corpus(value, index.manifest.get("role", "document")), name
     except (ValueError, OSError) as error:
         raise ValueError(
-            f"{index.folder}: its corpus {name!r} cannot be opened: {error}. If it has moved, or was given as a class, "
-            "give 'corpus'."
+            f"{index.folder}: its corpus {name!r} cannot be opened: {str(error).rstrip('.')}. If it has moved, or was "
+            "given as a class, give 'corpus'."
         ) from error
 
 

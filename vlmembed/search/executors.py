@@ -71,8 +71,15 @@ class Ray(Executor):
             progress(len(encoding.rows(int(row["shard"]))))
 
     def _room(self, resources: dict[str, float]) -> int:
+        """Return how many workers there is room for; a ``ValueError`` says that there is none, which Ray waits for."""
         rooms = [resources.get(name, 0) // need for name, need in (("CPU", self.cpus), ("GPU", self.gpus)) if need]
-        return max(1, int(min(rooms, default=1)))
+        if not (room := int(min(rooms, default=1))):
+            raise ValueError(
+                f"Ray's cluster has no room for a worker: it has {resources.get('CPU', 0):g} CPU cores and "
+                f"{resources.get('GPU', 0):g} GPUs, and a worker needs {self.cpus:g} and {self.gpus:g}. Change cpus or "
+                "gpus of the executor; of a cluster that grows when it is asked to, say how many workers you want."
+            )
+        return room
 
 
 class _Worker:
