@@ -430,11 +430,11 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[StreamingRows]:
     ("build", "kind", "unreadable"),
     [
         (streamed_rows, Rows, 3),
-        (streamed_elements, Rows, 1),
+        pytest.param(streamed_elements, Rows, 1, marks=pytest.mark.exhaustive),
         (streamed_images, Rows, 2),
         (streamed_items, Table, 2),
-        (streamed_some, Table, 0),
-        (streamed_pages, Table, 1),
+        pytest.param(streamed_some, Table, 0, marks=pytest.mark.exhaustive),
+        pytest.param(streamed_pages, Table, 1, marks=pytest.mark.exhaustive),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
