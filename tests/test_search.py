@@ -134,6 +134,20 @@ def test_scores_are_float32_whatever_is_allowed_outside(tmp_path: Path) -> None:
     torch.testing.assert_close(found.scores.double(), exact.gather(1, found.rows), atol=1e-6, rtol=0)
 
 
+def test_threads_share_the_queries(tmp_path: Path) -> None:
+    vectors, threads = random(DOCUMENTS), torch.get_num_threads()
+    index = Index.open(write_index(tmp_path / "index", vectors, ids()))
+    try:
+        torch.set_num_threads(3)
+        found = {count: search_exact(View(index), random(QUERIES, seed=1)[:count], 10) for count in range(QUERIES + 1)}
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+    names = expected(normalize(random(QUERIES, seed=1), dim=1) @ normalize(vectors, dim=1).T, ids(), 10)
+    for count, ranking_of_some in found.items():
+        assert names_of(index, ranking_of_some.rows) == names[:count]
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(("dimension", "block"), [(None, 2**20), (16, 60), (5, 1)])
 def test_search_is_the_loop_over_pairs(

@@ -143,7 +143,7 @@ def search_exact(view: View, vectors: Vectors, k: int) -> Ranking:
     """Find the first k documents of queries, in one pass over the index; equal scores are ranked by id, descending."""
     queries, index, count = view.queries(vectors), view.index, len(vectors)
     height, width = min(HEIGHT, -(-count // thread_count(view.device))), index.rows_of(TILE_NUMBERS)
-    starts = range(0, count, max(1, height))
+    starts = range(0, max(1, count), max(1, height))  # One part without queries, where there are none.
     parts = [_part(queries, start, start + height) for start in starts]
     best = [BestDocuments(len(part), min(k, index.count), view.device) for part in parts]
 
