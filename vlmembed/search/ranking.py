@@ -141,21 +141,21 @@ def _ahead(blocks: Iterator[Any]) -> Iterator[Any]:
 
 def search_exact(view: View, vectors: Vectors, k: int) -> Ranking:
     """Find the first k documents of queries, in one pass over the index; equal scores are ranked by id, descending."""
-    queries, index, count = view.queries(vectors), view.index, len(vectors)
-    height, width = min(HEIGHT, -(-count // thread_count(view.device))), index.rows_of(TILE_NUMBERS)
+    queries, index, count, threads = view.queries(vectors), view.index, len(vectors), thread_count(view.device)
+    height, width = min(HEIGHT, -(-count // threads)), index.rows_of(TILE_NUMBERS)
     starts = range(0, max(1, count), max(1, height))  # One part without queries, where there are none.
     parts = [_part(queries, start, start + height) for start in starts]
     best = [BestDocuments(len(part), min(k, index.count), view.device) for part in parts]
 
-    def look(first: int, documents: Vectors, number: int) -> None:
+    def look(documents: Vectors, name_order: Tensor, number: int) -> None:
         for start in range(0, len(documents), width):
             tile = _part(documents, start, start + width)
-            name_order = index.name_order[first + start : first + start + len(tile)].to(view.device)
-            best[number].add(0, view.scores(parts[number], tile), name_order)  # (q, p)
+            best[number].add(0, view.scores(parts[number], tile), name_order[start : start + width])  # (q, p)
 
-    with exact_products(view.device), computing_threads(thread_count(view.device)) as pool:
+    with exact_products(view.device), computing_threads(threads) as pool:
         for first, documents in view.blocks():
-            list(pool.map(partial(look, first, documents), range(len(parts))))
+            name_order = index.name_order[first : first + len(documents)].to(view.device)
+            list(pool.map(partial(look, documents, name_order), range(len(parts))))
     scores, names = (torch.cat(tensors).cpu() for tensors in zip(*(part.ranked() for part in best), strict=True))
     return Ranking(scores, index.by_name[names].where(names >= 0, -1))
 

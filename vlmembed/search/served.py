@@ -261,9 +261,9 @@ class ServedModel:
 
         def batches() -> Iterator[list[tuple[int, Item]]]:
             for _, group in groupby(windows, group_of) if group_of else ((None, [window]) for window in windows):
-                seen = _Seen()
+                of_group = _Seen()
                 for window in group:
-                    seen = _Seen() if self.is_multi_vector else seen  # Too many to keep: a page has hundreds of them.
+                    seen = _Seen() if self.is_multi_vector else of_group  # A page has hundreds: too many to keep.
                     plans.append(self._plan(window, role, prompt, batch_tokens, seen))
                     yield from plans[-1].batches
 
