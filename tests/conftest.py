@@ -12,7 +12,7 @@ from jaxtyping import install_import_hook
 
 install_import_hook(
     [
-        "vlmembed.backbones.attention",
+        "vlmembed.backbones.packing",
         "vlmembed.backbones.packing",
         "vlmembed.encoder",
         "vlmembed.features",

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, scaled_dot_product_attention
 from transformers.utils import is_flash_attn_2_available
 
-from vlmembed.backbones import Qwen3VL, attention
-from vlmembed.backbones.attention import Bounds, Packed, packed_attention
+from vlmembed.backbones import Qwen3VL, packing
+from vlmembed.backbones.packing import Bounds, Packed, packed_attention
 from vlmembed.encoder import Encoder
 from vlmembed.pooling import Mean
 
@@ -134,7 +134,7 @@ def test_equal_neighbours_share_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
         shapes.append(query.shape[::2])
         return scaled_dot_product_attention(query, *inputs, **options)
 
-    monkeypatch.setattr(attention, "scaled_dot_product_attention", recorded)
+    monkeypatch.setattr(packing, "scaled_dot_product_attention", recorded)
     lengths = LENGTHS["equal neighbours"]
     packed_attention(nn.Module(), *tensors(lengths, (4, 2)), None, **bounds(lengths))
     assert shapes == [(2, 6), (1, 3), (1, 6), (3, 1)]
@@ -147,7 +147,7 @@ def test_bounds_of_sequences() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(attention.varlen_attn is None, reason="PyTorch before 2.10")
+@pytest.mark.skipif(packing.varlen_attn is None, reason="PyTorch before 2.10")
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
 @pytest.mark.parametrize("lengths", [*LENGTHS.values(), [300, 17, 128, 128]], ids=[*LENGTHS, "long"])
@@ -167,7 +167,7 @@ def test_the_kernel_equals_the_loop(lengths: list[int], heads: tuple[int, int], 
 @pytest.mark.gpu
 def test_dropout_and_float32_take_the_loop_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel knows neither."""
-    monkeypatch.setattr(attention, "varlen_attn", lambda *_, **__: pytest.fail("the kernel was called"))
+    monkeypatch.setattr(packing, "varlen_attn", lambda *_, **__: pytest.fail("the kernel was called"))
     inputs = [each.detach().cuda() for each in tensors([3, 5], (4, 2))]
     found, _ = packed_attention(nn.Module(), *inputs, None, **bounds([3, 5], "cuda"))
     torch.testing.assert_close(found, one_by_one(inputs, [3, 5], causal=True), rtol=0, atol=1e-3)

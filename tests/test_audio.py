@@ -45,8 +45,8 @@ from vlmembed.gradcache import GradCache
 from vlmembed.heads import YesNo
 from vlmembed.losses import InfoNCE
 from vlmembed.media import audio_seconds, load_audio
-from vlmembed.mining.embedding import identify
-from vlmembed.mining.scoring import write_rows
+from vlmembed.mining.candidates import identify
+from vlmembed.mining.mining import write_rows
 from vlmembed.modules import EmbeddingModule
 from vlmembed.pooling import LastToken, MeanOfText
 from vlmembed.search.served import model_input

@@ -32,7 +32,7 @@ from vlmembed.cli import main
 from vlmembed.data import ItemCollator, Mixture, PairCollator, RetrievalDataModule, Rows, Source
 from vlmembed.losses import LabelSpec
 from vlmembed.modules import CrossEncoderModule
-from vlmembed.training.bad_rows import BadRowFile, SkipBadRows
+from vlmembed.training.guards import BadRowFile, SkipBadRows
 from vlmembed.types import BadRow, Example, Inputs, Item, Part
 
 #: What is wrong with each, and what is said of it. Row 3 in every file.

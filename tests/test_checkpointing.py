@@ -27,7 +27,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from vlmembed.ablation.probe import Probe
+from vlmembed.ablation.command import Probe
 from vlmembed.adapters import Freeze, LoRA
 from vlmembed.backbones import tiny
 from vlmembed.data import RetrievalDataModule

@@ -361,7 +361,7 @@ UNSAFE = re.compile(
 )
 REASONS = {
     ("cli.py", "import_module"): "Of the commands that the package itself lists.",
-    ("search/approximate.py", "import_module"): "Of engines that the package itself lists.",
+    ("search/ranking.py", "import_module"): "Of engines that the package itself lists.",
     ("training/checkpoint_files.py", "torch.load("): "weights_only=True.",
     ("training/checkpoint_files.py", "pickle"): "The errors by which a checkpoint that is not read gives itself away.",
     ("export/verify.py", "np.load("): "numpy refuses pickles unless told otherwise; written by the process before.",

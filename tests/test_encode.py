@@ -47,11 +47,9 @@ from vlmembed.export.sentence_transformers import write_folder, write_multi_vect
 from vlmembed.pooling import TokenProjection, TokenSelection
 from vlmembed.search import encoding
 from vlmembed.search.corpus import open_corpus
-from vlmembed.search.documents import corpus_of
 from vlmembed.search.encoding import encode, scan
-from vlmembed.search.executors import Ray
-from vlmembed.search.index import Index
-from vlmembed.search.shards import Precision, bytes_in, schema_of, table_of
+from vlmembed.search.index import Index, corpus_of
+from vlmembed.search.shards import Precision, Ray, bytes_in, schema_of, table_of
 from vlmembed.types import Role
 
 FORK = multiprocessing.get_context("fork")
@@ -421,7 +419,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[StreamingRows]:
         return open_one(stream)
 
     monkeypatch.setattr(StreamingRows, "open", counted)
-    monkeypatch.setattr("vlmembed.search.cursor.BLOCK", 4)
+    monkeypatch.setattr("vlmembed.search.corpus.BLOCK", 4)
     return streams
 
 

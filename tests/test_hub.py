@@ -14,8 +14,7 @@ from hub_server import Hub, serve
 from huggingface_hub import constants, snapshot_download
 from safetensors.torch import save_file
 
-from vlmembed.export import hub as hub_module
-from vlmembed.export.hub import PushError, push
+from vlmembed.export.exporter import PushError, push
 
 TOKEN = "hf_rightTokenOfSomeone"
 WRONG_TOKEN = "hf_refusedTokenOfNobody"
@@ -51,7 +50,7 @@ def connect(monkeypatch: pytest.MonkeyPatch, url: str, token: str = TOKEN) -> No
 PUSH_TWICE = """
 import os, sys
 from pathlib import Path
-from vlmembed.export.hub import push
+from vlmembed.export.exporter import push
 print(push(Path(sys.argv[1]), "org/model"))
 os.environ["HF_TOKEN"] = sys.argv[2]
 push(Path(sys.argv[1]), "org/second")
@@ -120,7 +119,7 @@ def test_a_refused_token_leaves_the_folder_whole(hub: Hub, folder: Path, monkeyp
 
 def test_a_missing_token_is_told_from_a_refused_one(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN")
-    monkeypatch.setattr(hub_module, "get_token", lambda: None)
+    monkeypatch.setattr("vlmembed.export.exporter.get_token", lambda: None)
     with pytest.raises(PushError, match="no token was found; run `hf auth login`"):
         push(folder, "org/model")
 
@@ -130,7 +129,7 @@ def test_a_server_that_is_not_there_is_given_up_within_seconds(
     folder: Path, monkeypatch: pytest.MonkeyPatch, answers: bool, message: str
 ) -> None:
     """A closed port, or one that takes the connection and never answers."""
-    monkeypatch.setattr(hub_module, "PATIENCE", 0.3)
+    monkeypatch.setattr("vlmembed.export.exporter.PATIENCE", 0.3)
     before, start = contents(folder), time.monotonic()
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"

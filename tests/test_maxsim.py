@@ -28,7 +28,7 @@ RAGGED = [
     ([1], [1]),
 ]
 #: Not what the package calls so, which is the function.
-MODULE = import_module("vlmembed.late_interaction.maxsim")
+MODULE = import_module("vlmembed.late_interaction")
 
 
 def items(lengths: Sequence[int], seed: int = 0, size: int = 6, **options: bool) -> MultiVectors:

@@ -37,12 +37,11 @@ from vlmembed.export.sentence_transformers import write_folder, write_multi_vect
 from vlmembed.files import HOST
 from vlmembed.heads import YesNo
 from vlmembed.mining import mine, score, write_rows
-from vlmembed.mining.command import COMMANDS
-from vlmembed.mining.embedding import Entry, identify
+from vlmembed.mining.candidates import Entry, identify
 from vlmembed.mining.mining import Choice, Pool, gather, hard_negatives
 from vlmembed.pooling import TokenProjection, TokenSelection
-from vlmembed.search.documents import Documents
 from vlmembed.search.encoding import encode
+from vlmembed.search.index import Documents
 from vlmembed.search.served import model_input
 from vlmembed.types import Example, Item, Pair, Part, Role
 
@@ -327,7 +326,8 @@ def test_an_index_gives_the_negatives_of_its_corpus(
     embedder: Path, indexed: Path, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the same documents give without one, whatever is in the corpus twice, or could not be read."""
-    monkeypatch.setattr("vlmembed.mining.indexed.SPARE", 0)  # So that positives and repeated ones need another search.
+    # So that positives and repeated ones need another search.
+    monkeypatch.setattr("vlmembed.mining.candidates.SPARE", 0)
     rows = [Example(asked(number), (item(f"text {number}"), item(f"text {number + 9}"))) for number in range(5)]
     rows.append(Example(asked(9), (Item("document", (Part("image", indexed / "1.png"),)),)))
     rows.append(Example(item("text 4", role="query"), (item("nowhere else"),), (item("text 8"),)))
@@ -609,7 +609,8 @@ def test_what_names_data_is_a_path_in_a_file_too(
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "planted_rows.py").write_text("from pathlib import Path\nPath('imported').touch()\n")
     called: list[dict[str, Any]] = []
-    monkeypatch.setitem(COMMANDS, command, wraps(COMMANDS[command])(lambda **words: called.append(words)))
+    function = {"mine": mine, "score": score}[command]
+    monkeypatch.setattr(f"vlmembed.mining.mining.{command}", wraps(function)(lambda **words: called.append(words)))
     for content in ('{"class_path": "planted_rows.Rows"}\n', "class_path: planted_rows.Rows\n", "[1, 2]"):
         (tmp_path / "data.jsonl").write_text(content)
         words = {"model": "folder", "rows": "r", "output": "o"} | dict.fromkeys(keys, "data.jsonl")

@@ -307,7 +307,7 @@ def test_halved_chunks_keep_the_order_of_items(checkpoint: Path, monkeypatch: py
 
 def test_memory_hardly_grows_with_the_batch(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond the vectors, and the row of the nearest; no graphs are kept, and chunks have the same size."""
-    monkeypatch.setattr(import_module("vlmembed.late_interaction.maxsim"), "TILE", 2**14)
+    monkeypatch.setattr(import_module("vlmembed.late_interaction"), "TILE", 2**14)
     model, left = multi_vector(checkpoint), {}
     for size in (8, 32):
         documents = [item(f"page {number:03} {'of many words ' * 12}") for number in range(size)]

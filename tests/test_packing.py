@@ -26,8 +26,17 @@ from videos import film
 from vlmembed import pooling
 from vlmembed.adapters import LoRA
 from vlmembed.backbones import DocumentFirst, QueryFirst, Qwen3VL
-from vlmembed.backbones.attention import Bounds, LastTokens, Packed, packed_attention
-from vlmembed.backbones.packing import PackedItems, Sharing, halve, select, shared_lengths
+from vlmembed.backbones.packing import (
+    Bounds,
+    LastTokens,
+    Packed,
+    PackedItems,
+    Sharing,
+    halve,
+    packed_attention,
+    select,
+    shared_lengths,
+)
 from vlmembed.backbones.preprocessing import PackingPreprocessor
 from vlmembed.data import ItemCollator, RetrievalDataModule
 from vlmembed.encoder import Encoder, Scorer

@@ -9,7 +9,7 @@ import yaml
 from jsonargparse import auto_parser
 
 from vlmembed.cli import CLI, Parser
-from vlmembed.mining.command import COMMANDS
+from vlmembed.mining import mine, score
 
 #: Files that are valid configuration, each of another kind.
 PLANTED = {
@@ -83,7 +83,7 @@ def test_no_data_key_of_the_trainer_commands_opens_its_file(command: str, plante
 @pytest.mark.parametrize("name", PLANTED)
 @pytest.mark.parametrize(("command", "keys"), [("mine", ("rows", "corpus", "model")), ("score", ("rows", "model"))])
 def test_no_data_key_of_mine_and_score_opens_its_file(command: str, keys: tuple[str, ...], planted: str) -> None:
-    parser = auto_parser(COMMANDS[command], as_positional=False, parser_class=Parser)
+    parser = auto_parser({"mine": mine, "score": score}[command], as_positional=False, parser_class=Parser)
     words = {"rows": "a.jsonl", "model": "folder", "output": "b.jsonl"} | dict.fromkeys(keys, planted)
     parsed = parser.parse_args([f"--{key}={value}" for key, value in words.items()])
     assert [parsed[key] for key in keys] == [planted] * len(keys)

@@ -13,7 +13,7 @@ from ablating import base_with_model
 from building import module, trainer, write_rows
 from lightning.pytorch.loggers import CSVLogger
 
-from vlmembed.ablation.probe import READ_OUTS, Probe
+from vlmembed.ablation.command import READ_OUTS, Probe
 from vlmembed.backbones import Qwen3VL
 from vlmembed.cli import main
 from vlmembed.data import RetrievalDataModule

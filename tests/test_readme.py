@@ -19,7 +19,7 @@ PAGES = [
     for page in (
         "README.md",
         "vlmembed/data/README.md",
-        "vlmembed/late_interaction/README.md",
+        "vlmembed/modules/README.md",
         "vlmembed/pooling/README.md",
         "vlmembed/training/README.md",
         "vlmembed/export/README.md",

@@ -16,7 +16,7 @@ from building import item
 from sentence_transformers import CrossEncoder
 
 from vlmembed.backbones import Qwen3VL, VisionLanguageModel
-from vlmembed.mining.embedding import Embedder
+from vlmembed.mining.candidates import Embedder
 
 #: Says that it was run, by making a folder.
 CODE = """

@@ -23,13 +23,11 @@ from vlmembed.encoder import MultiVectorEncoder as OurMultiVectorEncoder
 from vlmembed.export.sentence_transformers import write_folder, write_multi_vector, write_reranker
 from vlmembed.heads import Linear
 from vlmembed.late_interaction import MultiVectors
-from vlmembed.metrics import tiles
-from vlmembed.metrics.tiles import BestDocuments
+from vlmembed.metrics.functions import BestDocuments
 from vlmembed.pooling import LastToken, TokenProjection, TokenSelection
 from vlmembed.search import ranking
-from vlmembed.search.approximate import search_by
 from vlmembed.search.index import Index
-from vlmembed.search.ranking import View, rescore, search_exact
+from vlmembed.search.ranking import View, rescore, search_by, search_exact
 from vlmembed.search.searching import read_queries, same_rows
 
 QUERIES, DOCUMENTS = 5, 40
@@ -89,7 +87,7 @@ def names_of(index: Index, rows: Tensor) -> list[list[str]]:
 def test_the_best_of_tiles_are_those_of_all(
     k: int, width: int, kind: str, group: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tiles, "GROUP", group)
+    monkeypatch.setattr("vlmembed.metrics.functions.GROUP", group)
     scores, names = random(QUERIES, DOCUMENTS), ids()
     if kind == "tied":
         scores = scores.round()  # Of 0 and -0, which are equal, too.

@@ -14,7 +14,7 @@ from test_hub import connect
 
 from vlmembed.ablation.plan import plan, read_ablation
 from vlmembed.cli import main
-from vlmembed.export.hub import PushError, push
+from vlmembed.export.exporter import PushError, push
 from vlmembed.secrets import refuse_secrets, refuse_secrets_in
 
 ROOT = Path(__file__).parent.parent

@@ -58,7 +58,7 @@ from vlmembed.losses import InfoNCE
 from vlmembed.modules import EmbeddingModule, MultiVectorModule
 from vlmembed.pooling import LastToken, TokenProjection, TokenSelection
 from vlmembed.trainer import Trainer
-from vlmembed.training.sharding import ShardedGradCache, refuse_strategy
+from vlmembed.training.memory import ShardedGradCache, refuse_strategy
 
 
 def strategy(**options: Any) -> ModelParallelStrategy:

@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from enum import Enum
 from functools import cache, partial
@@ -16,7 +16,7 @@ from importlib import import_module
 from pkgutil import resolve_name
 from typing import Any, NoReturn, cast
 
-from jsonargparse import Namespace, _typehints, add_instantiator, set_parsing_settings
+from jsonargparse import Namespace, _typehints, add_instantiator, auto_cli, set_parsing_settings
 from lightning import LightningDataModule, LightningModule, seed_everything
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -32,14 +32,15 @@ from vlmembed.trainer import Trainer
 from vlmembed.training.run_folder import LAST, SaveConfiguration, fit_folder, other_folder
 from vlmembed.training.signals import end_with_parent
 
-#: Commands with a parser of their own, in modules that nothing below knows: the module's ``main`` runs them.
+#: Commands with a parser of their own, in modules that nothing below knows. The module's ``main`` runs them or, where
+#: it has none, its function of the command's name, whose arguments are the options.
 COMMANDS = {
     "ablate": ("vlmembed.ablation.command", "Run a grid of settings and seeds; report which differences are real."),
     "benchmark": ("vlmembed.benchmark.command", "Measure a model by mteb: tasks and benchmarks by name, or folders."),
-    "encode": ("vlmembed.search.command", "Encode a corpus of any size into an index of Parquet files."),
-    "mine": ("vlmembed.mining.command", "Find hard negatives for training rows with an embedder."),
-    "score": ("vlmembed.mining.command", "Add a reranker's scores to training rows."),
-    "search": ("vlmembed.search.command", "Find the documents of an index that are nearest to queries."),
+    "encode": ("vlmembed.search.encoding", "Encode a corpus of any size into an index of Parquet files."),
+    "mine": ("vlmembed.mining.mining", "Find hard negatives for training rows with an embedder."),
+    "score": ("vlmembed.mining.mining", "Add a reranker's scores to training rows."),
+    "search": ("vlmembed.search.searching", "Find the documents of an index that are nearest to queries."),
     "show": ("vlmembed.show", "Show the first rows as the model will read them; write a page with their images."),
 }
 
@@ -301,6 +302,12 @@ def build(words: Sequence[str], **options: tuple[Any, str]) -> Namespace:
     return Namespace(**vars(objects), **{name: config[name] for name in options})
 
 
+def run_function(function: Callable[..., None], words: Sequence[str]) -> None:
+    """Run a function by a command line, the command's name and options, which are the function's arguments."""
+    name, *args = words
+    auto_cli(function, args=args, prog=f"python -m vlmembed {name}", as_positional=False, parser_class=Parser)
+
+
 def main(args: ArgsType = None) -> None:
     """Run one command: a command line without the program's name, or the process's own."""
     words = sys.argv[1:] if args is None else args
@@ -308,7 +315,8 @@ def main(args: ArgsType = None) -> None:
         refuse_secrets_in(words)
     if isinstance(words, list) and words and words[0] in COMMANDS:
         try:
-            import_module(COMMANDS[words[0]][0]).main(words)
+            module = import_module(COMMANDS[words[0]][0])
+            getattr(module, "main", partial(run_function, getattr(module, words[0])))(words)
         except KeyboardInterrupt:  # Of which Ray would make a status of 1.
             sys.exit(128 + signal.SIGINT)
         return

@@ -1,4 +1,4 @@
-"""Everything that talks to other processes, and the only user of ``torch.distributed``.
+"""Computing side by side: all that talks to other processes, as the only user of ``torch.distributed``; and threads.
 
 The scheme: every process embeds its own items, gathers everybody's embeddings, and computes the same loss of the joined
 batch. The gradients that reach a process's own embeddings, times the number of processes, then make the *mean* that
@@ -8,9 +8,12 @@ parameters alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import accumulate, groupby
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -171,3 +174,38 @@ def is_sharded(module: nn.Module) -> bool:
 def local_part(tensor: Tensor) -> Tensor:
     """Return what this process holds of a tensor: a shard, or all of it."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+#: The most threads that share a processor's cores.
+LARGEST = 4
+
+
+def thread_count(device: torch.device) -> int:
+    """Return how many computations a device does best at the same time."""
+    return min(torch.get_num_threads(), LARGEST) if device.type == "cpu" else 1
+
+
+@contextmanager
+def computing_threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Run so many threads, among which PyTorch's cores are divided."""
+    cores = torch.get_num_threads()
+    try:
+        # PyTorch keeps the number for each thread, and its library of products for all: it is given back at the end.
+        with ThreadPoolExecutor(count, initializer=lambda: torch.set_num_threads(max(1, cores // count))) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(cores)
+
+
+def in_order(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
+    """Yield what a function makes of items, in their order, while threads are at work on so many behind."""
+    waiting: deque[Any] = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    for future in waiting:
+        yield future.result()

@@ -28,9 +28,8 @@ from vlmembed.export import Exporter, ModelInfo, push, refuse_used
 from vlmembed.modules import RetrievalModule
 from vlmembed.training.checkpoint_files import CheckpointFiles, read_checkpoint
 from vlmembed.training.checkpointing import finish_averages, in_window, model_checkpoints, refuse_averaging
-from vlmembed.training.memory import MeasureChunks, MeasureGraphMemory
+from vlmembed.training.memory import MeasureChunks, MeasureGraphMemory, whole_weights
 from vlmembed.training.run_folder import name_changes, refuse_changes
-from vlmembed.training.sharding import whole_weights
 from vlmembed.training.signals import StopSafely
 
 

@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader
 from vlmembed.backbones import Qwen3VL, tiny
 from vlmembed.data import ItemCollator, Rows
 from vlmembed.losses import LabelSpec
-from vlmembed.training.bad_rows import ReadableRows, SkipBadRows
+from vlmembed.training.guards import ReadableRows, SkipBadRows
 from vlmembed.types import Batch, Preprocessor
 
 #: Of a refusal, what stands in the table.

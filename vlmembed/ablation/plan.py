@@ -112,7 +112,7 @@ def parser() -> ArgumentParser:
         "`probe` in place of a `grid`, score every pooling without weights of one model, in one pass.",
         exit_on_error=False,
     )
-    probe = "in place of a grid: what vlmembed.ablation.probe.Probe takes besides the model"
+    probe = "in place of a grid: what vlmembed.ablation.command.Probe takes besides the model"
     where = "where trials run: Local, Ray, Slurm, or your own; `--executor Slurm --executor.options '[--gpus=1]'`"
     command_line.add_argument("--config", action="config", required=True, help="the ablation, as YAML")
     command_line.add_argument("--dry_run", action="store_true", help="list the trials and estimate their time")

@@ -13,10 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PretrainedConfig, ProcessorMixin
 
-from vlmembed.backbones.attention import Bounds, LastTokens, Packed, install
 from vlmembed.backbones.base import Features, VisionLanguageModel
 from vlmembed.backbones.chat_templates import PairTemplate
-from vlmembed.backbones.packing import PackedItems, Sharing, computed_images
+from vlmembed.backbones.packing import Bounds, LastTokens, Packed, PackedItems, Sharing, computed_images, install
 from vlmembed.backbones.preprocessing import ChatPreprocessor, PackingPreprocessor, check_normalisation
 from vlmembed.types import Inputs
 

@@ -6,19 +6,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import auto_cli
-
-from vlmembed.cli import Parser
+from vlmembed.cli import run_function
 from vlmembed.data import EvaluationSource
 from vlmembed.files import content_digest, digest, write_whole
 
 
 def main(words: Sequence[str]) -> None:
     """Run the command: its name, and the command line after that."""
-    name, *args = words
-    auto_cli(
-        benchmark, args=[*_listed(args)], prog=f"python -m vlmembed {name}", as_positional=False, parser_class=Parser
-    )
+    run_function(benchmark, [*_listed(words)])
 
 
 def _listed(words: Sequence[str]) -> Iterator[str]:

@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm, trange
 
 from vlmembed.files import digest
-from vlmembed.metrics.tiles import BestDocuments
-from vlmembed.search.reranking import PAIRS, logits, open_reranker
+from vlmembed.metrics.functions import BestDocuments
+from vlmembed.search.searching import PAIRS, logits, open_reranker
 from vlmembed.search.served import ServedModel, find_folder, folder_digest, read_json
 from vlmembed.types import Item, Pair, Part, Role
 

@@ -19,7 +19,7 @@ from vlmembed.data.rows import INSTRUCTIONS, Rows, Table
 from vlmembed.data.sources import Batches, GroupByQuery, Mixture, ResumableLoader, RowLists, Source, seeded_generator
 from vlmembed.data.streaming import Collated, StreamedBatches, StreamingRows, StreamLoader, stream_of
 from vlmembed.metrics import MEAN
-from vlmembed.training.bad_rows import BadRowFile, ReadableRows, SkipBadRows
+from vlmembed.training.guards import BadRowFile, ReadableRows, SkipBadRows
 from vlmembed.training.signals import leave_stopping_to_parent
 from vlmembed.types import PATCH_COST, Chunking
 

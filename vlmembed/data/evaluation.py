@@ -9,17 +9,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vlmembed.data.beir import LINES, Place, Places, find_sets
 from vlmembed.data.cells import Folder
 from vlmembed.data.columns import nearest
 from vlmembed.data.judgements import (
+    LINES,
     Contents,
     Documents,
     Entry,
     LazyItems,
+    Place,
+    Places,
     Qrels,
     as_items,
     as_rows,
+    find_sets,
     first_documents,
     origin_of,
     read_contents,

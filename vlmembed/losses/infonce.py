@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vlmembed.late_interaction import Vectors
-from vlmembed.losses.base import Loss, check_positive
-from vlmembed.losses.similarity import Similarity, compare
+from vlmembed.losses.base import Loss, Similarity, check_positive, compare
 
 Direction = Literal["query_to_document", "document_to_query", "query_to_query", "document_to_document"]
 Negatives = Literal["in_batch_negatives", "hard_negatives", "all_negatives"]

@@ -16,8 +16,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 
 from vlmembed import distributed
 from vlmembed.late_interaction import MultiVectors, merge, ward_trees
-from vlmembed.metrics.functions import METRICS, Relevance, mean_over, name_order, order_keys, ranks
-from vlmembed.metrics.tiles import BestDocuments
+from vlmembed.metrics.functions import METRICS, BestDocuments, Relevance, mean_over, name_order, order_keys, ranks
 from vlmembed.types import EvaluationSet, RerankingSet
 
 NAMED = 5  # How many items a message names.
@@ -334,7 +333,7 @@ class MultiVectorMetrics(RetrievalMetrics):
             yield start, self._maxsim(queries[start : start + height], corpus)
 
     def _maxsim(self, queries: list[Tensor], documents: list[Tensor]) -> Float[Tensor, "Q P"]:
-        """MaxSim as in `vlmembed.late_interaction.maxsim`, of which nothing is kept for a gradient."""
+        """MaxSim as in `vlmembed.late_interaction`, of which nothing is kept for a gradient."""
         (rows, starts), width = _end_to_end(queries), max(1, VECTORS_PER_BLOCK // max(map(len, documents)))
         blocks = []
         for first in range(0, len(documents), width):

@@ -1,6 +1,5 @@
 """Hard negatives from an embedder, and scores from a reranker: what is done to training rows between two runs."""
 
-from vlmembed.mining.mining import mine
-from vlmembed.mining.scoring import score, write_rows
+from vlmembed.mining.mining import mine, score, write_rows
 
 __all__ = ["mine", "score", "write_rows"]

@@ -1,10 +1,12 @@
-"""The command ``mine``: hard negatives of training rows, chosen by an embedder's similarities."""
+"""The commands ``mine``, hard negatives of training rows by an embedder, and ``score``, a reranker's scores in them."""
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -14,16 +16,28 @@ from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
+from tqdm import tqdm
 
 from vlmembed.data import EvaluationSource, Rows, Source
 from vlmembed.data.evaluation import as_evaluation
+from vlmembed.data.rows import INSTRUCTIONS
 from vlmembed.data.streaming import refuse_streams
-from vlmembed.mining.choice import Choice, Pool, choose
-from vlmembed.mining.embedding import Embedder, Embeddings, Entry, identify
-from vlmembed.mining.indexed import IndexedCandidates
-from vlmembed.mining.scoring import unscored, write_rows
+from vlmembed.files import clear_drafts, whole_file, write_whole
+from vlmembed.media import is_audio, is_video, load_image
+from vlmembed.mining.candidates import (
+    BATCHES,
+    Choice,
+    Embedder,
+    Embeddings,
+    Entry,
+    IndexedCandidates,
+    Pool,
+    choose,
+    identify,
+)
+from vlmembed.search.searching import logits, open_reranker
 from vlmembed.search.served import find_folder
-from vlmembed.types import Example, Item
+from vlmembed.types import Example, Frame, Item, Pair, Part
 
 #: Items that are in memory at the same time.
 ITEMS = 256
@@ -192,3 +206,107 @@ def hard_negatives(
             chosen[query], left_out = choose(pool, query, ceiling, candidates, choice)
             reasons += left_out
     return chosen, reasons
+
+
+def score(model: str, rows: str | Source, output: str, batch_size: int = 32, trust_remote_code: bool = False) -> None:
+    """Score the documents of training rows with a reranker, and write the rows with its scores.
+
+    Scores are logits, whatever the model applies to them when it ranks: a sigmoid would make equal what is far apart.
+    Train an embedder on the rows with ``vlmembed.losses.ScoreDistillation``, or a reranker with ``KLDivergence`` or
+    ``MarginMSE``. An instruction of a row's query takes the place of the reranker's.
+
+    Args:
+        model: The reranker: a folder written by ``export``, or anything that Sentence Transformers' ``CrossEncoder``
+            opens and that gives one score.
+        rows: Training rows, such as ``mine`` writes: a path or Hub id, or a ``vlmembed.data.Source``.
+        output: The JSONL file to write. Images that are in no file are written beside it.
+        batch_size: Pairs that go through the model at once.
+        trust_remote_code: Whether to run code that the model brings.
+    """
+    source = Rows(rows) if isinstance(rows, str) else rows
+    refuse_streams(source, "scoring")
+    reranker = open_reranker(model, trust_remote_code=trust_remote_code)
+    count = write_rows(Path(output), _scored(reranker, source, batch_size))
+    print(f"{output}: {count} rows with the scores of {model}.")
+
+
+def _scored(reranker: Any, source: Source, batch_size: int) -> Iterator[Example]:
+    examples: list[Example] = []
+    for row in tqdm(range(len(source)), desc="Scoring rows"):
+        examples.append(unscored(source[row]))
+        # Several batches at a time, which Sentence Transformers sorts by length.
+        full = sum(len(example.documents) for example in examples) >= BATCHES * batch_size
+        if full or row == len(source) - 1:
+            pairs = [Pair(example.query, document) for example in examples for document in example.documents]
+            scores = iter(logits(reranker, pairs, batch_size))
+            for example in examples:
+                yield replace(example, scores=tuple(islice(scores, len(example.documents))))
+            examples = []
+
+
+def unscored(example: Example) -> Example:
+    """Return an example, and refuse it with a ValueError if it has scores or labels, or no positive."""
+    if example.scores is not None or example.labels is not None or not example.positives:
+        raise ValueError(
+            f"{example.query.origin}: rows to mine or to score have a query, positives and perhaps negatives; this one "
+            "has scores, labels, or no positive. Drop 'scores': Rows(path, columns={scores: null})."
+        )
+    return example
+
+
+def write_rows(path: Path, examples: Iterable[Example]) -> int:
+    """Write training rows that ``vlmembed.data.Rows`` reads, and return how many; the file is there once all are.
+
+    Images and videos in files are named by their path relative to the written file; where one is outside of its
+    folder, it is said how to allow that. Open images, and audio in tables, are written into a folder beside it, once.
+    """
+    images, outside, count = path.parent / f"{path.stem}_images", set[Path](), 0
+    instructs: dict[str, bool] = {}  # By column, whether the first row has an instruction there.
+
+    def cell(item: Item) -> Any:
+        if [part.kind for part in item.parts] == ["text"]:
+            return item.parts[0].value
+        return [{"type": part.kind, part.kind: _value(part.value, path, images, outside)} for part in item.parts]
+
+    clear_drafts(path.parent, path.name)
+    clear_drafts(images)
+    with whole_file(path) as draft, draft.open("w", encoding="utf-8") as lines:
+        for example in examples:
+            row = {"query": cell(example.query), "positive": [*map(cell, example.positives)]}
+            row |= {"negatives": [*map(cell, example.negatives)]}
+            row |= {} if example.scores is None else {"scores": example.scores}
+            for column, item in zip(INSTRUCTIONS, (example.query, *example.positives), strict=False):
+                if instructs.setdefault(column, item.instruction is not None):
+                    row[column] = item.instruction
+                elif item.instruction is not None:
+                    raise ValueError(
+                        f"{item.origin}: has an instruction, and the first row has none in {column!r}: rows of a file "
+                        "have the same columns. Write one file for each."
+                    )
+            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
+    if outside:
+        common = os.path.commonpath(outside)
+        print(f"{path} names files of {common}: read it with Rows(path, allow_outside: [{common}]).")
+    return count
+
+
+def _value(content: str | Frame | tuple[Frame, ...], path: Path, images: Path, outside: set[Path]) -> Any:
+    """Return a text, or the path of a file relative to the written one's; note the folder of one outside of it."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, tuple):
+        return [_value(frame, path, images, outside) for frame in content]
+    if isinstance(content, bytes) and (is_audio(content) or is_video(content)):
+        ending = "wav" if is_audio(content) else "mp4"  # Files are known by what is in them.
+        encoded, content = content, images / f"{Part('audio', content).digest.hex()}.{ending}"
+        write_whole(content, encoded)
+    elif not isinstance(content, Path):
+        image, content = content, images / f"{Part('image', content).digest.hex()}.png"
+        if not content.exists():
+            with whole_file(content) as draft:
+                load_image(image).save(draft, "PNG")  # Upright: PNG would lose which side is up.
+    file, folder = content.resolve(), path.parent.resolve()
+    if not file.is_relative_to(folder):
+        outside.add(file.parent)
+    return Path(os.path.relpath(file, folder)).as_posix()

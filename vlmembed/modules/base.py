@@ -48,8 +48,7 @@ from vlmembed.training.guards import (
     refuse_broken_weights,
     refuse_untouched_parameters,
 )
-from vlmembed.training.memory import graph_bytes, open_features
-from vlmembed.training.sharding import ShardedGradCache, refuse_strategy, shard
+from vlmembed.training.memory import ShardedGradCache, graph_bytes, open_features, refuse_strategy, shard
 from vlmembed.types import Preprocessor
 
 #: Documents per query in a ranking that is written, as TREC runs have them.

@@ -28,10 +28,9 @@ from tqdm import tqdm
 
 from vlmembed.files import clear_drafts, write_whole
 from vlmembed.search.corpus import Corpus, CorpusSource, is_media_folder, open_corpus
-from vlmembed.search.executors import Executor, Local
 from vlmembed.search.index import FORMAT, MANIFEST, SIDE_FILE, Precision
 from vlmembed.search.served import ServedModel
-from vlmembed.search.shards import Encoding, Job, Shard, open_model, rewritten
+from vlmembed.search.shards import Encoding, Executor, Job, Local, Shard, open_model, rewritten
 from vlmembed.types import Role
 
 #: What a manifest says, and may not be another when the encoding is resumed.

@@ -20,8 +20,7 @@ from PIL import Image
 
 from vlmembed.media import load_image
 from vlmembed.search.corpus import CorpusSource
-from vlmembed.search.documents import Documents
-from vlmembed.search.index import Index
+from vlmembed.search.index import Documents, Index
 from vlmembed.search.ranking import View, device_of, search_exact
 from vlmembed.search.searching import named, query_vectors
 from vlmembed.search.served import ServedModel

@@ -29,13 +29,12 @@ from vlmembed.backbones import Qwen3VL, VisionLanguageModel
 from vlmembed.data import ItemCollator
 from vlmembed.data.columns import nearest
 from vlmembed.data.sources import RowLists
-from vlmembed.distributed import print_once
+from vlmembed.distributed import computing_threads, in_order, print_once, thread_count
 from vlmembed.encoder import Encoder
 from vlmembed.export.modules import CODE
 from vlmembed.files import content_digest, digest
 from vlmembed.media import load_audio, load_image
 from vlmembed.pooling import Pooling
-from vlmembed.search.threads import computing_threads, in_order, thread_count
 from vlmembed.training.signals import leave_stopping_to_parent
 from vlmembed.types import Inputs, Item, LazyImage, Part, Role
 

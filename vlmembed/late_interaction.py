@@ -1,22 +1,103 @@
-"""MaxSim, the similarity of late interaction, in memory that does not grow with queries × documents × tokens.
+"""Late interaction: several vectors an item, their similarity, MaxSim, and fewer of them by token merging.
 
-Each vector of a query takes the document's vector that is nearest to it, and their products are added up (ColBERT,
-arXiv:2004.12832). Only *which* vector was nearest is kept for the backward pass: of Q queries with m vectors and P
-documents with n, Q·m·P numbers of four bytes where autograd would keep n times as many. Documents are brought to length
-1 a tile at a time, so that no copy of them is made but their gradient.
+MaxSim takes memory that does not grow with queries × documents × tokens. Each vector of a query takes the document's
+vector that is nearest to it, and their products are added up (ColBERT, arXiv:2004.12832). Only *which* vector was
+nearest is kept for the backward pass: of Q queries with m vectors and P documents with n, Q·m·P numbers of four bytes
+where autograd would keep n times as many. Documents are brought to length 1 a tile at a time, so that no copy of them
+is made but their gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.spatial.distance import squareform
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import normalize
 
-from vlmembed.late_interaction.vectors import MultiVectors, promoted
+
+@dataclass(frozen=True)
+class MultiVectors:
+    """The vectors of N items, one item's after the other's: what embeddings (N, D) are to a single-vector model."""
+
+    vectors: Float[Tensor, "T D"]  # T = the sum of the lengths.
+    lengths: Int[Tensor, " N"]  # How many vectors each item has; on the host, which knows it from the tokens.
+    #: Whether a score is the mean over a query's vectors, and not their sum.
+    length_normalized: bool = False
+
+    @classmethod
+    def of(cls, items: Sequence[Float[Tensor, "n D"]], length_normalized: bool = False) -> MultiVectors:
+        """Join the vectors of some items; see `split`."""
+        return cls(torch.cat([*items]), torch.tensor([*map(len, items)]), length_normalized)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the vectors are."""
+        return self.vectors.device
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Items and dimensions: N, D."""
+        return len(self.lengths), self.vectors.shape[1]
+
+    @cached_property
+    def starts(self) -> Int[Tensor, " N"]:
+        """The row of each item's first vector; on the host."""
+        return self.lengths.cumsum(0) - self.lengths
+
+    def __getitem__(self, items: Int[Tensor, " n"]) -> MultiVectors:
+        """Return some items, by their numbers on the host."""
+        lengths = self.lengths[items]
+        # Row t of the result is the item's first row, and how far t is behind the item's first in the result.
+        offsets = self.starts[items] - (lengths.cumsum(0) - lengths)
+        rows = torch.arange(int(lengths.sum())) + offsets.repeat_interleave(lengths)
+        vectors = self.vectors.index_select(0, rows.to(self.device, non_blocking=True))
+        return replace(self, vectors=vectors, lengths=lengths)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> MultiVectors:
+        """Return the same items with every vector changed: (T, D) → (T, d)."""
+        return replace(self, vectors=change(self.vectors))
+
+    def detach(self) -> MultiVectors:
+        """Return the same vectors without gradient."""
+        return self.map(Tensor.detach)
+
+    def split(self) -> list[Float[Tensor, "n D"]]:
+        """Return the vectors of each item."""
+        return list(self.vectors.split(self.lengths.tolist()))
+
+
+#: Embeddings (N, D) of N items, or the vectors of each.
+Vectors = Tensor | MultiVectors
+
+
+def at_least_float32(vectors: Vectors) -> Vectors:
+    """Leave half precision."""
+    return vectors.map(promoted) if isinstance(vectors, MultiVectors) else promoted(vectors)
+
+
+def promoted(vectors: Tensor) -> Tensor:
+    """Leave half precision."""
+    return vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+
+
+def truncate(vectors: Vectors, dimension: int) -> Vectors:
+    """Keep the leading numbers of each vector."""
+    if isinstance(vectors, MultiVectors):
+        return vectors.map(lambda rows: rows[:, :dimension])
+    return vectors[:, :dimension]
+
 
 #: Numbers that are computed at once: 4 MiB of float32, which a processor's cache holds.
 TILE = 2**20
@@ -147,3 +228,53 @@ def _tiles(lengths: Int[Tensor, " P"], width: int) -> Iterator[tuple[Tensor, Ten
         rows = starts[columns][:, None] + torch.minimum(offsets, counts - 1)
         yield columns, rows, offsets >= counts if int(counts.min()) < longest else None
         position += len(columns)
+
+
+def merge(items: MultiVectors, factor: int, trees: Sequence[np.ndarray] | None = None) -> MultiVectors:
+    """Merge the vectors of each item into 1 / factor of their number, and at least one.
+
+    Unit vectors come out, and of a factor of 1 the items as they are. Which vectors are merged has no gradient, their
+    means have. The clusters are Ward's, on cosine distance, as in Sentence Transformers' ``HierarchicalTokenPooling``.
+    Who merges by several factors makes the `ward_trees` once.
+    """
+    if factor == 1:
+        return items
+    trees = ward_trees(items) if trees is None else trees
+    counts = (items.lengths // factor).clamp_min(1).tolist()
+    clusters = [_clusters(tree, count) for tree, count in zip(trees, counts, strict=True)]
+    unit = items.map(_unit)
+    lengths = torch.tensor([int(labels.max()) + 1 for labels in clusters])
+    # From numbers within an item to numbers over all: (T,).
+    offsets = (lengths.cumsum(0) - lengths).repeat_interleave(items.lengths)
+    labels = (torch.cat(clusters) + offsets).to(items.device, non_blocking=True)
+    total = int(lengths.sum())
+    sums = unit.vectors.new_zeros(total, unit.vectors.shape[1]).index_add(0, labels, unit.vectors)
+    # A mean's direction is that of the sum.
+    return replace(items, vectors=normalize(sums, dim=-1), lengths=lengths)
+
+
+def ward_trees(items: MultiVectors) -> list[np.ndarray]:
+    """Return SciPy's tree (n - 1, 4) of each item's n vectors: which two clusters are merged at each step."""
+    return [_ward_tree(vectors) for vectors in items.detach().map(_unit).map(Tensor.cpu).split()]
+
+
+def _ward_tree(vectors: Float[Tensor, "n D"]) -> np.ndarray:
+    if len(vectors) == 1:
+        return np.empty((0, 4))
+    with torch.autocast("cpu", enabled=False):
+        # What is not finite makes a loss that is not, of which the step is skipped; SciPy would stop the run.
+        distances = (1 - vectors @ vectors.T).clamp_(0, 2).nan_to_num_()
+    return linkage(squareform(distances.numpy(), checks=False), method="ward")
+
+
+def _clusters(tree: np.ndarray, count: int) -> Int[Tensor, " n"]:
+    """Return the number of each vector's cluster, from 0, of at most so many."""
+    if count > len(tree):
+        return torch.arange(len(tree) + 1)
+    labels = torch.from_numpy(fcluster(tree, t=count, criterion="maxclust")).long()
+    # Dense from 0: where distances tie there may be fewer clusters than were asked for.
+    return labels.unique(return_inverse=True)[1]
+
+
+def _unit(vectors: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
+    return normalize(promoted(vectors), dim=-1)
