@@ -25,6 +25,7 @@ from PIL import Image
 from vlmembed import media as images
 from vlmembed.backbones import Qwen3VL
 from vlmembed.data.cells import Folder, to_items
+from vlmembed.limits import limit
 from vlmembed.media import image_size, load_image
 from vlmembed.types import Item, Part
 
@@ -138,7 +139,7 @@ def test_the_limits_are_environment_variables(tmp_path: Path, monkeypatch: pytes
     for value in ("", "0", "1e8", "-1"):
         monkeypatch.setenv("VLMEMBED_MAX_IMAGE_PIXELS", value)
         with pytest.raises(ValueError, match="VLMEMBED_MAX_IMAGE_PIXELS is a whole number"):
-            images.limit("VLMEMBED_MAX_IMAGE_PIXELS", 1)
+            limit("VLMEMBED_MAX_IMAGE_PIXELS", 1)
 
 
 # Shapes

@@ -11,7 +11,7 @@ import os
 import re
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -23,6 +23,7 @@ from transformers import BaseVideoProcessor
 from transformers.utils import requires_backends
 from transformers.video_utils import VideoMetadata, default_sample_indices_fn
 
+from vlmembed.limits import limit
 from vlmembed.types import Frame, LazyImage
 
 #: Raster images that say all there is to see. Among Pillow's others, some have another program interpret the file.
@@ -31,7 +32,6 @@ FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP
 #: Containers of FFmpeg that hold their frames themselves; a playlist would name other files, or addresses.
 CONTAINERS = "asf,avi,flv,gif,matroska,mov,mp4,mpeg,mpegts,ogg,webm"
 
-SILENT_FILM = "sound. There is nothing to see in it"
 SOUND = rb"ID3|\xff[\xf1-\xf3\xf9-\xfb]|fLaC|RIFF.{4}WAVE|.{4}ftypM4[AB]|FORM.{4}AIF|#!AMR"
 #: What libsndfile decodes, of its many formats: WAV, RF64, W64, FLAC, Ogg (Vorbis, Opus), MP3, AIFF, AU, CAF.
 AUDIO = (
@@ -97,18 +97,6 @@ HEAD = 1024
 
 #: A draft keeps at least this many times the width and the height that it will be resized to.
 DRAFT_MARGIN = 2
-
-
-def limit(variable: str, default: int) -> int:
-    """Return what an environment variable sets, a whole number above 0.
-
-    Limits are environment variables because they hold in every process, and change no result but what is refused.
-    """
-    value = os.environ.get(variable, str(default))
-    if not value.isdecimal() or int(value) < 1:
-        raise ValueError(f"The environment variable {variable} is a whole number above 0, got {value!r}.")
-    return int(value)
-
 
 #: The most pixels that an image file may have: 300 MB once it is decoded to RGB. An A3 page at 600 dpi has 70 million.
 MAX_PIXELS = limit("VLMEMBED_MAX_IMAGE_PIXELS", 100_000_000)
@@ -192,13 +180,6 @@ def load_image(
         raise _unreadable("image", frame, origin, error) from error
 
 
-def load_images(
-    frames: Mapping[bytes, tuple[Frame, str]], resized: Callable[[int, int], tuple[int, int]] | None = None
-) -> dict[bytes, Image.Image]:
-    """Open the images of a batch, each under its key, with where it came from; see `load_image`."""
-    return {key: load_image(frame, origin, resized) for key, (frame, origin) in frames.items()}
-
-
 def image_size(frame: Frame, origin: str = "") -> tuple[int, int]:
     """Return width and height in pixels, of no more than a file's header; a ``ValueError`` as of `load_image`."""
     if isinstance(frame, Image.Image):
@@ -261,7 +242,7 @@ def _decode(video: str | bytes, choose: Callable[..., np.ndarray]) -> tuple[np.n
     with opened() as container:
         stream: Any = container.streams.best("video")
         if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
-            raise OtherKindError(f"it is {SILENT_FILM}")
+            raise OtherKindError("it is sound. There is nothing to see in it")
         # An edit list has packets discarded: they are decoded, and not shown.
         packets = [(_time(packet), packet.duration or 0, packet.is_discard) for packet in container.demux(stream)]
         spans = [(start, length) for start, length, discarded in packets if start is not None and not discarded]

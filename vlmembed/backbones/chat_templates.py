@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import resource
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -17,6 +13,8 @@ from typing import Any
 import jinja2
 import torch
 from torch import Tensor
+
+from vlmembed.limits import in_child
 
 #: What transformers and Sentence Transformers call the template in a folder.
 NAME = "reranker"
@@ -175,8 +173,9 @@ def check_template(
     try:
         hears = getattr(processor, "feature_extractor", None) is not None
         contents = [*PROBES, [AUDIO]] if hears else PROBES
-        dropped = _in_limits(partial(_losses, render, roles, instructions, contents))
-    except RuntimeError as error:
+        # A template is a program, which may loop for ever or fill the memory.
+        dropped = json.loads(in_child(partial(_losses, render, roles, instructions, contents), SECONDS, MEMORY))
+    except ValueError as error:
         raise ValueError(f"{origin} cannot be rendered for {' and '.join(roles)}: {error}") from error
     if dropped:
         raise ValueError(
@@ -190,54 +189,26 @@ def check_template(
 
 def _losses(
     render: Render, roles: Sequence[str], instructions: Iterable[str | None], contents: Iterable[list[dict[str, str]]]
-) -> list[str]:
-    """Return what of messages a template leaves out."""
+) -> bytes:
+    """Return what of messages a template leaves out, in JSON; a ``ValueError`` says why it cannot be rendered."""
     losses = set()
     for instruction, role, content in product(instructions, roles, contents):
         system = {"system": [{"type": "text", "text": instruction}]} if instruction else {}
         chat = {**system, **{key: [TEXT] for key in roles}, role: content}
         try:
             rendered = render(chat)
-        except jinja2.TemplateError:
-            if content is SEVERAL:  # Refused aloud: an item that has several will be, too.
+        except Exception as error:
+            is_refusal = isinstance(error, jinja2.TemplateError)
+            if is_refusal and content is SEVERAL:  # Refused aloud: an item that has several will be, too.
                 continue
-            raise
+            raise ValueError(str(error) if is_refusal else repr(error)) from error
         if instruction and instruction.strip() not in rendered:
             losses.add("the system message")
         for index, part in enumerate(content):
             fewer = {**chat, role: content[:index] + content[index + 1 :]}
             if part["text"].strip() not in rendered if "text" in part else render(fewer) == rendered:
                 losses.add(f"{part['type']}s of the {role}")
-    return sorted(losses)
-
-
-def _in_limits(function: Callable[[], list[str]]) -> list[str]:
-    """Call a function in a child process: a template is a program, which may loop for ever or fill the memory.
-
-    Raises a ``RuntimeError`` if it fails, or takes more than `SECONDS` of computing or `MEMORY`.
-    """
-    if sys.platform != "linux":
-        return function()
-    reading, writing = os.pipe()
-    if (child := os.fork()) == 0:
-        # Nothing but Python's own code runs here, and nothing of the parent is cleaned up.
-        with suppress(BaseException), os.fdopen(writing, "w") as pipe:
-            try:
-                used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-                resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
-                resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-                pipe.write(json.dumps([function(), ""]))
-            except Exception as error:
-                pipe.write(json.dumps([[], str(error) if isinstance(error, jinja2.TemplateError) else repr(error)]))
-        os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading) as pipe:
-        result, problem = json.loads(pipe.read() or f'[[], "it takes more than {SECONDS} seconds"]')
-    os.waitpid(child, 0)
-    if problem:
-        raise RuntimeError(problem)
-    lines: list[str] = result
-    return lines
+    return json.dumps(sorted(losses)).encode()
 
 
 #: Returns the learned embeddings (tokens, H). A function, because the tensor may be another one in each step.

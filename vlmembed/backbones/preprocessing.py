@@ -28,7 +28,7 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from vlmembed.backbones.chat_templates import PairTemplate, check_template
 from vlmembed.backbones.packing import PackedItems
-from vlmembed.media import audio_seconds, image_size, load_audio, load_images, load_video
+from vlmembed.media import audio_seconds, image_size, load_audio, load_image, load_video
 from vlmembed.pooling import Template, TokenSelection
 from vlmembed.types import Inputs, Item, Pair, Part, Preprocessor, Role
 
@@ -134,7 +134,7 @@ class ChatPreprocessor(Preprocessor):
                 for part in one.parts:
                     if part.kind == "image":
                         frames.setdefault(part.digest, (part.value, one.origin))
-        images = load_images(frames, resized)
+        images = {digest: load_image(frame, origin, resized) for digest, (frame, origin) in frames.items()}
         conversations = [
             self._chat(
                 {one.role: [self._content(part, one, images) for part in one.parts] for one in _split(item)},

@@ -17,8 +17,9 @@ from huggingface_hub import constants
 from PIL import Image
 
 from vlmembed.data.pdf import PdfPage, all_pages
-from vlmembed.media import HEAD, encode_audio, is_audio, is_video, limit
-from vlmembed.types import Frame, Item, LazyImage, Part, Role
+from vlmembed.limits import limit
+from vlmembed.media import HEAD, encode_audio, is_audio, is_video
+from vlmembed.types import Item, LazyImage, Part, Role
 
 KINDS = ("text", "image", "video", "audio", "pdf")
 
@@ -178,11 +179,11 @@ def _without_key(cell: Any, folder: Folder, origin: str) -> Iterator[Part]:
     if head.startswith(b"%PDF-") or (not head and kind == "application/pdf"):
         yield from _of_pdf(cell, None, folder, origin)
     elif is_audio(head) or kind.startswith("audio/"):
-        yield Part("audio", _audio(cell, folder, origin))
+        yield from _of_kind("audio", cell, folder, origin)
     elif is_video(head) or kind.startswith("video/"):
-        yield Part("video", _file(cell, "video", folder, origin))
+        yield from _of_kind("video", cell, folder, origin)
     else:
-        yield Part("image", _frame(cell, folder, origin))
+        yield from _of_kind("image", cell, folder, origin)
 
 
 def _users_content(message: Mapping[str, Any], origin: str) -> Any:
@@ -226,7 +227,7 @@ def _of_pdf(value: Any, pages: Any, folder: Folder, origin: str) -> Iterator[Par
     if pages is not None and (len(names) != 1 or matches[0] or not numbers):
         raise ValueError(f"{origin}: 'page' names pages of one PDF; got page {pages!r:.100} of {value!r:.200}.")
     for name, match in zip(names, matches, strict=True):
-        file = _file(match[1] if match else name, "PDF", folder, origin)
+        file = _medium("PDF", match[1] if match else name, folder, origin)
         chosen = [PdfPage(file, _page_number(number, origin)) for number in ([match[2]] if match else numbers)]
         yield from (Part("image", page) for page in chosen or _all_pages(file, origin))
 
@@ -247,7 +248,7 @@ def _page_number(value: Any, origin: str) -> int:
     return int(text)
 
 
-def _of_kind(kind: str, value: Any, folder: Folder, origin: str) -> Iterator[Part]:
+def _of_kind(kind: Any, value: Any, folder: Folder, origin: str) -> Iterator[Part]:
     """Read the value, or the list of values, of a key; a list of frames is one video."""
     if kind not in KINDS:
         raise ValueError(f"{origin}: unknown key {kind!r} (value {value!r:.100}); use {', '.join(KINDS)}.")
@@ -255,14 +256,10 @@ def _of_kind(kind: str, value: Any, folder: Folder, origin: str) -> Iterator[Par
     for single in value if is_list else () if value is None else (value,):
         if kind == "text":
             yield Part("text", _checked_text(single, origin))
-        elif kind == "image":
-            yield Part("image", _frame(single, folder, origin))
-        elif kind == "audio":
-            yield Part("audio", _audio(single, folder, origin))
-        elif not isinstance(single, list | tuple):
-            yield Part("video", _file(single, "video", folder, origin))
+        elif kind != "video" or not isinstance(single, list | tuple):
+            yield Part(kind, _medium(kind, single, folder, origin))
         elif single:
-            yield Part("video", tuple(_frame(frame, folder, origin) for frame in single))
+            yield Part("video", tuple(_medium("image", frame, folder, origin) for frame in single))
         else:
             raise ValueError(f"{origin}: a video without frames.")
 
@@ -284,17 +281,24 @@ def _checked_text(value: Any, origin: str) -> str:
     return value
 
 
-def _frame(value: Any, folder: Folder, origin: str) -> Frame:
-    """Return an open image, the path of one, or its content, which is decoded when it is encoded."""
-    if _is_encoded(value) and isinstance(value.get("bytes"), memoryview):  # Of a stream: images are not copied.
-        return value["bytes"]
-    return value if isinstance(value, Image.Image | LazyImage) else _file(value, "image", folder, origin)
+def _medium(kind: str, value: Any, folder: Folder, origin: str) -> Any:
+    """Return the path of a file, or its content, which is decoded when it is encoded; an open image as it is."""
+    if kind == "image" and isinstance(value, Image.Image | LazyImage):
+        return value
+    if kind == "audio" and isinstance(value, Mapping) and not _is_encoded(value):
+        return _samples(value, origin)
+    content, path = (value.get("bytes"), value.get("path")) if _is_encoded(value) else (None, value)
+    if content is None:
+        return folder.find(path, kind, origin)
+    if isinstance(content, memoryview):  # Of a stream: images are not copied.
+        return content if kind == "image" else bytes(content)
+    if not isinstance(content, bytes):
+        raise ValueError(f"{origin}: the bytes of {kind} {path!r} are {type(content).__name__} {content!r:.100}.")
+    return content
 
 
-def _audio(value: Any, folder: Folder, origin: str) -> Path | bytes:
-    """Return the path of a recording, or its content; also of samples, as decoded columns of `datasets` have them."""
-    if not isinstance(value, Mapping) or _is_encoded(value):
-        return _file(value, "audio", folder, origin)
+def _samples(value: Mapping[str, Any], origin: str) -> bytes:
+    """Encode samples, as decoded columns of `datasets` have them."""
     try:
         return encode_audio(value["array"], value["sampling_rate"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -302,18 +306,6 @@ def _audio(value: Any, folder: Folder, origin: str) -> Path | bytes:
             f"{origin}: an audio is a path, its {{'bytes': …}}, or {{'array': numbers, 'sampling_rate': number}} of "
             f"one channel; got {value!r:.100} ({type(error).__name__}: {error})."
         ) from error
-
-
-def _file(value: Any, kind: str, folder: Folder, origin: str) -> Path | bytes:
-    """Return the path of a file, or its content."""
-    content, path = (value.get("bytes"), value.get("path")) if _is_encoded(value) else (None, value)
-    if content is None:
-        return folder.find(path, kind, origin)
-    if isinstance(content, memoryview):
-        return bytes(content)
-    if not isinstance(content, bytes):
-        raise ValueError(f"{origin}: the bytes of {kind} {path!r} are {type(content).__name__} {content!r:.100}.")
-    return content
 
 
 def _is_encoded(value: Any) -> bool:

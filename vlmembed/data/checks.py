@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import mimetypes
 import re
@@ -23,8 +22,8 @@ from vlmembed import distributed
 from vlmembed.data.cells import KINDS, Folder
 from vlmembed.data.evaluation import RowItems
 from vlmembed.data.rows import Table
-from vlmembed.data.sources import ROWS_AT_ONCE, GroupByQuery, Mixture, Source
-from vlmembed.media import MAX_BYTES
+from vlmembed.data.sources import GroupByQuery, Mixture, Source
+from vlmembed.files import content_digest, digest
 from vlmembed.types import EvaluationSet, Frame, Item, LazyImage, Part
 
 #: How many rows are looked at; how many are compared with others; how many documents that are in memory already.
@@ -77,7 +76,7 @@ def in_evaluation(evaluation: EvaluationSet) -> Iterator[str]:
         yield from _in_source(evaluation.corpus.rows)
     else:
         for name, items in (("queries", evaluation.queries), ("corpus", evaluation.corpus)):
-            first = [items[number] for number in _spread(len(items), ROWS)]
+            first = [items[number] for number in spread(len(items), ROWS)]
             yield from _in_texts(Column(f"{evaluation.name}, {name}", name, first))
     yield from _duplicates(evaluation)
 
@@ -87,11 +86,11 @@ def in_both(mixture: Mixture, evaluation: EvaluationSet) -> Iterator[str]:
     asked = defaultdict[Any, list[int]](list)
     for number, query in enumerate(islice(evaluation.queries, COMPARED)):
         asked[_outline(query)].append(number)
-    rows = _spread(len(mixture), COMPARED)
+    rows = spread(len(mixture), COMPARED)
     trained: dict[int, int] = {}  # The number of a query → the row that asks it.
     example = ""
-    for row, query in _queries(mixture, rows):
-        for number in asked.get(_outline(query), ()):
+    for row, query in mixture.readable_queries(rows):
+        for number in asked.get(_outline(query), ()) if query else ():
             if number not in trained and _fingerprint(query) == _fingerprint(evaluation.queries[number]):
                 trained[number] = row
                 example = example or f"such as {_shown(query)}: {query.origin or f'row {row + 1} of {mixture.name}'}"
@@ -156,7 +155,7 @@ def _in_source(source: Source) -> Iterator[str]:
     if not isinstance(table, Table):
         return  # Reading it may take long, or end the process, which is better done by a worker.
     columns = defaultdict[str, list[Item]](list)
-    for row in _spread(len(source), ROWS):
+    for row in spread(len(source), ROWS):
         with suppress(ValueError):  # Training says what is wrong, or leaves the row out.
             example = source[row]
             for item in (example.query, *example.documents):
@@ -179,17 +178,10 @@ def _file_names(column: Column) -> Iterator[str]:
     names = [text for text in column.texts if FILE_NAME.fullmatch(text) or (folder and _is_file(folder, text))]
     if 2 * len(names) <= len(column.items):
         return
-    kinds = Counter(
-        kind
-        for name in names
-        for kind in re.split("/", mimetypes.guess_type(name.partition("#")[0])[0] or "")
-        if kind in KINDS
-    )
-    kind = kinds.most_common(1)[0][0] if kinds else "image"
-    said = (
-        f"{column.origin}: {_most(names, column.items)} name files, such as {names[0]!r:.100}, and are read as texts."
-    )
-    path = column.expression
+    media_type = mimetypes.guess_type(names[0].partition("#")[0])[0] or ""
+    kind = next((kind for kind in KINDS if kind != "text" and kind in media_type), "image")
+    most, path = _most(names, column.items), column.expression
+    said = f"{column.origin}: {most} name files, such as {names[0]!r:.100}, and are read as texts."
     if folder is None or isinstance(path, dict):
         yield f"{said} To have the files read, give the names under the key {kind!r} instead of 'text'."
         return
@@ -249,8 +241,8 @@ def _id_column(column: Column, texts: Sequence[str]) -> str | None:
     names = [name for name in raw.column_names if KEY_COLUMN.fullmatch(name) and name != column.expression]
     if not names or not tokens:
         return None
-    numbers, ids = _spread(len(raw), COMPARED), defaultdict[str, set[str]](set)
-    selected: Any = raw.select_columns(names) if hasattr(raw, "select_columns") else raw
+    numbers, ids = spread(len(raw), COMPARED), defaultdict[str, set[str]](set)
+    selected = raw.select_columns(names)
     for start in range(0, len(numbers), ROWS):
         with suppress(ValueError):  # A row that is not JSON.
             for row in selected.__getitems__(numbers[start : start + ROWS]):
@@ -295,7 +287,7 @@ def _duplicates(evaluation: EvaluationSet) -> Iterator[str]:
     """Find documents of a corpus that have the content of another one."""
     corpus = evaluation.corpus
     if isinstance(corpus, RowItems) and not any(
-        isinstance(part.value, Path) for number in _spread(len(corpus), 20) for part in corpus[number].parts
+        isinstance(part.value, Path) for number in spread(len(corpus), 20) for part in corpus[number].parts
     ):
         return  # Equal ones are one document already, unless they are two files.
     if evaluation.subsets is not None and evaluation.candidates is not None:
@@ -333,16 +325,13 @@ def _described(item: Item, describe: Callable[[Any], Any]) -> tuple[Any, ...]:
     """Return the words of an item's texts, and what a function says of all else, in order."""
 
     def of(value: Any) -> Any:
-        if isinstance(value, str):
-            return " ".join(value.split())
-        if isinstance(value, tuple):
-            return tuple(map(of, value))
         try:
-            return describe(value)
+            return " ".join(value.split()) if isinstance(value, str) else describe(value)
         except (OSError, ValueError):  # Measuring says that it is not there.
             return str(value)
 
-    return tuple((part.kind, of(part.value)) for part in item.parts)
+    values = ((part.kind, part.value if isinstance(part.value, tuple) else (part.value,)) for part in item.parts)
+    return tuple((kind, *map(of, several)) for kind, several in values)
 
 
 def _extent(value: Frame) -> Any:
@@ -356,23 +345,9 @@ def _extent(value: Frame) -> Any:
 def _hashed(value: Frame) -> Any:
     if isinstance(value, LazyImage):
         return value.content
-    content = value.tobytes() if isinstance(value, Image.Image) else value
-    if isinstance(content, Path):
-        with content.open("rb") as file:
-            content = file.read(MAX_BYTES)  # Of a film, its beginning.
-    return hashlib.blake2b(content).digest()
-
-
-def _queries(mixture: Mixture, rows: Sequence[int]) -> Iterator[tuple[int, Item]]:
-    """Yield row and query of those rows whose query can be read."""
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        piece = rows[start : start + ROWS_AT_ONCE]
-        try:
-            yield from zip(piece, mixture.read_queries(piece), strict=True)
-        except ValueError:
-            if len(piece) > 1:
-                for row in piece:
-                    yield from _queries(mixture, [row])
+    if isinstance(value, Image.Image):
+        return digest([value.tobytes()])
+    return content_digest(value if isinstance(value, Path) else bytes(value))
 
 
 def _share_documents(mixture: Mixture, evaluation: EvaluationSet, trained: dict[int, int]) -> bool:
@@ -400,6 +375,6 @@ def _shown(item: Item) -> str:
     )
 
 
-def _spread(count: int, most: int) -> list[int]:
+def spread(count: int, most: int) -> list[int]:
     """Return numbers below a count, all of them or as many as may be, evenly spread."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int)).tolist()

@@ -37,17 +37,26 @@ CHUNKS_PER_BATCH = 8
 
 
 class Collator(ABC):
-    """Makes batches of one kind, in loader workers; and loads what such a model is measured on."""
+    """Makes batches of one kind, in loader workers; and loads what such a model is measured on.
 
-    preprocessor: Preprocessor
+    Args:
+        preprocessor: From items, or pairs, to model inputs.
+        label_spec: What the loss wants to know of each document, or candidate.
+        named: The same of further losses, by name.
+    """
+
     chunking: Chunking = Chunking()
-    label_specs: Mapping[str | None, LabelSpec]  # What each loss wants to know, by name; None for the module's own.
     distinct_queries: bool  # Whether no query may come twice in a batch, where it would be its own negative.
 
-    @property
-    def teacher_scores(self) -> bool:
-        """Whether the module's own loss distils a teacher's scores."""
-        return self.label_specs[None].teacher_scores
+    def __init__(
+        self,
+        preprocessor: Preprocessor,
+        label_spec: LabelSpec | None = None,
+        named: Mapping[str, LabelSpec] | None = None,
+    ) -> None:
+        self.preprocessor = preprocessor
+        #: Of each loss, by name; None for the module's own.
+        self.label_specs: dict[str | None, LabelSpec] = {None: label_spec or LabelSpec()} | dict(named or {})
 
     def loss_of(self, examples: Sequence[Example]) -> tuple[str | None, LabelSpec]:
         """Return the loss that examples are trained with, by name, and what it wants to know; refuse several."""
@@ -83,12 +92,6 @@ class Collator(ABC):
         """
 
 
-def _by_name(own: LabelSpec, named: Mapping[str, LabelSpec] | None) -> dict[str | None, LabelSpec]:
-    specs: dict[str | None, LabelSpec] = {None: own}
-    specs.update(named or {})
-    return specs
-
-
 def cut(prepared: Prepared, chunking: Chunking) -> tuple[list[int], list[Inputs], list[Inputs]]:
     """Cut items into chunks of about equal cost, so that a batch that does not fit in memory fails at once.
 
@@ -117,24 +120,9 @@ def cut(prepared: Prepared, chunking: Chunking) -> tuple[list[int], list[Inputs]
 
 
 class ItemCollator(Collator):
-    """Makes batches for embedders.
-
-    Args:
-        preprocessor: From items to model inputs.
-        label_spec: What the loss wants to know of each document.
-        named: The same of further losses, by name.
-    """
+    """Makes batches for embedders. The arguments are those of `Collator`."""
 
     distinct_queries = True
-
-    def __init__(
-        self,
-        preprocessor: Preprocessor,
-        label_spec: LabelSpec | None = None,
-        named: Mapping[str, LabelSpec] | None = None,
-    ) -> None:
-        self.preprocessor = preprocessor
-        self.label_specs = _by_name(label_spec or LabelSpec(), named)
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
         """Merge equal items, and equal queries with all their documents."""
@@ -233,11 +221,11 @@ class PairCollator(Collator):
     """Makes batches for cross-encoders: the pairs of each query and its candidates.
 
     Args:
-        preprocessor: From pairs to model inputs.
-        label_spec: What the loss wants to know of each candidate.
+        preprocessor: See `Collator`.
+        label_spec: See `Collator`.
         in_batch_negatives: How many documents of other examples each query gets as negatives, besides those of its row.
         by_document: Whether pairs of one document are scored together when measuring, instead of those of one query.
-        named: What further losses want to know, by name.
+        named: See `Collator`.
     """
 
     distinct_queries = False
@@ -250,13 +238,12 @@ class PairCollator(Collator):
         by_document: bool = False,
         named: Mapping[str, LabelSpec] | None = None,
     ) -> None:
-        self.label_specs = _by_name(label_spec, named)
+        super().__init__(preprocessor, label_spec, named)
         if in_batch_negatives and any(spec.teacher_scores for spec in self.label_specs.values()):
             raise ValueError(
                 f"in_batch_negatives={in_batch_negatives}: the loss distils a teacher's scores, and it has none of "
                 "other rows' documents. Set in_batch_negatives: 0."
             )
-        self.preprocessor = preprocessor
         self.in_batch_negatives = in_batch_negatives
         self.by_document = by_document
 

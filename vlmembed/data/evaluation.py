@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from vlmembed.data.judgements import (
     Qrels,
     as_items,
     as_rows,
+    columns_of,
     find_sets,
     first_documents,
     origin_of,
@@ -97,18 +98,18 @@ class EvaluationTables(EvaluationSource):
         table = as_rows(self.queries)
         queries = _queries(table, self.query_instruction, self.group_by, [POSITIVES, CANDIDATES])
         corpus = read_contents(as_rows(self.corpus), "document", self.document_instruction)
-        has_positives = POSITIVES in table.column_names
+        columns = columns_of(table)
+        has_positives = POSITIVES in columns
         if has_positives == (self.qrels is not None):
             what = "both in qrels and" if has_positives else "neither in qrels nor"
             raise ValueError(f"{queries.origin}: judgements are {what} in a column {POSITIVES!r} of the queries.")
         qrels, origin = _positives(queries, corpus) if self.qrels is None else _read(self.qrels)
         if isinstance(table, Table) and table.where:  # Judgements of the queries that are left out are none of ours.
-            names = {*queries.names}
-            qrels = {query: judged for query, judged in qrels.items() if query in names}
+            qrels = {query: judged for query, judged in qrels.items() if query in queries.entries}
         evaluation = _judged(self.name or table.name, queries, corpus, qrels, origin)
-        if CANDIDATES not in table.column_names:
+        if CANDIDATES not in columns:
             return evaluation
-        return replace(evaluation, candidates=_candidates(queries.select(qrels), corpus))
+        return replace(evaluation, candidates=_candidates(queries, corpus, evaluation.query_names))
 
 
 @dataclass(eq=False)
@@ -151,6 +152,17 @@ class EvaluationFolder(EvaluationSource):
 
     def read(self, usual_split: str) -> EvaluationSet:
         """Load the split that was asked for, or the usual one, or the only one that there is."""
+        name, sets = self.name or Path(self.path).resolve().name, self.sets()
+        if "" in sets:
+            return self._load(name, sets[""], usual_split, {})
+        if self.group_by is not None:
+            raise ValueError(f"{self.path}: it has subsets {', '.join(sets)}; choose one, or drop group_by.")
+        corpora: dict[Place, Contents] = {}
+        loaded = {subset: self._load(subset, places, usual_split, corpora) for subset, places in sets.items()}
+        return _joined(name, loaded, {subset: corpora[places["corpus"]] for subset, places in sets.items()})
+
+    def sets(self) -> dict[str, Places]:
+        """Return where all subsets are, by name, or a single set, whose name is empty."""
         sets = find_sets(self.path, self.revision)
         if not sets:
             known = ", ".join(configurations(self.path, self.revision))
@@ -162,26 +174,17 @@ class EvaluationFolder(EvaluationSource):
         if self.subset is not None and self.subset not in sets:
             known = ", ".join(filter(None, sets)) or "none, but is a single set"
             raise ValueError(f"{self.path}: no subset {self.subset!r}{nearest(self.subset, sets)}; it has {known}.")
-        chosen = self.subset if self.subset is not None else "" if "" in sets else None
-        name = self.name or Path(self.path).resolve().name
-        if chosen is not None:
-            return self._load(name, sets[chosen], usual_split, {})
-        if self.group_by is not None:
-            raise ValueError(f"{self.path}: it has subsets {', '.join(sets)}; choose one, or drop group_by.")
-        corpora: dict[Place, Contents] = {}
-        loaded = {subset: self._load(subset, places, usual_split, corpora) for subset, places in sets.items()}
-        return _joined(name, loaded, {subset: corpora[places["corpus"]] for subset, places in sets.items()})
+        if self.subset is not None or "" in sets:
+            return {"": sets[self.subset or ""]}
+        return sets
 
     def _load(self, name: str, places: Places, usual_split: str, corpora: dict[Place, Contents]) -> EvaluationSet:
         """Load one set; a corpus that several have is read once."""
         root = Folder.of(self.path, self.allow_outside)
-        for place in places.values():
-            place.check(root)
         split = places["qrels"].choose(root, self.split or usual_split, self.split is not None)
 
         def table(role: str) -> Table:
-            own = places[role].choose(root, split, is_exact=False)
-            return places[role].open(own, self.revision, self.allow_outside)
+            return places[role].open(root, split, self.revision, self.allow_outside)
 
         lines = places["qrels"].file_of(split)
         qrels, origin = _read(str(lines) if lines else table("qrels"))
@@ -369,8 +372,8 @@ def _read(value: str | Table) -> tuple[Qrels, str]:
 
 
 def _queries(table: Documents, instruction: str | None, group_by: str | None, more: Sequence[str] = ()) -> Contents:
-    if group_by is not None and group_by not in table.column_names:
-        known = table.column_names
+    known = columns_of(table)
+    if group_by is not None and group_by not in known:
         raise ValueError(
             f"{origin_of(table)}: no column {group_by!r} to group queries by{nearest(group_by, known)}; it has "
             f"{', '.join(known)}."
@@ -380,15 +383,15 @@ def _queries(table: Documents, instruction: str | None, group_by: str | None, mo
 
 def _positives(queries: Contents, corpus: Contents) -> tuple[Qrels, str]:
     """Return the judgements that a column of the queries is; a query without any has none."""
-    listed = _listed(queries, corpus, POSITIVES)
+    listed = _listed(queries, corpus, POSITIVES, queries.entries)
     qrels = {query: dict.fromkeys(names, 1) for query, names in listed.items() if names}
     return qrels, f"{queries.origin}, column {POSITIVES!r}"
 
 
-def _candidates(queries: Contents, corpus: Contents) -> list[list[int]]:
-    """Return the columns of each query's candidates."""
-    columns = {document: column for column, document in enumerate(corpus.names)}
-    listed = _listed(queries, corpus, CANDIDATES)
+def _candidates(queries: Contents, corpus: Contents, names: Collection[str]) -> list[list[int]]:
+    """Return the columns of the candidates of some queries."""
+    columns = {document: column for column, document in enumerate(corpus.entries)}
+    listed = _listed(queries, corpus, CANDIDATES, names)
     for query, names in listed.items():
         origin = f"{queries.origin}, query {query!r}, column {CANDIDATES!r}"
         if not names:
@@ -399,43 +402,43 @@ def _candidates(queries: Contents, corpus: Contents) -> list[list[int]]:
     return [[columns[name] for name in names] for names in listed.values()]
 
 
-def _listed(queries: Contents, corpus: Contents, column: str) -> dict[str, list[str]]:
-    """Return the ids of documents in a column of the queries, by query."""
-    known, listed = {*corpus.names}, {}
-    for query, row in zip(queries.names, queries.more, strict=True):
-        value, origin = row[column], f"{queries.origin}, query {query!r}, column {column!r}"
+def _listed(queries: Contents, corpus: Contents, column: str, names: Collection[str]) -> dict[str, list[str]]:
+    """Return the ids of documents in a column of some queries, by query."""
+    known, listed = corpus.entries, {}
+    for query in names:
+        value, origin = queries.more[query][column], f"{queries.origin}, query {query!r}, column {column!r}"
         values = value if isinstance(value, list) else [] if value is None or value == "" else [value]
         listed[query] = [to_id(single, origin) for single in values]
         for name in listed[query]:
             if name not in known:
-                raise ValueError(f"{origin}: the id {name!r} is not in {corpus.origin}{nearest(name, corpus.names)}.")
+                raise ValueError(f"{origin}: the id {name!r} is not in {corpus.origin}{nearest(name, known)}.")
     return listed
 
 
 def _judged(name: str, queries: Contents, corpus: Contents, qrels: Qrels, origin: str) -> EvaluationSet:
     """Put an evaluation set together."""
-    if unknown := qrels.keys() - {*queries.names}:
+    if unknown := qrels.keys() - queries.entries.keys():
         query = min(unknown)
-        raise ValueError(f"{origin}: query {query!r} is not in {queries.origin}{nearest(query, queries.names)}.")
-    queries = queries.select(qrels)
-    if not queries.names:
+        raise ValueError(f"{origin}: query {query!r} is not in {queries.origin}{nearest(query, queries.entries)}.")
+    names = [name for name in queries.entries if name in qrels]
+    if not names:
         raise ValueError(f"{origin}: no query is judged.")
     judged = {document for documents in qrels.values() for document in documents}
-    if missing := judged - {*corpus.names}:
+    if missing := judged - corpus.entries.keys():
         some = f"(such as {min(missing)!r})"
         if len(missing) == len(judged):
             raise ValueError(
                 f"{origin}: none of the {len(judged)} judged documents {some} is in {corpus.origin}, whose ids are "
-                f"such as {corpus.names[0]!r}."
+                f"such as {next(iter(corpus.entries))!r}."
             )
         warnings.warn(
             f"{origin}: {len(missing)} documents {some} are not in {corpus.origin}; they count as documents that "
             "nothing can find.",
             stacklevel=4,
         )
-    groups = queries.groups or None
-    items = as_items(queries.entries), as_items(corpus.entries)
-    return EvaluationSet(name, *items, queries.names, corpus.names, qrels, subsets=groups)
+    items = as_items(map(queries.entries.__getitem__, names)), as_items(corpus.entries.values())
+    subsets = [queries.groups[query] for query in names] if queries.groups else None
+    return EvaluationSet(name, *items, names, [*corpus.entries], qrels, subsets=subsets)
 
 
 def _joined(name: str, sets: Mapping[str, EvaluationSet], corpora: Mapping[str, Contents]) -> EvaluationSet:
@@ -451,8 +454,8 @@ def _joined(name: str, sets: Mapping[str, EvaluationSet], corpora: Mapping[str, 
         corpus = corpora[subset]
         if id(corpus) not in columns:
             columns[id(corpus)] = subset, range(len(documents), len(documents) + len(corpus.entries))
-            documents += corpus.entries
-            names[1].extend(f"{subset}/{document}" for document in corpus.names)
+            documents += corpus.entries.values()
+            names[1].extend(f"{subset}/{document}" for document in corpus.entries)
         prefix, own = columns[id(corpus)]
         queries += one.queries.entries if isinstance(one.queries, LazyItems) else one.queries
         names[0].extend(f"{subset}/{query}" for query in one.query_names)

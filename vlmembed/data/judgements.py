@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,7 +21,7 @@ from vlmembed.data.cells import KINDS, Folder, content_keys, instructed, to_item
 from vlmembed.data.pages import Pages
 from vlmembed.data.rows import Table
 from vlmembed.data.streaming import refuse_streams
-from vlmembed.data.tables import configurations, splits_of, text_lines
+from vlmembed.data.tables import Joined, configurations, splits_of, text_lines
 from vlmembed.types import EvaluationSet, Item, Part, Role
 
 Qrels = dict[str, dict[str, int]]
@@ -51,53 +51,43 @@ LAYOUTS: dict[int, tuple[int, ...]] = {3: (0, 1, 2), 4: (0, 2, 3), 5: (0, 2, 3)}
 EXPECTED = "expected query-id, corpus-id, integer grade"
 
 
-class JSONRows:
-    """A table of JSON as it is: its rows need not have the same keys."""
-
-    def __init__(self, table: Table) -> None:
-        self.table = table
-
-    @property
-    def name(self) -> str:
-        """See `Table.name`."""
-        return self.table.name
-
-    @property
-    def column_names(self) -> list[str]:
-        """The keys of the first rows."""
-        return self.table.raw_columns
-
-    @property
-    def folder(self) -> Folder:
-        """See `Table.folder`."""
-        return self.table.folder
-
-    def __len__(self) -> int:
-        return len(self.table.raw)
-
-    def read(self, indices: Sequence[int], names: Collection[str] | None = None) -> list[dict[str, Any]]:
-        """See `Table.read`; other keys may come along."""
-        return self.table.raw.__getitems__(list(indices))
-
-    def origins(self, indices: Sequence[int]) -> list[str]:
-        """See `Table.origins`."""
-        return self.table.origins(indices)
-
-
 #: What has rows of queries or documents.
-Documents: TypeAlias = Table | Pages | JSONRows
+Documents: TypeAlias = Table | Pages
 
 
-def as_rows(value: str | Table | Pages) -> Documents:
-    """Open a table; of JSON that is read as it is, one whose rows need not have the same keys."""
+def as_rows(value: str | Documents) -> Documents:
+    """Open a table."""
     refuse_streams(value, "a measurement")
-    table = Table(value) if isinstance(value, str) else value
+    return Table(value) if isinstance(value, str) else value
+
+
+def features_of(table: Documents) -> datasets.Features | None:
+    """Return the features of a table of Arrow."""
+    raw = getattr(table, "raw", None)
+    return getattr(raw.first if isinstance(raw, Joined) else raw, "features", None)
+
+
+def is_read_as_stored(table: Documents) -> bool:
+    """Tell a table of JSON that is read as it is: its rows need not have the same keys."""
     if isinstance(table, Pages) or table.cells is not None or table.columns or table.where or table.each:
-        return table
-    return table if isinstance(table.raw, datasets.Dataset) else JSONRows(table)
+        return False
+    return features_of(table) is None
 
 
-Entry = Item | Callable[[], Item]
+def columns_of(table: Documents) -> list[str]:
+    """Return the columns of a table; of JSON that is read as it is, the keys of the first rows."""
+    return table.raw_columns if isinstance(table, Table) and is_read_as_stored(table) else table.column_names
+
+
+def read_rows(table: Documents, indices: Sequence[int], names: Collection[str] | None) -> list[dict[str, Any]]:
+    """Read some rows with the columns of some names; of JSON that is read as it is, others may come along."""
+    if isinstance(table, Table) and is_read_as_stored(table):
+        return table.raw.__getitems__([*indices])
+    return table.read(indices, names)
+
+
+#: An item, or what reads it once more, with its id.
+Entry = Item | Callable[[], tuple[str, Item]]
 
 
 class LazyItems(Sequence[Item]):
@@ -113,33 +103,22 @@ class LazyItems(Sequence[Item]):
         if isinstance(index, slice):
             return LazyItems(self.entries[index])
         entry = self.entries[index]
-        return entry if isinstance(entry, Item) else entry()
+        return entry if isinstance(entry, Item) else entry()[1]
 
 
 @dataclass
 class Contents:
-    """The queries, or the corpus, of an evaluation set."""
+    """The queries, or the corpus, of an evaluation set, by their ids."""
 
     origin: str
-    names: list[str]
-    entries: list[Entry]
-    more: list[Row]  # What else was asked for of each.
-    groups: list[str]  # What subset each is of, if that was asked for.
-
-    def select(self, names: Collection[str]) -> Contents:
-        """Return those of some names."""
-        rows = [row for row, name in enumerate(self.names) if name in names]
-        return Contents(
-            self.origin,
-            [self.names[row] for row in rows],
-            [self.entries[row] for row in rows],
-            [self.more[row] for row in rows],
-            [self.groups[row] for row in rows] if self.groups else [],
-        )
+    entries: dict[str, Entry] = field(default_factory=dict)
+    more: dict[str, Row] = field(default_factory=dict)  # What else was asked for of each.
+    groups: dict[str, str] = field(default_factory=dict)  # What subset each is of, if that was asked for.
 
 
-def as_items(entries: Sequence[Entry]) -> Sequence[Item]:
+def as_items(entries: Iterable[Entry]) -> Sequence[Item]:
     """Return the items; a list where all are in memory."""
+    entries = [*entries]
     items = [entry for entry in entries if isinstance(entry, Item)]
     return items if len(items) == len(entries) else LazyItems(entries)
 
@@ -152,22 +131,19 @@ def read_contents(
     Columns other than the id, ``title``, ``instruction``, ``text``, ``image``, ``video``, or ``query`` (``document`` in
     a corpus), and those that are asked for, are not read.
     """
-    wanted = item_columns(table.column_names, role, *more, group_by)
-    more = [name for name in more if name in table.column_names]
-    contents = Contents(origin_of(table), [], [], [], [])
-    numbers: dict[str, int] = {}
+    columns = columns_of(table)
+    wanted = item_columns(columns, role, *more, group_by)
+    contents = Contents(origin_of(table))
     for index, row, origin in _scan(table, wanted):
-        name = item_id(row, role, origin)
-        if numbers.setdefault(name, index) != index:
-            first = table.origins([numbers[name]])[0]
+        name, item = to_item(row, role, instruction, origin, table.folder)
+        if name in contents.entries:
+            first = table.origins([[*contents.entries].index(name)])[0]
             raise ValueError(f"{origin}: id {name!r} is given twice; first at {first}.")
-        item = to_item(row, role, instruction, origin, table.folder)
-        again = partial(_read_item, table, index, wanted, role, instruction)
-        contents.names.append(name)
-        contents.entries.append(again if any(map(_is_large, item.parts)) else item)
-        contents.more.append({key: row.get(key) for key in more})
+        again = partial(read_item, table, index, wanted, role, instruction)
+        contents.entries[name] = again if any(map(_is_large, item.parts)) else item
+        contents.more[name] = {key: row.get(key) for key in more if key in columns}
         if group_by is not None:
-            contents.groups.append(_group(row.get(group_by), f"{origin}, column {group_by!r}"))
+            contents.groups[name] = _group(row.get(group_by), f"{origin}, column {group_by!r}")
     return contents
 
 
@@ -193,19 +169,18 @@ def _group(value: Any, origin: str) -> str:
 
 def _scan(table: Documents, names: Collection[str] | None) -> Iterator[tuple[int, Row, str]]:
     """Go through a table: index, row and origin."""
-    if isinstance(table, Table) and table.cells is None and not isinstance(table.raw, datasets.Dataset):
+    if isinstance(table, Table) and table.cells is None and features_of(table) is None:
         names = None  # All of them, so that a row with other keys than the first is refused.
     for start in range(0, len(table), BLOCK):
         indices = range(start, min(start + BLOCK, len(table)))
-        yield from zip(indices, table.read(indices, names), table.origins(indices), strict=True)
+        yield from zip(indices, read_rows(table, indices, names), table.origins(indices), strict=True)
 
 
-def origin_of(documents: Documents) -> str:
+def origin_of(table: Documents) -> str:
     """Say where a table is, for messages."""
-    table = documents.table if isinstance(documents, JSONRows) else documents
-    subset = table.subset if isinstance(table, Table) else None
-    place = table.origin if isinstance(table, Table) else str(table.path)
-    return f"{place}, {subset}" if subset else place
+    if isinstance(table, Pages):
+        return table.path
+    return f"{table.origin}, {table.subset}" if table.subset else table.origin
 
 
 def item_id(row: Row, role: Role, origin: str) -> str:
@@ -229,17 +204,20 @@ def to_id(value: Any, origin: str) -> str:
     return name
 
 
-def to_item(row: Row, role: Role, instruction: str | None, origin: str, folder: Folder) -> Item:
-    """Make a row's item; a ``ValueError`` names row, column and value."""
-    origin = f"{origin} (id {item_id(row, role, origin)!r})"
+def to_item(row: Row, role: Role, instruction: str | None, origin: str, folder: Folder) -> tuple[str, Item]:
+    """Make the id and the item of a row; a ``ValueError`` names row, column and value."""
+    name = item_id(row, role, origin)
+    origin = f"{origin} (id {name!r})"
     own = row.get("instruction")
-    item = to_items([(_cell(row, role, origin), role, origin)], folder)[0]
-    return instructed([item], instruction if own is None else own, f"{origin}, key 'instruction'")[0]
+    items = to_items([(_cell(row, role, origin), role, origin)], folder)
+    return name, instructed(items, instruction if own is None else own, f"{origin}, key 'instruction'")[0]
 
 
-def _read_item(table: Documents, index: int, names: Collection[str], role: Role, instruction: str | None) -> Item:
-    """Read one row's item again."""
-    (row,), (origin,) = table.read([index], names), table.origins([index])
+def read_item(
+    table: Documents, index: int, names: Collection[str], role: Role, instruction: str | None
+) -> tuple[str, Item]:
+    """Read the id and the item of one row."""
+    (row,), (origin,) = read_rows(table, [index], names), table.origins([index])
     return to_item(row, role, instruction, origin, table.folder)
 
 
@@ -285,7 +263,7 @@ def _column(names: Iterable[str], spellings: Sequence[str], origin: str) -> str 
 
 def read_judgements(table: Documents) -> Qrels:
     """Read a table of query id, corpus id and grade, which is 1 where there is no such column."""
-    names, origin = table.column_names, origin_of(table)
+    names, origin = columns_of(table), origin_of(table)
     query, document = (_column(names, spellings, origin) for spellings in (QUERY_IDS, DOCUMENT_IDS))
     if query is None or document is None:
         missing, spellings = ("query", QUERY_IDS) if query is None else ("corpus", DOCUMENT_IDS)
@@ -431,18 +409,18 @@ class Place:
         files = path.iterdir() if path.is_dir() else [path]
         return [file for file in files if file.suffix in LINES] if self.configuration is None else []
 
-    def check(self, root: Folder) -> None:
-        """Refuse links that lead out of the folder."""
-        for path in [Path(self.path), *self.lines] if self.configuration is None else []:
-            root.locate(str(path.relative_to(root.path)), "data", str(root.path))
-
     def file_of(self, split: str) -> Path | None:
         """Return the judgements of a split, line by line."""
         path = Path(self.path)
         return next((file for file in self.lines if file.stem == split or file == path), None)
 
     def choose(self, root: Folder, wanted: str, is_exact: bool) -> str:
-        """Return the split that is wanted, or, if that need not be exact, the only one there is."""
+        """Return the split that is wanted, or, if that need not be exact, the only one there is.
+
+        Refuses links that lead out of the folder.
+        """
+        for path in [Path(self.path), *self.lines] if self.configuration is None else []:
+            root.locate(str(path.relative_to(root.path)), "data", str(root.path))
         splits = self.splits(root)
         if is_exact and not splits and self.configuration is None:
             raise ValueError(f"{self.path}: it has no splits, so none is called {wanted!r}; leave 'split' out.")
@@ -457,8 +435,9 @@ class Place:
             "its 'split'."
         )
 
-    def open(self, split: str, revision: str | None, allow_outside: list[str] | None) -> Table:
-        """Return what is there."""
+    def open(self, root: Folder, wanted: str, revision: str | None, allow_outside: list[str] | None) -> Table:
+        """Return what is there, of the split that is wanted, or the only one."""
+        split = self.choose(root, wanted, is_exact=False)
         return Table(self.path, split, self.configuration, revision=revision, allow_outside=allow_outside)
 
 

@@ -9,20 +9,19 @@ from __future__ import annotations
 import io
 import math
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from threading import Lock
-from typing import Any, BinaryIO, NoReturn
+from typing import Any
 
 import datasets
-import psutil
 
 from vlmembed.files import clear_drafts, content_digest, version_of, write_whole
-from vlmembed.media import MAX_VIDEO_PIXELS, OtherKindError, head_of, limit
+from vlmembed.limits import LimitError, in_child, limit
+from vlmembed.media import MAX_VIDEO_PIXELS, OtherKindError, head_of
 from vlmembed.types import LazyImage
 
 #: The most pixels of a rendered page, and nearly as many as it has: A4 at 143 dpi.
@@ -34,9 +33,7 @@ MAX_PDF_SECONDS = limit("VLMEMBED_MAX_PDF_SECONDS", 60)
 MAX_PDF_MEMORY = limit("VLMEMBED_MAX_PDF_MEMORY", 2**32)
 #: Part of the name of a rendered page; to be raised where `PdfPage` draws otherwise than before.
 DRAWING = 1
-#: The status of a child process that says why it has made nothing.
-REFUSED = 3
-#: PDFium must not be called by two threads at a time.
+#: PDFium must not be called by two threads at a time; a child process must not begin while another is within it.
 LOCK = Lock()
 
 
@@ -91,7 +88,13 @@ class PdfPage(LazyImage):
         cache = self.cache or Path(datasets.config.HF_DATASETS_CACHE, "vlmembed_pages")
         path = cache / content_digest(self.file) / f"{self.number}-pdfium{_pdfium().PDFIUM_INFO}-{name}"
         if not path.exists():
-            content = apart(lambda: self._made(make))
+            try:
+                content = in_child(lambda: self._made(make), MAX_PDF_SECONDS, MAX_PDF_MEMORY, LOCK)
+            except LimitError as error:
+                limits = "VLMEMBED_MAX_PDF_SECONDS or VLMEMBED_MAX_PDF_MEMORY"
+                raise OtherKindError(f"{error}. Save it again, or set {limits}") from error
+            except ValueError as error:
+                raise OtherKindError(str(error)) from error
             try:
                 clear_drafts(path.parent)
                 write_whole(path, content)
@@ -161,49 +164,6 @@ def _page_sizes(file: Path | bytes) -> list[tuple[float, float] | None]:
             with suppress(_pdfium().PdfiumError):
                 sizes[index] = document.get_page_size(index)
     return sizes
-
-
-def apart(work: Callable[[], bytes]) -> bytes:
-    """Return what some work makes in a child process of limited time and memory; a ``ValueError`` if it is refused."""
-    if sys.platform != "linux":
-        return work()
-    with open(os.memfd_create("page"), "w+b") as shared:
-        with LOCK:  # Else the child could begin while another thread is within PDFium.
-            child = os.fork()
-        if child == 0:
-            _work_and_end(work, shared)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        shared.seek(0)
-        content = shared.read()
-    if status == REFUSED:
-        raise OtherKindError(content.decode())
-    if status:
-        raise OtherKindError(
-            f"PDFium needs more than {MAX_PDF_SECONDS} seconds or {MAX_PDF_MEMORY:,} bytes of memory for it, or fails "
-            f"(status {status}). Save it again, or set VLMEMBED_MAX_PDF_SECONDS or VLMEMBED_MAX_PDF_MEMORY"
-        )
-    return content
-
-
-def _work_and_end(work: Callable[[], bytes], shared: BinaryIO) -> NoReturn:
-    import resource  # Which Windows does not have.
-
-    status = 1
-    try:
-        memory = psutil.Process().memory_info().vms + MAX_PDF_MEMORY
-        limits = {resource.RLIMIT_AS: memory, resource.RLIMIT_CPU: MAX_PDF_SECONDS, resource.RLIMIT_CORE: 0}
-        for kind, most in limits.items():
-            hard = resource.getrlimit(kind)[1]
-            most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-            resource.setrlimit(kind, (most, most))
-        try:
-            content, status = work(), 0
-        except (OSError, ValueError) as error:
-            content, status = str(error).encode(), REFUSED
-        shared.write(content)
-        shared.flush()
-    finally:
-        os._exit(status)
 
 
 def _read_text(page: Any) -> bytes:

@@ -24,7 +24,7 @@ from filelock import FileLock
 
 from vlmembed.data.columns import nearest
 from vlmembed.files import digest, version_of, whole_file
-from vlmembed.media import limit
+from vlmembed.limits import limit
 
 #: The most bytes that a line of a JSONL, CSV or TSV file may have, a value of a JSON file, or a text in a tar.
 MAX_LINE_BYTES = limit("VLMEMBED_MAX_LINE_BYTES", 2**26)

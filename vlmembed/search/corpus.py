@@ -24,24 +24,24 @@ from PIL import Image
 
 from vlmembed.data import EvaluationFolder, EvaluationRows, EvaluationSource, EvaluationTables, Pages, Rows, Table
 from vlmembed.data.cells import Folder
-from vlmembed.data.columns import nearest
 from vlmembed.data.evaluation import is_evaluation_folder
 from vlmembed.data.judgements import (
     ITEM_IDS,
     Documents,
-    JSONRows,
     Place,
     as_rows,
-    find_sets,
+    columns_of,
+    features_of,
     item_columns,
     item_id,
+    read_item,
+    read_rows,
     spelling,
-    to_item,
 )
 from vlmembed.data.rows import with_element
 from vlmembed.data.sources import Source
 from vlmembed.data.streaming import StreamingRows, as_dataset, refuse_streams
-from vlmembed.data.tables import KINDS, LINES, Joined, undecoded
+from vlmembed.data.tables import KINDS, LINES, undecoded
 from vlmembed.files import digest
 from vlmembed.types import EvaluationSet, Example, Item, LazyImage, Role
 
@@ -101,7 +101,7 @@ class TableCorpus(Corpus):
 
     def __init__(self, table: Documents, role: Role, instruction: str | None = None, prefix: str = "") -> None:
         self._table, self._role, self._instruction, self._prefix = table, role, instruction, prefix
-        self._columns = item_columns(table.column_names, role)
+        self._columns = item_columns(columns_of(table), role)
 
     def __len__(self) -> int:
         return len(self._table)
@@ -109,7 +109,7 @@ class TableCorpus(Corpus):
     def scan(self, rows: range) -> list[tuple[str | None, str]]:
         """See `Corpus.scan`; images that are in the table are not read."""
         try:
-            cells = self._scanned(rows)
+            cells = read_rows(self._table, rows, self._light)
         except ValueError as error:
             if len(rows) == 1:
                 return [(None, str(error))]
@@ -122,13 +122,12 @@ class TableCorpus(Corpus):
 
     def read(self, row: int) -> tuple[str, Item]:
         """See `Corpus.read`."""
-        (cells,), (origin,) = self._table.read([row], self._columns), self._table.origins([row])
-        name = self._prefix + item_id(cells, self._role, origin)
-        return name, to_item(cells, self._role, self._instruction, origin, self._table.folder)
+        name, item = read_item(self._table, row, self._columns, self._role, self._instruction)
+        return self._prefix + name, item
 
     def blocks(self) -> Iterator[list[tuple[str | None, str]]]:
         """See `Corpus.blocks`."""
-        yield from map(self.scan, numbered(self, getattr(self._opened, "raw", None)))
+        yield from map(self.scan, numbered(self, getattr(self._table, "raw", None)))
 
     def origin(self, row: int) -> str:
         """See `Corpus.origin`."""
@@ -136,42 +135,25 @@ class TableCorpus(Corpus):
 
     def files(self) -> list[Path]:
         """See `Corpus.files`."""
-        table = self._opened
-        if not isinstance(table, Table) or self._features is None:
+        table = self._table
+        if not isinstance(table, Table) or features_of(table) is None:
             return []
         paths = [table.path] if isinstance(table.path, str) else table.path
         return [Path(path) for path in paths if os.path.isfile(path)]
 
-    @property
-    def _opened(self) -> Table | Pages:
-        return self._table if isinstance(self._table, Table | Pages) else self._table.table
-
-    @cached_property
-    def _features(self) -> datasets.Features | None:
-        """The features of an Arrow table."""
-        raw = getattr(self._opened, "raw", None)
-        raw = raw.first if isinstance(raw, Joined) else raw
-        return raw.features if isinstance(raw, datasets.Dataset | Cursor) else None
-
     @cached_property
     def _light(self) -> list[str]:
         """The columns whose cells are small."""
-        if isinstance(self._opened, Pages):
+        if isinstance(self._table, Pages):
             return ["id"]
-        if self._features is None:
+        if (features := features_of(self._table)) is None:
             return self._columns
-        features, always = self._features, {"title", "text", "instruction", *ITEM_IDS[self._role]}
+        always = {"title", "text", "instruction", *ITEM_IDS[self._role]}
 
         def is_light(name: str) -> bool:
             return spelling(name) in always or (name in features and not MEDIA.search(repr(features[name])))
 
         return [*filter(is_light, self._columns)]
-
-    def _scanned(self, rows: range) -> list[dict[str, Any]]:
-        if isinstance(self._table, Table | Pages):
-            return self._table.read(rows, self._light)
-        raw = self._table.table.raw
-        return (raw if self._features is None else raw.select_columns(self._light)).__getitems__([*rows])
 
 
 def _brief(value: Any) -> str:
@@ -381,7 +363,7 @@ def _source(path: str) -> CorpusSource:
     if is_evaluation_folder(path):
         return EvaluationFolder(path)
     table = Table(path)
-    columns = {*as_rows(table).column_names}
+    columns = {*columns_of(as_rows(table))}
     is_training = "query" in columns and bool({"positive", "label"} & columns)
     return Rows(path) if is_training and not {"id", "_id"} & columns else table
 
@@ -403,29 +385,18 @@ def _of_stream(stream: StreamingRows, role: Role) -> Corpus:
     if {"query", "positive"} <= names or {"query", "label"} <= names or not {*map(spelling, names)} & {*ITEM_IDS[role]}:
         rows.check(names)
         return RowsCorpus(rows, role)
-    is_changed = stream.columns or stream.cells is not None or stream.where or stream.each
-    return TableCorpus(table if is_changed or cursor.features is not None else JSONRows(table), role)
+    return TableCorpus(table, role)
 
 
 def _of_folder(source: EvaluationFolder, role: Role) -> Corpus:
     """Open the corpora, or the queries, of an evaluation folder; no judgements are needed."""
-    sets = find_sets(source.path, source.revision)
-    if not sets:
-        raise ValueError(f"{source.path}: no evaluation set; a folder has corpus.jsonl and queries.jsonl.")
-    if source.subset is not None and source.subset not in sets:
-        known = ", ".join(filter(None, sets)) or "none, but is a single set"
-        raise ValueError(f"{source.path}: no subset {source.subset!r}{nearest(source.subset, sets)}; it has {known}.")
-    chosen = source.subset if source.subset is not None else "" if "" in sets else None
-    named = sets if chosen is None else {chosen: sets[chosen]}
     root, parts = Folder.of(source.path, source.allow_outside), dict[Place, Corpus]()
-    for subset, places in named.items():
+    for subset, places in source.sets().items():
         place = places["queries" if role == "query" else "corpus"]
         if place not in parts:
-            place.check(root)
-            split = place.choose(root, source.split or "test", is_exact=False)
             instruction = source.query_instruction if role == "query" else source.document_instruction
-            table = as_rows(place.open(split, source.revision, source.allow_outside))
-            parts[place] = TableCorpus(table, role, instruction, f"{subset}/" if chosen is None else "")
+            table = as_rows(place.open(root, source.split or "test", source.revision, source.allow_outside))
+            parts[place] = TableCorpus(table, role, instruction, f"{subset}/" if subset else "")
     return next(iter(parts.values())) if len(parts) == 1 else JoinedCorpus([*parts.values()])
 
 

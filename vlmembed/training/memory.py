@@ -176,7 +176,7 @@ def _batch(collator: Collator, tokens: float) -> Batch | RankingBatch:
         image = Image.fromarray(draw.integers(0, 256, (IMAGE_SIDE, IMAGE_SIDE, 3), dtype=np.uint8))
         number, origin = str(len(examples)), "measuring chunk_size: auto"
         document = Item("document", (Part("image", image), Part("text", number)), origin)
-        scores = (1.0, 0.0) if collator.teacher_scores else None
+        scores = (1.0, 0.0) if collator.label_specs[None].teacher_scores else None
         negative = Item("document", (Part("text", "no"),), origin)
         examples.append(Example(Item("query", (Part("text", number),), origin), (document,), (negative,), scores))
     chunking, collator.chunking = collator.chunking, Chunking()
