@@ -12,7 +12,6 @@ from typing import Any
 from vlmembed.data.cells import Folder
 from vlmembed.data.columns import nearest
 from vlmembed.data.judgements import (
-    LINES,
     Contents,
     Documents,
     Entry,
@@ -28,7 +27,6 @@ from vlmembed.data.judgements import (
     origin_of,
     read_contents,
     read_judgements,
-    read_qrels,
     read_run,
     to_id,
 )
@@ -103,7 +101,7 @@ class EvaluationTables(EvaluationSource):
         if has_positives == (self.qrels is not None):
             what = "both in qrels and" if has_positives else "neither in qrels nor"
             raise ValueError(f"{queries.origin}: judgements are {what} in a column {POSITIVES!r} of the queries.")
-        qrels, origin = _positives(queries, corpus) if self.qrels is None else _read(self.qrels)
+        qrels, origin = _positives(queries, corpus) if self.qrels is None else read_judgements(self.qrels)
         if isinstance(table, Table) and table.where:  # Judgements of the queries that are left out are none of ours.
             qrels = {query: judged for query, judged in qrels.items() if query in queries.entries}
         evaluation = _judged(self.name or table.name, queries, corpus, qrels, origin)
@@ -187,7 +185,7 @@ class EvaluationFolder(EvaluationSource):
             return places[role].open(root, split, self.revision, self.allow_outside)
 
         lines = places["qrels"].file_of(split)
-        qrels, origin = _read(str(lines) if lines else table("qrels"))
+        qrels, origin = read_judgements(str(lines) if lines else table("qrels"))
         queries = _queries(as_rows(table("queries")), self.query_instruction, self.group_by)
         if places["corpus"] not in corpora:
             corpora[places["corpus"]] = read_contents(as_rows(table("corpus")), "document", self.document_instruction)
@@ -361,14 +359,6 @@ def is_evaluation_folder(path: str) -> bool:
         return bool(find_sets(path))
     except ValueError:  # It is no Hub id either; opening it as rows says so.
         return False
-
-
-def _read(value: str | Table) -> tuple[Qrels, str]:
-    """Read judgements; they come with where they are."""
-    if isinstance(value, str) and Path(value).suffix in LINES:
-        return read_qrels(Path(value)), value
-    table = as_rows(value)
-    return read_judgements(table), origin_of(table)
 
 
 def _queries(table: Documents, instruction: str | None, group_by: str | None, more: Sequence[str] = ()) -> Contents:

@@ -45,8 +45,10 @@ ITEM_IDS: dict[Role, tuple[str, ...]] = {
 #: Rows that are in memory together; images may be in them.
 BLOCK = 64
 
-#: By the number of cells in a line of judgements without a header: where query, document and grade are.
-LAYOUTS: dict[int, tuple[int, ...]] = {3: (0, 1, 2), 4: (0, 2, 3), 5: (0, 2, 3)}
+#: Where query, document and grade are in a line of judgements, which may have no grade.
+Layout: TypeAlias = tuple[int, int, int | None]
+#: By the number of cells in a line, where there is no header.
+LAYOUTS: dict[int, Layout] = {3: (0, 1, 2), 4: (0, 2, 3), 5: (0, 2, 3)}
 
 EXPECTED = "expected query-id, corpus-id, integer grade"
 
@@ -261,44 +263,54 @@ def _column(names: Iterable[str], spellings: Sequence[str], origin: str) -> str 
     return None
 
 
-def read_judgements(table: Documents) -> Qrels:
+#: A query's id, a document's, its grade, and where that is said.
+Judgement: TypeAlias = tuple[str, str, Any, str]
+
+
+def read_judgements(value: str | Documents) -> tuple[Qrels, str]:
+    """Read judgements of a table or of a file of lines; they come with where they are.
+
+    A ``ValueError`` names a grade that is no whole number, or that contradicts an earlier one.
+    """
+    if isinstance(value, str) and Path(value).suffix in LINES:
+        origin, judgements = value, _of_lines(Path(value))
+    else:
+        table = as_rows(value)
+        origin, judgements = origin_of(table), _of_table(table)
+    qrels: Qrels = {}
+    for query, document, grade, place in judgements:
+        number = _number(grade)
+        if not number.is_integer() or abs(number) > MOST_GRADE:
+            raise ValueError(f"{place}: {EXPECTED}; got {query!r}, {document!r}, {grade!r:.100}.")
+        if qrels.setdefault(query, {}).setdefault(document, int(number)) != number:
+            raise ValueError(f"{place}: {query!r} and {document!r} had another grade before: {grade!r}.")
+    return qrels, origin
+
+
+def _of_table(table: Documents) -> Iterator[Judgement]:
     """Read a table of query id, corpus id and grade, which is 1 where there is no such column."""
     names, origin = columns_of(table), origin_of(table)
-    query, document = (_column(names, spellings, origin) for spellings in (QUERY_IDS, DOCUMENT_IDS))
+    query, document, grade = (_column(names, spellings, origin) for spellings in (QUERY_IDS, DOCUMENT_IDS, GRADES))
     if query is None or document is None:
         missing, spellings = ("query", QUERY_IDS) if query is None else ("corpus", DOCUMENT_IDS)
         raise ValueError(
             f"{origin}: judgements have no column of the {missing} id ({', '.join(spellings)}); there are "
             f"{', '.join(names)}. Name it with columns: {{…: {missing}-id}}."
         )
-    grade = _column(names, GRADES, origin)
-    qrels: Qrels = {}
     for _, row, place in _scan(table, [name for name in (query, document, grade) if name is not None]):
         ids = [to_id(row.get(key), f"{place}, column {key!r}") for key in (query, document)]
-        add_judgement(qrels, ids[0], ids[1], 1 if grade is None else row.get(grade), place)
-    return qrels
+        yield ids[0], ids[1], 1 if grade is None else row.get(grade), place
 
 
-def add_judgement(qrels: Qrels, query: str, document: str, grade: Any, origin: str) -> None:
-    """Add one judgement; a ``ValueError`` if the grade is no whole number, or contradicts an earlier one."""
-    number = _number(grade)
-    if not number.is_integer() or abs(number) > MOST_GRADE:
-        raise ValueError(f"{origin}: {EXPECTED}; got {query!r}, {document!r}, {grade!r:.100}.")
-    if qrels.setdefault(query, {}).setdefault(document, int(number)) != number:
-        raise ValueError(f"{origin}: {query!r} and {document!r} had another grade before: {grade!r}.")
-
-
-def read_qrels(path: Path) -> Qrels:
+def _of_lines(path: Path) -> Iterator[Judgement]:
     """Read lines of judgements, separated by tabs or else by white space.
 
     They are query id, corpus id and grade; or query id, 0, corpus id and grade, as TREC has it, and perhaps one more,
     as M-BEIR has it; or what a header says.
     """
-    qrels: Qrels = {}
-    width, layout = 0, None
+    width, layout, separator = 0, None, None
     for number, line in _text_lines(path, "query-id, corpus-id and grade, separated by tabs"):
-        if not width:
-            separator = "\t" if "\t" in line else None
+        separator = separator if width else "\t" if "\t" in line else None
         cells = [cell.strip() for cell in line.split(separator)]
         if not width:
             width, layout = len(cells), _header(cells, separator, str(path))
@@ -308,18 +320,15 @@ def read_qrels(path: Path) -> Qrels:
         is_trec = layout == LAYOUTS[4]
         if layout is None or len(cells) != width or (is_trec and cells[1].lower() not in ("0", "q0")):
             raise ValueError(f"{path}, row {number}: {EXPECTED}; got {line!r:.200}.")
-        grade = cells[layout[2]] if layout[2] >= 0 else 1
-        add_judgement(qrels, cells[layout[0]], cells[layout[1]], grade, f"{path}, row {number}")
-    if not qrels:
-        raise ValueError(f"{path}: the file has no rows.")
-    return qrels
+        query, document, grade = layout
+        yield cells[query], cells[document], 1 if grade is None else cells[grade], f"{path}, row {number}"
 
 
-def _header(cells: Sequence[str], separator: str | None, origin: str) -> tuple[int, ...] | None:
-    """Return where query, document and grade are (-1 for none), if the first line is a header."""
-    columns = [_column(cells, spellings, origin) for spellings in (QUERY_IDS, DOCUMENT_IDS, GRADES)]
-    if None not in columns[:2]:
-        return tuple(-1 if column is None else cells.index(column) for column in columns)
+def _header(cells: Sequence[str], separator: str | None, origin: str) -> Layout | None:
+    """Return where query, document and grade are, if the first line is a header."""
+    query, document, grade = (_column(cells, spellings, origin) for spellings in (QUERY_IDS, DOCUMENT_IDS, GRADES))
+    if query is not None and document is not None:
+        return cells.index(query), cells.index(document), None if grade is None else cells.index(grade)
     return LAYOUTS[3] if separator and len(cells) == 3 and math.isnan(_number(cells[2])) else None
 
 
@@ -344,8 +353,6 @@ def read_run(path: Path, evaluation: EvaluationSet) -> dict[str, dict[str, float
         if document in run.setdefault(query, {}):
             raise ValueError(f"{origin}: query {query!r} has document {document!r} twice.")
         run[query][document] = score
-    if not run:
-        raise ValueError(f"{path}: the file has no rows.")
     return run
 
 
@@ -369,12 +376,16 @@ def _number(value: Any) -> float:
 
 
 def _text_lines(path: Path, content: str) -> Iterator[tuple[int, str]]:
-    """Yield number and text of the lines that are not blank."""
+    """Yield number and text of the lines that are not blank; refuse a file that has none."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file; it holds {content}.")
+    is_empty = True
     for number, line in enumerate(text_lines(path), start=1):
         if line.strip():
+            is_empty = False
             yield number, line.rstrip("\r\n")
+    if is_empty:
+        raise ValueError(f"{path}: the file has no rows.")
 
 
 #: A configuration: ``corpus``, ``english-queries``, ``qrels_fr``; MTEB calls judgements ``default``.
