@@ -292,7 +292,7 @@ def test_a_pdf_that_cannot_be_read_says_why(tmp_path: Path, monkeypatch: pytest.
     content, message = BAD_PDFS[kind]
     (tmp_path / "bad.pdf").write_bytes(content)
     for file, name in (("bad.pdf", r"bad\.pdf"), ({"bytes": content, "path": None}, "given as bytes")):
-        with pytest.raises(ValueError, match=f"{ORIGIN}: cannot read the PDF .*{name}: .*{message}.*remove the row"):
+        with pytest.raises(ValueError, match=f"{ORIGIN}: cannot read the PDF .*{name}.*: .*{message}.*remove the row"):
             items({"pdf": file}, tmp_path)
         item = items({"pdf": file, "page": 1}, tmp_path)
         for use in (load_image, image_size):

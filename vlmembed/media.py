@@ -158,7 +158,7 @@ def load_image(
     ``resized`` (from height and width to those that the processor will resize to), a JPEG far above that size is
     decoded at 1/2, 1/4 or 1/8. A ``ValueError`` names the origin and what cannot be read.
     """
-    try:
+    with readable("image", frame, origin):
         opened = frame.render() if isinstance(frame, LazyImage) else frame
         image = opened if isinstance(opened, Image.Image) else open_image(opened)
         if resized is not None and not isinstance(frame, Image.Image):
@@ -176,21 +176,17 @@ def load_image(
         if deep and np.asarray(image).max() < 16:
             raise ValueError("of its 16 bits a channel the upper ones, which are read, are black; save it with 8")
         return image
-    except UNREADABLE as error:
-        raise _unreadable("image", frame, origin, error) from error
 
 
 def image_size(frame: Frame, origin: str = "") -> tuple[int, int]:
     """Return width and height in pixels, of no more than a file's header; a ``ValueError`` as of `load_image`."""
     if isinstance(frame, Image.Image):
         return frame.size
-    try:
+    with readable("image", frame, origin):
         if isinstance(frame, LazyImage):
             return frame.size
         with open_image(frame) as image:
             return image.size
-    except UNREADABLE as error:
-        raise _unreadable("image", frame, origin, error) from error
 
 
 def load_video(
@@ -208,10 +204,8 @@ def load_video(
         width, height = image_size(video[0], origin)
         # Frames alone have no rate; transformers' processors then assume this one, and warn.
         metadata = VideoMetadata(total_num_frames=len(video), fps=24.0, width=width, height=height)
-        try:
+        with readable("video", video[0], origin):
             metadata.frames_indices = _sample(choose, metadata)
-        except ValueError as error:
-            raise _unreadable("video", video[0], origin, error) from error
         images = [load_image(video[index], origin) for index in metadata.frames_indices]
         sizes = sorted({image.size for image in images})
         if len(sizes) > 1:
@@ -303,25 +297,19 @@ def load_audio(audio: Path | bytes, rate: int, origin: str = "") -> np.ndarray:
     These are the numbers of transformers' own loader, where that takes soundfile. A ``ValueError`` names the origin and
     what is missing, damaged, silent because it is empty, of another kind, or above a limit.
     """
-    try:
-        with _open_audio(audio) as file:
-            samples = file.read(dtype="float32", always_2d=True).T.mean(axis=0)  # (samples, channels) → (samples,)
-            if len(samples) < file.frames:
-                raise ValueError(f"it is cut or damaged: of {file.frames:,} samples {len(samples):,} can be decoded")
-            if not np.isfinite(samples).all():
-                raise ValueError("it has samples that are no finite numbers")
-            return _resampled(samples, file.samplerate, rate)
-    except UNREADABLE as error:
-        raise _unreadable("audio", audio, origin, error) from error
+    with readable("audio", audio, origin), _open_audio(audio) as file:
+        samples = file.read(dtype="float32", always_2d=True).T.mean(axis=0)  # (samples, channels) → (samples,)
+        if len(samples) < file.frames:
+            raise ValueError(f"it is cut or damaged: of {file.frames:,} samples {len(samples):,} can be decoded")
+        if not np.isfinite(samples).all():
+            raise ValueError("it has samples that are no finite numbers")
+        return _resampled(samples, file.samplerate, rate)
 
 
 def audio_seconds(audio: Path | bytes, origin: str = "") -> float:
     """Return how long a recording is, of no more than its header; a ``ValueError`` as of `load_audio`."""
-    try:
-        with _open_audio(audio) as file:
-            return float(file.frames / file.samplerate)
-    except UNREADABLE as error:
-        raise _unreadable("audio", audio, origin, error) from error
+    with readable("audio", audio, origin), _open_audio(audio) as file:
+        return float(file.frames / file.samplerate)
 
 
 def encode_audio(samples: Sequence[float], rate: int) -> bytes:
@@ -333,14 +321,10 @@ def encode_audio(samples: Sequence[float], rate: int) -> bytes:
     return file.getvalue()
 
 
-def is_video(content: bytes) -> bool:
-    """Tell the content of a video file by its first bytes."""
-    return bool(re.match(VIDEO, content[:HEAD], re.DOTALL)) and not is_audio(content)
-
-
-def is_audio(content: bytes) -> bool:
-    """Tell the content of an audio file by its first bytes."""
-    return bool(re.match(AUDIO, content[:HEAD], re.DOTALL))
+def medium_of(content: bytes) -> str | None:
+    """Tell a recording, a video and a PDF by their first bytes; the key of a cell, or None for what is none of them."""
+    patterns = {"audio": AUDIO, "video": VIDEO, "pdf": rb"%PDF-"}
+    return next((kind for kind, pattern in patterns.items() if re.match(pattern, content[:HEAD], re.DOTALL)), None)
 
 
 def _soundfile() -> Any:
@@ -357,7 +341,7 @@ def _open_audio(audio: Path | bytes) -> Iterator[Any]:
     """Open what is a recording by its content, within the limits by its header."""
     soundfile = _soundfile()
     head = head_of(audio, MAX_AUDIO_BYTES, "VLMEMBED_MAX_AUDIO_BYTES")
-    if not is_audio(head):
+    if medium_of(head) != "audio":
         convert = "Convert it to FLAC: ffmpeg -i FILE FILE.flac"
         others = {SOUND: f"sound of a kind that is not read (AAC, AMR, M4A). {convert}"}
         others |= {IMAGE: "an image. Give it under the key 'image'"}
@@ -454,6 +438,15 @@ def _check_kind(head: bytes, others: dict[bytes, str]) -> None:
     for pattern, kind in (OTHER_KINDS | others).items():
         if re.match(pattern, head, re.DOTALL):
             raise OtherKindError(f"it is {kind}")
+
+
+@contextmanager
+def readable(kind: str, file: Frame, origin: str) -> Iterator[None]:
+    """Make what says that a file cannot be read a ``ValueError`` that names its origin."""
+    try:
+        yield
+    except UNREADABLE as error:
+        raise _unreadable(kind, file, origin, error) from error
 
 
 def _unreadable(kind: str, frame: Frame, origin: str, error: Exception) -> ValueError:

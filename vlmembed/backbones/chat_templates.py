@@ -164,7 +164,12 @@ def check_template(
 
     def render(chat: Mapping[str, Sequence[dict[str, str]]]) -> str:
         messages = [{"role": role, "content": [*content]} for role, content in chat.items()]
-        rendered: str = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+        try:
+            rendered: str = processor.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=generation_prompt
+            )
+        except Exception as error:  # Of any kind: a template is a program.
+            raise ValueError(str(error) if isinstance(error, jinja2.TemplateError) else repr(error)) from error
         return rendered
 
     key = (type(processor), processor.chat_template, tuple(roles), frozenset(instructions), generation_prompt)
@@ -173,7 +178,7 @@ def check_template(
     try:
         hears = getattr(processor, "feature_extractor", None) is not None
         contents = [*PROBES, [AUDIO]] if hears else PROBES
-        # A template is a program, which may loop for ever or fill the memory.
+        # It may loop for ever, or fill the memory.
         dropped = json.loads(in_child(partial(_losses, render, roles, instructions, contents), SECONDS, MEMORY))
     except ValueError as error:
         raise ValueError(f"{origin} cannot be rendered for {' and '.join(roles)}: {error}") from error
@@ -197,11 +202,11 @@ def _losses(
         chat = {**system, **{key: [TEXT] for key in roles}, role: content}
         try:
             rendered = render(chat)
-        except Exception as error:
-            is_refusal = isinstance(error, jinja2.TemplateError)
-            if is_refusal and content is SEVERAL:  # Refused aloud: an item that has several will be, too.
+        except ValueError as error:
+            # Refused aloud: an item that has several will be, too.
+            if content is SEVERAL and isinstance(error.__cause__, jinja2.TemplateError):
                 continue
-            raise ValueError(str(error) if is_refusal else repr(error)) from error
+            raise
         if instruction and instruction.strip() not in rendered:
             losses.add("the system message")
         for index, part in enumerate(content):

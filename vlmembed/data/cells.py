@@ -18,7 +18,7 @@ from PIL import Image
 
 from vlmembed.data.pdf import PdfPage, all_pages
 from vlmembed.limits import limit
-from vlmembed.media import HEAD, encode_audio, is_audio, is_video
+from vlmembed.media import HEAD, encode_audio, medium_of, readable
 from vlmembed.types import Item, LazyImage, Part, Role
 
 KINDS = ("text", "image", "video", "audio", "pdf")
@@ -173,17 +173,12 @@ def _parts(cell: Any, folder: Folder, origin: str) -> Iterator[Part]:
 
 def _without_key(cell: Any, folder: Folder, origin: str) -> Iterator[Part]:
     """Read an image, or a cell of an ``Image``, ``Pdf``, ``Audio`` or ``Video`` column."""
-    content, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, Mapping) else (None, None)
-    kind = (mimetypes.guess_type(path)[0] or "") if isinstance(path, str) else ""
+    content, path = _content_and_path(cell)
     head = bytes(content[:HEAD]) if isinstance(content, bytes | memoryview) else b""
-    if head.startswith(b"%PDF-") or (not head and kind == "application/pdf"):
-        yield from _of_pdf(cell, None, folder, origin)
-    elif is_audio(head) or kind.startswith("audio/"):
-        yield from _of_kind("audio", cell, folder, origin)
-    elif is_video(head) or kind.startswith("video/"):
-        yield from _of_kind("video", cell, folder, origin)
-    else:
-        yield from _of_kind("image", cell, folder, origin)
+    media_type = (mimetypes.guess_type(path)[0] or "") if isinstance(path, str) else ""
+    by_name = ("audio", "video") if head else ("audio", "video", "pdf")
+    kind = medium_of(head) or next((kind for kind in by_name if kind in media_type), "image")
+    yield from _of_mapping({kind: cell}, folder, origin)
 
 
 def _users_content(message: Mapping[str, Any], origin: str) -> Any:
@@ -229,15 +224,9 @@ def _of_pdf(value: Any, pages: Any, folder: Folder, origin: str) -> Iterator[Par
     for name, match in zip(names, matches, strict=True):
         file = _medium("PDF", match[1] if match else name, folder, origin)
         chosen = [PdfPage(file, _page_number(number, origin)) for number in ([match[2]] if match else numbers)]
-        yield from (Part("image", page) for page in chosen or _all_pages(file, origin))
-
-
-def _all_pages(file: Path | bytes, origin: str) -> list[PdfPage]:
-    try:
-        return all_pages(file)
-    except (OSError, ValueError) as error:
-        name = "PDF given as bytes" if isinstance(file, bytes) else f"PDF {file}"
-        raise ValueError(f"{origin}: cannot read the {name}: {error}, or remove the row.") from error
+        with readable("PDF", file, origin):
+            chosen = chosen or all_pages(file)
+        yield from (Part("image", page) for page in chosen)
 
 
 def _page_number(value: Any, origin: str) -> int:
@@ -287,7 +276,7 @@ def _medium(kind: str, value: Any, folder: Folder, origin: str) -> Any:
         return value
     if kind == "audio" and isinstance(value, Mapping) and not _is_encoded(value):
         return _samples(value, origin)
-    content, path = (value.get("bytes"), value.get("path")) if _is_encoded(value) else (None, value)
+    content, path = _content_and_path(value)
     if content is None:
         return folder.find(path, kind, origin)
     if isinstance(content, memoryview):  # Of a stream: images are not copied.
@@ -309,7 +298,15 @@ def _samples(value: Mapping[str, Any], origin: str) -> bytes:
 
 
 def _is_encoded(value: Any) -> bool:
-    return isinstance(value, Mapping) and bool(value) and value.keys() <= {"bytes", "path"}
+    is_mapping = isinstance(value, Mapping) and bool(value) and value.keys() <= {"bytes", "path"}
+    return is_mapping or isinstance(value, bytes | memoryview)
+
+
+def _content_and_path(value: Any) -> tuple[Any, Any]:
+    """Return what is in an encoded file, and its path; of another value none, and itself."""
+    if isinstance(value, bytes | memoryview):
+        return value, None
+    return (value.get("bytes"), value.get("path")) if _is_encoded(value) else (None, value)
 
 
 def _is_frame(value: Any) -> bool:

@@ -22,7 +22,7 @@ from vlmembed import distributed
 from vlmembed.data.cells import KINDS, Folder
 from vlmembed.data.evaluation import RowItems
 from vlmembed.data.rows import Table
-from vlmembed.data.sources import GroupByQuery, Mixture, Source
+from vlmembed.data.sources import ROWS_AT_ONCE, GroupByQuery, Mixture, Source
 from vlmembed.files import content_digest, digest
 from vlmembed.types import EvaluationSet, Frame, Item, LazyImage, Part
 
@@ -89,8 +89,8 @@ def in_both(mixture: Mixture, evaluation: EvaluationSet) -> Iterator[str]:
     rows = spread(len(mixture), COMPARED)
     trained: dict[int, int] = {}  # The number of a query → the row that asks it.
     example = ""
-    for row, query in mixture.readable_queries(rows):
-        for number in asked.get(_outline(query), ()) if query else ():
+    for row, query in _queries(mixture, rows):
+        for number in asked.get(_outline(query), ()):
             if number not in trained and _fingerprint(query) == _fingerprint(evaluation.queries[number]):
                 trained[number] = row
                 example = example or f"such as {_shown(query)}: {query.origin or f'row {row + 1} of {mixture.name}'}"
@@ -213,24 +213,24 @@ def _ids(column: Column) -> Iterator[str]:
         return
     # Of ids the first word is the same: of dates such as 3-Mar-2020, it is not.
     words = Counter(match["word"] or match["name"] for match in map(ID.fullmatch, texts) if match)
-    said = f"{column.origin}: {_most(texts, column.items)}, such as {texts[0]!r:.100},"
-    cell = {"ids": column.expression, "table": "documents"}
     lookup: dict[str, Any] = {"path": "FILE", "key": "ID COLUMN", "cell": {"text": "TEXT COLUMN"}}
     if table is not None and (key := _id_column(column, texts)):
         cells = {**column.expressions, column.name: {"text": "TEXT COLUMN"}}
-        lookup = {
-            "key": key,
-            "cell": next(cells[name] for name in ("positive", "document", column.name) if name in cells),
-        }
-        said += f" are ids of the column {key!r}, and are read as texts."
+        cell = next(cells[name] for name in ("positive", "document", column.name) if name in cells)
+        lookup, what = {"key": key, "cell": cell}, f"are ids of the column {key!r}"
     elif isinstance(column.expression, str) and ID_COLUMN.fullmatch(LAST_KEY.sub("", column.expression)):
-        said += " are ids by the name of their column, and are read as texts."
+        what = "are ids by the name of their column"
     elif 2 * max(words.values(), default=0) > len(column.items):
-        said += " look like ids, and are read as texts."
+        what = "look like ids"
     else:
         return
-    fix = column.fix(cell, tables={"documents": lookup}) if table is not None else "the texts themselves"
-    yield f"{said} To have read what they stand for, write {fix}."
+    fix = "the texts themselves"
+    if table is not None:
+        fix = column.fix({"ids": column.expression, "table": "documents"}, tables={"documents": lookup})
+    yield (
+        f"{column.origin}: {_most(texts, column.items)}, such as {texts[0]!r:.100}, {what}, and are read as texts. To "
+        f"have read what they stand for, write {fix}."
+    )
 
 
 def _id_column(column: Column, texts: Sequence[str]) -> str | None:
@@ -348,6 +348,18 @@ def _hashed(value: Frame) -> Any:
     if isinstance(value, Image.Image):
         return digest([value.tobytes()])
     return content_digest(value if isinstance(value, Path) else bytes(value))
+
+
+def _queries(mixture: Mixture, rows: Sequence[int]) -> Iterator[tuple[int, Item]]:
+    """Yield row and query of those rows whose query can be read."""
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        piece = rows[start : start + ROWS_AT_ONCE]
+        try:
+            yield from zip(piece, mixture.read_queries(piece), strict=True)
+        except ValueError:
+            if len(piece) > 1:
+                for row in piece:
+                    yield from _queries(mixture, [row])
 
 
 def _share_documents(mixture: Mixture, evaluation: EvaluationSet, trained: dict[int, int]) -> bool:

@@ -161,39 +161,48 @@ class RetrievalDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Return the loader of training batches."""
-        collator, skips = self._collator, self.on_bad_row == "skip"
+        trainer, collator = self.trainer, self._collator
         if self.chunk_size == "auto":
             if self.chunk_tokens is None:
                 raise ValueError("chunk_size: auto needs a vlmembed module to measure it; give a number, or null.")
             collator.chunking = Chunking(None, self.chunk_tokens, self.patch_cost)
         else:
             collator.chunking = Chunking(self.chunk_size, None, self.patch_cost)
-        collate: Any = SkipBadRows(collator, collator.check) if skips else collator
-        loader: ResumableLoader | StreamLoader
         if self._stream is not None:
-            loader = self._stream_loader(self._stream, collate, skips)
-        else:
-            rows: Any = ReadableRows(self._mixture) if skips else RowLists(self._mixture.__getitems__)
-            options = {"persistent_workers": self.num_workers > 0, **self._loader_options}
-            # A sampler's item is a whole batch of row numbers, and a row list reads them in one call.
-            loader = ResumableLoader(rows, batch_size=None, sampler=self._batches(), collate_fn=collate, **options)
-        if skips:
-            folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
-            loader.bad_rows = BadRowFile(folder, self.max_bad_rows)
+            return self._stream_loader(self._stream)
+        rows: Any = RowLists(self._mixture.__getitems__)
+        collate: Any = collator
+        bad_rows = None
+        if self.on_bad_row == "skip":
+            rows, collate = ReadableRows(self._mixture), SkipBadRows(collator, collator.check)
+            bad_rows = BadRowFile(Path(trainer.log_dir or trainer.default_root_dir), self.max_bad_rows)
+        options = {"persistent_workers": self.num_workers > 0, **self._loader_options}
+        # A sampler's item is a whole batch of row numbers, and a row list reads them in one call.
+        loader = ResumableLoader(rows, batch_size=None, sampler=self._batches(), collate_fn=collate, **options)
+        loader.bad_rows = bad_rows
         return loader
 
-    def _stream_loader(self, rows: StreamingRows, collate: Any, skips: bool) -> StreamLoader:
-        trainer, per_epoch = self.trainer, self.steps_per_epoch
+    def _stream_loader(self, rows: StreamingRows) -> StreamLoader:
+        trainer, collate, bad_rows = self.trainer, self._collator, None
+        per_epoch = self.steps_per_epoch
         if per_epoch is None and (trainer.max_steps or -1) < 0:
             raise ValueError(f"{rows.origin}: the length of a stream is unknown; set trainer.max_steps, or its rows.")
         # The loader must have a length: of one without, Lightning takes a batch ahead, and a resumed run would lose it.
         per_epoch = trainer.max_steps * trainer.accumulate_grad_batches if per_epoch is None else per_epoch
         if per_epoch == 0:
             raise ValueError(f"{rows.origin}: rows is {rows.rows}, fewer than one batch over all processes.")
+        is_skipping = self.on_bad_row == "skip"
         workers = max(1, self.num_workers)
         readers, first = workers * trainer.world_size, workers * trainer.global_rank
-        batches = StreamedBatches(rows, self.batch_size, readers, first, self._collator.distinct_queries, skips)
-        return StreamLoader(batches, per_epoch, collate_fn=Collated(collate, skips), **self._loader_options)
+        batches = StreamedBatches(
+            rows, self.batch_size, readers, first, self._collator.distinct_queries, skip=is_skipping
+        )
+        making = Collated(SkipBadRows(collate, collate.check) if is_skipping else collate, takes_numbers=is_skipping)
+        if is_skipping:
+            bad_rows = BadRowFile(Path(trainer.log_dir or trainer.default_root_dir), self.max_bad_rows)
+        loader = StreamLoader(batches, per_epoch, collate_fn=making, **self._loader_options)
+        loader.bad_rows = bad_rows
+        return loader
 
     def val_dataloader(self) -> list[DataLoader]:
         """Return a loader for each validation set."""

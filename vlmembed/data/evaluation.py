@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,6 @@ from vlmembed.data.cells import Folder
 from vlmembed.data.columns import nearest
 from vlmembed.data.judgements import (
     Contents,
-    Documents,
     Entry,
     LazyItems,
     Place,
@@ -24,7 +24,6 @@ from vlmembed.data.judgements import (
     columns_of,
     find_sets,
     first_documents,
-    origin_of,
     read_contents,
     read_judgements,
     read_run,
@@ -94,7 +93,7 @@ class EvaluationTables(EvaluationSource):
     def load(self) -> EvaluationSet:
         """See `EvaluationSource.load`."""
         table = as_rows(self.queries)
-        queries = _queries(table, self.query_instruction, self.group_by, [POSITIVES, CANDIDATES])
+        queries = read_contents(table, "query", self.query_instruction, [POSITIVES, CANDIDATES], self.group_by)
         corpus = read_contents(as_rows(self.corpus), "document", self.document_instruction)
         columns = columns_of(table)
         has_positives = POSITIVES in columns
@@ -186,9 +185,9 @@ class EvaluationFolder(EvaluationSource):
 
         lines = places["qrels"].file_of(split)
         qrels, origin = read_judgements(str(lines) if lines else table("qrels"))
-        queries = _queries(as_rows(table("queries")), self.query_instruction, self.group_by)
+        queries = read_contents(table("queries"), "query", self.query_instruction, group_by=self.group_by)
         if places["corpus"] not in corpora:
-            corpora[places["corpus"]] = read_contents(as_rows(table("corpus")), "document", self.document_instruction)
+            corpora[places["corpus"]] = read_contents(table("corpus"), "document", self.document_instruction)
         return _judged(name, queries, corpora[places["corpus"]], qrels, origin)
 
 
@@ -361,16 +360,6 @@ def is_evaluation_folder(path: str) -> bool:
         return False
 
 
-def _queries(table: Documents, instruction: str | None, group_by: str | None, more: Sequence[str] = ()) -> Contents:
-    known = columns_of(table)
-    if group_by is not None and group_by not in known:
-        raise ValueError(
-            f"{origin_of(table)}: no column {group_by!r} to group queries by{nearest(group_by, known)}; it has "
-            f"{', '.join(known)}."
-        )
-    return read_contents(table, "query", instruction, more, group_by)
-
-
 def _positives(queries: Contents, corpus: Contents) -> tuple[Qrels, str]:
     """Return the judgements that a column of the queries is; a query without any has none."""
     listed = _listed(queries, corpus, POSITIVES, queries.entries)
@@ -382,14 +371,13 @@ def _candidates(queries: Contents, corpus: Contents, names: Collection[str]) -> 
     """Return the columns of the candidates of some queries."""
     columns = {document: column for column, document in enumerate(corpus.entries)}
     listed = _listed(queries, corpus, CANDIDATES, names)
-    for query, names in listed.items():
+    for query, found in listed.items():
         origin = f"{queries.origin}, query {query!r}, column {CANDIDATES!r}"
-        if not names:
+        if not found:
             raise ValueError(f"{origin}: the query has no candidates; give it some, or leave it out by where.")
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"{origin}: {twice!r} is there twice.")
-    return [[columns[name] for name in names] for names in listed.values()]
+        if twice := [name for name, count in Counter(found).items() if count > 1]:
+            raise ValueError(f"{origin}: {twice[0]!r} is there twice.")
+    return [[columns[name] for name in found] for found in listed.values()]
 
 
 def _listed(queries: Contents, corpus: Contents, column: str, names: Collection[str]) -> dict[str, list[str]]:
@@ -433,25 +421,24 @@ def _judged(name: str, queries: Contents, corpus: Contents, qrels: Qrels, origin
 
 def _joined(name: str, sets: Mapping[str, EvaluationSet], corpora: Mapping[str, Contents]) -> EvaluationSet:
     """Make one set of several, each a subset with a corpus of its own, or with one that several share."""
-    queries: list[Entry] = []
-    documents: list[Entry] = []
-    names: tuple[list[str], list[str]] = [], []
+    queries: dict[str, Entry] = {}
+    documents: dict[str, Entry] = {}
     qrels: Qrels = {}
     candidates: list[range] = []
     subsets: list[str] = []
     columns: dict[int, tuple[str, range]] = {}  # Of each corpus, what its names begin with, and its columns.
     for subset, one in sets.items():
-        corpus = corpora[subset]
+        corpus = corpora[subset].entries
         if id(corpus) not in columns:
-            columns[id(corpus)] = subset, range(len(documents), len(documents) + len(corpus.entries))
-            documents += corpus.entries.values()
-            names[1].extend(f"{subset}/{document}" for document in corpus.entries)
+            columns[id(corpus)] = subset, range(len(documents), len(documents) + len(corpus))
+            documents |= {f"{subset}/{document}": entry for document, entry in corpus.items()}
         prefix, own = columns[id(corpus)]
-        queries += one.queries.entries if isinstance(one.queries, LazyItems) else one.queries
-        names[0].extend(f"{subset}/{query}" for query in one.query_names)
+        entries = one.queries.entries if isinstance(one.queries, LazyItems) else one.queries
+        queries |= zip((f"{subset}/{query}" for query in one.query_names), entries, strict=True)
         for query, judged in one.qrels.items():
             qrels[f"{subset}/{query}"] = {f"{prefix}/{document}": grade for document, grade in judged.items()}
         candidates += [own] * len(one.queries)
         subsets += [subset] * len(one.queries)
-    items, is_shared = (as_items(queries), as_items(documents)), len(columns) == 1
-    return EvaluationSet(name, *items, *names, qrels, None if is_shared else candidates, subsets)
+    items = as_items(queries.values()), as_items(documents.values())
+    ranked = candidates if len(columns) > 1 else None
+    return EvaluationSet(name, *items, [*queries], [*documents], qrels, ranked, subsets)

@@ -11,13 +11,14 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import datasets
 import numpy as np
 from PIL.Image import Image
 
 from vlmembed.data.cells import KINDS, Folder, content_keys, instructed, to_items
+from vlmembed.data.columns import nearest
 from vlmembed.data.pages import Pages
 from vlmembed.data.rows import Table
 from vlmembed.data.streaming import refuse_streams
@@ -69,7 +70,7 @@ def features_of(table: Documents) -> datasets.Features | None:
     return getattr(raw.first if isinstance(raw, Joined) else raw, "features", None)
 
 
-def is_read_as_stored(table: Documents) -> bool:
+def is_read_as_stored(table: Documents) -> TypeGuard[Table]:
     """Tell a table of JSON that is read as it is: its rows need not have the same keys."""
     if isinstance(table, Pages) or table.cells is not None or table.columns or table.where or table.each:
         return False
@@ -78,12 +79,12 @@ def is_read_as_stored(table: Documents) -> bool:
 
 def columns_of(table: Documents) -> list[str]:
     """Return the columns of a table; of JSON that is read as it is, the keys of the first rows."""
-    return table.raw_columns if isinstance(table, Table) and is_read_as_stored(table) else table.column_names
+    return table.raw_columns if is_read_as_stored(table) else table.column_names
 
 
 def read_rows(table: Documents, indices: Sequence[int], names: Collection[str] | None) -> list[dict[str, Any]]:
     """Read some rows with the columns of some names; of JSON that is read as it is, others may come along."""
-    if isinstance(table, Table) and is_read_as_stored(table):
+    if is_read_as_stored(table):
         return table.raw.__getitems__([*indices])
     return table.read(indices, names)
 
@@ -136,6 +137,11 @@ def read_contents(
     columns = columns_of(table)
     wanted = item_columns(columns, role, *more, group_by)
     contents = Contents(origin_of(table))
+    if group_by is not None and group_by not in columns:
+        raise ValueError(
+            f"{contents.origin}: no column {group_by!r} to group queries by{nearest(group_by, columns)}; it has "
+            f"{', '.join(columns)}."
+        )
     for index, row, origin in _scan(table, wanted):
         name, item = to_item(row, role, instruction, origin, table.folder)
         if name in contents.entries:

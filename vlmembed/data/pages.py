@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -95,16 +95,10 @@ class Pages:
         root = Path(self.path)
         if not root.exists():
             raise ValueError(f"{self.path}: no such folder.")
-        files = [
-            file
-            for file in ([root] if root.is_file() else root.rglob("*"))
-            if file.suffix.lower() == ".pdf"
-            and not file.is_dir()
-            and not any(part.startswith(".") for part in file.relative_to(root).parts)
-        ]
+        files = sorted((file for file in visible(root) if file.suffix.lower() == ".pdf"), key=Path.as_posix)
         if not files:
             raise ValueError(f"{self.path}: there is no PDF in this folder, or below it.")
-        return sorted(files, key=Path.as_posix)
+        return files
 
     @cached_property
     def _ends(self) -> list[int]:
@@ -117,3 +111,10 @@ class Pages:
             return count_pages(file)
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.path}: cannot read the PDF {file}: {error}, or remove the file.") from error
+
+
+def visible(root: Path) -> Iterator[Path]:
+    """Yield a file, or the files below a folder, but hidden ones; also links to nothing."""
+    for file in [root] if root.is_file() else root.rglob("*"):
+        if not file.is_dir() and not any(part.startswith(".") for part in file.relative_to(root).parts):
+            yield file

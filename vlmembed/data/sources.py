@@ -52,22 +52,20 @@ class Source(ABC):
         """Return the queries of some rows; override it where that is cheaper than reading the rows."""
         return [example.query for example in self.__getitems__(indices)]
 
-    def readable_queries(self, indices: Sequence[int]) -> Iterator[tuple[int, Item | None]]:
-        """Yield the queries of some rows, with the rows' numbers; None for a query that cannot be read."""
-        for start in range(0, len(indices), ROWS_AT_ONCE):
-            piece = indices[start : start + ROWS_AT_ONCE]
-            try:
-                yield from zip(piece, self.read_queries(piece), strict=True)
-            except ValueError:
-                for index in piece:  # One of them cannot be read.
-                    yield from [(index, None)] if len(piece) == 1 else self.readable_queries([index])
-
     def query_ids(self, indices: Sequence[int]) -> list[int]:
         """Return ``Item.id`` of some rows' queries, and a number below 0 for a row whose query cannot be read.
 
         So that row comes up in a batch, and reading it says what is wrong.
         """
-        return [-1 - index if query is None else query.id for index, query in self.readable_queries(indices)]
+        ids: list[int] = []
+        for start in range(0, len(indices), ROWS_AT_ONCE):
+            piece = indices[start : start + ROWS_AT_ONCE]
+            try:
+                ids += [query.id for query in self.read_queries(piece)]
+            except ValueError:
+                for index in piece:  # One of them cannot be read.
+                    ids += [-1 - index] if len(piece) == 1 else self.query_ids([index])
+        return ids
 
 
 @dataclass(eq=False)

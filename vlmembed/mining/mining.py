@@ -23,7 +23,7 @@ from vlmembed.data.evaluation import as_evaluation
 from vlmembed.data.rows import INSTRUCTIONS
 from vlmembed.data.streaming import refuse_streams
 from vlmembed.files import clear_drafts, whole_file, write_whole
-from vlmembed.media import is_audio, is_video, load_image
+from vlmembed.media import load_image, medium_of
 from vlmembed.mining.candidates import (
     BATCHES,
     Choice,
@@ -297,8 +297,8 @@ def _value(content: str | Frame | tuple[Frame, ...], path: Path, images: Path, o
         return content
     if isinstance(content, tuple):
         return [_value(frame, path, images, outside) for frame in content]
-    if isinstance(content, bytes) and (is_audio(content) or is_video(content)):
-        ending = "wav" if is_audio(content) else "mp4"  # Files are known by what is in them.
+    if isinstance(content, bytes) and (kind := medium_of(content)) in ("audio", "video"):
+        ending = "wav" if kind == "audio" else "mp4"  # Files are known by what is in them.
         encoded, content = content, images / f"{Part('audio', content).digest.hex()}.{ending}"
         write_whole(content, encoded)
     elif not isinstance(content, Path):

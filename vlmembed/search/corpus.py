@@ -38,6 +38,7 @@ from vlmembed.data.judgements import (
     read_rows,
     spelling,
 )
+from vlmembed.data.pages import visible
 from vlmembed.data.rows import with_element
 from vlmembed.data.sources import Source
 from vlmembed.data.streaming import StreamingRows, as_dataset, refuse_streams
@@ -109,7 +110,7 @@ class TableCorpus(Corpus):
     def scan(self, rows: range) -> list[tuple[str | None, str]]:
         """See `Corpus.scan`; images that are in the table are not read."""
         try:
-            cells = read_rows(self._table, rows, self._light)
+            cells = self._scanned(rows)
         except ValueError as error:
             if len(rows) == 1:
                 return [(None, str(error))]
@@ -155,6 +156,9 @@ class TableCorpus(Corpus):
 
         return [*filter(is_light, self._columns)]
 
+    def _scanned(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        return read_rows(self._table, rows, self._light)
+
 
 def _brief(value: Any) -> str:
     """Return what stands for a cell that is no JSON, such as the bytes of a file in a tar."""
@@ -182,7 +186,7 @@ class MediaFolder(Pages):
 
     @cached_property
     def _files(self) -> list[Path]:
-        return sorted((file for file in _visible(Path(self.path)) if _is_shown(file)), key=Path.as_posix)
+        return sorted((file for file in visible(Path(self.path)) if _is_shown(file)), key=Path.as_posix)
 
     def _count(self, file: Path) -> int:
         self.folder.find(file.absolute(), "image or PDF", self.path)
@@ -192,16 +196,10 @@ class MediaFolder(Pages):
             return 1  # Reading this page will say why there is none.
 
 
-def _visible(root: Path) -> Iterator[Path]:
-    """Yield a file, or the files below a folder, but hidden ones."""
-    for file in [root] if root.is_file() else root.rglob("*"):
-        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(root).parts):
-            yield file
-
-
 def _is_shown(file: Path) -> bool:
     suffix = file.suffix.lower()
-    return suffix == ".pdf" or (suffix in Image.registered_extensions() and suffix not in (".mpg", ".mpeg"))
+    is_image = suffix in Image.registered_extensions() and suffix not in (".mpg", ".mpeg")
+    return file.is_file() and (is_image or suffix == ".pdf")
 
 
 def is_media_folder(path: str) -> bool:
@@ -211,7 +209,7 @@ def is_media_folder(path: str) -> bool:
         return root.suffix.lower() == ".pdf"
     if not root.is_dir():
         return False
-    for file in _visible(root):
+    for file in visible(root):
         if {*file.suffixes} & {*KINDS, ".ndjson", ".arrow", ".lance"}:
             return False
         has_media = has_media or _is_shown(file)
@@ -363,7 +361,7 @@ def _source(path: str) -> CorpusSource:
     if is_evaluation_folder(path):
         return EvaluationFolder(path)
     table = Table(path)
-    columns = {*columns_of(as_rows(table))}
+    columns = {*columns_of(table)}
     is_training = "query" in columns and bool({"positive", "label"} & columns)
     return Rows(path) if is_training and not {"id", "_id"} & columns else table
 
@@ -395,7 +393,7 @@ def _of_folder(source: EvaluationFolder, role: Role) -> Corpus:
         place = places["queries" if role == "query" else "corpus"]
         if place not in parts:
             instruction = source.query_instruction if role == "query" else source.document_instruction
-            table = as_rows(place.open(root, source.split or "test", source.revision, source.allow_outside))
+            table = place.open(root, source.split or "test", source.revision, source.allow_outside)
             parts[place] = TableCorpus(table, role, instruction, f"{subset}/" if subset else "")
     return next(iter(parts.values())) if len(parts) == 1 else JoinedCorpus([*parts.values()])
 
