@@ -44,11 +44,12 @@ from vlmembed.data import (
 )
 from vlmembed.encoder import MultiVectorEncoder as OurMultiVectorEncoder
 from vlmembed.export.sentence_transformers import write_folder, write_multi_vector
+from vlmembed.late_interaction import MultiVectors
 from vlmembed.pooling import TokenProjection, TokenSelection
 from vlmembed.search import encoding
 from vlmembed.search.corpus import open_corpus
 from vlmembed.search.encoding import encode, scan
-from vlmembed.search.index import Index, corpus_of
+from vlmembed.search.index import Documents, Index
 from vlmembed.search.shards import Precision, Ray, bytes_in, schema_of, table_of
 from vlmembed.types import Role
 
@@ -154,12 +155,13 @@ def test_precisions_are_their_formulas(precision: Precision, lengths: list[int] 
     vectors = random.normal(size=(4 if lengths is None else sum(lengths), 12)).astype(np.float32)
     vectors[0, :5] = 0
     given: Any = torch.from_numpy(vectors)
-    given = given if lengths is None else [*given.split(lengths)]
+    given = given if lengths is None else MultiVectors(given, torch.tensor(lengths))
     schema = schema_of(precision, lengths is not None)
     pq.write_table(table_of(["a", "b", "c", "d"], given, precision, schema), tmp_path / "shard.parquet")
     written = pq.read_table(tmp_path / "shard.parquet")
     assert written.column_names == ["id", "embedding", *(["scale"] if precision == "int8" else [])]
-    for row, (item, vector) in enumerate(zip(written["embedding"].to_pylist(), given, strict=True)):
+    items = given if lengths is None else given.split()
+    for row, (item, vector) in enumerate(zip(written["embedding"].to_pylist(), items, strict=True)):
         expected = vector.numpy()
         if not len(expected):
             assert item == []
@@ -183,7 +185,7 @@ def test_a_number_takes_what_it_is_stored_in(
 ) -> None:
     """A twentieth more, for where an item begins and ends; and of bits, for the dictionary of a page."""
     vectors, ids = torch.randn(400, 512), [f"{row}" for row in range(400 if lengths is None else 100)]
-    given: Any = vectors if lengths is None else [*vectors.split(lengths)]
+    given: Any = vectors if lengths is None else MultiVectors(vectors, torch.tensor(lengths))
     schema = schema_of(precision, lengths is not None)
     with pq.ParquetWriter(tmp_path / "shard", schema, compression="none", use_dictionary=bytes_in(schema)) as writer:
         writer.write_table(table_of(ids, given, precision, schema))
@@ -419,7 +421,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[StreamingRows]:
         return open_one(stream)
 
     monkeypatch.setattr(StreamingRows, "open", counted)
-    monkeypatch.setattr("vlmembed.search.corpus.BLOCK", 4)
+    monkeypatch.setattr("vlmembed.search.corpus.STREAM_BLOCK", 4)
     return streams
 
 
@@ -478,7 +480,7 @@ def test_a_stream_is_shared_out_and_resumed(
     assert content(tmp_path / "several") == content(tmp_path / "one")
     assert len(opened) <= 4  # For the columns, the ids, to look at what is done, and for shard 1, which is before.
     with pytest.raises(ValueError, match="looking documents up needs all rows"):
-        corpus_of(Index.open("one"), StreamingRows(path, **options))
+        Documents(Index.open("one"), StreamingRows(path, **options))
 
 
 def test_a_stream_has_no_row_of_a_blank_line(tmp_path: Path, opened: list[StreamingRows]) -> None:

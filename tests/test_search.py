@@ -510,7 +510,7 @@ def test_a_reranker_ranks_by_its_logits(first_stage: Any, world: Path, tmp_path:
 
 def test_a_reranker_reads_the_corpus_that_was_encoded(world: Path, tmp_path: Path) -> None:
     other = jsonl(tmp_path / "corpus.jsonl", [{"id": "t0", "text": "one"}])
-    with pytest.raises(ValueError, match=r"single_index: its id 'p0' is not in the corpus any more"):
+    with pytest.raises(ValueError, match=r"has changed since it was encoded; it has 1 items, and the index 10"):
         main(arguments(world, queries=None, query="one", top_k=2, reranker=world / "reranker", corpus=other))
 
 

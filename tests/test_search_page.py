@@ -57,7 +57,8 @@ def similarities(query: Any, documents: Any, size: int) -> torch.Tensor:
     """The formulas: the cosine; of several vectors, the sum of each query vector's largest."""
     if isinstance(documents, torch.Tensor):
         return torch.nn.functional.cosine_similarity(query[:, :size], documents[:, :size])
-    first, *others = [torch.nn.functional.normalize(item[:, :size], dim=1) for item in (*query, *documents)]
+    items = (*query.split(), *documents.split())
+    first, *others = [torch.nn.functional.normalize(item[:, :size], dim=1) for item in items]
     return torch.stack([(first @ other.T).amax(dim=1).sum() for other in others])
 
 

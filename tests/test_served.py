@@ -26,8 +26,9 @@ from vlmembed.data.cells import Folder, to_items
 from vlmembed.encoder import Encoder
 from vlmembed.export.sentence_transformers import write_folder, write_multi_vector
 from vlmembed.export.verify import as_input, make_probes
+from vlmembed.late_interaction import MultiVectors
 from vlmembed.pooling import LastToken, Mean
-from vlmembed.search.served import ServedModel, Vectors
+from vlmembed.search.served import ServedModel
 from vlmembed.types import Item, Part, Role
 
 #: Of components of unit vectors in float32; what rounding makes.
@@ -73,16 +74,21 @@ def probes(tmp_path_factory: pytest.TempPathFactory) -> Probes:
     return Probes([*map(as_input, descriptions.values())], items)
 
 
-def assert_same(vectors: Vectors, expected: Any, tolerance: float = TOLERANCE) -> None:
+def listed(vectors: Any) -> Sequence[torch.Tensor]:
+    """The embedding, or the vectors, of each item."""
+    return vectors.split() if isinstance(vectors, MultiVectors) else vectors
+
+
+def assert_same(vectors: Any, expected: Any, tolerance: float = TOLERANCE) -> None:
     assert len(vectors) == len(expected)
-    for ours, theirs in zip(vectors, expected, strict=True):
+    for ours, theirs in zip(listed(vectors), expected, strict=True):
         assert ours.dtype == torch.float32
         assert ours.device.type == "cpu"
         torch.testing.assert_close(ours, theirs.float().cpu(), rtol=0, atol=tolerance)
 
 
 def compare(folder: Path, probes: Probes, opener: Any, tolerance: float = TOLERANCE, merges: bool = False) -> None:
-    """In both roles and with a named prompt, all items in one window and a part of them in another."""
+    """In both roles and told something else, all items in one window and a part of them in another."""
     theirs = opener(str(folder), device="cpu", trust_remote_code=True)
     options = {} if opener is MultiVectorEncoder else {"convert_to_tensor": True}
     roles: dict[Role, Any] = {"query": theirs.encode_query, "document": theirs.encode_document}
@@ -95,9 +101,10 @@ def compare(folder: Path, probes: Probes, opener: Any, tolerance: float = TOLERA
         expected = encode(probes.inputs, batch_size=4, **options)
         assert_same(ours.encode(probes.items, role), expected, tolerance)
         first, rest = ours.stream([probes.items[:3], probes.items[3:]], role)
-        assert_same([*first.vectors, *rest.vectors], expected, tolerance)
+        assert_same([*listed(first.vectors), *listed(rest.vectors)], expected, tolerance)
         named = encode(probes.inputs[:2], prompt_name=f"pages-{role}", **options)
-        assert_same(ours.encode(probes.items[:2], role, f"pages-{role}"), named, tolerance)
+        told = [replace(probe, instruction=PROMPTS[f"pages-{role}"]) for probe in probes.items[:2]]
+        assert_same(ours.encode(told, role), named, tolerance)
 
 
 SHORT = {"last, LoRA", "last, truncated", "weighted mean", "layer mix", "earlier layer", "mean of the last", "many"}
@@ -146,7 +153,7 @@ def test_multi_vectors(checkpoint: Path, tmp_path: Path, probes: Probes, name: s
         expected = served.encode_document(probes.inputs, batch_size=1)
         # Which vectors are merged is decided by the last bit where they are about as similar; how many are left is not.
         ours = ServedModel.open(folder, device="cpu").encode(probes.items, "document")
-        assert [*map(len, ours)] == [*map(len, expected)]
+        assert [*map(len, listed(ours))] == [*map(len, expected)]
 
 
 def test_expansion_tokens_stand_behind_queries(checkpoint: Path, tmp_path: Path, probes: Probes) -> None:
@@ -259,11 +266,9 @@ def test_a_sequence_is_read_once(exported: Path) -> None:
 def test_an_items_own_instruction_takes_the_prompts_place(exported: Path) -> None:
     served, model = SentenceTransformer(str(exported), device="cpu"), ServedModel.open(exported, device="cpu")
     told = [replace(item("seven"), instruction=text) for text in ("Find the page.", "", None)]
-    expected = [served.encode_query("seven", prompt=text, convert_to_tensor=True) for text in ("Find the page.", "")]
-    expected.append(served.encode_query("seven", prompt_name="pages-document", convert_to_tensor=True))
-    assert_same(model.encode(told, "query", "pages-document"), expected)
-    with pytest.raises(ValueError, match=r"no prompt 'pages-querry' .did you mean 'pages-query'"):
-        model.encode(told, "query", "pages-querry")
+    prompts = ("Find the page.", "", "Find it.")  # The last is the folder's for queries.
+    expected = [served.encode_query("seven", prompt=text, convert_to_tensor=True) for text in prompts]
+    assert_same(model.encode(told, "query"), expected)
 
 
 def test_says_what_it_is(exported: Path, tmp_path: Path) -> None:
@@ -271,7 +276,7 @@ def test_says_what_it_is(exported: Path, tmp_path: Path) -> None:
     size = json.loads((exported / "processor_config.json").read_text())["image_processor"]["size"]
     assert (model.dimension, model.dimensions, model.is_multi_vector, model.similarity) == (64, [], False, "cosine")
     assert model.pixels == {"min": size["shortest_edge"], "max": size["longest_edge"]}
-    assert (model.prompt_of("query"), model.prompts["pages-document"]) == ("Find it.", "A page.")
+    assert model.prompt_of("query") == "Find it."
     copy = tmp_path / "copy"
     shutil.copytree(exported, copy)
     (copy / "README.md").write_text("Another card.")

@@ -56,8 +56,9 @@ class MultiVectors:
         """The row of each item's first vector; on the host."""
         return self.lengths.cumsum(0) - self.lengths
 
-    def __getitem__(self, items: Int[Tensor, " n"]) -> MultiVectors:
+    def __getitem__(self, items: Int[Tensor, " n"] | slice) -> MultiVectors:
         """Return some items, by their numbers on the host."""
+        items = torch.arange(len(self))[items] if isinstance(items, slice) else items
         lengths = self.lengths[items]
         # Row t of the result is the item's first row, and how far t is behind the item's first in the result.
         offsets = self.starts[items] - (lengths.cumsum(0) - lengths)

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm, trange
 
 from vlmembed.files import digest
+from vlmembed.late_interaction import MultiVectors
 from vlmembed.metrics.functions import BestDocuments
 from vlmembed.search.searching import PAIRS, logits, open_reranker
 from vlmembed.search.served import ServedModel, find_folder, folder_digest, read_json
@@ -292,7 +293,7 @@ class Retriever(Model):
                 for reason in encoded.unreadable.values():
                     raise ValueError(f"{task.name}: {reason}")
                 bar.update(len(encoded.rows))
-                yield encoded.vectors
+                yield encoded.vectors.split() if isinstance(encoded.vectors, MultiVectors) else encoded.vectors
 
     def similarity(self, queries: Any, documents: Any) -> Tensor:
         """Compare all with all, as the folder says: (Q, P), in float32 on the host."""

@@ -1,8 +1,7 @@
-"""Candidates for hard negatives: their embeddings, cached by content, or an index of them; and which are chosen."""
+"""Candidates for hard negatives: what they are, their embeddings or an index of them, and which are chosen."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +17,6 @@ import torch
 from huggingface_hub import snapshot_download
 from jaxtyping import Float
 from safetensors.torch import save
-from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.util import load_file_path
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -30,11 +28,8 @@ from vlmembed.media import load_image
 from vlmembed.search.corpus import CorpusSource
 from vlmembed.search.index import Documents, Index
 from vlmembed.search.ranking import View, search_exact
-from vlmembed.search.served import encode_padded, find_folder, folder_digest, model_input
+from vlmembed.search.served import encode_padded, find_folder, folder_digest, model_input, open_served, read_json
 from vlmembed.types import Item, Role
-
-#: Batches that are encoded, and cached, together: their images are open. Sentence Transformers sorts them by length.
-BATCHES = 8
 
 
 class Entry(NamedTuple):
@@ -44,12 +39,14 @@ class Entry(NamedTuple):
     images: str  #: Equal for items that show the same images or videos, whatever they say; empty where there are none.
     instruction: str | None = None  #: The item's own, in the place of the model's prompt.
 
+    @property
+    def told(self) -> str:
+        """What stands behind its content where items of other instructions are others."""
+        return "" if self.instruction is None else f" {self.instruction}"
+
 
 #: Distinct items by what they show and say, whatever their files are called, in the order of their embeddings.
 DistinctItems = dict[str, Entry]
-
-#: One embedding (D,) of each of N items, or the vectors (n, D) of each.
-Embeddings = Float[Tensor, "N D"] | list[Float[Tensor, "n D"]]
 
 
 def identify(item: Item) -> tuple[str, str]:
@@ -68,72 +65,15 @@ def identify(item: Item) -> tuple[str, str]:
     return digest(digests), " ".join(sorted(shown))
 
 
-class Embedder:
-    """Embeds items with any Sentence Transformers model, with its own prompts for queries and for documents.
+@dataclass
+class Pool:
+    """What is mined: distinct queries and documents, each by what identifies its content."""
 
-    An item's own instruction takes the prompt's place. A multi-vector model (its ``model_type`` is MultiVectorEncoder)
-    gives an item several vectors (n, D).
-
-    In the folder ``cache`` embeddings are kept, for the next time that the same content is embedded with the same files
-    of a model.
-    """
-
-    def __init__(self, model: str, batch_size: int, cache: str | None = None, trust_remote_code: bool = False) -> None:
-        config = load_file_path(model, "config_sentence_transformers.json")
-        written = json.loads(Path(config).read_text(encoding="utf-8")) if config else {}
-        self.is_multi_vector = written.get("model_type") == "MultiVectorEncoder"
-        opened_by = MultiVectorEncoder if self.is_multi_vector else SentenceTransformer
-        self.model: Any = opened_by(model, trust_remote_code=trust_remote_code)
-        self.batch_size = batch_size
-        self._cache = None if cache is None else Path(cache)
-        if self._cache is not None:
-            clear_drafts(self._cache)
-            self._version = f"{model_version(model)} by sentence-transformers {version('sentence-transformers')}"
-
-    def embed(self, items: DistinctItems, role: Role) -> Embeddings:
-        """Embed items as queries or as documents, in float32, where the model is."""
-        distinct, size, pieces = [*items], BATCHES * self.batch_size, []
-        for start in tqdm(range(0, len(items), size), desc=f"Embedding {len(items)} distinct items ({role})"):
-            contents, piece = distinct[start : start + size], None
-            if self._cache is not None:
-                prompts = [items[content].instruction for content in contents]
-                told = (
-                    text if prompt is None else f"{text} {prompt}"
-                    for text, prompt in zip(contents, prompts, strict=True)
-                )
-                key = digest([self._version, role, *told])
-                path = self._cache / f"{key}.safetensors"
-                piece = read_tensor(path, key)
-            if piece is None:
-                piece = self._encode([items[content].read() for content in contents], role)
-                if self._cache is not None:
-                    write_whole(path, save({signed(key, piece): piece}))
-            pieces.append(piece)
-        if not self.is_multi_vector:
-            return torch.cat(pieces).to(self.model.device)
-        return [vectors.to(self.model.device) for piece in pieces for vectors in _items_of(piece)]
-
-    def _encode(self, items: Sequence[Item], role: Role) -> Float[Tensor, "rows width"]:
-        """Embed items: (N, D), or the vectors of all with the item's number in front, (T, 1 + D)."""
-        encoded = encode_padded(self.model, items, [*map(model_input, items)], role, self.batch_size)
-        vectors = [of_item.float().cpu() for of_item in encoded]
-        if not self.is_multi_vector:
-            return torch.stack(vectors)
-        return torch.cat([nn.functional.pad(of_item, (1, 0), value=row) for row, of_item in enumerate(vectors)])
-
-
-def _items_of(piece: Float[Tensor, "T width"]) -> Sequence[Float[Tensor, "n D"]]:
-    """Part vectors by the item's number in front of them."""
-    _, counts = piece[:, 0].unique_consecutive(return_counts=True)
-    return piece[:, 1:].split(counts.tolist())
-
-
-def model_version(model: str) -> str:
-    """Return what identifies the files of a model that has been loaded, of a folder or of the Hub: their content."""
-    try:
-        return folder_digest(Path(model if Path(model).is_dir() else snapshot_download(model, local_files_only=True)))
-    except ValueError as error:
-        raise ValueError(f"{model}: its files are not found, so embeddings have no key; leave out cache.") from error
+    queries: DistinctItems = field(default_factory=dict)  #: Their instructions, where they have some, are behind it.
+    documents: DistinctItems = field(default_factory=dict)  #: The candidates, and then positives that are none.
+    candidates: int = 0
+    positives: dict[str, set[str]] = field(default_factory=dict)  #: Of each query, those of all rows that ask it.
+    rows: list[tuple[str, set[str]]] = field(default_factory=list)  #: The query of each row, and its own negatives.
 
 
 @dataclass(frozen=True)
@@ -169,17 +109,6 @@ class Choice:
         return min(limits)
 
 
-@dataclass
-class Pool:
-    """What is mined: distinct queries and documents, each by what identifies its content."""
-
-    queries: DistinctItems = field(default_factory=dict)  #: Their instructions, where they have some, are behind it.
-    documents: DistinctItems = field(default_factory=dict)  #: The candidates, and then positives that are none.
-    candidates: int = 0
-    positives: dict[str, set[str]] = field(default_factory=dict)  #: Of each query, those of all rows that ask it.
-    rows: list[tuple[str, set[str]]] = field(default_factory=list)  #: The query of each row, and its own negatives.
-
-
 def choose(
     pool: Pool, query: str, ceiling: float, candidates: Iterable[tuple[float, str, str]], choice: Choice
 ) -> tuple[list[str], Counter[str]]:
@@ -204,6 +133,111 @@ def choose(
     return taken[choice.skip :], reasons
 
 
+#: One embedding (D,) of each of N items, or the vectors (n, D) of each.
+Embeddings = Float[Tensor, "N D"] | list[Float[Tensor, "n D"]]
+
+#: Batches that are encoded, and cached, together: their images are open. Sentence Transformers sorts them by length.
+BATCHES = 8
+
+
+class Embedder:
+    """Embeds items with any Sentence Transformers model, with its own prompts for queries and for documents.
+
+    An item's own instruction takes the prompt's place. A multi-vector model (its ``model_type`` is MultiVectorEncoder)
+    gives an item several vectors (n, D).
+
+    In the folder ``cache`` embeddings are kept, for the next time that the same content is embedded with the same files
+    of a model.
+    """
+
+    def __init__(self, model: str, batch_size: int, cache: str | None = None, trust_remote_code: bool = False) -> None:
+        config = load_file_path(model, "config_sentence_transformers.json")
+        self.model = open_served(model, read_json(Path(config)) if config else {}, trust_remote_code=trust_remote_code)
+        self.is_multi_vector = type(self.model).__name__ == "MultiVectorEncoder"
+        self.batch_size = batch_size
+        self._cache = None if cache is None else Path(cache)
+        if self._cache is not None:
+            clear_drafts(self._cache)
+            self._version = f"{model_version(model)} by sentence-transformers {version('sentence-transformers')}"
+
+    def embed(self, items: DistinctItems, role: Role) -> Embeddings:
+        """Embed items as queries or as documents, in float32, where the model is."""
+        entries, size = [*items.items()], BATCHES * self.batch_size
+        starts = tqdm(range(0, len(items), size), desc=f"Embedding {len(items)} distinct items ({role})")
+        pieces = [self._piece(dict(entries[start : start + size]), role) for start in starts]
+        if not self.is_multi_vector:
+            return torch.cat(pieces).to(self.model.device)
+        return [vectors.to(self.model.device) for piece in pieces for vectors in _items_of(piece)]
+
+    def _piece(self, items: DistinctItems, role: Role) -> Float[Tensor, "rows width"]:
+        """Return the embeddings of some items as `_encode` does, from the cache if it has them."""
+        if self._cache is None:
+            return self._encode(items, role)
+        key = digest([self._version, role, *(content + entry.told for content, entry in items.items())])
+        path = self._cache / f"{key}.safetensors"
+        piece = read_tensor(path, key)
+        if piece is None:
+            piece = self._encode(items, role)
+            write_whole(path, save({signed(key, piece): piece}))
+        return piece
+
+    def _encode(self, items: DistinctItems, role: Role) -> Float[Tensor, "rows width"]:
+        """Embed items: (N, D), or the vectors of all with the item's number in front, (T, 1 + D)."""
+        read = [entry.read() for entry in items.values()]
+        encoded = encode_padded(self.model, read, [*map(model_input, read)], role, self.batch_size)
+        vectors = [of_item.float().cpu() for of_item in encoded]
+        if not self.is_multi_vector:
+            return torch.stack(vectors)
+        return torch.cat([nn.functional.pad(of_item, (1, 0), value=row) for row, of_item in enumerate(vectors)])
+
+
+def _items_of(piece: Float[Tensor, "T width"]) -> Sequence[Float[Tensor, "n D"]]:
+    """Part vectors by the item's number in front of them."""
+    _, counts = piece[:, 0].unique_consecutive(return_counts=True)
+    return piece[:, 1:].split(counts.tolist())
+
+
+def model_version(model: str) -> str:
+    """Return what identifies the files of a model that has been loaded, of a folder or of the Hub: their content."""
+    try:
+        return folder_digest(Path(model if Path(model).is_dir() else snapshot_download(model, local_files_only=True)))
+    except ValueError as error:
+        raise ValueError(f"{model}: its files are not found, so embeddings have no key; leave out cache.") from error
+
+
+def hard_negatives(
+    pool: Pool,
+    queries: Embeddings,
+    documents: Embeddings,
+    similarity: Callable[[Any, Any], Float[Tensor, "Q P"]],
+    choice: Choice,
+    tile_bytes: int = 2**28,
+) -> tuple[dict[str, list[str]], Counter[str]]:
+    """Choose hard negatives of each query, by content; and count the candidates that were left out, by reason."""
+    names, contents = [*pool.queries], [*pool.documents]
+    indices = {content: index for index, content in enumerate(contents)}
+    chosen, reasons = dict[str, list[str]](), Counter[str]()
+    height = max(1, tile_bytes // (4 * len(contents)))
+    for start in range(0, len(names), height):
+        asked, ceilings = names[start : start + height], list[float]()
+        similarities = similarity(queries[start : start + height], documents)
+        for query, row in zip(asked, similarities, strict=True):
+            positives = [indices[content] for content in pool.positives[query]]
+            # Below the least similar positive: a candidate above it would be ranked above a positive.
+            ceilings.append(choice.ceiling(float(row[positives].min())))
+            row[positives] = -math.inf
+        top = similarities[:, : pool.candidates].topk(min(pool.candidates, choice.depth))  # (tile, depth)
+        for query, ceiling, *ranked in zip(asked, ceilings, top.values.tolist(), top.indices.tolist(), strict=True):
+            candidates = (
+                (score, contents[index], pool.documents[contents[index]].images)
+                for score, index in zip(*ranked, strict=True)
+                if score > -math.inf  # Only positives are left.
+            )
+            chosen[query], left_out = choose(pool, query, ceiling, candidates, choice)
+            reasons += left_out
+    return chosen, reasons
+
+
 #: How many documents more than `Choice.depth` are looked for at first: positives, and what is in the corpus twice.
 SPARE = 16
 #: Documents whose content is remembered: about 100 MB.
@@ -225,8 +259,10 @@ class IndexedCandidates:
     def __init__(self, folder: str, model: str, corpus: CorpusSource | None = None) -> None:
         self.index = Index.open(folder)
         self.index.refuse_other(folder_digest(find_folder(model)), model)
-        if (role := self.index.manifest.get("role", "document")) != "document":
-            raise ValueError(f"{folder}: it has a corpus encoded as {role!r}; negatives are encoded as 'document'.")
+        if self.index.role != "document":
+            raise ValueError(
+                f"{folder}: it has a corpus encoded as {self.index.role!r}; negatives are encoded as 'document'."
+            )
         if self.index.precision == "binary":
             raise ValueError(
                 f"{folder}: its vectors are signs, whose similarities cannot be compared with a positive's, as margins "
@@ -245,7 +281,7 @@ class IndexedCandidates:
         chosen, reasons = dict[str, list[str]](), Counter[str]()
         pending, k = [*range(len(names))], choice.depth + SPARE
         while pending:
-            ranking = search_exact(view, _part(asked, pending), k)  # (Q, K) of those that are pending.
+            ranking = search_exact(view, asked[torch.tensor(pending)], k)  # (Q, K) of those that are pending.
             with ThreadPoolExecutor() as threads:  # Decoding images leaves Python's lock to others.
                 results = threads.map(
                     lambda query, scores, rows: self._choose(pool, names[query], ceilings[query], scores, rows, choice),
@@ -285,14 +321,10 @@ def _as_vectors(embeddings: Embeddings) -> Vectors:
     return embeddings if isinstance(embeddings, Tensor) else MultiVectors.of(embeddings)
 
 
-def _part(vectors: Vectors, rows: Sequence[int]) -> Vectors:
-    return vectors[torch.tensor(rows)]
-
-
 def _least_similarities(pool: Pool, view: View, queries: Vectors, documents: Vectors) -> Iterator[float]:
     """Yield of each query the similarity of its least similar positive, as the index compares."""
     queries, documents = view.queries(queries), view.queries(documents)
     numbers = {content: number for number, content in enumerate(pool.documents)}
     for query, positives in enumerate(pool.positives[name] for name in pool.queries):
-        scores = view.scores(_part(queries, [query]), _part(documents, [numbers[content] for content in positives]))
-        yield float(scores.min())
+        columns = torch.tensor([numbers[content] for content in positives])
+        yield float(view.scores(queries[torch.tensor([query])], documents[columns]).min())

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -14,25 +12,23 @@ from itertools import islice, tee
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Float
-from torch import Tensor
 from tqdm import tqdm
 
 from vlmembed.data import EvaluationSource, Rows, Source
 from vlmembed.data.evaluation import as_evaluation
 from vlmembed.data.rows import INSTRUCTIONS
 from vlmembed.data.streaming import refuse_streams
+from vlmembed.distributed import in_order
 from vlmembed.files import clear_drafts, whole_file, write_whole
 from vlmembed.media import load_image, medium_of
 from vlmembed.mining.candidates import (
     BATCHES,
     Choice,
     Embedder,
-    Embeddings,
     Entry,
     IndexedCandidates,
     Pool,
-    choose,
+    hard_negatives,
     identify,
 )
 from vlmembed.search.searching import logits, open_reranker
@@ -150,7 +146,7 @@ def gather(rows: Source, corpus: str | Source | EvaluationSource | None, is_inde
         )
         count = len(example.positives)
         # Under another instruction a query seeks other documents; a document is the same one.
-        query += "" if entry.instruction is None else f" {entry.instruction}"
+        query += entry.told
         pool.queries.setdefault(query, entry)
         pool.positives.setdefault(query, set()).update(content for content, _ in documents[:count])
         pool.rows.append((query, {content for content, _ in documents[count:]}))
@@ -170,42 +166,7 @@ def _identities(items: Iterator[Item]) -> Iterator[tuple[str, str, str | None]]:
     Yields each item's content, its images, and its instruction.
     """
     with ThreadPoolExecutor() as threads:
-        while block := list(islice(items, ITEMS)):
-            for item, identity in zip(block, threads.map(identify, block), strict=True):
-                yield *identity, item.instruction
-
-
-def hard_negatives(
-    pool: Pool,
-    queries: Embeddings,
-    documents: Embeddings,
-    similarity: Callable[[Any, Any], Float[Tensor, "Q P"]],
-    choice: Choice,
-    tile_bytes: int = 2**28,
-) -> tuple[dict[str, list[str]], Counter[str]]:
-    """Choose hard negatives of each query, by content; and count the candidates that were left out, by reason."""
-    names, contents = [*pool.queries], [*pool.documents]
-    indices = {content: index for index, content in enumerate(contents)}
-    chosen, reasons = dict[str, list[str]](), Counter[str]()
-    height = max(1, tile_bytes // (4 * len(contents)))
-    for start in range(0, len(names), height):
-        asked, ceilings = names[start : start + height], list[float]()
-        similarities = similarity(queries[start : start + height], documents)
-        for query, row in zip(asked, similarities, strict=True):
-            positives = [indices[content] for content in pool.positives[query]]
-            # Below the least similar positive: a candidate above it would be ranked above a positive.
-            ceilings.append(choice.ceiling(float(row[positives].min())))
-            row[positives] = -math.inf
-        top = similarities[:, : pool.candidates].topk(min(pool.candidates, choice.depth))  # (tile, depth)
-        for query, ceiling, *ranked in zip(asked, ceilings, top.values.tolist(), top.indices.tolist(), strict=True):
-            candidates = (
-                (score, contents[index], pool.documents[contents[index]].images)
-                for score, index in zip(*ranked, strict=True)
-                if score > -math.inf  # Only positives are left.
-            )
-            chosen[query], left_out = choose(pool, query, ceiling, candidates, choice)
-            reasons += left_out
-    return chosen, reasons
+        yield from in_order(threads, lambda item: (*identify(item), item.instruction), items, ahead=ITEMS)
 
 
 def score(model: str, rows: str | Source, output: str, batch_size: int = 32, trust_remote_code: bool = False) -> None:

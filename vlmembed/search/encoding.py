@@ -16,9 +16,10 @@ import re
 import sys
 from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,25 +28,17 @@ import torch
 from tqdm import tqdm
 
 from vlmembed.files import clear_drafts, write_whole
-from vlmembed.search.corpus import Corpus, CorpusSource, is_media_folder, open_corpus
+from vlmembed.search.corpus import Corpus, CorpusSource, files_of, is_media_folder, open_corpus
 from vlmembed.search.index import FORMAT, MANIFEST, SIDE_FILE, Precision
 from vlmembed.search.served import ServedModel
-from vlmembed.search.shards import Encoding, Executor, Job, Local, Shard, open_model, rewritten
+from vlmembed.search.shards import Encoding, Executor, Job, Local, Shard
 from vlmembed.types import Role
 
 #: What a manifest says, and may not be another when the encoding is resumed.
-SETTINGS = {
-    "model_digest": "model",
-    "engine": "engine",
-    "dtype": "dtype",
-    "role": "role",
-    "prompt": "prompt",
-    "pixels": "pixel limits",
-    "precision": "precision",
-    "shard_size": "shard size",
-    "window": "window",
-    "corpus_digest": "corpus",
-}
+SETTINGS = (
+    *("format", "model_digest", "engine", "dtype", "role", "prompt", "pixels", "precision", "shard_size", "window"),
+    "corpus_digest",
+)
 
 
 def encode(
@@ -127,9 +120,8 @@ def _encode(job: Job, share: tuple[int, int], executor: Executor) -> int:
     corpus = open_corpus(job.corpus, job.role)
     corpus_digest = scan(corpus)  # Which also finds out how long a stream is.
     print(f"{_name(job.corpus)}: {len(corpus):,} items.", flush=True)
-    served = open_model(job)
-    encoding, path = Encoding(job, served, corpus), Path(job.output, MANIFEST)
-    manifest = {**_manifest(job, served), "corpus_digest": corpus_digest}
+    encoding, path = Encoding(job, corpus), Path(job.output, MANIFEST)
+    manifest = _manifest(job, encoding.model, corpus_digest)
     known = _resumed(path, manifest)
     numbers = range(-(-len(corpus) // job.shard_size))
     mine, done = numbers[share[0] - 1 :: share[1]], _whole(job, numbers)
@@ -153,12 +145,17 @@ def _whole(job: Job, numbers: range) -> dict[int, Shard]:
 def _refuse_rewritten(encoding: Encoding, done: Sequence[int]) -> None:
     """Refuse images that have been written again since they were encoded."""
     for number in done:
-        path = encoding.job.path(number)
-        if changed := rewritten(encoding.corpus, encoding.rows(number), path):
-            raise ValueError(
-                f"{encoding.job.output}: the corpus has changed: {changed} was written after {path.name}, which has "
-                "what it was before. Delete that file to have it encoded anew, or name another output."
-            )
+        shard, files = encoding.job.path(number), {*encoding.corpus.files()}
+        for row in encoding.rows(number):
+            with suppress(ValueError):  # It could not be read then, either.
+                files |= {*files_of(encoding.corpus.read(row)[1])}
+        written = shard.stat().st_mtime_ns
+        for file in files:
+            if file.exists() and file.stat().st_mtime_ns > written:
+                raise ValueError(
+                    f"{encoding.job.output}: the corpus has changed: {file} was written after {shard.name}, which has "
+                    "what it was before. Delete that file to have it encoded anew, or name another output."
+                )
 
 
 def _run(executor: Executor, encoding: Encoding, shards: Sequence[int], done: dict[int, Shard]) -> None:
@@ -166,13 +163,9 @@ def _run(executor: Executor, encoding: Encoding, shards: Sequence[int], done: di
     if done:
         print(f"Resuming: {before:,} of {total:,} items are encoded.", flush=True)
     if shards:
-        # Of an unattended log, a line every ten seconds.
-        with tqdm(total=total, initial=before, unit=" items", desc="Encoding", mininterval=_interval()) as bar:
+        interval = 0.5 if sys.stderr.isatty() else 10.0  # Seconds between the lines of an unattended log.
+        with tqdm(total=total, initial=before, unit=" items", desc="Encoding", mininterval=interval) as bar:
             executor.run(encoding, shards, bar.update)
-
-
-def _interval() -> float:
-    return 0.5 if sys.stderr.isatty() else 10.0
 
 
 def _complete(job: Job, manifest: dict[str, Any], written: Sequence[Shard]) -> None:
@@ -211,12 +204,11 @@ def _sha256(path: Path) -> str:
 def scan(corpus: Corpus) -> str:
     """Go through all rows; return what is another for other ids or texts. A ``ValueError`` names an id given twice."""
     hashed, ids = hashlib.blake2b(digest_size=16), array("Q")  # Of an id, eight bytes: ten million are 80 MB.
-    for block in corpus.blocks():
-        for name, content in block:
-            hashed.update(f"{name!r} {len(content)} {content}\n".encode(errors="surrogatepass"))
-            key = f"unreadable {len(ids)}" if name is None else f"id {name}"
-            short = hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=8).digest()
-            ids.append(int.from_bytes(short, "big"))
+    for name, content in chain.from_iterable(corpus.blocks()):
+        hashed.update(f"{name!r} {len(content)} {content}\n".encode(errors="surrogatepass"))
+        key = f"unreadable {len(ids)}" if name is None else f"id {name}"
+        short = hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=8).digest()
+        ids.append(int.from_bytes(short, "big"))
     if not ids:
         raise ValueError("The corpus has no items.")
     _refuse_repeated(corpus, np.frombuffer(ids, np.uint64))
@@ -248,9 +240,8 @@ def _name(corpus: Any) -> str:
 # The manifest
 
 
-def _manifest(job: Job, model: ServedModel) -> dict[str, Any]:
+def _manifest(job: Job, model: ServedModel, corpus_digest: str) -> dict[str, Any]:
     """Return what is known before anything is encoded."""
-    packages = ("vlmembed", "sentence-transformers", "torch", "transformers")
     return {
         "format": FORMAT,
         "model": job.model,
@@ -265,13 +256,13 @@ def _manifest(job: Job, model: ServedModel) -> dict[str, Any]:
         "is_multi_vector": model.is_multi_vector,
         "similarity": model.similarity,
         "corpus": _name(job.corpus),
-        "corpus_digest": "",
+        "corpus_digest": corpus_digest,
         "count": 0,
         "shard_size": job.shard_size,
         "window": job.window,
         "shards": [],
         "pixels": model.pixels,
-        "versions": {name: version(name) for name in packages},
+        "versions": {name: version(name) for name in ("vlmembed", "sentence-transformers", "torch", "transformers")},
         "complete": False,
     }
 
@@ -286,15 +277,15 @@ def _resumed(path: Path, manifest: dict[str, Any]) -> dict[str, Any] | None:
         return None
     try:
         known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        changed = [name for name in ("format", *SETTINGS) if known.get(name) != manifest[name]]
+        changed = [name for name in SETTINGS if known.get(name) != manifest[name]]
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} is no manifest: {error}. Delete the folder, or name another output.") from error
     if changed:
         name = changed[0]
         raise ValueError(
-            f"{path.parent} was begun with another {SETTINGS.get(name, name)}: {name} is {known.get(name)!r} in "
-            f"{MANIFEST}, and now {manifest[name]!r}. Give it what it was begun with, or name another output; what is "
-            "written stays."
+            f"{path.parent} was begun with another {name.removesuffix('_digest').replace('_', ' ')}: {name} is "
+            f"{known.get(name)!r} in {MANIFEST}, and now {manifest[name]!r}. Give it what it was begun with, or name "
+            "another output; what is written stays."
         )
     manifest["versions"] = known.get("versions", manifest["versions"])
     return known

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from vlmembed.data.streaming import refuse_streams
 from vlmembed.late_interaction import MultiVectors, Vectors, truncate
-from vlmembed.search.corpus import Corpus, CorpusSource, open_corpus
-from vlmembed.types import Item
+from vlmembed.search.corpus import CorpusSource, open_corpus
+from vlmembed.types import Item, Role
 
 #: The format that README.md describes: `encode` writes it, and what is here reads it.
 FORMAT = 1
@@ -30,16 +30,27 @@ FORMAT = 1
 Precision = Literal["float32", "float16", "int8", "binary"]
 #: The files beside the shards: what made them, and what could not be read.
 MANIFEST, SIDE_FILE = "manifest.json", "unreadable.jsonl"
-#: What a manifest says and a search needs.
-KEYS = ("format", "complete", "model", "model_digest", "precision", "dimension", "is_multi_vector", "count", "shards")
 
 
 @dataclass(frozen=True)
 class Index:
-    """The encoded items of a corpus, in the corpus's order; their vectors stay on disk."""
+    """The encoded items of a corpus, in the corpus's order; their vectors stay on disk.
+
+    All but the folder is what its manifest says; P items have vectors of D numbers.
+    """
 
     folder: Path
-    manifest: dict[str, Any]
+    model: str
+    model_digest: str
+    precision: Precision
+    dimension: int  # D.
+    is_multi_vector: bool
+    count: int  # P.
+    shards: list[dict[str, Any]]  # The ``file``, and how many ``rows`` it has.
+    dimensions: tuple[int, ...] = ()  # To which vectors may be cut, by the model's training.
+    similarity: str | None = None
+    corpus: str = ""
+    role: Role = "document"
 
     @classmethod
     def open(cls, folder: str | Path) -> Index:
@@ -49,73 +60,53 @@ class Index:
             raise ValueError(f"{folder}: no index, for it has no manifest.json. 'python -m vlmembed encode' makes one.")
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
-            missing = [key for key in KEYS if key not in manifest]
+            needed = [field.name for field in fields(cls)[1:] if field.default is MISSING]
+            missing = [key for key in ("format", "complete", *needed) if key not in manifest]
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: it cannot be read: {error}. Encode the corpus again.") from error
         if missing:
             raise ValueError(f"{path}: it does not say {', '.join(missing)}. Encode the corpus again.")
-        index = cls(Path(folder), manifest)
-        index._check()
-        return index
-
-    def _check(self) -> None:
-        """Refuse another format, and what is not whole."""
-        manifest, path = self.manifest, self.folder / MANIFEST
         if manifest["format"] != FORMAT or manifest["precision"] not in get_args(Precision):
             raise ValueError(
                 f"{path}: format {manifest['format']!r} with vectors in {manifest['precision']!r}; this version reads "
                 f"format {FORMAT} in {', '.join(get_args(Precision))}. Encode the corpus again."
             )
-        if not manifest["complete"]:
+        known = {**manifest, "folder": Path(folder)}
+        index = cls(**{field.name: known[field.name] for field in fields(cls) if field.name in known})
+        index._check(manifest["complete"])
+        return index
+
+    def _check(self, complete: bool) -> None:
+        """Refuse what is not whole."""
+        expected = sum(shard["rows"] for shard in self.shards)
+        if not complete:
             raise ValueError(
-                f"{self.folder}: the index is not complete; it has {self._rows} items so far. Run the same "
+                f"{self.folder}: the index is not complete; it has {expected} items so far. Run the same "
                 "'python -m vlmembed encode' again, which goes on where it ended."
             )
-        for shard, file in zip(manifest["shards"], self.files, strict=True):
+        for shard, file in zip(self.shards, self.files, strict=True):
             rows = pq.ParquetFile(file).metadata.num_rows if file.is_file() else 0
             if rows != shard["rows"]:
                 raise ValueError(
                     f"{file}: {rows} items, but manifest.json says {shard['rows']}. Encode the corpus again."
                 )
-        if self._rows != self.count or not self.count:
-            raise ValueError(f"{path}: {self.count} items, and {self._rows} in its shards. Encode the corpus again.")
-
-    @property
-    def count(self) -> int:
-        """How many items there are: P."""
-        return int(self.manifest["count"])
-
-    @property
-    def dimension(self) -> int:
-        """How many numbers a vector has: D."""
-        return int(self.manifest["dimension"])
-
-    @property
-    def precision(self) -> str:
-        """How vectors are stored; see `Precision`."""
-        return str(self.manifest["precision"])
-
-    @property
-    def is_multi_vector(self) -> bool:
-        """Whether an item has several vectors."""
-        return bool(self.manifest["is_multi_vector"])
+        if expected != self.count or not self.count:
+            raise ValueError(
+                f"{self.folder / MANIFEST}: {self.count} items, and {expected} in its shards. Encode the corpus again."
+            )
 
     @property
     def files(self) -> list[Path]:
         """The shards, in order."""
-        return [self.folder / shard["file"] for shard in self.manifest["shards"]]
-
-    @property
-    def _rows(self) -> int:
-        return sum(shard["rows"] for shard in self.manifest["shards"])
+        return [self.folder / shard["file"] for shard in self.shards]
 
     def refuse_other(self, model_digest: str, model: str) -> None:
         """Refuse a model that is not the one whose vectors these are: it would find anything."""
-        if model_digest != self.manifest["model_digest"]:
+        if model_digest != self.model_digest:
             raise ValueError(
-                f"{self.folder}: its vectors are of {self.manifest['model']} (digest "
-                f"{self.manifest['model_digest']}), and {model} is another model, or has changed since (digest "
-                f"{model_digest}). Search with that model, or encode the corpus with this one."
+                f"{self.folder}: its vectors are of {self.model} (digest {self.model_digest}), and {model} is another "
+                f"model, or has changed since (digest {model_digest}). Search with that model, or encode the corpus "
+                "with this one."
             )
 
     def check_dimension(self, dimension: int | None) -> int:
@@ -123,7 +114,7 @@ class Index:
         if dimension is None:
             return self.dimension
         if not 1 <= dimension <= self.dimension:
-            trained = ", ".join(map(str, self.manifest.get("dimensions") or [])) or "none"
+            trained = ", ".join(map(str, self.dimensions)) or "none"
             raise ValueError(
                 f"{self.folder}: dimension {dimension} is none of its vectors', which have {self.dimension}; "
                 f"smaller ones that the model was trained for: {trained}."
@@ -175,8 +166,8 @@ class Index:
     @cached_property
     def numbers_per_item(self) -> float:
         """How many numbers the vectors of an item have, about: by the first shard with items."""
-        shard = next(file for file, entry in zip(self.files, self.manifest["shards"], strict=True) if entry["rows"])
-        group = pq.ParquetFile(shard).metadata.row_group(0)
+        shard = next(shard for shard in self.shards if shard["rows"])
+        group = pq.ParquetFile(self.folder / shard["file"]).metadata.row_group(0)
         columns = (group.column(number) for number in range(group.num_columns))
         count = next(column.num_values for column in columns if column.path_in_schema.startswith("embedding"))
         return count / group.num_rows * (8 if self.precision == "binary" else 1)
@@ -231,22 +222,6 @@ class Index:
         return MultiVectors(tensor, lengths) if self.is_multi_vector else tensor
 
 
-def corpus_of(index: Index, corpus: CorpusSource | None = None) -> tuple[Corpus, str]:
-    """Open the corpus that an index was made of, where it was or is said to be; it comes with its name for messages."""
-    value = index.manifest.get("corpus") if corpus is None else corpus
-    if value is None or isinstance(value, dict | list):
-        raise ValueError(f"{index.folder}: its manifest does not say where its corpus is. Give it as 'corpus'.")
-    name = value if isinstance(value, str) else type(value).__name__
-    refuse_streams(value, "looking documents up")
-    try:
-        return open_corpus(value, index.manifest.get("role", "document")), name
-    except (ValueError, OSError) as error:
-        raise ValueError(
-            f"{index.folder}: its corpus {name!r} cannot be opened: {str(error).rstrip('.')}. If it has moved, or was "
-            "given as a class, give 'corpus'."
-        ) from error
-
-
 class Documents:
     """The items of an index by row, each read when it is asked for, from several threads too.
 
@@ -258,9 +233,18 @@ class Documents:
     """
 
     def __init__(self, index: Index, corpus: CorpusSource | None = None) -> None:
+        value = index.corpus if corpus is None else corpus
         self._index, self._lock = index, Lock()
-        self._corpus, self._name = corpus_of(index, corpus)
+        self._name = value if isinstance(value, str) else type(value).__name__
         self._unreadable = _unreadable(index)
+        refuse_streams(value, "looking documents up")
+        try:
+            self._corpus = open_corpus(value, index.role)
+        except (ValueError, OSError) as error:
+            raise ValueError(
+                f"{index.folder}: its corpus {self._name!r} cannot be opened: {str(error).rstrip('.')}. If it has "
+                "moved, or was given as a class, give 'corpus'."
+            ) from error
         if len(self._corpus) != index.count + len(self._unreadable):
             self._refuse(f"{len(self._corpus)} items, and the index {index.count + len(self._unreadable)}")
 
@@ -284,7 +268,7 @@ class Documents:
     def _refuse(self, what: str) -> None:
         raise ValueError(
             f"{self._index.folder}: the corpus {self._name} has changed since it was encoded; it has {what}. "
-            "Encode it again."
+            "Encode it again, or give the one that was encoded as 'corpus'."
         )
 
 

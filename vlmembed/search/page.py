@@ -22,7 +22,6 @@ from vlmembed.media import load_image
 from vlmembed.search.corpus import CorpusSource
 from vlmembed.search.index import Documents, Index
 from vlmembed.search.ranking import View, device_of, search_exact
-from vlmembed.search.searching import named, query_vectors
 from vlmembed.search.served import ServedModel
 from vlmembed.types import Item, Part
 
@@ -75,16 +74,16 @@ class Side:
     @property
     def dimensions(self) -> list[int]:
         """What vectors may be cut to, the whole ones first."""
-        return sorted({self.index.dimension, *(self.index.manifest.get("dimensions") or [])}, reverse=True)
+        return sorted({self.index.dimension, *self.index.dimensions}, reverse=True)
 
     def find(self, item: Item, dimension: int, count: int) -> list[tuple[int, str, float]]:
         """Return row, id and score of the documents that are nearest to a query."""
         lacking = {part.kind for part in item.parts}.difference(self.engine.served.modalities)
         if lacking and self.engine.encoder is None:  # Ours all read images.
             raise ValueError(f"The model {self.name} reads no {' and no '.join(lacking)}.")
-        ranking = search_exact(self._view(dimension), query_vectors(self.engine, [item]), count)
-        names = next(named(self.index, ranking))
-        return [(row, *pair) for row, pair in zip(ranking.rows[0].tolist(), names, strict=False)]
+        ranking = search_exact(self._view(dimension), self.engine.encode([item], "query"), count)
+        named = next(ranking.named(self.index))
+        return [(row, *pair) for row, pair in zip(ranking.rows[0].tolist(), named, strict=False)]
 
     def answer(self, text: str | None, image: str | None, dimension: int, count: int) -> str:
         """Return the documents found as HTML, or why there are none."""

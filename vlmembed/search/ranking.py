@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from importlib import import_module
+from itertools import repeat, takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vlmembed.distributed import computing_threads, thread_count
+from vlmembed.distributed import computing_threads, in_order, thread_count
 from vlmembed.files import clear_drafts, digest, whole_file
 from vlmembed.late_interaction import MultiVectors, Vectors, maxsim, truncate
 from vlmembed.metrics.functions import BestDocuments, exact_products, order_keys
@@ -43,6 +44,11 @@ class Ranking:
 
     scores: Float[Tensor, "Q K"]
     rows: Int64[Tensor, "Q K"]  # Of the index.
+
+    def named(self, index: Index) -> Iterator[list[tuple[str, float]]]:
+        """Yield ids and scores of the documents of each query."""
+        for scores, rows in zip(self.scores, self.rows, strict=True):
+            yield [*zip(index.names(rows[rows >= 0]), scores.tolist(), strict=False)]
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ class View:
     @property
     def similarity(self) -> str:
         """What the model compares vectors by."""
-        return str(self.index.manifest.get("similarity") or ("maxsim" if self.index.is_multi_vector else "cosine"))
+        return self.index.similarity or ("maxsim" if self.index.is_multi_vector else "cosine")
 
     def queries(self, vectors: Vectors) -> Vectors:
         """Bring queries, as the model encodes them, to what `scores` compares."""
@@ -93,10 +99,7 @@ class View:
 
     def blocks(self, only: Int64[Tensor, " n"] | None = None) -> Iterator[tuple[int, Vectors]]:
         """Yield documents, some after the other: the first one's row, and what `scores` compares."""
-        if self.in_memory:
-            yield from self._blocks
-            return
-        yield from self._read(only)
+        yield from self._blocks if self.in_memory else self._read(only)
 
     @cached_property
     def _blocks(self) -> list[tuple[int, Vectors]]:
@@ -142,10 +145,8 @@ def _means(items: MultiVectors) -> Float[Tensor, "N D"]:
 def _ahead(blocks: Iterator[Any]) -> Iterator[Any]:
     """Read and decode one block ahead, in a thread, while the one before is looked at."""
     with ThreadPoolExecutor(1) as thread:
-        following = thread.submit(next, blocks, None)
-        while (block := following.result()) is not None:
-            following = thread.submit(next, blocks, None)
-            yield block
+        read = in_order(thread, lambda _: next(blocks, None), repeat(None), ahead=1)
+        yield from takewhile(lambda block: block is not None, read)
 
 
 def search_exact(view: View, vectors: Vectors, k: int) -> Ranking:
@@ -153,13 +154,13 @@ def search_exact(view: View, vectors: Vectors, k: int) -> Ranking:
     queries, index, count, threads = view.queries(vectors), view.index, len(vectors), thread_count(view.device)
     height, width = min(HEIGHT, -(-count // threads)), index.rows_of(TILE_NUMBERS)
     starts = range(0, max(1, count), max(1, height))  # One part without queries, where there are none.
-    parts = [_part(queries, start, start + height) for start in starts]
+    parts = [queries[start : start + height] for start in starts]
     best = [BestDocuments(len(part), min(k, index.count), view.device) for part in parts]
 
     def look(documents: Vectors, name_order: Tensor, number: int) -> None:
         for start in range(0, len(documents), width):
-            tile = _part(documents, start, start + width)
-            best[number].add(0, view.scores(parts[number], tile), name_order[start : start + width])  # (q, p)
+            tile = slice(start, start + width)
+            best[number].add(0, view.scores(parts[number], documents[tile]), name_order[tile])  # (q, p)
 
     with exact_products(view.device), computing_threads(threads) as pool:
         for first, documents in view.blocks():
@@ -179,7 +180,7 @@ def rescore(view: View, vectors: Vectors, rows: Int64[Tensor, "Q C"], k: int) ->
         for query in (place // rows.shape[1]).unique().tolist():
             of_query = place // rows.shape[1] == query
             with exact_products(view.device):
-                tile = view.scores(_part(queries, query, query + 1), documents[columns[of_query]])
+                tile = view.scores(queries[query : query + 1], documents[columns[of_query]])
             scores.view(-1)[place[of_query]] = tile[0].cpu()
     return ranked(view.index, scores, rows, k)
 
@@ -189,13 +190,6 @@ def ranked(index: Index, scores: Float[Tensor, "Q C"], rows: Int64[Tensor, "Q C"
     scores = scores.where(rows >= 0, -torch.inf)
     order = order_keys(scores, index.name_order[rows.clamp(min=0)]).topk(min(k, rows.shape[1])).indices
     return Ranking(scores.gather(1, order), rows.gather(1, order))
-
-
-def _part(vectors: Vectors, start: int, stop: int) -> Vectors:
-    """Some items after the other."""
-    if isinstance(vectors, MultiVectors):
-        return vectors[torch.arange(start, min(stop, len(vectors)))]
-    return vectors[start:stop]
 
 
 Engine = Literal["exact", "faiss", "lancedb"]

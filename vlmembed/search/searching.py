@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,10 +17,11 @@ from torch import Tensor
 
 from vlmembed.data.judgements import trec_lines
 from vlmembed.files import whole_file
-from vlmembed.late_interaction import MultiVectors, Vectors
-from vlmembed.search.corpus import Corpus, CorpusSource, open_corpus
+from vlmembed.late_interaction import Vectors
+from vlmembed.search.corpus import CorpusSource, open_corpus
 from vlmembed.search.encoding import scan
-from vlmembed.search.index import Index, corpus_of
+from vlmembed.search.index import Documents, Index
+from vlmembed.search.page import serve
 from vlmembed.search.ranking import Engine, Ranking, View, device_of, ranked, rescore, search_by
 from vlmembed.search.served import ServedModel, by_instruction, model_input
 from vlmembed.types import Item, Pair, Part
@@ -86,7 +87,7 @@ def search(
         elsewhere = [queries, query, output, dimension, first_stage, reranker]
         if not page or elsewhere != [None] * 6 or engine != "exact" or top_k < 1:
             raise ValueError(PAGE_OPTIONS)
-        _serve([(index, model), (other_index, other_model)], top_k, corpus, device, trust_remote_code)
+        serve([(index, model), (other_index, other_model)], top_k, corpus, device, trust_remote_code)
         return
     _check_counts(top_k, depth, probes, first_stage is not None or reranker is not None)
     if (queries is None) == (query is None) or (queries is not None and output is None):
@@ -99,22 +100,22 @@ def search(
     view = View(opened, dimension, device=device_of(device))
     cheaper = None if first_stage is None else first_view(view, first_stage)
     names, items = read_queries(queries) if queries is not None else (["query"], [_question(str(query))])
-    documents = corpus_of(opened, corpus)[0] if reranker is not None else None
+    documents = Documents(opened, corpus) if reranker is not None else None
     of_model = partial(vectors_of, items=items, device=device, trust_remote_code=trust_remote_code)
     vectors = of_model(opened, model)
     count = top_k if reranker is None else depth
     if cheaper is None:
         ranking = search_by(engine, view, vectors, count, probes)
     else:
-        is_same = cheaper.index.manifest["model_digest"] == opened.manifest["model_digest"]
-        of_first = vectors if is_same else of_model(cheaper.index, cheaper.index.manifest["model"])
+        is_same = cheaper.index.model_digest == opened.model_digest
+        of_first = vectors if is_same else of_model(cheaper.index, cheaper.index.model)
         rows = same_rows(cheaper.index, opened, search_by(engine, cheaper, of_first, depth, probes).rows)
         ranking = rescore(view, vectors, rows, count)
     if reranker is not None and documents is not None:
-        scores = rerank(open_reranker(reranker, device, trust_remote_code), items, documents, opened, ranking.rows)
+        scores = rerank(open_reranker(reranker, device, trust_remote_code), items, documents, ranking.rows)
         ranking = ranked(opened, scores, ranking.rows, top_k)
     if output is None:
-        for rank, (name, score) in enumerate(next(named(opened, ranking)), start=1):
+        for rank, (name, score) in enumerate(next(ranking.named(opened)), start=1):
             print(f"{rank:4}  {score:.4f}  {name}")
     else:
         write_run(Path(output), names, opened, ranking)
@@ -126,12 +127,6 @@ def _check_counts(top_k: int, depth: int, probes: int, stages: bool) -> None:
         raise ValueError(f"top_k is 1 or more, and depth at least top_k; got {top_k} and {depth}.")
     if probes < 1:
         raise ValueError(f"probes is 1 or more, got {probes}.")
-
-
-def _serve(*options: Any) -> None:
-    from vlmembed.search.page import serve  # Which searches by what is here.
-
-    serve(*options)
 
 
 def read_queries(path: str) -> tuple[list[str], list[Item]]:
@@ -151,13 +146,7 @@ def vectors_of(
     """Encode queries by an index's model, in float32 on the host; a ``ValueError`` says that it is another one."""
     engine = ServedModel.open(model, device=device, trust_remote_code=trust_remote_code)
     index.refuse_other(engine.digest, model)
-    return query_vectors(engine, items)
-
-
-def query_vectors(engine: ServedModel, items: Sequence[Item]) -> Vectors:
-    """Encode queries, in float32 on the host."""
-    encoded = engine.encode(items, "query")
-    return encoded if isinstance(encoded, Tensor) else MultiVectors.of(encoded)
+    return engine.encode(items, "query")
 
 
 def first_view(view: View, first_stage: int | str) -> View:
@@ -183,14 +172,8 @@ def same_rows(source: Index, target: Index, rows: Int64[Tensor, "Q C"]) -> Int64
 def write_run(path: Path, queries: Sequence[str], index: Index, ranking: Ranking) -> None:
     """Write a TREC run of all queries, whole or not at all."""
     with whole_file(path) as draft, draft.open("w", encoding="utf-8") as file:
-        for query, documents in zip(queries, named(index, ranking), strict=True):
+        for query, documents in zip(queries, ranking.named(index), strict=True):
             file.writelines(trec_lines(query, documents))
-
-
-def named(index: Index, ranking: Ranking) -> Iterator[list[tuple[str, float]]]:
-    """Yield ids and scores of the documents of each query."""
-    for scores, rows in zip(ranking.scores, ranking.rows, strict=True):
-        yield [*zip(index.names(rows[rows >= 0]), scores.tolist(), strict=False)]
 
 
 def _question(text: str) -> Item:
@@ -237,27 +220,12 @@ def logits(reranker: Any, pairs: Sequence[Pair], batch_size: int = 32) -> list[f
 
 
 def rerank(
-    reranker: Any, queries: Sequence[Item], corpus: Corpus, index: Index, rows: Int64[Tensor, "Q C"]
+    reranker: Any, queries: Sequence[Item], documents: Documents, rows: Int64[Tensor, "Q C"]
 ) -> Float[Tensor, "Q C"]:
-    """Score what a first stage has found for each query: rows of the index, or -1, by the corpus it was made of."""
-    names = dict(zip(rows.unique().tolist(), index.names(rows.unique().clamp(min=0)), strict=True))
-    places = _places({*names.values()}, corpus, index)
+    """Score what a first stage has found for each query: rows of the index, or -1."""
     scores = torch.full(rows.shape, -torch.inf)
-    found = (rows >= 0).nonzero()
-    for part in found.split(PAIRS):
-        read = {row: corpus.read(places[names[row]])[1] for row in rows[tuple(part.T)].unique().tolist()}
+    for part in (rows >= 0).nonzero().split(PAIRS):
+        read = {row: documents[row] for row in rows[tuple(part.T)].unique().tolist()}
         pairs = [Pair(queries[query], read[int(rows[query, place])]) for query, place in part.tolist()]
         scores[tuple(part.T)] = torch.tensor(logits(reranker, pairs))
     return scores
-
-
-def _places(names: set[str], corpus: Corpus, index: Index) -> dict[str, int]:
-    """Return where in the corpus the items of some ids are."""
-    scanned = (name for block in corpus.blocks() for name, _ in block)
-    places = {name: place for place, name in enumerate(scanned) if name in names}
-    if missing := names - places.keys():
-        raise ValueError(
-            f"{index.folder}: its id {min(missing)!r} is not in the corpus any more. Give the corpus that was encoded, "
-            "or encode it again."
-        )
-    return places

@@ -27,12 +27,12 @@ from torch.utils.data import DataLoader
 
 from vlmembed.backbones import Qwen3VL, VisionLanguageModel
 from vlmembed.data import ItemCollator
-from vlmembed.data.columns import nearest
 from vlmembed.data.sources import RowLists
 from vlmembed.distributed import computing_threads, in_order, print_once, thread_count
 from vlmembed.encoder import Encoder
 from vlmembed.export.modules import CODE
 from vlmembed.files import content_digest, digest
+from vlmembed.late_interaction import MultiVectors, Vectors
 from vlmembed.media import load_audio, load_image
 from vlmembed.pooling import Pooling
 from vlmembed.training.signals import leave_stopping_to_parent
@@ -63,9 +63,6 @@ READING_STATES = (
     *("Pooling", "Normalize", "Dense", "LayerNorm", "Dropout", "WeightedLayerPooling", "MultiVectorMask"),
     *("HierarchicalTokenPooling", "LambdaTokenPooling", "ServedPooling", "ServedSelection"),
 )
-
-#: Embeddings (N, D) of N items, or the vectors (n, D) of each; in float32, on the host.
-Vectors = Tensor | list[Tensor]
 
 
 # What is opened
@@ -123,7 +120,7 @@ class Encoded:
     """What came of a window of items, in its order."""
 
     rows: list[int]  #: Those that could be read, ascending.
-    vectors: Vectors  #: Theirs.
+    vectors: Vectors  #: Theirs, in float32, on the host.
     unreadable: dict[int, str]  #: Why each of the others could not be read; it names the item.
 
 
@@ -138,7 +135,6 @@ class ServedModel:
         self.served = served
         self.encoder = encoder
         self.is_multi_vector = type(served).__name__ == "MultiVectorEncoder"
-        self.prompts: dict[str, str] = {name: text or "" for name, text in served.prompts.items()}
         self.similarity = str(served.similarity_fn_name)
         #: What computes, as a manifest names it.
         self.engine = "sentence_transformers" if encoder is None else "vlmembed"
@@ -155,8 +151,6 @@ class ServedModel:
 
         A ``ValueError`` says that there is none, that it is a reranker, or that it brings code and is not trusted.
         """
-        from sentence_transformers import MultiVectorEncoder, SentenceTransformer  # Takes seconds.
-
         path = find_folder(folder)
         config = read_json(path / "config_sentence_transformers.json")
         if config.get("model_type") == "CrossEncoder":
@@ -170,12 +164,10 @@ class ServedModel:
             raise ValueError(
                 f"{folder} brings code ({foreign[0]} in modules.json). If you trust it, open it with trust_remote_code."
             )
-        opener: Any = MultiVectorEncoder if config.get("model_type") == "MultiVectorEncoder" else SentenceTransformer
-        options = {"model_kwargs": {"dtype": dtype}} if dtype else {}
+        options: Any = {"device": device and str(device), "trust_remote_code": trust_remote_code}
+        options |= {"model_kwargs": {"dtype": dtype}} if dtype else {}
         try:
-            served = opener(
-                str(path), device=device and str(device), trust_remote_code=trust_remote_code, **options
-            ).eval()
+            served = open_served(str(path), config, **options).eval()
         except Exception as error:
             raise ValueError(
                 f"Sentence Transformers cannot open {folder}: {type(error).__name__}: {error}. Is the folder whole?"
@@ -199,7 +191,7 @@ class ServedModel:
         """D, the dimension of the vectors."""
         size = self.served.get_embedding_dimension()
         if size is None:
-            size = self.encode([Item("query", (Part("text", "one"),))], "query")[0].shape[-1]
+            size = self.encode([Item("query", (Part("text", "one"),))], "query").shape[-1]
         return int(size)
 
     @cached_property
@@ -223,17 +215,17 @@ class ServedModel:
 
     def prompt_of(self, role: Role) -> str:
         """Return the prompt that the folder has for a role; empty for none."""
-        return prompt_of(self.prompts, role) or ""
+        return prompt_of(self.served.prompts, role) or ""
 
     # What it does
 
-    def encode(self, items: Sequence[Item], role: Role, prompt_name: str | None = None) -> Vectors:
-        """Encode items, in their order: float32 (N, D) on the host, or the vectors (n, D) of each.
+    def encode(self, items: Sequence[Item], role: Role) -> Vectors:
+        """Encode items, in their order: float32 (N, D) on the host, or the vectors of each.
 
-        As ``encode_query`` or ``encode_document`` does: with the prompt of the role, or one that is named, where an
-        item has no instruction of its own. A ``ValueError`` names the first item that cannot be read.
+        As ``encode_query`` or ``encode_document`` does: with the prompt of the role, where an item has no instruction
+        of its own. A ``ValueError`` names the first item that cannot be read.
         """
-        for encoded in self.stream([items], role, prompt_name):
+        for encoded in self.stream([items], role):
             for reason in encoded.unreadable.values():
                 raise ValueError(reason)
         return encoded.vectors
@@ -242,7 +234,6 @@ class ServedModel:
         self,
         windows: Iterable[Sequence[Item]],
         role: Role,
-        prompt_name: str | None = None,
         num_workers: int = 0,
         batch_tokens: int | None = None,
         group_of: Callable[[Any], Hashable] | None = None,
@@ -255,7 +246,6 @@ class ServedModel:
         it is yielded. An item that cannot be read (a ``ValueError`` of the sequence, of the file or of the model's
         processor) is in ``Encoded.unreadable``, and the others are encoded without it.
         """
-        prompt = self._named(prompt_name)
         plans: deque[_Plan] = deque()
 
         def batches() -> Iterator[list[tuple[int, Item]]]:
@@ -263,14 +253,16 @@ class ServedModel:
                 of_group = _Seen()
                 for window in group:
                     seen = _Seen() if self.is_multi_vector else of_group  # A page has hundreds: too many to keep.
-                    plans.append(self._plan(window, role, prompt, batch_tokens, seen))
-                    yield from plans[-1].batches
+                    plans.append(self._plan(window, role, seen))
+                    yield from self._cut(plans[-1], role, batch_tokens)
+                    yield []  # The window ends.
 
+        make = _open if self.encoder is None else ItemCollator(self.encoder.preprocessor).collate_items
         loader = DataLoader(
             RowLists(list),
             batch_size=None,
             sampler=batches(),
-            collate_fn=partial(_preprocess, self._make),
+            collate_fn=partial(_preprocess, make),
             num_workers=num_workers,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=leave_stopping_to_parent,
@@ -278,10 +270,10 @@ class ServedModel:
         threads = self._thread_count
         with computing_threads(threads) as pool:
             for rows, vectors, unreadable in in_order(pool, partial(self._take, role), loader, ahead=threads):
-                yield from _whole(plans)  # Windows of which no item could be read.
-                plans[0].take(rows, vectors, unreadable)
-                yield from _whole(plans)
-        yield from _whole(plans)
+                if rows or unreadable:
+                    plans[0].take(rows, vectors, unreadable)
+                else:
+                    yield plans.popleft().result()
 
     @property
     def _thread_count(self) -> int:
@@ -295,42 +287,26 @@ class ServedModel:
         made, rows, unreadable = batch
         return rows, self._compute(made, role) if rows else [], unreadable
 
-    def _named(self, prompt_name: str | None) -> str | None:
-        """Return a prompt by its name; None for that of the role."""
-        if prompt_name is not None and prompt_name not in self.prompts:
-            raise ValueError(
-                f"{self.folder} has no prompt {prompt_name!r}{nearest(prompt_name, [*self.prompts])}; it has "
-                f"{', '.join(self.prompts) or 'none'}."
-            )
-        return None if prompt_name is None else self.prompts[prompt_name]
-
     # From a window to batches
 
-    def _plan(
-        self, window: Sequence[Item], role: Role, prompt: str | None, batch_tokens: int | None, seen: _Seen
-    ) -> _Plan:
-        """Read a window's items, and say which of them go through the model together."""
+    def _plan(self, window: Sequence[Item], role: Role, seen: _Seen) -> _Plan:
+        """Read a window's items, and say which of them go through the model."""
         plan = _Plan(seen)
         for row in range(len(window)):
             try:
                 item = window[row]
+                plan.items[row] = item if item.role == role else replace(item, role=role)
             except ValueError as error:
                 plan.unreadable[row] = str(error)
-                continue
-            told = prompt if item.instruction is None else item.instruction
-            same = item.role == role and item.instruction == told
-            plan.items[row] = item if same else replace(item, role=role, instruction=told)
-        costs: dict[int, int] = {}  # Of the first of equal items.
         with ThreadPoolExecutor(THREADS) as threads:  # Reading headers and hashing files leave Python's lock to others.
             looked = threads.map(self._look, plan.items.values())
             for row, (identity, cost) in zip([*plan.items], looked, strict=True):
                 if isinstance(cost, str):
                     plan.unreadable[row] = cost
                 elif identity not in seen.identities:
-                    costs[row] = cost
+                    plan.costs[row] = cost
                     seen.identities.add(identity)
                 plan.identities[row] = identity
-        plan.batches = [[(row, plan.items[row]) for row in batch] for batch in self._cut(costs, role, batch_tokens)]
         return plan
 
     def _look(self, item: Item) -> tuple[str, int | str]:
@@ -342,31 +318,25 @@ class ServedModel:
             origin = "" if item.origin and item.origin in str(error) else f"{item.origin or 'An item'}: "
             return "", f"{origin}{error}"
 
-    def _cut(self, costs: Mapping[int, int], role: Role, batch_tokens: int | None) -> Iterator[list[int]]:
-        """Cut rows into batches of similar cost, the most expensive first."""
+    def _cut(self, plan: _Plan, role: Role, batch_tokens: int | None) -> Iterator[list[tuple[int, Item]]]:
+        """Cut numbered items into batches of similar cost, the most expensive first."""
         frame, most, room = 0, PADDED_ITEMS, math.inf
         if self.encoder is not None:
             shortest = self.encoder.preprocessor([Item(role, (Part("text", "1"),))])
             frame, most = int(shortest["attention_mask"].sum()), BATCH_ITEMS
             room = batch_tokens or BATCH_TOKENS["cuda" if self.device.type == "cuda" else "cpu"]
-        batch: list[int] = []
-        taken = 0
-        for row in sorted(costs, key=costs.__getitem__, reverse=True):
-            cost = frame + costs[row]
+        batch, taken = list[tuple[int, Item]](), 0
+        for row in sorted(plan.costs, key=plan.costs.__getitem__, reverse=True):
+            cost = frame + plan.costs[row]
             if batch and (len(batch) == most or taken + cost > room):
                 yield batch
                 batch, taken = [], 0
-            batch.append(row)
+            batch.append((row, plan.items[row]))
             taken += cost
         if batch:
             yield batch
 
     # From a batch to vectors
-
-    @property
-    def _make(self) -> Make:
-        """What makes a batch, in loader workers."""
-        return _open if self.encoder is None else ItemCollator(self.encoder.preprocessor).collate_items
 
     def _compute(self, made: Any, role: Role) -> Sequence[Tensor]:
         """Return the embedding (D,) of each item of a batch, or its vectors (n, D)."""
@@ -389,28 +359,21 @@ class _Seen:
     unreadable: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass
 class _Plan:
     """A window that is being encoded."""
 
-    def __init__(self, seen: _Seen) -> None:
-        self.seen = seen
-        self.items: dict[int, Item] = {}  # By row, those that there are.
-        self.identities: dict[int, str] = {}
-        self.batches: list[list[tuple[int, Item]]] = []  # Of distinct items that were not in an earlier window.
-        self.unreadable: dict[int, str] = {}
-        self._taken = 0
+    seen: _Seen
+    items: dict[int, Item] = field(default_factory=dict)  # By row, those that there are.
+    identities: dict[int, str] = field(default_factory=dict)
+    costs: dict[int, int] = field(default_factory=dict)  # Of distinct items that were not in an earlier window.
+    unreadable: dict[int, str] = field(default_factory=dict)
 
     def take(self, rows: Sequence[int], vectors: Sequence[Tensor], unreadable: Mapping[int, str]) -> None:
         """Take what came of the next batch."""
         self.seen.vectors |= zip((self.identities[row] for row in rows), vectors, strict=True)
         self.seen.unreadable |= {self.identities[row]: reason for row, reason in unreadable.items()}
         self.unreadable |= unreadable
-        self._taken += 1
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether all batches have been taken."""
-        return self._taken == len(self.batches)
 
     def result(self) -> Encoded:
         """Give every item what the first of its content has."""
@@ -424,16 +387,8 @@ class _Plan:
                 reason = self.seen.unreadable[identity]
                 self.unreadable[row] = f"{item.origin or 'An item'} has the same content as another: {reason}"
         several = bool(vectors) and vectors[0].ndim > 1
-        return Encoded(
-            rows,
-            vectors if several else torch.stack(vectors) if vectors else torch.empty(0),
-            dict(sorted(self.unreadable.items())),
-        )
-
-
-def _whole(plans: deque[_Plan]) -> Iterator[Encoded]:
-    while plans and plans[0].is_whole:
-        yield plans.popleft().result()
+        joined = MultiVectors.of(vectors) if several else torch.stack(vectors) if vectors else torch.empty(0)
+        return Encoded(rows, joined, dict(sorted(self.unreadable.items())))
 
 
 #: Makes what is computed of numbered items.
@@ -442,6 +397,8 @@ Make = Callable[[Sequence[tuple[int, Item]]], Any]
 
 def _preprocess(make: Make, items: Sequence[tuple[int, Item]]) -> tuple[Any, list[int], dict[int, str]]:
     """Make a batch of the items that can be read; return it with their rows, and why others cannot be."""
+    if not items:
+        return None, [], {}
     try:
         return make(items), [row for row, _ in items], {}
     except ValueError:
@@ -453,8 +410,8 @@ def _preprocess(make: Make, items: Sequence[tuple[int, Item]]) -> tuple[Any, lis
                 unreadable[row] = str(error)
         if not unreadable:
             raise
-        readable = [(row, item) for row, item in items if row not in unreadable]
-        return make(readable) if readable else None, [row for row, _ in readable], unreadable
+        made, rows, _ = _preprocess(make, [(row, item) for row, item in items if row not in unreadable])
+        return made, rows, unreadable
 
 
 def _open(items: Sequence[tuple[int, Item]]) -> list[tuple[Item, Any]]:
@@ -480,6 +437,14 @@ def _text_length(item: Item) -> int:
 
 
 # Opening a folder
+
+
+def open_served(model: str, config: Mapping[str, Any], **options: Any) -> Any:
+    """Open an embedder by the class of Sentence Transformers that its configuration names."""
+    from sentence_transformers import MultiVectorEncoder, SentenceTransformer  # Takes seconds.
+
+    opener: Any = MultiVectorEncoder if config.get("model_type") == "MultiVectorEncoder" else SentenceTransformer
+    return opener(model, **options)
 
 
 def find_folder(folder: str | Path) -> Path:

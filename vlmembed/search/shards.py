@@ -18,24 +18,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch import Tensor
 
 from vlmembed.files import whole_file
-from vlmembed.search.corpus import Corpus, CorpusSource, files_of, open_corpus
+from vlmembed.late_interaction import MultiVectors, Vectors
+from vlmembed.search.corpus import Corpus, CorpusSource, open_corpus
 from vlmembed.search.index import Precision
 from vlmembed.search.served import Encoded, ServedModel
 from vlmembed.types import Item, Role
 
 #: In a shard's metadata: the items that could not be read, as JSON.
 UNREADABLE = b"unreadable"
-
-#: How vectors are stored.
-STORED: dict[Precision, Any] = {
-    "float32": pa.float32(),
-    "float16": pa.float16(),
-    "int8": pa.int8(),
-    "binary": pa.uint8(),
-}
 
 
 @dataclass(frozen=True)
@@ -66,7 +58,7 @@ class Window(Sequence[Item]):
 
     def __init__(self, corpus: Corpus, rows: range) -> None:
         self._corpus, self.rows = corpus, rows
-        self.ids: dict[int, str | None] = {}
+        self.ids: dict[int, str | None] = {}  # None where a row says none.
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -79,10 +71,6 @@ class Window(Sequence[Item]):
             raise
         return item
 
-    def name(self, index: int) -> str | None:
-        """Return the id of an item that has been asked for; None where its row says none."""
-        return self.ids[index]
-
     def origin(self, index: int) -> str:
         """Say where an item is."""
         return self._corpus.origin(self.rows[index])
@@ -91,10 +79,10 @@ class Window(Sequence[Item]):
 class Encoding:
     """An open model and corpus, which writes shards."""
 
-    def __init__(self, job: Job, model: ServedModel | None = None, corpus: Corpus | None = None) -> None:
+    def __init__(self, job: Job, corpus: Corpus | None = None) -> None:
         self.job = job
-        self.model = model or open_model(job)
         self.corpus = open_corpus(job.corpus, job.role) if corpus is None else corpus
+        self.model = ServedModel.open(job.model, job.device, job.dtype, job.trust_remote_code)
 
     def rows(self, shard: int) -> range:
         """Return the rows of the corpus that are in a shard."""
@@ -124,48 +112,36 @@ class Encoding:
     def _write(self, shard: int, encoded: Iterator[tuple[Window, Encoded]], progress: Callable[[int], Any]) -> None:
         unreadable: list[dict[str, Any]] = []
         schema, left = schema_of(self.job.precision, self.model.is_multi_vector), len(self.rows(shard))
-        with whole_file(self.job.path(shard)) as draft:
-            with pq.ParquetWriter(draft, schema, compression="none", use_dictionary=bytes_in(schema)) as writer:
-                while left:
-                    window, made = next(encoded)
-                    ids = [window.name(row) for row in made.rows]
-                    check_finite(window, made)
-                    if made.rows:
-                        writer.write_table(table_of(ids, made.vectors, self.job.precision, schema))
-                    for row, reason in sorted(made.unreadable.items()):
-                        name, origin = window.name(row), window.origin(row)
-                        place = {"row": window.rows[row], "shard": shard}  # Of the corpus, from 0.
-                        unreadable.append({"id": name, "origin": origin, "error": reason, **place})
-                    left -= len(window)
-                    progress(len(window))
-                writer.add_key_value_metadata({UNREADABLE: json.dumps(unreadable)})
-            os.chmod(draft, 0o666 & ~_umask())
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def open_model(job: Job) -> ServedModel:
-    """Open the model of a job."""
-    return ServedModel.open(job.model, job.device, job.dtype, job.trust_remote_code)
+        options: Any = {"compression": "none", "use_dictionary": bytes_in(schema)}
+        with whole_file(self.job.path(shard)) as draft, pq.ParquetWriter(draft, schema, **options) as writer:
+            while left:
+                window, made = next(encoded)
+                check_finite(window, made)
+                if made.rows:
+                    ids = [window.ids[row] for row in made.rows]
+                    writer.write_table(table_of(ids, made.vectors, self.job.precision, schema))
+                for row, reason in made.unreadable.items():
+                    named = {"id": window.ids[row], "origin": window.origin(row), "error": reason}
+                    unreadable.append({**named, "row": window.rows[row], "shard": shard})  # From 0.
+                left -= len(window)
+                progress(len(window))
+            writer.add_key_value_metadata({UNREADABLE: json.dumps(unreadable)})
 
 
 def check_finite(window: Window, made: Encoded) -> None:
     """Raise a ``ValueError`` that names the first item whose vectors have a number that is none."""
-    for row, vectors in zip(made.rows, made.vectors, strict=True):
+    items = made.vectors.split() if isinstance(made.vectors, MultiVectors) else made.vectors
+    for row, vectors in zip(made.rows, items, strict=True):
         if not torch.isfinite(vectors).all():
             raise ValueError(
-                f"{window.origin(row)} (id {window.name(row)!r}): its embedding has NaN or infinite numbers. Is the "
+                f"{window.origin(row)} (id {window.ids[row]!r}): its embedding has NaN or infinite numbers. Is the "
                 "model whole, and made for this dtype? Try --dtype float32. Shards that are written stay."
             )
 
 
 def schema_of(precision: Precision, is_multi_vector: bool) -> pa.Schema:
     """Return the columns of a shard."""
-    vector = _required(STORED[precision])
+    vector = _required(pa.uint8() if precision == "binary" else pa.from_numpy_dtype(precision))
     embedding = pa.field("embedding", _required(vector) if is_multi_vector else vector, nullable=False)
     scale = [("scale", pa.float32())] if precision == "int8" else []
     return pa.schema([("id", pa.string()), embedding, *scale])
@@ -185,12 +161,10 @@ def bytes_in(schema: pa.Schema) -> list[str]:
     return [path] if stored in (pa.int8(), pa.uint8()) else []
 
 
-def table_of(
-    ids: Sequence[str | None], vectors: Tensor | list[Tensor], precision: Precision, schema: pa.Schema
-) -> pa.Table:
-    """Return rows of a shard: embeddings (N, D), or the vectors (n, D) of each of N items."""
-    lengths = None if isinstance(vectors, Tensor) else [len(of_item) for of_item in vectors]
-    matrix = (vectors if isinstance(vectors, Tensor) else torch.cat(vectors)).float().numpy()  # (N, D) or (T, D)
+def table_of(ids: Sequence[str | None], vectors: Vectors, precision: Precision, schema: pa.Schema) -> pa.Table:
+    """Return rows of a shard."""
+    lengths = vectors.lengths.tolist() if isinstance(vectors, MultiVectors) else None
+    matrix = (vectors.vectors if isinstance(vectors, MultiVectors) else vectors).numpy()  # (N, D) or (T, D)
     columns: list[Any] = [pa.array(ids, pa.string())]
     if precision == "int8":
         scales = _scales(matrix, lengths)
@@ -233,15 +207,6 @@ class Shard:
         except (FileNotFoundError, pa.ArrowInvalid):
             return None
         return cls(metadata.num_rows, json.loads(metadata.metadata[UNREADABLE]))
-
-
-def rewritten(corpus: Corpus, rows: range, shard: Path) -> Path | None:
-    """Return a file that items of a shard name, or that they are in, and that was written after the shard."""
-    written, files = shard.stat().st_mtime_ns, {*corpus.files()}
-    for row in rows:
-        with suppress(ValueError):  # It could not be read then, either.
-            files |= {*files_of(corpus.read(row)[1])}
-    return next((file for file in files if file.exists() and file.stat().st_mtime_ns > written), None)
 
 
 class Executor(ABC):
