@@ -38,7 +38,7 @@ from vlmembed.trainer import Trainer
 from vlmembed.training import run_folder
 from vlmembed.training.checkpoint_files import CheckpointFiles, newest_checkpoint
 from vlmembed.training.checkpointing import FROZEN, Checkpointing, complete_frozen
-from vlmembed.training.run_folder import refuse_changes
+from vlmembed.training.run_folder import fit_folder, other_folder, refuse_changes
 from vlmembed.training.signals import StopSafely, _requeue
 
 # Files
@@ -295,23 +295,13 @@ def test_what_is_trained_is_kept_and_a_frozen_tower_left_out(checkpoint: Path, t
 
 def run_in(folder: Path, version: str | int | None = None, dirpath: Path | None = None) -> Trainer:
     logger = CSVLogger(folder, "name", version)
-    built = Trainer(accelerator="cpu", logger=logger, callbacks=[ModelCheckpoint(dirpath)])
-    built.version_given = version is not None
-    return built
-
-
-def fit_folder(run: Any, path: str | None) -> Any:
-    return run_folder.fit_folder(run, path, run.version_given)
-
-
-def other_folder(run: Any, path: str | None, writes: bool) -> Any:
-    return run_folder.other_folder(run, path, run.version_given, writes)
+    return Trainer(accelerator="cpu", logger=logger, callbacks=[ModelCheckpoint(dirpath)])
 
 
 def test_runs_that_begin_together_have_folders_of_their_own(tmp_path: Path) -> None:
     def begin(_: int) -> str:
         logger = CSVLogger(tmp_path, "name")
-        return run_folder._claim(logger, version_given=False).name
+        return run_folder._claim(logger).name
 
     with ThreadPoolExecutor(16) as pool:
         claimed = [*pool.map(begin, range(64))]
@@ -380,7 +370,7 @@ def test_a_folder_that_runs_share_is_not_mistaken(tmp_path: Path) -> None:
         assert path == str(shared / "0.ckpt")
     (tmp_path / "name").rename(tmp_path / "moved")
     moved = Trainer(accelerator="cpu", logger=CSVLogger(tmp_path, "moved"), callbacks=[ModelCheckpoint(shared)])
-    with run_folder.fit_folder(moved, "last", False) as path:
+    with fit_folder(moved, "last") as path:
         assert path == str(shared / "0.ckpt")  # The newest that nobody else can claim.
 
 

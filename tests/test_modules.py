@@ -97,7 +97,7 @@ def test_a_temperature_learns_in_finer_steps_than_bfloat16_weights(checkpoint: P
 
 
 def test_a_dimension_above_the_embedding_is_refused(checkpoint: Path) -> None:
-    with pytest.raises(ValueError, match=r"truncates to \[128, 96\] dimensions, but the embedding has 64"):
+    with pytest.raises(ValueError, match=r"truncates to \[128, 96\] dimensions, and the model's vectors have 64"):
         module(checkpoint, Matryoshka(InfoNCE(), [32, 128, 96, 64]))
 
 

@@ -36,7 +36,8 @@ from vlmembed.late_interaction import MultiVectors, merge
 from vlmembed.losses import InfoNCE
 from vlmembed.metrics import METRICS, MultiVectorMetrics, RetrievalMetrics
 from vlmembed.modules import MultiVectorModule
-from vlmembed.training.guards import LOOKS, embedding_likeness
+from vlmembed.modules.multi_vector import SAME_TOKENS
+from vlmembed.training.guards import LOOKS, CollapseMonitor, embedding_likeness
 from vlmembed.types import EvaluationSet
 
 #: Every document, for each query.
@@ -340,7 +341,7 @@ def test_a_vector_that_all_documents_have_may_leave_nothing_to_learn() -> None:
     assert loss.item() == pytest.approx(math.log(8))
     (gradient,) = torch.autograd.grad(loss, queries.vectors)
     assert gradient.abs().max() < 1e-6
-    monitor = MultiVectorModule.collapse_monitor(None)  # type: ignore[arg-type]
+    monitor = CollapseMonitor("Vectors", embedding_likeness, SAME_TOKENS)
     monitor._looks = [torch.zeros(3)] * LOOKS
     with pytest.warns(UserWarning, match=r"at chance.*Or tokens of the chat template.*document_tokens\.skip"):
         monitor._judge([0.5, loss.item(), math.log(8)], 0.0)

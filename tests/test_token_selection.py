@@ -376,7 +376,7 @@ def test_a_document_without_vectors_stops_a_run_before_its_first_step(run: dict[
         (
             ["--model.loss={class_path: vlmembed.losses.Matryoshka, init_args: "
              "{dimensions: [17, 8], loss: {class_path: vlmembed.losses.InfoNCE}}}"],
-            r"truncates to \[17\] dimensions, but the projection has 16.*raise the projection's size",
+            r"truncates to \[17\] dimensions, and the model's vectors have 16.*a larger projection",
         ),
         (
             ["--trainer.exporter=vlmembed.export.SentenceTransformers", "--trainer.exporter.truncate_dim=17"],

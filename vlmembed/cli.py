@@ -171,7 +171,7 @@ class CLI(LightningCLI):
             super()._run_subcommand(subcommand)
             return
         folder = fit_folder if subcommand == "fit" else partial(other_folder, writes=subcommand != "export")
-        with folder(self.trainer, path, self._version_given) as arguments["ckpt_path"]:
+        with folder(self.trainer, path) as arguments["ckpt_path"]:
             super()._run_subcommand(subcommand)
 
     def before_fit(self) -> None:
@@ -224,14 +224,6 @@ class CLI(LightningCLI):
         trainer = cast(Trainer, super()._instantiate_trainer(config, callbacks))
         trainer.run_config = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
         return trainer
-
-    @property
-    def _version_given(self) -> bool:
-        """Whether the configuration says which version of the CSV logger's folder to write into."""
-        loggers = self.config[self.subcommand].trainer.get("logger")
-        entries = loggers if isinstance(loggers, list) else [loggers]
-        csv = [entry for entry in entries if isinstance(entry, Namespace) and entry.class_path.endswith("CSVLogger")]
-        return any(entry.init_args.get("version") is not None for entry in csv[:1])
 
 
 def _refuse_unmeasured(callback: Callback, measured: list[str]) -> None:
@@ -313,17 +305,14 @@ def main(args: ArgsType = None) -> None:
     words = sys.argv[1:] if args is None else args
     if isinstance(words, list):
         refuse_secrets_in(words)
-    if isinstance(words, list) and words and words[0] in COMMANDS:
-        try:
+    try:
+        if isinstance(words, list) and words and words[0] in COMMANDS:
             module = import_module(COMMANDS[words[0]][0])
             getattr(module, "main", partial(run_function, getattr(module, words[0])))(words)
-        except KeyboardInterrupt:  # Of which Ray would make a status of 1.
-            sys.exit(128 + signal.SIGINT)
-        return
-    end_with_parent()
-    try:
-        CLI(args)
-    except SystemExit as error:
-        if isinstance(error.__context__, KeyboardInterrupt):  # Of Ctrl-C Lightning makes a status of 1.
+        else:
+            end_with_parent()
+            CLI(args)
+    except (KeyboardInterrupt, SystemExit) as error:  # Of Ctrl-C, Ray and Lightning would make a status of 1.
+        if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
             sys.exit(128 + signal.SIGINT)
         raise

@@ -16,7 +16,7 @@ from vlmembed.backbones.chat_templates import PairTemplate
 from vlmembed.backbones.packing import halve, picked, select
 from vlmembed.backbones.preprocessing import ChatPreprocessor
 from vlmembed.heads import ScoreHead
-from vlmembed.late_interaction import MultiVectors
+from vlmembed.late_interaction import MultiVectors, Vectors
 from vlmembed.pooling import MeanWithoutInstruction, Pooling, TokenProjection, TokenSelection
 from vlmembed.pooling.base import at_least_float32
 from vlmembed.types import Batch, Inputs, RankingBatch, Role
@@ -114,9 +114,9 @@ class Encoder(nn.Module):
             images += [select(group, half) for half in (range(count // 2), range(count // 2, count)) if half]
         return replace(batch, chunks=[half for chunk in batch.chunks for half in halve(chunk)], images=images)
 
-    def fresh(self) -> Encoder:
-        """Return the same encoder without weights."""
-        return Encoder(self.backbone, self.pooling)
+    def by_item(self, outputs: Tensor, chunks: Sequence[Inputs]) -> Vectors:
+        """Return what was made of each item of some chunks, which come in the same order."""
+        return outputs
 
     def forward(self, inputs: Inputs, features: Features = ()) -> Float[Tensor, "B D"]:
         """Encode a chunk of B items; ``features`` are of all images of the batch, where these come in own chunks."""
@@ -158,12 +158,8 @@ class MultiVectorEncoder(Encoder):
         preprocessor.skipped  # noqa: B018  # Refuses what is no token, before weights are loaded.
         return preprocessor
 
-    def fresh(self) -> MultiVectorEncoder:
-        """Return the same encoder without weights."""
-        return MultiVectorEncoder(self.backbone, self.pooling, self.selections, self.similarity, self.expansion_tokens)
-
     def by_item(self, outputs: Float[Tensor, "T D"], chunks: Sequence[Inputs]) -> MultiVectors:
-        """Give the vectors of some chunks to their items, which come in the same order."""
+        """Give the vectors of some chunks to their items."""
         lengths = torch.cat([chunk.get("kept", chunk["attention_mask"]).sum(dim=1) for chunk in chunks])
         return MultiVectors(outputs, lengths.cpu(), self.similarity == "meanmaxsim")
 
@@ -195,10 +191,6 @@ class Scorer(Encoder):
             raise ValueError(
                 "MeanWithoutInstruction does not know where the instruction of a pair ends: choose another."
             )
-
-    def fresh(self) -> Scorer:
-        """Return the same scorer without weights."""
-        return Scorer(self.backbone, self.pooling, self.template)
 
     def configure(self) -> None:
         """Load the backbone's weights and create the head's; refuse label tokens that are not one token each."""

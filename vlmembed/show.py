@@ -9,7 +9,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -247,16 +247,9 @@ class Reader:
 def rendered(preprocessor: ChatPreprocessor, ids: Sequence[int]) -> str:
     """Return the text of token ids, in which a token of an image or the like that repeats is written once."""
     tokenizer: Any = preprocessor.processor.tokenizer
-    special = {*preprocessor.template.visual, *tokenizer.added_tokens_decoder}
-    text = ""
-    for is_special, run in groupby(ids, special.__contains__):
-        if not is_special:
-            text += tokenizer.decode([*run])
-            continue
-        for token, repeated in groupby(run):
-            count = len([*repeated])
-            text += tokenizer.decode([token]) + (f" × {count} " if count > 1 else "")
-    return text
+    marks = {tokenizer.decode([token]) for token in {*preprocessor.template.visual, *tokenizer.all_special_ids}} - {""}
+    repeated = f"({'|'.join(map(re.escape, sorted(marks, key=len, reverse=True)))})\\1+"
+    return re.sub(repeated, lambda run: f"{run[1]} × {len(run[0]) // len(run[1])} ", tokenizer.decode(ids))
 
 
 def size_read(outputs: Any, processor: Any) -> tuple[tuple[int, int], str]:

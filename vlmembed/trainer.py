@@ -11,7 +11,6 @@ import lightning
 import yaml
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
-from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
     BasePredictionWriter,
@@ -28,7 +27,7 @@ from vlmembed.export import Exporter, ModelInfo, push, refuse_used
 from vlmembed.modules import RetrievalModule
 from vlmembed.training.checkpoint_files import CheckpointFiles, read_checkpoint
 from vlmembed.training.checkpointing import finish_averages, in_window, model_checkpoints, refuse_averaging
-from vlmembed.training.memory import MeasureChunks, MeasureGraphMemory, whole_weights
+from vlmembed.training.memory import MeasureMemory, whole_weights
 from vlmembed.training.run_folder import name_changes, refuse_changes
 from vlmembed.training.signals import StopSafely
 
@@ -93,9 +92,8 @@ class Trainer(lightning.Trainer):
         self.allow_changed = allow_changed or []
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:
             self.strategy.checkpoint_io = CheckpointFiles()
-        measure = MeasureGraphMemory if isinstance(self.accelerator, CUDAAccelerator) else MeasureChunks
         # After the others, so that a step at which a run is stopped is one like any other.
-        self.callbacks += [measure(), StopSafely()]
+        self.callbacks += [MeasureMemory(), StopSafely()]
 
     # The data module is handed what makes batches before Lightning sets anything up; it never reads the module.
 
@@ -204,7 +202,7 @@ class Trainer(lightning.Trainer):
         """
         if self.exporter is None:
             raise ValueError("There is nothing to export with: set trainer.exporter.")
-        checkpoint: dict[str, Any] | None = None
+        checkpoint: dict[str, Any] = {}
         if ckpt_path is None and is_sharded(model):
             checkpoint = {"state_dict": whole_weights(model)}
         # All processes are asked for the run's folder, unless it is not needed.
@@ -219,11 +217,11 @@ class Trainer(lightning.Trainer):
                 name_changes(checkpoint["config"], self.run_config)
         model.configure_model()
         model.gather()
-        if checkpoint is not None:
+        if checkpoint:
             model.checkpointing.load_weights(model, checkpoint)
         model.to(self.strategy.root_device)
         # Of the data module when it trained: to export, no training rows need be there.
-        state = (checkpoint or {}).get(type(datamodule).__qualname__, {})
+        state = checkpoint.get(type(datamodule).__qualname__, {})
         info = ModelInfo(
             name=(push_to_hub or output_dir or (self.loggers and self.loggers[0].name) or "model")
             .rstrip("/")
@@ -236,7 +234,7 @@ class Trainer(lightning.Trainer):
             config=yaml.safe_load(self.run_config) or {},
             prompts=getattr(datamodule, "prompts", None) or state.get("prompts", {}),
             rows=getattr(datamodule, "rows", None) or state.get("rows"),
-            steps=(checkpoint or {}).get("global_step", self.global_step),
+            steps=checkpoint.get("global_step", self.global_step),
             log=(Path(ckpt_path).resolve().parents[1] if ckpt_path else in_run.parent) / "metrics.csv",
         )
         self.exporter.export(model.encoder, folder, info)

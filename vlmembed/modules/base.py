@@ -8,20 +8,21 @@ through the gradient cache, and `configure_gradient_clipping` looks at the gradi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torchmetrics import Metric
 
 from vlmembed import distributed
 from vlmembed.adapters import Adapter
-from vlmembed.data import Collator
+from vlmembed.data import Collator, ItemCollator
 from vlmembed.data.columns import nearest
 from vlmembed.data.judgements import trec_lines
 from vlmembed.encoder import Encoder
@@ -51,16 +52,14 @@ from vlmembed.training.guards import (
 from vlmembed.training.memory import ShardedGradCache, graph_bytes, open_features, refuse_strategy, shard
 from vlmembed.types import Preprocessor
 
-#: Documents per query in a ranking that is written, as TREC runs have them.
-DEPTH = 1000
-
 
 class RetrievalModule(LightningModule, ABC):
     """Trains an encoder through a gradient cache, and measures it.
 
     Args:
-        encoder: What is trained, without weights.
+        make_encoder: Makes what is trained, without weights.
         loss: What to train with.
+        monitor: Warns of outputs that are all alike, and of a loss that stays at chance.
         adapters: What of the backbone is trained, and through what: LoRA, Freeze; applied in this order. Empty for all.
         optimizer: Any torch optimizer; null for AdamW with torch's defaults.
         lr_scheduler: Any torch schedule that goes by steps; null for a constant rate. A parameter that means the number
@@ -79,8 +78,9 @@ class RetrievalModule(LightningModule, ABC):
 
     def __init__(
         self,
-        encoder: Encoder,
+        make_encoder: Callable[[], Encoder],
         loss: nn.Module,
+        monitor: CollapseMonitor,
         adapters: Sequence[Adapter] = (),
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: SchedulerCallable | None = None,
@@ -91,7 +91,8 @@ class RetrievalModule(LightningModule, ABC):
         losses: Mapping[str, nn.Module] | None = None,
     ) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder = make_encoder()
+        self._make_encoder = make_encoder
         self.loss = loss
         self.losses = _named(losses or {})
         self.adapters = adapters
@@ -101,7 +102,7 @@ class RetrievalModule(LightningModule, ABC):
         self.graph_memory = graph_memory
         self.features = features
         self.guard = NonFiniteGuard(max_skipped_steps)
-        self.monitor = self.collapse_monitor()
+        self.monitor = monitor
         self.checkpointing = Checkpointing()
         self._configured = False
         self._reached_everything = False
@@ -114,9 +115,9 @@ class RetrievalModule(LightningModule, ABC):
 
     # What differs between kinds of models
 
-    @abstractmethod
     def collator(self) -> Collator:
         """Return what makes batches for this model; it needs no weights."""
+        return ItemCollator(self.preprocessor, self.loss.label_spec, self.label_specs)
 
     @abstractmethod
     def gather_batch(self, outputs: Tensor, batch: Any) -> tuple[Any, ...]:
@@ -126,20 +127,23 @@ class RetrievalModule(LightningModule, ABC):
     def metric(self, evaluation: Any) -> Metric:
         """Return what measures on an evaluation set."""
 
-    @abstractmethod
     def measure(self, batch: Any, metric: Any) -> None:
         """Encode a batch of an evaluation set, and update its metric."""
+        outputs = self.encoder(batch.inputs, self.encoder.encode_images(batch.images))
+        metric.update(batch.rows, self.encoder.by_item(outputs, batch.chunks))
 
-    @abstractmethod
-    def write_predictions(self, metric: Any, folder: Path) -> None:
-        """Write what was predicted. All processes call it."""
-
-    @abstractmethod
-    def collapse_monitor(self) -> CollapseMonitor:
-        """Return what warns of outputs that are all alike and of a loss that stays at chance."""
+    def predictions(self, metric: Any) -> dict[str, Tensor]:
+        """Return what ``predict`` writes beside the rankings, as ``NAME.safetensors``. All processes call it."""
+        return {}
 
     def check(self) -> None:
         """Refuse what does not fit together, once weights are there."""
+        too_large = [dimension for dimension in self.dimensions if dimension > self.encoder.dimension]
+        if too_large:
+            raise ValueError(
+                f"The loss truncates to {too_large} dimensions, and the model's vectors have {self.encoder.dimension}. "
+                "Remove the larger ones from the Matryoshka loss's dimensions, or give the model a larger projection."
+            )
 
     def loss_of(self, name: str | None) -> nn.Module:
         """Return a loss by the name that sources give it; None for the module's own."""
@@ -203,7 +207,7 @@ class RetrievalModule(LightningModule, ABC):
     def gather(self) -> None:
         """Become whole in this process, with fresh weights, where the model was in shards."""
         if distributed.is_sharded(self.encoder):
-            self.encoder = self.encoder.fresh()
+            self.encoder = self._make_encoder()
             self._load_weights()
             self.checkpointing.recognise_frozen(self)
 
@@ -326,9 +330,9 @@ class RetrievalModule(LightningModule, ABC):
     # Measuring: validation, test and predict alike
 
     @property
-    def metrics(self) -> list[Metric]:
+    def metrics(self) -> list[Any]:
         """What is being measured: one for each evaluation set of the running stage."""
-        return [metric for metric in self._metrics if isinstance(metric, Metric)]
+        return [*self._metrics]
 
     def on_validation_start(self) -> None:
         """Before averages take the weights' place: see `follow_weights`."""
@@ -372,7 +376,12 @@ class RetrievalModule(LightningModule, ABC):
             return
         folder = Path(self.trainer.log_dir or ".") / "predictions"
         for metric in self.metrics:
-            self.write_predictions(metric, folder)
+            scores, columns = metric.top_k(metric.depth)
+            tensors = {name: tensor.contiguous() for name, tensor in self.predictions(metric).items()}
+            if self.trainer.is_global_zero:
+                write_run(metric.evaluation, scores, columns, folder)
+                if tensors:
+                    save_file(tensors, folder / f"{metric.evaluation.name}.safetensors")
         distributed.print_once(f"Predictions are in {folder}")
 
     @property

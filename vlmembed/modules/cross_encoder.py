@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from vlmembed.features import RecentFeatures
 from vlmembed.heads import ScoreHead, YesNo
 from vlmembed.losses import RankingLoss
 from vlmembed.metrics import RerankingMetrics
-from vlmembed.modules.base import RetrievalModule, write_run
+from vlmembed.modules.base import RetrievalModule
 from vlmembed.training.guards import CollapseMonitor, score_likeness
 from vlmembed.types import PairBatch, RankingBatch, RerankingSet
 
@@ -53,17 +53,14 @@ class CrossEncoderModule(RetrievalModule):
         **options: Any,
     ) -> None:
         self.in_batch_negatives = in_batch_negatives
-        super().__init__(Scorer(backbone, head or YesNo(), template or QueryFirst()), loss, losses=losses, **options)
+        scorer = partial(Scorer, backbone, head or YesNo(), template or QueryFirst())
+        super().__init__(scorer, loss, CollapseMonitor("Scores", score_likeness), losses=losses, **options)
 
     def collator(self) -> PairCollator:
         """Score pairs, with the labels that the loss wants."""
         by_document = self.encoder.template.ends_with_query
         labels = self.loss.label_spec, self.in_batch_negatives, by_document, self.label_specs
         return PairCollator(self.preprocessor, *labels)
-
-    def collapse_monitor(self) -> CollapseMonitor:
-        """Watch the spread of a batch's scores."""
-        return CollapseMonitor("Scores", score_likeness)
 
     def gather_batch(self, outputs: Tensor, batch: RankingBatch) -> tuple[Tensor, ...]:
         """Join the scores of all processes."""
@@ -79,12 +76,6 @@ class CrossEncoderModule(RetrievalModule):
         features = self._recent.encode_images(batch.images)
         scores = torch.cat([self.encoder(chunk, features) for chunk in batch.chunks])  # (N, 1)
         metric.update(batch.rows, scores[:, 0])
-
-    def write_predictions(self, metric: RerankingMetrics, folder: Path) -> None:
-        """Write each query's candidates in their new order, with logits as scores."""
-        scores, columns = metric.top_k(metric.depth)
-        if self.trainer.is_global_zero:
-            write_run(metric.evaluation, scores, columns, folder)
 
 
 def gather_candidates(

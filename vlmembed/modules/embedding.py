@@ -5,25 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vlmembed import distributed
 from vlmembed.backbones import VisionLanguageModel
-from vlmembed.data import ItemCollator
 from vlmembed.encoder import Encoder
 from vlmembed.heads import ScoreHead
 from vlmembed.late_interaction import MultiVectors, Vectors
 from vlmembed.losses import Loss
 from vlmembed.metrics import RetrievalMetrics
-from vlmembed.modules.base import DEPTH, RetrievalModule, write_run
+from vlmembed.modules.base import RetrievalModule
 from vlmembed.pooling import Pooling
 from vlmembed.training.guards import CollapseMonitor, embedding_likeness
-from vlmembed.types import Batch, EvaluationSet, ItemBatch
+from vlmembed.types import Batch, EvaluationSet
 
 
 class EmbeddingModule(RetrievalModule):
@@ -49,26 +47,14 @@ class EmbeddingModule(RetrievalModule):
     ) -> None:
         if isinstance(pooling, ScoreHead):
             raise ValueError(f"{type(pooling).__name__} is a head of vlmembed.modules.CrossEncoderModule, no pooling.")
-        super().__init__(Encoder(backbone, pooling), loss, losses=losses, **options)
-
-    def collator(self) -> ItemCollator:
-        """Embed items, each on its own."""
-        return ItemCollator(self.preprocessor, self.loss.label_spec, self.label_specs)
-
-    def collapse_monitor(self) -> CollapseMonitor:
-        """Watch the cosines of a batch's embeddings."""
-        return CollapseMonitor("Embeddings", embedding_likeness)
+        monitor = CollapseMonitor("Embeddings", embedding_likeness)
+        super().__init__(partial(Encoder, backbone, pooling), loss, monitor, losses=losses, **options)
 
     def check(self) -> None:
-        """Refuse Matryoshka dimensions that the embedding does not have, and losses over fewer vectors."""
+        """Refuse losses over fewer vectors, too."""
         if any(loss.merging_factors for loss in (self.loss, *self.losses.values())):
             raise ValueError("MergedTokens is for vlmembed.modules.MultiVectorModule: a single vector has no others.")
-        too_large = [dimension for dimension in self.dimensions if dimension > self.encoder.dimension]
-        if too_large:
-            raise ValueError(
-                f"The loss truncates to {too_large} dimensions, but the embedding has {self.encoder.dimension}. "
-                "Remove the larger ones from the Matryoshka loss's dimensions."
-            )
+        super().check()
 
     def gather_batch(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, ...]:
         """Join the embeddings of all processes."""
@@ -78,23 +64,11 @@ class EmbeddingModule(RetrievalModule):
         """Measure how well queries find their documents in the whole corpus."""
         return RetrievalMetrics(evaluation, self.dimensions)
 
-    def measure(self, batch: ItemBatch, metric: RetrievalMetrics) -> None:
-        """Embed queries or documents."""
-        metric.update(batch.rows, self.encoder(batch.inputs, self.encoder.encode_images(batch.images)))
-
-    def write_predictions(self, metric: RetrievalMetrics, folder: Path) -> None:
-        """Write rankings, and ``NAME.safetensors``.
-
-        It has the tensors ``queries`` (Q, D) and ``documents`` (P, D), not normalised, in the order of the set's files.
-        """
-        scores, columns = metric.top_k(DEPTH)
-        embeddings = metric.gather_embeddings()
-        if self.trainer.is_global_zero:
-            evaluation = metric.evaluation
-            write_run(evaluation, scores, columns, folder)
-            queries, documents = embeddings.split([len(evaluation.queries), len(evaluation.corpus)])
-            tensors = {"queries": queries.contiguous(), "documents": documents.contiguous()}
-            save_file(tensors, folder / f"{evaluation.name}.safetensors")
+    def predictions(self, metric: RetrievalMetrics) -> dict[str, Tensor]:
+        """``queries`` (Q, D) and ``documents`` (P, D), not normalised, in the order of the set's files."""
+        counts = [len(metric.evaluation.queries), len(metric.evaluation.corpus)]
+        queries, documents = metric.gather_embeddings().split(counts)
+        return {"queries": queries, "documents": documents}
 
 
 def gather_batch(embeddings: Vectors, batch: Batch) -> tuple[Any, ...]:

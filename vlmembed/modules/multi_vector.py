@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any, Literal
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vlmembed.backbones import VisionLanguageModel
-from vlmembed.data import ItemCollator
 from vlmembed.encoder import MultiVectorEncoder
 from vlmembed.losses import Loss
 from vlmembed.metrics import MultiVectorMetrics
-from vlmembed.modules.base import DEPTH, RetrievalModule, write_run
+from vlmembed.modules.base import RetrievalModule
 from vlmembed.modules.embedding import gather_batch
 from vlmembed.pooling import TokenProjection, TokenSelection
 from vlmembed.training.guards import CollapseMonitor, embedding_likeness
-from vlmembed.types import Batch, EvaluationSet, ItemBatch
+from vlmembed.types import Batch, EvaluationSet
+
+#: Why vectors may collapse, besides the usual.
+SAME_TOKENS = (
+    "Or tokens of the chat template, whose vectors are the same in every document, are nearest to all others: then all "
+    "similarities are equal, and document_tokens.skip should name these tokens."
+)
 
 
 class MultiVectorModule(RetrievalModule):
@@ -74,8 +78,8 @@ class MultiVectorModule(RetrievalModule):
             "document": document_tokens or TokenSelection(),
         }
         parts = backbone, projection or TokenProjection(), selections, similarity, expansion_tokens
-        encoder = MultiVectorEncoder(*parts)
-        super().__init__(encoder, loss, losses=losses, **options)
+        monitor = CollapseMonitor("Vectors", embedding_likeness, SAME_TOKENS)
+        super().__init__(partial(MultiVectorEncoder, *parts), loss, monitor, losses=losses, **options)
         self.measured_factors = merging_factors
         self.two_stage = two_stage
 
@@ -85,27 +89,6 @@ class MultiVectorModule(RetrievalModule):
         losses: Any = (self.loss, *self.losses.values())
         trained = {factor for loss in losses for factor in loss.merging_factors}
         return tuple(sorted({*self.measured_factors, *trained} - {1}))
-
-    def collator(self) -> ItemCollator:
-        """Encode items, each on its own."""
-        return ItemCollator(self.preprocessor, self.loss.label_spec, self.label_specs)
-
-    def collapse_monitor(self) -> CollapseMonitor:
-        """Watch the cosines of a batch's vectors."""
-        cause = (
-            "Or tokens of the chat template, whose vectors are the same in every document, are nearest to all others: "
-            "then all similarities are equal, and document_tokens.skip should name these tokens."
-        )
-        return CollapseMonitor("Vectors", embedding_likeness, cause)
-
-    def check(self) -> None:
-        """Refuse Matryoshka dimensions that the vectors do not have."""
-        too_large = [dimension for dimension in self.dimensions if dimension > self.encoder.dimension]
-        if too_large:
-            raise ValueError(
-                f"The loss truncates to {too_large} dimensions, but the projection has {self.encoder.dimension}. "
-                "Remove the larger ones from the Matryoshka loss's dimensions, or raise the projection's size."
-            )
 
     def gather_batch(self, outputs: Tensor, batch: Batch) -> tuple[Any, ...]:
         """Join the vectors of all processes; outputs (T, D) are of the tokens that are kept, item by item."""
@@ -117,30 +100,13 @@ class MultiVectorModule(RetrievalModule):
             evaluation, self.dimensions, self.merging_factors, self.two_stage, self.encoder.similarity == "meanmaxsim"
         )
 
-    def measure(self, batch: ItemBatch, metric: MultiVectorMetrics) -> None:
-        """Encode queries or documents."""
-        outputs = self.encoder(batch.inputs, self.encoder.encode_images(batch.images))
-        metric.update(batch.rows, self.encoder.by_item(outputs, batch.chunks))
+    def predictions(self, metric: MultiVectorMetrics) -> dict[str, Tensor]:
+        """``queries`` and ``documents``, the vectors (T, D) of all items end to end; ``…_lengths``, how many each has.
 
-    def write_predictions(self, metric: MultiVectorMetrics, folder: Path) -> None:
-        """Write rankings, and ``NAME.safetensors``.
-
-        It has the tensors ``queries`` and ``documents``, the vectors (T, D) of all items end to end, not normalised,
-        in the order of the set's files; and ``query_lengths`` (Q,) and ``document_lengths`` (P,), how many each has.
+        They are not normalised, in the order of the set's files; ``query_lengths`` is (Q,), ``document_lengths`` (P,).
         """
-        scores, columns = metric.top_k(DEPTH)
         vectors = metric.gather_embeddings()
-        if self.trainer.is_global_zero:
-            evaluation = metric.evaluation
-            write_run(evaluation, scores, columns, folder)
-            counts = [len(evaluation.queries), len(evaluation.corpus)]
-            query_lengths, document_lengths = vectors.lengths.split(counts)
-            queries, documents = vectors.vectors.split([int(query_lengths.sum()), int(document_lengths.sum())])
-            tensors = {
-                "queries": queries,
-                "query_lengths": query_lengths,
-                "documents": documents,
-                "document_lengths": document_lengths,
-            }
-            contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            save_file(contiguous, folder / f"{evaluation.name}.safetensors")
+        lengths = vectors.lengths.split([len(metric.evaluation.queries), len(metric.evaluation.corpus)])
+        queries, documents = vectors.vectors.split([int(counts.sum()) for counts in lengths])
+        sides = {"queries": queries, "documents": documents}
+        return {**sides, "query_lengths": lengths[0], "document_lengths": lengths[1]}

@@ -86,11 +86,9 @@ def build_schedule(
     target = next((part for part in reversed(bound.args) if callable(part)), bound.func)
     names, given = inspect.signature(target).parameters, bound.keywords
     missing = {name for name in names if given.get(name) is None}
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {name: length() for name in missing & {*STEP_PARAMETERS}}
     if given.get("epochs"):  # OneCycleLR takes these or total_steps.
         values = {name: steps_of_epoch(trainer, 0) for name in missing & {"steps_per_epoch"}}
-    else:
-        values = {name: length() for name in missing & {*STEP_PARAMETERS}}
     if "schedulers" in given:
         lengths = _lengths(len(given["schedulers"]), given.get("milestones"), length)
         parts = zip(given["schedulers"], lengths, strict=True)

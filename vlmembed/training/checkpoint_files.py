@@ -44,11 +44,7 @@ class CheckpointFiles(TorchCheckpointIO):
             super().remove_checkpoint(path)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint.
-
-        Raises:
-            OSError: If there is no room for it, or it cannot be written. What was there before is as it was.
-        """
+        """Write a checkpoint; where an OSError says that it cannot be, what was there before is as it was."""
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -67,12 +63,7 @@ class CheckpointFiles(TorchCheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Callable | None = lambda storage, _: storage, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a checkpoint; one that holds more than tensors and plain values only if that is asked for.
-
-        Raises:
-            FileNotFoundError: If there is none.
-            ValueError: If it is torn, or would run code.
-        """
+        """Read a checkpoint; a ValueError if it is torn or would run code, unless that is asked for."""
         try:
             # Lightning would run the code in one that comes from a URL.
             return super().load_checkpoint(path, map_location, weights_only is not False)
@@ -105,14 +96,9 @@ def is_resumable(path: Path, content: dict[str, Any]) -> bool:
 def newest_checkpoint(
     folders: Iterable[Path], accept: Callable[[Path, dict[str, Any]], bool] = is_resumable
 ) -> tuple[Path, dict[str, Any]] | None:
-    """Find the newest whole checkpoint that is accepted.
+    """Return the path of the newest whole checkpoint that is accepted, and its content, mapped from the file.
 
-    Args:
-        folders: Where to look; the names of checkpoints may have folders in them.
-        accept: From a checkpoint's path and content.
-
-    Returns:
-        Its path and its content, mapped from the file; None where there is none.
+    The names of checkpoints may have folders in them.
     """
     paths = {path for folder in folders for path in folder.rglob("*.ckpt") if path.exists()}  # A link may lead nowhere.
     for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
@@ -127,11 +113,7 @@ def newest_checkpoint(
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Map a checkpoint from its file, once every byte of it is known to be as written.
-
-    Raises:
-        ValueError: If it is torn or damaged, or would run code.
-    """
+    """Map a checkpoint from its file; a ValueError if a byte of it is not as it was written, or it would run code."""
     if path.is_dir():  # Of shards.
         path = path / "meta.pt"
     try:

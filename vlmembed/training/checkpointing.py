@@ -104,18 +104,13 @@ class Checkpointing:
         }
 
     def load_weights(self, module: nn.Module, checkpoint: dict[str, Any], prefix: str = "") -> None:
-        """Let a module have the weights of a checkpoint, or those of them whose names begin with a prefix.
-
-        Raises:
-            ValueError: If they are not this model's.
-        """
+        """Let a module have the weights of a checkpoint, by names that begin with a prefix; see `complete_frozen`."""
         module.load_state_dict(complete_frozen(checkpoint, module, self._sums, prefix), strict=False)
 
     def load(self, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Complete a checkpoint's weights by frozen ones, and put its loops into a form that Lightning resumes rightly.
 
-        Raises:
-            ValueError: If frozen weights are others, weights are missing, or they were averaged and will not be.
+        A ValueError says that they are another model's, or were averaged and will not be.
         """
         trainer = module.trainer
         if trainer.training and TRAINED in checkpoint:
@@ -188,12 +183,7 @@ class Checkpointing:
 def refuse_split_windows(trainer: lightning.Trainer, batches: int | None) -> None:
     """Refuse validations between batches whose gradients are added up: no checkpoint there could be resumed exactly.
 
-    Args:
-        trainer: About to train.
-        batches: Of an epoch, where known.
-
-    Raises:
-        ValueError: Saying which interval would do.
+    ``batches`` are those of an epoch, where known; a ValueError says which interval would do.
     """
     schedulers = [callback for callback in trainer.callbacks if isinstance(callback, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
     # A multiple of it is one of every epoch's window.
@@ -267,14 +257,8 @@ def _settle(loops: dict[str, Any], state: dict[str, Any], max_steps: int) -> boo
     After a batch, its row of the log, a validation and the end of the epoch may be due. Lightning 2.6 would continue
     with the next batch and leave these out. It goes back to a validation that looks interrupted, if one is due; so it
     is made to look so, before its first batch. Where the epoch or the run ends, the loader is made to have no more.
-
-    Args:
-        loops: The state of the fit loop in a checkpoint; changed in place.
-        state: What `Checkpointing.save` added.
-        max_steps: Where the run ends; -1 for nowhere.
-
-    Returns:
-        Whether the last step of the run was taken off, because nothing would run at all.
+    ``loops`` is the fit loop's state in a checkpoint, changed in place, and ``state`` what `Checkpointing.save` added.
+    Returns whether the last step of the run was taken off, because nothing would run at all.
     """
     moment = state["moment"]
     if moment == "elsewhere":
@@ -319,15 +303,13 @@ def _restore_callbacks(trainer: lightning.Trainer, state: dict[str, Any]) -> Non
     """Tell each ModelCheckpoint what it does not keep; the one whose file this is was saving it at this step."""
     file = Path(str(trainer.ckpt_path)).resolve()
     for callback in model_checkpoints(trainer):
-        hidden = state["callbacks"].get(callback.state_key)
-        if hidden is None:
+        if callback.state_key not in state["callbacks"]:
             continue
-        paths = [str(path) for path in (callback.last_model_path, *callback.best_k_models) if path]
-        saved = any(Path(path).resolve() == file for path in paths)
-        step = state["step"] if saved else hidden[HIDDEN[0]]
+        step, waits, path = (state["callbacks"][callback.state_key][name] for name in HIDDEN)
+        if any(Path(kept).resolve() == file for kept in (callback.last_model_path, *callback.best_k_models) if kept):
+            step, path = state["step"], str(trainer.ckpt_path)
         # After a validation nobody waits for one: a callback that is just saving forgets it a moment later.
-        waits = hidden[HIDDEN[1]] and state["moment"] != "validation"
-        path = str(trainer.ckpt_path) if saved else hidden[HIDDEN[2]]
+        waits &= state["moment"] != "validation"
         vars(callback).update(zip(HIDDEN, (step, waits, path), strict=True))
 
 
@@ -388,11 +370,7 @@ def model_checkpoints(trainer: lightning.Trainer) -> Iterator[ModelCheckpoint]:
 
 
 def refuse_averaging(trainer: lightning.Trainer) -> None:
-    """Refuse averages that would not be what is measured, exported and resumed, before weights are loaded.
-
-    Raises:
-        ValueError: Saying what to use.
-    """
+    """Refuse averages that would not be what is measured, exported and resumed, before weights are loaded."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     averaging = [type(callback).__name__ for callback in callbacks if isinstance(callback, WeightAveraging)]
     if len(averaging) > 1:
@@ -506,15 +484,8 @@ def complete_frozen(
 ) -> dict[str, Tensor]:
     """Return a checkpoint's weights, and those frozen ones of a module that have to be rounded as in training.
 
-    Args:
-        checkpoint: That left frozen weights out.
-        module: With its frozen weights loaded.
-        sums: Of its frozen weights.
-        prefix: Which of the weights to look at, by the beginning of their names.
-
-    Raises:
-        ValueError: If it has weights that the module lacks, or lacks what is trained, or if what is frozen is not what
-            the checkpoint was trained with.
+    Of all, only those whose names begin with the prefix. A ValueError says that it has weights that the module lacks,
+    or lacks what is trained, or that the module's frozen weights, by their sums, are not those it was trained with.
     """
     weights, frozen, present = (
         {name: value for name, value in values.items() if name.startswith(prefix)}
@@ -554,6 +525,11 @@ def _sum(tensor: Tensor) -> int:
 def _belongs(name: str, frozen: Mapping[str, Any]) -> bool:
     """Whether a name is a frozen parameter's, or of something that goes with one: 4-bit weights come with scales."""
     return any(start in frozen for start in accumulate(name.split("."), "{}.{}".format))
+
+
+def has_version(logger: CSVLogger) -> bool:
+    """Whether a logger was given the version whose folder it writes to, or has chosen it already."""
+    return logger._version is not None
 
 
 def set_version(logger: CSVLogger, version: int | str) -> None:

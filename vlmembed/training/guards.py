@@ -44,6 +44,9 @@ NOTHING_TO_LEARN = (
 EVERY, LOOKS = 10, 5
 
 
+# Steps that are not finite, and weights that are not reached
+
+
 class NonFiniteGuard:
     """Skips optimizer steps whose loss or gradient is not finite, on all processes, and stops a run of little else.
 
@@ -171,6 +174,9 @@ def _log_path(module: LightningModule) -> Path | None:
     return None if folder is None else Path(folder) / "non_finite.jsonl"
 
 
+# Models that do not learn
+
+
 class CollapseMonitor:
     """Warns of batches with nothing to learn from, of outputs that are all alike, and of a loss that stays at chance.
 
@@ -255,6 +261,8 @@ def score_likeness(scores: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tenso
     deviation = (((real - mean) * mask).square().sum() / mask.sum()).sqrt()
     return 1 - deviation / mean.abs().clamp(min=1), (mean.expand_as(scores), targets, mask)
 
+
+# Rows that cannot be read
 
 #: What was read of a row: its number, from 0 on, and the example.
 NumberedExample = tuple[int, Example]

@@ -1,13 +1,4 @@
-"""Memory: how much there is, what a chunk and the graphs of a step may take, and weights in shards (FSDP2).
-
-FSDP cuts weights, gradients and optimizer states of the language model into shards, one for each process. A shard is
-gathered whenever its layer computes, so all processes must go through the layers equally often: one with fewer chunks
-than another computes a filler, whose embeddings nobody reads. Gradients pile up in each process while the chunks of a
-step, and of the steps that are accumulated, come by; the last backward averages them over processes and cuts them up.
-
-The vision tower is not cut: half a billion parameters beside eight. Each process has a copy, as under DDP, so it may
-encode as many images as it happens to have, or none, and keep the features of a frozen tower as it likes.
-"""
+"""Memory: how much there is, what a chunk and the graphs of a step may take, and weights in shards (FSDP2)."""
 
 from __future__ import annotations
 
@@ -57,6 +48,9 @@ PATCHES_PER_TOKEN, IMAGE_SIDE = 4, 256
 GraphMemory = Literal["auto", "none"] | float
 
 
+# How much there is
+
+
 def free_bytes(device: torch.device) -> float:
     """Return the bytes that this process may still take on a device."""
     if device.type == "cuda":
@@ -91,8 +85,13 @@ def count_peak(device: torch.device) -> Callable[[], int]:
     return lambda: torch.cuda.max_memory_allocated(device) - before
 
 
-class MeasureChunks(Callback):
-    """Tells the data module what a chunk may hold."""
+# What a step may take
+
+
+class MeasureMemory(Callback):
+    """Tells the data module what a chunk may hold, and the gradient cache what a GPU has left after the first step."""
+
+    _peak: Callable[[], int] | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure, where ``chunk_size`` is ``auto``, before the training loader is made; print and keep the result."""
@@ -112,12 +111,6 @@ class MeasureChunks(Callback):
                 Path(folder).mkdir(parents=True, exist_ok=True)
                 Path(folder, "chunks.yaml").write_text(yaml.safe_dump({"tokens": tokens}))
         data.set_chunking(tokens, _patch_cost(encoder))
-
-
-class MeasureGraphMemory(MeasureChunks):
-    """Tells the gradient cache, too, what the first step has left free on a GPU."""
-
-    _peak: Callable[[], int] | None = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin to count, before the first step."""
@@ -179,11 +172,12 @@ def _batch(collator: Collator, tokens: float) -> Batch | RankingBatch:
         scores = (1.0, 0.0) if collator.label_specs[None].teacher_scores else None
         negative = Item("document", (Part("text", "no"),), origin)
         examples.append(Example(Item("query", (Part("text", number),), origin), (document,), (negative,), scores))
-    chunking, collator.chunking = collator.chunking, Chunking()
-    try:
-        return collator(examples)
-    finally:
-        collator.chunking = chunking
+    whole = copy(collator)
+    whole.chunking = Chunking()
+    return whole(examples)
+
+
+# Features that are kept
 
 
 def open_features(features: FeatureCache, backbone: VisionLanguageModel, precision: str) -> None:
@@ -205,15 +199,34 @@ def open_features(features: FeatureCache, backbone: VisionLanguageModel, precisi
     features.open(fingerprint(weights, settings))
 
 
+# Weights in shards (FSDP2)
+#
+# FSDP cuts weights, gradients and optimizer states of the language model into shards, one for each process. A shard is
+# gathered whenever its layer computes, so all processes must go through the layers equally often: one with fewer chunks
+# than another computes a filler, whose embeddings nobody reads. Gradients pile up in each process while the chunks of a
+# step, and of the steps that are accumulated, come by; the last backward averages them over processes and cuts them up.
+#
+# The vision tower is not cut: half a billion parameters beside eight. Each process has a copy, as under DDP, so it may
+# encode as many images as it happens to have, or none, and keep the features of a frozen tower as it likes.
+
+
+def refuse_strategy(strategy: Strategy) -> None:
+    """Refuse a strategy under which steps that go backward chunk by chunk would be wrong."""
+    served = isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy)
+    # DeepSpeed's is a DDPStrategy by descent alone.
+    if not served or isinstance(strategy, DeepSpeedStrategy):
+        raise ValueError(
+            f"trainer.strategy {type(strategy).__name__} expects one backward per step, and would lose gradients of "
+            "chunks. Use ddp, or lightning.pytorch.strategies.ModelParallelStrategy where the weights and the "
+            "optimizer do not fit in one GPU (see configs/visual_document_retrieval_8b_fsdp.yaml)."
+        )
+
+
 def shard(encoder: Encoder, mesh: DeviceMesh) -> None:
     """Cut an encoder into shards, in place: each layer of its language model, and the rest of it as one.
 
-    Args:
-        encoder: With weights, and adapters applied; every process has read all of them into its main memory.
-        mesh: Of Lightning's ``ModelParallelStrategy``.
-
-    Raises:
-        ValueError: If the backbone or the mesh is not made for it.
+    It has its weights, adapters applied, which every process has read into its main memory. A ValueError says that its
+    backbone, or the mesh of Lightning's ``ModelParallelStrategy``, is not made for it.
     """
     backbone = encoder.backbone
     if mesh["tensor_parallel"].size() > 1:
@@ -242,22 +255,6 @@ def shard(encoder: Encoder, mesh: DeviceMesh) -> None:
     language_model.embed_tokens.register_forward_hook(lambda _, args, embeddings: embeddings.requires_grad_())
 
 
-def refuse_strategy(strategy: Strategy) -> None:
-    """Refuse a strategy under which steps that go backward chunk by chunk would be wrong.
-
-    Raises:
-        ValueError: If it is another than one device, DDP, or `ModelParallelStrategy`.
-    """
-    served = isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy)
-    # DeepSpeed's is a DDPStrategy by descent alone.
-    if not served or isinstance(strategy, DeepSpeedStrategy):
-        raise ValueError(
-            f"trainer.strategy {type(strategy).__name__} expects one backward per step, and would lose gradients of "
-            "chunks. Use ddp, or lightning.pytorch.strategies.ModelParallelStrategy where the weights and the "
-            "optimizer do not fit in one GPU (see configs/visual_document_retrieval_8b_fsdp.yaml)."
-        )
-
-
 def whole_weights(module: nn.Module) -> dict[str, Tensor]:
     """Gather all weights, on the first process's CPU; the others get nothing. Call in every process."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -269,11 +266,6 @@ class ShardedGradCache(GradCache):
     """The gradient cache of an encoder in shards.
 
     No graphs are kept: which ones would depend on the memory of each process.
-
-    Args:
-        encoder: In shards.
-        features: As for `GradCache`.
-        steps: As for `GradCache`.
     """
 
     def __init__(self, encoder: Encoder, features: FeatureCache | None = None, steps: int = 0) -> None:

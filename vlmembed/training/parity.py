@@ -15,7 +15,6 @@ from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint
 
 from vlmembed import distributed
-from vlmembed.encoder import MultiVectorEncoder
 from vlmembed.late_interaction import MultiVectors, Vectors
 from vlmembed.losses import InfoNCE, Loss, Matryoshka, MergedTokens, WeightedSum
 from vlmembed.losses.matryoshka import LossAtSizes
@@ -94,17 +93,13 @@ def defined_gradients(module: Any, batch: Batch) -> dict[str, Tensor]:
     weights = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
     with torch.random.fork_rng([module.device] if module.device.type == "cuda" else []):
         with module.trainer.precision_plugin.train_step_context():
-            loss = defined_loss(loss_module, *joined(_embed(module, batch), batch))
+            vectors = module.encoder.by_item(_encode(module, batch), batch.chunks)
+            loss = defined_loss(loss_module, *joined(vectors, batch))
         gradients = torch.autograd.grad(loss, [*weights.values()], materialize_grads=True)
     with torch.no_grad():
         for tensor, value in tensors:
             tensor.copy_(value)
     return dict(zip(weights, gradients, strict=True))
-
-
-def _embed(module: Any, batch: Batch) -> Vectors:
-    outputs = _encode(module, batch)
-    return module.encoder.by_item(outputs, batch.chunks) if isinstance(module.encoder, MultiVectorEncoder) else outputs
 
 
 def _encode(module: Any, batch: Batch) -> Tensor:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas
@@ -23,7 +23,7 @@ from lightning.pytorch.loggers import CSVLogger
 from vlmembed import distributed
 from vlmembed.files import clear_drafts, whole_file
 from vlmembed.training.checkpoint_files import is_resumable, newest_checkpoint
-from vlmembed.training.checkpointing import RUN, STATE, model_checkpoints, set_version
+from vlmembed.training.checkpointing import RUN, STATE, has_version, model_checkpoints, set_version
 
 #: For ``ckpt_path``: the newest whole checkpoint of the newest fit.
 LAST = "last"
@@ -39,7 +39,7 @@ HARMLESS = (
     "model.init_args.max_skipped_steps",
     *(f"data.init_args.{key}" for key in ("val", "test", "chunk_size", "eval_batch_size", "num_workers")),
     *("data.init_args.on_bad_row", "data.init_args.max_bad_rows"),
-    *(f"trainer.{key}" for key in ("accelerator", "barebones", "callbacks", "check_val_every_n_epoch")),
+    *(f"trainer.{key}" for key in ("accelerator", "barebones", "check_val_every_n_epoch")),
     *(f"trainer.{key}" for key in ("default_root_dir", "detect_anomaly", "exporter", "inference_mode", "logger")),
     *(f"trainer.enable_{key}" for key in ("checkpointing", "model_summary", "progress_bar")),
     *(f"trainer.limit_{stage}_batches" for stage in ("predict", "test", "val")),
@@ -54,23 +54,15 @@ RESUMING = ("ckpt_path", "trainer.allow_changed")
 
 
 @contextmanager
-def fit_folder(trainer: Trainer, ckpt_path: str | None, version_given: bool) -> Iterator[str | None]:
-    """Have a folder to fit in: a new one, or that of the run that is resumed.
+def fit_folder(trainer: Trainer, ckpt_path: str | None) -> Iterator[str | None]:
+    """Have a folder to fit in, where the first logger says: a new one, or that of the run that is resumed.
 
-    Args:
-        trainer: Its first logger says where.
-        ckpt_path: A checkpoint to begin with; ``last`` to resume the last run, if there is one.
-        version_given: Whether the configuration names the logger's version.
-
-    Yields:
-        The checkpoint to load, if any.
-
-    Raises:
-        ValueError: If the folder was asked for by its version, and has a run already.
-        TimeoutError: If another process is at work in it.
+    ``ckpt_path`` is a checkpoint to begin with, or ``last`` to resume the last run, if there is one. Yields the
+    checkpoint to load, if any. A ValueError says that the folder was asked for by its version, and has a run already, a
+    TimeoutError that another process is at work in it.
     """
     logger: Any = trainer.loggers[0]
-    folder = _last_fit(trainer, logger, version_given) if ckpt_path == LAST else None
+    folder = _last_fit(trainer, logger) if ckpt_path == LAST else None
     if not _is_first_process():
         # The folder is the first process's affair. Nobody writes checkpoints before all processes are here.
         newest = folder and _newest(trainer, folder)
@@ -79,10 +71,10 @@ def fit_folder(trainer: Trainer, ckpt_path: str | None, version_given: bool) -> 
     if ckpt_path == LAST and folder is None:
         print(f"There is no run in {logger.root_dir} to resume: a new one begins.")
         ckpt_path = None
-    with _locked(folder or _claim(logger, version_given)):
+    with _locked(folder or _claim(logger)):
         rows = 0
         if folder is not None:
-            if not version_given:
+            if not has_version(logger):
                 set_version(logger, _number(folder))
             ckpt_path, rows = _take_over(trainer, folder)
         _open_log(logger, rows)
@@ -90,27 +82,17 @@ def fit_folder(trainer: Trainer, ckpt_path: str | None, version_given: bool) -> 
 
 
 @contextmanager
-def other_folder(trainer: Trainer, ckpt_path: str | None, version_given: bool, writes: bool) -> Iterator[str | None]:
-    """Have a folder for what measures or predicts; see `fit_folder`.
-
-    Args:
-        trainer: Its first logger says where.
-        ckpt_path: A checkpoint; ``last`` for the last run's.
-        version_given: Whether the configuration names the logger's version.
-        writes: Whether anything is logged.
-
-    Raises:
-        ValueError: If there is no such checkpoint, or the folder was asked for by its version, and has a run already.
-    """
+def other_folder(trainer: Trainer, ckpt_path: str | None, writes: bool) -> Iterator[str | None]:
+    """Have a folder for what measures or predicts, and ``writes`` a log or not; see `fit_folder`."""
     logger: Any = trainer.loggers[0]
     if ckpt_path == LAST:
-        folder = _last_fit(trainer, logger, version_given)
+        folder = _last_fit(trainer, logger)
         newest = folder and _newest(trainer, folder, weights_only=True)
         if not newest:
             raise ValueError(f"--ckpt_path last: no run in {logger.root_dir} has a whole checkpoint.")
         ckpt_path = str(newest[0])
     if writes and _is_first_process():
-        _claim(logger, version_given)
+        _claim(logger)
     yield ckpt_path
 
 
@@ -119,9 +101,10 @@ def _is_first_process() -> bool:
     return not getattr(rank_zero_only, "rank", 0)
 
 
-def _last_fit(trainer: Trainer, logger: CSVLogger, version_given: bool) -> Path | None:
+def _last_fit(trainer: Trainer, logger: CSVLogger) -> Path | None:
     """Return the folder of the newest fit that has a checkpoint, or of the newest; or of the version asked for."""
-    folders = [Path(logger.log_dir)] if version_given else sorted(Path(logger.root_dir).glob("version_*"), key=_number)
+    every = sorted(Path(logger.root_dir).glob("version_*"), key=_number)
+    folders = [Path(logger.log_dir)] if has_version(logger) else every
     fits = [folder for folder in folders if (folder / LOCK).exists()]
     elsewhere = len(_checkpoint_folders(trainer, Path())) > 1  # Where several runs may have theirs.
     with_checkpoint = (
@@ -137,10 +120,10 @@ def _number(folder: Path) -> int:
     return int(digits) if digits.isdecimal() else -1
 
 
-def _claim(logger: CSVLogger, version_given: bool) -> Path:
+def _claim(logger: CSVLogger) -> Path:
     """Make a folder that nobody else has: of two processes that begin at the same time, one gets the next version."""
-    folder = Path(logger.log_dir)
-    if version_given:
+    asked_for, folder = has_version(logger), Path(logger.log_dir)
+    if asked_for:
         folder.mkdir(parents=True, exist_ok=True)
         if any((folder / name).exists() for name in (CONFIG, METRICS, LOCK)):
             raise ValueError(
@@ -188,33 +171,31 @@ def _checkpoint_folders(trainer: Trainer, folder: Path) -> list[Path]:
 
 
 def _open_log(logger: CSVLogger, count: int) -> None:
-    """Let a logger continue the log that is in its folder, which Lightning's would delete.
+    """Let a logger continue the log that is in its folder, behind ``count`` rows: later ones will be logged again."""
+    log, writer, rows = Path(logger.log_dir, METRICS), _writer(logger), 0
+    if not log.exists() or not log.stat().st_size:
+        log.unlink(missing_ok=True)
+    elif not count:  # The run begins anew.
+        log.rename(log.with_name(f"metrics.{len(list(log.parent.glob('metrics.*.csv'))) + 1}.csv"))
+    else:
+        table = pandas.read_csv(log, dtype=str, keep_default_na=False, nrows=count)
+        with whole_file(log) as draft:
+            table.to_csv(draft, index=False)
+        writer.metrics_keys, rows = list(table.columns), len(table)
+    if rows < count:
+        warnings.warn(f"{log} has {rows} of {count} rows: the others are lost.", stacklevel=2)
 
-    Args:
-        logger: Which nothing was logged with.
-        count: How many rows of it to keep; later ones are about to be logged again.
-    """
-    log, draft = Path(logger.log_dir, METRICS), Path(logger.log_dir, f"{METRICS}.draft")
-    source = log if log.exists() and log.stat().st_size else draft
-    table = None
-    if not count and source.exists():  # The run begins anew.
-        source.rename(log.with_name(f"metrics.{len(list(log.parent.glob('metrics.*.csv'))) + 1}.csv"))
-    if count and source.exists():
-        table = pandas.read_csv(source, dtype=str, keep_default_na=False, nrows=count)
-    if count and (table is None or len(table) < count):
-        warnings.warn(
-            f"{log} has {0 if table is None else len(table)} of {count} rows: the others are lost.", stacklevel=2
-        )
-    if table is not None:
-        table.to_csv(draft, index=False)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Experiment logs directory")
+
+def _writer(logger: CSVLogger) -> Any:
+    """Return what writes a logger's log. It is made in an empty folder, as it would delete the log that is there."""
+    folder, version = logger.log_dir, logger.version
+    with TemporaryDirectory() as empty:
+        set_version(logger, empty)
         writer: Any = logger.experiment
+        set_version(logger, version)
+    writer.log_dir, writer.metrics_file_path = folder, str(Path(folder, METRICS))
     writer.save = partial(_save, writer)
-    if table is not None:
-        os.replace(draft, log)
-        writer.metrics_keys = list(table.columns)
-    draft.unlink(missing_ok=True)
+    return writer
 
 
 def _save(writer: Any) -> None:
@@ -231,15 +212,11 @@ def _save(writer: Any) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    lock = FileLock(folder / LOCK)
     try:
-        lock.acquire(timeout=PATIENCE)
+        with FileLock(folder / LOCK, timeout=PATIENCE):
+            yield
     except Timeout as error:
         raise TimeoutError(f"{folder}: another process is at work here. Let it finish, or end it.") from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 # The run's configuration
@@ -262,30 +239,18 @@ class SaveConfiguration(SaveConfigCallback):
 
 
 def refuse_changes(before: str, after: str, allowed: Collection[str] = ()) -> None:
-    """Say what has changed, and refuse what would make two runs of one.
+    """Say what has changed between a run's configuration, in YAML, and the one that it is to be resumed with.
 
-    Args:
-        before: The configuration that the run began with, in YAML.
-        after: The one that it is to be resumed with.
-        allowed: Keys that may have changed all the same, those below them included.
-
-    Raises:
-        ValueError: If anything else has changed that decides what is learned.
+    A ValueError says what decides what is learned, and would make two runs of one; ``allowed`` keys, and those below
+    them, may have changed all the same.
     """
     changed = changes(before, after)
-    harmless = HARMLESS
-    learning = [
-        [
-            f"{one.class_path.split('.')[-1]} {one.get('init_args')}"
-            for one in several or ()
-            if LEARNING.search(str(one))
-        ]
-        for several in changed.get(CALLBACKS, ())
-    ]
-    if learning and learning[0] != learning[1]:
-        changed[CALLBACKS] = learning[0], learning[1]
-        harmless = tuple(key for key in HARMLESS if key != CALLBACKS)
-    accepted = (*RESUMING, *harmless, *allowed)
+    accepted = (*RESUMING, *HARMLESS, *allowed)
+    old, new = map(_learning, changed.get(CALLBACKS, (None, None)))
+    if old == new:
+        accepted += (CALLBACKS,)
+    else:
+        changed[CALLBACKS] = old, new
     refused = {key: values for key, values in changed.items() if not _is_below(key, accepted)}
     if refused:
         raise ValueError(
@@ -295,6 +260,12 @@ def refuse_changes(before: str, after: str, allowed: Collection[str] = ()) -> No
         )
     if accepted_changes := {key: values for key, values in changed.items() if not _is_below(key, RESUMING)}:
         distributed.print_once(f"Changed since the run began:\n{_listed(accepted_changes)}")
+
+
+def _learning(callbacks: Sequence[Any] | None) -> list[str]:
+    """Describe those callbacks that decide what is learned."""
+    deciding = [one for one in callbacks or () if LEARNING.search(str(one))]
+    return [f"{one.class_path.split('.')[-1]} {one.get('init_args')}" for one in deciding]
 
 
 def name_changes(before: str, after: str) -> None:

@@ -136,9 +136,6 @@ def leave_stopping_to_parent(worker: int) -> None:
     """Have a loader worker outlive what everybody is told, as by Ctrl-C and by SLURM, until its parent is done.
 
     The parent ends its workers by SIGTERM, too, so what counts is who sends it.
-
-    Args:
-        worker: Which one this is; not used.
     """
     for number in SIGNALS:
         if number != signal.SIGTERM:
