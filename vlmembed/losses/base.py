@@ -125,41 +125,27 @@ def compare(queries: Vectors, documents: Vectors, directions: Sequence[str] = ("
         return MaxSimilarity(queries, documents, directions)
     if isinstance(queries, MultiVectors) or isinstance(documents, MultiVectors):
         raise TypeError("Queries and documents have one vector each, or several each; not one the other.")
-    return CosineSimilarity(queries, documents)
+    return Similarity(queries, documents)
 
 
-class Similarity(ABC):
-    """The similarities of Q queries and P documents to each other."""
-
-    @property
-    @abstractmethod
-    def matrix(self) -> Float[Tensor, "Q P"]:
-        """Of each query with each document."""
-
-    @abstractmethod
-    def pairs(self, query: Int[Tensor, " R"], document: Int[Tensor, " R"]) -> Float[Tensor, " R"]:
-        """Of some queries, each with one document."""
-
-    @abstractmethod
-    def rows(self, direction: str, query: Int[Tensor, " R"], document: Int[Tensor, " R"]) -> Float[Tensor, "R C"]:
-        """Of each pair's query, or document, with all C queries or documents: ``query_to_document`` and so on."""
-
-
-class CosineSimilarity(Similarity):
-    """Cosines, computed when they are asked for: a large batch never has all of them at once."""
+class Similarity:
+    """Cosines of Q queries and P documents, computed when asked for: a large batch never has all of them at once."""
 
     def __init__(self, queries: Float[Tensor, "Q D"], documents: Float[Tensor, "P D"]) -> None:
         self.sides = {"query": normalize(queries), "document": normalize(documents)}
 
     @property
     def matrix(self) -> Float[Tensor, "Q P"]:
+        """Of each query with each document."""
         return self.sides["query"] @ self.sides["document"].T
 
     def pairs(self, query: Int[Tensor, " R"], document: Int[Tensor, " R"]) -> Float[Tensor, " R"]:
+        """Of some queries, each with one document."""
         # Selected by index, whose gradient adds up; indexing would wait for the device.
         return (self.sides["query"].index_select(0, query) * self.sides["document"].index_select(0, document)).sum(1)
 
     def rows(self, direction: str, query: Int[Tensor, " R"], document: Int[Tensor, " R"]) -> Float[Tensor, "R C"]:
+        """Of each pair's query, or document, with all C queries or documents: ``query_to_document`` and so on."""
         source, target = direction.split("_to_")
         index = query if source == "query" else document
         return self.sides[source].index_select(0, index) @ self.sides[target].T

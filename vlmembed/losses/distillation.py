@@ -115,9 +115,7 @@ class CoSENT(Loss):
         # On the host, where scores are in training: nobody waits for the device.
         rows, columns = (~scores.isnan()).nonzero().T  # Of the M judged pairs.
         labels, device = scores[rows, columns], queries.device
-        is_lower = (
-            labels[:, None] < labels[None, :]
-        )  # (M, M): the row's pair has the lower label, the column's the higher.
+        is_lower = labels[:, None] < labels  # (M, M): the row's pair has the lower label, the column's the higher.
         rows, columns, is_lower = (tensor.to(device, non_blocking=True) for tensor in (rows, columns, is_lower))
         with torch.autocast(device.type, enabled=False):
             similarities = compare(queries, documents).pairs(rows, columns) / self.temperature

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int, Int8
@@ -134,12 +134,11 @@ class InfoNCE(Loss):
         with torch.autocast(device.type, enabled=False):
             batch = compare(queries, documents, self.directions), relevance, self._scale()
             blocks = pairs.split(max(1, BLOCK_BYTES // (4 * max(relevance.shape))))
-            if len(blocks) == 1:
-                losses = self._pair_losses(*batch, pairs)
-                return losses @ weights.to(losses.dtype)
-            # The (R, C) matrices of a block are not stored but computed again, when its gradient is.
-            block_losses = partial(checkpoint, self._pair_losses, *batch, use_reentrant=False, preserve_rng_state=False)
-            losses = torch.cat([block_losses(block) for block in blocks])
+            compute: Any = self._pair_losses
+            if len(blocks) > 1:
+                # The (R, C) matrices of a block are not stored but computed again, when its gradient is.
+                compute = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False)
+            losses = torch.cat([compute(*batch, block) for block in blocks])
             return losses @ weights.to(losses.dtype)
 
     def _pair_losses(

@@ -168,14 +168,11 @@ class RetrievalMetrics(EvaluationMetrics):
         Where a query has fewer candidates, -inf and -1 fill up.
         """
         width = min(k, len(self.evaluation.corpus))
-        rows, highest, columns = [torch.empty(0).long()], [torch.empty(0, width)], [torch.empty(0, width).long()]
+        found = [(torch.empty(0).long(), torch.empty(0, width), torch.empty(0, width).long())]
         with self.sync_context(dist_sync_fn=self._gather):
             for start, scores in self._score_blocks(self._scores(self._matrix())):
-                best = self._best(scores, width)
-                for parts, part in zip(
-                    (rows, highest, columns), (torch.arange(len(scores)) + start, *best), strict=True
-                ):
-                    parts.append(part)
+                found.append((torch.arange(len(scores)) + start, *self._best(scores, width)))
+            rows, highest, columns = zip(*found, strict=True)
             return self._joined(rows, highest), self._joined(rows, columns)
 
     def _best(self, scores: Float[Tensor, "q P"], k: int) -> tuple[Float[Tensor, "q K"], Int64[Tensor, "q K"]]:
@@ -200,10 +197,10 @@ class RetrievalMetrics(EvaluationMetrics):
             values |= {name + suffix: metric(joined, relevance) for name, metric in METRICS.items()}
         return values
 
-    def _joined(self, numbers: list[Tensor], values: list[Tensor]) -> Tensor:
+    def _joined(self, numbers: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
         """Join what all processes have computed, by its numbers."""
-        order = distributed.gather_on_host(torch.cat(numbers), self.device).argsort()
-        return distributed.gather_on_host(torch.cat(values), self.device)[order]
+        order = distributed.gather_on_host(torch.cat([*numbers]), self.device).argsort()
+        return distributed.gather_on_host(torch.cat([*values]), self.device)[order]
 
     def _starts(self, height: int) -> range:
         """The first queries of this process's blocks, which are the same blocks for any number of processes."""
