@@ -468,15 +468,17 @@ def test_an_image_that_cannot_be_read_is_named(folders: dict[str, Path], pages: 
 
 def rows_with(*samples: np.ndarray) -> Row:
     means = [sample.mean() for sample in samples]
-    return Row("task", "task", "ndcg_at_10", float(np.mean(means)), [*samples], [1 / len(samples)] * len(samples))
+    shares = [sample / len(sample) / len(samples) for sample in samples]
+    return Row("task", "task", "ndcg_at_10", float(np.mean(means)), shares)
 
 
 def test_intervals_are_those_of_the_mean() -> None:
     """By the central limit theorem; a subset's queries are drawn among its own."""
     random = np.random.default_rng(3)
     one, other = random.uniform(size=4000), random.uniform(size=1000) / 2
-    for row in (rows_with(one), rows_with(one, other)):
-        errors = [sample.std() / np.sqrt(len(sample)) for sample in row.samples]
+    for samples in ([one], [one, other]):
+        row = rows_with(*samples)
+        errors = [sample.std() / np.sqrt(len(sample)) for sample in samples]
         reach = 1.96 * np.linalg.norm(errors) / len(errors)
         assert row.interval == pytest.approx((row.value - reach, row.value + reach), rel=0, abs=0.1 * reach)
     assert rows_with(np.full(5, 0.25)).interval == (0.25, 0.25)
@@ -686,7 +688,7 @@ def test_p_values_are_corrected_over_tasks_and_over_subsets() -> None:
         [replace(rows_with(pair[side]), kind=kind) for kind, pair in zip(kinds, pairs, strict=True)] for side in (0, 1)
     )
     plain = [stats.ttest_rel(*pair).pvalue for pair in pairs]
-    corrected = [comparison.corrected for comparison in compared(first, second) if comparison is not None]
+    corrected = [comparison.corrected for comparison in compared(first, second).values()]
     smaller, larger = sorted([plain[0], plain[2]])
     expected = {smaller: min(1, 2 * smaller), larger: max(larger, min(1, 2 * smaller)), plain[1]: plain[1]}
     assert corrected == pytest.approx([expected[p_value] for p_value in plain], rel=1e-9)

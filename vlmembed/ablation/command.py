@@ -19,7 +19,7 @@ import yaml
 from lightning import LightningModule
 
 from vlmembed import cli, pooling
-from vlmembed.ablation.plan import Ablation, check_trials, merge, parse, plan, read_mapping, remaining, set_key
+from vlmembed.ablation.plan import Ablation, check_trials, configuration, merge, parse, plan, read_mapping, remaining
 from vlmembed.ablation.report import write_report
 from vlmembed.ablation.run import FIT, Executor, Trial, csv_logger, locked, start
 from vlmembed.data import Collator
@@ -46,7 +46,7 @@ def ablate(args: Sequence[str], check: Callable[[dict[str, Any]], None], fit: st
     ablation, options = parse(args)
     output_dir = ablation.output_dir
     if options.probe is not None:
-        run_probe(ablation.base, ablation.set, options.probe, output_dir)
+        run_probe(ablation, options.probe)
         return
     if options.report_only:
         print(f"Report: {write_report(output_dir)}")
@@ -235,15 +235,9 @@ class Probe(LightningModule):
             print(f"Wrote {folder / 'probe.html'}")
 
 
-def run_probe(base: Path, changes: Mapping[str, Any], probe: Mapping[str, Any], output_dir: Path) -> None:
-    """Run ``test`` on a configuration, with some dotted keys changed and its model inside a `Probe`.
-
-    Raises:
-        SystemExit: With the status of the run, if it fails.
-    """
-    config, folder = read_mapping(base), output_dir.resolve()
-    for key, value in changes.items():
-        set_key(config, key, value)
+def run_probe(ablation: Ablation, probe: Mapping[str, Any]) -> None:
+    """Run ``test`` on the base as all trials would have it, with its model inside a `Probe`; exit as that does."""
+    config, folder = configuration(ablation, read_mapping(ablation.base), {}), ablation.output_dir.resolve()
     model = {"class_path": f"{__name__}.Probe", "init_args": {"model": config["model"], **probe}}
     trainer = {"logger": csv_logger(folder), "exporter": None, "callbacks": None}
     config = merge(config, {"model": model, "trainer": trainer})

@@ -138,18 +138,13 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 def plan(ablation: Ablation) -> list[Trial]:
     """Plan every trial, those of the first seed first, so that every setting has a number early."""
-    base, settings = read_mapping(ablation.base), ablation.output_dir.resolve() / "settings"
-    return [
-        Trial(
-            settings / slug / f"seed-{seed}",
-            setting,
-            seed,
-            ablation.metric,
-            configuration(ablation, base, setting, seed),
-        )
-        for seed in ablation.seeds
-        for slug, setting in _slugs(ablation).items()
-    ]
+    base, settings, trials = read_mapping(ablation.base), ablation.output_dir.resolve() / "settings", list[Trial]()
+    for seed, (slug, setting) in product(ablation.seeds, _slugs(ablation).items()):
+        changes = {axis.key: axis.values[setting[name]] for name, axis in ablation.grid.items()}
+        changes |= dict.fromkeys(ablation.seed_keys, seed)
+        config = configuration(ablation, base, changes)
+        trials.append(Trial(settings / slug / f"seed-{seed}", setting, seed, ablation.metric, config))
+    return trials
 
 
 def check_trials(trials: list[Trial], check: Callable[[dict[str, Any]], None], path: Path) -> None:
@@ -162,25 +157,20 @@ def check_trials(trials: list[Trial], check: Callable[[dict[str, Any]], None], p
             raise ValueError(f"{path}: {trial} is not a configuration of `fit`: {error}") from None
 
 
-def configuration(ablation: Ablation, base: Mapping[str, Any], setting: Mapping[str, str], seed: int) -> dict[str, Any]:
-    """Return the base with what all trials change, then what the setting changes, then the seed; raises as ``plan``."""
-    config = copy.deepcopy(dict(base))
-    changes = {**ablation.set, **{axis.key: axis.values[setting[name]] for name, axis in ablation.grid.items()}}
+def configuration(ablation: Ablation, base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the base with what all trials change, then with changes of one: dotted key → value."""
+    config, changes = copy.deepcopy(dict(base)), {**ablation.set, **changes}
     refuse_secrets(changes, str(ablation.path))
-    for key, value in {**changes, **dict.fromkeys(ablation.seed_keys, seed)}.items():
+    for key, value in changes.items():
         try:
-            set_key(config, key, value)
+            _set_key(config, key, value)
         except TypeError as error:
             raise ValueError(f"{ablation.path}: {key} cannot be {value!r:.100}: {error} ({ablation.base}).") from error
     return config
 
 
-def set_key(config: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key of a configuration.
-
-    Raises:
-        TypeError: If it lies within something that is not a mapping.
-    """
+def _set_key(config: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key of a configuration; a ``TypeError`` says that it lies within something that is no mapping."""
     *parents, last = key.split(".")
     if last == "class_path" and parents:
         # Naming the class alone is naming it without arguments: those of the class before go with it.

@@ -8,7 +8,7 @@ import io
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib.metadata import version
 from os.path import relpath
 from pathlib import Path
@@ -21,7 +21,7 @@ from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from vlmembed.ablation.plan import Ablation, read_ablation
+from vlmembed.ablation.plan import read_ablation
 from vlmembed.ablation.record import content_path
 from vlmembed.ablation.run import Trial, read_trials
 from vlmembed.ablation.statistics import ALPHA, PairwiseComparison, compare, seed_variance
@@ -49,18 +49,26 @@ CHART_STYLE: Any = {
 }
 
 
-@dataclass(frozen=True)
 class Summary:
-    """An ablation, as far as it has come."""
+    """An ablation, as far as it has come: its output folder read, and its settings compared."""
 
-    folder: Path
-    ablation: Ablation
-    ended: Sequence[Trial]  # the trials that were asked for and have ended; the best setting's first
-    missing: Sequence[str]  # those that have not ended
-    surplus: int  # how many other trials the folder holds
-    evaluation: str = ""  # the evaluation set of the metric that settings are compared by
-    scores: pd.DataFrame = field(default_factory=pd.DataFrame)  # that metric: row (setting, seed), column query
-    pairs: Mapping[tuple[int, int], PairwiseComparison] = field(default_factory=dict)
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.ablation = folder, read_ablation(folder / "ablation.yaml")
+        known = {(name_of(trial.setting), trial.seed): trial for trial in read_trials(folder)}
+        planned = [(name_of(setting), seed) for setting in self.ablation.settings for seed in self.ablation.seeds]
+        #: The trials that were asked for and have ended; in the end the best setting's first.
+        self.ended = [known[key] for key in planned if key in known]
+        self.missing = [f"“{name}” (seed {seed})" for name, seed in planned if (name, seed) not in known]
+        self.surplus = len(known) - len(self.ended)
+        #: The evaluation set of the metric that settings are compared by, and a row (setting, seed), a column query.
+        self.evaluation, self.scores = "", pd.DataFrame()
+        self.pairs: dict[tuple[int, int], PairwiseComparison] = {}
+        if self.finished:
+            self.evaluation, scores = read_scores(self.ablation.metric, self.finished)
+            ranks = scores.mean(axis=1).groupby(level=0).mean().rank(ascending=False, method="first")
+            self.ended.sort(key=lambda trial: ranks.get(name_of(trial.setting), len(planned)))
+            self.scores = scores.loc[[*self.settings]]
+            self.pairs = compare(self.arrays)
 
     @property
     def finished(self) -> list[Trial]:
@@ -85,7 +93,7 @@ class Summary:
 
 def write_report(folder: Path) -> Path:
     """Write ``report.html``, ``report.csv`` and ``report.md`` of an output folder, and return the path of the first."""
-    summary = summarize(folder)
+    summary = Summary(folder)
     numbers, ablation, tables = numbers_table(summary), summary.ablation, dict[str, pd.DataFrame]()
     if summary.finished:
         # A number behind a name is the dimension that embeddings were cut to.
@@ -111,23 +119,6 @@ def write_report(folder: Path) -> Path:
     write_whole(folder / "report.md", _markdown(title, notes, tables).encode())
     write_whole(folder / "report.html", page.encode())
     return folder / "report.html"
-
-
-def summarize(folder: Path) -> Summary:
-    """Read an output folder and compare its settings."""
-    ablation = read_ablation(folder / "ablation.yaml")
-    known = {(name_of(trial.setting), trial.seed): trial for trial in read_trials(folder)}
-    planned = [(name_of(setting), seed) for setting in ablation.settings for seed in ablation.seeds]
-    ended = [known[key] for key in planned if key in known]
-    missing = [f"“{name}” (seed {seed})" for name, seed in planned if (name, seed) not in known]
-    summary = Summary(folder, ablation, ended, missing, len(known) - len(ended))
-    if not summary.finished:
-        return summary
-    evaluation, scores = read_scores(ablation.metric, summary.finished)
-    ranks = scores.mean(axis=1).groupby(level=0).mean().rank(ascending=False, method="first")
-    ended.sort(key=lambda trial: ranks.get(name_of(trial.setting), len(planned)))
-    summary = replace(summary, evaluation=evaluation, scores=scores.loc[[*summary.settings]])
-    return replace(summary, pairs=compare(summary.arrays))
 
 
 def name_of(setting: Mapping[str, str]) -> str:
@@ -166,16 +157,13 @@ def numbers_table(summary: Summary) -> pd.DataFrame:
     numbers.insert(0, "rank", range(1, len(names) + 1))
     parts = [numbers]
     for title in ("best", "baseline"):
-        rows = []
+        table = pd.DataFrame(index=names, columns=["difference", "low", "high", "p", "verdict"])
         for rank, name in enumerate(names):
             other = names[0] if title == "best" else summary.baseline_of(name)
-            pair = summary.pairs.get((rank, names.index(other))) if other else None
-            rows.append(dict.fromkeys(("difference", "low", "high", "p", "verdict")))
-            if pair:
+            if other and (pair := summary.pairs.get((rank, names.index(other)))):
                 low, high = pair.difference - pair.margin, pair.difference + pair.margin
-                rows[-1] |= {"difference": pair.difference, "low": low, "high": high}
-                rows[-1] |= {"p": pair.corrected, "verdict": pair.verdict}
-        parts.append(pd.DataFrame(rows, names).add_prefix(f"{title}_"))
+                table.loc[name] = [pair.difference, low, high, pair.corrected, pair.verdict]
+        parts.append(table.add_prefix(f"{title}_"))
     # The median of costs, because a trial that was disturbed should not count.
     costs = pd.DataFrame([trial.cost for trial in summary.finished], index).reindex(columns=[*COSTS])
     metrics = pd.DataFrame([trial.metrics for trial in summary.finished], index)

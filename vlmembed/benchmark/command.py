@@ -8,7 +8,8 @@ from typing import Any
 
 from vlmembed.cli import run_function
 from vlmembed.data import EvaluationSource
-from vlmembed.files import content_digest, digest, write_whole
+from vlmembed.files import content_digest, write_whole
+from vlmembed.search.served import folder_digest
 
 
 def main(words: Sequence[str]) -> None:
@@ -84,7 +85,8 @@ def benchmark(
         raise ValueError(f"first_stage {first_stage}: no such file or folder.")
     chosen, cache = find_tasks(tasks), ResultCache(output)
     # Numbers over candidates are kept apart from those over the whole corpus.
-    settings = {} if stage is None else {"first_stage": _digest_of(stage), "depth": depth}
+    digest = folder_digest if stage is not None and stage.is_dir() else content_digest
+    settings = {} if stage is None else {"first_stage": digest(stage), "depth": depth}
     options: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers}
     options |= {"settings": settings, "trust_remote_code": trust_remote_code}
 
@@ -111,9 +113,3 @@ def benchmark(
     if update_card:
         results.update_card(opened.folder, scores[0])
     print(f"{output}: mteb's results, the scores of each query, and the table in results.md.")
-
-
-def _digest_of(path: Path) -> str:
-    """Return what is another for another file, or folder of files."""
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    return digest(map(content_digest, files))

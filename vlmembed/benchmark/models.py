@@ -21,9 +21,10 @@ from mteb.models.abs_encoder import get_prompt_name
 from mteb.models.model_meta import ScoringFunction
 from mteb.types import PromptType
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm, trange
 
+from vlmembed.data.tables import undecoded
 from vlmembed.files import digest
 from vlmembed.late_interaction import MultiVectors
 from vlmembed.metrics.functions import BestDocuments
@@ -43,13 +44,11 @@ REUSED = 20_000
 #: Query → document → score.
 Run = dict[str, dict[str, float]]
 
-SIMILARITIES = {"dot": ScoringFunction.DOT_PRODUCT, "cosine": ScoringFunction.COSINE}
-
 
 class Items:
     """Queries or documents of ours, where mteb has a table with a column of ids."""
 
-    def __init__(self, names: Sequence[str], items: Sequence[Item]) -> None:
+    def __init__(self, names: Sequence[str], items: Any) -> None:
         self.names = names
         self.items = items
 
@@ -61,26 +60,10 @@ class Items:
 
     def select(self, rows: Sequence[int]) -> Items:
         """Return some of them, in the order of their rows."""
-        return Items([self.names[row] for row in rows], Selected(self.items, rows))
+        return Items([self.names[row] for row in rows], Subset(self.items, rows))
 
 
-class Selected(Sequence[Item]):
-    """Some of many items, read when they are asked for."""
-
-    def __init__(self, items: Sequence[Item], rows: Sequence[int]) -> None:
-        self.items = items
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return Selected(self.items, self.rows[index])
-        return self.items[self.rows[index]]
-
-
-class TableItems(Sequence[Item]):
+class TableItems:
     """The rows that a loader of mteb's has, as items: all that a row shows, in the order of the columns."""
 
     def __init__(self, inputs: DataLoader[Any], role: Role, instruction: str | None, task: str) -> None:
@@ -93,9 +76,7 @@ class TableItems(Sequence[Item]):
     def __len__(self) -> int:
         return len(self.table)
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return Selected(self, range(*index.indices(len(self))))
+    def __getitem__(self, index: int) -> Item:
         row = self.table[index]
         origin = f"{self.task}, {self.role} {row.get('id', index)!r}"
         parts = [part for name in self.names for part in _parts(name, row[name])]
@@ -108,23 +89,12 @@ class TableItems(Sequence[Item]):
 
 def _rows(inputs: DataLoader[Any]) -> tuple[Any, list[str]]:
     """Return rows and the names of their columns; images in tables are not decoded, which is done as in training."""
-    table: Any = inputs.dataset
-    if not isinstance(table, datasets.Dataset):  # Then images are open, in batches.
-        rows = [dict(zip(batch, row, strict=True)) for batch in inputs for row in zip(*batch.values(), strict=True)]
-        return rows, [*rows[0]] if rows else []
-    for name, feature in table.features.items():
-        if name in MODALITIES and (raw := _undecoded(feature)) is not feature:
-            table = table.cast_column(name, raw)
-    return table, table.column_names
-
-
-def _undecoded(feature: Any) -> Any:
-    """Return a feature that gives the file or its content instead of what is in it."""
-    if isinstance(feature, datasets.Image | datasets.Audio | datasets.Video):
-        return type(feature)(decode=False)
-    if isinstance(feature, datasets.List) and (raw := _undecoded(feature.feature)) is not feature.feature:
-        return datasets.List(raw)
-    return feature
+    table = inputs.dataset
+    if isinstance(table, datasets.Dataset):
+        return undecoded(table.with_format(None)), table.column_names
+    # Images are open, in batches.
+    rows = [dict(zip(batch, row, strict=True)) for batch in inputs for row in zip(*batch.values(), strict=True)]
+    return rows, [*rows[0]] if rows else []
 
 
 def _parts(kind: Any, value: Any) -> Iterator[Part]:
@@ -142,11 +112,21 @@ class Request:
     """What mteb asks for in a search."""
 
     task: TaskMetadata
-    queries: Sequence[Item]
-    corpus: Sequence[Item]
+    queries: Any
+    corpus: Any
     names: Sequence[str]  #: Of the documents.
-    candidates: Sequence[Sequence[int]] | None  #: Columns of the corpus, of each query; None for all.
+    candidates: Sequence[Sequence[int]] | None  #: Rows of the corpus, of each query; None for all.
     top_k: int
+
+    @property
+    def excluded(self) -> Tensor | None:
+        """(Q, P) which documents are no candidates of a query; None where all are."""
+        if self.candidates is None:
+            return None
+        excluded = torch.ones(len(self.queries), len(self.corpus), dtype=torch.bool)
+        for row, columns in enumerate(self.candidates):
+            excluded[row, columns] = False
+        return excluded
 
 
 class Model:
@@ -193,20 +173,20 @@ class Model:
         **_: Any,
     ) -> Run:
         """Return the best documents of each query, among its candidates (``top_ranked``) if it has some."""
-        corpus, self._corpus = self._corpus, None
-        names = [*corpus["id"]]
-        candidates = None if top_ranked is None else _candidates(queries["id"], names, top_ranked, task_metadata)
-        asked, documents = (
-            self._items(table, task_metadata, prompt)
-            for table, prompt in ((queries, PromptType.query), (corpus, PromptType.document))
-        )
-        ranked = self._search(Request(task_metadata, asked, documents, names, candidates, top_k))
+        names, candidates = [*self._corpus["id"]], None
+        asked = self._items(queries, task_metadata, PromptType.query)
+        corpus = self._items(self._corpus, task_metadata, PromptType.document)
+        self._corpus = None
+        if top_ranked is not None:
+            wanted, candidates = _candidates(queries["id"], names, top_ranked, task_metadata)
+            names, corpus = [names[row] for row in wanted], Subset(corpus, wanted)
+        ranked = self._search(Request(task_metadata, asked, corpus, names, candidates, top_k))
         return {
             query: {names[column]: score for column, score in best}
             for query, best in zip(queries["id"], ranked, strict=True)
         }
 
-    def _items(self, table: Any, task: TaskMetadata, prompt: PromptType) -> Sequence[Item]:
+    def _items(self, table: Any, task: TaskMetadata, prompt: PromptType) -> Any:
         """Return a table's items; mteb puts titles, instructions and conversations into their texts."""
         if isinstance(table, Items):
             return table.items
@@ -228,14 +208,15 @@ class Model:
 
 def _candidates(
     queries: Sequence[str], corpus: Sequence[str], ranked: Mapping[str, Sequence[str]], task: TaskMetadata
-) -> list[list[int]]:
-    """Return the columns of each query's candidates; none where the first stage has found nothing."""
-    columns = {name: column for column, name in enumerate(corpus)}
-    for query in queries:
-        for name in ranked.get(query, ()):
-            if name not in columns:
-                raise ValueError(f"{task.name}: candidate {name!r} of query {query!r} is not in the corpus.")
-    return [[*dict.fromkeys(columns[name] for name in ranked.get(query, ()))] for query in queries]
+) -> tuple[list[int], list[list[int]]]:
+    """Return the rows of all candidates, and which of them each query has: none where nothing was found for it."""
+    rows, lists = {name: row for row, name in enumerate(corpus)}, [[*ranked.get(query, ())] for query in queries]
+    for query, names in zip(queries, lists, strict=True):
+        if missing := [name for name in names if name not in rows]:
+            raise ValueError(f"{task.name}: candidate {missing[0]!r} of query {query!r} is not in the corpus.")
+    wanted = sorted({rows[name] for names in lists for name in names})
+    places = {corpus[row]: place for place, row in enumerate(wanted)}
+    return wanted, [[*dict.fromkeys(places[name] for name in names)] for names in lists]
 
 
 class Retriever(Model):
@@ -247,7 +228,7 @@ class Retriever(Model):
         super().__init__(served.served, served.folder, name, settings, served.encoder or served.served)
         self.served = served
         self.num_workers = num_workers
-        similarity = SIMILARITIES.get(served.similarity, ScoringFunction.MAX_SIM)
+        similarity = ScoringFunction.MAX_SIM if served.is_multi_vector else ScoringFunction(served.similarity)
         self.mteb_model_meta = self.mteb_model_meta.model_copy(
             update={"embed_dim": served.dimension, "similarity_fn_name": similarity}
         )
@@ -255,28 +236,27 @@ class Retriever(Model):
         self._last: tuple[str, list[Any]] = ("", [])
 
     def _search(self, request: Request) -> list[list[tuple[int, float]]]:
-        task, candidates, corpus = request.task, request.candidates, request.corpus
-        wanted: Sequence[int] = range(len(corpus))
-        if candidates is not None:
-            wanted = sorted({column for columns in candidates for column in columns})
-        allowed = None if candidates is None else _mask(candidates, wanted)
-        by_name = sorted(range(len(wanted)), key=lambda place: request.names[wanted[place]])
-        order, start = torch.tensor(by_name).argsort(), 0
+        task, names, start = request.task, request.names, 0
+        by_name = sorted(range(len(names)), key=names.__getitem__)
+        order = torch.tensor(by_name).argsort()
         queries = _together([vector for block in self._encode(request.queries, "query", task) for vector in block])
-        best = BestDocuments(len(queries), max(1, min(request.top_k, len(wanted))))
-        for documents in self._documents(Selected(corpus, wanted), task):
+        excluded = request.excluded
+        best = BestDocuments(len(queries), max(1, min(request.top_k, len(names))))
+        for documents in self._documents(request.corpus, task):
             block = slice(start, start + len(documents))
             scores = self.similarity(queries, documents)  # (Q, p)
             if not scores.isfinite().all():
                 raise ValueError(f"{task.name}: similarities to documents {start} and after are not finite numbers.")
-            best.add(0, scores if allowed is None else scores.masked_fill(~allowed[:, block], -torch.inf), order[block])
+            if excluded is not None:
+                scores = scores.masked_fill(excluded[:, block], -torch.inf)
+            best.add(0, scores, order[block])
             start = block.stop
         return [
-            [(wanted[by_name[position]], score) for score, position in zip(*row, strict=True) if position >= 0]
+            [(by_name[position], score) for score, position in zip(*row, strict=True) if position >= 0]
             for row in zip(*(column.tolist() for column in best.ranked()), strict=True)
         ]
 
-    def _documents(self, corpus: Sequence[Item], task: TaskMetadata) -> Iterable[Any]:
+    def _documents(self, corpus: Any, task: TaskMetadata) -> Iterable[Any]:
         """Encode a corpus; that of a task's next subset is often the same, as where questions are translated."""
         if len(task.hf_subsets) == 1 or len(corpus) > REUSED:
             return self._encode(corpus, "document", task)
@@ -285,9 +265,10 @@ class Retriever(Model):
             self._last = key, [*self._encode(corpus, "document", task)]
         return self._last[1]
 
-    def _encode(self, items: Sequence[Item], role: Role, task: TaskMetadata) -> Iterator[Any]:
+    def _encode(self, items: Any, role: Role, task: TaskMetadata) -> Iterator[Any]:
         """Encode items, a window at a time; a ``ValueError`` names what cannot be read."""
-        windows = (items[start : start + WINDOW] for start in range(0, len(items), WINDOW))
+        rows = range(len(items))
+        windows: Any = (Subset(items, rows[start : start + WINDOW]) for start in rows[::WINDOW])
         with tqdm(total=len(items), desc=f"{task.name}, {role}", leave=False) as bar:
             for encoded in self.served.stream(windows, role, num_workers=self.num_workers):
                 for reason in encoded.unreadable.values():
@@ -303,15 +284,6 @@ class Retriever(Model):
         else:
             scores = self.model.similarity(*(vectors.to(device) for vectors in both))
         return cast(Tensor, scores).float().cpu()
-
-
-def _mask(candidates: Sequence[Sequence[int]], wanted: Sequence[int]) -> Tensor:
-    """(Q, P) which of the wanted columns are a query's candidates."""
-    places = {column: place for place, column in enumerate(wanted)}
-    allowed = torch.zeros(len(candidates), len(wanted), dtype=torch.bool)
-    for row, columns in enumerate(candidates):
-        allowed[row, [places[column] for column in columns]] = True
-    return allowed
 
 
 class Embedder(Retriever):

@@ -172,28 +172,27 @@ class Row:
     label: str
     metric: str
     value: float
-    samples: list[np.ndarray]  #: The scores of queries, by split and subset; empty where there are none.
-    weights: list[float]  #: Of each sample's mean in the value.
+    shares: list[np.ndarray]  #: What each query adds to the value, by split and subset; empty where none is known.
 
     @property
     def count(self) -> int:
         """How many queries there are."""
-        return sum(map(len, self.samples))
+        return sum(map(len, self.shares))
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """The 95 % interval, over what other queries might have been asked; None where a sample has one query.
+        """The 95 % interval, over what other queries might have been asked; None where a subset has one query.
 
         Each subset is sampled anew by itself (a stratified percentile bootstrap).
         """
-        if not self.samples or min(map(len, self.samples)) < 2:
+        if not self.shares or min(map(len, self.shares)) < 2:
             return None
 
-        def mean(*samples: np.ndarray, axis: int = -1) -> Any:
-            return sum(weight * sample.mean(axis) for weight, sample in zip(self.weights, samples, strict=True))
+        def value(*shares: np.ndarray, axis: int = -1) -> Any:
+            return sum(of_subset.sum(axis) for of_subset in shares)
 
         drawn = stats.bootstrap(
-            self.samples, mean, n_resamples=RESAMPLES, batch=100, method="percentile", rng=np.random.default_rng(0)
+            self.shares, value, n_resamples=RESAMPLES, batch=100, method="percentile", rng=np.random.default_rng(0)
         )
         return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
 
@@ -201,39 +200,27 @@ class Row:
         """Compare with another model's on the same queries; None where there are no two."""
         if self.count < 2 or not other.count:
             return None
-        weighted = [
-            np.concatenate(
-                [
-                    sample * (weight * self.count / len(sample))
-                    for sample, weight in zip(row.samples, row.weights, strict=True)
-                ]
-            )[None]
-            for row in (self, other)
-        ]
-        return compare(weighted)[0, 1]
+        # Of as many queries, the mean is then the value.
+        return compare([self.count * np.concatenate(row.shares)[None] for row in (self, other)])[0, 1]
 
 
 def rows_of(scores: Sequence[Scores]) -> list[Row]:
     """Return a row a task and, where it has several, a row a subset; and last the mean over several tasks."""
     tasks, rows = [], []
     for one in scores:
-        samples = [np.array([*queries.values()]) for queries in one.cells.values()]
-        value = float(np.mean([sample.mean() for sample in samples])) if samples else one.result.get_score()
-        tasks.append(Row("task", one.task.metadata.name, one.metric, value, samples, [1 / len(samples)] * len(samples)))
-        rows.append(tasks[-1])
-        if len(samples) > 1:
-            rows += [
-                Row("subset", " / ".join(cell), one.metric, float(sample.mean()), [sample], [1.0])
-                for cell, sample in zip(one.cells, samples, strict=True)
-            ]
+        subsets = []
+        for cell, queries in one.cells.items():
+            values = np.array([*queries.values()])
+            subsets.append(Row("subset", " / ".join(cell), one.metric, float(values.mean()), [values / len(values)]))
+        value = float(np.mean([subset.value for subset in subsets])) if subsets else one.result.get_score()
+        shares = [subset.shares[0] / len(subsets) for subset in subsets]
+        tasks.append(Row("task", one.task.metadata.name, one.metric, value, shares))
+        rows += [tasks[-1], *(subsets if len(subsets) > 1 else [])]
     if len(tasks) > 1:
-        whole = tasks if all(task.samples for task in tasks) else []
-        samples = [sample for task in whole for sample in task.samples]
-        weights = [weight / len(tasks) for task in whole for weight in task.weights]
+        are_known = all(task.shares for task in tasks)
+        shares = [share / len(tasks) for task in tasks for share in task.shares] if are_known else []
         metric = tasks[0].metric if len({task.metric for task in tasks}) == 1 else "main score"
-        rows.append(
-            Row("mean", "mean over tasks", metric, float(np.mean([task.value for task in tasks])), samples, weights)
-        )
+        rows.append(Row("mean", "mean over tasks", metric, float(np.mean([task.value for task in tasks])), shares))
     return rows
 
 
@@ -258,14 +245,15 @@ def labels(models: Sequence[ModelMeta]) -> list[str]:
     return [f"{model.name} ({str(model.revision)[:8]})" for model in models]
 
 
-def compared(rows: Sequence[Row], others: Sequence[Row]) -> list[PairwiseComparison | None]:
+def compared(rows: Sequence[Row], others: Sequence[Row]) -> dict[int, PairwiseComparison]:
     """Compare two models row by row, with p-values corrected over all tasks, and over all subsets."""
-    comparisons = [row.compare(other) for row, other in zip(rows, others, strict=True)]
+    pairs = ((number, row.compare(other)) for number, (row, other) in enumerate(zip(rows, others, strict=True)))
+    comparisons = {number: comparison for number, comparison in pairs if comparison is not None}
     for kind in ("task", "subset", "mean"):
-        numbers = [number for number, row in enumerate(rows) if row.kind == kind and comparisons[number] is not None]
-        p_values = holm(np.array([comparisons[number].p_value for number in numbers]))  # type: ignore[union-attr]
-        for number, p_value in zip(numbers, p_values.tolist(), strict=True):
-            comparisons[number] = replace(comparisons[number], corrected=p_value)  # type: ignore[type-var]
+        family = [number for number in comparisons if rows[number].kind == kind]
+        p_values = holm(np.array([comparisons[number].p_value for number in family]))
+        for number, p_value in zip(family, p_values.tolist(), strict=True):
+            comparisons[number] = replace(comparisons[number], corrected=p_value)
     return comparisons
 
 
@@ -274,16 +262,16 @@ def table(names: Sequence[str], models: Sequence[Sequence[Row]]) -> str:
     heads = ["Task", "Metric", "Queries", *(head for name in names for head in (name, "95 %"))]
     heads += ["Difference", "p", "Verdict"] if len(models) > 1 else []
     lines = [heads, ["---", "---", *["---:"] * (len(heads) - 2)]]
-    comparisons = compared(*models) if len(models) > 1 else []
+    comparisons = compared(*models) if len(models) > 1 else {}
     for number, rows in enumerate(zip(*models, strict=True)):
         cells = [rows[0].label, rows[0].metric, str(rows[0].count or "")]
         for row in rows:
             interval = row.interval
             cells += [f"{row.value:.4f}", "–" if interval is None else "{:.4f} – {:.4f}".format(*interval)]
-        if comparisons and (comparison := comparisons[number]) is not None:
+        if comparison := comparisons.get(number):
             cells += [f"{comparison.difference:+.4f} ± {comparison.margin:.4f}"]
             cells += [f"{comparison.corrected:.4f}", comparison.verdict]
-        elif comparisons:
+        elif len(models) > 1:
             cells += [f"{rows[0].value - rows[1].value:+.4f}", "–", "–"]
         lines.append(cells)
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)

@@ -17,8 +17,9 @@ from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.get_tasks import TASK_LIST
 from mteb.types import Modalities, PromptType
+from torch.utils.data import Subset
 
-from vlmembed.benchmark.models import Items, Model, Selected
+from vlmembed.benchmark.models import Items, Model
 from vlmembed.data import EvaluationSource
 from vlmembed.data.evaluation import FILES, as_evaluation
 from vlmembed.data.judgements import first_documents, read_run
@@ -62,7 +63,7 @@ class EvaluationTask(AbsTaskRetrieval):
             ranked = {name: [evaluation.document_names[column] for column in columns[name]] for name in names}
         return {
             "corpus": corpus,
-            "queries": Items(names, Selected(evaluation.queries, rows)),
+            "queries": Items(names, Subset(evaluation.queries, rows)),
             "relevant_docs": {name: dict(evaluation.qrels[name]) for name in names},
             "top_ranked": ranked,
         }
