@@ -534,10 +534,10 @@ def link(name: str, target: str, kind: bytes = tarfile.SYMTYPE) -> tarfile.TarIn
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ([("a.jpg", PNG), ("a.txt", b""), ("b.jpg", PNG)], "row 2: the member b.jpg is without its partner b.txt"),
-        ([("a.jpg", PNG), ("a.txt", b""), ("b.txt", b"")], "row 2: the member b.txt is without its partner b.jpg"),
-        ([("a.jpg", PNG), ("b.jpg", PNG), ("a.txt", b"")], "row 3: the member a.txt is without its partner a.jpg"),
-        ([("a.jpg", PNG), ("b.jpg", PNG), ("b.txt", b"")], "row 2: the member b.txt has no partner in row 1"),
+        ([("a.jpg", PNG), ("a.txt", b""), ("b.jpg", PNG)], "row 2: the files of b end in jpg, those of row 1 in"),
+        ([("a.jpg", PNG), ("a.txt", b""), ("b.txt", b"")], "row 2: the files of b end in txt, those of row 1 in"),
+        ([("a.jpg", PNG), ("b.jpg", PNG), ("a.txt", b"")], "row 3: the files of a end in txt, those of row 1 in jpg."),
+        ([("a.jpg", PNG), ("b.jpg", PNG), ("b.txt", b"")], "row 2: the files of b end in jpg, txt, those of row 1 in"),
         ([("a.txt", b""), ("b.txt", b""), ("a.txt", b"")], "the members a.* do not stand beside each other"),
         ([("a.txt", b""), ("a.txt", b"")], "the member a.txt comes twice"),
         ([("a.txt", b""), ("LICENSE", b"")], "the member LICENSE has no ending"),
