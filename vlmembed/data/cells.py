@@ -172,7 +172,7 @@ def _parts(cell: Any, folder: Folder, origin: str) -> Iterator[Part]:
 
 def _without_key(cell: Any, folder: Folder, origin: str) -> Iterator[Part]:
     """Read an image, or a cell of an ``Image``, ``Pdf``, ``Audio`` or ``Video`` column."""
-    content, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, Mapping) else (None, None)
+    content, path = _content_and_path(cell)
     kind = (mimetypes.guess_type(path)[0] or "") if isinstance(path, str) else ""
     head = bytes(content[:HEAD]) if isinstance(content, bytes | memoryview) else b""
     if head.startswith(b"%PDF-") or (not head and kind == "application/pdf"):
@@ -286,9 +286,10 @@ def _checked_text(value: Any, origin: str) -> str:
 
 def _frame(value: Any, folder: Folder, origin: str) -> Frame:
     """Return an open image, the path of one, or its content, which is decoded when it is encoded."""
-    if _is_encoded(value) and isinstance(value.get("bytes"), memoryview):  # Of a stream: images are not copied.
-        return value["bytes"]
-    return value if isinstance(value, Image.Image | LazyImage) else _file(value, "image", folder, origin)
+    if isinstance(value, Image.Image | LazyImage):
+        return value
+    content, _ = _content_and_path(value)  # Of a stream, images are not copied.
+    return content if isinstance(content, memoryview) else _file(value, "image", folder, origin)
 
 
 def _audio(value: Any, folder: Folder, origin: str) -> Path | bytes:
@@ -306,7 +307,7 @@ def _audio(value: Any, folder: Folder, origin: str) -> Path | bytes:
 
 def _file(value: Any, kind: str, folder: Folder, origin: str) -> Path | bytes:
     """Return the path of a file, or its content."""
-    content, path = (value.get("bytes"), value.get("path")) if _is_encoded(value) else (None, value)
+    content, path = _content_and_path(value)
     if content is None:
         return folder.find(path, kind, origin)
     if isinstance(content, memoryview):
@@ -317,7 +318,15 @@ def _file(value: Any, kind: str, folder: Folder, origin: str) -> Path | bytes:
 
 
 def _is_encoded(value: Any) -> bool:
-    return isinstance(value, Mapping) and bool(value) and value.keys() <= {"bytes", "path"}
+    is_mapping = isinstance(value, Mapping) and bool(value) and value.keys() <= {"bytes", "path"}
+    return is_mapping or isinstance(value, bytes | memoryview)
+
+
+def _content_and_path(value: Any) -> tuple[Any, Any]:
+    """Return what is in an encoded file, and its path; of another value none, and itself."""
+    if isinstance(value, bytes | memoryview):
+        return value, None
+    return (value.get("bytes"), value.get("path")) if _is_encoded(value) else (None, value)
 
 
 def _is_frame(value: Any) -> bool:
