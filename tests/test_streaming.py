@@ -180,6 +180,14 @@ def test_two_processes_resume_with_the_same_bits(checkpoint: Path, tmp_path: Pat
         assert [(position["row"], position["batches"]) for position in positions] == [(16, 1), (0, 2)]
 
 
+def test_an_epoch_begins_where_the_last_one_ended(checkpoint: Path, tmp_path: Path) -> None:
+    rows = StreamingRows(write(tmp_path, "jsonl", 64), columns={"q": "query"}, rows=8)
+    queries = Queries()
+    fitted = trainer(max_epochs=3, max_steps=-1, callbacks=[queries])
+    fitted.fit(module(checkpoint), datamodule=RetrievalDataModule(rows, batch_size=4, num_workers=0))
+    assert (fitted.global_step, len({*queries.ids})) == (6, 24)
+
+
 def test_where_and_each_work_row_by_row(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     lines = [{"query": f"q{n}", "positive": [f"a{n}", f"b{n}"], "kind": n % 2} for n in range(40)]

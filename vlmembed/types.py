@@ -239,6 +239,11 @@ class BadRow:
     row: int  # Its number over all sources, from 1 on.
     reason: str
 
+    @classmethod
+    def of(cls, index: int, error: ValueError) -> BadRow:
+        """Make one of a row's number, from 0 on, and the beginning of a message that may quote what cannot be read."""
+        return cls(index + 1, str(error)[:1000])
+
 
 @dataclass
 class _Chunks:

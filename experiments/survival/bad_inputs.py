@@ -37,8 +37,9 @@ from torch.utils.data import DataLoader
 
 from vlmembed.backbones import Qwen3VL, tiny
 from vlmembed.data import ItemCollator, Rows
+from vlmembed.data.sources import RowLists, read_usable
 from vlmembed.losses import LabelSpec
-from vlmembed.training.guards import ReadableRows, SkipBadRows
+from vlmembed.training.guards import SkipBadRows
 from vlmembed.types import Batch, Preprocessor
 
 #: Of a refusal, what stands in the table.
@@ -70,7 +71,7 @@ def batch_of(given: object, preprocessor: Preprocessor, folder: Path) -> Batch:
     line = content(given)
     path = folder / "train.jsonl"
     path.write_bytes(good(line) + b"\n" + line + b"\n")
-    rows = ReadableRows(Rows(str(path)))
+    rows = RowLists(partial(read_usable, Rows(str(path))))
     loader = DataLoader(rows, sampler=[[0, 1]], batch_size=None, num_workers=1, collate_fn=collator(line, preprocessor))
     (batch,) = loader
     return batch

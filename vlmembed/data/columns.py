@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -203,7 +204,7 @@ def _condition(wanted: Any, origin: str) -> Callable[[Any], bool]:
         if low is None and high is None:
             return True
         try:
-            return (low is None or low <= float(value)) and (high is None or float(value) <= high)
+            return (-math.inf if low is None else low) <= float(value) <= (math.inf if high is None else high)
         except (TypeError, ValueError):
             return False
 

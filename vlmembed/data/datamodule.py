@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,10 +16,20 @@ from vlmembed.data import checks
 from vlmembed.data.collate import Collator
 from vlmembed.data.evaluation import EvaluationSource, RerankingSource
 from vlmembed.data.rows import INSTRUCTIONS, Rows, Table
-from vlmembed.data.sources import Batches, GroupByQuery, Mixture, ResumableLoader, RowLists, Source, seeded_generator
-from vlmembed.data.streaming import Collated, StreamedBatches, StreamingRows, StreamLoader, stream_of
+from vlmembed.data.sources import (
+    Batches,
+    GroupByQuery,
+    Mixture,
+    ResumableLoader,
+    RowLists,
+    RowLoader,
+    Source,
+    read_usable,
+    seeded_generator,
+)
+from vlmembed.data.streaming import StreamedBatches, StreamingRows, StreamLoader, collated, stream_of
 from vlmembed.metrics import MEAN
-from vlmembed.training.guards import BadRowFile, ReadableRows, SkipBadRows
+from vlmembed.training.guards import BadRowFile, SkipBadRows
 from vlmembed.training.signals import leave_stopping_to_parent
 from vlmembed.types import PATCH_COST, Chunking
 
@@ -168,41 +179,32 @@ class RetrievalDataModule(LightningDataModule):
             collator.chunking = Chunking(None, self.chunk_tokens, self.patch_cost)
         else:
             collator.chunking = Chunking(self.chunk_size, None, self.patch_cost)
+        skips = self.on_bad_row == "skip"
+        collate: Any = SkipBadRows(collator, collator.check) if skips else collator
+        loader: ResumableLoader
         if self._stream is not None:
-            return self._stream_loader(self._stream)
-        rows: Any = RowLists(self._mixture.__getitems__)
-        collate: Any = collator
-        bad_rows = None
-        if self.on_bad_row == "skip":
-            rows, collate = ReadableRows(self._mixture), SkipBadRows(collator, collator.check)
-            bad_rows = BadRowFile(Path(trainer.log_dir or trainer.default_root_dir), self.max_bad_rows)
-        options = {"persistent_workers": self.num_workers > 0, **self._loader_options}
-        # A sampler's item is a whole batch of row numbers, and a row list reads them in one call.
-        loader = ResumableLoader(rows, batch_size=None, sampler=self._batches(), collate_fn=collate, **options)
-        loader.bad_rows = bad_rows
+            loader = self._stream_loader(self._stream, collate, skips)
+        else:
+            options = {"persistent_workers": self.num_workers > 0, **self._loader_options}
+            # A sampler's item is a whole batch of row numbers, and a row list reads them in one call.
+            rows = RowLists(partial(read_usable, self._mixture) if skips else self._mixture.__getitems__)
+            loader = RowLoader(rows, batch_size=None, sampler=self._batches(), collate_fn=collate, **options)
+        if skips:
+            loader.bad_rows = BadRowFile(Path(trainer.log_dir or trainer.default_root_dir), self.max_bad_rows)
         return loader
 
-    def _stream_loader(self, rows: StreamingRows) -> StreamLoader:
-        trainer, collate, bad_rows = self.trainer, self._collator, None
-        per_epoch = self.steps_per_epoch
+    def _stream_loader(self, rows: StreamingRows, collate: Any, skips: bool) -> StreamLoader:
+        trainer, per_epoch = self.trainer, self.steps_per_epoch
         if per_epoch is None and (trainer.max_steps or -1) < 0:
             raise ValueError(f"{rows.origin}: the length of a stream is unknown; set trainer.max_steps, or its rows.")
         # The loader must have a length: of one without, Lightning takes a batch ahead, and a resumed run would lose it.
         per_epoch = trainer.max_steps * trainer.accumulate_grad_batches if per_epoch is None else per_epoch
         if per_epoch == 0:
             raise ValueError(f"{rows.origin}: rows is {rows.rows}, fewer than one batch over all processes.")
-        is_skipping = self.on_bad_row == "skip"
         workers = max(1, self.num_workers)
         readers, first = workers * trainer.world_size, workers * trainer.global_rank
-        batches = StreamedBatches(
-            rows, self.batch_size, readers, first, self._collator.distinct_queries, skip=is_skipping
-        )
-        making = Collated(SkipBadRows(collate, collate.check) if is_skipping else collate, takes_numbers=is_skipping)
-        if is_skipping:
-            bad_rows = BadRowFile(Path(trainer.log_dir or trainer.default_root_dir), self.max_bad_rows)
-        loader = StreamLoader(batches, per_epoch, collate_fn=making, **self._loader_options)
-        loader.bad_rows = bad_rows
-        return loader
+        batches = StreamedBatches(rows, self.batch_size, readers, first, self._collator.distinct_queries, skips)
+        return StreamLoader(batches, per_epoch, collate_fn=partial(collated, collate, skips), **self._loader_options)
 
     def val_dataloader(self) -> list[DataLoader]:
         """Return a loader for each validation set."""

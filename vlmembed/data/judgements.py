@@ -20,9 +20,10 @@ from PIL.Image import Image
 from vlmembed.data.cells import KINDS, Folder, content_keys, instructed, to_items
 from vlmembed.data.columns import nearest
 from vlmembed.data.pages import Pages
+from vlmembed.data.records import text_lines
 from vlmembed.data.rows import Table
 from vlmembed.data.streaming import refuse_streams
-from vlmembed.data.tables import Joined, configurations, splits_of, text_lines
+from vlmembed.data.tables import Joined, configurations, splits_of
 from vlmembed.types import EvaluationSet, Item, Part, Role
 
 Qrels = dict[str, dict[str, int]]

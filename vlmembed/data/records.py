@@ -11,8 +11,11 @@ import shutil
 import tarfile
 from abc import ABC, abstractmethod
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -211,10 +214,10 @@ class Delimited(Records):
         super().__init__(path)
 
     def _index(self) -> np.ndarray:
-        bounds, position, number = array("q"), 0, 0
+        bounds, position = array("q"), 0
 
         def lines() -> Iterator[str]:
-            nonlocal position, number
+            nonlocal position
             for number, line in enumerate(read_lines(self._file, self.path), start=1):
                 position += len(line)
                 yield _decode(line, f"{self.path}, row {number}", is_first=number == 1)
@@ -231,7 +234,7 @@ class Delimited(Records):
         except csv.Error as error:
             kind = "CSV" if self._delimiter == "," else "TSV"
             hint = "is a quote left open, or one inside a quoted cell not doubled?"
-            raise ValueError(f"{self.path}, line {number}: not {kind}: {error}; {hint}") from error
+            raise ValueError(f"{self.path}, line {reader.line_num}: not {kind}: {error}; {hint}") from error
         if twice := [name for name in self._names if self._names.count(name) > 1]:
             raise ValueError(f"{self.path}: two columns are called {twice[0]!r}.")
         return _as_array(bounds)
@@ -240,7 +243,7 @@ class Delimited(Records):
         text = _between(file, self._bounds, index).decode()
         return dict(zip(self._names, next(self._reader([text])), strict=True))
 
-    def _reader(self, lines: Iterable[str]) -> Iterator[list[str]]:
+    def _reader(self, lines: Iterable[str]) -> Any:
         csv.field_size_limit(MAX_LINE_BYTES)
         return csv.reader(lines, delimiter=self._delimiter, strict=True)
 
@@ -276,34 +279,30 @@ class _Scanner:
     def value(self) -> str:
         """Step over the next value, and return its text."""
         self.peek()
-        size = min(2**12, MAX_LINE_BYTES + 1)
-        while True:
+        size = 0
+        while size <= MAX_LINE_BYTES:
+            size = min(max(4 * size, 2**12), MAX_LINE_BYTES + 1)
             text = self._ahead(size)
-            problem, end = self._try(text)
-            if end < size:
-                break
-            if size > MAX_LINE_BYTES:
-                raise ValueError(f"{self._origin}, byte {self.position + 1}: the value {TOO_LONG}")
-            size = min(4 * size, MAX_LINE_BYTES + 1)
-        if problem:
-            raise ValueError(problem)
-        self.position += end
-        return text[:end]
+            try:
+                end = DECODER.raw_decode(text)[1]
+            except json.JSONDecodeError as error:
+                is_at_end = error.msg.startswith("Unterminated string") or error.pos > len(text) - LONGEST_TOKEN
+                if len(text) < size or not is_at_end:  # Else the value goes on behind the text.
+                    place = f"{self._origin}, byte {self.position + error.pos + 1}"
+                    raise ValueError(f"{place}: not JSON ({error.msg}).") from error
+                continue
+            except RecursionError as error:
+                raise ValueError(
+                    f"{self._origin}, byte {self.position + 1}: the value is nested too deeply."
+                ) from error
+            if end < size:  # Else it may be half of a number.
+                self.position += end
+                return text[:end]
+        raise ValueError(f"{self._origin}, byte {self.position + 1}: the value {TOO_LONG}")
 
     def _ahead(self, size: int) -> str:
         self._file.seek(self.position)
         return self._file.read(size).decode("latin-1")
-
-    def _try(self, text: str) -> tuple[str, int]:
-        """Return what is wrong with the value that a text begins with, and where it ends: at the text's end if cut."""
-        try:
-            return "", DECODER.raw_decode(text)[1]
-        except json.JSONDecodeError as error:
-            is_cut = error.msg.startswith("Unterminated string") or error.pos > len(text) - LONGEST_TOKEN
-            problem = f"{self._origin}, byte {self.position + error.pos + 1}: not JSON ({error.msg})."
-            return problem, len(text) if is_cut else error.pos
-        except RecursionError as error:
-            raise ValueError(f"{self._origin}, byte {self.position + 1}: the value is nested too deeply.") from error
 
     def elements(self) -> Iterator[int]:
         """Step through a list or an object, and yield where each element begins, for the caller to step over."""
@@ -325,14 +324,16 @@ class _Scanner:
         self.take(":")
         return str(key)
 
-    def bounds(self) -> np.ndarray:
-        """Step over a list; return where its elements begin, and its end."""
-        bounds = array("q")
+    def bounds(self) -> tuple[str, np.ndarray]:
+        """Step over a list; return whether it is of objects or other values, where these begin, and its end."""
+        bounds, form = array("q"), "values"
         for start in self.elements():
+            if not bounds and self.peek() == "{":
+                form = "objects"
             bounds.append(start)
             self.value()
         bounds.append(self.position)
-        return _as_array(bounds)
+        return form, _as_array(bounds)
 
 
 class JSONFile(Records):
@@ -353,10 +354,7 @@ class JSONFile(Records):
             scanner = _Scanner(file, str(self.path))
             if self._key not in (None, "*"):
                 self._go_to(str(self._key), scanner)
-            if scanner.peek() == "[":
-                self._form, bounds = self._list(scanner)
-            else:
-                self._form, bounds = self._object(scanner)
+            self._form, bounds = scanner.bounds() if scanner.peek() == "[" else self._object(scanner)
             if self._key in (None, "*") and scanner.peek():
                 raise ValueError(f"{self.path}, byte {scanner.position + 1}: not JSON: something follows the end.")
         return bounds
@@ -367,21 +365,9 @@ class JSONFile(Records):
             keys.append(scanner.key())
             if keys[-1] == wanted:
                 return
-            self._list(scanner) if scanner.peek() == "[" else scanner.value()
-        raise ValueError(
-            f"{self.path}: no key {wanted!r}{nearest(wanted, keys)}; {self._has(keys)} (subset chooses one)."
-        )
-
-    def _has(self, keys: Sequence[str]) -> str:
-        return f"it has {', '.join(keys[:20])}{', …' if len(keys) > 20 else ''}" if keys else "it is no object"
-
-    def _list(self, scanner: _Scanner) -> tuple[str, np.ndarray]:
-        bounds = scanner.bounds()
-        return "objects" if self._begins(bounds) == b"{" else "values", bounds
-
-    def _begins(self, bounds: np.ndarray) -> bytes:
-        with self._file.open("rb") as file:
-            return _between(file, bounds, 0)[:1] if len(bounds) > 1 else b""
+            scanner.bounds() if scanner.peek() == "[" else scanner.value()
+        has = f"it has {', '.join(keys[:20])}{', …' if len(keys) > 20 else ''}" if keys else "it is no object"
+        raise ValueError(f"{self.path}: no key {wanted!r}{nearest(wanted, keys)}; {has} (subset chooses one).")
 
     def _object(self, scanner: _Scanner) -> tuple[str, np.ndarray]:
         lists: dict[str, tuple[str, np.ndarray]] = {}
@@ -390,7 +376,7 @@ class JSONFile(Records):
             bounds.append(start)
             keys.append(scanner.key())
             if scanner.peek() == "[" and self._key != "*":
-                lists[keys[-1]] = self._list(scanner)
+                lists[keys[-1]] = scanner.bounds()
             else:
                 scanner.value()
         bounds.append(scanner.position)
@@ -451,21 +437,25 @@ class Tar(Records):
     """
 
     def _index(self) -> np.ndarray:
-        fields: list[str] = []
-        keys: list[bytes] = []
-        places = array("q")
-        for key, members in self._samples():
-            fields = fields or [*members]
-            where = f"{self.path}, row {len(keys) + 1}"
-            self._check_partners(key, {*members}, {*fields}, where)
-            keys.append(key.encode("utf-8", "surrogateescape"))
-            for field in fields:
-                member = members[field]
+        fields, keys, places = list[str](), list[bytes](), array("q")
+        for key, beside in groupby(self._members(), itemgetter(0)):
+            where, members = f"{self.path}, row {len(keys) + 1}", dict[str, tarfile.TarInfo]()
+            for _, field, member in beside:
+                if field in members:
+                    raise ValueError(f"{self.path}: the member {member.name} comes twice.")
                 if field.rpartition(".")[2].lower() in DECODED and member.size > MAX_LINE_BYTES:
                     raise ValueError(f"{where}: the member {member.name} {TOO_LONG}")
-                places.extend([member.offset_data, member.size])
+                members[field] = member
+            fields = fields or [*members]
+            if members.keys() != {*fields}:
+                raise ValueError(
+                    f"{where}: the files of {key} end in {', '.join(sorted(members))}, those of row 1 in "
+                    f"{', '.join(sorted(fields))}. Every row needs the same, beside each other in the tar."
+                )
+            keys.append(key.encode("utf-8", "surrogateescape"))
+            places.extend(place for field in fields for place in (members[field].offset_data, members[field].size))
         if len({*keys}) < len(keys):
-            twice = next(key for key, before in zip(sorted(keys)[1:], sorted(keys), strict=False) if key == before)
+            ((twice, _),) = Counter(keys).most_common(1)
             raise ValueError(
                 f"{self.path}: the members {os.fsdecode(twice)}.* do not stand beside each other, so they are no rows. "
                 "Pack the tar again, by name: tar --sort=name."
@@ -474,54 +464,21 @@ class Tar(Records):
         self._places = _as_array(places).reshape(len(keys), len(fields), 2)
         return np.arange(len(keys) + 1)
 
-    def _samples(self) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-        """Yield the members of each key that stand beside each other, by ending."""
-        before, members = "", dict[str, tarfile.TarInfo]()
-        for member in self._members():
-            key, field = self._key_and_field(member)
-            if members and key != before:
-                yield before, members
-                members = {}
-            if field in members:
-                raise ValueError(f"{self.path}: the member {member.name} comes twice.")
-            before, members[field] = key, member
-        if members:
-            yield before, members
-
-    def _members(self) -> Iterator[tarfile.TarInfo]:
+    def _members(self) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+        """Yield the files, with their names without the endings, and these."""
         try:
             with tarfile.open(self._file, "r:") as tar:
                 for member in tar:
                     tar.members = []  # type: ignore[attr-defined]  # Else it remembers all.
-                    if not member.isdir() and not Path(member.name).name.startswith((".", "__")):
-                        yield member
+                    folder, slash, name = member.name.rpartition("/")
+                    stem, _, field = name.partition(".")
+                    if member.isdir() or name.startswith((".", "__")):
+                        continue
+                    if problem := _problem(member, field):
+                        raise ValueError(f"{self.path}: the member {member.name} {problem}.")
+                    yield folder + slash + stem, field, member
         except (tarfile.TarError, EOFError) as error:
             raise ValueError(f"{self.path}: not a tar that can be read: {error}. Is the file whole?") from error
-
-    def _key_and_field(self, member: tarfile.TarInfo) -> tuple[str, str]:
-        folder, _, name = member.name.rpartition("/")
-        stem, _, field = name.partition(".")
-        if member.name.startswith("/") or ".." in member.name.split("/"):
-            raise ValueError(f"{self.path}: the member {member.name} leads out of the tar; pack it again.")
-        if not member.isreg() or member.issparse():
-            raise ValueError(f"{self.path}: the member {member.name} is no plain file (a link?); pack it as one.")
-        if not field:
-            raise ValueError(
-                f"{self.path}: the member {member.name} has no ending, so it belongs to no row; pack it with one."
-            )
-        return (f"{folder}/{stem}" if folder else stem), field
-
-    def _check_partners(self, key: str, fields: set[str], expected: set[str], where: str) -> None:
-        if missing := sorted(expected - fields):
-            raise ValueError(
-                f"{where}: the member {key}.{min(fields)} is without its partner {key}.{missing[0]}. Every row needs "
-                f"the files of the first ({', '.join(sorted(expected))}), beside each other in the tar."
-            )
-        if extra := sorted(fields - expected):
-            raise ValueError(
-                f"{where}: the member {key}.{extra[0]} has no partner in row 1, whose files are "
-                f"{', '.join(sorted(expected))}; every row needs the same."
-            )
 
     def _read(self, file: BinaryIO, index: int) -> dict[str, Any]:
         key = os.fsdecode(self._keys[index])
@@ -542,6 +499,15 @@ class Tar(Records):
             raise ValueError(
                 f"{self.path}, row {index + 1}: the member {name} is not {kind} ({error}): {content[:100]!r}"
             ) from error
+
+
+def _problem(member: tarfile.TarInfo, field: str) -> str:
+    """Say why a member of a tar is no file of a row, if it is none."""
+    if member.name.startswith("/") or ".." in member.name.split("/"):
+        return "leads out of the tar; pack it again"
+    if not member.isreg() or member.issparse():
+        return "is no plain file (a link?); pack it as one"
+    return "" if field else "has no ending, so it belongs to no row; pack it with one"
 
 
 #: How files with these endings are read, of those that WebDataset knows; what can run or fill the memory is not.

@@ -17,7 +17,7 @@ import numpy as np
 
 from vlmembed.data.cells import KINDS, Cell, Folder, content_keys, instructed, is_content, to_items
 from vlmembed.data.columns import Condition, Expression, Language, Read, Row, nearest
-from vlmembed.data.sources import Source, labelled
+from vlmembed.data.sources import Source, labelled, read_each
 from vlmembed.data.tables import Joined, RawTable, open_table, title
 from vlmembed.types import Example, Item
 
@@ -183,17 +183,17 @@ class Lookup:
 
 
 class LookedUp:
-    """What the ids of a table stand for."""
+    """What the ids of a table stand for; the folder is that of the files in its cells, if it is another one."""
 
-    def __init__(self, lookup: Lookup, rows: RawTable, origin: str, folder: Folder | None) -> None:
-        self.rows, self.origin, self.folder = rows, origin, folder
-        self.expression = lookup.cell or {key: key for key in content_keys(rows.column_names)}
+    def __init__(self, lookup: Lookup, table: Table, origin: str, folder: Folder | None) -> None:
+        self.rows, self.columns, self.origin, self.folder = table.raw, table.raw_columns, origin, folder
+        self.expression = lookup.cell or {key: key for key in content_keys(self.rows.column_names)}
         if not self.expression:
             raise ValueError(f"{origin}: it has none of {', '.join(KINDS)}; say with 'cell' what a row stands for.")
-        language = Language(_columns(rows), origin)
+        language = Language(self.columns, origin)
         read = language.path(lookup.key)
         self.numbers: dict[str, int] = {}
-        for number, row in _scan(rows, language.used):
+        for number, row in _scan(self.rows, language.used):
             key = None if row is None else read(row)
             if key is not None and self.numbers.setdefault(str(key), number) != number:
                 first = self.numbers[str(key)] + 1
@@ -202,7 +202,7 @@ class LookedUp:
     @cached_property
     def cell(self) -> Read:
         """What makes the cell of a row."""
-        return Language(_columns(self.rows), self.origin, folder=self.folder).reader(self.expression)
+        return Language(self.columns, self.origin, folder=self.folder).reader(self.expression)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "cell"}
@@ -226,13 +226,6 @@ class _Cells(NamedTuple):
     rows: RawTable  # With the columns that are read.
     reads: dict[str, Read]
     columns: dict[str, set[str]]  # That each cell is made of.
-
-
-class _Filter(NamedTuple):
-    """Which rows of a table are read."""
-
-    keeps: Callable[[Row], bool]
-    columns: set[str]  # That it looks at.
 
 
 @dataclass(eq=False)
@@ -286,7 +279,11 @@ class Table:
     @cached_property
     def raw_columns(self) -> list[str]:
         """The columns of these rows: of JSON, which leaves out a key where it has no value, those of the first ones."""
-        return _columns(self.raw)
+        table = self.raw.first if isinstance(self.raw, Joined) else self.raw
+        if isinstance(table, datasets.Dataset):
+            return list(table.column_names)
+        first = [row for _, row in islice(_scan(table, ()), FIRST) if row is not None]
+        return [*dict.fromkeys(key for row in first for key in row)] or table.column_names
 
     def __len__(self) -> int:
         reads = self._cells  # Which is wrong where an expression is.
@@ -305,8 +302,8 @@ class Table:
             table = table.select_columns(wanted)
         rows = self._rows(table, [row for row, _ in places])
         origins = self.origins(indices)
-        if self.cells is None and names is None:
-            check_same(rows, origins, set().union(*columns.values()), {*(self.columns or ())})
+        if names is None:
+            self.check_same(rows, origins)
         elements = [with_element(row, self.each, element) for row, (_, element) in zip(rows, places, strict=True)]
         return map_cells(cells, elements, origins)
 
@@ -331,6 +328,17 @@ class Table:
 
     def check(self, names: Collection[str]) -> None:
         """Refuse names of cells that whoever reads the table does not know."""
+
+    def check_same(self, rows: Iterable[Row], origins: Iterable[str]) -> None:
+        """Refuse rows of other columns than the first row's: a misspelt name must not lose negatives."""
+        if self.cells is not None:
+            return
+        columns, dropped = set[str]().union(*self._cells.columns.values()), {*(self.columns or ())}
+        for row, origin in zip(rows, origins, strict=True):
+            missing, extra = [*(columns - row.keys())], [*(row.keys() - columns - dropped)]
+            if missing or extra:
+                reason = f"lacks column {missing[0]!r} of" if missing else f"has a column {extra[0]!r} that is not in"
+                raise ValueError(f"{origin} {reason} row 1; every row needs the same columns.")
 
     def _rows_and_elements(self, indices: Sequence[int]) -> list[tuple[int, int]]:
         places = self._places
@@ -361,7 +369,7 @@ class Table:
         """Return the elements of ``each`` in a row that are read, -1 for the row as it is; none of one left out."""
         values = row.get(self.each) if self.each is not None else True
         elements = range(len(values)) if isinstance(values, list) else () if values is None else (-1,)
-        keeps = self._filter.keeps
+        keeps, _ = self._filter
         return [element for element in elements if keeps(with_element(row, self.each, element))]
 
     @cached_property
@@ -396,22 +404,28 @@ class Table:
 
     def _find(self, name: str, lookup: Lookup) -> LookedUp:
         """Open a table of ``tables``."""
-        if lookup.path is None and (lookup.split, lookup.subset) == (None, None):
-            return LookedUp(lookup, self.raw, f"{self.origin}: tables: {name}", None)
-        path, is_same = lookup.path or self.path, lookup.path is None
-        subset = lookup.subset or (self.subset if is_same else None)
-        revision = lookup.revision or (self.revision if is_same else None)
-        other = open_table(path, lookup.split or self.split, subset, Folder.of(path, self.allow_outside), revision)
-        folder = None if is_same and lookup.media is None else _folder(path, lookup.media)
-        return LookedUp(lookup, other, f"{path}: tables: {name}", folder)
+        table: Table = self
+        is_own = lookup.path is None
+        if not is_own or lookup.split or lookup.subset:
+            table = Table(
+                lookup.path or self.path,
+                lookup.split or self.split,
+                lookup.subset or (self.subset if is_own else None),
+                allow_outside=self.allow_outside,
+                revision=lookup.revision or (self.revision if is_own else None),
+                media=lookup.media,
+            )
+        folder = None if is_own and lookup.media is None else table.folder
+        return LookedUp(lookup, table, f"{table.origin}: tables: {name}", folder)
 
     @cached_property
-    def _filter(self) -> _Filter:
+    def _filter(self) -> tuple[Callable[[Row], bool], set[str]]:
+        """Tells which rows are read; the columns that this looks at."""
         language = Language(self.raw_columns, self.origin)
         keeps = language.where(self.where or {})
         if self.each is not None:
             language.path(self.each)
-        return _Filter(keeps, language.used)
+        return keeps, language.used
 
     @cached_property
     def _places(self) -> np.ndarray | None:
@@ -419,7 +433,7 @@ class Table:
         if not self.where and self.each is None:
             return None
         rows, places = self.raw, []
-        for number, row in _scan(rows, self._filter.columns):
+        for number, row in _scan(rows, self._filter[1]):
             places += [(number, element) for element in ((-1,) if row is None else self.elements(row))]
         if not places:
             raise ValueError(
@@ -467,42 +481,17 @@ def map_cells(cells: Mapping[str, Read], rows: Sequence[Row], origins: Sequence[
     return mapped
 
 
-def check_same(rows: Sequence[Row], origins: Sequence[str], columns: set[str], dropped: set[str]) -> None:
-    """Refuse rows of other columns than the first row's: a misspelt name must not lose negatives."""
-    for row, origin in zip(rows, origins, strict=True):
-        missing, extra = [*(columns - row.keys())], [*(row.keys() - columns - dropped)]
-        if missing or extra:
-            reason = f"lacks column {missing[0]!r} of" if missing else f"has a column {extra[0]!r} that is not in"
-            raise ValueError(f"{origin} {reason} row 1; every row needs the same columns.")
-
-
 def with_element(row: Row, column: str | None, element: int) -> Row:
     """Return a row with one element of a list in place of the list."""
     return row if column is None or element < 0 else {**row, column: row[column][element]}
-
-
-def _columns(rows: RawTable) -> list[str]:
-    """Return the columns of a table; JSON leaves out a key where it has no value, so those of the first rows."""
-    table = rows.first if isinstance(rows, Joined) else rows
-    if isinstance(table, datasets.Dataset):
-        return list(table.column_names)
-    first = [row for _, row in islice(_scan(table, ()), FIRST) if row is not None]
-    return [*dict.fromkeys(key for row in first for key in row)] or table.column_names
 
 
 def _scan(rows: RawTable, columns: Iterable[str]) -> Iterator[tuple[int, Row | None]]:
     """Go through a table with some of its columns; None stands for a row that cannot be read."""
     selected = rows.select_columns([*columns])
     for start in range(0, len(rows), FIRST):
-        numbers = range(start, min(start + FIRST, len(rows)))
-        try:
-            yield from zip(numbers, selected.__getitems__(list(numbers)), strict=True)
-        except ValueError:  # One of them cannot be read.
-            for number in numbers:
-                try:
-                    yield number, selected.__getitems__([number])[0]
-                except ValueError:
-                    yield number, None
+        numbers = [*range(start, min(start + FIRST, len(rows)))]
+        yield from zip(numbers, read_each(selected.__getitems__, numbers, lambda *_: None), strict=True)
 
 
 def _folder(path: str | list[str], media: str | None, allow_outside: Iterable[str] | None = None) -> Folder:

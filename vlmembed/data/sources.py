@@ -13,13 +13,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, islice, pairwise, repeat
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from vlmembed.types import Example, Item
+from vlmembed.data.tables import read_parts
+from vlmembed.types import BadRow, Example, Item
+
+T = TypeVar("T")
 
 #: Bounds the memory of reading the queries of a whole source.
 ROWS_AT_ONCE = 4096
@@ -60,12 +63,26 @@ class Source(ABC):
         ids: list[int] = []
         for start in range(0, len(indices), ROWS_AT_ONCE):
             piece = indices[start : start + ROWS_AT_ONCE]
-            try:
-                ids += [query.id for query in self.read_queries(piece)]
-            except ValueError:
-                for index in piece:  # One of them cannot be read.
-                    ids += [-1 - index] if len(piece) == 1 else self.query_ids([index])
+            queries = read_each(self.read_queries, piece, lambda index, _: -1 - index)
+            ids += [query if isinstance(query, int) else query.id for query in queries]
         return ids
+
+
+def read_each(
+    read: Callable[[Sequence[int]], Sequence[T]], rows: Sequence[int], instead: Callable[[int, ValueError], T]
+) -> list[T]:
+    """Read rows together; where one of them cannot be read, one by one, with something in the place of that one."""
+    try:
+        return [*read(rows)]
+    except ValueError as error:
+        if len(rows) == 1:
+            return [instead(rows[0], error)]
+        return [value for row in rows for value in read_each(read, [row], instead)]
+
+
+def read_usable(source: Source, rows: Sequence[int]) -> list[tuple[int, Example] | BadRow]:
+    """Read examples with their rows' numbers, and a `BadRow` in the place of one that cannot be read."""
+    return read_each(lambda some: [*zip(some, source.__getitems__(some), strict=True)], rows, BadRow.of)
 
 
 @dataclass(eq=False)
@@ -188,16 +205,17 @@ class Mixture(Source):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Example]:
-        examples = self._read(indices, lambda source, rows: source.__getitems__(rows))
+        return self._read(indices, self._examples)
+
+    def _examples(self, source: int, rows: list[int]) -> list[Example]:
+        """Read rows of a source; they get its loss, and an origin where they have none."""
+        examples = [*self.sources[source].__getitems__(rows)]
         if self.losses:
-            offsets = self.offsets
-            losses = [self.losses[bisect_right(offsets, index) - 1] for index in indices]
-            examples = [replace(example, loss=loss) for example, loss in zip(examples, losses, strict=True)]
-        for number, (index, example) in enumerate(zip(indices, examples, strict=True)):
-            items = example.query, *example.positives, *example.negatives
+            examples = [replace(example, loss=self.losses[source]) for example in examples]
+        for number, (row, example) in enumerate(zip(rows, examples, strict=True)):
+            items = example.query, *example.documents
             if not all([item.origin for item in items]):
-                source = bisect_right(self.offsets, index) - 1
-                origin = f"{self.sources[source].name}, row {index - self.offsets[source] + 1}"
+                origin = f"{self.sources[source].name}, row {row + 1}"
                 query, *documents = (replace(item, origin=item.origin or origin) for item in items)
                 count = len(example.positives)
                 positives, negatives = tuple(documents[:count]), tuple(documents[count:])
@@ -206,7 +224,7 @@ class Mixture(Source):
 
     def read_queries(self, indices: Sequence[int]) -> list[Item]:
         """See `Source.read_queries`."""
-        return self._read(indices, lambda source, rows: source.read_queries(rows))
+        return self._read(indices, lambda source, rows: self.sources[source].read_queries(rows))
 
     @property
     def offsets(self) -> list[int]:
@@ -236,17 +254,14 @@ class Mixture(Source):
         """Return the names of some sources."""
         return " + ".join(self.sources[source].name for source in group)
 
-    def _read(self, indices: Sequence[int], read: Callable[[Source, list[int]], list[Any]]) -> list[Any]:
-        """Read all rows of a source at once."""
-        offsets = self.offsets
-        rows: dict[int, list[int]] = {}
-        order = [bisect_right(offsets, index) - 1 for index in indices]
-        for index, source in zip(indices, order, strict=True):
+    def _read(self, indices: Sequence[int], read: Callable[[int, list[int]], list[Any]]) -> list[Any]:
+        offsets, places = self.offsets, []
+        for index in indices:
             if not 0 <= index < offsets[-1]:
                 raise IndexError(f"row {index} of {offsets[-1]}")
-            rows.setdefault(source, []).append(index - offsets[source])
-        results = {source: iter(read(self.sources[source], numbers)) for source, numbers in rows.items()}
-        return [next(results[source]) for source in order]
+            source = bisect_right(offsets, index) - 1
+            places.append((source, index - offsets[source]))
+        return read_parts(places, read)
 
 
 class Batches(Sampler[list[int]]):
@@ -399,29 +414,38 @@ class RowLists(Dataset[Any]):
 
 
 class ResumableLoader(DataLoader):
-    """A training loader whose position in the epoch is saved in checkpoints.
+    """A training loader whose position is saved in checkpoints, which are written after a batch's step."""
+
+    bad_rows: Any = None  # Takes the rows that are left out of batches.
+    _batch = 0  # Of the epoch, so many are handed out; a worker reads ahead.
+    _exhausted = False
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        batches, self._exhausted = () if self._exhausted else self._rest(), False
+        for batch in batches:
+            self._batch += 1
+            if batch.bad_rows and self.bad_rows is not None:
+                self.bad_rows.add(batch.bad_rows)
+            yield batch
+
+    def _rest(self) -> Iterable[Any]:
+        """The batches of the epoch that are left."""
+        raise NotImplementedError
+
+
+class RowLoader(ResumableLoader):
+    """A loader of rows by number.
 
     Lightning makes the first iterator before it sets the epoch, so iteration starts with the first batch asked for.
     """
 
     sampler: Batches
-    bad_rows: Any = None  # Takes the rows that are left out of batches.
-    _batch = 0
-    _exhausted = False
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+    def _rest(self) -> Iterable[Any]:
         self._batch = self.sampler.skip
-        if self._exhausted:
-            self._exhausted = False
-            return
         # The same in every run that comes to this epoch, resumed or not.
         self.generator = seeded_generator(self.sampler.seed, self.sampler.epoch, self.sampler.rank)
-        for batch in super().__iter__():
-            # Counted when handed out, not when a worker reads ahead; a checkpoint is written after the batch's step.
-            self._batch += 1
-            if batch.bad_rows and self.bad_rows is not None:
-                self.bad_rows.add(batch.bad_rows)
-            yield batch
+        return DataLoader.__iter__(self)
 
     def state_dict(self) -> dict[str, int]:
         """Say which rows of which epoch have been handed out, over all processes."""

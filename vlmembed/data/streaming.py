@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain, islice, pairwise, repeat
 from typing import Any, TypeAlias
 
@@ -16,8 +16,8 @@ from datasets.table import InMemoryTable
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vlmembed.data.records import parse_line
-from vlmembed.data.rows import FIRST, LookedUp, Lookup, Rows, check_same, map_cells, to_examples, with_element
-from vlmembed.data.sources import GroupByQuery, Mixture, seeded_generator
+from vlmembed.data.rows import FIRST, LookedUp, Lookup, Rows, map_cells, to_examples, with_element
+from vlmembed.data.sources import GroupByQuery, Mixture, ResumableLoader, read_each, seeded_generator
 from vlmembed.data.tables import LINES, RawTable, open_stream, undecoded
 from vlmembed.distributed import gather_objects
 from vlmembed.types import BadRow, Example
@@ -63,19 +63,20 @@ class Lines:
         return [f"{self._origin}, row {self._numbers[index] + 1}" for index in indices]
 
 
-def as_dataset(block: pyarrow.Table, features: datasets.Features) -> datasets.Dataset:
+def as_dataset(block: pyarrow.Table, stream: datasets.IterableDataset) -> datasets.Dataset:
     """Make a data set of some columns of a stream's block."""
-    info = datasets.DatasetInfo(features=datasets.Features({name: features[name] for name in block.column_names}))
+    features = datasets.Features({name: stream.features[name] for name in block.column_names})
+    info = datasets.DatasetInfo(features=features)
     return datasets.Dataset(InMemoryTable(block), info=info, fingerprint="stream")
 
 
 class Views:
     """A block of rows, of which bytes are not copied: images are most of it."""
 
-    def __init__(self, block: pyarrow.Table, features: datasets.Features):
+    def __init__(self, block: pyarrow.Table, stream: datasets.IterableDataset):
         media = [field.name for field in block.schema if has_bytes(field.type)]
         others = block.drop_columns(media)
-        self._others = as_dataset(others, features) if others.column_names else None
+        self._others = as_dataset(others, stream) if others.column_names else None
         self._media = block.select(media)
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
@@ -97,15 +98,15 @@ def has_bytes(kind: pyarrow.DataType) -> bool:
     return any(map(has_bytes, inner)) if inner else "binary" in str(kind)
 
 
-def uncopied(array: pyarrow.Array, is_encoded: bool = False) -> list[Any]:
-    """Return what `undecoded` makes of an Arrow array, with views of the memory in place of bytes."""
-    kind, values = array.type, list[Any]()
+def uncopied(array: pyarrow.Array) -> list[Any]:
+    """Return the values of an Arrow array, with views of the memory in place of bytes."""
+    kind = array.type
     if not has_bytes(kind):
         return array.to_pylist()
     if pyarrow.types.is_struct(kind):
         names = [field.name for field in kind]
-        columns = [uncopied(array.field(name), {*names} <= {"bytes", "path"}) for name in names]
-        values = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+        columns = [uncopied(array.field(name)) for name in names]
+        values: list[Any] = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
     elif kind.num_fields:
         values = [uncopied(value.values) if value.is_valid else None for value in array]
     else:
@@ -113,7 +114,6 @@ def uncopied(array: pyarrow.Array, is_encoded: bool = False) -> list[Any]:
         bounds = np.frombuffer(array.buffers()[1], width)[array.offset :][: len(array) + 1].tolist()
         content = memoryview(array.buffers()[2] or b"").cast("B")
         values = [content[start:end] for start, end in pairwise(bounds)]
-        values = values if is_encoded else [{"bytes": value, "path": None} for value in values]
     valid = array.is_valid().to_pylist() if array.null_count else repeat(True)
     return [value if is_there else None for value, is_there in zip(values, valid, strict=False)]
 
@@ -138,16 +138,19 @@ class StreamingRows(Rows):
         """Return the first rows: what checks look at."""
         if self.shuffle_buffer < 0 or (self.rows is not None and self.rows < 1):
             raise ValueError(f"{self.origin}: shuffle_buffer is 0 or more, rows 1 or more.")
-        stream, read = self.open(), 0
-        for block in stream.iter(FIRST):
-            if stream.features == LINES:
-                table: Any = self.block(block, stream, first=read).without_blank()
-            else:
-                table = undecoded(as_dataset(block, stream.features))
-            if len(table):
-                return table
-            read += len(block)
+        for _, table in self.blocks(FIRST):
+            rows = table.without_blank() if isinstance(table, Lines) else table
+            if len(rows):
+                return rows
         raise ValueError(f"{self.origin}: the data set has no rows.")
+
+    def blocks(self, size: int) -> Iterator[tuple[int, Any]]:
+        """Read blocks in order: of each the number of its first row, and its rows as a table."""
+        stream, first = self.open(), 0
+        for block in stream.iter(size):
+            is_json = stream.features == LINES
+            yield first, self.block(block, stream, first=first) if is_json else undecoded(as_dataset(block, stream))
+            first += len(block)
 
     def open(self) -> datasets.IterableDataset:
         """Open the stream, whose blocks are Arrow tables."""
@@ -157,26 +160,25 @@ class StreamingRows(Rows):
         """Make of a block of Arrow one that is read by row numbers, and whose media are as they are stored."""
         if stream.features == LINES:
             return Lines(block.column(0).combine_chunks(), origin or self.origin, range(first, first + len(block)))
-        return Views(block, stream.features)
+        return Views(block, stream)
 
     def examples(self, table: Any, indices: Sequence[int], origin: str, first: int) -> list[tuple[int, Example]]:
         """Return the examples of some rows of a block, with their rows' numbers in the stream.
 
         A ``ValueError`` names row, column and value.
         """
-        _, cells, columns = self._cells
         rows, origins, numbers = [], [], []
         for index, row in zip(indices, table.__getitems__([*indices]), strict=True):
             if row is None:
                 continue
             place = f"{origin}, row {first + index + 1}"
-            if self.cells is None:
-                check_same([row], [place], set().union(*columns.values()), {*(self.columns or ())})
+            self.check_same([row], [place])
             for element in self.elements(row):
                 rows.append(with_element(row, self.each, element))
                 numbers.append(first + index)
                 origins.append(self.at_element(place, element))
-        return [*zip(numbers, to_examples(map_cells(cells, rows, origins), self.folder, origins), strict=True)]
+        examples = to_examples(map_cells(self._cells.reads, rows, origins), self.folder, origins)
+        return [*zip(numbers, examples, strict=True)]
 
     def _find(self, name: str, lookup: Lookup) -> LookedUp:
         if lookup.path is None:
@@ -208,42 +210,37 @@ class StreamedBatches(IterableDataset[Any]):
         for position, batch in self._read(self.first + number, self.positions[number]):
             yield number, position, batch
 
-    def _open(self, reader: int) -> tuple[datasets.IterableDataset, bool]:
-        """Open the files that a reader reads; whether these are its own, or all, where there are fewer than readers."""
-        stream = self.rows.open()
-        if stream.num_shards < self.readers:
-            return stream, False
-        return stream.shard(self.readers, reader, contiguous=False), True
-
     def _read(self, reader: int, position: Position) -> Iterator[tuple[Position, list[Any]]]:
-        rows, (stream, shares_files) = self.rows, self._open(reader)
-        origin = rows.origin + (f", part {reader + 1} of {self.readers}" if shares_files and self.readers > 1 else "")
-        # Of files that all read, each takes its share of every block.
-        share = slice(None) if shares_files else slice(reader, None, self.readers)
-        multiple = self.batch_size * (1 if shares_files else self.readers)
-        size = -(-(rows.shuffle_buffer or BLOCK) // multiple) * multiple
         empty_passes = 0
         while empty_passes < 2:
             empty_passes += 1
-            if position["state"] is not None:
-                stream.load_state_dict(position["state"])
-            elif position["pass"]:
-                stream, _ = self._open(reader)
-            state: Any = position["state"]
-            for block in stream.iter(size):
-                after = stream.state_dict()
-                batches = self._batches(block, stream, position, reader if shares_files else 0, share, origin)
-                for count, batch in enumerate(batches, start=1):
-                    empty_passes = 0
-                    if count > position["batches"]:
-                        yield {**position, "state": state, "batches": count}, batch
-                state, position = after, {**position, "row": position["row"] + len(block), "state": after, "batches": 0}
+            for after, batch in self._read_once(reader, position):
+                empty_passes = 0
+                yield after, batch
             position = {**START, "pass": position["pass"] + 1}
         raise ValueError(
-            f"{rows.origin}: reader {reader + 1} of {self.readers} (processes times loader workers) finds no batch of "
-            f"{self.batch_size} rows in the stream. Lower batch_size or num_workers, or read the rows with "
+            f"{self.rows.origin}: reader {reader + 1} of {self.readers} (processes times loader workers) finds no "
+            f"batch of {self.batch_size} rows in the stream. Lower batch_size or num_workers, or read the rows with "
             "vlmembed.data.Rows."
         )
+
+    def _read_once(self, reader: int, position: Position) -> Iterator[tuple[Position, list[Any]]]:
+        """Read what is left of a pass."""
+        rows, stream, state = self.rows, self.rows.open(), position["state"]
+        origin, part, share, multiple = rows.origin, reader, slice(None), self.batch_size
+        if stream.num_shards >= self.readers:
+            stream = stream.shard(self.readers, reader, contiguous=False)
+            origin += f", part {reader + 1} of {self.readers}" if self.readers > 1 else ""
+        else:  # All read all files, and each takes its share of every block.
+            part, share, multiple = 0, slice(reader, None, self.readers), self.batch_size * self.readers
+        if state is not None:
+            stream.load_state_dict(state)
+        for block in stream.iter(-(-(rows.shuffle_buffer or BLOCK) // multiple) * multiple):
+            after = stream.state_dict()
+            for count, batch in enumerate(self._batches(block, stream, position, part, share, origin), start=1):
+                if count > position["batches"]:
+                    yield {**position, "state": state, "batches": count}, batch
+            state, position = after, {**position, "row": position["row"] + len(block), "state": after, "batches": 0}
 
     def _batches(
         self, block: Any, stream: Any, position: Position, part: int, share: slice, origin: str
@@ -277,24 +274,16 @@ class StreamedBatches(IterableDataset[Any]):
 
     def _examples(self, table: Any, indices: list[int], origin: str, first: int) -> list[Any]:
         """Return examples with their row's number, and a `BadRow` for one that is left out."""
-        try:
-            return self.rows.examples(table, indices, origin, first)
-        except ValueError as error:
-            if not self.skip:
-                raise
-            if len(indices) == 1:
-                return [BadRow(first + indices[0] + 1, str(error)[:1000])]
-            return [row for index in indices for row in self._examples(table, [index], origin, first)]
+        read = partial(self.rows.examples, table, origin=origin, first=first)
+        if not self.skip:
+            return read(indices)
+        return read_each(read, indices, lambda index, error: BadRow.of(first + index, error))
 
 
-class StreamLoader(DataLoader):
+class StreamLoader(ResumableLoader):
     """A loader of a stream, whose readers' positions are saved in checkpoints; of all processes."""
 
     dataset: StreamedBatches
-    bad_rows: Any = None  # Takes the rows that are left out of batches.
-    epoch = 0
-    _batch = 0
-    _exhausted = False
 
     def __init__(self, batches: StreamedBatches, per_epoch: int, **options: Any):
         super().__init__(batches, batch_size=None, **options)
@@ -304,21 +293,14 @@ class StreamLoader(DataLoader):
     def __len__(self) -> int:
         return self.per_epoch
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        if self._exhausted:
-            self._exhausted = False
-            self._batch = 0
-            return
-        stream, start = self.dataset, self._batch
+    def _rest(self) -> Iterator[Any]:
+        stream = self.dataset
+        self._batch %= self.per_epoch  # At an epoch's end, Lightning asks for no batch after the last one.
         self.generator = seeded_generator(stream.rows.seed, stream.first, stream.turn)
-        for number, position, batch in islice(super().__iter__(), self.per_epoch - start):
-            # Counted when handed out, not when a worker reads ahead; a checkpoint is written after the batch's step.
+        read = DataLoader.__iter__(self)
+        for number, position, batch in islice(read, self.per_epoch - self._batch):
             stream.positions[number], stream.turn = position, (number + 1) % len(stream.positions)
-            self._batch += 1
-            if batch.bad_rows and self.bad_rows is not None:
-                self.bad_rows.add(batch.bad_rows)
             yield batch
-        self._batch = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Say where the readers of all processes are."""
@@ -342,16 +324,10 @@ class StreamLoader(DataLoader):
         self._batch, self._exhausted = state["batch"], bool(state.get("exhausted"))
 
 
-class Collated:
-    """Makes batches of what a stream's readers yield, by a function of examples, or of rows with their numbers."""
-
-    def __init__(self, collate: Any, takes_numbers: bool):
-        self.collate, self.takes_numbers = collate, takes_numbers
-
-    def __call__(self, read: tuple[int, Position, list[Any]]) -> tuple[int, Position, Any]:
-        """Make a batch."""
-        number, position, rows = read
-        return number, position, self.collate(rows if self.takes_numbers else [example for _, example in rows])
+def collated(collate: Any, takes_numbers: bool, read: tuple[int, Position, list[Any]]) -> tuple[int, Position, Any]:
+    """Make a batch of what a reader yields, by a function of examples, or of examples with their rows' numbers."""
+    number, position, rows = read
+    return number, position, collate(rows if takes_numbers else [example for _, example in rows])
 
 
 def streams_in(source: Any) -> list[StreamingRows]:

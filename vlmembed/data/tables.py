@@ -37,10 +37,7 @@ from vlmembed.data.records import (
     Tar,
     open_json,
     read_lines,
-    text_lines,
 )
-
-__all__ = ["JSONLines", "Joined", "RawTable", "open_table", "read_lines", "text_lines"]
 
 #: Files that are read in place.
 READERS: dict[str, Callable[[Path], Records]] = {
@@ -79,12 +76,7 @@ class Joined:
         return self._ends[-1]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        places = [self._place(index) for index in indices]
-        rows = {}
-        for number in {part for part, _ in places}:
-            wanted = [row for part, row in places if part == number]
-            rows[number] = iter(self._parts[number][1].__getitems__(wanted))
-        return [next(rows[part]) for part, _ in places]
+        return read_parts(map(self._place, indices), lambda part, rows: self._parts[part][1].__getitems__(rows))
 
     @property
     def first(self) -> Records | datasets.Dataset:
@@ -99,8 +91,7 @@ class Joined:
     def select_columns(self, names: Iterable[str]) -> Joined:
         """Return a table in which others need not be read."""
         names = [*names]
-        tables = {id(table): table.select_columns(names) for _, table, _ in self._parts}
-        return Joined([(name, tables[id(table)], rows) for name, table, rows in self._parts])
+        return Joined([(name, table.select_columns(names), rows) for name, table, rows in self._parts])
 
     def origins(self, indices: Sequence[int]) -> list[str]:
         """Say where rows stand, for messages."""
@@ -111,6 +102,16 @@ class Joined:
         number = bisect_right(self._ends, index)
         rows = self._parts[number][2]
         return number, rows[index - self._ends[number] + len(rows)]
+
+
+def read_parts(places: Iterable[tuple[int, int]], read: Callable[[int, list[int]], list[Any]]) -> list[Any]:
+    """Read rows of several tables, given the number of each row's table, and of the row in it; a table at once."""
+    order, rows = list[int](), dict[int, list[int]]()
+    for part, row in places:
+        order.append(part)
+        rows.setdefault(part, []).append(row)
+    results = {part: iter(read(part, numbers)) for part, numbers in rows.items()}
+    return [next(results[part]) for part in order]
 
 
 RawTable: TypeAlias = Records | Joined | datasets.Dataset
@@ -126,17 +127,13 @@ def open_table(
     Of files, ``split`` matters only if it is a slice (``train[:1%]``), and ``subset`` is the key of the rows in a JSON
     file. A ``ValueError`` says that there is no such file, split, subset or key, or no row.
     """
-    if not path:
-        raise ValueError(f"path is {path!r}; it is a file, a glob, a list of these, a folder or a Hub id.")
-    paths, split = [path] if isinstance(path, str) else path, re.sub(r"\s+", "", split)
-    name = title(path)
-    if len(paths) == 1 and not _is_file(paths[0]):
-        parts = _open_set(name, split, subset, folder, revision)
-    else:
-        if revision is not None:
-            raise ValueError(f"{name}: revision is {revision!r}, but a file has none; it is of a Hub id.")
-        files = [file for one in paths for file in _files(one, folder)]
+    name, split = title(path), re.sub(r"\s+", "", split)
+    if files := _files_of(path, folder, revision):
         parts = _select({_only_split(split, name): _open_files(files, name, subset)}, split, name)
+    else:
+        with _named(name):
+            is_saved = _is_saved(name)
+            parts = _open_saved(name, split, folder) if is_saved else _load(name, split, subset, folder, revision)
     if not sum(len(rows) for _, _, rows in parts):
         raise ValueError(f"{name}: the data set has no rows{f' in split {split!r}' if '[' in split else ''}.")
     _, table, rows = parts[0]
@@ -147,23 +144,17 @@ def open_stream(
     path: str | list[str], split: str, subset: str | None, allow_outside: list[str] | None, revision: str | None
 ) -> datasets.IterableDataset:
     """Open what `open_table` opens as a stream of ``datasets``; a ``ValueError`` says what cannot be streamed."""
-    paths, name, folder = [path] if isinstance(path, str) else path, title(path), Folder.of(path, allow_outside)
+    name, folder = title(path), Folder.of(path, allow_outside)
     if "[" in split or "+" in split:
         raise ValueError(f"{name}: split is {split!r}, but a stream has no slices; vlmembed.data.Rows reads them.")
-    if not path:
-        raise ValueError(f"path is {path!r}; it is a file, a glob, a list of these, a folder or a Hub id.")
-    if len(paths) == 1 and not _is_file(paths[0]):
-        if (Path(name) / "state.json").exists() or (Path(name) / "dataset_dict.json").exists():
-            raise ValueError(f"{name}: was written by save_to_disk; vlmembed.data.Rows reads it in place.")
+    files = _files_of(path, folder, revision)
+    if not files:
         with _named(name):
             return _stream_set(name, split, subset, folder, revision)
-    for option, value, of in (("revision", revision, "a Hub id"), ("subset", subset, "a Hub id or folder")):
-        if value is not None:
-            raise ValueError(f"{name}: {option} is {value!r}, but a file has none that is streamed; it is of {of}.")
-    files = [file for one in paths for file in _files(one, folder)]
-    kinds = {_kind(file) for file in files}
-    kind = kinds.pop()
-    if kinds or kind not in STREAMED:
+    if subset is not None:
+        raise ValueError(f"{name}: subset is {subset!r}, but files that are streamed have none.")
+    kind, *others = {_kind(file) for file in files}
+    if others or kind not in STREAMED:
         raise ValueError(
             f"{name}: a stream has files of one kind, of {', '.join(STREAMED)}; vlmembed.data.Rows reads others."
         )
@@ -209,7 +200,8 @@ def _stream_set(
     path: str, split: str, subset: str | None, folder: Folder, revision: str | None
 ) -> datasets.IterableDataset:
     """Open a folder or a Hub id, of whose files none lies elsewhere, as a stream."""
-    _refuse_no_set(path, revision)
+    if _is_saved(path):
+        raise ValueError(f"{path}: was written by save_to_disk; vlmembed.data.Rows reads it in place.")
     builder, data_files = _checked_builder(path, subset, folder, revision)
     if data_files:
         _refuse_split(split, data_files, path)
@@ -255,6 +247,20 @@ def _is_pattern(path: str) -> bool:
 def _is_file(path: str) -> bool:
     """Tell files, also those that are not there, from folders and Hub ids."""
     return os.path.isfile(path) or _is_pattern(path) or (_kind(path) in KINDS and not os.path.isdir(path))
+
+
+def _files_of(path: str | list[str], folder: Folder, revision: str | None) -> list[str]:
+    """Return the files that are meant; none if it is a folder or a Hub id."""
+    paths, name = [path] if isinstance(path, str) else path, title(path)
+    if not path:
+        raise ValueError(f"path is {path!r}; it is a file, a glob, a list of these, a folder or a Hub id.")
+    is_folder, is_file = os.path.isdir(name), len(paths) > 1 or _is_file(name)
+    if revision is not None and (is_folder or is_file):
+        kind = "file" if is_file else "folder"
+        raise ValueError(f"{name}: revision is {revision!r}, but a {kind} has none; it is of a Hub id.")
+    if not is_folder and not is_file and not HUB_ID.fullmatch(name):
+        raise ValueError(f"{name}: no such file or folder{_beside(name)}, and no Hub id.")
+    return [file for one in paths for file in _files(one, folder)] if is_file else []
 
 
 def _files(path: str, folder: Folder) -> list[str]:
@@ -314,28 +320,14 @@ def _open_parquet(files: Sequence[str]) -> list[Part]:
     if not files:
         return []
     with _named(files[0]):
-        table = datasets.load_dataset("parquet", data_files=[*map(glob.escape, files)], split="train")
-        ends = [*accumulate(counts[file] for file in files)]
-        pieces = [table.select(range(end - counts[file], end)) for file, end in zip(files, ends, strict=True)]
-        tables = map(undecoded, pieces if len(files) > 1 else [table])
-    return [(file, piece, range(len(piece))) for file, piece in zip(files, tables, strict=True)]
+        table = undecoded(datasets.load_dataset("parquet", data_files=[*map(glob.escape, files)], split="train"))
+    ends = accumulate(counts[file] for file in files)
+    pieces = [table.select(range(end - counts[file], end)) for file, end in zip(files, ends, strict=True)]
+    return [(file, piece, range(len(piece))) for file, piece in zip(files, pieces, strict=True)]
 
 
-def _refuse_no_set(path: str, revision: str | None) -> None:
-    """Refuse what is neither a folder nor a Hub id, and the revision of a folder."""
-    if os.path.isdir(path) and revision is not None:
-        raise ValueError(f"{path}: revision is {revision!r}, but a folder has none; it is of a Hub id.")
-    if not os.path.isdir(path) and not HUB_ID.fullmatch(path):
-        raise ValueError(f"{path}: no such file or folder{_beside(path)}, and no Hub id.")
-
-
-def _open_set(path: str, split: str, subset: str | None, folder: Folder, revision: str | None) -> list[Part]:
-    """Open a folder or a Hub id."""
-    with _named(path):
-        _refuse_no_set(path, revision)
-        if Path(path, "dataset_dict.json").exists() or Path(path, "state.json").exists():
-            return _open_saved(path, split, folder)
-        return _load(path, split, subset, folder, revision)
+def _is_saved(path: str) -> bool:
+    return Path(path, "dataset_dict.json").exists() or Path(path, "state.json").exists()
 
 
 def _open_saved(path: str, split: str, folder: Folder) -> list[Part]:
@@ -362,7 +354,9 @@ def _load(path: str, split: str, subset: str | None, folder: Folder, revision: s
     if isinstance(builder, AudioFolder):
         builder.BASE_FEATURE = _EncodedAudio
     builder.download_and_prepare()
-    table = undecoded(builder.as_dataset(split=split), class_names=isinstance(builder, FolderBasedBuilder))
+    table = undecoded(builder.as_dataset(split=split))
+    if isinstance(builder, FolderBasedBuilder):
+        table = _with_class_names(table)
     return [(path, table, range(len(table)))]
 
 
@@ -482,10 +476,7 @@ def splits_of(path: str, folder: Folder) -> list[str]:
     """Return the splits of a folder; none where it is one saved data set."""
     if (Path(path) / "dataset_dict.json").exists():
         return [*json.loads((Path(path) / "dataset_dict.json").read_text())["splits"]]
-    if (Path(path) / "state.json").exists():
-        return []
-    _refuse_other_files(path, folder, None)
-    return [*map(str, datasets.load_dataset_builder(path).config.data_files or ())]
+    return [] if _is_saved(path) else [*_checked_builder(path, None, folder, None)[1]]
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -502,14 +493,10 @@ def _refuse_long_lines(path: Path) -> None:
         deque(read_lines(path), maxlen=0)
 
 
-def undecoded(table: datasets.Dataset, class_names: bool = False) -> datasets.Dataset:
-    """Have media come as they are stored: opened by `datasets`, they could be of any size, or a URL.
-
-    Plain bytes come in the form of an image's, and the labels that `datasets` made of folders as their names.
-    """
+def undecoded(table: datasets.Dataset) -> datasets.Dataset:
+    """Have media come as they are stored: opened by `datasets`, they could be of any size, or a URL."""
     table.info.features = datasets.Features({name: _encoded(feature) for name, feature in table.features.items()})
-    changed = {name: feature for name, feature in table.features.items() if _is_changed(feature, class_names)}
-    return table.with_transform(partial(_changed, changed)) if changed else table
+    return table
 
 
 def _encoded(feature: Any) -> Any:
@@ -521,31 +508,14 @@ def _encoded(feature: Any) -> Any:
     return replace(feature, decode=False) if is_medium else feature
 
 
-def _is_changed(feature: Any, class_names: bool) -> bool:
-    if isinstance(feature, datasets.List | datasets.LargeList):
-        return _is_changed(feature.feature, class_names)
-    if isinstance(feature, dict):
-        return not _is_encoded(feature) and any(_is_changed(inner, class_names) for inner in feature.values())
-    is_bytes = isinstance(feature, datasets.Value) and "binary" in feature.dtype
-    return is_bytes or (class_names and isinstance(feature, datasets.ClassLabel))
+def _with_class_names(table: datasets.Dataset) -> datasets.Dataset:
+    """Have the labels that `datasets` made of folders come as their names."""
+    classes = {name: label for name, label in table.features.items() if isinstance(label, datasets.ClassLabel)}
+    return table.with_transform(partial(_named_classes, classes)) if classes else table
 
 
-def _changed(features: Mapping[str, Any], batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-    return {
-        name: [_changed_value(cell, features[name]) for cell in cells] if name in features else cells
-        for name, cells in batch.items()
-    }
+def _named_classes(classes: Mapping[str, datasets.ClassLabel], batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    def names(label: datasets.ClassLabel, numbers: list[int | None]) -> list[Any]:
+        return [None if number is None or number < 0 else label.int2str(number) for number in numbers]
 
-
-def _changed_value(value: Any, feature: Any) -> Any:
-    if isinstance(value, list):
-        return [_changed_value(inner, feature.feature) for inner in value]
-    if isinstance(value, dict):
-        return value if _is_encoded(feature) else {name: _changed_value(value[name], feature[name]) for name in value}
-    if isinstance(feature, datasets.ClassLabel) and value is not None:
-        return feature.int2str(value) if value >= 0 else None
-    return {"bytes": value, "path": None} if isinstance(value, bytes) else value
-
-
-def _is_encoded(feature: Mapping[str, Any]) -> bool:
-    return {*feature} <= {"bytes", "path"}
+    return {name: names(classes[name], cells) if name in classes else cells for name, cells in batch.items()}

@@ -40,9 +40,9 @@ from vlmembed.data.judgements import (
 )
 from vlmembed.data.pages import visible
 from vlmembed.data.rows import with_element
-from vlmembed.data.sources import Source
-from vlmembed.data.streaming import StreamingRows, as_dataset, refuse_streams
-from vlmembed.data.tables import KINDS, LINES, undecoded
+from vlmembed.data.sources import Source, read_each
+from vlmembed.data.streaming import StreamingRows, refuse_streams
+from vlmembed.data.tables import KINDS
 from vlmembed.files import digest
 from vlmembed.types import EvaluationSet, Example, Item, LazyImage, Role
 
@@ -109,16 +109,12 @@ class TableCorpus(Corpus):
 
     def scan(self, rows: range) -> list[tuple[str | None, str]]:
         """See `Corpus.scan`; images that are in the table are not read."""
-        try:
-            cells = self._scanned(rows)
-        except ValueError as error:
-            if len(rows) == 1:
-                return [(None, str(error))]
-            return [entry for row in rows for entry in self.scan(range(row, row + 1))]
-        origins = self._table.origins(rows)
+        cells = read_each(self._scanned, rows, lambda _, error: str(error))
         return [
-            (self._prefix + item_id(row, self._role, origin), json.dumps(row, default=_brief))
-            for row, origin in zip(cells, origins, strict=True)
+            (None, row)
+            if isinstance(row, str)
+            else (self._prefix + item_id(row, self._role, origin), json.dumps(row, default=_brief))
+            for row, origin in zip(cells, self._table.origins(rows), strict=True)
         ]
 
     def read(self, row: int) -> tuple[str, Item]:
@@ -430,25 +426,23 @@ class Cursor:
         self._blocks, self._block, self._is_whole = self._read(), -1, False
 
     def __len__(self) -> int:
-        while self._extend():
+        while self._goes_to(len(self._ends)):
             pass
         return len(self._numbers)
 
     def ranges(self) -> Iterator[range]:
         """Number the rows of each block; those that are not known yet while they are read."""
         block, start = 0, 0
-        while block < len(self._ends) or self._extend():
+        while block < len(self._ends) or self._goes_to(block):
             yield range(start, self._ends[block])
             block, start = block + 1, self._ends[block]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         rows, each = list[Any](), self._stream.each
-        try:
-            for block, of_block in groupby(indices, lambda index: bisect_right(self._ends, index)):
-                self._go_to(block)
-                rows += self._table.__getitems__([self._numbers[index] - self._first for index in of_block])
-        except IndexError as error:
-            raise OSError(f"{self._stream.origin} has changed since it was opened; it has fewer rows now.") from error
+        for block, of_block in groupby(indices, lambda index: bisect_right(self._ends, index)):
+            if not self._goes_to(block):
+                raise OSError(f"{self._stream.origin} has changed since it was opened; it has fewer rows now.")
+            rows += self._table.__getitems__([self._numbers[index] - self._first for index in of_block])
         return [with_element(row, each, self._elements[index]) for row, index in zip(rows, indices, strict=True)]
 
     def select_columns(self, names: Iterable[str]) -> Cursor:
@@ -462,39 +456,29 @@ class Cursor:
 
     def _read(self) -> Iterator[tuple[int, Any]]:
         """Read from the beginning: of each block the number of its first row, and its rows."""
-        first = 0
+        read = 0
         try:
-            stream = self._stream.open()
-            for block in stream.iter(STREAM_BLOCK):
-                if stream.features == LINES:
-                    yield first, self._stream.block(block, stream, first=first)
-                else:
-                    yield first, undecoded(as_dataset(block, stream.features))
-                first += len(block)
+            for first, table in self._stream.blocks(STREAM_BLOCK):
+                yield first, table
+                read = first + len(table)
         except Exception as error:  # Of a file, of the network, of what decompresses.
-            raise OSError(f"{self._stream.origin}: the stream broke off after row {first}: {error}") from error
+            raise OSError(f"{self._stream.origin}: the stream broke off after row {read}: {error}") from error
 
-    def _extend(self) -> bool:
-        """Go to the first block that is not known; False if there is none."""
-        try:
-            if not self._is_whole:
-                self._go_to(len(self._ends))
-        except IndexError:
-            self._is_whole = True
-        return not self._is_whole
-
-    def _go_to(self, block: int) -> None:
-        """Have a block in memory; an ``IndexError`` says that the stream ends before."""
+    def _goes_to(self, block: int) -> bool:
+        """Have a block in memory; False if the stream ends before, and begins again."""
+        if self._is_whole and block >= len(self._ends):
+            return False
         if block < self._block:
             self._blocks, self._block = self._read(), -1
         while self._block < block:
             self._first, self._table = next(self._blocks, (0, None))
             if self._table is None:
-                self._blocks, self._block = self._read(), -1
-                raise IndexError(block)
+                self._blocks, self._block, self._is_whole = self._read(), -1, True
+                return False
             self._block += 1
             if self._block == len(self._ends):
                 self._note()
+        return True
 
     def _note(self) -> None:
         """Write down which rows a block has that is read the first time."""

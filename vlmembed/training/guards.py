@@ -18,7 +18,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.optim import Optimizer
-from torch.utils.data import Dataset
 
 from vlmembed import distributed
 from vlmembed.files import write_whole
@@ -267,24 +266,6 @@ def score_likeness(scores: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tenso
 #: What was read of a row: its number, from 0 on, and the example.
 NumberedExample = tuple[int, Example]
 
-#: The most characters of a reason; a library's message may quote what it could not read.
-LONGEST_REASON = 1000
-
-
-class ReadableRows(Dataset[list[NumberedExample | BadRow]]):
-    """Rows of a ``vlmembed.data.Source`` by lists of numbers, and a `BadRow` in place of one that raises ValueError."""
-
-    def __init__(self, rows: Any) -> None:
-        self.rows = rows
-
-    def __getitem__(self, indices: Sequence[int]) -> list[NumberedExample | BadRow]:
-        try:
-            return [*zip(indices, self.rows.__getitems__(indices), strict=True)]
-        except ValueError as error:
-            if len(indices) == 1:
-                return [BadRow(indices[0] + 1, str(error)[:LONGEST_REASON])]
-            return [row for index in indices for row in self[[index]]]
-
 
 class SkipBadRows:
     """Makes a batch (by ``collate``) of the rows that can be used, in a loader worker.
@@ -313,7 +294,7 @@ class SkipBadRows:
                         item.origin and item.origin in str(error) for item in (example.query, *example.documents)
                     ):
                         raise
-                    refused.append(BadRow(index + 1, str(error)[:LONGEST_REASON]))
+                    refused.append(BadRow.of(index, error))
             if not refused:
                 raise
         left_out = {row.row for row in refused}
