@@ -174,6 +174,8 @@ class EvaluationFolder(EvaluationSource):
     def _load(self, name: str, places: Places, usual_split: str, corpora: dict[Place, Contents]) -> EvaluationSet:
         """Load one set; a corpus that several have is read once."""
         root = Folder.of(self.path, self.allow_outside)
+        for place in places.values():
+            place.check(root)
         split = places["qrels"].choose(root, self.split or usual_split, self.split is not None)
 
         def table(role: str) -> Table:
