@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -29,7 +29,6 @@ from vlmembed.types import (
     Prepared,
     Preprocessor,
     RankingBatch,
-    RerankingSet,
 )
 
 #: So many chunks of pairs are read at once: an image that several of them show is preprocessed, and encoded, once.
@@ -47,6 +46,8 @@ class Collator(ABC):
 
     chunking: Chunking = Chunking()
     distinct_queries: bool  # Whether no query may come twice in a batch, where it would be its own negative.
+    #: Loads an evaluation set from a path, training rows, or a source of evaluation sets, and the name of a split.
+    load: Callable[[Any, str], Any]
 
     def __init__(
         self,
@@ -79,10 +80,6 @@ class Collator(ABC):
     def check(self, example: Example) -> None:
         """Raise a ``ValueError`` if an example cannot be in a batch, whatever the others are."""
         self([example])
-
-    @abstractmethod
-    def load(self, value: Any, split: str) -> Any:
-        """Load an evaluation set from a path, training rows, or a source of evaluation sets."""
 
     @abstractmethod
     def loader(self, evaluation: Any, batch_size: int, rank: int, world_size: int, **options: Any) -> DataLoader:
@@ -123,6 +120,7 @@ class ItemCollator(Collator):
     """Makes batches for embedders. The arguments are those of `Collator`."""
 
     distinct_queries = True
+    load = staticmethod(as_evaluation)
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
         """Merge equal items, and equal queries with all their documents."""
@@ -172,10 +170,6 @@ class ItemCollator(Collator):
             loss=loss,
         )
 
-    def load(self, value: Any, split: str) -> EvaluationSet:
-        """See `Collator.load`."""
-        return as_evaluation(value, split)
-
     def loader(self, evaluation: Any, batch_size: int, rank: int, world_size: int, **options: Any) -> DataLoader:
         """See `Collator.loader`: queries and corpus, sorted by cost."""
         read = partial(_read_items, evaluation)
@@ -220,15 +214,13 @@ NumberedPair = tuple[int, int, Pair]
 class PairCollator(Collator):
     """Makes batches for cross-encoders: the pairs of each query and its candidates.
 
-    Args:
-        preprocessor: See `Collator`.
-        label_spec: See `Collator`.
+    Args, besides those of `Collator`:
         in_batch_negatives: How many documents of other examples each query gets as negatives, besides those of its row.
         by_document: Whether pairs of one document are scored together when measuring, instead of those of one query.
-        named: See `Collator`.
     """
 
     distinct_queries = False
+    load = staticmethod(as_reranking)
 
     def __init__(
         self,
@@ -294,10 +286,6 @@ class PairCollator(Collator):
             negatives = example.negatives + tuple(documents[document] for document in drawn)
             extended.append(replace(example, negatives=negatives, labels=labels))
         return extended
-
-    def load(self, value: Any, split: str) -> RerankingSet:
-        """See `Collator.load`."""
-        return as_reranking(value, split)
 
     def loader(self, evaluation: Any, batch_size: int, rank: int, world_size: int, **options: Any) -> DataLoader:
         """See `Collator.loader`: pairs that share a query, or a document, one after the other."""

@@ -143,11 +143,7 @@ class EvaluationFolder(EvaluationSource):
     query_instruction: str | None = None
     document_instruction: str | None = None
 
-    def load(self) -> EvaluationSet:
-        """See `EvaluationSource.load`."""
-        return self.read("test")
-
-    def read(self, usual_split: str) -> EvaluationSet:
+    def load(self, usual_split: str = "test") -> EvaluationSet:
         """Load the split that was asked for, or the usual one, or the only one that there is."""
         name, sets = self.name or Path(self.path).resolve().name, self.sets()
         if "" in sets:
@@ -178,6 +174,8 @@ class EvaluationFolder(EvaluationSource):
     def _load(self, name: str, places: Places, usual_split: str, corpora: dict[Place, Contents]) -> EvaluationSet:
         """Load one set; a corpus that several have is read once."""
         root = Folder.of(self.path, self.allow_outside)
+        for place in places.values():
+            place.check(root)
         split = places["qrels"].choose(root, self.split or usual_split, self.split is not None)
 
         def table(role: str) -> Table:
@@ -323,7 +321,7 @@ def as_evaluation(value: str | Source | EvaluationSource, split: str = "test") -
     if isinstance(value, RerankingSource):
         raise ValueError(f"{type(value).__name__} is for a cross-encoder; an embedder searches a whole corpus.")
     if isinstance(value, str) and is_evaluation_folder(value):
-        return EvaluationFolder(value).read(split)
+        return EvaluationFolder(value).load(split)
     value = Rows(value, split) if isinstance(value, str) else value
     return (EvaluationRows(value) if isinstance(value, Source) else value).load()
 

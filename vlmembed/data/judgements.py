@@ -315,15 +315,18 @@ def _of_lines(path: Path) -> Iterator[Judgement]:
     They are query id, corpus id and grade; or query id, 0, corpus id and grade, as TREC has it, and perhaps one more,
     as M-BEIR has it; or what a header says.
     """
-    width, layout, separator = 0, None, None
+    width = 0
+    layout: Layout | None = None
+    separator: str | None = None
     for number, line in _text_lines(path, "query-id, corpus-id and grade, separated by tabs"):
-        separator = separator if width else "\t" if "\t" in line else None
+        if not width:
+            separator = "\t" if "\t" in line else None
         cells = [cell.strip() for cell in line.split(separator)]
         if not width:
-            width, layout = len(cells), _header(cells, separator, str(path))
-            if layout is not None:
+            width, header = len(cells), _header(cells, separator, str(path))
+            layout = header or LAYOUTS.get(width)
+            if header:
                 continue
-            layout = LAYOUTS.get(width)
         is_trec = layout == LAYOUTS[4]
         if layout is None or len(cells) != width or (is_trec and cells[1].lower() not in ("0", "q0")):
             raise ValueError(f"{path}, row {number}: {EXPECTED}; got {line!r:.200}.")
@@ -427,18 +430,18 @@ class Place:
         files = path.iterdir() if path.is_dir() else [path]
         return [file for file in files if file.suffix in LINES] if self.configuration is None else []
 
+    def check(self, root: Folder) -> None:
+        """Refuse links that lead out of the folder."""
+        for path in [Path(self.path), *self.lines] if self.configuration is None else []:
+            root.locate(str(path.relative_to(root.path)), "data", str(root.path))
+
     def file_of(self, split: str) -> Path | None:
         """Return the judgements of a split, line by line."""
         path = Path(self.path)
         return next((file for file in self.lines if file.stem == split or file == path), None)
 
     def choose(self, root: Folder, wanted: str, is_exact: bool) -> str:
-        """Return the split that is wanted, or, if that need not be exact, the only one there is.
-
-        Refuses links that lead out of the folder.
-        """
-        for path in [Path(self.path), *self.lines] if self.configuration is None else []:
-            root.locate(str(path.relative_to(root.path)), "data", str(root.path))
+        """Return the split that is wanted, or, if that need not be exact, the only one there is."""
         splits = self.splits(root)
         if is_exact and not splits and self.configuration is None:
             raise ValueError(f"{self.path}: it has no splits, so none is called {wanted!r}; leave 'split' out.")

@@ -389,6 +389,7 @@ def _of_folder(source: EvaluationFolder, role: Role) -> Corpus:
         place = places["queries" if role == "query" else "corpus"]
         if place not in parts:
             instruction = source.query_instruction if role == "query" else source.document_instruction
+            place.check(root)
             table = place.open(root, source.split or "test", source.revision, source.allow_outside)
             parts[place] = TableCorpus(table, role, instruction, f"{subset}/" if subset else "")
     return next(iter(parts.values())) if len(parts) == 1 else JoinedCorpus([*parts.values()])
