@@ -657,7 +657,7 @@ def test_numbers_that_are_none_are_an_error(checkpoint: Path, corpus: str, tmp_p
         ({"output": "others"}, "has Parquet files, and no manifest"),
         ({"corpus": "images", "output": "images/index"}, "is in the folder images"),
         ({"corpus": "nothing.jsonl"}, "no such file"),
-        ({"model": "no/where/at/all"}, "no/where/at/all is not there"),
+        ({"model": "no/where/at/all"}, "no/where/at/all is no folder, and cannot be loaded from the Hub"),
     ],
     ids=str,
 )

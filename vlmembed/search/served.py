@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -48,8 +47,6 @@ THREADS = 4
 #: A tokenizer without a limit has a number above it.
 UNLIMITED = 10**9
 
-#: OWNER/NAME, or the name alone.
-HUB_ID = r"[\w.-]+(/[\w.-]+)?"
 STOCK = "sentence_transformers."
 
 #: Samples a second of audio that is in no file; what the models that hear are made for.
@@ -119,6 +116,7 @@ class ServedEncoder(Encoder):
 class Encoded:
     """What came of a window of items, in its order."""
 
+    window: Any
     rows: list[int]  #: Those that could be read, ascending.
     vectors: Vectors  #: Theirs, in float32, on the host.
     unreadable: dict[int, str]  #: Why each of the others could not be read; it names the item.
@@ -202,10 +200,9 @@ class ServedModel:
     @cached_property
     def pixels(self) -> dict[str, int] | None:
         """The least and the most pixels of an image; None where that is not known."""
-        processor = None if self.encoder is None else self.encoder.preprocessor.processor.image_processor
-        size = dict(getattr(processor, "size", None) or {})
-        if not isinstance(self.encoder and self.encoder.backbone, Qwen3VL):  # Of others an edge is a length.
+        if self.encoder is None or not isinstance(self.encoder.backbone, Qwen3VL):  # Of others an edge is a length.
             return None
+        size = dict(self.encoder.preprocessor.processor.image_processor.size)
         return {"min": int(size["shortest_edge"]), "max": int(size["longest_edge"])}
 
     @cached_property
@@ -267,31 +264,21 @@ class ServedModel:
             pin_memory=self.device.type == "cuda",
             worker_init_fn=leave_stopping_to_parent,
         )
-        threads = self._thread_count
+        # It is not known of other models that they can compute several batches at the same time.
+        packs = self.encoder is not None and self.encoder.backbone.separate_vision_pass
+        threads = thread_count(self.device) if packs else 1
         with computing_threads(threads) as pool:
-            for rows, vectors, unreadable in in_order(pool, partial(self._take, role), loader, ahead=threads):
+            for rows, vectors, unreadable in in_order(pool, partial(self._compute, role), loader, ahead=threads):
                 if rows or unreadable:
                     plans[0].take(rows, vectors, unreadable)
                 else:
                     yield plans.popleft().result()
 
-    @property
-    def _thread_count(self) -> int:
-        """How many batches are computed at the same time: one where it is not known that a model can do that."""
-        packs = self.encoder is not None and self.encoder.backbone.separate_vision_pass
-        return thread_count(self.device) if packs else 1
-
-    @torch.no_grad()  # Of a thread.
-    def _take(self, role: Role, batch: tuple[Any, list[int], dict[int, str]]) -> Any:
-        """Compute a batch's vectors, between its rows and why other rows cannot be read."""
-        made, rows, unreadable = batch
-        return rows, self._compute(made, role) if rows else [], unreadable
-
     # From a window to batches
 
     def _plan(self, window: Sequence[Item], role: Role, seen: _Seen) -> _Plan:
         """Read a window's items, and say which of them go through the model."""
-        plan = _Plan(seen)
+        plan = _Plan(window, seen)
         for row in range(len(window)):
             try:
                 item = window[row]
@@ -312,7 +299,10 @@ class ServedModel:
     def _look(self, item: Item) -> tuple[str, int | str]:
         """Return what identifies an item's content, and its cost; or why it cannot be read."""
         try:
-            cost = self.encoder.preprocessor.cost(item) if self.encoder is not None else _text_length(item)
+            if self.encoder is not None:
+                cost = self.encoder.preprocessor.cost(item)
+            else:  # What Sentence Transformers sorts by.
+                cost = sum(len(str(part.value)) for part in item.parts if part.kind == "text")
             return identity(item), cost
         except (ValueError, OSError) as error:
             origin = "" if item.origin and item.origin in str(error) else f"{item.origin or 'An item'}: "
@@ -338,16 +328,21 @@ class ServedModel:
 
     # From a batch to vectors
 
-    def _compute(self, made: Any, role: Role) -> Sequence[Tensor]:
-        """Return the embedding (D,) of each item of a batch, or its vectors (n, D)."""
+    @torch.no_grad()  # Of a thread.
+    def _compute(self, role: Role, batch: Preprocessed) -> tuple[list[int], Sequence[Tensor], dict[int, str]]:
+        """Return what `_preprocess` does with the embedding (D,) of each item, or its vectors (n, D), in between."""
+        made, rows, unreadable = batch
+        if not rows:
+            return rows, [], unreadable
         if self.encoder is not None:
             vectors = self.encoder(made.inputs, self.encoder.encode_images(made.images), role)
         else:
             items, inputs = zip(*made, strict=True)
             vectors = encode_padded(self.served, items, inputs, role, PADDED_ITEMS)
         if isinstance(vectors, Tensor):
-            return vectors.float().cpu().unbind()
-        return torch.cat(vectors).float().cpu().split([*map(len, vectors)])  # Over to the host in one piece.
+            return rows, vectors.float().cpu().unbind(), unreadable
+        # Over to the host in one piece.
+        return rows, torch.cat(vectors).float().cpu().split([*map(len, vectors)]), unreadable
 
 
 @dataclass
@@ -363,6 +358,7 @@ class _Seen:
 class _Plan:
     """A window that is being encoded."""
 
+    window: Sequence[Item]
     seen: _Seen
     items: dict[int, Item] = field(default_factory=dict)  # By row, those that there are.
     identities: dict[int, str] = field(default_factory=dict)
@@ -388,15 +384,17 @@ class _Plan:
                 self.unreadable[row] = f"{item.origin or 'An item'} has the same content as another: {reason}"
         several = bool(vectors) and vectors[0].ndim > 1
         joined = MultiVectors.of(vectors) if several else torch.stack(vectors) if vectors else torch.empty(0)
-        return Encoded(rows, joined, dict(sorted(self.unreadable.items())))
+        return Encoded(self.window, rows, joined, dict(sorted(self.unreadable.items())))
 
 
 #: Makes what is computed of numbered items.
 Make = Callable[[Sequence[tuple[int, Item]]], Any]
+#: A batch of items that can be read, their rows, and why others cannot be.
+Preprocessed = tuple[Any, list[int], dict[int, str]]
 
 
-def _preprocess(make: Make, items: Sequence[tuple[int, Item]]) -> tuple[Any, list[int], dict[int, str]]:
-    """Make a batch of the items that can be read; return it with their rows, and why others cannot be."""
+def _preprocess(make: Make, items: Sequence[tuple[int, Item]]) -> Preprocessed:
+    """Make a batch of the items that can be read."""
     if not items:
         return None, [], {}
     try:
@@ -431,11 +429,6 @@ def identity(item: Item) -> str:
     return digest(pieces)
 
 
-def _text_length(item: Item) -> int:
-    """What Sentence Transformers sorts by."""
-    return sum(len(str(part.value)) for part in item.parts if part.kind == "text")
-
-
 # Opening a folder
 
 
@@ -450,7 +443,7 @@ def open_served(model: str, config: Mapping[str, Any], **options: Any) -> Any:
 def find_folder(folder: str | Path) -> Path:
     """Return the exported folder that a path, a run's folder or a Hub id stands for."""
     path = Path(folder)
-    if not path.exists() and re.fullmatch(HUB_ID, str(folder)):
+    if not path.exists():  # It may be a Hub id.
         try:
             path = Path(snapshot_download(str(folder)))
         except Exception as error:
@@ -463,7 +456,7 @@ def find_folder(folder: str | Path) -> Path:
             f"The run {folder} has no export. Make one: python -m vlmembed export --config {path / 'config.yaml'} "
             f"--ckpt_path CHECKPOINT --output_dir {path / 'export'}"
         )
-    problem = "has no modules.json" if path.is_dir() else "is a file" if path.exists() else "is not there"
+    problem = "has no modules.json" if path.is_dir() else "is a file"
     raise ValueError(
         f"{folder} {problem}: name a folder that `python -m vlmembed export` or Sentence Transformers has written, "
         "the folder of a run, or a Hub id."

@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import tee
 from pathlib import Path
 from typing import Any
 
@@ -89,33 +88,35 @@ class Encoding:
         first = shard * self.job.shard_size
         return range(first, min(first + self.job.shard_size, len(self.corpus)))
 
+    def _windows(self, shard: int) -> list[range]:
+        """Return the rows of a shard that are encoded together."""
+        rows, size = self.rows(shard), self.job.window
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
+
     def write(self, shards: Iterable[int], progress: Callable[[int], Any] = int) -> Iterator[int]:
         """Write shards, each whole or not at all, and yield the number of each; ``progress`` is told of items."""
         shards = [*shards]
         # One stream for all: its workers read the next shard while this one is encoded. A window ends with its shard,
         # so that what is in a file does not depend on where the encoding began.
-        read, windows = tee(
-            Window(self.corpus, rows[start : start + self.job.window])
-            for rows in map(self.rows, shards)
-            for start in range(0, len(rows), self.job.window)
-        )
+        windows = (Window(self.corpus, rows) for shard in shards for rows in self._windows(shard))
         options: Any = {
             "num_workers": self.job.num_workers,
             "batch_tokens": self.job.batch_tokens,
             "group_of": lambda window: window.rows.start // self.job.shard_size,
         }
-        encoded = zip(windows, self.model.stream(read, self.job.role, **options), strict=True)
+        encoded = self.model.stream(windows, self.job.role, **options)
         for shard in shards:
             self._write(shard, encoded, progress)
             yield shard
 
-    def _write(self, shard: int, encoded: Iterator[tuple[Window, Encoded]], progress: Callable[[int], Any]) -> None:
+    def _write(self, shard: int, encoded: Iterator[Encoded], progress: Callable[[int], Any]) -> None:
         unreadable: list[dict[str, Any]] = []
-        schema, left = schema_of(self.job.precision, self.model.is_multi_vector), len(self.rows(shard))
+        schema = schema_of(self.job.precision, self.model.is_multi_vector)
         options: Any = {"compression": "none", "use_dictionary": bytes_in(schema)}
         with whole_file(self.job.path(shard)) as draft, pq.ParquetWriter(draft, schema, **options) as writer:
-            while left:
-                window, made = next(encoded)
+            for _ in self._windows(shard):
+                made = next(encoded)
+                window: Window = made.window
                 check_finite(window, made)
                 if made.rows:
                     ids = [window.ids[row] for row in made.rows]
@@ -123,7 +124,6 @@ class Encoding:
                 for row, reason in made.unreadable.items():
                     named = {"id": window.ids[row], "origin": window.origin(row), "error": reason}
                     unreadable.append({**named, "row": window.rows[row], "shard": shard})  # From 0.
-                left -= len(window)
                 progress(len(window))
             writer.add_key_value_metadata({UNREADABLE: json.dumps(unreadable)})
 
@@ -154,8 +154,7 @@ def _required(element: pa.DataType) -> pa.DataType:
 
 def bytes_in(schema: pa.Schema) -> list[str]:
     """Return the column whose numbers are bytes: without a dictionary, Parquet takes four for each of them."""
-    stored = schema.field("embedding").type
-    path = "embedding"
+    stored, path = schema.field("embedding").type, "embedding"
     while pa.types.is_list(stored):
         stored, path = stored.value_type, f"{path}.list.element"
     return [path] if stored in (pa.int8(), pa.uint8()) else []
