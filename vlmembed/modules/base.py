@@ -76,6 +76,8 @@ class RetrievalModule(LightningModule, ABC):
         losses: Further losses by name, for training sources that name one; see ``vlmembed.data.Mixture``.
     """
 
+    loss: Any  # A subclass says of which kind.
+
     def __init__(
         self,
         make_encoder: Callable[[], Encoder],
