@@ -17,7 +17,6 @@ from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.get_tasks import TASK_LIST
 from mteb.types import Modalities, PromptType
-from torch.utils.data import Subset
 
 from vlmembed.benchmark.models import Items, Model
 from vlmembed.data import EvaluationSource
@@ -54,17 +53,17 @@ class EvaluationTask(AbsTaskRetrieval):
         evaluation = self.evaluation
         of = evaluation.subsets or [subset] * len(evaluation.queries)
         rows = [row for row, name in enumerate(of) if name == subset]
-        names = [evaluation.query_names[row] for row in rows]
+        queries = Items(evaluation.query_names, evaluation.queries).select(rows)
         corpus, ranked = Items(evaluation.document_names, evaluation.corpus), None
         if evaluation.candidates and evaluation.subsets:  # Then they are the subset's own corpus.
             corpus = corpus.select(evaluation.candidates[rows[0]])
         elif evaluation.candidates:
-            columns = {name: evaluation.candidates[row] for name, row in zip(names, rows, strict=True)}
-            ranked = {name: [evaluation.document_names[column] for column in columns[name]] for name in names}
+            columns = {name: evaluation.candidates[row] for name, row in zip(queries.names, rows, strict=True)}
+            ranked = {name: [evaluation.document_names[column] for column in own] for name, own in columns.items()}
         return {
             "corpus": corpus,
-            "queries": Items(names, Subset(evaluation.queries, rows)),
-            "relevant_docs": {name: dict(evaluation.qrels[name]) for name in names},
+            "queries": queries,
+            "relevant_docs": {name: dict(evaluation.qrels[name]) for name in queries.names},
             "top_ranked": ranked,
         }
 
