@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import datasets
 import torch
@@ -19,7 +19,7 @@ from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.models import ModelMeta
 from mteb.models.abs_encoder import get_prompt_name
 from mteb.models.model_meta import ScoringFunction
-from mteb.types import PromptType
+from mteb.types import Modalities, PromptType
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm, trange
@@ -32,7 +32,7 @@ from vlmembed.search.served import ServedModel, find_folder, folder_digest, read
 from vlmembed.types import Item, Pair, Part, Role
 
 #: What a model may read, as mteb names it.
-MODALITIES = ("text", "image", "audio", "video")
+MODALITIES = get_args(Modalities)
 
 #: Items that are encoded together, and whose scores are in memory together.
 WINDOW = 1024
