@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "step_time"))
 import checkpoint
 import torch
 from data import MAX_TOKENS, MIN_TOKENS, Pair, pairs
-from ours import Ours, Setting, _adapters
+from ours import Ours, Setting
 from race import race
 from report import machine
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
@@ -35,12 +35,11 @@ from theirs import Theirs
 from transformers.utils import logging
 from work import LEARNING_RATE, TEMPERATURE, Work
 
+from vlmembed.adapters import Adapter
 from vlmembed.backbones import Qwen3VL
-from vlmembed.gradcache import GradCache
 from vlmembed.losses import InfoNCE
 from vlmembed.modules import MultiVectorModule
 from vlmembed.pooling import TokenProjection
-from vlmembed.training import memory
 
 SIZE = 128
 MINI_BATCHES = (1, 2, 4, 8, 16, 32)
@@ -49,26 +48,9 @@ MINI_BATCHES = (1, 2, 4, 8, 16, 32)
 class OursLate(Ours):
     """vlmembed, without Lightning around it."""
 
-    def __init__(self, work: Work, setting: Setting) -> None:
-        self.setting, self.steps = setting, 0
-        torch.manual_seed(0)
-        backbone = Qwen3VL(str(work.checkpoint), dtype=work.dtype)
-        self.model: Any = MultiVectorModule(
-            backbone, InfoNCE(TEMPERATURE), TokenProjection(SIZE, allow_larger=True), adapters=_adapters(work)
-        )
-        self.model.configure_model()
-        weights = [weight for weight in self.model.parameters() if weight.requires_grad]
-        self.optimizer = torch.optim.SGD(weights, LEARNING_RATE)
-        limit = memory.graph_bytes("auto" if setting.retain else "none", self.model.device)
-        self.grad_cache = GradCache(self.model.encoder, limit, None, steps=1)
-
-    def step(self, batch: Any) -> float:
-        value = self.model.loss(*self.model.gather_batch(self.grad_cache.embed(batch), batch))
-        value.backward()
-        self.grad_cache.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return float(value.detach())
+    def build(self, work: Work, backbone: Qwen3VL, adapters: list[Adapter]) -> MultiVectorModule:
+        projection = TokenProjection(SIZE, allow_larger=True)
+        return MultiVectorModule(backbone, InfoNCE(TEMPERATURE), projection, adapters=adapters)
 
 
 class TheirsLate(Theirs):
@@ -122,7 +104,8 @@ def main() -> None:
 def _compare(work: Work, rows: Sequence[Pair], rounds: int) -> None:
     """Print how many times as fast our step is as theirs at its best mini-batch."""
     ours = OursLate(work, Setting())
-    weight = ours.model.encoder.pooling.outer.weight.detach().clone()
+    pooling: Any = ours.model.encoder.pooling
+    weight = pooling.outer.weight.detach().clone()
     tried = {str(size): TheirsLate(work, weight, size) for size in MINI_BATCHES if size <= len(rows)}
     best = race({name: partial(side.step, side.prepare(rows)) for name, side in tried.items()}, 2).fastest()
     del tried

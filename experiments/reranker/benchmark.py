@@ -48,7 +48,6 @@ QUERIES, CANDIDATES, PICTURES = 10, 50, 100
 TRAINED_QUERIES, TRAINED_CANDIDATES = 8, 8
 BATCH_SIZES = (8, 32)
 LEARNING_RATE = 1e-4
-HEADER = ("| work | theirs | ours | ratio |", "|---|---|---|---|")
 TEMPLATES = {"query first": QueryFirst, "document first": DocumentFirst}
 
 

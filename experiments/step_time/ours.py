@@ -14,8 +14,7 @@ from vlmembed.backbones import Qwen3VL
 from vlmembed.features import InMemory
 from vlmembed.gradcache import GradCache
 from vlmembed.losses import InfoNCE, Matryoshka
-from vlmembed.modules import EmbeddingModule
-from vlmembed.modules.embedding import gather_batch
+from vlmembed.modules import EmbeddingModule, RetrievalModule
 from vlmembed.pooling import LastToken
 from vlmembed.training import memory
 from vlmembed.types import PATCH_COST, Batch, Chunking, Example, Item, Part
@@ -43,9 +42,7 @@ class Ours:
         self.setting = setting
         # The learnt part of a LoRA starts at zero, but not all of it: the other side seeds the same.
         torch.manual_seed(0)
-        loss = Matryoshka(InfoNCE(TEMPERATURE), work.dimensions)
-        backbone = Qwen3VL(str(work.checkpoint), dtype=work.dtype)
-        self.model = EmbeddingModule(backbone, LastToken(), loss, adapters=_adapters(work))
+        self.model = self.build(work, Qwen3VL(str(work.checkpoint), dtype=work.dtype), _adapters(work))
         self.model.configure_model()
         self.model.to(work.device)
         weights = [weight for weight in self.model.parameters() if weight.requires_grad]
@@ -56,6 +53,10 @@ class Ours:
         limit = memory.graph_bytes("auto" if setting.retain else "none", self.model.device)
         self.grad_cache = GradCache(self.model.encoder, limit, features, steps=1)
         self.steps = 0
+
+    def build(self, work: Work, backbone: Qwen3VL, adapters: list[Adapter]) -> RetrievalModule:
+        loss = Matryoshka(InfoNCE(TEMPERATURE), work.dimensions)
+        return EmbeddingModule(backbone, LastToken(), loss, adapters=adapters)
 
     def prepare(self, pairs: Sequence[Pair]) -> Batch:
         examples = [
@@ -69,14 +70,14 @@ class Ours:
         return batch.pin_memory() if self.model.device.type == "cuda" else batch
 
     def step(self, batch: Batch) -> float:
-        first = memory.StepPeak(self.model.device) if self.setting.retain and not self.steps else None
-        value = self.model.loss(*gather_batch(self.grad_cache.embed(batch), batch))
+        peak = memory.count_peak(self.model.device) if self.setting.retain and not self.steps else None
+        value = self.model.loss(*self.model.gather_batch(self.grad_cache.embed(batch), batch))
         value.backward()
         self.grad_cache.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if first is not None and first.bytes:  # On a GPU, where the first step shows how much is left for graphs.
-            self.grad_cache.graph_bytes = memory.graph_bytes("auto", self.model.device, first.bytes)
+        if peak is not None and peak():  # On a GPU, where the first step shows how much is left for graphs.
+            self.grad_cache.graph_bytes = memory.graph_bytes("auto", self.model.device, peak())
         self.steps += 1
         return value.item()
 

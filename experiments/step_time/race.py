@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median, quantiles
+from typing import Any
 
+import numpy as np
+from scipy import stats
 from work import TOLERANCE
-
-RESAMPLES = 2000
 
 
 @dataclass
@@ -30,9 +30,14 @@ class Race:
 
         The interval is a bootstrap's over rounds, as a slow round slows both.
         """
-        draw, rounds = random.Random(0), list(zip(self.seconds[ours], self.seconds[theirs], strict=True))
-        samples = sorted(_ratio(draw.choices(rounds, k=len(rounds))) for _ in range(RESAMPLES))
-        return (_ratio(rounds), samples[int(0.025 * RESAMPLES)], samples[int(0.975 * RESAMPLES)])
+
+        def of_medians(theirs: np.ndarray, ours: np.ndarray, axis: int = -1) -> np.ndarray:
+            return np.median(theirs, axis) / np.median(ours, axis)
+
+        rounds = np.array([self.seconds[theirs], self.seconds[ours]])
+        options: Any = {"paired": True, "method": "percentile", "rng": np.random.default_rng(0)}
+        interval = stats.bootstrap(rounds, of_medians, **options).confidence_interval
+        return float(of_medians(*rounds)), float(interval.low), float(interval.high)
 
     def fastest(self) -> str:
         """The contender with the smallest median."""
@@ -69,11 +74,6 @@ def race(contenders: Mapping[str, Callable[[], float]], rounds: int) -> Race:
             result.losses[name].append(loss)
         _check_same({name: losses[-1] for name, losses in result.losses.items()}, f"step {turn + 1}")
     return result
-
-
-def _ratio(rounds: list[tuple[float, float]]) -> float:
-    ours, theirs = zip(*rounds, strict=True)
-    return median(theirs) / median(ours)
 
 
 def _check_same(losses: Mapping[str, float], where: str) -> None:

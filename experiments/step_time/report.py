@@ -6,18 +6,21 @@ import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from html import escape
 from importlib.metadata import version
-from math import log2
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 SPREAD = (
     "Spread: of times, a 95 % interval of the ratio of medians, by bootstrap; of memory, from the least to the most."
 )
 PACKAGES = ("torch", "transformers", "sentence-transformers", "vlmembed")
+#: The ends of the plot's axis, and the colours of its bars, by whether a ratio is as it should be.
+FIRST, LAST = 0.25, 64
+COLOURS = {True: "#4c9f70", False: "#c8553d", None: "#8a8f98"}
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class Report:
         folder.mkdir(parents=True, exist_ok=True)
         text = f"{self.markdown()}\n![The ratios]({name}.svg)\n"
         (folder / f"{name}.md").write_text(text, encoding="utf-8")
-        (folder / f"{name}.svg").write_text(_plot(self.rows), encoding="utf-8")
+        _plot(self.rows, folder / f"{name}.svg")
 
 
 def machine() -> str:
@@ -104,51 +107,26 @@ def _table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), *lines))
 
 
-# The plot: a bar per ratio on a logarithmic axis from 1/4, its spread, and a line where it has to reach or to end.
-
-LABELS, BARS, HEIGHT, MARGIN = 430, 420, 22, 30
-FIRST, LAST = 0.25, 64
-COLOURS = {True: "#4c9f70", False: "#c8553d", None: "#8a8f98"}
-
-
-def _plot(rows: Sequence[Row]) -> str:
-    height = 2 * MARGIN + HEIGHT * len(rows)
-    parts = [_mark(2.0**power, MARGIN, height - MARGIN) for power in range(-2, 7)]
-    parts += [line for index, row in enumerate(rows) for line in _bar(row, MARGIN + HEIGHT * index)]
-    return "\n".join([
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{LABELS + BARS + 20}" height="{height}" '
-        'font-family="sans-serif" font-size="11">',
-        '<rect width="100%" height="100%" fill="white"/>',
-        *parts,
-        "</svg>\n",
-    ])  # fmt: skip
-
-
-def _x(value: float) -> float:
-    value = min(max(value, FIRST), LAST)
-    return LABELS + BARS * log2(value / FIRST) / log2(LAST / FIRST)
-
-
-def _mark(value: float, top: float, bottom: float) -> str:
-    x = _x(value)
-    return (
-        f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}" stroke="#dddddd"/>'
-        f'<text x="{x:.1f}" y="{bottom + 14}" text-anchor="middle" fill="#666666">{value:g}×</text>'
+def _plot(rows: Sequence[Row], path: Path) -> None:
+    """Draw a bar per ratio on a logarithmic axis, its spread, and a line where it has to reach or to end."""
+    figure = Figure(figsize=(11, 1 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(rows))
+    values, low, high = np.array([row.ratio for row in rows]).T
+    axes.barh(
+        places,
+        values - FIRST,
+        left=FIRST,
+        xerr=[values - low, high - values],
+        color=[COLOURS[row.met] for row in rows],
     )
-
-
-def _bar(row: Row, top: float) -> list[str]:
-    value, low, high = row.ratio
-    middle = top + HEIGHT / 2
-    parts = [
-        f'<text x="{LABELS - 8}" y="{middle + 4}" text-anchor="end">{escape(row.work)}</text>',
-        f'<rect x="{LABELS}" y="{top + 4}" width="{_x(value) - LABELS:.1f}" height="{HEIGHT - 8}" '
-        f'fill="{COLOURS[row.met]}"/>',
-        f'<line x1="{_x(low):.1f}" x2="{_x(high):.1f}" y1="{middle}" y2="{middle}" stroke="black"/>',
-        f'<text x="{_x(high) + 6:.1f}" y="{middle + 4}">{value:.2f}</text>',
-    ]
-    if row.limit is not None:
-        x = _x(row.limit)
-        ends = f'y1="{top + 1}" y2="{top + HEIGHT - 1}"'
-        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" {ends} stroke="black" stroke-width="2"/>')
-    return parts
+    for place, row in zip(places, rows, strict=True):
+        axes.text(row.ratio[2], place, f"  {row.ratio[0]:.2f}", verticalalignment="center")
+        if row.limit is not None:
+            axes.plot([row.limit] * 2, [place - 0.45, place + 0.45], color="black", linewidth=2)
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(FIRST, LAST)
+    axes.xaxis.set_major_formatter("{x:g}×")
+    axes.set_yticks(places, [row.work for row in rows])
+    axes.invert_yaxis()
+    figure.savefig(path)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import datasets
 import torch
@@ -19,7 +19,7 @@ from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.models import ModelMeta
 from mteb.models.abs_encoder import get_prompt_name
 from mteb.models.model_meta import ScoringFunction
-from mteb.types import PromptType
+from mteb.types import Modalities, PromptType
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm, trange
@@ -33,16 +33,13 @@ from vlmembed.search.served import ServedModel, find_folder, folder_digest, read
 from vlmembed.types import Item, Pair, Part, Role
 
 #: What a model may read, as mteb names it.
-MODALITIES = ("text", "image", "audio", "video")
+MODALITIES = get_args(Modalities)
 
 #: Items that are encoded together, and whose scores are in memory together.
 WINDOW = 1024
 
 #: The most documents whose vectors are held for the next subset of a task.
 REUSED = 20_000
-
-#: Query → document → score.
-Run = dict[str, dict[str, float]]
 
 
 class Items:
@@ -140,11 +137,15 @@ class Model:
     ) -> None:
         self.model = model  #: As Sentence Transformers has opened it.
         self.folder = folder
+        # What it reads is as the folder says, or else Sentence Transformers.
+        known = read_json(folder / "sentence_bert_config.json").get("modality_config") or model.modalities
+        # A Hub's commit; or what changes with the folder's content, but not with its card.
+        revision = folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else folder_digest(folder)
         self.mteb_model_meta = ModelMeta.create_empty(
             {
                 "name": name,
-                "revision": revision_of(folder),
-                "modalities": _modalities(model, folder),
+                "revision": revision,
+                "modalities": [kind for kind in MODALITIES if kind in known],
                 "model_type": [self.kind],
                 "framework": ["Sentence Transformers", "PyTorch"],
                 "use_instructions": any(model.prompts.values()),
@@ -171,9 +172,10 @@ class Model:
         top_k: int,
         top_ranked: Mapping[str, Sequence[str]] | None = None,
         **_: Any,
-    ) -> Run:
-        """Return the best documents of each query, among its candidates (``top_ranked``) if it has some."""
-        names, candidates = [*self._corpus["id"]], None
+    ) -> dict[str, dict[str, float]]:
+        """Return the scores of each query's best documents, among its candidates (``top_ranked``) if it has some."""
+        names: list[str] = [*self._corpus["id"]]
+        candidates: list[list[int]] | None = None
         asked = self._items(queries, task_metadata, PromptType.query)
         corpus = self._items(self._corpus, task_metadata, PromptType.document)
         self._corpus = None
@@ -357,12 +359,6 @@ def open_model(
     return kind(served, name, settings or {}, num_workers)
 
 
-def _modalities(model: Any, folder: Path) -> list[str]:
-    """Return what a model reads, as its folder says, or else Sentence Transformers."""
-    known = read_json(folder / "sentence_bert_config.json").get("modality_config") or model.modalities
-    return [kind for kind in MODALITIES if kind in known]
-
-
 def name_of(model: str, folder: Path) -> str:
     """Return what mteb calls a model: the Hub's id, or the names of the folder and of the one that it is in.
 
@@ -373,8 +369,3 @@ def name_of(model: str, folder: Path) -> str:
     folder = folder.resolve()
     run = folder.parent if folder.name == "export" else folder
     return "/".join(re.sub(r"\s+", "_", part) for part in (run.parent.name or "local", run.name))
-
-
-def revision_of(folder: Path) -> str:
-    """Return a Hub's commit; of another folder what changes with its content, but not with its card."""
-    return folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else folder_digest(folder)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,7 +78,7 @@ def measure(
             stack.callback(part.unload_data)
             if first_stage is not None and isinstance(part, AbsTaskRetrieval):
                 give_candidates(part, first_stage, depth)
-            stack.enter_context(_recorded(part, rows))
+            _record(part, rows)
         mteb.evaluate(
             model,
             task,
@@ -90,19 +90,15 @@ def measure(
             prediction_folder=predictions if save_predictions else None,
         )
     write_whole(path.with_suffix(QUERIES), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-    scores = read_scores(task, path)
-    assert scores is not None
-    return scores
+    return Scores(task, TaskResult.from_disk(path), rows)
 
 
-@contextmanager
-def _recorded(task: AbsTask, rows: list[dict[str, Any]]) -> Iterator[None]:
-    """Write down the main score of each query, of which mteb keeps the mean alone."""
+def _record(task: AbsTask, rows: list[dict[str, Any]]) -> None:
+    """Have the main score of each query written down, of which mteb keeps the mean alone."""
     name, _, k = task.metadata.main_score.rpartition("_at_")
     if not isinstance(task, AbsTaskRetrieval) or name not in MEASURES:
-        yield
         return
-    original = task.task_specific_scores
+    original = partial(type(task).task_specific_scores, task)
 
     def record(scores: Any, qrels: Any, results: Any, hf_split: str, hf_subset: str) -> dict[str, float]:
         about = {"task": task.metadata.name, "split": hf_split, "subset": hf_subset, "metric": task.metadata.main_score}
@@ -110,10 +106,6 @@ def _recorded(task: AbsTask, rows: list[dict[str, Any]]) -> Iterator[None]:
         return original(scores, qrels, results, hf_split, hf_subset)
 
     task.task_specific_scores = record  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del task.task_specific_scores
 
 
 def read_scores(task: AbsTask, path: Path) -> Scores | None:

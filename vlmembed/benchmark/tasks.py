@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import mteb
 from httpx import HTTPError
@@ -16,10 +16,9 @@ from mteb.abstasks import AbsTask, AbsTaskRetrieval
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.get_tasks import TASK_LIST
-from mteb.types import Modalities, PromptType
-from torch.utils.data import Subset
+from mteb.types import PromptType
 
-from vlmembed.benchmark.models import Items, Model
+from vlmembed.benchmark.models import MODALITIES, Items, Model
 from vlmembed.data import EvaluationSource
 from vlmembed.data.evaluation import FILES, as_evaluation
 from vlmembed.data.judgements import first_documents, read_run
@@ -54,17 +53,17 @@ class EvaluationTask(AbsTaskRetrieval):
         evaluation = self.evaluation
         of = evaluation.subsets or [subset] * len(evaluation.queries)
         rows = [row for row, name in enumerate(of) if name == subset]
-        names = [evaluation.query_names[row] for row in rows]
+        queries = Items(evaluation.query_names, evaluation.queries).select(rows)
         corpus, ranked = Items(evaluation.document_names, evaluation.corpus), None
         if evaluation.candidates and evaluation.subsets:  # Then they are the subset's own corpus.
             corpus = corpus.select(evaluation.candidates[rows[0]])
         elif evaluation.candidates:
-            columns = {name: evaluation.candidates[row] for name, row in zip(names, rows, strict=True)}
-            ranked = {name: [evaluation.document_names[column] for column in columns[name]] for name in names}
+            columns = {name: evaluation.candidates[row] for name, row in zip(queries.names, rows, strict=True)}
+            ranked = {name: [evaluation.document_names[column] for column in own] for name, own in columns.items()}
         return {
             "corpus": corpus,
-            "queries": Items(names, Subset(evaluation.queries, rows)),
-            "relevant_docs": {name: dict(evaluation.qrels[name]) for name in names},
+            "queries": queries,
+            "relevant_docs": {name: dict(evaluation.qrels[name]) for name in queries.names},
             "top_ranked": ranked,
         }
 
@@ -91,7 +90,7 @@ def _metadata(evaluation: EvaluationSet) -> TaskMetadata:
         description=f"Evaluation set {evaluation.name}.",
         dataset={"path": evaluation.name, "revision": digest((*names, *contents, *judged))},
         type="Retrieval" if shown == {"text"} else "Any2AnyRetrieval",
-        modalities=[kind for kind in get_args(Modalities) if kind in shown],
+        modalities=[kind for kind in MODALITIES if kind in shown],
         eval_splits=["test"],
         eval_langs=dict.fromkeys(evaluation.subsets, languages) if evaluation.subsets else languages,
         main_score="ndcg_at_10",
