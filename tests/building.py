@@ -13,16 +13,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import yaml
+from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
-from vlmembed.backbones import Qwen3VL, VisionLanguageModel
-from vlmembed.data import Collator
-from vlmembed.encoder import Encoder
+from vlmembed.backbones import QueryFirst, Qwen3VL, VisionLanguageModel
+from vlmembed.backbones.chat_templates import PairTemplate
+from vlmembed.cli import main
+from vlmembed.data import Collator, RetrievalDataModule
+from vlmembed.encoder import Encoder, MultiVectorEncoder, Scorer
+from vlmembed.export.sentence_transformers import write_folder, write_multi_vector, write_reranker
 from vlmembed.gradcache import GradCache
+from vlmembed.heads import ScoreHead, YesNo
 from vlmembed.losses import BinaryCrossEntropy, InfoNCE, Loss, RankingLoss
 from vlmembed.modules import CrossEncoderModule, EmbeddingModule, MultiVectorModule, RetrievalModule
 from vlmembed.pooling import LastToken, Pooling, TokenProjection
@@ -73,18 +79,47 @@ def examples(count: int = 6) -> list[Example]:
     return rows
 
 
-def encoder(checkpoint: Path, pooling: Pooling | None = None, **options: Any) -> Encoder:
-    built = Encoder(Qwen3VL(str(checkpoint), **options), pooling or LastToken())
+def backbone(checkpoint: Path | str, kind: type[VisionLanguageModel] = Qwen3VL, **options: Any) -> Any:
+    """A backbone with its weights."""
+    built = kind(str(checkpoint), **options)
     built.configure()
     return built
 
 
+def encoder(
+    checkpoint: Path, pooling: Pooling | None = None, kind: type[VisionLanguageModel] = Qwen3VL, **options: Any
+) -> Encoder:
+    built = Encoder(kind(str(checkpoint), **options), pooling or LastToken())
+    built.configure()
+    return built
+
+
+def scorer(
+    checkpoint: Path | str,
+    head: ScoreHead | None = None,
+    template: PairTemplate | None = None,
+    kind: type[VisionLanguageModel] = Qwen3VL,
+    **options: Any,
+) -> Scorer:
+    built = Scorer(kind(str(checkpoint), **options), head or YesNo(), template or QueryFirst())
+    built.configure()
+    return built
+
+
+def export(built: Encoder | MultiVectorEncoder | Scorer, folder: Path, *options: Any, **named: Any) -> Path:
+    """Write the folder that Sentence Transformers opens, and no card."""
+    writers: dict[type, Callable[..., Any]] = {MultiVectorEncoder: write_multi_vector, Scorer: write_reranker}
+    folder.mkdir(parents=True, exist_ok=True)
+    writers.get(type(built), write_folder)(built, folder, *options, **named)
+    return folder
+
+
 def module(checkpoint: Path, loss: Loss | None = None, **options: Any) -> EmbeddingModule:
-    backbone = options.pop("backbone", {})
+    backbone = {"kind": Qwen3VL, **options.pop("backbone", {})}
+    model = backbone.pop("kind")(str(checkpoint), **backbone)
     # What is hard is the second pass, and tiny graphs would all be kept.
     options.setdefault("graph_memory", "none")
-    pooling = options.pop("pooling", LastToken())
-    built = EmbeddingModule(Qwen3VL(str(checkpoint), **backbone), pooling, loss or InfoNCE(0.05), **options)
+    built = EmbeddingModule(model, options.pop("pooling", LastToken()), loss or InfoNCE(0.05), **options)
     built.configure_model()
     return built
 
@@ -181,14 +216,14 @@ def relative_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
 def write_rows(path: Path, count: int = 9) -> Path:
     """Training rows of pictures and texts, with several right answers, some of them shared."""
     rows = []
+    path.parent.mkdir(parents=True, exist_ok=True)
     for index in range(count):
         picture(32 + 32 * (index % 4), 64, index).save(path.parent / f"{index}.png")
         positive = {"image": f"{index}.png"} if index % 3 else f"an answer {index}"
         also = {"image": f"{(index + 1) % count}.png"} if index % 3 == 1 else "what answers many"
         query = f"question {index} " * (1 + index % 2)
         rows.append({"query": query, "positive": [positive, also], "negative": f"wrong {index}"})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return Path(jsonl(path, rows))
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -285,18 +320,45 @@ def jsonl(path: Path | str, rows: Iterable[Any]) -> str:
     return str(path)
 
 
-def run_config(checkpoint: Path, **data: Any) -> dict[str, Any]:
+def evaluation_folder(
+    folder: Path | str, corpus: Iterable[Any], queries: Iterable[Any], qrels: str | Iterable[tuple[Any, ...]]
+) -> str:
+    """Write an evaluation folder; of judgements the text, or query, document and grade of each."""
+    jsonl(Path(folder, "corpus.jsonl"), corpus)
+    jsonl(Path(folder, "queries.jsonl"), queries)
+    lines = qrels if isinstance(qrels, str) else "".join("\t".join(map(str, judged)) + "\n" for judged in qrels)
+    Path(folder, "qrels.tsv").write_text(lines)
+    return str(folder)
+
+
+def run_config(checkpoint: Path, kind: str = "EmbeddingModule", **data: Any) -> dict[str, Any]:
     """A configuration of ``fit``, as its file holds it."""
+    loss = "BinaryCrossEntropy" if kind == "CrossEncoderModule" else "InfoNCE"
     model = {
         "backbone": {"class_path": "vlmembed.backbones.Qwen3VL", "init_args": {"checkpoint": str(checkpoint)}},
-        "pooling": {"class_path": "vlmembed.pooling.LastToken"},
-        "loss": {"class_path": "vlmembed.losses.InfoNCE"},
+        "loss": {"class_path": f"vlmembed.losses.{loss}"},
     }
+    if kind == "EmbeddingModule":
+        model["pooling"] = {"class_path": "vlmembed.pooling.LastToken"}
     return {
-        "model": {"class_path": "vlmembed.modules.EmbeddingModule", "init_args": model},
+        "model": {"class_path": f"vlmembed.modules.{kind}", "init_args": model},
         "data": {"class_path": "vlmembed.data.RetrievalDataModule", "init_args": {"num_workers": 0, **data}},
         "trainer": {"accelerator": "cpu", "enable_progress_bar": False, "log_every_n_steps": 1},
     }
+
+
+def data_module(**arguments: Any) -> RetrievalDataModule:
+    """What YAML makes of a data module's arguments."""
+    parser = ArgumentParser()
+    parser.add_class_arguments(RetrievalDataModule, "data")
+    parsed = parser.parse_object({"data": {"num_workers": 0, **arguments}})
+    return parser.instantiate_classes(parsed).data
+
+
+def call(command: str, config: dict[str, Any], *options: str) -> None:
+    """Run a command by a configuration, in this process and the folder that is the current one."""
+    Path("run.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    main([command, "--config", "run.yaml", *options])
 
 
 def write_index(

@@ -13,7 +13,6 @@ from jaxtyping import install_import_hook
 install_import_hook(
     [
         "vlmembed.backbones.packing",
-        "vlmembed.backbones.packing",
         "vlmembed.encoder",
         "vlmembed.features",
         "vlmembed.gradcache",
@@ -49,3 +48,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
     tiny.create(folder, hidden_size=64, layers=2, heads=2, vision_hidden_size=32, vision_layers=2)
     return folder
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder, which is the current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -12,6 +12,7 @@ import forked
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+from lightning.pytorch.strategies import DDPStrategy
 
 WORLD_SIZE = 2
 
@@ -26,6 +27,13 @@ def run(function: Callable[..., Any], *arguments: Any) -> list[Any]:
         method = forked.CONTEXT.get_start_method()
         multiprocessing.start_processes(_process, spawned, nprocs=WORLD_SIZE, start_method=method)
         return [torch.load(_result(Path(folder), rank), weights_only=False) for rank in range(WORLD_SIZE)]
+
+
+def strategy() -> dict[str, Any]:
+    """What a trainer is told where both processes train together."""
+    if not dist.is_initialized():
+        return {}
+    return {"devices": WORLD_SIZE, "strategy": DDPStrategy(process_group_backend="gloo")}
 
 
 def _process(rank: int, folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

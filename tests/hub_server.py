@@ -14,10 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from threading import Thread
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import datasets
+from huggingface_hub import constants
 
 Files = dict[str, bytes]
 
@@ -150,6 +153,14 @@ class Hub:
         if path not in files:
             raise Refusal(404, "EntryNotFound", f"No file {path}")
         return files[path]
+
+
+def connect_datasets(monkeypatch: Any, url: str, folder: Path) -> None:
+    """Have `datasets` load from a server, and keep files in a folder: what a new process does for its environment."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", url)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "datasets"))
 
 
 NAME = r"(?P<name>[\w.-]+/[\w.-]+)"

@@ -55,6 +55,24 @@ LANGUAGE: dict[str, Any] = {
 ROTARY = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5]}
 
 
+#: The language model of Qwen3-VL-MoE and Qwen3-Omni: four experts in every layer, two of them for each token.
+MIXTURE = LANGUAGE | {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "head_dim": HEAD_DIM,
+    "rope_parameters": ROTARY | {"mrope_interleaved": True},
+}
+#: Their vision tower.
+DEEPSTACK_TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "depth": 2,
+    "num_heads": 2,
+    "num_position_embeddings": 256,
+    "deepstack_visual_indexes": [0],
+    "out_hidden_size": HIDDEN_SIZE,
+}
 #: The vision tower of Qwen2.5-VL and Qwen2.5-Omni.
 WINDOWED_TOWER = {
     "hidden_size": 32,
@@ -87,22 +105,10 @@ def qwen2_5_vl(folder: Path) -> Path:
 
 
 def qwen3_vl_moe(folder: Path) -> Path:
-    """Write a Qwen3-VL-MoE: four experts in every layer, two of them for each token."""
+    """Write a Qwen3-VL-MoE."""
     processor = tiny.fresh_processor()
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": HEAD_DIM}
-    config = Qwen3VLMoeConfig(
-        text_config=LANGUAGE | experts | _tokens(processor) | {"rope_parameters": ROTARY | {"mrope_interleaved": True}},
-        vision_config={
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "depth": 2,
-            "num_heads": 2,
-            "num_position_embeddings": 256,
-            "deepstack_visual_indexes": [0],
-            "out_hidden_size": HIDDEN_SIZE,
-        },
-        **_vision_tokens(processor),
-    )
+    language = MIXTURE | _tokens(processor)
+    config = Qwen3VLMoeConfig(text_config=language, vision_config=DEEPSTACK_TOWER, **_vision_tokens(processor))
     return _save(Qwen3VLMoeForConditionalGeneration, config, processor, folder)
 
 
@@ -167,21 +173,9 @@ def qwen2_5_omni(folder: Path, whole: bool = False) -> Path:
 def qwen3_omni(folder: Path, whole: bool = False) -> Path:
     """Write the thinker of a Qwen3-Omni, or a whole one: experts, DeepStack, convolutions over time and pitch."""
     processor = _omni_processor(Qwen3OmniMoeProcessor, patch=16)
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": HEAD_DIM}
     thinker = {
-        "text_config": LANGUAGE
-        | experts
-        | _tokens(processor)
-        | {"rope_parameters": ROTARY | {"mrope_interleaved": True}},
-        "vision_config": {
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "depth": 2,
-            "num_heads": 2,
-            "num_position_embeddings": 256,
-            "deepstack_visual_indexes": [0],
-            "out_hidden_size": HIDDEN_SIZE,
-        },
+        "text_config": MIXTURE | _tokens(processor),
+        "vision_config": DEEPSTACK_TOWER,
         "audio_config": AUDIO_TOWER | {"n_window": 50, "downsample_hidden_size": 16},
         **{f"{name}_token_id": getattr(processor, f"{name}_token_id") for name in ("image", "video", "audio")},
         **_omni_tokens(processor),

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +26,10 @@ BROKEN: dict[str, Any] = {
 }
 
 
+#: What the trials of `write` score, in the order in which they run.
+SCORES = {"part-plain seed-0": 0.25, "part-other seed-0": 0.75, "part-plain seed-1": 0.26, "part-other seed-1": 0.76}
+
+
 def run(path: Path, *options: str) -> None:
     ablate(["--config", str(path), *options], lambda config: None, FIT)
 
@@ -43,10 +46,9 @@ def scores(folder: Path) -> dict[str, float]:
 def test_all_trials_are_done_and_none_twice(tmp_path: Path) -> None:
     path = write(tmp_path)
     run(path)
-    order = ["part-plain seed-0", "part-other seed-0", "part-plain seed-1", "part-other seed-1"]
-    assert started(tmp_path) == order
+    assert started(tmp_path) == [*SCORES]
     # The last value is the trained model's, and the loss is no result.
-    assert scores(tmp_path / "out") == dict(zip(order, [0.25, 0.75, 0.26, 0.76], strict=True))
+    assert scores(tmp_path / "out") == SCORES
     trial = Trial.read(tmp_path / "out" / "settings" / "part-other" / "seed-1").ended()
     assert (trial.setting, trial.seed, trial.error) == ({"part": "other"}, 1, None)
     assert trial.cost["seconds_per_step"] == 0.5
@@ -56,7 +58,7 @@ def test_all_trials_are_done_and_none_twice(tmp_path: Path) -> None:
     assert written["base"] == str(tmp_path / "base.yaml")
     run(path)
     run(path, "--retry_failed", "--jobs", "2")
-    assert started(tmp_path) == order
+    assert started(tmp_path) == [*SCORES]
     (tmp_path / "out" / "report.html").unlink()
     run(path, "--report_only")
     assert (tmp_path / "out" / "report.html").exists()
@@ -93,20 +95,6 @@ def test_a_metric_that_nobody_logged_is_a_failure(tmp_path: Path) -> None:
     )
 
 
-def test_what_was_interrupted_starts_afresh(tmp_path: Path) -> None:
-    path = write(tmp_path, seeds=[0])
-    run(path)
-    broken_off = tmp_path / "out" / "settings" / "part-plain" / "seed-0"
-    (broken_off / "result.json").unlink()
-    (broken_off / "checkpoints").mkdir()
-    (broken_off / "checkpoints" / "last.ckpt").touch()
-    run(path)
-    assert started(tmp_path)[2:] == ["part-plain seed-0"]
-    clean = str([".lock", "log.txt", "planned.json", "run.yaml"])
-    assert clean in (tmp_path / "tally").read_text().splitlines()[-2]
-    assert not (broken_off / "checkpoints").exists()
-
-
 def test_a_change_is_not_passed_off_as_what_ran(tmp_path: Path) -> None:
     path = write(tmp_path)
     run(path)
@@ -130,19 +118,25 @@ def test_nobody_else_works_in_a_locked_folder(tmp_path: Path) -> None:
     assert started(tmp_path) == []
 
 
+def run_in_a_group(path: Path) -> None:
+    os.setsid()
+    run(path)
+
+
 @pytest.mark.parametrize("end", [os.kill, pytest.param(os.killpg, marks=pytest.mark.exhaustive)])
 def test_a_killed_ablation_takes_its_trials_along_and_resumes(end: Callable[[int, int], None], tmp_path: Path) -> None:
     """Killed in the middle of its second trial."""
     path = write(tmp_path, set={"seconds": 1.0})
-    code = f"from vlmembed.ablation.command import ablate; ablate(['--config', {str(path)!r}], lambda c: None, {FIT!r})"
-    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    process: Any = multiprocessing.get_context("fork").Process(target=run_in_a_group, args=(path,))
+    process.start()
     while len(started(tmp_path)) < 2:
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.05)
     end(process.pid, signal.SIGKILL)
-    process.wait()
+    process.join()
     # The lock is free as soon as the last of the trial's processes is gone.
-    with locked(tmp_path / "out" / "settings" / "part-other" / "seed-0", patience=5):
+    broken_off = tmp_path / "out" / "settings" / "part-other" / "seed-0"
+    with locked(broken_off, patience=5):
         pass
     assert len((tmp_path / "tally").read_text().splitlines()) == 3
     names = ("out", "out/documents/things", "out/documents/queries/things", "out/settings/part-other/seed-0")
@@ -150,11 +144,15 @@ def test_a_killed_ablation_takes_its_trials_along_and_resumes(end: Callable[[int
     for draft in drafts:
         draft.parent.mkdir(parents=True, exist_ok=True)
         draft.touch()
+    (broken_off / "checkpoints").mkdir()
+    (broken_off / "checkpoints" / "last.ckpt").touch()
     run(path)
     assert not any(draft.exists() for draft in drafts)
-    order = ["part-plain seed-0", "part-other seed-0", "part-plain seed-1", "part-other seed-1"]
-    assert started(tmp_path) == [*order[:2], *order[1:]]
-    assert scores(tmp_path / "out") == dict(zip(order, [0.25, 0.75, 0.26, 0.76], strict=True))
+    assert started(tmp_path) == [*[*SCORES][:2], *[*SCORES][1:]]
+    assert scores(tmp_path / "out") == SCORES
+    # It starts afresh: of the trial that was broken off nothing is left.
+    assert (tmp_path / "tally").read_text().splitlines()[3].endswith("['.lock', 'log.txt', 'planned.json', 'run.yaml']")
+    assert not (broken_off / "checkpoints").exists()
 
 
 def test_a_dry_run_trains_nothing_and_says_how_long_the_rest_takes(
@@ -210,21 +208,20 @@ echo "Submitted batch job 7"
 """
 
 
-def test_slurm_runs_an_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurm_runs_an_array(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("submitit")
     for name, script in (("sbatch", SBATCH), ("srun", "#!/bin/bash"), ("sacct", "#!/bin/bash")):
-        (tmp_path / "bin").mkdir(exist_ok=True)
-        (tmp_path / "bin" / name).write_text(script)
-        (tmp_path / "bin" / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+        (here / "bin").mkdir(exist_ok=True)
+        (here / "bin" / name).write_text(script)
+        (here / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{here / 'bin'}:{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
-    monkeypatch.chdir(tmp_path)
     options = ["--executor", "Slurm", "--executor.options", "[--partition=gpu, --gpus=1, --exclusive]", "--jobs", "3"]
-    run(write(tmp_path), *options)
-    flags = re.findall(r"#SBATCH --(.*)", (tmp_path / "submitted").read_text())
+    run(write(here), *options)
+    flags = re.findall(r"#SBATCH --(.*)", (here / "submitted").read_text())
     assert {"array=0-3%3", "partition=gpu", "gpus=1", "exclusive", "job-name=vlmembed-ablate"} <= {*flags}
     assert not any(flag.startswith("time") for flag in flags)
-    assert [trial.status for trial in read_trials(tmp_path / "out")] == ["finished"] * 4
+    assert [trial.status for trial in read_trials(here / "out")] == ["finished"] * 4
 
 
 class Idle(Executor):

@@ -172,10 +172,9 @@ def test_a_typo_in_a_configuration_shows_before_anything_runs(
         check_trials([trial for trial in trials if trial.setting["part"] == "bad"], check, path)
 
 
-def test_a_value_that_names_data_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_value_that_names_data_is_a_path(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is in the file, nothing of it is parsed, imported or run: neither by the ablation nor by its trials."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.syspath_prepend(str(here))
     Path("planted_rows.py").write_text("from pathlib import Path\nPath('imported').touch()\n")
     planted = {name: f"rows.{name}" for name in ("jsonl", "yaml", "csv")}
     for name in planted.values():
@@ -183,7 +182,7 @@ def test_a_value_that_names_data_is_a_path(tmp_path: Path, monkeypatch: pytest.M
     grid = {"rows": {"key": "data.init_args.train", "values": planted}}
     changes = {"data.init_args.test": "rows.yaml", "data.init_args.val": ["rows.csv"]}
     base = str(ROOT / "configs" / "quickstart.yaml")
-    ablation = read_ablation(write(tmp_path, base=base, grid=grid, seed_keys=["seed_everything"], set=changes))
+    ablation = read_ablation(write(here, base=base, grid=grid, seed_keys=["seed_everything"], set=changes))
     trials = plan(ablation)
     check_trials(trials, check, ablation.path)
     assert [trial.config["data"]["init_args"]["train"] for trial in trials[:3]] == [*planted.values()]

@@ -17,13 +17,12 @@ import pytest
 import torch
 import yaml
 from ablating import base_with_model
-from building import run_config, write_rows
+from building import call, run_config, write_rows
 from PIL import Image
 from transformers import AutoModel
 
 from vlmembed.ablation.record import Record, content_path, show
 from vlmembed.ablation.run import Trial, csv_logger, read_trials
-from vlmembed.cli import main
 from vlmembed.data.evaluation import as_evaluation
 from vlmembed.types import Item, Part
 
@@ -40,7 +39,6 @@ class Doubled(Mean):
 @pytest.fixture
 def folder(checkpoint: Path, tmp_path: Path) -> Path:
     """Where a user would be: data, a configuration, an ablation of it, and a pooling of their own."""
-    (tmp_path / "data").mkdir()
     write_rows(tmp_path / "data" / "rows.jsonl")
     (tmp_path / "my_parts.py").write_text(OWN_POOLING)
     inner = {"class_path": "vlmembed.losses.InfoNCE", "init_args": {"temperature": 0.05}}
@@ -143,43 +141,26 @@ def check_cost(cost: Any, folder: Path) -> None:
     assert 1e8 < cost["peak_memory_bytes"] < 4e9
 
 
-@pytest.mark.parametrize("model", ["embedder", "multi-vector", "reranker"])
-def test_what_a_document_and_a_search_cost(
-    model: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("kind", ["EmbeddingModule", "MultiVectorModule", "CrossEncoderModule"])
+def test_what_a_document_and_a_search_cost(kind: str, checkpoint: Path, here: Path) -> None:
     """Bytes of all vectors of a document in float32: none of a reranker, which reads it with each query."""
-    monkeypatch.chdir(tmp_path)
-    config = run_config(checkpoint, train=str(write_rows(tmp_path / "rows.jsonl")), batch_size=3)
-    config["data"]["init_args"]["test"] = "rows.jsonl"
+    rows = str(write_rows(here / "rows.jsonl"))
+    config = run_config(checkpoint, kind, train=rows, test=rows, batch_size=3)
     record = {"class_path": "vlmembed.ablation.record.Record", "init_args": {"documents": "documents"}}
-    config["trainer"] |= {
-        "max_steps": 1,
-        "exporter": None,
-        "callbacks": [record],
-        "logger": csv_logger(tmp_path / "a/b"),
-    }
-    options = config["model"]["init_args"]
-    if model == "multi-vector":
-        del options["pooling"]
+    config["trainer"] |= {"max_steps": 1, "exporter": None, "callbacks": [record], "logger": csv_logger(Path("a/b"))}
+    if kind == "MultiVectorModule":
         projection = {"class_path": "vlmembed.pooling.TokenProjection", "init_args": {"size": 24}}
-        options |= {"projection": projection, "merging_factors": [2], "two_stage": 3}
-        config["model"]["class_path"] = "vlmembed.modules.MultiVectorModule"
-    elif model == "reranker":
-        del options["pooling"]
-        options |= {"loss": {"class_path": "vlmembed.losses.BinaryCrossEntropy"}}
-        config["model"]["class_path"] = "vlmembed.modules.CrossEncoderModule"
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
-    main(["fit", "--config", "run.yaml"])
-    cost = json.loads((tmp_path / "a/b/cost.json").read_text())
-    logged = pd.read_csv(tmp_path / "a/b/metrics.csv").ffill().iloc[-1]
+        config["model"]["init_args"] |= {"projection": projection, "merging_factors": [2], "two_stage": 3}
+    call("fit", config)
+    cost = json.loads((here / "a/b/cost.json").read_text())
+    logged = pd.read_csv(here / "a/b/metrics.csv").ffill().iloc[-1]
     vectors = logged.get("test/vectors_per_document", 0)
-    expected = {"embedder": 4 * 64, "multi-vector": 4 * 24 * vectors, "reranker": 0}
-    assert cost["document_bytes"] == pytest.approx(expected[model])
+    expected = {"EmbeddingModule": 4 * 64, "MultiVectorModule": 4 * 24 * vectors, "CrossEncoderModule": 0}
+    assert cost["document_bytes"] == pytest.approx(expected[kind])
     assert 0 < cost["search_seconds"] < 10
-    if model == "multi-vector":
-        assert {"test/ndcg@10", "test/ndcg@10/x2", "test/ndcg@10/two_stage", "test/vectors_per_document/x2"} <= {
-            *logged.index
-        }
+    if kind == "MultiVectorModule":
+        names = ("ndcg@10", "ndcg@10/x2", "ndcg@10/two_stage", "vectors_per_document/x2")
+        assert {f"test/{name}" for name in names} <= {*logged.index}
         assert logged["test/vectors_per_document"] > logged["test/vectors_per_document/x2"] >= 1
 
 

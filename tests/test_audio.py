@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 import runpy
 import shutil
@@ -21,34 +20,37 @@ import torch
 import yaml
 from building import (
     assert_alone_as_mixed,
+    backbone,
     batch,
+    call,
     damaged,
+    encoder,
+    evaluation_folder,
     item,
+    jsonl,
+    module,
     picture,
     relative_difference,
     run_config,
+    scorer,
     step_gradients,
 )
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
+from test_cookbook import png
 from torch.nn.functional import normalize
 from transformers.audio_utils import load_audio as transformers_audio
 
 from vlmembed import media
-from vlmembed.backbones import QueryFirst, Qwen3VL, VisionLanguageModel
-from vlmembed.cli import main
+from vlmembed.backbones import Qwen3VL, VisionLanguageModel
 from vlmembed.data import Rows
 from vlmembed.data.cells import Folder, to_items
-from vlmembed.encoder import Encoder, Scorer
 from vlmembed.export.card import read
 from vlmembed.gradcache import GradCache
-from vlmembed.heads import YesNo
-from vlmembed.losses import InfoNCE
 from vlmembed.media import audio_seconds, load_audio
 from vlmembed.mining.candidates import identify
 from vlmembed.mining.mining import write_rows
-from vlmembed.modules import EmbeddingModule
-from vlmembed.pooling import LastToken, MeanOfText
+from vlmembed.pooling import MeanOfText
 from vlmembed.search.served import model_input
 from vlmembed.types import Example, Item, Pair, Part
 
@@ -65,8 +67,12 @@ def noise(seconds: float, rate: int = RATE, channels: int = 1, seed: int = 0) ->
 
 
 def encoded(seconds: float = 1.0, rate: int = RATE, channels: int = 1, seed: int = 0, **form: Any) -> bytes:
+    return written(noise(seconds, rate, channels, seed), rate, **{"format": "WAV", **form})
+
+
+def written(samples: np.ndarray, rate: int, **form: Any) -> bytes:
     file = io.BytesIO()
-    soundfile.write(file, noise(seconds, rate, channels, seed), rate, **{"format": "WAV", **form})
+    soundfile.write(file, samples, rate, **form)
     return file.getvalue()
 
 
@@ -129,22 +135,15 @@ def with_rate(rate: int) -> bytes:
 
 
 def not_a_number() -> bytes:
-    file, samples = io.BytesIO(), noise(1)
+    samples = noise(1)
     samples[77] = np.nan
-    soundfile.write(file, samples, RATE, format="WAV", subtype="FLOAT")
-    return file.getvalue()
-
-
-def image() -> bytes:
-    file = io.BytesIO()
-    picture(8, 8).save(file, "PNG")
-    return file.getvalue()
+    return written(samples, RATE, format="WAV", subtype="FLOAT")
 
 
 UNREADABLE: dict[str, tuple[Callable[[], bytes], str]] = {
     "empty": (lambda: b"", "it is none of WAV, FLAC"),
     "a text": (lambda: b"hello " * 300, "it is none of WAV, FLAC.*ffmpeg"),
-    "an image": (image, "it is an image. Give it under the key 'image'"),
+    "an image": (lambda: png(0), "it is an image. Give it under the key 'image'"),
     "a video": (
         lambda: b"\0\0\0\x18ftypmp42" + bytes(600),
         "it is a video, or sound in a video's container. Convert it",
@@ -332,8 +331,7 @@ def test_metadata_of_an_audio_folder_is_a_table(folder: Path, monkeypatch: pytes
     arguments = yaml.safe_load(block[1])["train"]["init_args"]
     monkeypatch.chdir(folder.parent)
     folder.rename(Path(arguments["path"]).parent)
-    lines = [{"file_name": f"{index}.wav", "transcription": word} for index, word in enumerate("abc")]
-    Path(arguments["path"]).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    jsonl(arguments["path"], [{"file_name": f"{index}.wav", "transcription": word} for index, word in enumerate("abc")])
     rows = [*Rows(**arguments)]
     assert [row.query.parts[0].value for row in rows] == ["a", "b", "c"]
     assert [row.positives[0].parts[0].value for row in rows] == [Path(f"recordings/{index}.wav") for index in range(3)]
@@ -347,9 +345,7 @@ OMNI = {"Qwen2.5-Omni": other_models.qwen2_5_omni, "Qwen3-Omni": other_models.qw
 
 @pytest.fixture(scope="module", params=OMNI)
 def thinker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> VisionLanguageModel:
-    backbone = VisionLanguageModel(str(OMNI[request.param](tmp_path_factory.mktemp("omni") / "tiny")))
-    backbone.configure()
-    return backbone.eval()
+    return backbone(OMNI[request.param](tmp_path_factory.mktemp("omni") / "tiny"), VisionLanguageModel).eval()
 
 
 def mixed(*seconds: float) -> list[Item]:
@@ -445,25 +441,23 @@ def test_audio_tokens_are_no_text(thinker: VisionLanguageModel) -> None:
 def test_a_whole_omni_is_opened_as_its_thinker(tmp_path: Path, name: str) -> None:
     folder = OMNI[name](tmp_path / "whole", whole=True)
     assert "thinker_config" in read(folder / "config.json")
-    backbone = VisionLanguageModel(str(folder))
-    backbone.configure()
+    model = backbone(folder, VisionLanguageModel)
     file = load_file(folder / "model.safetensors")
     for part, ours in (("thinker.audio_tower.", "audio_tower."), ("thinker.model.norm.", "language_model.norm.")):
         saved_weights = {key.removeprefix(part): weight for key, weight in file.items() if key.startswith(part)}
-        state = backbone.model.state_dict()
+        state = model.model.state_dict()
         assert saved_weights
         assert all(state[ours + key].equal(weight) for key, weight in saved_weights.items())
-    assert backbone.lm_head_rows([3, 5]).equal(file["thinker.lm_head.weight"][[3, 5]])
+    assert model.lm_head_rows([3, 5]).equal(file["thinker.lm_head.weight"][[3, 5]])
 
 
 @pytest.mark.parametrize("text", [None, "a caption"])
 def test_a_deaf_backbone_refuses_by_name(checkpoint: Path, folder: Path, text: str | None) -> None:
     positive = {"audio": "0.wav"} | ({"text": text} if text else {})
-    (folder / "rows.jsonl").write_text(json.dumps({"query": "a", "positive": positive}))
-    document = Rows(str(folder / "rows.jsonl"))[0].positives[0]
+    document = Rows(jsonl(folder / "rows.jsonl", [{"query": "a", "positive": positive}]))[0].positives[0]
     refused = r"rows\.jsonl, row 1, column 'positive' has an audio, and this checkpoint's processor.*Qwen2\.5-Omni"
-    for backbone in (Qwen3VL(str(checkpoint)), VisionLanguageModel(str(checkpoint))):
-        preprocessor = backbone.make_preprocessor()
+    for deaf in (Qwen3VL(str(checkpoint)), VisionLanguageModel(str(checkpoint))):
+        preprocessor = deaf.make_preprocessor()
         for read_it in (preprocessor.cost, lambda one, read=preprocessor: read.prepare([one]).chunk([0])):
             with pytest.raises(ValueError, match=refused):
                 read_it(document)
@@ -478,12 +472,10 @@ def test_a_template_that_drops_audio_is_refused(thinker: VisionLanguageModel, tm
 
 
 def test_pairs(thinker: VisionLanguageModel) -> None:
-    scorer = Scorer(VisionLanguageModel(thinker.checkpoint), YesNo(), QueryFirst())
-    scorer.configure()
+    model = scorer(thinker.checkpoint, kind=VisionLanguageModel).eval()
     pairs = [Pair(item("seven", role="query"), heard(1.5, seed)) for seed in (0, 1)]
     with torch.no_grad():
-        scores = scorer.eval()(scorer.preprocessor(pairs))
-        alone = scorer(scorer.preprocessor(pairs[1:]))
+        scores, alone = model(model.preprocessor(pairs)), model(model.preprocessor(pairs[1:]))
     assert (scores[0] - scores[1]).abs() > 3 * ROUNDING
     torch.testing.assert_close(scores[1:], alone, rtol=0, atol=ROUNDING)
 
@@ -491,27 +483,21 @@ def test_pairs(thinker: VisionLanguageModel) -> None:
 # Training, measuring, serving
 
 
-def rows_of_audio(folder: Path, count: int = 8) -> Path:
+def rows_of_audio(folder: Path) -> str:
     """Rows of texts and recordings: of several rates and channels, some with texts, and one row without audio."""
     lines = []
-    for index in range(count):
+    for index in range(8):
         name = f"clip{index}.flac"
         rate = [8000, 44_100][index % 2]
         (folder / name).write_bytes(encoded(1 + index / 5, rate, 1 + index % 2, index, format="FLAC"))
         positive = {"audio": name} | ({"text": f"note {index}"} if index % 3 == 0 else {})
         lines.append({"query": f"number {index}", "positive": positive if index != 5 else "no sound"})
-    (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder / "rows.jsonl"
-
-
-def module(checkpoint: str, **options: Any) -> EmbeddingModule:
-    built = EmbeddingModule(VisionLanguageModel(checkpoint), LastToken(), InfoNCE(0.05), graph_memory="none", **options)
-    built.configure_model()
-    return built
+    return jsonl(folder / "rows.jsonl", lines)
 
 
 def test_chunks_have_the_gradient_of_the_whole(thinker: VisionLanguageModel, tmp_path: Path) -> None:
-    model, examples = module(thinker.checkpoint), [*Rows(str(rows_of_audio(tmp_path)))]
+    model = module(Path(thinker.checkpoint), backbone={"kind": VisionLanguageModel})
+    examples = [*Rows(rows_of_audio(tmp_path))]
     whole, chunked = (
         step_gradients(model, GradCache(model.encoder), batch(model, examples, size)) for size in (None, 3)
     )
@@ -521,37 +507,28 @@ def test_chunks_have_the_gradient_of_the_whole(thinker: VisionLanguageModel, tmp
 
 
 @pytest.mark.parametrize("name", ["Qwen2.5-Omni", pytest.param("Qwen3-Omni", marks=pytest.mark.exhaustive)])
-def test_fit_measures_and_exports_what_sentence_transformers_serves(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_fit_measures_and_exports_what_sentence_transformers_serves(here: Path, name: str) -> None:
     """All by YAML: two steps of a whole checkpoint, an evaluation folder, and the export's own round trip."""
-    monkeypatch.chdir(tmp_path)
-    checkpoint, rows = OMNI[name](tmp_path / "tiny", whole=True), rows_of_audio(tmp_path)
-    lines = [json.loads(line) for line in rows.read_text().splitlines()]
-    (tmp_path / "val").mkdir()
-    corpus = [{"id": f"d{index}", "audio": f"../clip{index}.flac"} for index in (0, 1, 2)]
-    (tmp_path / "val" / "corpus.jsonl").write_text("".join(json.dumps(line) + "\n" for line in corpus))
-    queries = [{"id": f"q{index}", "text": lines[index]["query"]} for index in (0, 1, 2)]
-    (tmp_path / "val" / "queries.jsonl").write_text("".join(json.dumps(line) + "\n" for line in queries))
-    (tmp_path / "val" / "qrels.tsv").write_text("".join(f"q{index}\td{index}\t1\n" for index in (0, 1, 2)))
+    checkpoint, rows = OMNI[name](here / "tiny", whole=True), rows_of_audio(here)
+    corpus = [{"id": f"d{index}", "audio": f"../clip{index}.flac"} for index in range(3)]
+    queries = [{"id": f"q{index}", "text": f"number {index}"} for index in range(3)]
+    evaluation_folder("val", corpus, queries, [(f"q{index}", f"d{index}", 1) for index in range(3)])
     val = {"class_path": "vlmembed.data.EvaluationFolder", "init_args": {"path": "val", "allow_outside": ["."]}}
-    config = run_config(checkpoint, train="rows.jsonl", val=val, batch_size=4, chunk_size=2)
+    config = run_config(checkpoint, train=rows, val=val, batch_size=4, chunk_size=2)
     config["model"]["init_args"]["backbone"]["class_path"] = "vlmembed.backbones.VisionLanguageModel"
     config["model"]["init_args"]["backbone"]["init_args"]["max_length"] = 512
     config["trainer"] |= {"max_steps": 2, "default_root_dir": "run"}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
-    main(["fit", "--config", "run.yaml"])
-    (exported,) = tmp_path.glob("run/**/export")
+    call("fit", config)
+    (exported,) = here.glob("run/**/export")
     modalities = read(exported / "sentence_bert_config.json")["modality_config"]
     assert [*modalities] == ["text", "image", "video", "audio", "message"]
     assert '`{"audio": "clip.wav"}`' in (exported / "README.md").read_text()
-    encoder = Encoder(VisionLanguageModel(str(exported)), LastToken())
-    encoder.configure()
+    opened = encoder(exported, kind=VisionLanguageModel).eval()
     served = SentenceTransformer(str(exported))
-    paths = [str(tmp_path / f"clip{index}.flac") for index in range(4)]
+    paths = [str(here / f"clip{index}.flac") for index in range(4)]
     with torch.no_grad():
         items = [Item("document", (Part("audio", Path(path)),)) for path in paths]
-        ours = normalize(encoder.eval()(encoder.preprocessor(items)), dim=-1)
+        ours = normalize(opened(opened.preprocessor(items)), dim=-1)
     for inputs in ([{"audio": path} for path in paths], paths):
         theirs = served.encode_document(inputs, batch_size=3, convert_to_tensor=True)
         torch.testing.assert_close(theirs, ours, rtol=0, atol=ROUNDING)

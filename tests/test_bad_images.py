@@ -6,15 +6,17 @@ More of the kind: `test_media.py` (missing, empty, cut, rotated, 16-bit), `test_
 
 from __future__ import annotations
 
+import importlib
+import multiprocessing
 import os
+import resource
 import struct
-import subprocess
-import sys
 import time
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +31,7 @@ from vlmembed.limits import limit
 from vlmembed.media import image_size, load_image
 from vlmembed.types import Item, Part
 
+FORK = multiprocessing.get_context("fork")
 ORIGIN = "train.jsonl, row 17, column 'positive'"
 
 
@@ -85,32 +88,42 @@ def test_a_huge_image_is_refused_with_its_row(tmp_path: Path, kind: str) -> None
         assert str(error.value).startswith(ORIGIN)
 
 
+def open_all(paths: list[Path], environment: dict[str, str], said: Any) -> None:
+    """Open files by their paths and by their contents, and say what came of each, and what memory all but one took."""
+    os.environ.update(environment)
+    media, found, peaks = importlib.reload(images), [], []
+    warnings.simplefilter("ignore")
+    for path in paths:
+        for file in (path, path.read_bytes()):
+            try:
+                media.open_image(file)
+                found.append("opened")
+            except media.UNREADABLE as error:
+                found.append(str(error))
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    said.send((found, peaks[-1] - peaks[0]))
+
+
+def opened_elsewhere(folder: Path, contents: Iterable[bytes], **environment: str) -> tuple[list[str], int]:
+    """In a process of its own, whose peak is not that of other tests, and which reads the environment anew."""
+    paths = []
+    for number, content in enumerate(contents):
+        paths.append(folder / str(number))
+        paths[-1].write_bytes(content)
+    ours, theirs = FORK.Pipe(duplex=False)
+    process = FORK.Process(target=open_all, args=(paths, environment, theirs))
+    process.start()
+    said: tuple[list[str], int] = ours.recv()
+    process.join()
+    return said
+
+
 def test_a_refused_image_takes_no_memory(tmp_path: Path) -> None:
-    """In a process of its own, whose peak is not that of other tests; decoded, the smallest would take 110 MB."""
-    paths = [tmp_path / str(number) for number in range(len(HUGE))]
-    for path, make in zip(paths, HUGE.values(), strict=True):
-        path.write_bytes(make(tmp_path))
-    program = """
-import resource, sys, warnings
-from pathlib import Path
-from vlmembed.media import UNREADABLE, open_image
-warnings.simplefilter("ignore")
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-for number, name in enumerate(sys.argv[1:]):
-    for file in (Path(name), Path(name).read_bytes()):
-        try:
-            open_image(file)
-        except UNREADABLE:
-            continue
-        raise SystemExit(f"{name} was opened")
-    if not number:
-        before = peak()
-print(peak() - before)
-"""
-    result = subprocess.run(
-        [sys.executable, "-c", program, *map(str, paths)], capture_output=True, text=True, check=True
-    )
-    assert int(result.stdout) < 10_000  # KiB: what Pillow's readers of other formats take to be imported.
+    """Decoded, the smallest would take 110 MB."""
+    said, peak = opened_elsewhere(tmp_path, [make(tmp_path) for make in HUGE.values()])
+    assert len(said) == 2 * len(HUGE)
+    assert "opened" not in said
+    assert peak < 10_000  # KiB: what Pillow's readers of other formats take to be imported.
 
 
 def test_a_large_file_is_refused_unread(tmp_path: Path) -> None:
@@ -122,20 +135,14 @@ def test_a_large_file_is_refused_unread(tmp_path: Path) -> None:
 
 
 def test_the_limits_are_environment_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "page.png"
-    program = "import sys; from pathlib import Path; from vlmembed import media; media.open_image(Path(sys.argv[1]))"
-
-    def opened(width: int, **environment: str) -> str:
-        path.write_bytes(black(width, 10_000))
-        command = [sys.executable, "-c", program, str(path)]
-        return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False).stderr
-
-    path.write_bytes(black(10_000, 10_000))
-    images.open_image(path)
-    # Of more pixels than Pillow opens by itself, 179 million.
-    assert not opened(18_000, VLMEMBED_MAX_IMAGE_PIXELS="180000000")
-    assert "more than the limit of 99,999,999" in opened(10_000, VLMEMBED_MAX_IMAGE_PIXELS="99999999")
-    assert "bytes are more than the limit of 100;" in opened(10_000, VLMEMBED_MAX_IMAGE_BYTES="100")
+    images.open_image(black(10_000, 10_000))
+    # More pixels than Pillow opens by itself, 179 million; and 49 kB.
+    contents = [black(18_000, 10_000), black(18_001, 10_000), black(20_000, 20_000)]
+    limits = {"VLMEMBED_MAX_IMAGE_PIXELS": "180000000", "VLMEMBED_MAX_IMAGE_BYTES": "40000"}
+    said, _ = opened_elsewhere(tmp_path, contents, **limits)
+    assert said[:2] == ["opened"] * 2
+    assert all("more than the limit of 180,000,000" in each for each in said[2:4])
+    assert all("bytes are more than the limit of 40,000;" in each for each in said[4:])
     for value in ("", "0", "1e8", "-1"):
         monkeypatch.setenv("VLMEMBED_MAX_IMAGE_PIXELS", value)
         with pytest.raises(ValueError, match="VLMEMBED_MAX_IMAGE_PIXELS is a whole number"):

@@ -18,17 +18,14 @@ import building
 import ddp
 import pytest
 import torch
-import torch.distributed as dist
 import yaml
 from building import Recorder as LossRecorder
-from building import lists, module, picture, relative_difference, run_config
+from building import call, lists, module, picture, relative_difference, run_config
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy
 from test_datamodule import Letters, Recorder, trainer
 from torch.optim import SGD
 
 from vlmembed.backbones import Qwen3VL
-from vlmembed.cli import main
 from vlmembed.data import ItemCollator, Mixture, PairCollator, RetrievalDataModule, Rows, Source
 from vlmembed.losses import LabelSpec
 from vlmembed.modules import CrossEncoderModule
@@ -92,8 +89,7 @@ def left_out(folder: Path) -> dict[int, str]:
 
 
 @pytest.mark.filterwarnings("ignore:Left out")
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.parametrize(("kind", "workers"), [*((kind, 0) for kind in BAD), ("not JSON", 2), ("refused", 2)])
 def test_a_bad_row_is_left_out_and_the_others_of_its_batch_stay(tmp_path: Path, kind: str, workers: int) -> None:
     line, reason = BAD[kind]
     path = write(tmp_path / "train.jsonl", 12, {2: line})
@@ -154,25 +150,19 @@ def test_a_batch_of_nothing_is_refused_in_words(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_run_of_the_command_line_trains_on_the_rest(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["vlmembed"])
-    write(tmp_path / "train.jsonl", 12, {2: BAD["image gone"][0], 7: BAD["not JSON"][0]})
+def test_a_run_of_the_command_line_trains_on_the_rest(checkpoint: Path, here: Path) -> None:
+    write(here / "train.jsonl", 12, {2: BAD["image gone"][0], 7: BAD["not JSON"][0]})
     config = run_config(checkpoint, train="train.jsonl", batch_size=4, on_bad_row="skip") | {"seed_everything": 0}
     config["trainer"] |= {"max_epochs": 2, "exporter": None}
     config["data"]["init_args"]["num_workers"] = 1
-    Path("run.yaml").write_text(yaml.safe_dump(config))
-    main(["fit", "--config", "run.yaml"])
+    call("fit", config)
     (folder,) = Path("runs/run").iterdir()
     assert {*left_out(folder)} == {3, 8}
     assert [*folder.rglob("*.ckpt")]
     assert yaml.safe_load((folder / "config.yaml").read_text())["data"]["init_args"]["max_bad_rows"] == 100
     config["data"]["init_args"]["max_bad_rows"] = 1
-    Path("run.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(ValueError, match=r"max_bad_rows=1\. runs/run/version_1/bad_rows\.jsonl has them all"):
-        main(["fit", "--config", "run.yaml"])
+        call("fit", config)
 
 
 # What is no row's fault
@@ -314,7 +304,7 @@ def test_a_resumed_run_leaves_out_the_same(tmp_path: Path, stop_after: int) -> N
 def train(checkpoint: Path, folder: Path, path: str) -> LossRecorder:
     """Train on two processes, or alone with batches of twice the size."""
     warnings.simplefilter("ignore")
-    parallel = {"devices": 2, "strategy": DDPStrategy(process_group_backend="gloo")} if dist.is_initialized() else {}
+    parallel = ddp.strategy()
     torch.manual_seed(0)
     recorder = LossRecorder()
     data = RetrievalDataModule(path, batch_size=3 if parallel else 6, num_workers=0, on_bad_row="skip")

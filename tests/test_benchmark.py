@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ import mteb
 import numpy as np
 import pytest
 import pytrec_eval
+import sentence_transformers
 import torch
 import yaml
-from building import encoder, jsonl, module, multi_vector, picture, ranker, trainer
-from hub_server import Repository, serve
+from building import encoder, evaluation_folder, export, jsonl, module, multi_vector, picture, ranker, trainer
+from hub_server import Repository, connect_datasets, serve
 from huggingface_hub import ModelCard, constants, metadata_load
 from mteb.abstasks import AbsTaskRetrieval
 from mteb.abstasks.task_metadata import TaskMetadata
@@ -31,6 +33,7 @@ from PIL import Image
 from scipy import stats
 from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from test_hub import connect
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -42,7 +45,6 @@ from vlmembed.benchmark.results import Row, Scores, compared, labels, measure, r
 from vlmembed.benchmark.tasks import find_tasks, load, refuse_unfit
 from vlmembed.cli import main
 from vlmembed.data import EvaluationFolder, RetrievalDataModule
-from vlmembed.export.sentence_transformers import write_folder, write_multi_vector, write_reranker
 
 #: Float32 through twice the layers that are compared elsewhere to 1e-5, and a sum of gains.
 EQUAL = {"rel": 0, "abs": 1e-6}
@@ -59,19 +61,13 @@ def shown(number: int) -> Image.Image:
 @pytest.fixture(scope="module")
 def folders(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Exports of each kind; the other embedder has other weights."""
-    root = tmp_path_factory.mktemp("models")
-    made = {name: root / name for name in ("embedder", "other", "multi_vector", "reranker")}
-    for folder in made.values():
-        folder.mkdir()
-    write_folder(encoder(checkpoint), made["embedder"])
-    changed = encoder(checkpoint)
+    root, changed = tmp_path_factory.mktemp("models"), encoder(checkpoint)
     torch.manual_seed(1)
     for parameter in changed.parameters():
         parameter.data += 0.02 * torch.randn_like(parameter)
-    write_folder(changed, made["other"])
-    write_multi_vector(multi_vector(checkpoint).encoder, made["multi_vector"])
-    write_reranker(ranker(checkpoint).encoder, made["reranker"])
-    return made
+    built: dict[str, Any] = {"embedder": encoder(checkpoint), "other": changed}
+    built |= {"multi_vector": multi_vector(checkpoint).encoder, "reranker": ranker(checkpoint).encoder}
+    return {name: export(each, root / name) for name, each in built.items()}
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +81,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
         image = {"image": f"{number}.png"}
         content = ({"text": text}, image, {"text": text, **image}, {**image, "text": text})[number % 4]
         rows.append({"id": f"d{number}", **content})
-    jsonl(folder / "corpus.jsonl", rows)
-    jsonl(folder / "queries.jsonl", [{"id": f"q{number}", "text": text} for number, text in enumerate(QUESTIONS)])
-    lines = [f"{query}\t{document}\t{grade}\n" for query, judged in QRELS.items() for document, grade in judged.items()]
-    (folder / "qrels.tsv").write_text("".join(lines))
-    return folder
+    queries = [{"id": f"q{number}", "text": text} for number, text in enumerate(QUESTIONS)]
+    judged = [(query, *pair) for query, grades in QRELS.items() for pair in grades.items()]
+    return Path(evaluation_folder(folder, rows, queries, judged))
 
 
 def contents(folder: Path) -> list[dict[str, Any]]:
@@ -113,16 +107,21 @@ def per_query(scores: np.ndarray, measure: str = "ndcg_cut.10") -> dict[str, flo
 
 def similarities(folder: Path, documents: list[Any]) -> np.ndarray:
     """Of all queries with all documents, by Sentence Transformers alone."""
-    config = json.loads((folder / "config_sentence_transformers.json").read_text())
-    opened: Any = {"MultiVectorEncoder": MultiVectorEncoder}.get(config["model_type"], SentenceTransformer)
-    served = opened(str(folder))
+    served = stock(folder)
     queries = served.encode_query(QUESTIONS, batch_size=3)
     return served.similarity(queries, served.encode_document(documents, batch_size=5)).float().cpu().numpy()
 
 
-def written(output: Path, name: str) -> dict[str, float]:
+@cache
+def stock(folder: Path) -> Any:
+    """What Sentence Transformers opens."""
+    kind = json.loads((folder / "config_sentence_transformers.json").read_text())["model_type"]
+    return getattr(sentence_transformers, kind)(str(folder))
+
+
+def written(output: Path, task: str = "pages") -> dict[str, float]:
     """The scores of queries on disk."""
-    (file,) = output.glob(f"results/*__{name}/*/*.queries.jsonl")
+    (file,) = (output / "results").rglob(f"{task}.queries.jsonl")
     return {row["query"]: row["score"] for row in map(json.loads, file.read_text().splitlines())}
 
 
@@ -201,14 +200,12 @@ def test_tasks_of_every_type_have_the_number_of_mtebs_own_wrapper(
 
 def by_mteb(folder: Path, task: AbsTaskRetrieval) -> Any:
     """A task's result by mteb's own wrapper of what Sentence Transformers opens, told that it reads images."""
-    kind = json.loads((folder / "config_sentence_transformers.json").read_text())["model_type"]
-    opened, wrapper = {
-        "SentenceTransformer": (SentenceTransformer, SentenceTransformerEncoderWrapper),
-        "MultiVectorEncoder": (MultiVectorEncoder, MultiVectorWrapper),
-        "CrossEncoder": (CrossEncoder, CrossEncoderWrapper),
-    }[kind]
-    stock = with_modalities(wrapper(opened(str(folder))), "text", "image")
-    (result,) = mteb.evaluate(stock, task, cache=None, co2_tracker=False, show_progress_bar=False).task_results
+    model = stock(folder)
+    wrapper = {CrossEncoder: CrossEncoderWrapper, MultiVectorEncoder: MultiVectorWrapper}.get(
+        type(model), SentenceTransformerEncoderWrapper
+    )
+    described = with_modalities(wrapper(model), "text", "image")
+    (result,) = mteb.evaluate(described, task, cache=None, co2_tracker=False, show_progress_bar=False).task_results
     return result
 
 
@@ -240,7 +237,7 @@ def test_a_folder_has_the_number_of_validation(
     checkpoint: Path, folders: dict[str, Path], pages: Path, tmp_path: Path
 ) -> None:
     benchmark(str(folders["embedder"]), [str(pages)], str(tmp_path))
-    scores = written(tmp_path, "embedder")
+    scores = written(tmp_path)
     data = RetrievalDataModule(val=str(pages), num_workers=0)
     (validated,) = trainer().validate(module(checkpoint), data, verbose=False)
     expected = per_query(similarities(folders["embedder"], contents(pages)))
@@ -254,15 +251,13 @@ def test_images_between_texts_are_read_in_order(folders: dict[str, Path], tmp_pa
     """Which a mapping of Sentence Transformers cannot say, and its messages can."""
     shown(1).save(tmp_path / "1.png")
     parts = [{"type": "text", "text": "before"}, {"type": "image", "image": "1.png"}, {"type": "text", "text": "after"}]
-    jsonl(tmp_path / "corpus.jsonl", [{"id": "a", "document": parts}, {"id": "b", "document": parts[::-1]}])
-    jsonl(tmp_path / "queries.jsonl", [{"id": "q", "text": "before"}])
-    (tmp_path / "qrels.tsv").write_text("q\ta\t1\n")
-    (task,) = find_tasks([str(tmp_path)])
+    corpus = [{"id": "a", "document": parts}, {"id": "b", "document": parts[::-1]}]
+    (task,) = find_tasks([evaluation_folder(tmp_path, corpus, [{"id": "q", "text": "before"}], "q\ta\t1\n")])
     load(task)
     data, model = task.dataset["default"]["test"], open_model(str(folders["embedder"]))  # type: ignore[index]
     model.index(data["corpus"])
     found = model.search(data["queries"], task_metadata=task.metadata, top_k=10)["q"]
-    served = SentenceTransformer(str(folders["embedder"]))
+    served = stock(folders["embedder"])
     opened = [{**part, "image": shown(1)} if part["type"] == "image" else part for part in parts]
     messages = [[{"role": "user", "content": content}] for content in (opened, opened[::-1])]
     vectors = served.encode_document(messages)
@@ -274,13 +269,13 @@ def test_images_between_texts_are_read_in_order(folders: dict[str, Path], tmp_pa
 @pytest.mark.parametrize("prompt", [PromptType.query, PromptType.document, None])
 @pytest.mark.parametrize("columns", [["text"], ["image"], ["image", "text"], ["text", "image"]])
 def test_vectors_are_sentence_transformers(
-    prompt: PromptType | None, columns: list[str], folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    prompt: PromptType | None, columns: list[str], folders: dict[str, Path]
 ) -> None:
     rows = [{"text": TEXTS[number], "image": shown(number)} for number in (0, 1, 0)]
     table = datasets.Dataset.from_list([{name: row[name] for name in columns} for row in rows])
     model: Any = open_model(str(folders["embedder"]))
     vectors = model.encode(DataLoader(table), task_metadata=Pages.metadata, prompt_type=prompt)
-    served = SentenceTransformer(str(folders["embedder"]))
+    served = stock(folders["embedder"])
     encode = {PromptType.query: served.encode_query, PromptType.document: served.encode_document}.get(
         prompt, served.encode
     )
@@ -308,15 +303,13 @@ def test_a_reranker_orders_what_a_first_stage_found(
         ]
         stage.write_text("".join(line for line in lines if not line.startswith("q2 ")))
     benchmark(str(folders["reranker"]), [str(pages)], str(tmp_path), first_stage=str(stage), depth=4)
-    model, documents = CrossEncoder(str(folders["reranker"])), contents(pages)
+    model, documents = stock(folders["reranker"]), contents(pages)
     expected = np.full(first.shape, -np.inf)
     for query, columns in enumerate(candidates):
         pairs = [({"text": QUESTIONS[query]}, documents[column]) for column in columns]
         if pairs:
             expected[query, columns] = model.predict(pairs, activation_fn=torch.nn.Identity())
-    (file,) = tmp_path.glob("results/*__reranker/*/experiments/*/pages.queries.jsonl")
-    found = {row["query"]: row["score"] for row in map(json.loads, file.read_text().splitlines())}
-    assert found == pytest.approx(per_query(expected), **EQUAL)
+    assert written(tmp_path) == pytest.approx(per_query(expected), **EQUAL)
 
 
 def test_a_first_stage_of_a_task_with_subsets(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -383,8 +376,7 @@ def test_prompts_of_a_task_and_of_its_type_are_used(checkpoint: Path, tmp_path: 
     }
     numbers = []
     for name, given in (("without", {}), ("with", prompts)):
-        (tmp_path / name).mkdir()
-        write_folder(encoder(checkpoint), tmp_path / name, prompts=given)
+        export(encoder(checkpoint), tmp_path / name, prompts=given)
         model: Any = open_model(str(tmp_path / name))
         for task in (Pages, mock_tasks.MockSTSTask):
             numbers.append(means(run_of(model, task(), tmp_path / name / "out").result))
@@ -441,12 +433,12 @@ def test_a_run_has_the_name_of_its_folders_and_a_revision_that_no_card_changes(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
     run = tmp_path / "my runs" / "version_0"
-    export = shutil.copytree(folders["embedder"], run / "export")
+    copied = shutil.copytree(folders["embedder"], run / "export")
     names, revisions = [], []
     for change in (None, "README.md", "config_sentence_transformers.json"):
         if change is not None:
-            (export / change).write_text(
-                (export / change).read_text() + "\n" if (export / change).exists() else "A card"
+            (copied / change).write_text(
+                (copied / change).read_text() + "\n" if (copied / change).exists() else "A card"
             )
         meta = open_model(str(run)).mteb_model_meta
         names.append(meta.name)
@@ -454,7 +446,7 @@ def test_a_run_has_the_name_of_its_folders_and_a_revision_that_no_card_changes(
     assert names == ["my_runs/version_0"] * 3
     assert revisions[0] == revisions[1] != revisions[2]
     assert open_model(str(folders["embedder"])).mteb_model_meta.revision == revisions[0]
-    weights = sum(parameter.numel() for parameter in SentenceTransformer(str(export)).parameters())
+    weights = sum(parameter.numel() for parameter in SentenceTransformer(str(copied)).parameters())
     assert meta.n_parameters == weights
 
 
@@ -507,7 +499,7 @@ def test_two_models_are_compared_query_by_query() -> None:
 
 
 def test_a_model_is_compared_with_another_or_with_its_results(
-    folders: dict[str, Path], pages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folders: dict[str, Path], pages: Path, tmp_path: Path
 ) -> None:
     benchmark(str(folders["other"]), [str(pages)], str(tmp_path / "other"))
     (file,) = (tmp_path / "other").rglob("*.queries.jsonl")
@@ -643,14 +635,8 @@ def test_what_a_model_cannot_do_rightly_is_refused_before_it_runs(folders: dict[
     ],
 )
 def test_options_that_do_not_fit_are_refused(
-    options: dict[str, Any],
-    message: str,
-    folders: dict[str, Path],
-    pages: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any], message: str, folders: dict[str, Path], pages: Path, here: Path
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     for copy in ("pages", "copy/pages"):
         shutil.copytree(pages, copy)
     shutil.copytree(pages, "nothing")
@@ -736,17 +722,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         repository = server.repositories[task.metadata.dataset["path"]] = Repository(private=False)
         sha = repository.commit("main", files)
         repository.commits[task.metadata.revision] = repository.commits[sha]
-        # What a new process does with HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE=0: they are read at import.
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        url = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", server.url)
-        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-        monkeypatch.setenv("HF_TOKEN", "token")
+        connect(monkeypatch, server.url, "token")
+        connect_datasets(monkeypatch, server.url, tmp_path)
         yield
 
 
@@ -761,11 +738,11 @@ def test_the_command_measures_a_task_of_the_hub(
     words = ["--model", str(folders["embedder"]), "--output", str(tmp_path / "out")]
     main(["benchmark", "--tasks", "VidoreTabfquadRetrieval", str(pages), *words])
     images = similarities(folders["embedder"], [{"image": shown(number)} for number in range(12)])
-    (file,) = (tmp_path / "out").rglob("VidoreTabfquadRetrieval.queries.jsonl")
-    found = {row["query"]: row["score"] for row in map(json.loads, file.read_text().splitlines())}
+    found = written(tmp_path / "out", "VidoreTabfquadRetrieval")
     expected = {f"query-test-{query[1:]}": value for query, value in per_query(images, "ndcg_cut.5").items()}
     assert found == pytest.approx(expected, **EQUAL)
-    by_mteb = json.loads(file.with_name("VidoreTabfquadRetrieval.json").read_text())
+    (file,) = (tmp_path / "out").rglob("VidoreTabfquadRetrieval.json")
+    by_mteb = json.loads(file.read_text())
     assert by_mteb["scores"]["test"][0]["ndcg_at_5"] == pytest.approx(np.mean([*found.values()]), rel=0, abs=1e-5)
     labels = [line.split(" | ")[0].strip("| ") for line in capsys.readouterr().out.splitlines() if line[:1] == "|"]
     assert labels == ["Task", "---", "VidoreTabfquadRetrieval", "pages", "mean over tasks"]
@@ -773,5 +750,4 @@ def test_the_command_measures_a_task_of_the_hub(
     for place in (constants, datasets.config):
         monkeypatch.setattr(place, "HF_HUB_OFFLINE", True)
     benchmark(str(folders["embedder"]), ["VidoreTabfquadRetrieval"], str(tmp_path / "again"))
-    (again,) = (tmp_path / "again").rglob("VidoreTabfquadRetrieval.queries.jsonl")
-    assert again.read_text() == file.read_text()
+    assert written(tmp_path / "again", "VidoreTabfquadRetrieval") == found

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import sentence_transformers
 import yaml
-from building import encoder, multi_vector, ranker
+from building import encoder, export, multi_vector, ranker
 from datasets import Dataset
 from huggingface_hub import ModelCard, metadata_load
 from sentence_transformers.cross_encoder.evaluation import CrossEncoderRerankingEvaluator
@@ -24,7 +24,6 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from vlmembed.export import ModelInfo, SentenceTransformers
 from vlmembed.export.card import CardFacts, escape, logged_at, origin_of, write_card
 from vlmembed.export.exporter import data_sets, losses
-from vlmembed.export.sentence_transformers import write_folder, write_multi_vector, write_reranker
 
 #: Closes a code span, a table cell, an HTML block, a code block, and the front matter, if it is let through.
 NASTY = "a`b|c</details></code></pre>\n```\n---\n# *d* [e](f) <script>g</script> &lt; {{ h }} $i$"
@@ -373,10 +372,7 @@ def test_losses_are_named_with_those_inside(loss: Any, names: list[str]) -> None
         ("absent", {}, "absent"),
     ],
 )
-def test_what_a_checkpoint_was_made_of(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, files: dict[str, str | bytes], origin: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_what_a_checkpoint_was_made_of(here: Path, name: str, files: dict[str, str | bytes], origin: str) -> None:
     for file, content in files.items():
         Path(name).mkdir(parents=True, exist_ok=True)
         Path(name, file).write_bytes(content.encode() if isinstance(content, str) else content)
@@ -421,16 +417,12 @@ SECTIONS = {
 }
 
 
-WRITERS = {encoder: write_folder, multi_vector: write_multi_vector, ranker: write_reranker}
-
-
-@pytest.mark.parametrize("build", WRITERS)
+@pytest.mark.parametrize("build", [encoder, multi_vector, ranker])
 def test_nothing_is_missing_that_the_card_of_their_trainer_has(checkpoint: Path, tmp_path: Path, build: Any) -> None:
     options: Any = {"max_length": 100}
     built = build(checkpoint, **options if build is encoder else {"backbone": options})
-    built, folder = getattr(built, "encoder", built), tmp_path / "folder"
-    folder.mkdir()
-    WRITERS[build](built, folder)
+    built = getattr(built, "encoder", built)
+    folder = export(built, tmp_path / "folder")
     config = {"model": {"init_args": {"loss": INFONCE}}, "data": {"init_args": {"train": "org/pages"}}}
     info = ModelInfo("pages", metrics={"val/ndcg@10": 0.5}, config=config, rows=2, steps=9)
     exporter = SentenceTransformers(license="mit", language=["en"], base_model="org/base")

@@ -109,12 +109,11 @@ class Code:
 
 
 @pytest.mark.parametrize("write", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
-def test_a_checkpoint_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Any) -> None:
-    monkeypatch.chdir(tmp_path)
-    write({**STATE, "more": Code()}, tmp_path / "last.ckpt")
+def test_a_checkpoint_is_not_run(here: Path, write: Any) -> None:
+    write({**STATE, "more": Code()}, here / "last.ckpt")
     with pytest.raises(ValueError, match=r"last\.ckpt (holds more than tensors|is not whole)"):
-        CheckpointFiles().load_checkpoint(tmp_path / "last.ckpt")
-    assert not (tmp_path / "run").exists()
+        CheckpointFiles().load_checkpoint(here / "last.ckpt")
+    assert not (here / "run").exists()
 
 
 def test_a_checkpoint_from_the_network_is_not_run_either(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,13 +156,22 @@ def trained(built: EmbeddingModule, folder: Path, **options: Any) -> Path:
     return Path(saver.best_model_path)
 
 
+Run = tuple[EmbeddingModule, Path]
+
+
+@pytest.fixture(scope="module")
+def run(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A model with a LoRA that was trained a little, and its checkpoint, beside the rows."""
+    built = model(checkpoint)
+    return built, trained(built, tmp_path_factory.mktemp("run"))
+
+
 def load(built: EmbeddingModule, file: Path) -> None:
     built.checkpointing.load_weights(built, torch.load(file, weights_only=True))
 
 
-def test_a_checkpoint_of_a_lora_has_the_lora_alone(checkpoint: Path, tmp_path: Path) -> None:
-    built = model(checkpoint)
-    file = trained(built, tmp_path)
+def test_a_checkpoint_of_a_lora_has_the_lora_alone(checkpoint: Path, run: Run) -> None:
+    built, file = run
     trainable = {name for name, parameter in built.named_parameters() if parameter.requires_grad}
     assert torch.load(file, weights_only=True)["state_dict"].keys() == trainable
     assert file.stat().st_size < (checkpoint / "model.safetensors").stat().st_size / 10
@@ -184,10 +192,9 @@ def test_frozen_weights_are_rounded_as_they_were_in_training(checkpoint: Path, t
 
 
 @pytest.mark.parametrize("command", ["fit", "test"])
-def test_the_trainer_takes_it_up(checkpoint: Path, tmp_path: Path, command: str) -> None:
-    built = model(checkpoint)
-    file = trained(built, tmp_path)
-    rows = str(tmp_path / "rows.jsonl")
+def test_the_trainer_takes_it_up(checkpoint: Path, run: Run, command: str) -> None:
+    built, file = run
+    rows = str(file.parent / "rows.jsonl")
     data = RetrievalDataModule(rows, test=rows, batch_size=3, num_workers=0)
     fresh = model(checkpoint)
     if command == "fit":
@@ -195,29 +202,23 @@ def test_the_trainer_takes_it_up(checkpoint: Path, tmp_path: Path, command: str)
         weights = fresh.state_dict()
         assert all(torch.equal(tensor, weights[name]) for name, tensor in built.state_dict().items())
     else:
-        run = partial(trainer().test, datamodule=data, verbose=False)
-        assert run(fresh, ckpt_path=file) == run(built)
+        measure = partial(trainer().test, datamodule=data, verbose=False)
+        assert measure(fresh, ckpt_path=file) == measure(built)
 
 
-def test_other_frozen_weights_are_refused(checkpoint: Path, tmp_path: Path) -> None:
-    file = trained(model(checkpoint), tmp_path)
+def test_other_frozen_weights_are_refused(run: Run, tmp_path: Path) -> None:
     tiny.create(tmp_path / "other", hidden_size=64, layers=2, heads=2, vision_hidden_size=32, vision_layers=2, seed=1)
     with pytest.raises(ValueError, match=r"was trained with other frozen weights: \d+ of them, such as encoder\."):
-        trainer().fit(model(tmp_path / "other"), torch.utils.data.DataLoader([]), ckpt_path=file)
+        trainer().fit(model(tmp_path / "other"), torch.utils.data.DataLoader([]), ckpt_path=run[1])
 
 
-def test_other_adapters_are_refused(checkpoint: Path, tmp_path: Path) -> None:
-    file = trained(model(checkpoint), tmp_path)
+def test_other_adapters_and_weights_that_nobody_asks_for_are_refused(checkpoint: Path, run: Run) -> None:
     with pytest.raises(ValueError, match=r"lacks weights: .* another model, or with other adapters"):
-        load(model(checkpoint, ("q_proj", "v_proj")), file)
-
-
-def test_weights_that_nobody_asks_for_are_refused(checkpoint: Path, tmp_path: Path) -> None:
-    file = trained(model(checkpoint), tmp_path)
+        load(model(checkpoint, ("q_proj", "v_proj")), run[1])
     fixed = model(checkpoint)
     fixed.loss = InfoNCE(0.05)
     with pytest.raises(ValueError, match=r"has weights that this model lacks: 1 of them, such as loss\.log_scale"):
-        load(fixed, file)
+        load(fixed, run[1])
 
 
 def test_weights_of_another_size_are_refused() -> None:
@@ -225,9 +226,8 @@ def test_weights_of_another_size_are_refused() -> None:
         complete_frozen({"state_dict": nn.Linear(3, 2).state_dict()}, nn.Linear(3, 4), {})
 
 
-def test_a_probe_reads_the_lora_of_a_run(checkpoint: Path, tmp_path: Path) -> None:
-    built = model(checkpoint)
-    file = trained(built, tmp_path)
+def test_a_probe_reads_the_lora_of_a_run(checkpoint: Path, run: Run) -> None:
+    built, file = run
     probe = Probe(model(checkpoint), checkpoint=str(file))
     probe.configure_model()
     expected = built.encoder.backbone.state_dict()
@@ -314,12 +314,12 @@ def test_a_folder_with_a_run_is_not_written_over(tmp_path: Path, version: str | 
     with fit_folder(first, None):
         first.loggers[0].log_metrics({"train/loss": 1.0}, 0)
         first.loggers[0].save()
-    log = Path(first.loggers[0].log_dir, "metrics.csv")
-    before = log.read_text()
+    file = Path(first.loggers[0].log_dir, "metrics.csv")
+    before = file.read_text()
     for again in (fit_folder(run_in(tmp_path, version), None), other_folder(run_in(tmp_path, version), None, True)):
         with pytest.raises(ValueError, match=r"has a run already, .*--ckpt_path last"), again:
             pass
-    assert log.read_text() == before
+    assert file.read_text() == before
 
 
 def test_one_process_at_a_time_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -394,29 +394,35 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def logger_of(folder: Path) -> CSVLogger:
-    return CSVLogger(folder, "name", "")
+def log(folder: Path, rows: int, *entries: tuple[dict[str, float], int]) -> CSVLogger:
+    """Open the log after some rows, and log metrics of steps."""
+    logger = CSVLogger(folder, "name", "")
+    run_folder._open_log(logger, rows)
+    for metrics, step in entries:
+        logger.log_metrics(metrics, step)
+    logger.save()
+    return logger
 
 
-@pytest.mark.parametrize("killed", [None, "before the log is written again", "after"])
+LOSSES = [({"train/loss": step / 10}, step) for step in range(5)]
+
+
+def die(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+KILLED: dict[str, tuple[Any, str]] = {"before it is written again": (os, "replace"), "after": (Path, "unlink")}
+
+
+@pytest.mark.parametrize("killed", [None, *KILLED])
 def test_a_log_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: str | None) -> None:
-    first = logger_of(tmp_path)
-    run_folder._open_log(first, 0)
-    for step in range(3):
-        first.log_metrics({"train/loss": step / 10}, step)
-    first.log_metrics({"val/ndcg@10": 0.5}, 2)
-    for step in (3, 4):
-        first.log_metrics({"train/loss": step / 10}, step)
-    first.save()
+    log(tmp_path, 0, *LOSSES[:3], ({"val/ndcg@10": 0.5}, 2), *LOSSES[3:])
     if killed:
         with monkeypatch.context() as patch:
-            patch.setattr(*_killed(killed))
+            patch.setattr(*KILLED[killed], die)
             with pytest.raises(KeyboardInterrupt):
-                run_folder._open_log(logger_of(tmp_path), 4)
-    second = logger_of(tmp_path)
-    run_folder._open_log(second, 4)
-    second.log_metrics({"train/loss": 0.9, "lr": 1.0}, 3)
-    second.save()
+                log(tmp_path, 4)
+    log(tmp_path, 4, ({"train/loss": 0.9, "lr": 1.0}, 3))
     found = rows_of(tmp_path / "name")
     assert [(row["step"], row["train/loss"], row["val/ndcg@10"], row["lr"]) for row in found] == [
         ("0", "0.0", "", ""),
@@ -434,14 +440,7 @@ KILLS = [(os, "replace"), (csv.DictWriter, "writerows"), (pandas.DataFrame, "to_
 def test_a_log_that_gains_a_column_loses_nothing_to_a_kill(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: tuple[Any, str]
 ) -> None:
-    def die(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    first = logger_of(tmp_path)
-    run_folder._open_log(first, 0)
-    for step in range(3):
-        first.log_metrics({"train/loss": step / 10}, step)
-    first.save()
+    first = log(tmp_path, 0, *LOSSES[:3])
     before = rows_of(tmp_path / "name")
     first.log_metrics({"val/ndcg@10": 0.5, "a, b": 1.0}, 2)
     with monkeypatch.context() as patch:
@@ -450,45 +449,25 @@ def test_a_log_that_gains_a_column_loses_nothing_to_a_kill(
             first.save()
     after = rows_of(tmp_path / "name")
     assert [{name: row[name] for name in ("step", "train/loss")} for row in after] == before
-    second = logger_of(tmp_path)
-    run_folder._open_log(second, 3)
-    second.log_metrics({"val/ndcg@10": 0.5, "a, b": 1.0}, 2)
-    second.save()
+    log(tmp_path, 3, ({"val/ndcg@10": 0.5, "a, b": 1.0}, 2))
     assert [row["train/loss"] for row in rows_of(tmp_path / "name")] == ["0.0", "0.1", "0.2", ""]
     assert rows_of(tmp_path / "name")[-1] == {"step": "2", "train/loss": "", "val/ndcg@10": "0.5", "a, b": "1.0"}
 
 
 @pytest.mark.parametrize("torn", ["0.4", '"', "\0\0\0", "1,2,3,4,5,6\r\n7", "4,0.4\r\n5"])
 def test_a_torn_last_line_of_a_log_is_logged_again(tmp_path: Path, torn: str) -> None:
-    first = logger_of(tmp_path)
-    run_folder._open_log(first, 0)
-    for step in range(3):
-        first.log_metrics({"train/loss": step / 10}, step)
-    first.save()
-    with (tmp_path / "name/metrics.csv").open("a") as log:
-        log.write(torn)
-    second = logger_of(tmp_path)
-    run_folder._open_log(second, 3)
-    second.log_metrics({"train/loss": 0.3}, 3)
-    second.save()
+    log(tmp_path, 0, *LOSSES[:3])
+    with (tmp_path / "name/metrics.csv").open("a") as file:
+        file.write(torn)
+    log(tmp_path, 3, LOSSES[3])
     assert [row["train/loss"] for row in rows_of(tmp_path / "name")] == ["0.0", "0.1", "0.2", "0.3"]
 
 
 def test_a_run_that_begins_anew_keeps_the_log_of_before(tmp_path: Path) -> None:
     for _ in range(2):
-        logger = logger_of(tmp_path)
-        run_folder._open_log(logger, 0)
-        logger.log_metrics({"train/loss": 1.0}, 0)
-        logger.save()
+        log(tmp_path, 0, LOSSES[0])
     names = sorted(path.name for path in (tmp_path / "name").iterdir())
     assert names == ["metrics.1.csv", "metrics.csv"]
-
-
-def _killed(when: str) -> tuple[Any, str, Any]:
-    def die(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    return (os, "replace", die) if when.startswith("before") else (Path, "unlink", die)
 
 
 # Configurations

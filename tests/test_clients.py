@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from building import encoder, picture, ranker
+from building import encoder, export, picture, ranker
 from datasets import Dataset, Features, Image, Value
 from jinja2 import Environment
 from sentence_transformers import CrossEncoder, SentenceTransformer
@@ -25,7 +25,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlmembed.export import ModelInfo, SentenceTransformers
 from vlmembed.export.card import read, write_card
-from vlmembed.export.sentence_transformers import write_folder, write_reranker
 from vlmembed.export.verify import TOLERANCE
 from vlmembed.heads import YesNo
 
@@ -36,10 +35,8 @@ DOCUMENTS = ["a page about birds", "an invoice", "seven eight nine", "zero", "on
 @pytest.fixture(scope="module")
 def folder(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export whose roles have prompts of their own, with its card."""
-    folder = tmp_path_factory.mktemp("clients") / "export"
-    folder.mkdir()
     built = encoder(checkpoint, query_instruction="Find the page.", document_instruction="Embed it.", max_length=200)
-    write_folder(built, folder, dimensions=[64, 32])
+    folder = export(built, tmp_path_factory.mktemp("clients") / "export", dimensions=[64, 32])
     write_card(folder, SentenceTransformers().facts(built, ModelInfo(), "", str(folder)))
     return folder
 
@@ -223,7 +220,7 @@ def test_what_vllm_and_sglang_read_of_an_embedder(folder: Path, checkpoint: Path
     assert read(folder / "1_Pooling" / "config.json")["pooling_mode"] == "lasttoken"
     # Attention: of layers in the decoder's configuration, of the planner at the top.
     for bidirectional in (False, True):
-        write_folder(encoder(checkpoint, bidirectional=bidirectional), tmp_path)
+        export(encoder(checkpoint, bidirectional=bidirectional), tmp_path)
         config = read(tmp_path / "config.json")
         assert [part.get("is_causal", True) for part in (config, config["text_config"])] == [not bidirectional] * 2
     assert "max_seq_length" not in read(tmp_path / "sentence_bert_config.json")
@@ -242,7 +239,7 @@ def test_messages_to_vllm_give_the_tokens_of_the_folder(folder: Path, model: Sen
 def test_what_vllm_reads_of_a_reranker(checkpoint: Path, tmp_path: Path, scoring: Any) -> None:
     """With the class and the template that the card names: the difference of two rows at the last token."""
     scorer = ranker(checkpoint, head=YesNo("zero", "one")).encoder
-    write_reranker(scorer, tmp_path, scoring)
+    export(scorer, tmp_path, scoring)
     write_card(tmp_path, SentenceTransformers(reranker_scoring=scoring).facts(scorer, ModelInfo(), "", "folder"))
     config, card = read(tmp_path / "config.json"), (tmp_path / "README.md").read_text()
     assert ("Qwen3VLForSequenceClassification" in card) is (scoring == "logits")

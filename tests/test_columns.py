@@ -2,82 +2,39 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
-from PIL import Image
+from building import jsonl
+from test_cookbook import content, contents_of, images
 
 from vlmembed.data import Lookup, Rows, Table
-from vlmembed.types import Item
 
 IMAGES = ("a.png", "b.png", "c.png", "d.png")
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with images of four greys beside it, in ``images``."""
-    (tmp_path / "images").mkdir()
-    for number, name in enumerate(IMAGES):
-        Image.new("RGB", (40, 40), (number * 60,) * 3).save(tmp_path / "images" / name)
+    """A folder with four images beside it, in ``images``."""
+    images(str(tmp_path / "images"), IMAGES)
     return tmp_path
 
 
 def write(path: Path, *rows: dict[str, Any]) -> str:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    return str(path)
-
-
-def content(item: Item) -> list[Any]:
-    """The texts of an item, and the names of its files, in order."""
-    return [part.value.name if isinstance(part.value, Path) else part.value for part in item.parts]
+    return jsonl(path, rows)
 
 
 def contents(rows: Rows) -> list[Any]:
-    examples = [rows[k] for k in range(len(rows))]
-    return [(content(e.query), [*map(content, e.positives)], [*map(content, e.negatives)]) for e in examples]
+    return [*map(contents_of, (rows[k] for k in range(len(rows))))]
 
 
-def test_image_and_text_columns_with_empty_strings_and_marks(folder: Path) -> None:
-    """As in MMEB."""
-    mark = "<|image_1|>"
-    first = {"qry": f"{mark}\nWhat is it?", "qry_image_path": "a.png", "pos_text": "a cat", "pos_image_path": ""}
-    second = {"qry": "a dog", "qry_image_path": "", "pos_text": f"{mark} Show.", "pos_image_path": "b.png"}
-    negative = {"neg_text": "", "neg_image_path": ""}
-    path = write(folder / "t.jsonl", {**first, **negative}, {**second, "neg_text": "a cow", "neg_image_path": "c.png"})
-    rows = Rows(
-        path,
-        media="images",
-        cells={
-            "query": {"text": "qry", "marks": {mark: {"image": "qry_image_path"}}},
-            "positive": {"text": "pos_text", "marks": {mark: {"image": "pos_image_path"}}},
-            "negatives": [{"text": "neg_text", "image": "neg_image_path"}],
-        },
-    )
-    assert contents(rows) == [
-        (["a.png", "\nWhat is it?"], [["a cat"]], []),
-        (["a dog"], [["b.png", " Show."]], [["a cow", "c.png"]]),
-    ]
-
-
-def test_marks_of_conversations_in_the_order_of_their_images(folder: Path) -> None:
-    """As in ms-swift."""
-    row = {
-        "messages": [{"role": "user", "content": "<image>and<image> are alike"}],
-        "images": ["a.png", {"bytes": None, "path": "b.png"}],
-        "positive_messages": [[{"role": "user", "content": "<image>"}], [{"role": "user", "content": "none"}]],
-        "positive_images": [["c.png"], []],
-    }
-    cells: dict[str, Any] = {
-        "query": {"text": "messages[0].content", "marks": {"<image>": {"image": "images"}}},
-        "positive": {"text": "positive_messages[][0].content", "marks": {"<image>": {"image": "positive_images[]"}}},
-    }
-    rows = Rows(write(folder / "t.jsonl", row), media="images", cells=cells)
-    assert contents(rows) == [(["a.png", "and", "b.png", " are alike"], [["c.png"], ["none"]], [])]
-    rows = Rows(write(folder / "u.jsonl", {**row, "images": ["a.png"]}), media="images", cells=cells)
+def test_marks_without_images_are_refused(folder: Path) -> None:
+    row = {"messages": [{"content": "<image>and<image> are alike"}], "images": ["a.png"], "positive": "p"}
+    query = {"text": "messages[0].content", "marks": {"<image>": {"image": "images"}}}
+    rows = Rows(write(folder / "u.jsonl", row), media="images", cells={"query": query, "positive": "positive"})
     with pytest.raises(ValueError, match=r"u\.jsonl, row 1, column 'query': .* has 2 marks '<image>', .* 1 files"):
         rows[0]
 
@@ -104,18 +61,16 @@ def test_nested_lists_templates_and_constants(tmp_path: Path, kind: str) -> None
     assert content(graded[0].positives[0]) == ["Crane"]
 
 
-def test_ids_are_looked_up_in_a_pool_and_in_the_data_set_itself(folder: Path) -> None:
-    """As in M-BEIR, Tevatron's newer form, and the multilingual rows of visual documents."""
-    (folder / "pool").mkdir()
-    (folder / "pool/images").symlink_to(folder / "images")
+def test_ids_are_looked_up_in_a_pool(folder: Path) -> None:
+    """As in M-BEIR."""
     pool = write(
         folder / "pool/pool.jsonl",
         {"did": "7:1", "txt": "a cat", "img_path": "a.png"},
         {"did": "7:2", "txt": None, "img_path": "b.png"},
         {"did": 3, "txt": "no image", "img_path": None},
     )
-    (folder / "train").mkdir()
     path = write(folder / "train/t.jsonl", {"q": "cat?", "pos": ["7:1"], "neg": ["7:2", 3]}, {"q": "x", "pos": ["9"]})
+    (folder / "pool/images").symlink_to(folder / "images")
     lookup = Lookup("did", {"image": "img_path", "text": "txt"}, pool, media="images")
     lookup.media = str(folder / "images")
     cells: dict[str, Any] = {
@@ -130,24 +85,6 @@ def test_ids_are_looked_up_in_a_pool_and_in_the_data_set_itself(folder: Path) ->
         ValueError, match=r"t\.jsonl, row 2, column 'positive': the id '9' is in no row of .*pool\.jsonl"
     ):
         rows[1]
-
-    pages = [
-        {"id": f"p{n}", "query": f"q{n}", "image": name, "negatives": [f"p{n - 1}"]} for n, name in enumerate(IMAGES)
-    ]
-    pages[0]["negatives"], pages[1]["query"] = ["p3"], None
-    path = write(folder / "pages.jsonl", *pages)
-    rows = Rows(
-        path,
-        media="images",
-        where={"query": {"not": None}},
-        cells={"query": "query", "positive": {"image": "image"}, "negatives": {"ids": "negatives", "table": "pages"}},
-        tables={"pages": Lookup("id")},
-    )
-    assert contents(rows) == [
-        (["q0"], [["a.png"]], [["d.png"]]),
-        (["q2"], [["c.png"]], [["b.png"]]),
-        (["q3"], [["d.png"]], [["c.png"]]),
-    ]
 
 
 def test_one_row_for_each_caption(folder: Path) -> None:
@@ -256,7 +193,6 @@ def test_a_table_has_any_columns(tmp_path: Path) -> None:
 
 
 def test_paths_do_not_leave_the_folder_by_cells(folder: Path) -> None:
-    (folder / "data").mkdir()
     path = write(folder / "data/t.jsonl", {"q": "x", "p": "../images/a.png"}, {"q": "y", "p": "https://h/a.png"})
     rows = Rows(path, cells={"query": "q", "positive": {"image": "p"}})
     with pytest.raises(ValueError, match="leads out of the data set's folder"):
@@ -267,7 +203,6 @@ def test_paths_do_not_leave_the_folder_by_cells(folder: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["list", "glob"])
 def test_several_files_are_one_table(tmp_path: Path, kind: str) -> None:
-    (tmp_path / "shards").mkdir()
     files = [write(tmp_path / f"shards/{k}.jsonl", {"q": f"q{k}", "p": [f"p{k}"]}) for k in range(3)]
     path: Any = files if kind == "list" else str(tmp_path / "shards/*.jsonl")
     rows = Rows(path, cells={"query": "q", "positive": "p"}, where={"q": {"not": "q1"}})

@@ -27,7 +27,6 @@ from building import (
     weights,
     write_rows,
 )
-from lightning.pytorch.strategies import DDPStrategy
 from scenarios import EXACT, LORA, OPTIMIZER, check_trained_as_one
 from sentence_transformers import CrossEncoder
 from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss, ListNetLoss
@@ -231,8 +230,7 @@ def train_share(checkpoint: Path, chunk_size: int | None) -> dict[str, Recorder]
     for name, loss in PARALLEL.items():
         # Large steps, which the rounding of weights does not blur.
         model = ranker(checkpoint, loss(), optimizer=partial(SGD, lr=0.3))
-        options = {"devices": 2, "strategy": DDPStrategy(process_group_backend="gloo")} if together else {}
-        runs[name] = fit(model, [ranking_batch(model, each, chunk_size) for each in rows], **options)
+        runs[name] = fit(model, [ranking_batch(model, each, chunk_size) for each in rows], **ddp.strategy())
     return runs
 
 
@@ -246,8 +244,7 @@ def validate(checkpoint: Path, rows: Path) -> tuple[dict[str, float], int]:
     """Measure, and say how many pairs this process scored."""
     model = ranker(checkpoint)
     data = RetrievalDataModule(val=str(rows), eval_batch_size=1, num_workers=0)
-    options = {"devices": 2, "strategy": DDPStrategy(process_group_backend="gloo")} if dist.is_initialized() else {}
-    (found,) = trainer(**options).validate(model, data, verbose=False)
+    (found,) = trainer(**ddp.strategy()).validate(model, data, verbose=False)
     return found, sum(map(len, model.metrics[0].numbers))
 
 
@@ -266,29 +263,21 @@ def test_two_processes_measure_as_one(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_candidates_side_by_side() -> None:
-    generator = torch.Generator().manual_seed(0)
-    queries = torch.tensor([70, 9, 2**62, 9, 5, 9, 70, 2**62 + 1, 70])
-    documents = torch.tensor([1, 2, 3, 2**62 + 1, 2, 2**62, 3, 1, 2])
-    scores, targets = (torch.rand(len(queries), generator=generator) for _ in range(2))
-    batch = RankingBatch([], [], queries, documents, targets)
+    """Of a pair that comes twice, as from two processes, the first score counts, and the highest target."""
+    large = 2**62
+    pairs = [(70, 1), (9, 2), (large, 3), (9, large + 1), (5, 2), (9, large), (70, 3), (large + 1, 1), (9, 2), (5, 2)]
+    scores, targets = torch.linspace(0.1, 1, 10), torch.tensor([0.0, 3, 0, 1, 0, 0.5, 2, 0, 1, 4])
+    batch = RankingBatch([], [], *torch.tensor(pairs).T, targets)
     found, wanted, mask = gather_candidates(scores, batch)
-    expected: dict[int, list[tuple[float, float]]] = {}
-    for query, score, target in zip(queries.tolist(), scores.tolist(), targets.tolist(), strict=True):
-        expected.setdefault(query, []).append((score, target))
-    assert mask.shape == (5, 3)
+    expected: dict[tuple[int, int], tuple[float, float]] = {}
+    for pair, score, target in zip(pairs, scores.tolist(), targets.tolist(), strict=True):
+        first, highest = expected.get(pair, (score, target))
+        expected[pair] = first, max(highest, target)
     rows = [
+        sorted(value for pair, value in expected.items() if pair[0] == query) for query in {one for one, _ in pairs}
+    ]
+    assert mask.shape == (5, 3)
+    assert sorted(rows) == sorted(
         sorted(zip(scores[there].tolist(), labels[there].tolist(), strict=True))
         for scores, labels, there in zip(found, wanted, mask, strict=True)
-    ]
-    assert sorted(rows) == sorted(map(sorted, expected.values()))
-
-
-def test_a_pair_that_comes_twice_is_one_candidate() -> None:
-    """As from two processes: the first score counts, and the highest target."""
-    batch = RankingBatch(
-        [], [], torch.tensor([8, 9, 8, 8]), torch.tensor([5, 5, 4, 5]), torch.tensor([0.0, 3.0, 1.0, 2.0])
     )
-    scores, targets, mask = gather_candidates(torch.tensor([0.1, 0.2, 0.3, 0.4]), batch)
-    assert mask.tolist() == [[True, True], [True, False]]
-    assert scores[mask].tolist() == pytest.approx([0.3, 0.1, 0.2])
-    assert targets[mask].tolist() == [1.0, 2.0, 3.0]

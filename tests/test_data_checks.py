@@ -5,20 +5,29 @@ from __future__ import annotations
 import re
 import uuid
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from building import jsonl, picture
+from building import evaluation_folder, jsonl, picture
+from test_collate import Letters
 from test_cookbook import REPLICAS
 from test_cookbook import table as page_table
 
-from vlmembed.data import EvaluationFolder, EvaluationRows, Lookup, Mixture, RetrievalDataModule, Rows, Source
+from vlmembed.data import (
+    EvaluationFolder,
+    EvaluationRows,
+    ItemCollator,
+    Lookup,
+    Mixture,
+    RetrievalDataModule,
+    Rows,
+    Source,
+)
 from vlmembed.data.checks import DataWarning, in_both, in_evaluation, in_rows
 from vlmembed.data.digits import HandwrittenNumbers, HandwrittenNumbersEvaluation
-from vlmembed.modules import EmbeddingModule
 from vlmembed.types import EvaluationSet, Example, Item, Part
 
 COUNT = 12
@@ -230,10 +239,7 @@ def test_rows_that_cannot_be_read_are_left_to_training(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", REPLICAS)
-def test_nothing_is_said_of_what_the_cookbook_writes(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_nothing_is_said_of_what_the_cookbook_writes(name: str, here: Path) -> None:
     REPLICAS[name]()
     written = page_table("training sets")[name]
     tables = {key: Lookup(**lookup) for key, lookup in written.pop("tables", {}).items()}
@@ -250,41 +256,13 @@ def test_nothing_is_said_of_what_the_cookbook_writes(
     [
         ("MSR-VTT", "name files", {"cells": {"query": "caption", "positive": "video"}, "each": "caption"}),
         (
-            "llamaindex/vdr-multilingual-train",
-            "ids of the column 'id'",
-            {"subset": "de", "columns": {"image": "positive", "id": None, "language": None}},
-        ),
-        (
-            "TIGER-Lab/MMEB-train",
-            "have a mark",
-            {
-                "subset": "OK-VQA",
-                "split": "original",
-                "cells": {"query": "qry", "positive": {"text": "pos_text", "image": "pos_image_path"}},
-                "media": "images",
-            },
-        ),
-        (
             "M-BEIR",
             "ids by the name of their column",
             {"cells": {"query": {"text": "query_txt", "image": "query_img_path"}, "positive": "pos_cand_list"}},
         ),
-        (
-            "Tevatron, ids into a corpus",
-            "ids by the name of their column",
-            {"cells": {"query": "query_text", "positive": "positive_document_ids"}},
-        ),
-        (
-            "ms-swift",
-            "have a mark",
-            {"cells": {"query": "messages[0].content", "positive": "positive_messages[0][0].content"}},
-        ),
     ],
 )
-def test_what_one_writes_at_first_is_told(
-    name: str, message: str, options: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_what_one_writes_at_first_is_told(name: str, message: str, options: Any, here: Path) -> None:
     REPLICAS[name]()
     path = page_table("training sets")[name]["path"]
     assert any(message in problem for problem in problems(Rows(path, **options)))
@@ -314,10 +292,10 @@ def test_of_a_source_of_ones_own_only_queries_are_read(tmp_path: Path) -> None:
 
 
 def folder(path: Path, documents: Sequence[dict[str, Any]], queries: Sequence[str] = CAPTIONS) -> EvaluationSet:
-    jsonl(path / "corpus.jsonl", [{"id": f"d{number}", **document} for number, document in enumerate(documents)])
-    jsonl(path / "queries.jsonl", [{"id": f"q{number}", "text": text} for number, text in enumerate(queries)])
-    (path / "qrels.tsv").write_text("".join(f"q{number}\td{number}\t1\n" for number in range(len(queries))))
-    return EvaluationFolder(str(path)).load()
+    corpus = [{"id": f"d{number}", **document} for number, document in enumerate(documents)]
+    asked = [{"id": f"q{number}", "text": text} for number, text in enumerate(queries)]
+    judged = [(f"q{number}", f"d{number}", 1) for number in range(len(queries))]
+    return EvaluationFolder(evaluation_folder(path, corpus, asked, judged)).load()
 
 
 def test_duplicate_documents_are_counted_by_content(tmp_path: Path) -> None:
@@ -379,16 +357,11 @@ def test_images_are_compared_by_content(tmp_path: Path) -> None:
         (tmp_path / place).mkdir()
         for number in range(COUNT):
             picture(32, 32, number + 6 * (place == "val")).save(tmp_path / place / f"{number}.png")
-    sources = [
-        Rows(
-            jsonl(
-                tmp_path / place / "rows.jsonl",
-                [{"query": {"image": f"{n}.png"}, "positive": f"{place} {n}"} for n in range(COUNT)],
-            )
-        )
+    train, val = (
+        Rows(table(tmp_path / place, query=[{"image": f"{n}.png"} for n in range(COUNT)], positive=CAPTIONS))
         for place in ("train", "val")
-    ]
-    (problem,) = in_both(Mixture(sources[:1]), EvaluationRows(sources[1]).load())
+    )
+    (problem,) = in_both(Mixture([train]), EvaluationRows(val, name="rows").load())
     assert "rows: 6 of the 12 queries are also training queries" in problem
 
 
@@ -410,21 +383,9 @@ def test_nothing_is_said_of_the_quick_start() -> None:
 # From the data module
 
 
-@pytest.fixture
-def module(checkpoint: Path, tmp_path: Path) -> Callable[..., RetrievalDataModule]:
-    from vlmembed.backbones import Qwen3VL
-    from vlmembed.losses import InfoNCE
-    from vlmembed.pooling import LastToken
-
-    def build(**arguments: Any) -> RetrievalDataModule:
-        built = RetrievalDataModule(**arguments)
-        built.collator = EmbeddingModule(Qwen3VL(str(checkpoint)), LastToken(), InfoNCE()).collator()
-        return built
-
-    return build
-
-
-def said(data: RetrievalDataModule, *stages: str) -> list[str]:
+def said(*stages: str, **arguments: Any) -> list[str]:
+    data = RetrievalDataModule(**arguments)
+    data.collator = ItemCollator(Letters())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for stage in stages:
@@ -435,21 +396,20 @@ def said(data: RetrievalDataModule, *stages: str) -> list[str]:
 @pytest.mark.parametrize(
     "stages", [("validate", "test", "fit", "validate", "test"), ("fit", "test"), ("validate", "fit")]
 )
-def test_everything_is_said_once(module: Any, tmp_path: Path, stages: tuple[str, ...]) -> None:
+def test_everything_is_said_once(tmp_path: Path, stages: tuple[str, ...]) -> None:
     path = jsonl(tmp_path / "train.jsonl", [{"query": text, "positive": f"{k}.png"} for k, text in enumerate(CAPTIONS)])
     folder(tmp_path / "val", [{"text": "the same"}] * COUNT, CAPTIONS)
     folder(tmp_path / "test", [{"text": text} for text in CAPTIONS], CAPTIONS)
-    data = module(train=path, val=str(tmp_path / "val"), test=str(tmp_path / "test"))
-    messages = said(data, *stages)
+    messages = said(*stages, train=path, val=str(tmp_path / "val"), test=str(tmp_path / "test"))
     expected = ["name files", "val: 11 of the 12 documents", "val: 12 of the 12 queries are also"]
     expected += ["test: 12 of the 12 queries are also"] * ("test" in stages)
     assert [sum(part in message for message in messages) for part in expected] == [1] * len(expected)
     assert len(messages) == len(expected)
 
 
-def test_other_processes_are_silent(module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_processes_are_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vlmembed.distributed.rank", lambda: 1)
-    assert said(module(train=table(tmp_path, positive=numbered("{}.png"))), "fit") == []
+    assert said("fit", train=table(tmp_path, positive=numbered("{}.png"))) == []
 
 
 def test_the_fix_is_one_line_of_yaml(tmp_path: Path) -> None:

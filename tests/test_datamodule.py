@@ -1,18 +1,16 @@
 from __future__ import annotations
 
-import json
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import building
 import numpy as np
 import pytest
 import torch
-from building import Trainer
-from jsonargparse import ArgumentParser
+from building import Trainer, jsonl
 from lightning import LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint
 from test_collate import Letters, text
 
 from vlmembed.data import EvaluationSource, ItemCollator, RetrievalDataModule
@@ -51,9 +49,7 @@ class Recorder(LightningModule):
 
 
 def rows(path: Path, size: int, mark: str = "") -> str:
-    lines = [json.dumps({"query": f"{mark}q{k}", "positive": f"{mark}answer{'!' * (k % 7)}{k}"}) for k in range(size)]
-    path.write_text("\n".join(lines) + "\n")
-    return str(path)
+    return jsonl(path, [{"query": f"{mark}q{k}", "positive": f"{mark}answer{'!' * (k % 7)}{k}"} for k in range(size)])
 
 
 @pytest.fixture
@@ -62,9 +58,7 @@ def train(tmp_path: Path) -> str:
 
 
 def trainer(folder: Path, **options: Any) -> Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    checkpoints = {"enable_checkpointing": "callbacks" in options, "default_root_dir": folder, "accelerator": "cpu"}
-    return Trainer(**{**quiet, **checkpoints, "use_distributed_sampler": False, **options})
+    return building.trainer(default_root_dir=folder, enable_checkpointing="callbacks" in options, **options)
 
 
 def attached(data: RetrievalDataModule, rank: int = 0, world_size: int = 1) -> RetrievalDataModule:
@@ -88,35 +82,12 @@ def test_fit_sees_every_row_once_per_epoch_in_another_order(workers: int, train:
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
 
 
-@pytest.mark.parametrize("stop_after", [2, 4, 6, 8, 11])
-def test_a_resumed_run_sees_what_the_whole_run_sees(stop_after: int, train: str, tmp_path: Path) -> None:
-    def data() -> RetrievalDataModule:
-        return RetrievalDataModule(train, batch_size=5, num_workers=1)
-
-    whole, resumed = Recorder(), Recorder()
-    saver = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1, save_on_train_epoch_end=False)
-    trainer(tmp_path, max_epochs=3, callbacks=[saver]).fit(whole, datamodule=data())
-    checkpoint = tmp_path / f"step={stop_after}.ckpt"
-    trainer(tmp_path, max_epochs=3).fit(resumed, datamodule=data(), ckpt_path=checkpoint)
-    assert resumed.trained == whole.trained[stop_after:]
-
-
-def test_a_run_resumed_from_the_end_of_an_epoch_goes_on_with_the_next(train: str, tmp_path: Path) -> None:
-    whole, resumed = Recorder(), Recorder()
-    saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
-    options = {"max_epochs": 3, "limit_train_batches": 3}
-    trainer(tmp_path, callbacks=[saver], **options).fit(whole, datamodule=RetrievalDataModule(train, batch_size=5))
-    data = RetrievalDataModule(train, batch_size=5)
-    trainer(tmp_path, **options).fit(resumed, datamodule=data, ckpt_path=tmp_path / "epoch=1.ckpt")
-    assert resumed.trained == whole.trained[6:]
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_every_item_of_every_set_is_measured_once(workers: int, train: str, tmp_path: Path) -> None:
     sets = [rows(tmp_path / "small.jsonl", 4), rows(tmp_path / "large.jsonl", 9)]
     data = RetrievalDataModule(train, val=sets, eval_batch_size=3, batch_size=5, num_workers=workers)
     module = Recorder()
-    runner = trainer(tmp_path, max_epochs=1, num_sanity_val_steps=0)
+    runner = trainer(tmp_path)
     runner.fit(module, datamodule=data)
     runner.validate(module, datamodule=data)
     assert [evaluation.name for evaluation in data.evaluations["val"]] == ["small", "large"]
@@ -174,11 +145,8 @@ def test_every_form_that_the_yaml_may_take(tmp_path: Path) -> None:
     source = {"class_path": "vlmembed.data.Rows", "init_args": {"path": other}}
     mixture = {"class_path": "vlmembed.data.Mixture", "init_args": {"sources": [source], "alpha": 0.5}}
     measured = {"class_path": "vlmembed.data.EvaluationRows", "init_args": {"rows": source, "name": "named"}}
-    parser = ArgumentParser()
-    parser.add_class_arguments(RetrievalDataModule, "data")
     for given, size in ((path, 8), (source, 12), (mixture, 12), ([path, source], 20)):
-        parsed = parser.parse_object({"data": {"train": given, "val": [path, source, measured], "batch_size": 4}})
-        data = attached(parser.instantiate_classes(parsed).data)
+        data = attached(building.data_module(train=given, val=[path, source, measured], batch_size=4))
         data.setup("fit")
         assert data.steps_per_epoch == size // 4
         assert [evaluation.name for evaluation in data.evaluations["val"]] == ["a", "b", "named"]

@@ -58,13 +58,6 @@ def test_gather_joins_uneven_rows_and_returns_their_gradient() -> None:
         assert torch.equal(found[rank]["half"], torch.full((3, 2), 0.5, dtype=torch.bfloat16))
 
 
-def test_alone_nothing_is_gathered() -> None:
-    tensor = rows_of(0)
-    assert distributed.world_size() == 1
-    assert distributed.gather(tensor) is tensor
-    assert distributed.largest(5, torch.device("cpu")) == 5
-
-
 @pytest.mark.parametrize("limit", [0.1, 1e6])
 def test_gradients_are_clipped_as_pytorch_does(limit: float) -> None:
     """Where nothing is in shards; `test_sharding` has the rest."""

@@ -13,7 +13,7 @@ from typing import Any
 import datasets
 import pyarrow.parquet
 import pytest
-from building import item, picture
+from building import evaluation_folder, item, jsonl, picture
 from PIL import Image
 from videos import film
 
@@ -44,8 +44,7 @@ def folder(tmp_path: Path) -> Path:
 
 def rows(folder: Path, positive: Any, **options: Any) -> Rows:
     lines = [{"query": "q", "positive": "p"}, {"query": "q", "positive": positive}]
-    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return Rows(str(folder / "train.jsonl"), **options)
+    return Rows(jsonl(folder / "train.jsonl", lines), **options)
 
 
 def images(example: Any) -> list[Any]:
@@ -125,9 +124,8 @@ def test_what_is_no_plain_file_is_refused(folder: Path) -> None:
 
 
 def test_an_evaluation_folder_has_the_same_doors(folder: Path) -> None:
-    (folder / "queries.jsonl").write_text('{"id": "q", "text": "q"}\n')
-    (folder / "corpus.jsonl").write_text('{"id": "d", "image": "a.png"}\n{"id": "e", "image": "link.png"}\n')
-    (folder / "qrels.tsv").write_text("q\td\t1\n")
+    corpus = [{"id": "d", "image": "a.png"}, {"id": "e", "image": "link.png"}]
+    evaluation_folder(folder, corpus, [{"id": "q", "text": "q"}], "q\td\t1\n")
     message = r"corpus\.jsonl, row 2 \(id 'e'\): the image file 'link\.png' leads out .*allow_outside"
     with pytest.raises(ValueError, match=message):
         EvaluationFolder(str(folder)).load()
@@ -335,9 +333,8 @@ def test_a_playlist_is_no_video(checkpoint: Path, tmp_path: Path, playlist: str,
         preprocessor([Item("document", (Part("video", tmp_path / name),), "row 9")])
 
 
-def test_a_video_is_a_file_whatever_its_name(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    film(tmp_path / "film.mp4").rename(tmp_path / "concat:gone.mp4")
-    monkeypatch.chdir(tmp_path)
+def test_a_video_is_a_file_whatever_its_name(checkpoint: Path, here: Path) -> None:
+    film(here / "film.mp4").rename(here / "concat:gone.mp4")
     items = [Item("document", (Part("video", Path("concat:gone.mp4")),))]
     assert Qwen3VL(str(checkpoint)).make_preprocessor()(items)["input_ids"].shape[0] == 1
 
@@ -378,6 +375,5 @@ def test_nothing_loads_what_could_run_code() -> None:
         for match in UNSAFE.finditer(path.read_text())
     }
     assert found == REASONS.keys()
-    for name in ("training/checkpoint_files.py",):
-        for call in re.findall(r"torch\.load\((.*)\)", (package / name).read_text()):
-            assert re.search(r"weights_only=(True|weights_only)\b", call)
+    for call in re.findall(r"torch\.load\((.*)\)", (package / "training/checkpoint_files.py").read_text()):
+        assert re.search(r"weights_only=(True|weights_only)\b", call)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import gzip
 import hashlib
-import io
 import json
 import multiprocessing
 import os
@@ -28,8 +27,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from building import encoder, jsonl, picture, write_rows
+from building import encoder, evaluation_folder, export, jsonl, picture, write_rows
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
+from test_cookbook import hub, png, stored
 
 from vlmembed.cli import main
 from vlmembed.data import (
@@ -43,7 +43,6 @@ from vlmembed.data import (
     Table,
 )
 from vlmembed.encoder import MultiVectorEncoder as OurMultiVectorEncoder
-from vlmembed.export.sentence_transformers import write_folder, write_multi_vector
 from vlmembed.late_interaction import MultiVectors
 from vlmembed.pooling import TokenProjection, TokenSelection
 from vlmembed.search import encoding
@@ -59,21 +58,17 @@ PAGE = Path(__file__).parent.parent / "vlmembed/search/README.md"
 
 @pytest.fixture(scope="module")
 def embedder(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("embedder")
     torch.manual_seed(0)
-    write_folder(encoder(checkpoint), folder, dimensions=[64, 32])
-    return folder
+    return export(encoder(checkpoint), tmp_path_factory.mktemp("embedder"), dimensions=[64, 32])
 
 
 @pytest.fixture(scope="module")
 def multi_vector(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("multi_vector")
     torch.manual_seed(0)
     selections: dict[Role, TokenSelection] = {"query": TokenSelection(), "document": TokenSelection()}
     built = OurMultiVectorEncoder(encoder(checkpoint).backbone, TokenProjection(16), selections)
     built.configure()
-    write_multi_vector(built, folder)
-    return folder
+    return export(built, tmp_path_factory.mktemp("multi_vector"))
 
 
 def items(folder: Path, count: int = 24) -> list[dict[str, Any]]:
@@ -197,32 +192,24 @@ def test_a_number_takes_what_it_is_stored_in(
 # What can be encoded
 
 
-def png(number: int) -> bytes:
-    buffer = io.BytesIO()
-    picture(48, 32, number).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def evaluation_folder(folder: Path) -> EvaluationFolder:
-    jsonl(folder / "corpus.jsonl", [{"_id": f"d{n}", "title": f"title {n}", "text": f"text {n}"} for n in range(5)])
-    jsonl(folder / "queries.jsonl", [{"_id": f"q{n}", "text": f"question {n}"} for n in range(3)])
-    (folder / "qrels.tsv").write_text("".join(f"q{n}\td{n}\t1\n" for n in range(3)))
-    return EvaluationFolder(str(folder))
+def of_folder(folder: Path) -> EvaluationFolder:
+    corpus = [{"_id": f"d{n}", "title": f"title {n}", "text": f"text {n}"} for n in range(5)]
+    queries = [{"_id": f"q{n}", "text": f"question {n}"} for n in range(3)]
+    return EvaluationFolder(evaluation_folder(folder, corpus, queries, [(f"q{n}", f"d{n}", 1) for n in range(3)]))
 
 
 def of_tables(folder: Path) -> EvaluationTables:
-    evaluation_folder(folder)
+    of_folder(folder)
     places = [str(folder / name) for name in ("corpus.jsonl", "queries.jsonl", "qrels.tsv")]
     return EvaluationTables(*places, document_instruction="Told.", query_instruction="")
 
 
 def training_rows(folder: Path) -> EvaluationRows:
-    folder.mkdir()
     return EvaluationRows(Rows(str(write_rows(folder / "train.jsonl"))))
 
 
 @pytest.mark.parametrize("role", ["document", "query"])
-@pytest.mark.parametrize("build", [evaluation_folder, of_tables, training_rows], ids=lambda build: build.__name__)
+@pytest.mark.parametrize("build", [of_folder, of_tables, training_rows], ids=lambda build: build.__name__)
 def test_an_evaluation_set_has_the_ids_and_items_of_its_measurement(
     build: Callable[[Path], Any], role: Role, tmp_path: Path
 ) -> None:
@@ -242,22 +229,19 @@ def test_an_evaluation_set_has_the_ids_and_items_of_its_measurement(
         assert [name for block in corpus.blocks() for name, _ in block] == [*found]
 
 
-def test_subsets_have_the_ids_of_their_measurement(tmp_path: Path) -> None:
-    folder, configs = tmp_path / "set", []
+def test_subsets_have_the_ids_of_their_measurement(here: Path) -> None:
+    tables: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for subset in ("english", "french"):
-        jsonl(folder / f"{subset}-corpus.jsonl", [{"id": f"d{n}", "text": f"{subset} {n}"} for n in range(300)])
-        jsonl(folder / f"{subset}-queries.jsonl", [{"id": "q", "text": subset}])
-        jsonl(folder / f"{subset}-qrels.jsonl", [{"query-id": "q", "corpus-id": "d1", "score": 1}])
-        for kind in ("corpus", "queries", "qrels"):
-            files = [{"split": "test", "path": f"{subset}-{kind}.jsonl"}]
-            configs.append({"config_name": f"{subset}-{kind}", "data_files": files})
-    (folder / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
-    corpus, loaded = open_corpus(str(folder), "document"), EvaluationFolder(str(folder)).load()
+        tables[f"{subset}-corpus", "test"] = [{"id": f"d{n}", "text": f"{subset} {n}"} for n in range(300)]
+        tables[f"{subset}-queries", "test"] = [{"id": "q", "text": subset}]
+        tables[f"{subset}-qrels", "test"] = [{"query-id": "q", "corpus-id": "d1", "score": 1}]
+    hub("set", tables)
+    corpus, loaded = open_corpus("set", "document"), EvaluationFolder("set").load()
     assert [corpus.read(row)[0] for row in (0, 299, 300, 599)] == [loaded.document_names[n] for n in (0, 299, 300, 599)]
     assert [name for block in corpus.blocks() for name, _ in block] == loaded.document_names
-    assert len(open_corpus(EvaluationFolder(str(folder), subset="french"), "query")) == 1
+    assert len(open_corpus(EvaluationFolder("set", subset="french"), "query")) == 1
     with pytest.raises(ValueError, match=r"no subset 'frensh' .did you mean 'french'"):
-        open_corpus(EvaluationFolder(str(folder), subset="frensh"), "document")
+        open_corpus(EvaluationFolder("set", subset="frensh"), "document")
 
 
 def as_csv(folder: Path) -> Any:
@@ -267,15 +251,18 @@ def as_csv(folder: Path) -> Any:
 
 
 def as_parquet(folder: Path) -> Any:
-    rows = [{"id": n, "image": {"bytes": png(n), "path": None}} for n in range(3)]
-    datasets.Dataset.from_list(rows).cast_column("image", datasets.Image()).to_parquet(folder / "items.parquet")
-    return str(folder / "items.parquet")
+    return parquet(folder / "items.parquet", [{"id": n, "image": stored(n)} for n in range(3)], "image")
+
+
+def parquet(path: Path, rows: list[dict[str, Any]], column: str) -> str:
+    """Write rows with images, in groups of a few."""
+    datasets.Dataset.from_list(rows).cast_column(column, datasets.Image()).to_parquet(path, batch_size=6)
+    return str(path)
 
 
 def as_several_parquet_files(folder: Path) -> Any:
     as_parquet(folder)
-    rows = [{"id": 3, "image": {"bytes": png(3), "path": None}}]
-    datasets.Dataset.from_list(rows).cast_column("image", datasets.Image()).to_parquet(folder / "more.parquet")
+    parquet(folder / "more.parquet", [{"id": 3, "image": stored(3)}], "image")
     return Table(f"{folder}/*.parquet")
 
 
@@ -332,7 +319,7 @@ def test_a_folder_of_pdfs_is_its_pages(tmp_path: Path) -> None:
 
 
 def test_a_source_is_named_in_yaml(embedder: Path, tmp_path: Path) -> None:
-    evaluation_folder(tmp_path / "set")
+    of_folder(tmp_path / "set")
     path, output = str(tmp_path / "set/corpus.jsonl"), tmp_path / "index"
     corpus = {"class_path": "vlmembed.data.Table", "init_args": {"path": path, "where": {"_id": ["d1", "d3"]}}}
     config = {"model": str(embedder), "corpus": corpus, "output": str(output), "precision": "float16"}
@@ -368,12 +355,10 @@ def streamed_elements(folder: Path) -> tuple[str, dict[str, Any]]:
 
 
 def streamed_images(folder: Path) -> tuple[str, dict[str, Any]]:
-    rows: list[Any] = [{"query": f"q{n}", "page": {"bytes": png(n % 17), "path": None}} for n in range(21)]
-    rows[10]["page"] = {"bytes": png(1)[:200], "path": None}
+    rows: list[Any] = [{"query": f"q{n}", "page": stored(n % 17)} for n in range(21)]
+    rows[10]["page"]["bytes"] = png(1)[:200]
     rows[12]["page"] = None
-    data = datasets.Dataset.from_list(rows).cast_column("page", datasets.Image(decode=False))
-    data.to_parquet(folder / "rows.parquet", batch_size=6)
-    return str(folder / "rows.parquet"), {"columns": {"page": "positive"}}
+    return parquet(folder / "rows.parquet", rows, "page"), {"columns": {"page": "positive"}}
 
 
 def streamed_items(folder: Path) -> tuple[str, dict[str, Any]]:
@@ -389,11 +374,9 @@ def streamed_some(folder: Path) -> tuple[str, dict[str, Any]]:
 
 
 def streamed_pages(folder: Path) -> tuple[str, dict[str, Any]]:
-    rows = [{"id": n, "image": {"bytes": png(n), "path": None}, "language": "de"} for n in range(21)]
-    rows[10]["image"] = {"bytes": b"no image", "path": None}
-    data = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image(decode=False))
-    data.to_parquet(folder / "pages.parquet", batch_size=6)
-    return str(folder / "pages.parquet"), {"where": {"language": {"not": "fr"}}}
+    rows: list[Any] = [{"id": n, "image": stored(n), "language": "de"} for n in range(21)]
+    rows[10]["image"]["bytes"] = b"no image"
+    return parquet(folder / "pages.parquet", rows, "image"), {"where": {"language": {"not": "fr"}}}
 
 
 def write_lines(path: Path, lines: list[str]) -> str:
@@ -454,11 +437,8 @@ def test_a_stream_makes_the_files_of_rows_in_place(
         assert len(side_file.splitlines()) == unreadable
 
 
-def test_a_stream_is_shared_out_and_resumed(
-    embedder: Path, tmp_path: Path, opened: list[StreamingRows], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    path, options = streamed_images(tmp_path)
+def test_a_stream_is_shared_out_and_resumed(embedder: Path, here: Path, opened: list[StreamingRows]) -> None:
+    path, options = streamed_images(here)
     config = {"class_path": "vlmembed.data.StreamingRows", "init_args": {"path": path, **options}}
     Path("encode.yaml").write_text(json.dumps({"model": str(embedder), "corpus": config, "shard_size": 4}))
     words = ["encode", "--config", "encode.yaml", "--output"]
@@ -467,17 +447,17 @@ def test_a_stream_is_shared_out_and_resumed(
     named = ["encode", "--model", str(embedder), "--corpus", "vlmembed.data.StreamingRows", "--corpus.path", path]
     with pytest.raises(SystemExit, match="2 of the items"):
         main([*named, "--corpus.columns", json.dumps(options["columns"]), "--shard_size", "4", "--output", "named"])
-    assert content(tmp_path / "named") == content(tmp_path / "one")
+    assert content(here / "named") == content(here / "one")
     for share in ("2/2", "1/2"):
         with suppress(SystemExit):
             main([*words, "several", "--shards", share])
-    assert content(tmp_path / "several") == content(tmp_path / "one")
+    assert content(here / "several") == content(here / "one")
     for number in (1, 3, 4):  # As if it had been killed.
         Path(f"several/shard-0000{number}.parquet").unlink()
     opened.clear()
     with pytest.raises(SystemExit, match="2 of the items"):
         main([*words, "several"])
-    assert content(tmp_path / "several") == content(tmp_path / "one")
+    assert content(here / "several") == content(here / "one")
     assert len(opened) <= 4  # For the columns, the ids, to look at what is done, and for shard 1, which is before.
     with pytest.raises(ValueError, match="looking documents up needs all rows"):
         Documents(Index.open("one"), StreamingRows(path, **options))
@@ -599,8 +579,7 @@ def test_what_cannot_be_read_is_named_and_the_others_are_encoded(embedder: Path,
     rows[5] = {"id": "empty", "text": ""}
     lines = [json.dumps(row) for row in rows]
     lines[10] = '{"id": "cut off", "text": "no'
-    (tmp_path / "corpus.jsonl").write_text("\n".join(lines))
-    arguments = str(embedder), str(tmp_path / "corpus.jsonl"), str(tmp_path / "index")
+    arguments = str(embedder), write_lines(tmp_path / "corpus.jsonl", lines), str(tmp_path / "index")
     for _ in range(2):  # It is the same, and no less an error, if nothing is left to do.
         with pytest.raises(SystemExit, match=r"4 of the items could not be read; .*unreadable.jsonl says which"):
             encode(*arguments, shard_size=10)
@@ -637,8 +616,7 @@ def test_a_corpus_of_which_nothing_can_be_read_is_an_error(embedder: Path, tmp_p
 def test_numbers_that_are_none_are_an_error(checkpoint: Path, corpus: str, tmp_path: Path) -> None:
     broken = encoder(checkpoint)
     next(iter(broken.backbone.model.get_input_embeddings().parameters())).data[:] = torch.nan
-    (tmp_path / "model").mkdir()
-    write_folder(broken, tmp_path / "model")
+    export(broken, tmp_path / "model")
     with pytest.raises(ValueError, match=r"row 1 \(id 'doc 0/ü'\): its embedding has NaN"):
         encode(str(tmp_path / "model"), corpus, str(tmp_path / "index"))
     assert not [*(tmp_path / "index").glob("*.parquet")]
@@ -662,14 +640,8 @@ def test_numbers_that_are_none_are_an_error(checkpoint: Path, corpus: str, tmp_p
     ids=str,
 )
 def test_bad_arguments_are_refused(
-    arguments: dict[str, Any],
-    message: str,
-    corpus: str,
-    embedder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    arguments: dict[str, Any], message: str, corpus: str, embedder: Path, here: Path
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     Path("others").mkdir()
     Path("others/table.parquet").write_bytes(b"")
     Path("images").mkdir()
@@ -679,22 +651,6 @@ def test_bad_arguments_are_refused(
 
 
 # Whatever happens
-
-
-def start(**arguments: Any) -> Any:
-    """A process that encodes. It is forked from this one, which has imported all that takes seconds."""
-    process = FORK.Process(target=encode, kwargs=arguments)
-    process.start()
-    return process
-
-
-def kill_when(process: Any, is_time: Callable[[], bool], after: float) -> None:
-    """Kill a process, its loader workers are then orphans; unless it has ended before."""
-    while process.is_alive() and not is_time():
-        time.sleep(0.002)
-    time.sleep(after)
-    process.kill()
-    process.join()
 
 
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.exhaustive)])
@@ -707,8 +663,14 @@ def test_killed_at_any_moment_it_leaves_the_same_files(kills: int, embedder: Pat
         encode(output=str(tmp_path / "whole"), **arguments)
     for kill in range(kills):
         shards = kill * 20 // kills  # So many are there when it is killed, or one or two more.
-        process = start(output=str(output), **arguments)
-        kill_when(process, lambda shards=shards: len([*output.glob("*.parquet")]) > shards, random.uniform(0, 0.1))
+        # It is forked from this one, which has imported all that takes seconds; its loader workers will be orphans.
+        process: Any = FORK.Process(target=encode, kwargs={"output": str(output), **arguments})
+        process.start()
+        while process.is_alive() and len([*output.glob("*.parquet")]) <= shards:
+            time.sleep(0.002)
+        time.sleep(random.uniform(0, 0.1))
+        process.kill()
+        process.join()
         killed += process.exitcode == -signal.SIGKILL
         times = {file.name: file.stat().st_mtime_ns for file in output.glob("*.parquet")}
         assert before.items() <= times.items()  # None is written again.
@@ -843,7 +805,7 @@ def test_ray_makes_the_same_files_though_workers_are_killed(
     ray = pytest.importorskip("ray")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # As in this process: rounding depends on it.
-    corpus = jsonl(tmp_path / "corpus.jsonl", items(tmp_path, 480))
+    corpus = jsonl(tmp_path / "corpus.jsonl", items(tmp_path, 160 + 16 * kills))
     encode(str(embedder), corpus, str(tmp_path / "one"), shard_size=8)
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     killed: list[int] = []
@@ -907,16 +869,15 @@ def commands(section: str) -> list[str]:
 
 
 @pytest.fixture
-def place(embedder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(embedder: Path, here: Path) -> Path:
     """Where a user would be."""
-    monkeypatch.chdir(tmp_path)
     Path("my-model").symlink_to(embedder)
     Path("pages").mkdir()
-    rows = items(tmp_path / "pages", 9)
+    rows = items(here / "pages", 9)
     jsonl("corpus.jsonl", [{"id": row["id"], "text": "text", "language": "de"} for row in rows])
     (written,) = re.findall(r"<!-- encode.yaml -->\n```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)
     Path("encode.yaml").write_text(written)
-    return tmp_path
+    return here
 
 
 def test_the_commands_of_the_page_run(place: Path) -> None:

@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
-from building import jsonl, module, trainer
+from building import evaluation_folder, jsonl, module, trainer
 from PIL import Image
 from test_metrics import candidate_scores, reranked, reranking_set
 
@@ -45,12 +46,8 @@ QRELS = "query-id\tcorpus-id\tscore\nq1\td1\t2\nq1\td2\t0\n2\td3\t1\n"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    place = tmp_path / "pages"
-    place.mkdir()
+    place = Path(evaluation_folder(tmp_path / "pages", CORPUS, QUERIES, QRELS))
     Image.new("RGB", (4, 4)).save(place / "a.png")
-    jsonl(place / "corpus.jsonl", CORPUS)
-    jsonl(place / "queries.jsonl", QUERIES)
-    (place / "qrels.tsv").write_text(QRELS)
     return place
 
 
@@ -248,8 +245,6 @@ def test_a_label_that_is_no_grade_is_refused(tmp_path: Path) -> None:
 
 
 def test_open_images_of_training_rows_are_read_when_asked_for(tmp_path: Path) -> None:
-    import datasets
-
     images = [Image.new("RGB", (3, 3), color) for color in ("red", "blue")]
     columns = {"query": ["red", "blue"], "positive": images}
     datasets.Dataset.from_dict(columns).cast_column("positive", datasets.Image()).save_to_disk(tmp_path / "saved")
@@ -268,12 +263,9 @@ def text(item: Item) -> str:
 
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
-    place = tmp_path / "pages"
-    place.mkdir()
-    jsonl(place / "queries.jsonl", [{"id": f"q{number}", "text": f"question {number}"} for number in range(3)])
-    jsonl(place / "corpus.jsonl", [{"id": f"d{number}", "text": f"page {number}"} for number in range(12)])
-    (place / "qrels.tsv").write_text("q0\td3\t2\nq1\td1\t1\nq2\td0\t1\n")
-    return place
+    corpus = [{"id": f"d{number}", "text": f"page {number}"} for number in range(12)]
+    queries = [{"id": f"q{number}", "text": f"question {number}"} for number in range(3)]
+    return Path(evaluation_folder(tmp_path / "pages", corpus, queries, "q0\td3\t2\nq1\td1\t1\nq2\td0\t1\n"))
 
 
 #: Not in the order of scores, nor of ranks; q1's three first are equal in float32, and q2 is not there.
@@ -378,10 +370,8 @@ def test_what_is_written_is_read_back_in_the_same_order(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("names", [["#q", "q,1", '"q"', "nan"], ["ü", "-1", "Q0", "\u200bq"]])
 def test_odd_names_are_read_back(names: list[str], tmp_path: Path) -> None:
-    jsonl(tmp_path / "queries.jsonl", [{"id": name, "text": "x"} for name in names])
-    jsonl(tmp_path / "corpus.jsonl", [{"id": name, "text": "x"} for name in names])
-    (tmp_path / "qrels.tsv").write_text("".join(f"{name}\t{name}\t1\n" for name in names))
-    evaluation = as_evaluation(str(tmp_path))
+    rows = [{"id": name, "text": "x"} for name in names]
+    evaluation = as_evaluation(evaluation_folder(tmp_path, rows, rows, [(name, name, 1) for name in names]))
     assert evaluation.qrels == {name: {name: 1} for name in names}
     columns = torch.arange(4).expand(4, 4)
     write_run(evaluation, torch.arange(4.0).flip(0).expand(4, 4), columns, tmp_path)
@@ -440,9 +430,9 @@ def test_the_order_of_training_rows_does_not_give_answers_away(tmp_path: Path) -
 
 
 def test_a_thousand_queries_with_a_hundred_candidates_load_at_once(run_folder: Path) -> None:
-    jsonl(run_folder / "queries.jsonl", [{"id": f"q{number}", "text": "q"} for number in range(1000)])
-    (run_folder / "qrels.tsv").write_text("".join(f"q{number}\td1\t1\n" for number in range(1000)))
-    jsonl(run_folder / "corpus.jsonl", [{"id": f"d{number}", "text": "d"} for number in range(100)])
+    corpus = [{"id": f"d{number}", "text": "d"} for number in range(100)]
+    queries = [{"id": f"q{number}", "text": "q"} for number in range(1000)]
+    evaluation_folder(run_folder, corpus, queries, [(f"q{number}", "d1", 1) for number in range(1000)])
     numbers = np.random.default_rng(0).permutation(100_000)
     lines = (f"q{number // 100} Q0 d{number % 100} 1 {number % 17} x\n" for number in numbers)
     path = run(run_folder, "".join(lines))

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +12,13 @@ import numpy as np
 import pytest
 import pytrec_eval
 import torch
-from building import jsonl, module, trainer
-from hub_server import Repository, serve
-from jsonargparse import ArgumentParser
+from building import data_module, jsonl, module, trainer
+from hub_server import Repository, connect_datasets, serve
 from test_cookbook import content, hub, images, png, stored, table
+from test_hub import connect
 from test_metrics import MEASURES
 
-from vlmembed.data import EvaluationFolder, EvaluationRows, EvaluationTables, RetrievalDataModule, Rows, Table
+from vlmembed.data import EvaluationFolder, EvaluationRows, EvaluationTables, Rows, Table
 from vlmembed.data.evaluation import as_evaluation, as_reranking
 from vlmembed.metrics import METRICS, RerankingMetrics, RetrievalMetrics
 from vlmembed.types import EvaluationSet
@@ -271,14 +268,6 @@ REPLICAS: dict[str, Callable[[], Conversion | list[Conversion]]] = {
 }
 
 
-def data_module(val: Any) -> RetrievalDataModule:
-    """What the YAML says."""
-    parser = ArgumentParser()
-    parser.add_class_arguments(RetrievalDataModule, "data")
-    parsed = parser.parse_object({"data": {"val": val, "num_workers": 0}})
-    return parser.instantiate_classes(parsed).data
-
-
 def converted(found: EvaluationSet) -> Conversion:
     columns = {name: column for column, name in enumerate(found.document_names)}
     queries = [
@@ -294,11 +283,10 @@ def test_every_evaluation_set_of_the_page_has_a_replica() -> None:
 
 
 @pytest.mark.parametrize("name", REPLICAS)
-def test_measured(name: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_measured(name: str, checkpoint: Path, here: Path) -> None:
     conversions = REPLICAS[name]()
     conversions = conversions if isinstance(conversions, list) else [conversions]
-    model, data = module(checkpoint), data_module(table("evaluation sets")[name])
+    model, data = module(checkpoint), data_module(val=table("evaluation sets")[name])
     runner = trainer()
     runner.validate(model, datamodule=data, verbose=False)
     sets = data.evaluations["val"]
@@ -365,8 +353,7 @@ def save(layout: str, rows: dict[str, list[dict[str, Any]]]) -> None:
         ("docid", "Query-ID", ("Query-ID", "Corpus-ID", "Score")),
     ],
 )
-def test_layouts_and_spellings(layout: str, names: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_layouts_and_spellings(layout: str, names: Any, here: Path) -> None:
     corpus, queries, qrels = tables_of(*names)
     save(layout, {"corpus": corpus, "queries": queries, "qrels": qrels})
     assert converted(as_evaluation("set")) == SMALL
@@ -394,9 +381,8 @@ def test_lines_of_judgements(form: str, tmp_path: Path) -> None:
     assert converted(as_evaluation(str(tmp_path))) == expected
 
 
-def test_a_page_names_what_is_in_files_of_other_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_names_what_is_in_files_of_other_names(here: Path) -> None:
     """Beside other configurations; a corpus is shared, and read once, where languages have none of their own."""
-    monkeypatch.chdir(tmp_path)
     corpus, queries, qrels = tables_of()
     tables = {("corpus", "test"): corpus, ("top_ranked", "test"): qrels}
     for language, rows in (("en", slice(0, 1)), ("zh-Hant", slice(1, 3))):
@@ -422,34 +408,31 @@ def test_which_split_is_judged(suffix: str, tmp_path: Path) -> None:
     corpus, queries, _ = tables_of()
     jsonl(f"{tmp_path}/corpus.jsonl", corpus)
     jsonl(f"{tmp_path}/queries.jsonl", queries)
-    (tmp_path / "qrels").mkdir()
     for split, documents in SPLITS.items():
         rows = [{"query-id": "1", "corpus-id": name, "score": 1} for name in documents]
         if suffix == ".jsonl":
             jsonl(f"{tmp_path}/qrels/{split}.jsonl", rows)
         else:
+            (tmp_path / "qrels").mkdir(exist_ok=True)
             (tmp_path / "qrels" / f"{split}.tsv").write_text("".join(f"1\t{name}\t1\n" for name in documents))
 
-    def judged(split: str | None, usual: str = "test") -> list[str]:
-        loaded = (
-            as_evaluation(str(tmp_path), usual)
-            if split is None
-            else EvaluationFolder(str(tmp_path), split=split).load()
-        )
-        return [*loaded.qrels["1"]]
+    def judged(split: str) -> list[str]:
+        return [*EvaluationFolder(str(tmp_path), split=split).load().qrels["1"]]
 
-    is_named_so = suffix == ".tsv"  # `datasets` calls the file dev.jsonl of a folder validation.
-    assert judged(None, "validation") == judged("validation") == ["s1"]
-    assert judged(None) == judged("test") == ["s2", "s3"]
+    def usual(split: str) -> list[str]:
+        return [*as_evaluation(str(tmp_path), split).qrels["1"]]
+
+    assert usual("validation") == judged("validation") == ["s1"]
+    assert usual("test") == judged("test") == ["s2", "s3"]
     assert judged("train") == ["s0"]
     with pytest.raises(ValueError, match=r"qrels: no split 'eval'; it has .*train"):
         judged("eval")
-    if is_named_so:
+    if suffix == ".tsv":  # `datasets` calls the file dev.jsonl of a folder validation.
         (tmp_path / "qrels" / "dev.tsv").unlink()
         with pytest.raises(ValueError, match=r"qrels: no split 'validation'; it has test, train"):
-            judged(None, "validation")
+            usual("validation")
         (tmp_path / "qrels" / "train.tsv").unlink()
-        assert judged(None, "validation") == ["s2", "s3"]  # The only one there is.
+        assert usual("validation") == ["s2", "s3"]  # The only one there is.
         with pytest.raises(ValueError, match=r"qrels: no split 'dev'; it has test"):
             judged("dev")
 
@@ -505,18 +488,14 @@ Q = {"_id": "0", "text": "q"}
         ),
     ],
 )
-def test_bad_tables_are_refused(
-    given: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_bad_tables_are_refused(given: dict[str, Any], message: str, here: Path) -> None:
     rows = {name: value for name, value in given.items() if isinstance(value, list)}
     options = {name: value for name, value in given.items() if name not in rows}
     with pytest.raises(ValueError, match=message):
         EvaluationTables(**write_tables(**rows) | options).load()
 
 
-def test_what_is_no_evaluation_set_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_what_is_no_evaluation_set_is_refused(here: Path) -> None:
     corpus, queries, _ = tables_of()
     hub("halved", {("corpus", "test"): corpus, ("queries", "test"): queries})
     Path("bare").mkdir()
@@ -539,26 +518,24 @@ def test_what_is_no_evaluation_set_is_refused(tmp_path: Path, monkeypatch: pytes
         EvaluationFolder("set").load()
 
 
-def test_a_file_of_judgements_has_no_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_file_of_judgements_has_no_splits(here: Path) -> None:
     corpus, queries, qrels = tables_of()
     save("parquet files", {"corpus": corpus, "queries": queries, "qrels": qrels})
     with pytest.raises(ValueError, match=r"set/qrels.parquet: it has no splits, so none is called 'dev'"):
         EvaluationFolder("set", split="dev").load()
 
 
-def test_pages_of_pdfs_are_a_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_of_pdfs_are_a_corpus(here: Path) -> None:
     pytest.importorskip("pypdfium2")
     from test_pages import BOX, QUARTERS, document
 
-    monkeypatch.chdir(tmp_path)
     Path("reports").mkdir()
     Path("reports/a b.pdf").write_bytes(document((BOX, QUARTERS), (BOX, QUARTERS)))
     jsonl("queries.jsonl", [{"id": 1, "query": "which?"}])
     Path("qrels.tsv").write_text("1\ta b.pdf#page=2\t1\n")
     pages = {"class_path": "vlmembed.data.Pages", "init_args": {"path": "reports"}}
     tables = {"corpus": pages, "queries": "queries.jsonl", "qrels": "qrels.tsv", "document_instruction": "Read."}
-    data = data_module({"class_path": "vlmembed.data.EvaluationTables", "init_args": tables})
+    data = data_module(val={"class_path": "vlmembed.data.EvaluationTables", "init_args": tables})
     found = as_evaluation(data.val)
     assert (found.document_names, found.qrels) == (["a b.pdf#page=1", "a b.pdf#page=2"], {"1": {"a b.pdf#page=2": 1}})
     assert [item.parts[0].value.number for item in found.corpus] == [1, 2]
@@ -576,8 +553,7 @@ def test_links_lead_nowhere_else(tmp_path: Path) -> None:
         as_evaluation(str(tmp_path / "set"))
 
 
-def test_a_filter_of_the_queries_leaves_their_judgements_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_filter_of_the_queries_leaves_their_judgements_out(here: Path) -> None:
     paths = write_tables()
     queries = Table("queries.jsonl", where={"_id": {"min": 1}})
     assert converted(EvaluationTables(**paths | {"queries": queries}).load()) == Conversion(
@@ -585,8 +561,7 @@ def test_a_filter_of_the_queries_leaves_their_judgements_out(tmp_path: Path, mon
     )
 
 
-def test_images_in_tables_are_read_when_they_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_images_in_tables_are_read_when_they_are_asked_for(here: Path) -> None:
     vidore_v2()
     found = as_evaluation("vidore/esg_reports_v2")
     one, again = (found.corpus[3].parts[0].value for _ in range(2))
@@ -596,9 +571,8 @@ def test_images_in_tables_are_read_when_they_are_asked_for(tmp_path: Path, monke
     assert [*map(content, found.corpus[1:3])] == [[png(1)], [png(2)]]
 
 
-def test_rows_of_a_corpus_have_different_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_a_corpus_have_different_keys(here: Path) -> None:
     """A key that comes up late, and image and text that are empty where the other is."""
-    monkeypatch.chdir(tmp_path)
     images(".", ["a.png"])
     corpus = [{"id": f"s{n}", "text": f"x{n}"} for n in range(400)]
     corpus += [
@@ -616,8 +590,7 @@ def test_rows_of_a_corpus_have_different_keys(tmp_path: Path, monkeypatch: pytes
         EvaluationTables(**paths | {"corpus": Table("corpus.jsonl", columns={"id": "corpus-id"})}).load()
 
 
-def test_candidates_by_id_for_embedders_and_rerankers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_candidates_by_id_for_embedders_and_rerankers(here: Path) -> None:
     rows = [
         {"_id": "a", "text": "qa", "candidates": ["s3", "s0"], "kind": "x"},
         {"_id": "b", "text": "qb", "candidates": ["s1", "s2", "s3"], "kind": "y"},
@@ -650,8 +623,7 @@ def test_candidates_by_id_for_embedders_and_rerankers(tmp_path: Path, monkeypatc
     assert after == measured
 
 
-def test_each_row_is_a_query_for_a_reranker_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_each_row_is_a_query_for_a_reranker_too(here: Path) -> None:
     rows = [
         {"query": "q", "positive": "a", "negatives": ["b", "a", "c"]},
         {"query": "q", "positive": ["c", "d"], "negatives": ["a"]},
@@ -676,19 +648,16 @@ def test_each_row_is_a_query_for_a_reranker_too(tmp_path: Path, monkeypatch: pyt
 def test_a_set_is_not_called_what_the_mean_is(tmp_path: Path, checkpoint: Path) -> None:
     jsonl(f"{tmp_path}/mean.jsonl", [{"query": "q", "positive": "a"}])
     jsonl(f"{tmp_path}/other.jsonl", [{"query": "q", "positive": "a"}])
-    data = data_module([f"{tmp_path}/mean.jsonl", f"{tmp_path}/other.jsonl"])
+    data = data_module(val=[f"{tmp_path}/mean.jsonl", f"{tmp_path}/other.jsonl"])
     with pytest.raises(ValueError, match="An evaluation set is called 'mean'"):
         trainer().validate(module(checkpoint), datamodule=data, verbose=False)
 
 
-def test_metric_names_and_predictions_of_candidates(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_metric_names_and_predictions_of_candidates(checkpoint: Path, here: Path) -> None:
     conversion = mmeb()
-    data = data_module(table("evaluation sets")["TIGER-Lab/MMEB-eval"])
-    trainer(default_root_dir=tmp_path).predict(module(checkpoint), datamodule=data)
-    lines = [line.split() for line in next(tmp_path.rglob("OK-VQA.trec")).read_text().splitlines()]
+    data = data_module(val=table("evaluation sets")["TIGER-Lab/MMEB-eval"])
+    trainer(default_root_dir=here).predict(module(checkpoint), datamodule=data)
+    lines = [line.split() for line in next(here.rglob("OK-VQA.trec")).read_text().splitlines()]
     found = data.evaluations["predict"][0]
     for number, columns in enumerate(conversion.candidates or []):
         ranked = [line for line in lines if line[0] == str(number + 1)]
@@ -697,23 +666,8 @@ def test_metric_names_and_predictions_of_candidates(
     assert {*METRICS} >= {"hit@1", "ndcg@10"}
 
 
-HUB = """
-import sys
-from vlmembed.data import EvaluationFolder
-from vlmembed.data.evaluation import as_evaluation
-found = as_evaluation("org/pages.v1", "validation")
-print([part.value for item in found.corpus for part in item.parts], found.qrels, found.name)
-try:
-    EvaluationFolder("org/pages.v1", subset="french").load()
-except ValueError as error:
-    print(error)
-print(EvaluationFolder("org/pages.v1", revision="old").load().qrels)
-"""
-
-
-def test_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over HTTP: what it holds is known by its page, before anything else is downloaded."""
-    monkeypatch.chdir(tmp_path)
     corpus, queries, qrels = tables_of("corpus-id", "query-id")
     hub("local", {("corpus", "test"): corpus, ("queries", "test"): queries, ("default", "test"): qrels})
     files = {str(path.relative_to("local")): path.read_bytes() for path in Path("local").rglob("*") if path.is_file()}
@@ -723,13 +677,11 @@ def test_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (judged,) = [name for name in files if "default" in name]
         repository.commit("old", {**files, judged: Path("old.parquet").read_bytes()})
         repository.commit("main", files)
-        variables = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "cache"), "HF_TOKEN": "token"}
-        variables |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-        command = [sys.executable, "-c", HUB]
-        result = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stderr
-        first, second, third = result.stdout.splitlines()
-        assert first == f"{[text for (text,) in SMALL.corpus]} {{'0': {{'s1': 1}}, '2': {{'s0': 2, 's3': 1}}}} pages.v1"
-        assert second == "org/pages.v1: no subset 'french'; it has none, but is a single set."
-        assert third == "{'0': {'s1': 1}}"
+        connect(monkeypatch, server.url, "token")
+        connect_datasets(monkeypatch, server.url, here)
+        found = as_evaluation("org/pages.v1", "validation")
+        assert (converted(found), found.name) == (SMALL, "pages.v1")
+        with pytest.raises(ValueError, match=r"org/pages.v1: no subset 'french'; it has none, but is a single set"):
+            EvaluationFolder("org/pages.v1", subset="french").load()
+        assert EvaluationFolder("org/pages.v1", revision="old").load().qrels == {"0": {"s1": 1}}
         assert server.requests[1].endswith("README.md")

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from building import encoder, picture
+from building import encoder, export, picture
 from other_models import idefics3, qwen2_5_vl, qwen3_vl_moe
 from peft import LoraConfig
 from PIL import Image
@@ -33,7 +33,6 @@ from vlmembed.encoder import Encoder
 from vlmembed.export import ExportError, ModelInfo, SentenceTransformers, Verification
 from vlmembed.export.card import read
 from vlmembed.export.modules import check_servable, is_stock, standalone_code
-from vlmembed.export.sentence_transformers import write_folder
 from vlmembed.export.verify import TOLERANCE, Check, as_input, brings_code, expect, verify
 from vlmembed.media import load_image
 from vlmembed.pooling import Pooling
@@ -50,6 +49,7 @@ class Case:
     truncate_dim: int | None = None
     dtype: str = "float32"
     max_length: int | None = 256  # Shorter than the long text, whose attention would take most of the time.
+    also: tuple[int, ...] = ()  # Dimensions to compare beside the full one.
 
 
 def own_pooling() -> Pooling:
@@ -59,8 +59,8 @@ def own_pooling() -> Pooling:
 CASES = {
     "first": Case(zoo.FirstToken),
     "last": Case(zoo.LastToken, max_length=None),
-    "last, LoRA": Case(zoo.LastToken, lora=True),
-    "last, truncated": Case(zoo.LastToken, truncate_dim=24),
+    "last, LoRA": Case(zoo.LastToken, lora=True, also=(16,)),
+    "last, truncated": Case(zoo.LastToken, truncate_dim=24, also=(16,)),
     "last, bfloat16": Case(zoo.LastToken, dtype="bfloat16"),
     "max": Case(zoo.Max),
     "mean": Case(zoo.Mean),
@@ -85,7 +85,7 @@ CASES = {
         lambda: zoo.Projection(zoo.LayerMix(zoo.Concatenation([zoo.Attention(), zoo.MeanOfText(), zoo.Mean()]), 2), 24),
         False,
     ),
-    "own": Case(own_pooling, False),
+    "own": Case(own_pooling, False, also=(16,)),
 }
 
 OWN = """
@@ -160,18 +160,40 @@ Exports = dict[str, tuple[Path, Verification]]
 
 
 def exported(
-    checkpoint: Path, root: Path, left_out: tuple[str, ...] = (), cases: dict[str, Case] = CASES, **options: Any
+    checkpoint: Path,
+    root: Path,
+    left_out: tuple[str, ...] = (),
+    cases: dict[str, Case] = CASES,
+    others: dict[str, Encoder] | None = None,
+    **options: Any,
 ) -> Exports:
-    """Write every case, and open all of them in one process that cannot import vlmembed."""
-    checks = {}
+    """Write every case and other encoders, and open all of them in one process that cannot import vlmembed."""
+    checks, others = {}, others or {}
     for name, case in cases.items():
-        built, folder = trained(checkpoint, case), root / name.replace(" ", "_")
-        folder.mkdir()
+        built = trained(checkpoint, case)
         omitted = (*left_out, "long text") if left_out and not case.max_length else left_out
-        check = expect(built, root, [case.truncate_dim or built.dimension, 16])
-        checks[folder] = without(check, omitted)
-        write_folder(built, folder, case.truncate_dim)
-    return dict(zip(cases, zip(checks, verify(checks, **options), strict=True), strict=True))
+        check = expect(built, root, [case.truncate_dim or built.dimension, *case.also])
+        checks[export(built, root / name.replace(" ", "_"), case.truncate_dim)] = without(check, omitted)
+    for name, built in others.items():
+        check = expect(built, root, [built.dimension])
+        checks[export(built, root / name)] = check
+    return dict(zip([*cases, *others], zip(checks, verify(checks, **options), strict=True), strict=True))
+
+
+def others(checkpoint: Path, root: Path) -> dict[str, Encoder]:
+    """Of other families; with room for few tokens; with a template that takes one image only."""
+    kinds = {qwen2_5_vl: VisionLanguageModel, idefics3: VisionLanguageModel, qwen3_vl_moe: Qwen3VL}
+    built = {
+        write.__name__: encoder(write(root / "fresh" / write.__name__), kind=kind, max_length=256)
+        for write, kind in kinds.items()
+    }
+    built |= {f"{length} tokens": encoder(checkpoint, max_length=length) for length in (48, 20)}
+    fresh, loop = shutil.copytree(checkpoint, root / "fresh" / "one image"), "{%- for message in messages -%}"
+    refusal = "{%- if message.content | length > 2 %}{{ raise_exception('one image') }}{% endif %}"
+    template = (fresh / "chat_template.jinja").read_text()
+    assert loop in template
+    (fresh / "chat_template.jinja").write_text(template.replace(loop, loop + refusal))
+    return built | {"one image": encoder(fresh)}
 
 
 def without(check: Check, left_out: tuple[str, ...]) -> Check:
@@ -184,7 +206,8 @@ def without(check: Check, left_out: tuple[str, ...]) -> Check:
 
 @pytest.fixture(scope="module")
 def exports(checkpoint: Path, own: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Exports:
-    return exported(checkpoint, tmp_path_factory.mktemp("exports"))
+    root = tmp_path_factory.mktemp("exports")
+    return exported(checkpoint, root, others=others(checkpoint, root))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -194,7 +217,7 @@ def test_is_served_as_trained(exports: Exports, name: str) -> None:
     assert verification.passed
     assert verification.check.dtype == case.dtype
     assert verification.tolerance == TOLERANCE or case.dtype == "bfloat16"
-    assert verification.comparisons == 2 * 2 * 3 * 10  # roles, dimensions, batchings, probes
+    assert verification.comparisons == 2 * (1 + len(case.also)) * 3 * 10  # roles, dimensions, batchings, probes
     assert [path.name for path in folder.glob("*.py")] == ([] if case.stock else ["served_pooling.py"])
     files = [path for path in folder.rglob("*") if path.is_file()]
     umask = os.umask(0o022)
@@ -247,19 +270,29 @@ def test_a_folder_can_be_copied_and_saved_anew(exports: Exports, tmp_path: Path,
     assert brings_code(tmp_path / "saved") is (name != "layer mix")
 
 
-def test_other_models(tmp_path: Path) -> None:
-    checks = {}
-    builders = ((qwen2_5_vl, VisionLanguageModel), (idefics3, VisionLanguageModel), (qwen3_vl_moe, Qwen3VL))
-    for build, backbone in builders:
-        built = Encoder(backbone(str(build(tmp_path / build.__name__)), max_length=256), zoo.LastToken())
-        built.configure()
-        folder = tmp_path / f"{build.__name__} export"
-        folder.mkdir()
-        checks[folder] = expect(built, tmp_path, [built.dimension])
-        write_folder(built, folder)
-        claims_videos = "video" in read(folder / "sentence_bert_config.json")["modality_config"]
-        assert claims_videos is ("video" not in checks[folder].left_out) is (build is not idefics3)
-    assert all(verification.difference < TOLERANCE for verification in verify(checks))
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "idefics3", "qwen3_vl_moe"])
+def test_other_models(exports: Exports, name: str) -> None:
+    folder, verification = exports[name]
+    assert verification.passed
+    claims_videos = "video" in read(folder / "sentence_bert_config.json")["modality_config"]
+    assert claims_videos is ("video" not in verification.check.left_out) is (name != "idefics3")
+
+
+SEVERAL = {"two images and text"}
+IMAGES = SEVERAL | {"image", "image and text", "rotated image", "transparent image", "video"}
+
+
+@pytest.mark.parametrize(
+    ("name", "left_out"),
+    [("48 tokens", SEVERAL | {"image and text"}), ("20 tokens", IMAGES), ("one image", SEVERAL)],
+)
+def test_probes_are_what_the_model_reads(exports: Exports, name: str, left_out: set[str]) -> None:
+    """A text is cut, what has images is not; a template may take one image only."""
+    _, verification = exports[name]
+    assert verification.passed
+    assert {*verification.check.left_out} >= left_out
+    assert {"text", "long text"} <= {*verification.check.names}
+    assert f"because the model refuses them: {', '.join(verification.check.left_out)}" in str(verification)
 
 
 def test_every_image_is_served_as_trained_in_the_form_that_the_page_says(checkpoint: Path, tmp_path: Path) -> None:
@@ -282,13 +315,11 @@ def test_every_image_is_served_as_trained_in_the_form_that_the_page_says(checkpo
     }
     for name, (image, options) in images.items():
         image.save(tmp_path / name, **options)
-    built, folder, paths = encoder(checkpoint), tmp_path / "export", [tmp_path / name for name in images]
-    folder.mkdir()
-    write_folder(built.eval(), folder)
+    built, paths = encoder(checkpoint).eval(), [tmp_path / name for name in images]
     rows = [Item("document", (Part("image", form),)) for path in paths for form in (path, path.read_bytes())]
     with torch.no_grad():
         expected = normalize(torch.cat([built(built.preprocessor([row])) for row in rows]), dim=-1)
-    served = SentenceTransformer(str(folder), device="cpu")
+    served = SentenceTransformer(str(export(built, tmp_path / "export")), device="cpu")
     opened = [{"image": load_image(path)} for path in paths]
     probes = [as_input({"image": str(path)}) for path in paths[:-1]]
     for forms in (opened, probes):
@@ -337,32 +368,6 @@ def test_a_difference_fails_and_leaves_no_export(checkpoint: Path, own: ModuleTy
         SentenceTransformers().export(encoder(checkpoint, pooling, max_length=256), tmp_path / "export", ModelInfo())
     assert not (tmp_path / "export").exists()
     assert (tmp_path / "export.unverified" / "modules.json").exists()
-
-
-def test_probes_are_what_the_model_reads(checkpoint: Path, tmp_path: Path) -> None:
-    """A text is cut, what has images is not; a template may take one image only."""
-    fresh, loop = shutil.copytree(checkpoint, tmp_path / "fresh"), "{%- for message in messages -%}"
-    refusal = "{%- if message.content | length > 2 %}{{ raise_exception('one image') }}{% endif %}"
-    template = (fresh / "chat_template.jinja").read_text()
-    assert loop in template
-    (fresh / "chat_template.jinja").write_text(template.replace(loop, loop + refusal))
-    several = {"two images and text"}
-    images = several | {"image", "image and text", "rotated image", "transparent image", "video"}
-    checks = {}
-    for source, max_length, left_out in (
-        (checkpoint, 48, several | {"image and text"}),
-        (checkpoint, 20, images),
-        (fresh, None, several),
-    ):
-        built, folder = encoder(source, max_length=max_length), tmp_path / f"{max_length} export"
-        folder.mkdir()
-        checks[folder] = expect(built, tmp_path, [built.dimension])
-        write_folder(built, folder)
-        assert set(checks[folder].left_out) >= left_out
-        assert {"text", "long text"} <= set(checks[folder].names)
-    for verification in verify(checks):
-        assert verification.passed
-        assert f"because the model refuses them: {', '.join(verification.check.left_out)}" in str(verification)
 
 
 def test_a_used_folder_is_refused_and_left_alone(checkpoint: Path, tmp_path: Path) -> None:
@@ -435,7 +440,7 @@ def test_computing_what_is_expected_turns_dropout_off(checkpoint: Path, tmp_path
 
 def test_the_files(checkpoint: Path, tmp_path: Path) -> None:
     options = {"query_instruction": "Find it.", "document_instruction": None, "max_pixels": 9216, "max_length": 99}
-    write_folder(encoder(checkpoint, **options, bidirectional=True), tmp_path)
+    export(encoder(checkpoint, **options, bidirectional=True), tmp_path)
     config = read(tmp_path / "config_sentence_transformers.json")
     assert config["prompts"] == {"query": "Find it.", "document": ""}
     assert config["requirements"]["sentence_transformers"] == ">=5.6"
@@ -449,13 +454,11 @@ def test_an_export_is_a_checkpoint_whose_settings_are_those_of_the_next_training
     checkpoint: Path, tmp_path: Path
 ) -> None:
     """Of the first training nothing stays: its limit, its attention, its dimensions, its layers."""
-    first, second, long_text = tmp_path / "first", tmp_path / "second", "one two three " * 40
+    long_text = "one two three " * 40
     built = encoder(checkpoint, zoo.LayerMix(zoo.LastToken(), 2), max_length=60, bidirectional=True)
-    first.mkdir()
-    write_folder(built, first, dimensions=[32, 64])
+    first = export(built, tmp_path / "first", dimensions=[32, 64])
     trained_on = encoder(first).eval()
-    second.mkdir()
-    write_folder(trained_on, second)
+    second = export(trained_on, tmp_path / "second")
     with torch.no_grad():
         expected = normalize(trained_on(trained_on.preprocessor([Item("document", (Part("text", long_text),))])))
     served = SentenceTransformer(str(second), device="cpu").encode_document([long_text], convert_to_tensor=True)
@@ -472,10 +475,9 @@ def test_an_export_is_a_checkpoint_whose_settings_are_those_of_the_next_training
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_weights_are_the_checkpoints(tmp_path: Path, tied: bool) -> None:
-    fresh, folder = tmp_path / "fresh", tmp_path / "export"
+    fresh = tmp_path / "fresh"
     tiny.create(fresh, hidden_size=64, layers=2, heads=2, vision_hidden_size=32, tie_word_embeddings=tied)
-    folder.mkdir()
-    write_folder(encoder(fresh), folder)
+    folder = export(encoder(fresh), tmp_path / "export")
     with safe_open(fresh / "model.safetensors", "pt") as before, safe_open(folder / "model.safetensors", "pt") as after:
         # Where the output layer has weights of its own, an embedding model leaves them behind.
         assert set(before.keys()) - set(after.keys()) == (set() if tied else {"lm_head.weight"})
@@ -494,7 +496,7 @@ def test_a_truncated_export_is_normalised(exports: Exports, checkpoint: Path, tm
     assert embeddings.shape == (2, 24)
     np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-6)
     with pytest.raises(ValueError, match="truncate_dim=65 is not between 1 and the embedding's 64"):
-        write_folder(encoder(checkpoint), tmp_path, truncate_dim=65)
+        export(encoder(checkpoint), tmp_path, truncate_dim=65)
 
 
 # The code

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import pandas
 import pytest
 import torch
-from building import jsonl, picture, run_config
+from building import call, export, jsonl, picture, run_config
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from sentence_transformers import MultiVectorEncoder as Served
@@ -18,11 +20,9 @@ from sentence_transformers.multi_vector_encoder.evaluation import MultiVectorInf
 
 from vlmembed.adapters import LoRA
 from vlmembed.backbones import Qwen3VL
-from vlmembed.cli import main
 from vlmembed.encoder import MultiVectorEncoder
 from vlmembed.export import SentenceTransformers, Verification
-from vlmembed.export.sentence_transformers import write_multi_vector
-from vlmembed.export.verify import Check, brings_code, expect, verify
+from vlmembed.export.verify import brings_code, expect, verify
 from vlmembed.late_interaction import MultiVectors, merge
 from vlmembed.pooling import TokenProjection, TokenSelection
 
@@ -81,19 +81,39 @@ def trained(checkpoint: Path, case: Case) -> MultiVectorEncoder:
     return built
 
 
+def change_a_weight(folder: Path) -> None:
+    path = folder / "1_Dense" / "model.safetensors"
+    weights = load_file(path)
+    weights["linear.weight"][0, 0] += 0.01
+    save_file(weights, path)
+
+
+#: What makes a folder serve something else: a weight that is off, a mask that keeps too much, vectors merged too short.
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "linear": change_a_weight,
+    "images, words skipped": lambda at: (at / "2_MultiVectorMask/config.json").write_text('{"skiplist_words": []}'),
+    MERGED: lambda at: (at / "6_HierarchicalTokenPooling/config.json").write_text(
+        '{"pool_factor": 3, "num_protected_tokens": 0}'
+    ),
+}
+
+
 @pytest.fixture(scope="module")
 def exports(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Exports:
-    """Every case, opened in one process that cannot import vlmembed."""
+    """Every case and damaged copies, opened in one process that cannot import vlmembed."""
     root = tmp_path_factory.mktemp("exports")
     checks = {}
     for name, case in CASES.items():
-        built, folder = trained(checkpoint, case), root / name.replace(" ", "_")
-        folder.mkdir()
+        built = trained(checkpoint, case)
         prompts = {"pages-query": "Find the page."} if name == "linear" else {}
         size = [case.truncate_dim or built.dimension]
-        checks[folder] = expect(built, root, size, prompts=prompts, merging_factor=case.merging_factor)
-        write_multi_vector(built, folder, case.truncate_dim, case.merging_factor, prompts)
-    return dict(zip(CASES, zip(checks, verify(checks), strict=True), strict=True))
+        checks[root / name] = expect(built, root, size, prompts=prompts, merging_factor=case.merging_factor)
+        export(built, root / name, case.truncate_dim, case.merging_factor, prompts)
+    for name, damage in DAMAGES.items():
+        damage(shutil.copytree(root / name, root / f"damaged {name}"))
+        checks[root / f"damaged {name}"] = checks[root / name]
+    verified = zip(checks, verify(checks), strict=True)
+    return {folder.name: (folder, verification) for folder, verification in verified}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -111,34 +131,9 @@ def test_is_served_as_trained(exports: Exports, name: str) -> None:
     assert config["default_prompt_name"] is None
 
 
-def broken(exports: Exports, tmp_path: Path, name: str) -> tuple[Path, Check]:
-    folder, verification = exports[name]
-    copy = tmp_path / "broken"
-    copy.mkdir()
-    for path in folder.rglob("*"):
-        target = copy / path.relative_to(folder)
-        target.mkdir() if path.is_dir() else target.write_bytes(path.read_bytes())
-    return copy, verification.check
-
-
-def test_folders_that_serve_something_else_are_noticed(exports: Exports, tmp_path: Path) -> None:
-    """A weight of the projection that is off, a mask that keeps tokens that it should not, merged vectors too short."""
-    checks = {}
-    changed = {"linear": "1_Dense", "images, words skipped": "2_MultiVectorMask", MERGED: "6_HierarchicalTokenPooling"}
-    for name, module in changed.items():
-        (tmp_path / name).mkdir()
-        folder, check = broken(exports, tmp_path / name, name)
-        if module == "1_Dense":
-            path = folder / module / "model.safetensors"
-            weights = load_file(path)
-            weights["linear.weight"][0, 0] += 0.01
-            save_file(weights, path)
-        elif module == "2_MultiVectorMask":
-            (folder / module / "config.json").write_text('{"skiplist_words": []}')
-        else:
-            (folder / module / "config.json").write_text('{"pool_factor": 3, "num_protected_tokens": 0}')
-        checks[folder] = check
-    assert not any(verification.passed for verification in verify(checks))
+@pytest.mark.parametrize("name", DAMAGES)
+def test_folders_that_serve_something_else_are_noticed(exports: Exports, name: str) -> None:
+    assert not exports[f"damaged {name}"][1].passed
 
 
 def test_merged_documents_are_those_that_are_measured(exports: Exports) -> None:
@@ -166,35 +161,27 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("similarity", ["maxsim", pytest.param("meanmaxsim", marks=pytest.mark.exhaustive)])
 def test_what_was_measured_is_what_the_folder_ranks(
-    checkpoint: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    similarity: str,
+    checkpoint: Path, here: Path, capsys: pytest.CaptureFixture[str], similarity: str
 ) -> None:
     """From the command line: a short run, and an export of its checkpoint, which their own evaluator measures."""
-    monkeypatch.chdir(tmp_path)
-    written = rows(tmp_path)
-    config = run_config(checkpoint, train=jsonl("t.jsonl", written), val=jsonl("v.jsonl", written), batch_size=4)
-    model = config["model"]
-    model["class_path"] = "vlmembed.modules.MultiVectorModule"
-    arguments = {name: value for name, value in model["init_args"].items() if name != "pooling"}
+    written = rows(here)
+    data = {"train": jsonl("t.jsonl", written), "val": jsonl("v.jsonl", written), "batch_size": 4}
+    config = run_config(checkpoint, "MultiVectorModule", **data)
     projection = {"class_path": "vlmembed.pooling.TokenProjection", "init_args": {"size": 16}}
-    model["init_args"] = {**arguments, "projection": projection, "similarity": similarity}
     loss = {"loss": {"class_path": "vlmembed.losses.InfoNCE"}, "dimensions": [8]}
-    model["init_args"]["loss"] = {"class_path": "vlmembed.losses.Matryoshka", "init_args": loss}
-    config["trainer"] |= {"max_steps": 2, "default_root_dir": str(tmp_path)}
-    Path("run.yaml").write_text(json.dumps(config))
-    main(["fit", "--config", "run.yaml", "--trainer.exporter=null"])
-    (saved,) = tmp_path.rglob("*.ckpt")
-    main(["export", "--config", "run.yaml", "--ckpt_path", str(saved), "--model.two_stage=3"])
+    loss = {"class_path": "vlmembed.losses.Matryoshka", "init_args": loss}
+    config["model"]["init_args"] |= {"projection": projection, "similarity": similarity, "loss": loss}
+    config["trainer"] |= {"max_steps": 2, "default_root_dir": str(here)}
+    call("fit", config, "--trainer.exporter=null")
+    (saved,) = here.rglob("*.ckpt")
+    call("export", config, "--ckpt_path", str(saved), "--model.two_stage=3")
     assert (
         "configured as when the checkpoint was trained:\n  model.init_args.two_stage: None → 3\n"
         in capsys.readouterr().out
     )
-    (metrics,) = tmp_path.rglob("metrics.csv")
+    (metrics,) = here.rglob("metrics.csv")
     measured = pandas.read_csv(metrics)["val/ndcg@10"].dropna().iloc[-1]
-    (folder,) = tmp_path.rglob("export")
+    (folder,) = here.rglob("export")
     card = (folder / "README.md").read_text()
     assert "MultiVectorEncoder(" in card
     assert ". A vector has 16 numbers: 64 bytes in float32." in card
@@ -203,7 +190,11 @@ def test_what_was_measured_is_what_the_folder_ranks(
     assert json.loads((folder / "config.json").read_text())["matryoshka_dimensions"] == [8, 16]
     served: Any = Served(str(folder))
     assert served.similarity_fn_name == similarity
-    inputs = {str(number): as_input(row["positive"], tmp_path) for number, row in enumerate(written)}
+    positives = [row["positive"] for row in written]
+    inputs = {
+        str(number): one if isinstance(one, str) else {**one, "image": str(here / one["image"])}
+        for number, one in enumerate(positives)
+    }
     ranked = MultiVectorInformationRetrievalEvaluator(
         {key: row["query"] for key, row in zip(inputs, written, strict=True)},
         inputs,
@@ -212,10 +203,6 @@ def test_what_was_measured_is_what_the_folder_ranks(
     )(served)
     (ndcg,) = [value for name, value in ranked.items() if name.endswith("ndcg@10")]
     assert ndcg == pytest.approx(measured, abs=1e-4)
-
-
-def as_input(cell: Any, folder: Path) -> Any:
-    return cell if isinstance(cell, str) else {**cell, "image": str(folder / cell["image"])}
 
 
 @pytest.mark.parametrize(

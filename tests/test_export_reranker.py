@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import building
 import pytest
 import torch
+from building import export
 from peft import LoraConfig
 from safetensors import safe_open
 from sentence_transformers import CrossEncoder
@@ -16,17 +18,14 @@ from torch import Tensor
 
 from vlmembed import pooling as zoo
 from vlmembed.adapters import LoRA
-from vlmembed.backbones import DocumentFirst, QueryFirst, Qwen3VL, tiny
+from vlmembed.backbones import DocumentFirst, QueryFirst, tiny
 from vlmembed.backbones.chat_templates import PairTemplate
 from vlmembed.encoder import Scorer
 from vlmembed.export import ExportError, SentenceTransformers
 from vlmembed.export.card import read
-from vlmembed.export.sentence_transformers import Scoring, write_reranker
-from vlmembed.export.verify import HALF_PRECISION_TOLERANCE, TOLERANCE, Check, as_input, brings_code, expect
+from vlmembed.export.sentence_transformers import Scoring
+from vlmembed.export.verify import HALF_PRECISION_TOLERANCE, TOLERANCE, Check, as_input, brings_code, expect, verify
 from vlmembed.heads import MLP, Linear, ScoreHead, YesNo
-from vlmembed.losses import RankingLoss
-from vlmembed.modules import CrossEncoderModule
-from vlmembed.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +40,7 @@ def scorer(checkpoint: Path, head: ScoreHead, template: PairTemplate | None = No
     """With random weights: those that are as in the checkpoint would hide that they were left behind."""
     torch.manual_seed(0)
     # Much of the time would go to the attention of the long text.
-    built = Scorer(Qwen3VL(str(checkpoint), **{"max_length": 512, **options}), head, template or QueryFirst())
-    built.configure()
+    built = building.scorer(checkpoint, head, template, **{"max_length": 512, **options})
     for weight in head.parameters():
         torch.nn.init.normal_(weight, std=0.3)
     return built
@@ -73,32 +71,20 @@ def assert_served(folder: Path, check: Check, **options: Any) -> None:
 # In a process that cannot import vlmembed
 
 
-class NoLoss(RankingLoss):
-    def forward(self, scores: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-        return scores.sum()
-
-
-@pytest.mark.parametrize("scoring", ["dense", "logits"])
-def test_both_forms_are_served_as_trained(
-    untied: Path, tmp_path: Path, scoring: Scoring, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_both_forms_are_served_as_trained(untied: Path, tmp_path: Path) -> None:
     """With an adapter to merge, and rows of the language-model head that were trained."""
+    trained = scorer(untied, YesNo())
     adapter = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj", "qkv"], init_lora_weights=False)
-    module = CrossEncoderModule(Qwen3VL(str(untied), max_length=512), NoLoss(), adapters=[LoRA(adapter)])
-    torch.manual_seed(0)
-    module.configure_model()
-    for weight in module.encoder.pooling.parameters():
-        torch.nn.init.normal_(weight, std=0.3)
-    exporter, folder = SentenceTransformers(reranker_scoring=scoring), tmp_path / "reranker"
-    trainer = Trainer(exporter=exporter, logger=False, accelerator="cpu", default_root_dir=tmp_path)
-    trainer.export(module, output_dir=str(folder))
-    card, sides = (folder / "README.md").read_text(), 2 if scoring == "dense" else 1
-    # Pairs; alone, in batches, ranked.
-    assert f"{11 * (1 + sides + 1)} logits compared (text &#8211; long text" in card
-    assert "pipeline_tag: text-ranking" in card
-    assert "model = CrossEncoder(" in capfd.readouterr().out
-    requirement = read(folder / "config_sentence_transformers.json")["requirements"]["sentence_transformers"]
-    assert requirement == ">=5.6"
+    LoRA(adapter).apply(trained.backbone)
+    forms = {"dense": ("left", "right"), "logits": ("left",)}
+    checks = {form: expect(trained, tmp_path, sides=sides) for form, sides in forms.items()}
+    folders = {export(trained, tmp_path / form, form): check for form, check in checks.items()}
+    for folder, verification in zip(folders, verify(folders), strict=True):
+        assert verification.passed
+        # Pairs; alone, in batches, ranked.
+        assert verification.comparisons == 11 * (1 + len(verification.check.sides) + 1)
+        requirement = read(folder / "config_sentence_transformers.json")["requirements"]["sentence_transformers"]
+        assert requirement == ">=5.6"
 
 
 # Here
@@ -149,24 +135,19 @@ def test_every_head_is_served_as_trained(checkpoint: Path, tmp_path: Path, name:
     SentenceTransformers().check(head)
     trained = scorer(checkpoint, head, DocumentFirst("Find it.") if name == "attention" else None)
     check = expect(trained, tmp_path)
-    (tmp_path / "export").mkdir()
-    write_reranker(trained, tmp_path / "export")
-    assert_served((tmp_path / "export").rename(tmp_path / "moved to"), check)
+    assert_served(export(trained, tmp_path / "export").rename(tmp_path / "moved to"), check)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_the_two_forms_score_alike(checkpoint: Path, untied: Path, tmp_path: Path, tied: bool) -> None:
-    trained = scorer(checkpoint if tied else untied, YesNo(), bidirectional=tied)
+def test_the_two_forms_score_alike_bidirectionally_with_tied_weights(checkpoint: Path, tmp_path: Path) -> None:
+    trained = scorer(checkpoint, YesNo(), bidirectional=True)
     check = expect(trained, tmp_path, sides=["left"])
     for scoring in ("dense", "logits"):
-        (tmp_path / scoring).mkdir()
-        write_reranker(trained, tmp_path / scoring, scoring)  # type: ignore[arg-type]
-        assert_served(tmp_path / scoring, check)
+        assert_served(export(trained, tmp_path / scoring, scoring), check)
 
 
 def test_the_language_model_head_keeps_its_other_rows(untied: Path, tmp_path: Path) -> None:
     trained = scorer(untied, YesNo("zero", "one"))
-    write_reranker(trained, tmp_path, "logits")
+    export(trained, tmp_path, "logits")
     score = read(tmp_path / "1_LogitScore" / "config.json")
     tokenizer = trained.backbone.preprocessor.processor.tokenizer
     words = {"true_token_id": "zero", "false_token_id": "one"}
@@ -180,7 +161,7 @@ def test_the_language_model_head_keeps_its_other_rows(untied: Path, tmp_path: Pa
 
 
 def test_the_files(checkpoint: Path, tmp_path: Path) -> None:
-    write_reranker(scorer(checkpoint, YesNo(), QueryFirst("Find it."), max_length=300), tmp_path)
+    export(scorer(checkpoint, YesNo(), QueryFirst("Find it."), max_length=300), tmp_path)
     config = read(tmp_path / "config_sentence_transformers.json")
     assert (config["model_type"], config["activation_fn"]) == ("CrossEncoder", "torch.nn.modules.activation.Sigmoid")
     assert (config["prompts"], config["default_prompt_name"]) == ({}, None)
@@ -197,21 +178,17 @@ def test_the_files(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_an_exported_reranker_is_a_checkpoint_too(checkpoint: Path, tmp_path: Path) -> None:
     """To train on from, with another template: that of the first training does not come back."""
-    for folder in ("first", "second"):
-        (tmp_path / folder).mkdir()
-    write_reranker(scorer(checkpoint, YesNo(), max_length=None), tmp_path / "first")
-    trained = scorer(tmp_path / "first", YesNo(), DocumentFirst(), max_length=None)
+    first = export(scorer(checkpoint, YesNo(), max_length=None), tmp_path / "first")
+    trained = scorer(first, YesNo(), DocumentFirst(), max_length=None)
     check = expect(trained, tmp_path)
-    write_reranker(trained, tmp_path / "second")
-    assert_served(tmp_path / "second", check)
+    assert_served(export(trained, tmp_path / "second"), check)
     config = read(tmp_path / "second" / "config_sentence_transformers.json")
     assert config["requirements"]["sentence_transformers"] == ">=5.5"
 
 
 def test_a_prompt_takes_the_instructions_place(checkpoint: Path, tmp_path: Path) -> None:
     check = expect(scorer(checkpoint, YesNo(), QueryFirst("Find it.")), tmp_path)
-    write_reranker(scorer(checkpoint, YesNo()), tmp_path)
-    assert_served(tmp_path, check, prompt="Find it.")
+    assert_served(export(scorer(checkpoint, YesNo()), tmp_path), check, prompt="Find it.")
 
 
 def test_documents_are_cut_as_in_training(checkpoint: Path, tmp_path: Path) -> None:
@@ -220,8 +197,7 @@ def test_documents_are_cut_as_in_training(checkpoint: Path, tmp_path: Path) -> N
     check = expect(trained, tmp_path)
     assert "text – long text" in check.names
     assert len(trained.backbone.preprocessor.processor.tokenizer(check.inputs[0][1])["input_ids"]) > 300
-    write_reranker(trained, tmp_path)
-    assert_served(tmp_path, check)
+    assert_served(export(trained, tmp_path), check)
 
 
 def test_a_pair_that_the_model_refuses_is_not_compared(checkpoint: Path, tmp_path: Path) -> None:
@@ -239,8 +215,7 @@ def test_half_precision_answers_in_float32(checkpoint: Path, tmp_path: Path, sco
     """Logits of equal size would tie in bfloat16, which has 8 bits for each."""
     trained = scorer(checkpoint, YesNo(), dtype="bfloat16")
     check = expect(trained, tmp_path, sides=["left"])
-    write_reranker(trained, tmp_path, scoring)
-    scores = served(tmp_path, check)
+    scores = served(export(trained, tmp_path, scoring), check)
     torch.testing.assert_close(scores, expected(check), atol=HALF_PRECISION_TOLERANCE, rtol=0)
     assert not torch.equal(scores, scores.bfloat16().float())
 

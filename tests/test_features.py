@@ -9,12 +9,11 @@ import re
 import shutil
 import signal
 import struct
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from vlmembed.features import GIB, FeatureCache, InMemory, OnDisk, fingerprint, refuse_trainable
 
+FORK = multiprocessing.get_context("fork")
 Make = Callable[[float], FeatureCache]
 SETTINGS = {"max_pixels": 1024, "precision": "bf16"}
 
@@ -341,9 +341,8 @@ def fill(folder: Path, images: range, limit: float) -> None:
 def test_processes_fill_one_folder_together(tmp_path: Path, room: int) -> None:
     """Ranks with overlapping shards, in opposite orders; with room for all 180 images, and for 50 of them."""
     file = 40 * 3 * 8 * 4 + 200  # A little more than each takes.
-    context = multiprocessing.get_context("fork")
     shards = [range(0, 120), range(179, 60, -1), range(40, 160)]
-    processes = [context.Process(target=fill, args=(tmp_path, shard, room * file / GIB)) for shard in shards]
+    processes = [FORK.Process(target=fill, args=(tmp_path, shard, room * file / GIB)) for shard in shards]
     for process in processes:
         process.start()
     for process in processes:
@@ -355,22 +354,22 @@ def test_processes_fill_one_folder_together(tmp_path: Path, room: int) -> None:
     assert len(files(tmp_path)) == 180 or room == 50
 
 
-FILLING = """
-import os, pathlib, signal, sys, kept_features as tests
-cache, calls, replace = tests.on_disk(pathlib.Path(sys.argv[1])), [], os.replace
-def killed(draft, path):
-    calls.append(path)
-    if sys.argv[2] == "during" and len(calls) == 6:
-        pathlib.Path(draft).write_bytes(b"half a")
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(draft, path)
-    if sys.argv[2] == "after" and len(calls) == 6:
-        os.kill(os.getpid(), signal.SIGKILL)
-os.replace = killed
-for image in range(100_000):
-    cache.put(image, tests.features_of(image, tokens=40))
-    print(image, flush=True)
-"""
+def fill_until_killed(folder: Path, moment: str, done: Any) -> None:
+    cache, calls, replace = on_disk(folder), list[Path](), os.replace
+
+    def killed(draft: Path, path: Path) -> None:
+        calls.append(path)
+        if moment == "during" and len(calls) == 6:
+            draft.write_bytes(b"half a")
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(draft, path)
+        if moment == "after" and len(calls) == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.replace = killed  # type: ignore[assignment]
+    for image in range(100_000):
+        cache.put(image, features_of(image, tokens=40))
+        done.send(image)
 
 
 @pytest.mark.parametrize(("moment", "drafts", "whole"), [("during", 1, 5), ("after", 0, 6), ("any", None, None)])
@@ -378,16 +377,18 @@ def test_a_killed_process_loses_and_damages_nothing(
     tmp_path: Path, moment: str, drafts: int | None, whole: int | None
 ) -> None:
     """While the sixth file is written, when it is in place but still locked, or whenever it happens."""
-    environment = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parent.parent}"}
-    words = [sys.executable, "-c", FILLING, str(tmp_path), moment]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment)
-    assert process.stdout is not None
-    lines = [process.stdout.readline()]
+    ours, theirs = FORK.Pipe(duplex=False)
+    process = FORK.Process(target=fill_until_killed, args=(tmp_path, moment, theirs))
+    process.start()
+    theirs.close()
+    images = [ours.recv()]
     if moment == "any":
-        process.send_signal(signal.SIGKILL)
-    lines += process.stdout.readlines()
-    assert process.wait() == -signal.SIGKILL
-    images = [int(line) for line in lines if line.endswith("\n")]
+        process.kill()
+    with suppress(EOFError, OSError):  # It was killed while it sent something, or between.
+        while True:
+            images.append(ours.recv())
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     if moment != "any":
         assert (images, len(files(tmp_path, ".draft")), len(files(tmp_path))) == ([0, 1, 2, 3, 4], drafts, whole)
     cache = on_disk(tmp_path)

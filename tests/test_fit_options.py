@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import inspect
-import json
 import re
 from collections.abc import Callable
 from functools import partial
@@ -15,12 +14,10 @@ from typing import Any
 import lightning
 import pytest
 import torch
-import yaml
-from building import batch, examples, fit, module, relative_difference, run_config, trainer
+from building import batch, call, examples, fit, jsonl, module, relative_difference, run_config, trainer
 from lightning.pytorch import callbacks as lightning_callbacks
 from torch.optim import SGD
 
-from vlmembed.cli import main
 from vlmembed.encoder import Encoder
 from vlmembed.training.checkpointing import refuse_split_windows
 
@@ -42,23 +39,15 @@ def callback(name: str, **arguments: Any) -> dict[str, Any]:
     return {"class_path": Lightning + name, "init_args": arguments}
 
 
-def run(checkpoint: Path, folder: Path, flags: dict[str, Any], callbacks: list[Any], lr: float = 1e-3) -> None:
+def run(checkpoint: Path, flags: dict[str, Any], callbacks: list[Any], lr: float = 1e-3) -> None:
     """A fit of three batches an epoch, as a user would start it."""
-    rows = [json.dumps({"query": f"number {index}", "positive": f"answer {index}"}) for index in range(12)]
-    (folder / "rows.jsonl").write_text("\n".join(rows))
-    config = run_config(checkpoint, train="rows.jsonl", val="rows.jsonl", batch_size=4)
+    rows = jsonl("rows.jsonl", [{"query": f"number {index}", "positive": f"answer {index}"} for index in range(12)])
+    config = run_config(checkpoint, train=rows, val=rows, batch_size=4)
     config["model"]["init_args"]["optimizer"] = {"class_path": "torch.optim.SGD", "init_args": {"lr": lr}}
-    end = callback("LambdaCallback", on_fit_end="test_fit_options.remember")
-    config["trainer"] = {
-        "accelerator": "cpu",
-        "exporter": None,
-        "max_epochs": 1,
-        "callbacks": [end, *callbacks],
-        **flags,
-    }
-    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    callbacks = [callback("LambdaCallback", on_fit_end="test_fit_options.remember"), *callbacks]
+    config["trainer"] = {"accelerator": "cpu", "exporter": None, "max_epochs": 1, "callbacks": callbacks, **flags}
     SEEN.clear()
-    main(["fit", "--config", "run.yaml"])
+    call("fit", config)
 
 
 def columns(folder: Path) -> list[str]:
@@ -213,39 +202,29 @@ def test_the_table_has_every_callback_and_flag_and_all_are_tried() -> None:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_fit_with(
-    name: str,
-    checkpoint: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
+    name: str, checkpoint: Path, here: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     flags, callbacks, lr, check = RUNS[name]
-    run(checkpoint, tmp_path, flags, callbacks, lr)
-    check(tmp_path, "".join([*capfd.readouterr(), caplog.text]))
+    run(checkpoint, flags, callbacks, lr)
+    check(here, "".join([*capfd.readouterr(), caplog.text]))
 
 
-def test_a_spike_stops_the_run_and_what_stops_it_leaves_a_checkpoint(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_spike_stops_the_run_and_what_stops_it_leaves_a_checkpoint(checkpoint: Path, here: Path) -> None:
     spikes = callback("SpikeDetection", warmup=1, rtol=1e-9, mode="max", window=2)
     parts = [spikes, callback("OnExceptionCheckpoint", dirpath="oops"), callback("ProgressBar")]
     with pytest.raises(Exception, match="Training spike detected"):
-        run(checkpoint, tmp_path, {"max_epochs": 3}, parts, lr=10.0)
-    assert (tmp_path / "oops/on_exception.ckpt").exists()
+        run(checkpoint, {"max_epochs": 3}, parts, lr=10.0)
+    assert (here / "oops/on_exception.ckpt").exists()
 
 
 @pytest.mark.parametrize(("part", "message"), REFUSED)
 def test_what_would_not_do_what_it_says_is_refused_before_weights_are_loaded(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: dict[str, Any], message: str
+    checkpoint: Path, here: Path, monkeypatch: pytest.MonkeyPatch, part: dict[str, Any], message: str
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Encoder, "configure", lambda _: pytest.fail("weights were loaded"))
     flags, callbacks = ({}, [part]) if "class_path" in part else (part, [])
     with pytest.raises(ValueError, match=message):
-        run(checkpoint, tmp_path, flags, callbacks)
+        run(checkpoint, flags, callbacks)
 
 
 @pytest.mark.parametrize(
@@ -257,13 +236,12 @@ def test_what_would_not_do_what_it_says_is_refused_before_weights_are_loaded(
     ],
 )
 def test_waiting_for_what_is_not_measured_is_refused_before_training(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, monitor: str, flags: dict[str, Any], message: str
+    checkpoint: Path, here: Path, monitor: str, flags: dict[str, Any], message: str
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     stops = callback("EarlyStopping", monitor=monitor, mode="max")
     with pytest.raises(ValueError, match=message):
-        run(checkpoint, tmp_path, flags, [stops])
-    assert not list(tmp_path.rglob("*.ckpt"))
+        run(checkpoint, flags, [stops])
+    assert not list(here.rglob("*.ckpt"))
 
 
 def test_a_window_that_the_epoch_cuts_short_is_the_mean_of_its_batches(checkpoint: Path) -> None:
