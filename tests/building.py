@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
 from torch.distributed.tensor import DTensor
+from torch.nn.functional import normalize
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
@@ -275,6 +276,13 @@ class Recorder(Callback):
         return difference(self.weights[step], self.weights[0])
 
 
+def slow_maxsim(queries: Sequence[torch.Tensor], documents: Sequence[torch.Tensor], mean: bool = False) -> torch.Tensor:
+    """MaxSim as it is defined, or its mean over a query's vectors, a pair of items at a time."""
+    unit = [[normalize(vectors, dim=1) for vectors in side] for side in (queries, documents)]
+    best = [[(query @ document.T).amax(dim=1) for document in unit[1]] for query in unit[0]]
+    return torch.stack([torch.stack([each.mean() if mean else each.sum() for each in row]) for row in best])
+
+
 def allocated(of: Callable[[], Any]) -> int:
     """Bytes of torch that a call allocates at most at a time.
 
@@ -300,10 +308,11 @@ def trainer(**options: Any) -> Trainer:
     return Trainer(**{**quiet, **fixed, "max_epochs": 1, **options})
 
 
-def fit(model: RetrievalModule, batches: list[Any], **options: Any) -> Recorder:
+def fit(model: RetrievalModule, batches: list[Any], *callbacks: Callback, **options: Any) -> Recorder:
     """Train on each batch once."""
     recorder = Recorder()
-    trainer(callbacks=[recorder], log_every_n_steps=1, **options).fit(model, DataLoader(batches, batch_size=None))
+    run = trainer(callbacks=[*callbacks, recorder], log_every_n_steps=1, **options)
+    run.fit(model, DataLoader(batches, batch_size=None))
     return recorder
 
 

@@ -24,6 +24,7 @@ from building import (
     batch,
     collated,
     examples,
+    fit,
     item,
     lists,
     module,
@@ -121,14 +122,6 @@ def named(rows: Collection[int], rank: int = 0) -> tuple[str, ...]:
     return tuple(f"part {rank}, row {row}" for row in rows)
 
 
-def run(model: RetrievalModule, data: list[Any], *callbacks: Callback, **options: Any) -> Recorder:
-    """Train on each batch once."""
-    recorder = Recorder()
-    fitted = trainer(callbacks=[*callbacks, recorder], log_every_n_steps=1, **options)
-    fitted.fit(model, DataLoader(data, batch_size=None))
-    return recorder
-
-
 def skipped(folder: Path) -> list[dict[str, Any]]:
     """What the run's folder says."""
     path = folder / "non_finite.jsonl"
@@ -161,7 +154,7 @@ def test_a_skipped_step_leaves_no_trace(checkpoint: Path, optimizer: str) -> Non
         model = module(checkpoint, InfoNCE(0.05, learnable_temperature=True), optimizer=OPTIMIZERS[optimizer])
         data = batches(model, 5)
         last = Last()
-        runs.append((run(model, [data[number] for number in kept], Plant(broken), last, gradient_clip_val=1.0), last))
+        runs.append((fit(model, [data[number] for number in kept], Plant(broken), last, gradient_clip_val=1.0), last))
     (found, state), (expected, expected_state) = runs
     assert same(found.weights[-1], expected.weights[-1])
     torch.testing.assert_close(state.state, expected_state.state, rtol=0, atol=0)
@@ -175,7 +168,7 @@ def test_what_was_skipped_is_written_down(checkpoint: Path, tmp_path: Path, what
     model = module(checkpoint)
     data = batches(model, 4)
     with pytest.warns(UserWarning, match=r"Step 1 is skipped: the norm of its gradient is .*, its loss .*\. The rows"):
-        run(model, data, Plant({1, 2}, what), logger=csv_logger(tmp_path))
+        fit(model, data, Plant({1, 2}, what), logger=csv_logger(tmp_path))
     found = skipped(tmp_path / "run")
     assert [(line["step"], line["epoch"]) for line in found] == [(1, 0), (2, 0)]
     assert [line["batches"][0]["rows"] for line in found] == [list(named(range(3, 6))), list(named(range(6, 9)))]
@@ -192,7 +185,7 @@ def test_what_was_skipped_is_written_down(checkpoint: Path, tmp_path: Path, what
 
 def test_a_healthy_run_has_no_such_file_and_no_such_column(checkpoint: Path, tmp_path: Path) -> None:
     model = module(checkpoint)
-    run(model, batches(model, 2), logger=csv_logger(tmp_path))
+    fit(model, batches(model, 2), logger=csv_logger(tmp_path))
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["metrics.csv"]
     assert "skipped" not in (tmp_path / "run" / "metrics.csv").read_text()
 
@@ -204,7 +197,7 @@ def test_one_batch_spoils_those_that_it_is_added_to(checkpoint: Path, tmp_path: 
         model = module(checkpoint)
         data = batches(model, 6)
         options = {"accumulate_grad_batches": 2, "logger": csv_logger(tmp_path / str(len(kept)))}
-        runs.append(run(model, [data[number] for number in kept], Plant(broken), **options))
+        runs.append(fit(model, [data[number] for number in kept], Plant(broken), **options))
     assert same(runs[0].weights[-1], runs[1].weights[-1])
     (line,) = skipped(tmp_path / "6" / "run")
     first, second = line["batches"]
@@ -226,7 +219,7 @@ def test_the_host_asks_the_device_once(checkpoint: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(EmbeddingModule, "configure_gradient_clipping", counted)
     model = module(checkpoint)
-    run(model, batches(model, 2), gradient_clip_val=1.0)
+    fit(model, batches(model, 2), gradient_clip_val=1.0)
     assert asked == [1, 1]
 
 
@@ -240,7 +233,7 @@ def test_guards_change_no_bit(checkpoint: Path, monkeypatch: pytest.MonkeyPatch)
                 EmbeddingModule, "configure_gradient_clipping", LightningModule.configure_gradient_clipping
             )
             monkeypatch.setattr(CollapseMonitor, "note", lambda *_: None)
-        runs.append(run(model, batches(model, 4), gradient_clip_val=0.5))
+        runs.append(fit(model, batches(model, 4), gradient_clip_val=0.5))
     one, other = runs
     assert one.losses == other.losses
     assert same(one.weights[-1], other.weights[-1])
@@ -251,7 +244,7 @@ def test_too_many_in_a_row_stop_the_run(checkpoint: Path, tmp_path: Path) -> Non
     data = batches(model, 7)
     stops = pytest.raises(RuntimeError, match=r"3 optimizer steps in a row .* max_skipped_steps is 2. The rows .*bf16")
     with stops:
-        run(model, data, Plant({0, 1, 3, 4, 5}), logger=csv_logger(tmp_path))
+        fit(model, data, Plant({0, 1, 3, 4, 5}), logger=csv_logger(tmp_path))
     assert [line["step"] for line in skipped(tmp_path / "run")] == [0, 1, 3, 4, 5]
 
 
@@ -260,7 +253,7 @@ def test_the_limit_is_a_count(checkpoint: Path) -> None:
         module(checkpoint, max_skipped_steps=-1)
     model = module(checkpoint, max_skipped_steps=0)
     with pytest.raises(RuntimeError, match="1 optimizer steps in a row"):
-        run(model, batches(model, 2), Plant({1}))
+        fit(model, batches(model, 2), Plant({1}))
 
 
 def test_a_resumed_run_counts_on(checkpoint: Path, tmp_path: Path) -> None:
@@ -296,7 +289,7 @@ def train_together(checkpoint: Path, folder: Path) -> dict[str, tuple[Recorder, 
         options = {"devices": ddp.WORLD_SIZE, "strategy": strategy, "logger": csv_logger(folder / name)}
         model = EmbeddingModule(Qwen3VL(str(checkpoint)), LastToken(), InfoNCE(0.05), optimizer=partial(SGD, lr=0.01))
         data = batches(module(checkpoint), 4, rank)
-        recorder = run(model, data[2 * rank :] + data[: 2 * rank], Plant({1}, what, rank=1), **options)
+        recorder = fit(model, data[2 * rank :] + data[: 2 * rank], Plant({1}, what, rank=1), **options)
         found[name] = recorder, model.guard.counts["skipped"]
     return found
 
@@ -337,7 +330,7 @@ def test_no_checkpoint_holds_weights_that_are_not_finite(checkpoint: Path, tmp_p
     saver = ModelCheckpoint(tmp_path, "{step}", **options)
     refuses = pytest.raises(RuntimeError, match=r"1 parameters are not finite, such as .*language_model.norm.weight")
     with refuses:
-        run(model, batches(model, 6), Breaks(4, value), saver, enable_checkpointing=True)
+        fit(model, batches(model, 6), Breaks(4, value), saver, enable_checkpointing=True)
     kept = sorted(tmp_path.iterdir())
     assert [path.name for path in kept if "last" in path.name] == ["last.ckpt"]
     assert len(kept) == 3
@@ -351,7 +344,7 @@ def test_a_run_whose_weights_broke_stops_at_once(checkpoint: Path) -> None:
     model = module(checkpoint, optimizer=partial(SGD, lr=1e-3))
     data = batches(model, 4)
     with pytest.raises(RuntimeError, match=r"Step 2: 1 parameters are not finite, such as .*norm.weight"):
-        run(model, data, Breaks(2, math.inf))
+        fit(model, data, Breaks(2, math.inf))
 
 
 def test_broken_weights_are_not_measured(checkpoint: Path, tmp_path: Path) -> None:
@@ -370,12 +363,12 @@ def test_a_scaler_looks_for_its_scale_undisturbed(checkpoint: Path, tmp_path: Pa
     model = module(checkpoint, max_skipped_steps=0)
     plugin = MixedPrecision("16-mixed", "cpu", scaler)
     data = batches(model, 4)
-    recorder = run(model, data, plugins=[plugin], logger=csv_logger(tmp_path))
+    recorder = fit(model, data, plugins=[plugin], logger=csv_logger(tmp_path))
     assert scaler.get_scale() == 2.0**116
     assert same(recorder.weights[0], recorder.weights[-1])
     assert not skipped(tmp_path / "run")
     with pytest.raises(RuntimeError, match="1 optimizer steps in a row"):
-        run(model, data, Plant({2}), plugins=[plugin], logger=csv_logger(tmp_path))
+        fit(model, data, Plant({2}), plugins=[plugin], logger=csv_logger(tmp_path))
 
 
 # Outputs that are all alike, and a loss at chance

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from building import item, picture
+from building import item, picture, ranker
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import gelu, log_softmax
 from transformers import AutoModelForImageTextToText
@@ -18,7 +18,7 @@ from vlmembed.backbones import DocumentFirst, QueryFirst, Qwen3VL, TemplateFile,
 from vlmembed.backbones.base import label_token_ids
 from vlmembed.backbones.chat_templates import PairTemplate
 from vlmembed.encoder import Scorer
-from vlmembed.heads import MLP, Linear, ScoreHead, YesNo
+from vlmembed.heads import MLP, Linear, YesNo
 from vlmembed.pooling import LastToken, Mean, MeanWithoutInstruction, Pooling
 from vlmembed.types import Pair
 
@@ -37,19 +37,13 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def scorer(checkpoint: Path, head: ScoreHead | None = None, template: PairTemplate | None = None) -> Scorer:
-    built = Scorer(Qwen3VL(str(checkpoint)), head or YesNo(), template or QueryFirst())
-    built.configure()
-    return built.eval()
-
-
 # Yes and no
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_yes_or_no_is_what_the_language_model_says(checkpoint: Path, untied: Path, tied: bool) -> None:
     folder = checkpoint if tied else untied
-    model = scorer(folder, YesNo("zero", "one"))
+    model = ranker(folder, head=YesNo("zero", "one")).encoder.eval()
     theirs = AutoModelForImageTextToText.from_pretrained(folder).eval()
     padded = Qwen3VL(str(folder), attn_implementation="sdpa").make_preprocessor(QueryFirst())
     tokens = label_token_ids(padded.processor.tokenizer, ["zero", "one"])
@@ -64,12 +58,12 @@ def test_yes_or_no_is_what_the_language_model_says(checkpoint: Path, untied: Pat
 
 
 def test_yes_or_no_adds_no_weights_where_the_head_is_tied(checkpoint: Path, untied: Path) -> None:
-    assert not [*scorer(checkpoint).pooling.parameters()]
-    assert [tuple(weight.shape) for weight in scorer(untied).pooling.parameters()] == [(2, 64)]
+    assert not [*ranker(checkpoint).encoder.pooling.parameters()]
+    assert [tuple(weight.shape) for weight in ranker(untied).encoder.pooling.parameters()] == [(2, 64)]
 
 
 def test_yes_or_no_trains_the_embeddings_of_both_words(checkpoint: Path) -> None:
-    model = scorer(checkpoint)
+    model = ranker(checkpoint).encoder
     tokens = label_token_ids(model.backbone.preprocessor.processor.tokenizer, ["yes", "no"])
     pooled = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
     model.pooling.score(pooled).sum().backward()
@@ -89,7 +83,7 @@ def test_yes_or_no_trains_the_embeddings_of_both_words(checkpoint: Path) -> None
 )
 def test_an_answer_is_one_token(checkpoint: Path, words: tuple[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        scorer(checkpoint, YesNo(*words))
+        ranker(checkpoint, head=YesNo(*words))
 
 
 def test_rows_are_found_in_a_checkpoint_of_several_files(untied: Path, tmp_path: Path) -> None:
@@ -143,7 +137,7 @@ def test_an_mlp_has_neurons() -> None:
 
 
 def rendered(checkpoint: Path, template: PairTemplate, pair: Pair) -> str:
-    preprocess = scorer(checkpoint, template=template).backbone.preprocessor
+    preprocess = ranker(checkpoint, template=template).preprocessor
     decoded: str = preprocess.processor.tokenizer.decode(preprocess([pair])["input_ids"][0])
     return decoded
 
@@ -179,7 +173,7 @@ def test_a_template_of_ones_own(checkpoint: Path, tmp_path: Path) -> None:
     template = TemplateFile(str(tmp_path / "own.jinja"), ends_with_query=True)
     found = rendered(checkpoint, template, Pair(item("one", role="query"), item("two")))
     assert found == "queryonedocumenttwo"
-    assert scorer(checkpoint, template=template).preprocessor.pair_template is template
+    assert ranker(checkpoint, template=template).preprocessor.pair_template is template
 
 
 def test_a_template_is_a_file(tmp_path: Path) -> None:

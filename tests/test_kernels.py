@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from building import batch, examples, gradients, module, relative_difference, texts
+from building import batch, examples, module, relative_difference, step_gradients, texts
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -24,7 +24,6 @@ from vlmembed.adapters import LoRA
 from vlmembed.gradcache import GradCache
 from vlmembed.kernels import compile_layers, use_liger
 from vlmembed.modules import EmbeddingModule
-from vlmembed.modules.embedding import gather_batch
 from vlmembed.types import Example
 
 #: Fused operations in float32 round in other places.
@@ -42,14 +41,8 @@ def step(
 ) -> tuple[Tensor, dict[str, Tensor], float]:
     """Embeddings, gradients, and the bytes that graphs took."""
     torch.manual_seed(1)
-    data = batch(model, rows, chunk_size)
     grad_cache = GradCache(model.encoder, graph_bytes)
-    embeddings = grad_cache.embed(data)
-    model.loss(*gather_batch(embeddings, data)).backward()
-    grad_cache.backward()
-    found = gradients(model)
-    model.zero_grad()
-    return embeddings.detach(), found, grad_cache.budget.taken
+    return *step_gradients(model, grad_cache, batch(model, rows, chunk_size)), grad_cache.budget.taken
 
 
 @pytest.mark.slow

@@ -19,7 +19,6 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-import torch
 from building import picture
 from lightning.pytorch.callbacks import Callback
 from test_datamodule import Recorder, trainer
@@ -185,11 +184,8 @@ class Batches(Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Batch, batch_idx: int) -> None:
         self.queries += batch.query_ids.tolist()
         self.bad |= {row.row: row.reason for row in batch.bad_rows}
-        assert len({*batch.queries.tolist(), *batch.documents.tolist()}) == sum(map(items, batch.chunks))
-
-
-def items(chunk: dict[str, torch.Tensor]) -> int:
-    return len(chunk["attention_mask"])
+        items = sum(len(chunk["attention_mask"]) for chunk in batch.chunks)
+        assert len({*batch.queries.tolist(), *batch.documents.tolist()}) == items
 
 
 def run(path: Path, preprocessor: Preprocessor, **options: Any) -> Batches:

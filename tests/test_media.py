@@ -264,16 +264,23 @@ def test_a_video_file_is_sampled_as_the_processor_samples_it(checkpoint: Path, t
     path = film(tmp_path / "film.mp4")
     frames, metadata = decode_video(str(path))
     assert (len(frames), metadata.fps) == (24, 8.0)
-    expected = AutoProcessor.from_pretrained(checkpoint).apply_chat_template(
+    expected = by_the_processor(checkpoint, frames, videos_kwargs={"video_metadata": [metadata]})
+    assert expected["video_grid_thw"][0, 0] == 3
+    assert_same_inputs(preprocessor(checkpoint, None)([Item("document", (Part("video", path),))]), expected)
+
+
+def by_the_processor(checkpoint: Path, frames: Any, **options: Any) -> Any:
+    return AutoProcessor.from_pretrained(checkpoint).apply_chat_template(
         [{"role": "user", "content": [{"type": "video", "video": frames}]}],
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
         add_generation_prompt=True,
-        processor_kwargs={"videos_kwargs": {"video_metadata": [metadata]}},
+        processor_kwargs=options,
     )
-    actual = preprocessor(checkpoint, None)([Item("document", (Part("video", path),))])
-    assert expected["video_grid_thw"][0, 0] == 3
+
+
+def assert_same_inputs(actual: Any, expected: Any) -> None:
     assert all(torch.equal(actual[name], value) for name, value in expected.items())
 
 
@@ -288,7 +295,7 @@ def test_a_video_in_a_table_is_that_of_the_file(checkpoint: Path, tmp_path: Path
     items = to_items([(cell, "document", "row 1") for cell in cells], Folder(tmp_path))
     expected, *others = [preprocessor(checkpoint, None)([item]) for item in items]
     for other in others:
-        assert all(torch.equal(other[name], value) for name, value in expected.items())
+        assert_same_inputs(other, expected)
     with pytest.raises(ValueError, match="row 1: cannot read the video given as bytes"):
         preprocessor(checkpoint, None)(
             to_items([({"video": {"bytes": b"no film"}}, "document", "row 1")], Folder(tmp_path))
@@ -297,20 +304,13 @@ def test_a_video_in_a_table_is_that_of_the_file(checkpoint: Path, tmp_path: Path
 
 def test_frames_are_sampled_as_the_processor_samples_them(checkpoint: Path, tmp_path: Path) -> None:
     frames = [picture(64, 32, seed) for seed in range(9)]
-    expected = AutoProcessor.from_pretrained(checkpoint).apply_chat_template(
-        [{"role": "user", "content": [{"type": "video", "video": frames}]}],
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        add_generation_prompt=True,
-    )
+    expected = by_the_processor(checkpoint, frames)
     paths = [tmp_path / f"{number}.png" for number in range(9)]
     for frame, path in zip(frames, paths, strict=True):
         frame.save(path)
     ours = preprocessor(checkpoint, None)
     for values in (frames, paths):
-        actual = ours([Item("document", (Part("video", tuple(values)),))])
-        assert all(torch.equal(actual[name], value) for name, value in expected.items())
+        assert_same_inputs(ours([Item("document", (Part("video", tuple(values)),))]), expected)
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "text", "folder"])

@@ -7,11 +7,9 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
-from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest.mock import Mock
@@ -22,28 +20,25 @@ import pytest
 import sentence_transformers
 import torch
 import yaml
-from building import encoder, item, jsonl, picture
+from building import encoder, item, jsonl, multi_vector, picture, ranker, slow_maxsim
+from forked import CONTEXT
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import cos_sim, mine_hard_negatives
 from torch import Tensor
 
-from vlmembed.backbones import QueryFirst, Qwen3VL
 from vlmembed.cli import check, main
 from vlmembed.data import Rows, Source
 from vlmembed.data.digits import HandwrittenNumbers
-from vlmembed.encoder import MultiVectorEncoder, Scorer
 from vlmembed.export.sentence_transformers import write_folder, write_multi_vector, write_reranker
-from vlmembed.files import HOST
-from vlmembed.heads import YesNo
+from vlmembed.files import HOST, whole_file
 from vlmembed.mining import mine, score, write_rows
 from vlmembed.mining.candidates import Entry, identify
 from vlmembed.mining.mining import Choice, Pool, gather, hard_negatives
-from vlmembed.pooling import TokenProjection, TokenSelection
 from vlmembed.search.encoding import encode
 from vlmembed.search.index import Documents
 from vlmembed.search.served import model_input
-from vlmembed.types import Example, Item, Pair, Part, Role
+from vlmembed.types import Example, Item, Pair, Part
 
 
 @pytest.fixture(scope="module")
@@ -147,10 +142,9 @@ def test_time_follows_the_number_of_positives(monkeypatch: pytest.MonkeyPatch) -
 def test_text_is_mined_as_by_sentence_transformers(embedder: Path, tmp_path: Path) -> None:
     words = np.random.default_rng(0).choice(["red", "blue", "house", "tree", "cat", "seven"], (24, 4))
     texts = [" ".join(row) for row in words]
-    rows = tmp_path / "rows.jsonl"
     pairs = [{"query": query, "positive": positive} for query, positive in zip(texts[:12], texts[12:], strict=True)]
-    rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    mine(str(embedder), str(rows), str(tmp_path / "mined.jsonl"), negatives=3, margin=None, relative_margin=0.02)
+    rows = jsonl(tmp_path / "rows.jsonl", pairs)
+    mine(str(embedder), rows, str(tmp_path / "mined.jsonl"), negatives=3, margin=None, relative_margin=0.02)
     ours = {row["query"]: row["negatives"] for row in map(json.loads, (tmp_path / "mined.jsonl").open())}
     model = SentenceTransformer(str(embedder))
     theirs = mine_hard_negatives(
@@ -174,11 +168,7 @@ def test_a_multi_vector_model_mines_by_maxsim(
     similarity: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its most similar documents that are no positive, from the cache too, whatever instructions say."""
-    selections: dict[Role, TokenSelection] = {"query": TokenSelection(), "document": TokenSelection()}
-    built = MultiVectorEncoder(Qwen3VL(str(checkpoint)), TokenProjection(16), selections, similarity)
-    torch.manual_seed(0)
-    built.configure()
-    write_multi_vector(built, tmp_path / "model")
+    write_multi_vector(multi_vector(checkpoint, similarity=similarity).encoder, tmp_path / "model")
     words = [" ".join(["seven", "blue", "tree"][: 1 + number % 3]) + f" {number}" for number in range(11)]
     rows = [
         Example(replace(asked(number), instruction=f"Find {number % 2}."), (item(text),))
@@ -193,7 +183,7 @@ def test_a_multi_vector_model_mines_by_maxsim(
     mined = Rows(str(tmp_path / "mined.jsonl"))
     for number, row in enumerate(rows):
         query = model.encode([{"text": row.query.parts[0].value}], prompt=row.query.instruction, task="query")
-        scores = [float((query[0] @ document.T).amax(1).sum()) for document in documents]
+        scores = slow_maxsim(query, documents)[0].tolist()
         best = sorted((place for place in range(11) if place != number), key=scores.__getitem__, reverse=True)[:3]
         assert [negative.parts[0].value for negative in mined[number].negatives] == [words[place] for place in best]
     # From an index of the same documents, the same.
@@ -245,10 +235,8 @@ def test_negatives_come_from_a_corpus_and_after_those_that_are_there(embedder: P
         Example(asked(1), (item("corpus 1"),)),
     ]
     corpus = tmp_path / "corpus"
-    corpus.mkdir()
-    documents = [{"id": str(number), "text": f"corpus {number}"} for number in range(5)]
-    (corpus / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in documents))
-    (corpus / "queries.jsonl").write_text(json.dumps({"id": "q", "text": "anything"}) + "\n")
+    jsonl(corpus / "corpus.jsonl", [{"id": str(number), "text": f"corpus {number}"} for number in range(5)])
+    jsonl(corpus / "queries.jsonl", [{"id": "q", "text": "anything"}])
     (corpus / "qrels.tsv").write_text("q\t0\t1\n")
     output = tmp_path / "mined.jsonl"
     mine(str(embedder), Listed(rows), str(output), str(corpus), 9, margin=None, relative_margin=None)
@@ -460,22 +448,6 @@ def test_broken_files_of_the_cache_are_noticed(embedder: Path, tmp_path: Path, c
 # Scores
 
 
-@pytest.fixture(scope="module")
-def scorer(checkpoint: Path) -> Scorer:
-    torch.manual_seed(0)
-    built = Scorer(Qwen3VL(str(checkpoint)), YesNo(), QueryFirst())
-    built.configure()
-    return built.eval()
-
-
-@pytest.fixture(scope="module")
-def reranker(scorer: Scorer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that Sentence Transformers opens."""
-    folder = tmp_path_factory.mktemp("reranker")
-    write_reranker(scorer, folder)
-    return folder
-
-
 EXAMPLES = [
     Example(asked(0), (item(picture(64, 32, 1)), item("another")), (item("wrong"), item("wrong, and long"))),
     Example(item(picture(32, 32, 2), "and this?", role="query"), (item(picture(32, 64, 3), "caption"),)),
@@ -483,7 +455,9 @@ EXAMPLES = [
 ]
 
 
-def test_scores_are_the_logits_of_the_reranker(scorer: Scorer, reranker: Path, tmp_path: Path) -> None:
+def test_scores_are_the_logits_of_the_reranker(checkpoint: Path, tmp_path: Path) -> None:
+    scorer, reranker = ranker(checkpoint).encoder.eval(), tmp_path / "reranker"
+    write_reranker(scorer, reranker)
     write_rows(tmp_path / "rows.jsonl", EXAMPLES)
     rows, output = (str(tmp_path / name) for name in ("rows.jsonl", "scored.jsonl"))
     main(["score", "--model", str(reranker), "--rows", rows, "--output", output, "--batch_size", "3"])
@@ -572,13 +546,11 @@ def test_the_command_writes_rows_that_can_be_trained_on(embedder: Path, tmp_path
         assert len(mined[row].negatives) == 4
 
 
-KILLED = """
-import os, pathlib, signal, sys
-from vlmembed.files import whole_file
-with whole_file(pathlib.Path(sys.argv[1])) as draft:
-    draft.write_text("half a")
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
+def killed(paths: list[Path]) -> None:
+    with ExitStack() as stack:
+        for path in paths:
+            stack.enter_context(whole_file(path)).write_text("half a")
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_drafts_of_a_killed_run_are_cleared_by_the_next(
@@ -586,10 +558,11 @@ def test_drafts_of_a_killed_run_are_cleared_by_the_next(
 ) -> None:
     """Of the rows, their images and the embeddings; not those of a process that lives."""
     monkeypatch.setattr("sentence_transformers.CrossEncoder", Stub)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    for name in ("mined.jsonl", "mined_images/a.png", "cache/b.safetensors", "scored.jsonl", "scored_images/c.png"):
-        killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / name)], env=environment, check=False)
-        assert killed.returncode == -signal.SIGKILL
+    names = ("mined.jsonl", "mined_images/a.png", "cache/b.safetensors", "scored.jsonl", "scored_images/c.png")
+    process = CONTEXT.Process(target=killed, args=([tmp_path / name for name in names],))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert len([*tmp_path.rglob("*.draft")]) == 5
     # Of a process of this machine, and of one of another.
     living = {tmp_path / f".mined.jsonl.{'01' * 16}.{writer}.draft" for writer in (f"{HOST}.{os.getppid()}", "node7.1")}
@@ -598,26 +571,6 @@ def test_drafts_of_a_killed_run_are_cleared_by_the_next(
     cached(tmp_path, embedder, [Example(asked(number), (item(f"answer {number}"),)) for number in range(3)])
     score("stub", str(tmp_path / "mined.jsonl"), str(tmp_path / "scored.jsonl"))
     assert {*tmp_path.rglob("*.draft")} == living
-
-
-@pytest.mark.parametrize(("command", "keys"), [("mine", ("rows", "corpus", "cache")), ("score", ("rows", "output"))])
-def test_what_names_data_is_a_path_in_a_file_too(
-    command: str, keys: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A data file that is valid configuration is not opened by the parser, wherever it is named."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "planted_rows.py").write_text("from pathlib import Path\nPath('imported').touch()\n")
-    called: list[dict[str, Any]] = []
-    function = {"mine": mine, "score": score}[command]
-    monkeypatch.setattr(f"vlmembed.mining.mining.{command}", wraps(function)(lambda **words: called.append(words)))
-    for content in ('{"class_path": "planted_rows.Rows"}\n', "class_path: planted_rows.Rows\n", "[1, 2]"):
-        (tmp_path / "data.jsonl").write_text(content)
-        words = {"model": "folder", "rows": "r", "output": "o"} | dict.fromkeys(keys, "data.jsonl")
-        (tmp_path / "run.yaml").write_text(yaml.safe_dump(words))
-        main([command, "--config", "run.yaml"])
-        assert [called[-1][key] for key in keys] == ["data.jsonl"] * len(keys)
-    assert not (tmp_path / "imported").exists()
 
 
 def test_the_commands_read_the_experiment(capsys: pytest.CaptureFixture[str]) -> None:

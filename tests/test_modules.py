@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,26 +13,22 @@ from peft import LoraConfig
 from torch.optim import SGD
 
 from vlmembed.adapters import LoRA
-from vlmembed.backbones import Qwen3VL
 from vlmembed.data import RetrievalDataModule
 from vlmembed.losses import InfoNCE, Matryoshka
 from vlmembed.metrics import METRICS
-from vlmembed.modules import EmbeddingModule
-from vlmembed.pooling import LastToken
 
-LEARNING_RATE = 0.01
-CLIP = 0.5
+OPTIMIZER = partial(SGD, lr=0.01)
 
 # Training in chunks
 
 
-def train(checkpoint: Path, chunk_size: int | None, starts: Sequence[int] = (0, 5), **options: Any) -> Recorder:
-    """Train on batches of five examples each."""
+def train(checkpoint: Path, chunk_size: int | None, **options: Any) -> Recorder:
+    """Train on two batches of five examples each."""
     loss = Matryoshka(InfoNCE(0.05, learnable_temperature=True), [64, 16])
-    model = module(checkpoint, loss, optimizer=partial(SGD, lr=LEARNING_RATE))
+    model = module(checkpoint, loss, optimizer=OPTIMIZER)
     assert model.automatic_optimization
     rows = examples(10)
-    return fit(model, [batch(model, rows[start : start + 5], chunk_size) for start in starts], **options)
+    return fit(model, [batch(model, rows[start : start + 5], chunk_size) for start in (0, 5)], **options)
 
 
 #: Chunks change the order of float32 sums. bfloat16 keeps 8 bits, so two sums in another order differ by up to 1/256
@@ -43,7 +38,7 @@ def train(checkpoint: Path, chunk_size: int | None, starts: Sequence[int] = (0, 
     [
         pytest.param({}, 2, 1e-5, id="plain"),
         pytest.param({"accumulate_grad_batches": 2}, 1, 1e-5, id="accumulation"),
-        pytest.param({"gradient_clip_val": CLIP}, 2, 1e-5, id="clipping"),
+        pytest.param({"gradient_clip_val": 0.5}, 2, 1e-5, id="clipping"),
         pytest.param({"precision": "bf16-mixed"}, 2, 2e-2, id="bf16-mixed"),
     ],
 )
@@ -60,28 +55,12 @@ def test_chunks_train_as_one(checkpoint: Path, options: dict[str, Any], steps: i
 
 def test_both_passes_run_in_the_trainer_precision(checkpoint: Path) -> None:
     """The tolerance of bfloat16 above would not notice a second pass in float32."""
-    model = module(checkpoint, optimizer=partial(SGD, lr=LEARNING_RATE))
+    model = module(checkpoint, optimizer=OPTIMIZER)
     precisions = []
     model.encoder.register_forward_pre_hook(lambda *_: precisions.append(torch.is_autocast_enabled("cpu")))
     data = batch(model, examples(5), 4)
     fit(model, [data], precision="bf16-mixed")
     assert precisions == [True] * (2 * len(data.chunks) - 1)
-
-
-def test_accumulated_gradients_are_the_mean(checkpoint: Path) -> None:
-    """The module's own backward must not undo Lightning's division."""
-    (together,) = train(checkpoint, 4, accumulate_grad_batches=2).gradients
-    first, second = (train(checkpoint, 4, [start]).gradients[0] for start in (0, 5))
-    assert relative_difference(together, {name: (first[name] + second[name]) / 2 for name in together}) < 1e-5
-
-
-def test_clipping_scales_the_whole_gradient(checkpoint: Path) -> None:
-    run = train(checkpoint, 4, gradient_clip_val=CLIP)
-    norm = sum(gradient.double().square().sum() for gradient in run.gradients[0].values()).sqrt()
-    assert norm > 2 * CLIP
-    expected = {name: -LEARNING_RATE * CLIP / norm * gradient for name, gradient in run.gradients[0].items()}
-    # A small step of float32 weights: what they moved by is rounded.
-    assert relative_difference(run.update(1), expected) < 1e-3
 
 
 def test_a_temperature_learns_in_finer_steps_than_bfloat16_weights(checkpoint: Path) -> None:
@@ -110,30 +89,17 @@ def test_configuring_twice_changes_nothing(checkpoint: Path) -> None:
     assert all(before[name] is after[name] for name in before)
 
 
-def test_weights_are_read_when_configured_and_not_before(checkpoint: Path) -> None:
-    model = EmbeddingModule(Qwen3VL(str(checkpoint)), LastToken(), InfoNCE())
-    assert not list(model.parameters())
-    model.configure_model()
-    assert len(list(model.parameters())) > 50
-
-
 # What is logged
-
-
-def logged(folder: Path, checkpoint: Path, evaluations: list[str]) -> dict[str, list[str]]:
-    """Train for one epoch and return the columns of metrics.csv that are not empty."""
-    data = RetrievalDataModule(str(folder / "rows.jsonl"), evaluations, batch_size=4, chunk_size=3, num_workers=0)
-    model = module(checkpoint, Matryoshka(InfoNCE(), [64, 8]), optimizer=partial(SGD, lr=LEARNING_RATE))
-    logger = CSVLogger(folder, name="run")
-    trainer(logger=logger, log_every_n_steps=1).fit(model, datamodule=data)
-    with (Path(logger.log_dir) / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    return {name: [row[name] for row in rows if row[name]] for name in rows[0]}
 
 
 def test_names_in_metrics_csv(checkpoint: Path, tmp_path: Path) -> None:
     rows = str(write_rows(tmp_path / "rows.jsonl"))
-    found = logged(tmp_path, checkpoint, [rows])
+    data = RetrievalDataModule(rows, rows, batch_size=4, chunk_size=3, num_workers=0)
+    model = module(checkpoint, Matryoshka(InfoNCE(), [64, 8]), optimizer=OPTIMIZER)
+    trainer(logger=CSVLogger(tmp_path, name="", version=""), log_every_n_steps=1).fit(model, datamodule=data)
+    with (tmp_path / "metrics.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    found = {name: [line[name] for line in lines if line[name]] for name in lines[0]}
     metrics = {f"val/{name}{suffix}" for name in METRICS for suffix in ("", "/64", "/8")}
     assert {"val/ndcg@10", "val/recall@1", "val/recall@10", "val/mrr@10", "val/map", "val/ndcg@10/8"} <= metrics
     assert found.keys() == metrics | {"train/loss", "epoch", "step"}

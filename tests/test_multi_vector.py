@@ -16,21 +16,17 @@ import torch.distributed as dist
 from building import (
     allocated,
     batch,
-    difference,
     examples,
     fit,
     item,
     multi_vector,
-    picture,
     relative_difference,
+    slow_maxsim,
     step_gradients,
-    trainer,
-    weights,
 )
 from lightning.pytorch.strategies import DDPStrategy
 from peft import LoraConfig
 from scenarios import EXACT, LORA, OPTIMIZER, Scenario, check_trained_as_one, learnable, mixed_steps, split_steps
-from sentence_transformers import MultiVectorEncoder
 from sentence_transformers.multi_vector_encoder import losses as stock
 from sentence_transformers.multi_vector_encoder.scoring import mean_colbert_scores
 from test_gradcache import ordinary_autograd
@@ -38,11 +34,9 @@ from test_losses import OPTIONS, graded_batch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader
 
 from vlmembed import gradcache
 from vlmembed.adapters import Freeze, LoRA
-from vlmembed.export.sentence_transformers import write_multi_vector
 from vlmembed.gradcache import GradCache
 from vlmembed.late_interaction import MultiVectors
 from vlmembed.losses import CoSENT, InfoNCE, Loss, MarginMSE, Matryoshka, MergedTokens, ScoreDistillation, WeightedSum
@@ -81,16 +75,9 @@ def test_infonce_follows_its_definition(options: dict[str, Any]) -> None:
     torch.testing.assert_close(value_and_gradients(loss, parameters), definition, rtol=1e-6, atol=1e-7)
 
 
-def slow_scores(queries: MultiVectors, documents: MultiVectors) -> Tensor:
-    """MeanMaxSim, a pair of items at a time."""
-    unit = [[normalize(part) for part in side.split()] for side in (queries, documents)]
-    return torch.stack(
-        [torch.stack([(query @ document.T).amax(1).mean() for document in unit[1]]) for query in unit[0]]
-    )
-
-
 def slow_cosent(queries: MultiVectors, documents: MultiVectors, relevance: Tensor, scores: Tensor) -> Tensor:
-    similar, total = slow_scores(queries, documents) / 0.1, torch.ones((), dtype=torch.float64)
+    similar = slow_maxsim(queries.split(), documents.split(), mean=True) / 0.1
+    total = torch.ones((), dtype=torch.float64)
     pairs = (~scores.isnan()).nonzero().tolist()
     for low in pairs:
         for high in pairs:
@@ -103,7 +90,7 @@ def slow_distillation(
     kind: str, queries: MultiVectors, documents: MultiVectors, relevance: Tensor, scores: Tensor
 ) -> Tensor:
     parts = []
-    for row, teacher in zip(slow_scores(queries, documents) / 0.1, scores, strict=True):
+    for row, teacher in zip(slow_maxsim(queries.split(), documents.split(), mean=True) / 0.1, scores, strict=True):
         judged = ~teacher.isnan()
         model, teacher = row[judged], teacher[judged]
         if kind == "kl":
@@ -191,58 +178,6 @@ def test_losses_are_sentence_transformers(kind: str) -> None:
     torch.testing.assert_close(
         torch.autograd.grad(value, leaves), torch.autograd.grad(reference, leaves), rtol=1e-4, atol=1e-5
     )
-
-
-# One step of Sentence Transformers
-
-QUERIES = [f"query number {index} " * (index % 3 + 1) for index in range(7)]
-POSITIVES = [picture(32 + 32 * (index % 3), 64, index) for index in range(7)]
-NEGATIVES = [picture(64, 32 + 32 * (index % 2), 100 + index) for index in range(7)]
-INSTRUCTIONS = {"query_instruction": "Find the picture.", "document_instruction": "Represent the picture."}
-LEARNING_RATE = 0.01
-
-
-def their_step(folder: Path, temperature: float, scoring: Any) -> tuple[float, dict[str, Tensor]]:
-    """The loss of one step by Sentence Transformers, and what it changed, by our names."""
-    model = MultiVectorEncoder(str(folder), device="cpu").train()
-    loss_of = stock.CachedMultiVectorMultipleNegativesRankingLoss(
-        model, scale=1 / temperature, similarity_fct=scoring, mini_batch_size=3
-    )
-    columns: list[tuple[list[Any], str]] = [(QUERIES, "query"), (POSITIVES, "document"), (NEGATIVES, "document")]
-    features = [model.preprocess(column, prompt=model.prompts[role], task=role) for column, role in columns]
-    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)
-    before = weights(model)
-    loss = loss_of(features, torch.zeros(len(QUERIES)))
-    loss.backward()
-    optimizer.step()
-    names = {"0.model.": "encoder.backbone.model.", "1.linear.": "encoder.pooling.outer."}
-    update = {}
-    for name, tensor in difference(weights(model), before).items():
-        prefix = next(prefix for prefix in names if name.startswith(prefix))
-        update[names[prefix] + name.removeprefix(prefix)] = tensor
-    return loss.item(), update
-
-
-@pytest.mark.parametrize(
-    ("similarity", "temperature", "scoring"), [("maxsim", 1.0, None), ("meanmaxsim", 0.05, mean_colbert_scores)]
-)
-def test_one_step_is_sentence_transformers(
-    checkpoint: Path, tmp_path: Path, similarity: Any, temperature: float, scoring: Any
-) -> None:
-    options: dict[str, Any] = {"backbone": INSTRUCTIONS, "similarity": similarity}
-    write_multi_vector(multi_vector(checkpoint, **options).encoder, tmp_path)
-    their_loss, their_update = their_step(tmp_path, temperature, scoring)
-    model = multi_vector(
-        checkpoint, InfoNCE(temperature), optimizer=partial(torch.optim.SGD, lr=LEARNING_RATE), **options
-    )
-    rows = [
-        Example(item(query, role="query"), (item(positive),), (item(negative),))
-        for query, positive, negative in zip(QUERIES, POSITIVES, NEGATIVES, strict=True)
-    ]
-    run = fit(model, [batch(model, [rows[index] for index in (4, 0, 6, 2, 5, 1, 3)], 5)])
-    assert run.losses == pytest.approx([their_loss], rel=1e-5)
-    # Other chunks, other padding, other order of float32 sums; weights round the update once more.
-    assert relative_difference(run.update(1), their_update) < 1e-4
 
 
 # The gradient cache
@@ -349,9 +284,8 @@ def train_together(checkpoint: Path) -> dict[str, Any]:
     records = {name: train_one(scenario(), checkpoint, dist.get_rank()) for name, scenario in SCENARIOS.items()}
     first, second = mixed_steps(1)[0]
     model = multi_vector(checkpoint, trained(directions=["query_to_document", "document_to_query"]))
-    data = DataLoader([batch(model, second if dist.get_rank() else first, 3)], batch_size=None)
     strategy = DDPStrategy(process_group_backend="gloo")
-    trainer(callbacks=[ParityCheck()], devices=2, strategy=strategy).fit(model, data)
+    fit(model, [batch(model, second if dist.get_rank() else first, 3)], ParityCheck(), devices=2, strategy=strategy)
     return records
 
 
@@ -373,8 +307,7 @@ def test_two_processes_train_as_one(checkpoint: Path, together: list[dict[str, A
 def test_the_check_passes_right_steps(checkpoint: Path, precision: Any, capsys: pytest.CaptureFixture[str]) -> None:
     loss = WeightedSum([trained(directions=["query_to_document", "query_to_query"]), InfoNCE(0.05, hardness=2.0)])
     model = multi_vector(checkpoint, loss, **SELECTIONS, similarity="meanmaxsim")
-    data = DataLoader([batch(model, examples(), 4)], batch_size=None)
-    trainer(callbacks=[ParityCheck()], precision=precision).fit(model, data)
+    fit(model, [batch(model, examples(), 4)], ParityCheck(), precision=precision)
     printed = capsys.readouterr().out
     assert "Parity check passed" in printed
     assert "taken as it is" not in printed
@@ -384,6 +317,5 @@ def test_the_check_finds_vectors_of_other_items(checkpoint: Path, monkeypatch: p
     model = multi_vector(checkpoint)
     gather = model.gather_batch
     monkeypatch.setattr(model, "gather_batch", lambda outputs, data: gather(outputs.roll(1, dims=0), data))
-    data = DataLoader([batch(model, examples(), 4)], batch_size=None)
     with pytest.raises(RuntimeError, match="not that of its loss"):
-        trainer(callbacks=[ParityCheck()]).fit(model, data)
+        fit(model, [batch(model, examples(), 4)], ParityCheck())

@@ -80,11 +80,6 @@ def test_rates_with_adapters(checkpoint: Path) -> None:
     assert all("language_model" in name and "lora" in name for name in rest[1])
 
 
-def test_rates_reach_the_optimizer(checkpoint: Path) -> None:
-    model = module(checkpoint, optimizer=partial(SGD, lr=0.5), learning_rates={"vision": 0.25})
-    assert [group["lr"] for group in model.configure_optimizers().param_groups] == [0.5, 0.25]
-
-
 @pytest.mark.parametrize(
     ("learning_rates", "frozen", "message"),
     [
@@ -168,13 +163,6 @@ def test_epochs_of_unknown_length_are_refused(options: dict[str, Any]) -> None:
         trainer(**options).fit(OneWeight(), datamodule=lacking)
     with pytest.raises(ValueError, match=f"a fit without a data module does not say how many.*{advice}"):
         trainer(**options).fit(OneWeight(), loader)
-
-
-def test_steps_are_enough_where_epochs_have_no_known_length() -> None:
-    """What the refusal advises works, with plain loaders too."""
-    model, lightning = OneWeight(), trainer(max_epochs=None, max_steps=16)
-    lightning.fit(model, Numbers().train_dataloader())
-    assert model.expected_steps == lightning.global_step == 16
 
 
 # Schedules

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from building import encoder, gradients, item, mixed_items, picture, relative_difference, texts, write_rows
+from building import encoder, gradients, item, mixed_items, picture, ranker, relative_difference, texts, write_rows
 from other_models import qwen3_vl_moe
 from peft import LoraConfig
 from torch import Tensor, nn
@@ -31,7 +31,6 @@ from vlmembed.backbones.packing import (
     LastTokens,
     Packed,
     PackedItems,
-    Sharing,
     halve,
     packed_attention,
     select,
@@ -40,7 +39,7 @@ from vlmembed.backbones.packing import (
 from vlmembed.backbones.preprocessing import PackingPreprocessor
 from vlmembed.data import ItemCollator, RetrievalDataModule
 from vlmembed.encoder import Encoder, Scorer
-from vlmembed.heads import Linear, ScoreHead, YesNo
+from vlmembed.heads import Linear, YesNo
 from vlmembed.pooling import (
     Concatenation,
     EarlierLayer,
@@ -490,13 +489,6 @@ HEADS = {
 }
 
 
-def scorer(checkpoint: Path, head: ScoreHead | None = None, template: type = QueryFirst, **options: Any) -> Scorer:
-    built = Scorer(Qwen3VL(str(checkpoint), **options), head or YesNo(), template())
-    torch.manual_seed(0)
-    built.configure()
-    return built.eval()
-
-
 def one_by_one(model: Scorer, pairs: list[Pair]) -> torch.Tensor:
     return torch.cat([model(model.backbone.preprocessor([pair])) for pair in pairs])
 
@@ -508,7 +500,7 @@ def shared(model: Scorer, prepared: PackedItems, rows: list[int]) -> torch.Tenso
 @pytest.mark.parametrize("template", [QueryFirst, DocumentFirst])
 @pytest.mark.parametrize("head", HEADS)
 def test_scores_and_gradients_are_those_of_one_pair_at_a_time(checkpoint: Path, head: str, template: type) -> None:
-    model = scorer(checkpoint, HEADS[head](), template)
+    model = ranker(checkpoint, head=HEADS[head](), template=template()).encoder.eval()
     prepared = model.backbone.preprocessor.prepare(PAIRS)
     rows = prepared.order
     computed = sum(prepared.lengths) - sum(prepared.shared(rows))
@@ -529,7 +521,7 @@ def test_scores_and_gradients_are_those_of_one_pair_at_a_time(checkpoint: Path, 
 
 
 def test_a_part_of_a_chunk_shares_what_it_can(checkpoint: Path) -> None:
-    model = scorer(checkpoint)
+    model = ranker(checkpoint).encoder
     prepared = model.backbone.preprocessor.prepare(PAIRS)
     rows = prepared.order
     chunk, features = prepared.chunk(rows), model.encode_images(prepared.images())
@@ -539,7 +531,7 @@ def test_a_part_of_a_chunk_shares_what_it_can(checkpoint: Path) -> None:
 
 
 def test_an_image_of_a_shared_beginning_is_read_once(checkpoint: Path) -> None:
-    model = scorer(checkpoint)
+    model = ranker(checkpoint).encoder
     pairs = [Pair(QUERIES[1], document) for document in DOCUMENTS[:3]]
     prepared = model.backbone.preprocessor.prepare(pairs)
     seen = []
@@ -552,7 +544,7 @@ def test_an_image_of_a_shared_beginning_is_read_once(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("options", [{"bidirectional": True}, {"attn_implementation": "sdpa"}])
 def test_where_nothing_can_be_shared_scores_are_the_same_in_any_batch(checkpoint: Path, options: dict) -> None:
-    model = scorer(checkpoint, **options)
+    model = ranker(checkpoint, backbone=options).encoder
     prepared = model.backbone.preprocessor.prepare(PAIRS)
     assert not any(prepared.shared(prepared.order))
     assert "shared" not in prepared.chunk([0, 1])
@@ -562,7 +554,7 @@ def test_where_nothing_can_be_shared_scores_are_the_same_in_any_batch(checkpoint
 
 
 def test_sharing_is_that_of_transformers_own_padded_forward(checkpoint: Path) -> None:
-    packed, padded = scorer(checkpoint), scorer(checkpoint, attn_implementation="sdpa")
+    packed, padded = (ranker(checkpoint, backbone=options).encoder for options in ({}, {"attn_implementation": "sdpa"}))
     prepared = packed.backbone.preprocessor.prepare(PAIRS)
     found = shared(packed, prepared, prepared.order)
     for side in ("left", "right"):
@@ -575,11 +567,3 @@ def test_what_two_items_have_in_common() -> None:
     first, second = np.array([1, 2, 3, 4]), np.array([1, 2, 5])
     # Something of its own is left to compute, even of an item that is another one's beginning.
     assert shared_lengths([first, second, first, first, first[:2]]) == [0, 2, 2, 3, 1]
-
-
-def test_places_follow_what_is_shared_with_the_row_before() -> None:
-    sharing = Sharing.of(torch.tensor([4, 5, 3]), torch.tensor([0, 3, 2]))
-    #                                 a b c d   a b c e f   a b g
-    assert sharing.computed.int().tolist() == [1, 1, 1, 1, 0, 0, 0, 1, 1, 0, 0, 1]
-    assert sharing.index.tolist() == [0, 1, 2, 3, 0, 1, 2, 4, 5, 0, 1, 6]
-    assert sharing.counts.tolist() == [4, 2, 1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import re
 import sys
@@ -15,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import yaml
-from building import picture, run_config
+from building import jsonl, picture, run_config
 from matplotlib.backends.backend_pdf import PdfPages
 from PIL import Image
 
@@ -417,8 +416,7 @@ def test_a_page_is_rendered_when_it_is_needed_and_once(
 @pytest.mark.parametrize("name", ["three.pdf", "three.pdf#page=2"])
 def test_names_of_pdfs_that_are_read_as_texts_are_found(folder: Path, name: str) -> None:
     row = {"query": "a question", "positive": name}
-    (folder / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
-    (problem,) = in_rows(as_mixture(str(folder / "rows.jsonl")))
+    (problem,) = in_rows(as_mixture(jsonl(folder / "rows.jsonl", [row] * 4)))
     assert problem.endswith("To have the files read, write cells: {query: query, positive: {pdf: positive}}.")
 
 
@@ -473,15 +471,11 @@ def test_processes_render_the_same_pages_at_once(tmp_path: Path) -> None:
 
 def write_evaluation(folder: Path, corpus: dict[str, Any] | None = None, **queries: str) -> None:
     """Write the corpus, and one query for each document that answers it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = {
-        "queries.jsonl": [json.dumps({"id": query, "text": f"where is {query}"}) for query in queries or ["q"]],
-        "qrels.tsv": [f"{query}\t{document}\t1" for query, document in (queries or {"q": "x"}).items()],
-    }
+    answers = queries or {"q": "x"}
+    jsonl(folder / "queries.jsonl", [{"id": query, "text": f"where is {query}"} for query in answers])
+    (folder / "qrels.tsv").write_text("".join(f"{query}\t{document}\t1\n" for query, document in answers.items()))
     if corpus is not None:
-        lines["corpus.jsonl"] = [json.dumps({"id": name, **cell}) for name, cell in corpus.items()]
-    for name, rows in lines.items():
-        (folder / name).write_text("".join(f"{row}\n" for row in rows))
+        jsonl(folder / "corpus.jsonl", [{"id": name, **cell} for name, cell in corpus.items()])
 
 
 @pytest.fixture
@@ -565,7 +559,7 @@ def test_fit_reads_pages_in_workers(
     monkeypatch.chdir(folder)
     rows = [{"query": f"question {number}", "positive": PDF | {"page": number}} for number in (1, 2, 3)]
     rows += [{"query": "question 4", "positive": {"pdf": "one.pdf", "text": "a text"}}]
-    Path("train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    jsonl("train.jsonl", rows)
     config = run_config(checkpoint, train="train.jsonl", batch_size=2, val="train.jsonl", num_workers=1)
     config["trainer"] |= {"max_epochs": 1, "default_root_dir": "run", "exporter": None}
     Path("run.yaml").write_text(yaml.safe_dump(config))

@@ -15,7 +15,7 @@ import ddp
 import pytest
 import torch
 import torch.distributed as dist
-from building import Recorder, batch, examples, module, texts, trainer, write_rows
+from building import Recorder, batch, examples, fit, module, texts, trainer, write_rows
 from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.demos.boring_classes import BoringModel
@@ -24,7 +24,6 @@ from lightning.pytorch.strategies import DDPStrategy
 from peft import LoraConfig
 from test_losses import CROSS, DIRECTIONS
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from vlmembed import distributed, gradcache
 from vlmembed.adapters import Freeze, LoRA
@@ -85,10 +84,7 @@ def nested(**options: Any) -> Loss:
 
 def check(model: EmbeddingModule, rows: list[Example] | None = None, size: int | None = 3, **options: Any) -> Recorder:
     """Train for one step, with a check before."""
-    recorder, parity = Recorder(), ParityCheck()
-    data = batch(model, examples(8) if rows is None else rows, size)
-    trainer(callbacks=[parity, recorder], **options).fit(model, DataLoader([data], batch_size=None))
-    return recorder
+    return fit(model, [batch(model, examples(8) if rows is None else rows, size)], ParityCheck(), **options)
 
 
 def table(printed: str) -> dict[str, tuple[float, float]]:
@@ -353,8 +349,7 @@ def test_nothing_is_changed_before_the_first_step(checkpoint: Path) -> None:
             seen.append((state, torch.get_rng_state(), copy.deepcopy(vars(data))))
 
     model = module(checkpoint, Bounded(), pooling=Scaled(), adapters=[FRESH_LORA])
-    data = DataLoader([batch(model, examples(8), 3)], batch_size=None)
-    trainer(callbacks=[Witness(), ParityCheck(), Witness()]).fit(model, data)
+    fit(model, [batch(model, examples(8), 3)], Witness(), ParityCheck(), Witness())
     assert float(seen[0][0]["loss.weight"]) == 3.0
     assert all(torch.equal(seen[1][0][name], value) for name, value in seen[0][0].items())
     assert torch.equal(seen[0][1], seen[1][1])
@@ -383,8 +378,7 @@ def test_only_the_first_step_is_checked(checkpoint: Path, capsys: pytest.Capture
     """With all batches whose gradients are added up for it."""
     model = module(checkpoint)
     batches = [batch(model, examples(8)[start : start + 4], 3) for start in (0, 4)]
-    options: dict[str, Any] = {"max_epochs": 2, "accumulate_grad_batches": 2}
-    trainer(callbacks=[ParityCheck()], **options).fit(model, DataLoader(batches, batch_size=None))
+    fit(model, batches, ParityCheck(), max_epochs=2, accumulate_grad_batches=2)
     assert capsys.readouterr().out.count("Parity check passed") == 1
 
 
@@ -393,8 +387,7 @@ def test_a_step_that_a_scaler_skips_is_not_the_one_checked(
 ) -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
     model, plugin = module(checkpoint, InfoNCE(0.5)), MixedPrecision("16-mixed", "cpu", scaler)
-    data = DataLoader([batch(model, examples(6), 3)] * 2, batch_size=None)
-    trainer(callbacks=[ParityCheck()], plugins=[plugin]).fit(model, data)
+    fit(model, [batch(model, examples(6), 3)] * 2, ParityCheck(), plugins=[plugin])
     assert "Parity check" not in capsys.readouterr().out
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
-from jsonargparse import auto_parser
 
-from vlmembed.cli import CLI, Parser
+from vlmembed.cli import CLI, main
 from vlmembed.mining import mine, score
 
 #: Files that are valid configuration, each of another kind.
@@ -81,10 +83,19 @@ def test_no_data_key_of_the_trainer_commands_opens_its_file(command: str, plante
 
 
 @pytest.mark.parametrize("name", PLANTED)
-@pytest.mark.parametrize(("command", "keys"), [("mine", ("rows", "corpus", "model")), ("score", ("rows", "model"))])
-def test_no_data_key_of_mine_and_score_opens_its_file(command: str, keys: tuple[str, ...], planted: str) -> None:
-    parser = auto_parser({"mine": mine, "score": score}[command], as_positional=False, parser_class=Parser)
+@pytest.mark.parametrize(
+    ("command", "keys"), [(mine, ("rows", "corpus", "model", "cache")), (score, ("rows", "model", "output"))]
+)
+def test_no_data_key_of_mine_and_score_opens_its_file(
+    command: Callable[..., None], keys: tuple[str, ...], planted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the command line, and in a configuration."""
+    called: list[dict[str, Any]] = []
+    name = command.__name__
+    monkeypatch.setattr(f"vlmembed.mining.mining.{name}", wraps(command)(lambda **words: called.append(words)))
     words = {"rows": "a.jsonl", "model": "folder", "output": "b.jsonl"} | dict.fromkeys(keys, planted)
-    parsed = parser.parse_args([f"--{key}={value}" for key, value in words.items()])
-    assert [parsed[key] for key in keys] == [planted] * len(keys)
+    Path("run.yaml").write_text(yaml.safe_dump(words))
+    for given in (["--config", "run.yaml"], [f"--{key}={value}" for key, value in words.items()]):
+        main([name, *given])
+        assert [called[-1][key] for key in keys] == [planted] * len(keys)
     assert not Path("imported").exists()

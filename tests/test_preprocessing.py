@@ -121,11 +121,6 @@ def test_a_text_that_just_fits_is_left_alone(checkpoint: Path) -> None:
     assert all(torch.equal(fitted[name], value) for name, value in whole.items())
 
 
-def test_a_max_length_that_leaves_no_text_is_refused(checkpoint: Path) -> None:
-    with pytest.raises(ValueError, match=r"max_length=3 has no room for a text.*Raise max_length"):
-        preprocessor(checkpoint, max_length=3)([item("some words")])
-
-
 def test_cutting_through_an_image_is_refused_by_the_items_name(checkpoint: Path) -> None:
     too_long = Item("document", (Part("image", picture(256, 256)), Part("text", "a caption")), ORIGIN)
     length = preprocessor(checkpoint)([too_long])["input_ids"].shape[1]

@@ -1,5 +1,5 @@
 """Losses of scores are their definition, one query's candidates at a time, and Sentence Transformers' own; so is the
-distillation of a teacher's scores into an embedder: the losses, what a batch carries, and over two processes."""
+distillation of a teacher's scores into an embedder: the losses, and what a batch carries."""
 
 from __future__ import annotations
 
@@ -11,13 +11,9 @@ from itertools import combinations, permutations
 from pathlib import Path
 from typing import Any
 
-import ddp
 import pytest
 import torch
-import torch.distributed as dist
-from building import Recorder, batch, collated, item, module, picture, trainer
-from lightning.pytorch.strategies import DDPStrategy
-from scenarios import OPTIMIZER, Scenario, check_trained_as_one
+from building import batch, collated, fit, item, module, picture
 from sentence_transformers.cross_encoder import CrossEncoder
 from sentence_transformers.cross_encoder import losses as stock
 from sentence_transformers.cross_encoder.losses.lambda_loss import LambdaRankScheme
@@ -25,7 +21,6 @@ from sentence_transformers.sentence_transformer import losses as stock_embedding
 from test_collate import Letters
 from test_losses import CLOSE, columns, compare, shuffled
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from vlmembed.data import ItemCollator
 from vlmembed.losses import (
@@ -435,9 +430,6 @@ def scored(number: int, negatives: int = 2) -> Example:
     return Example(query, (positive,), others, scores=scores)
 
 
-ROWS = [scored(number, 1 + number % 3) for number in range(5)]
-
-
 def test_a_batch_carries_the_scores_of_its_pairs() -> None:
     rows = [scored(number) for number in (0, 2, 4)]
     data = collated(ItemCollator(Letters(), LabelSpec(teacher_scores=True)), rows, 2)
@@ -479,33 +471,10 @@ def test_rows_that_do_not_fit_the_loss_are_refused() -> None:
 # Training
 
 
-def combined() -> Loss:
+def test_the_step_of_a_distillation_is_its_gradient(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # Warm, as steps of a steep loss multiply what is rounded otherwise.
     distillation = ScoreDistillation(KLDivergence(teacher_temperature=2.0), temperature=0.5)
-    return Matryoshka(WeightedSum([InfoNCE(0.2), distillation], [1.0, 0.5]), [64, 16])
-
-
-def train(checkpoint: Path, rank: int | None, chunk_size: int | None) -> Recorder:
-    """Train three steps as one of two processes, or alone."""
-    steps = [([scored(step)], [scored(step + 1, 3), scored(step + 2, 1)]) for step in range(3)]
-
-    def build(scenario: Scenario) -> Any:
-        return module(checkpoint, scenario.loss, optimizer=OPTIMIZER)
-
-    parallel = {} if rank is None else {"devices": 2, "strategy": DDPStrategy(process_group_backend="gloo")}
-    return Scenario(steps, combined()).train(build, rank, chunk_size, **parallel)
-
-
-def train_as_one_of_two(checkpoint: Path, chunk_size: int) -> Recorder:
-    return train(checkpoint, dist.get_rank(), chunk_size)
-
-
-def test_two_processes_distil_as_one(checkpoint: Path) -> None:
-    alone = train(checkpoint, None, None)
-    check_trained_as_one(*ddp.run(train_as_one_of_two, checkpoint, 2), alone)
-
-
-def test_the_step_of_a_distillation_is_its_gradient(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = module(checkpoint, combined())
-    trainer(callbacks=[ParityCheck()]).fit(model, DataLoader([batch(model, ROWS, 2)], batch_size=None))
+    model = module(checkpoint, Matryoshka(WeightedSum([InfoNCE(0.2), distillation], [1.0, 0.5]), [64, 16]))
+    rows = [scored(number, 1 + number % 3) for number in range(5)]
+    fit(model, [batch(model, rows, 2)], ParityCheck())
     assert "(ScoreDistillation is taken as it is)" in capsys.readouterr().out

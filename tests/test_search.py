@@ -13,18 +13,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from building import encoder, jsonl, picture, ranker, write_index
+from building import encoder, jsonl, multi_vector, picture, ranker, slow_maxsim, write_index
 from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from vlmembed.cli import main
-from vlmembed.encoder import MultiVectorEncoder as OurMultiVectorEncoder
 from vlmembed.export.sentence_transformers import write_folder, write_multi_vector, write_reranker
 from vlmembed.heads import Linear
 from vlmembed.late_interaction import MultiVectors
 from vlmembed.metrics.functions import BestDocuments
-from vlmembed.pooling import LastToken, TokenProjection, TokenSelection
+from vlmembed.pooling import LastToken
 from vlmembed.search import ranking
 from vlmembed.search.index import Index
 from vlmembed.search.ranking import View, rescore, search_by, search_exact
@@ -48,15 +47,6 @@ def random(count: int, size: int = 16, seed: int = 0) -> Tensor:
 def several(count: int, size: int = 16, seed: int = 0) -> list[Tensor]:
     """One to six vectors of each item."""
     return [random(1 + number * 7 % 6, size, 100 * seed + number) for number in range(count)]
-
-
-def multi(items: list[Tensor]) -> MultiVectors:
-    return MultiVectors(torch.cat(items), torch.tensor([*map(len, items)]))
-
-
-def maxsim(queries: list[Tensor], documents: list[Tensor]) -> Tensor:
-    unit = [[normalize(vectors, dim=1) for vectors in side] for side in (queries, documents)]
-    return torch.tensor([[(query @ document.T).amax(1).sum() for document in unit[1]] for query in unit[0]])
 
 
 def stored(vectors: Tensor, precision: str) -> Tensor:
@@ -173,9 +163,9 @@ def test_search_of_several_vectors_is_maxsim(precision: str, similarity: str, tm
     documents, queries = several(DOCUMENTS), several(QUERIES, seed=1)
     index = Index.open(write_index(tmp_path / "index", documents, ids(), precision, similarity=similarity))
     for dimension in (None, 5):
-        found = search_exact(View(index, dimension), multi(queries), 10)
+        found = search_exact(View(index, dimension), MultiVectors.of(queries), 10)
         kept = [stored(vectors, precision)[:, :dimension] for vectors in documents]
-        scores = maxsim([query[:, :dimension] for query in queries], kept)
+        scores = slow_maxsim([query[:, :dimension] for query in queries], kept)
         if similarity == "meanmaxsim":
             scores /= torch.tensor([[len(query)] for query in queries])
         torch.testing.assert_close(found.scores, scores.gather(1, found.rows), atol=1e-5, rtol=0)
@@ -226,15 +216,17 @@ def test_a_second_stage_ranks_what_the_first_finds(first_stage: Any, tmp_path: P
 def test_means_of_vectors_find_what_maxsim_ranks(tmp_path: Path) -> None:
     documents, queries = several(DOCUMENTS), several(QUERIES, seed=1)
     index = Index.open(write_index(tmp_path / "index", documents, ids()))
-    first = search_exact(View(index, means=True), multi(queries), 12)
+    first = search_exact(View(index, means=True), MultiVectors.of(queries), 12)
     means = [
         normalize(torch.stack([normalize(item, dim=1).mean(0) for item in side]), dim=1)
         for side in (queries, documents)
     ]
     assert names_of(index, first.rows) == expected(means[0] @ normalize(means[1], dim=1).T, ids(), 12)
-    scores = maxsim(queries, documents)
+    scores = slow_maxsim(queries, documents)
     allowed = torch.full_like(scores, -torch.inf).scatter(1, first.rows, scores.gather(1, first.rows))
-    assert names_of(index, rescore(View(index), multi(queries), first.rows, 6).rows) == expected(allowed, ids(), 6)
+    assert names_of(index, rescore(View(index), MultiVectors.of(queries), first.rows, 6).rows) == expected(
+        allowed, ids(), 6
+    )
 
 
 def test_rows_of_one_index_are_found_in_another(tmp_path: Path) -> None:
@@ -362,7 +354,7 @@ def test_approximate_search_that_looks_everywhere_is_exact(
     means = "means" in options
     documents, queries = (several(300), several(QUERIES, seed=9)) if means else (random(300), random(QUERIES, seed=9))
     index = Index.open(write_index(tmp_path / "index", documents, ids(300), shard_size=70))
-    view, vectors = View(index, **options), multi(queries) if means else queries
+    view, vectors = View(index, **options), MultiVectors.of(queries) if means else queries
     exact = search_exact(view, vectors, 10)
     for _ in range(2):
         found = search_by(engine, view, vectors, 10, probes=100)
@@ -387,10 +379,10 @@ def test_approximate_search_of_few_documents(count: int, tmp_path: Path) -> None
 def test_engines_that_cannot_search_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     index = Index.open(write_index(tmp_path / "index", several(9), ids(9)))
     with pytest.raises(ValueError, match=r"one vector of an item.*first_stage mean"):
-        search_by("faiss", View(index), multi(several(2)), 3, 1)
+        search_by("faiss", View(index), MultiVectors.of(several(2)), 3, 1)
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(ValueError, match="engine faiss is not installed: pip install faiss-cpu"):
-        search_by("faiss", View(index, means=True), multi(several(2)), 3, 1)
+        search_by("faiss", View(index, means=True), MultiVectors.of(several(2)), 3, 1)
 
 
 # The command
@@ -400,12 +392,8 @@ def test_engines_that_cannot_search_are_refused(tmp_path: Path, monkeypatch: pyt
 def world(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two models, a corpus and queries of texts and pictures, and the index of each model, ``single`` and ``multi``."""
     folder = tmp_path_factory.mktemp("world")
-    torch.manual_seed(0)
     write_folder(encoder(checkpoint), folder / "single", dimensions=[32])
-    selections: Any = {"query": TokenSelection(), "document": TokenSelection()}
-    built = OurMultiVectorEncoder(encoder(checkpoint).backbone, TokenProjection(16), selections)
-    built.configure()
-    write_multi_vector(built, folder / "multi")
+    write_multi_vector(multi_vector(checkpoint).encoder, folder / "multi")
     write_reranker(ranker(checkpoint, head=Linear(LastToken())).encoder, folder / "reranker")
     for number in range(3):
         picture(32 + 32 * number, 64, number).save(folder / f"{number}.png")

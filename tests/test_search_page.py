@@ -13,13 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from building import encoder, jsonl, picture
+from building import encoder, jsonl, multi_vector, picture, slow_maxsim
 from PIL import Image
 
 from vlmembed.cli import main
-from vlmembed.encoder import MultiVectorEncoder
 from vlmembed.export.sentence_transformers import write_folder, write_multi_vector
-from vlmembed.pooling import TokenProjection, TokenSelection
+from vlmembed.pooling import TokenProjection
 from vlmembed.search.page import Side, launch, make_page, question
 
 KINDS = ("one", "other", "several")
@@ -38,9 +37,7 @@ def world(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     jsonl(folder / "corpus.jsonl", [{key: value for key, value in row.items() if value} for row in rows])
     for kind, instruction in (("one", "Find it."), ("other", "Another.")):
         write_folder(encoder(checkpoint, query_instruction=instruction), folder / kind, dimensions=[32])
-    selections: Any = {"query": TokenSelection(), "document": TokenSelection()}
-    built = MultiVectorEncoder(encoder(checkpoint).backbone, TokenProjection(64), selections)
-    built.configure()
+    built = multi_vector(checkpoint, projection=TokenProjection(64)).encoder
     write_multi_vector(built, folder / "several", dimensions=[32])
     for kind in KINDS:
         corpus = ["--corpus", str(folder / "corpus.jsonl"), "--output", str(folder / f"{kind}_index")]
@@ -57,9 +54,8 @@ def similarities(query: Any, documents: Any, size: int) -> torch.Tensor:
     """The formulas: the cosine; of several vectors, the sum of each query vector's largest."""
     if isinstance(documents, torch.Tensor):
         return torch.nn.functional.cosine_similarity(query[:, :size], documents[:, :size])
-    items = (*query.split(), *documents.split())
-    first, *others = [torch.nn.functional.normalize(item[:, :size], dim=1) for item in items]
-    return torch.stack([(first @ other.T).amax(dim=1).sum() for other in others])
+    first, *others = [item[:, :size] for item in (*query.split(), *documents.split())]
+    return slow_maxsim([first], others)[0]
 
 
 @pytest.mark.parametrize("dimension", [32, None])

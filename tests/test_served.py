@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from building import item, picture
+from building import item, multi_vector, picture
 from other_models import idefics3, qwen2_5_omni, qwen2_5_vl, qwen3_vl_moe
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from test_export import CASES as SINGLE
@@ -27,7 +27,7 @@ from vlmembed.encoder import Encoder
 from vlmembed.export.sentence_transformers import write_folder, write_multi_vector
 from vlmembed.export.verify import as_input, make_probes
 from vlmembed.late_interaction import MultiVectors
-from vlmembed.pooling import LastToken, Mean
+from vlmembed.pooling import LastToken, Mean, TokenSelection
 from vlmembed.search.served import ServedModel
 from vlmembed.types import Item, Part, Role
 
@@ -157,17 +157,9 @@ def test_multi_vectors(checkpoint: Path, tmp_path: Path, probes: Probes, name: s
 
 
 def test_expansion_tokens_stand_behind_queries(checkpoint: Path, tmp_path: Path, probes: Probes) -> None:
-    from vlmembed.encoder import MultiVectorEncoder as Trained
-    from vlmembed.pooling import TokenProjection, TokenSelection
-
-    torch.manual_seed(0)
-    selections: Any = {"query": TokenSelection("texts"), "document": TokenSelection()}
-    built = Trained(Qwen3VL(str(checkpoint)), TokenProjection(16), selections, expansion_tokens=3)
-    built.configure()
-    folder = tmp_path / "export"
-    folder.mkdir()
-    write_multi_vector(built, folder, prompts=PROMPTS)
-    compare(folder, probes, MultiVectorEncoder)
+    built = multi_vector(checkpoint, query_tokens=TokenSelection("texts"), expansion_tokens=3).encoder
+    write_multi_vector(built, tmp_path / "export", prompts=PROMPTS)
+    compare(tmp_path / "export", probes, MultiVectorEncoder)
 
 
 def test_attends_both_ways(checkpoint: Path, tmp_path: Path, probes: Probes) -> None:
@@ -285,11 +277,6 @@ def test_says_what_it_is(exported: Path, tmp_path: Path) -> None:
         (copy / "config_sentence_transformers.json").read_text().replace("Find it.", "Find that.")
     )
     assert ServedModel.open(copy).digest != model.digest
-
-
-def test_truncates_as_the_folder_says(exported: Path, tmp_path: Path, probes: Probes) -> None:
-    folder = changed(exported, tmp_path / "export", "config_sentence_transformers.json", truncate_dim=24)
-    compare(folder, probes, SentenceTransformer)
 
 
 def changed(folder: Path, target: Path, name: str, **values: Any) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
-import json
 import re
 import shutil
 from pathlib import Path
@@ -15,7 +14,7 @@ import datasets
 import other_models
 import pytest
 import yaml
-from building import picture, run_config
+from building import jsonl, picture, run_config
 from PIL import Image
 from test_ablation_browser import browser, opened  # noqa: F401
 from test_cookbook import REPLICAS, table
@@ -54,9 +53,7 @@ def reranker(checkpoint: Path) -> CrossEncoderModule:
 
 
 def write(path: Path, *rows: dict[str, Any]) -> str:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+    return jsonl(path, rows)
 
 
 def sections(model: Any, rows: int = 3, **data: Any) -> list[Section]:

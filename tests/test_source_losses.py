@@ -10,10 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ddp
 import pytest
 import torch
-import torch.distributed as dist
 import yaml
 from building import (
     Recorder,
@@ -31,12 +29,10 @@ from building import (
     weights,
 )
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy
 from scenarios import EXACT, learnable, losses, several_losses
 from sentence_transformers.sentence_transformer.losses import CoSENTLoss
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
-from torch.utils.data import DataLoader
 
 from vlmembed.cli import main
 from vlmembed.data import Mixture, RetrievalDataModule, Source
@@ -291,12 +287,10 @@ def test_the_parity_check_knows_each_batchs_loss(
     if wrong:  # A step that takes the module's own loss for all.
         monkeypatch.setattr(model.losses["classes"], "in_batch_negatives", True)
         monkeypatch.setattr("vlmembed.training.parity.defined_loss", _with_own_negatives)
-    options: Any = {"callbacks": [ParityCheck()], "accumulate_grad_batches": 3}
-    if wrong:
         with pytest.raises(RuntimeError, match="The step's gradient is not that of its loss"):
-            trainer(**options).fit(model, DataLoader(batches, batch_size=None))
+            fit(model, batches, ParityCheck(), accumulate_grad_batches=3)
     else:
-        trainer(**options).fit(model, DataLoader(batches, batch_size=None))
+        fit(model, batches, ParityCheck(), accumulate_grad_batches=3)
         assert "Parity check passed" in capsys.readouterr().out
 
 
@@ -304,19 +298,6 @@ def _with_own_negatives(loss: Loss, *arguments: Tensor) -> Tensor:
     if isinstance(loss, InfoNCE) and loss.wants_negatives:
         loss = InfoNCE(0.05, in_batch_negatives=False)
     return defined_loss(loss, *arguments)
-
-
-def check_in_parallel(checkpoint: Path) -> str:
-    model = module(checkpoint, learnable(), losses=losses())
-    rows = [step[dist.get_rank()] for step in several_losses(3)]
-    data = DataLoader([batch(model, share, 3) for share in rows], batch_size=None)
-    options = {"devices": 2, "strategy": DDPStrategy(process_group_backend="gloo"), "accumulate_grad_batches": 3}
-    trainer(callbacks=[ParityCheck()], **options).fit(model, data)
-    return "passed"
-
-
-def test_the_parity_check_passes_in_two_processes(checkpoint: Path) -> None:
-    assert ddp.run(check_in_parallel, checkpoint) == ["passed", "passed"]
 
 
 @pytest.mark.parametrize(

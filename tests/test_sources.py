@@ -39,11 +39,6 @@ ROWS = [
 ]
 
 
-def as_parquet(folder: Path) -> Rows:
-    datasets.Dataset.from_list(ROWS).to_parquet(folder / "t.parquet")
-    return Rows(str(folder / "t.parquet"))
-
-
 def test_a_column_may_mix_strings_mappings_and_lists(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     parts = [{"type": "text", "text": "x"}, {"type": "image", "image": "a.png"}]
@@ -63,11 +58,6 @@ def test_negatives_are_ordered_by_number_and_may_be_a_list(tmp_path: Path) -> No
     rows = [{"query": "q", "positive": "p", "negatives": negatives} for negatives in (["x", "y"], [])]
     listed = Rows(jsonl(tmp_path / "b.jsonl", rows))
     assert [texts(listed[k].negatives) for k in (0, 1)] == [["x", "y"], []]
-
-
-def test_scores_follow_positives_then_negatives(tmp_path: Path) -> None:
-    row = {"query": "q", "positive": ["p", "r"], "negatives": ["n"], "scores": [0.9, 1, 0.1]}
-    assert Rows(jsonl(tmp_path / "t.jsonl", [row]))[0].scores == (0.9, 1.0, 0.1)
 
 
 def test_labelled_documents(tmp_path: Path) -> None:
@@ -316,7 +306,8 @@ print(peak() - before)
 def test_a_batch_is_read_as_its_rows_are(tmp_path: Path) -> None:
     rows = Rows(jsonl(tmp_path / "t.jsonl", ROWS))
     assert rows.__getitems__([2, 0, 2]) == [rows[2], rows[0], rows[2]]
-    mixture = Mixture([rows, as_parquet(tmp_path)])
+    datasets.Dataset.from_list(ROWS).to_parquet(tmp_path / "t.parquet")
+    mixture = Mixture([rows, Rows(str(tmp_path / "t.parquet"))])
     assert mixture.__getitems__([4, 0, 3, 4]) == [mixture[4], mixture[0], mixture[3], mixture[4]]
 
 

@@ -14,7 +14,7 @@ import pyarrow
 import pytest
 import torch
 import torch.distributed as dist
-from building import module, trainer
+from building import jsonl, module, trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from PIL import Image
@@ -42,7 +42,7 @@ def write(folder: Path, kind: str, count: int = 600, files: int = 1) -> list[str
     for number in range(files):
         part, path = rows[number::files], folder / f"{number}.{kind}"
         if kind == "jsonl":
-            path.write_text("".join(json.dumps(row) + "\n" for row in part))
+            jsonl(path, part)
         else:
             getattr(datasets.Dataset.from_list(part), f"to_{kind}")(path)
         paths.append(str(path))
@@ -189,23 +189,21 @@ def test_an_epoch_begins_where_the_last_one_ended(checkpoint: Path, tmp_path: Pa
 
 
 def test_where_and_each_work_row_by_row(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
     lines = [{"query": f"q{n}", "positive": [f"a{n}", f"b{n}"], "kind": n % 2} for n in range(40)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path = jsonl(tmp_path / "rows.jsonl", lines)
     options: Any = {"cells": {"query": {"text": "{positive} {query}"}, "positive": "positive"}}
     options |= {"where": {"kind": 1}, "each": "positive"}
-    local = Rows(str(path), **options)
-    streamed = take(loader(StreamingRows(str(path), shuffle_buffer=0, **options)), 5)
+    local = Rows(path, **options)
+    streamed = take(loader(StreamingRows(path, shuffle_buffer=0, **options)), 5)
     expected = [local[n].query.id for n in range(40)]
     assert [query for batch in streamed for _, query, _ in batch] == expected
 
 
 def test_a_bad_row_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
     lines = [{"query": f"q{n}", "positive": f"a{n}" if n != 17 else ""} for n in range(40)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path = jsonl(tmp_path / "rows.jsonl", lines)
     with pytest.raises(ValueError, match=r"rows.jsonl, row 18, column 'positive': the cell is empty"):
-        take(loader(StreamingRows(str(path), shuffle_buffer=0)), 5)
+        take(loader(StreamingRows(path, shuffle_buffer=0)), 5)
 
 
 def test_cells_of_several_types_and_blank_lines_are_as_in_a_file(tmp_path: Path) -> None:

@@ -8,11 +8,13 @@ import json
 import os
 import pickle
 import random
+import re
 import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from hub_server import Repository, serve
+from huggingface_hub import constants
 from PIL import Image
+from test_hub import connect
 
 from vlmembed.data.cells import Folder, to_items
 from vlmembed.data.records import Records, unpacked
+from vlmembed.data.streaming import START, StreamedBatches, StreamingRows
 from vlmembed.data.tables import RawTable, open_table
 from vlmembed.media import load_image
 
@@ -642,19 +647,16 @@ print(peak() - before)
 
 # The Hub
 
-HUB_PROGRAM = """
-import json, sys
-from itertools import islice
-from vlmembed.data.cells import Folder
-from vlmembed.data.streaming import START, StreamedBatches, StreamingRows
-from vlmembed.data.tables import open_table
+Case = tuple[str, str | None, str, str | None]
 
-def local(path, subset, split, revision):
-    table = open_table(path, split, subset, Folder.of(path, None), revision)
-    return [row["txt"] for row in table.__getitems__(range(len(table)))]
 
-def streamed(path, subset, split, revision):
-    cells = {"query": "txt", "positive": "txt"}
+def in_place(path: str, subset: str | None, split: str, revision: str | None) -> list[str]:
+    return [row["txt"] for row in read(open_table(path, split, subset, Folder.of(path, None), revision))]
+
+
+def streamed(path: str, subset: str | None, split: str, revision: str | None) -> list[str]:
+    """What comes third, and also after a new start."""
+    cells: Any = {"query": "txt", "positive": "txt"}
     rows = StreamingRows(path, split, subset, revision=revision, cells=cells, shuffle_buffer=4)
     batches = StreamedBatches(rows, 4, 1, 0, distinct=False, skip=False)
     batches.positions = [START]
@@ -663,13 +665,7 @@ def streamed(path, subset, split, revision):
     assert [*islice(batches, 3)] == rest
     return sorted(example.query.parts[0].value for _, example in first[2])
 
-cases, streams = json.loads(sys.argv[1])
-for read, case in [*((local, case) for case in cases), *((streamed, case) for case in streams)]:
-    try:
-        print(json.dumps(read(*case)))
-    except ValueError as error:
-        print(json.dumps(str(error)))
-"""
+
 PAGE = """---
 configs:
 - {config_name: en, data_files: [{split: train, path: en/train.*}, {split: dev, path: en/dev.*}]}
@@ -678,8 +674,9 @@ configs:
 """
 
 
-def test_configurations_splits_slices_and_revisions_of_a_hub_id(tmp_path: Path) -> None:
-    """In a process of its own, as `datasets` reads the Hub's address where it is imported."""
+def test_configurations_splits_slices_and_revisions_of_a_hub_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tar = write_tar(tmp_path / "t.tar", [("a.txt", b"one"), ("b.txt", b"two")]).read_bytes()
     lines = b'{"txt": "new"}\n' * 200 + b'{"txt": "last"}\n'
     new = {"README.md": PAGE.encode(), **dict.fromkeys(("en/train.jsonl", "en/dev.jsonl", "de/train.jsonl"), lines)}
@@ -689,7 +686,7 @@ def test_configurations_splits_slices_and_revisions_of_a_hub_id(tmp_path: Path) 
     branches = {"v1": {"train.jsonl": b'{"txt": "old"}\n'}, "main": new}
     branches |= {"parquet": {"train.parquet": parquet.getvalue()}, "gz": {"train.jsonl.gz": packed}}
     tars = {"train.tar": tar, "test.tar": tar}
-    cases = {
+    cases: dict[Case, Any] = {
         ("org/set", "en", "train[:1%]", None): ["new", "new"],
         ("org/set", "en", "train[-1:] + dev[-1:]", "main"): ["last", "last"],
         ("org/set", None, "train", "v1"): ["old"],
@@ -701,7 +698,7 @@ def test_configurations_splits_slices_and_revisions_of_a_hub_id(tmp_path: Path) 
         ("org/tars", None, "dev", None): "org/tars: no split 'dev'; it has train, test",
         ("org/set", "en", "train", "v9"): "org/set: cannot be opened: 404 Client Error.\n\nRevision Not Found",
     }
-    streams = {
+    streams: dict[Case, Any] = {
         **{("org/set", None, "train", branch): ["t0", "t1", "t2", "t3"] for branch in ("parquet", "gz")},
         ("org/set", "en", "train", None): ["new"] * 4,
         ("org/set", "fr", "train", None): "org/set: no configuration 'fr'; it has en, de",
@@ -714,10 +711,16 @@ def test_configurations_splits_slices_and_revisions_of_a_hub_id(tmp_path: Path) 
         for branch, files in branches.items():
             hub.repositories["org/set"].commit(branch, files)
         hub.repositories["org/tars"].commit("main", tars)
-        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_x", "HF_HOME": str(tmp_path / "home")}
-        environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-        command = [sys.executable, "-c", HUB_PROGRAM, json.dumps([[*cases], [*streams]])]
-        ran = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    for (case, expected), line in zip([*cases.items(), *streams.items()], ran.stdout.splitlines(), strict=True):
-        said = json.loads(line)
-        assert said == expected if isinstance(expected, list) else said.startswith(expected), (case, said)
+        connect(monkeypatch, hub.url, "hf_x")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        # What `datasets` has read where it was imported.
+        config = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": False, "DOWNLOADED_DATASETS_PATH": tmp_path / "downloads"}
+        for name, value in config.items():
+            monkeypatch.setattr(datasets.config, name, value)
+        for reader, expected_of in ((in_place, cases), (streamed, streams)):
+            for case, expected in expected_of.items():
+                if isinstance(expected, list):
+                    assert reader(*case) == expected
+                else:
+                    with pytest.raises(ValueError, match=f"^{re.escape(expected)}"):
+                        reader(*case)
