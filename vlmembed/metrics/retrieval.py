@@ -101,7 +101,7 @@ class EvaluationMetrics(Metric):
 
     def _first(self, came: Int[Tensor, " n"]) -> Int[Tensor, " N"]:
         """Where each thing came first; refuse that one is missing."""
-        first = torch.full((self._count,), len(came)).scatter_reduce_(0, came, torch.arange(len(came)), "amin")
+        first = distributed.first_indices(came, self._count)
         if missing := int((first == len(came)).sum()):
             raise RuntimeError(
                 f"{missing} of the {self._count} {self._thing}s of evaluation set {self.evaluation.name!r} are "
