@@ -40,7 +40,7 @@ from vlmembed.cli import main
 from vlmembed.data import Rows
 from vlmembed.data.cells import Folder, to_items
 from vlmembed.encoder import Encoder, Scorer
-from vlmembed.export.card import read
+from vlmembed.files import read_json
 from vlmembed.gradcache import GradCache
 from vlmembed.heads import YesNo
 from vlmembed.losses import InfoNCE
@@ -444,7 +444,7 @@ def test_audio_tokens_are_no_text(thinker: VisionLanguageModel) -> None:
 @pytest.mark.parametrize("name", OMNI)
 def test_a_whole_omni_is_opened_as_its_thinker(tmp_path: Path, name: str) -> None:
     folder = OMNI[name](tmp_path / "whole", whole=True)
-    assert "thinker_config" in read(folder / "config.json")
+    assert "thinker_config" in read_json(folder / "config.json")
     backbone = VisionLanguageModel(str(folder))
     backbone.configure()
     file = load_file(folder / "model.safetensors")
@@ -542,7 +542,7 @@ def test_fit_measures_and_exports_what_sentence_transformers_serves(
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     main(["fit", "--config", "run.yaml"])
     (exported,) = tmp_path.glob("run/**/export")
-    modalities = read(exported / "sentence_bert_config.json")["modality_config"]
+    modalities = read_json(exported / "sentence_bert_config.json")["modality_config"]
     assert [*modalities] == ["text", "image", "video", "audio", "message"]
     assert '`{"audio": "clip.wav"}`' in (exported / "README.md").read_text()
     encoder = Encoder(VisionLanguageModel(str(exported)), LastToken())

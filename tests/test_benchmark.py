@@ -42,7 +42,7 @@ from vlmembed.benchmark.results import Row, Scores, compared, labels, measure, r
 from vlmembed.benchmark.tasks import find_tasks, load, refuse_unfit
 from vlmembed.cli import main
 from vlmembed.data import EvaluationFolder, RetrievalDataModule
-from vlmembed.export.sentence_transformers import write_folder, write_multi_vector, write_reranker
+from vlmembed.export.sentence_transformers import write_folder, write_reranker
 
 #: Float32 through twice the layers that are compared elsewhere to 1e-5, and a sum of gains.
 EQUAL = {"rel": 0, "abs": 1e-6}
@@ -69,7 +69,7 @@ def folders(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     for parameter in changed.parameters():
         parameter.data += 0.02 * torch.randn_like(parameter)
     write_folder(changed, made["other"])
-    write_multi_vector(multi_vector(checkpoint).encoder, made["multi_vector"])
+    write_folder(multi_vector(checkpoint).encoder, made["multi_vector"])
     write_reranker(ranker(checkpoint).encoder, made["reranker"])
     return made
 

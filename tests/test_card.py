@@ -24,7 +24,7 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from vlmembed.export import ModelInfo, SentenceTransformers
 from vlmembed.export.card import CardFacts, escape, logged_at, origin_of, write_card
 from vlmembed.export.exporter import data_sets, losses
-from vlmembed.export.sentence_transformers import write_folder, write_multi_vector, write_reranker
+from vlmembed.export.sentence_transformers import write_folder, write_reranker
 
 #: Closes a code span, a table cell, an HTML block, a code block, and the front matter, if it is let through.
 NASTY = "a`b|c</details></code></pre>\n```\n---\n# *d* [e](f) <script>g</script> &lt; {{ h }} $i$"
@@ -421,7 +421,7 @@ SECTIONS = {
 }
 
 
-WRITERS = {encoder: write_folder, multi_vector: write_multi_vector, ranker: write_reranker}
+WRITERS = {encoder: write_folder, multi_vector: write_folder, ranker: write_reranker}
 
 
 @pytest.mark.parametrize("build", WRITERS)

@@ -43,7 +43,7 @@ from vlmembed.data import (
     Table,
 )
 from vlmembed.encoder import MultiVectorEncoder as OurMultiVectorEncoder
-from vlmembed.export.sentence_transformers import write_folder, write_multi_vector
+from vlmembed.export.sentence_transformers import write_folder
 from vlmembed.pooling import TokenProjection, TokenSelection
 from vlmembed.search import encoding
 from vlmembed.search.corpus import open_corpus
@@ -71,7 +71,7 @@ def multi_vector(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     selections: dict[Role, TokenSelection] = {"query": TokenSelection(), "document": TokenSelection()}
     built = OurMultiVectorEncoder(encoder(checkpoint).backbone, TokenProjection(16), selections)
     built.configure()
-    write_multi_vector(built, folder)
+    write_folder(built, folder)
     return folder
 
 

@@ -21,7 +21,7 @@ from vlmembed.backbones import Qwen3VL
 from vlmembed.cli import main
 from vlmembed.encoder import MultiVectorEncoder
 from vlmembed.export import SentenceTransformers, Verification
-from vlmembed.export.sentence_transformers import write_multi_vector
+from vlmembed.export.sentence_transformers import write_folder
 from vlmembed.export.verify import Check, brings_code, expect, verify
 from vlmembed.late_interaction import MultiVectors, merge
 from vlmembed.pooling import TokenProjection, TokenSelection
@@ -92,7 +92,7 @@ def exports(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Expor
         prompts = {"pages-query": "Find the page."} if name == "linear" else {}
         size = [case.truncate_dim or built.dimension]
         checks[folder] = expect(built, root, size, prompts=prompts, merging_factor=case.merging_factor)
-        write_multi_vector(built, folder, case.truncate_dim, case.merging_factor, prompts)
+        write_folder(built, folder, case.truncate_dim, prompts=prompts, merging_factor=case.merging_factor)
     return dict(zip(CASES, zip(checks, verify(checks), strict=True), strict=True))
 
 

@@ -33,7 +33,7 @@ from vlmembed.cli import check, main
 from vlmembed.data import Rows, Source
 from vlmembed.data.digits import HandwrittenNumbers
 from vlmembed.encoder import MultiVectorEncoder, Scorer
-from vlmembed.export.sentence_transformers import write_folder, write_multi_vector, write_reranker
+from vlmembed.export.sentence_transformers import write_folder, write_reranker
 from vlmembed.files import HOST
 from vlmembed.heads import YesNo
 from vlmembed.mining import mine, score, write_rows
@@ -178,7 +178,7 @@ def test_a_multi_vector_model_mines_by_maxsim(
     built = MultiVectorEncoder(Qwen3VL(str(checkpoint)), TokenProjection(16), selections, similarity)
     torch.manual_seed(0)
     built.configure()
-    write_multi_vector(built, tmp_path / "model")
+    write_folder(built, tmp_path / "model")
     words = [" ".join(["seven", "blue", "tree"][: 1 + number % 3]) + f" {number}" for number in range(11)]
     rows = [
         Example(replace(asked(number), instruction=f"Find {number % 2}."), (item(text),))

@@ -42,7 +42,7 @@ from torch.utils.data import DataLoader
 
 from vlmembed import gradcache
 from vlmembed.adapters import Freeze, LoRA
-from vlmembed.export.sentence_transformers import write_multi_vector
+from vlmembed.export.sentence_transformers import write_folder
 from vlmembed.gradcache import GradCache
 from vlmembed.late_interaction import MultiVectors
 from vlmembed.losses import CoSENT, InfoNCE, Loss, MarginMSE, Matryoshka, MergedTokens, ScoreDistillation, WeightedSum
@@ -230,7 +230,7 @@ def test_one_step_is_sentence_transformers(
     checkpoint: Path, tmp_path: Path, similarity: Any, temperature: float, scoring: Any
 ) -> None:
     options: dict[str, Any] = {"backbone": INSTRUCTIONS, "similarity": similarity}
-    write_multi_vector(multi_vector(checkpoint, **options).encoder, tmp_path)
+    write_folder(multi_vector(checkpoint, **options).encoder, tmp_path)
     their_loss, their_update = their_step(tmp_path, temperature, scoring)
     model = multi_vector(
         checkpoint, InfoNCE(temperature), optimizer=partial(torch.optim.SGD, lr=LEARNING_RATE), **options

@@ -20,7 +20,7 @@ from torch.nn.functional import normalize
 
 from vlmembed.cli import main
 from vlmembed.encoder import MultiVectorEncoder as OurMultiVectorEncoder
-from vlmembed.export.sentence_transformers import write_folder, write_multi_vector, write_reranker
+from vlmembed.export.sentence_transformers import write_folder, write_reranker
 from vlmembed.heads import Linear
 from vlmembed.late_interaction import MultiVectors
 from vlmembed.metrics.functions import BestDocuments
@@ -405,7 +405,7 @@ def world(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     selections: Any = {"query": TokenSelection(), "document": TokenSelection()}
     built = OurMultiVectorEncoder(encoder(checkpoint).backbone, TokenProjection(16), selections)
     built.configure()
-    write_multi_vector(built, folder / "multi")
+    write_folder(built, folder / "multi")
     write_reranker(ranker(checkpoint, head=Linear(LastToken())).encoder, folder / "reranker")
     for number in range(3):
         picture(32 + 32 * number, 64, number).save(folder / f"{number}.png")

@@ -18,7 +18,7 @@ from PIL import Image
 
 from vlmembed.cli import main
 from vlmembed.encoder import MultiVectorEncoder
-from vlmembed.export.sentence_transformers import write_folder, write_multi_vector
+from vlmembed.export.sentence_transformers import write_folder
 from vlmembed.pooling import TokenProjection, TokenSelection
 from vlmembed.search.page import Side, launch, make_page, question
 
@@ -41,7 +41,7 @@ def world(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     selections: Any = {"query": TokenSelection(), "document": TokenSelection()}
     built = MultiVectorEncoder(encoder(checkpoint).backbone, TokenProjection(64), selections)
     built.configure()
-    write_multi_vector(built, folder / "several", dimensions=[32])
+    write_folder(built, folder / "several", dimensions=[32])
     for kind in KINDS:
         corpus = ["--corpus", str(folder / "corpus.jsonl"), "--output", str(folder / f"{kind}_index")]
         main(["encode", "--model", str(folder / kind), *corpus])

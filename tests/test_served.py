@@ -24,7 +24,7 @@ from vlmembed.adapters import LoRA
 from vlmembed.backbones import Qwen3VL, VisionLanguageModel
 from vlmembed.data.cells import Folder, to_items
 from vlmembed.encoder import Encoder
-from vlmembed.export.sentence_transformers import write_folder, write_multi_vector
+from vlmembed.export.sentence_transformers import write_folder
 from vlmembed.export.verify import as_input, make_probes
 from vlmembed.pooling import LastToken, Mean
 from vlmembed.search.served import ServedModel, Vectors
@@ -136,7 +136,7 @@ def test_multi_vectors(checkpoint: Path, tmp_path: Path, probes: Probes, name: s
     case = MULTI[name]
     built, folder = trained(checkpoint, case), tmp_path / "export"
     folder.mkdir()
-    write_multi_vector(built, folder, case.truncate_dim, case.merging_factor, PROMPTS)
+    write_folder(built, folder, case.truncate_dim, prompts=PROMPTS, merging_factor=case.merging_factor)
     if case.left_out:  # Items without a vector have none in both.
         probes = Probes(probes.inputs[1:4], probes.items[1:4])
     merges = case.merging_factor > 1
@@ -159,7 +159,7 @@ def test_expansion_tokens_stand_behind_queries(checkpoint: Path, tmp_path: Path,
     built.configure()
     folder = tmp_path / "export"
     folder.mkdir()
-    write_multi_vector(built, folder, prompts=PROMPTS)
+    write_folder(built, folder, prompts=PROMPTS)
     compare(folder, probes, MultiVectorEncoder)
 
 
