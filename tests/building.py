@@ -27,7 +27,7 @@ from vlmembed.backbones.chat_templates import PairTemplate
 from vlmembed.cli import main
 from vlmembed.data import Collator, RetrievalDataModule
 from vlmembed.encoder import Encoder, MultiVectorEncoder, Scorer
-from vlmembed.export.sentence_transformers import write_folder, write_multi_vector, write_reranker
+from vlmembed.export.sentence_transformers import write_folder, write_reranker
 from vlmembed.gradcache import GradCache
 from vlmembed.heads import ScoreHead, YesNo
 from vlmembed.losses import BinaryCrossEntropy, InfoNCE, Loss, RankingLoss
@@ -109,9 +109,9 @@ def scorer(
 
 def export(built: Encoder | MultiVectorEncoder | Scorer, folder: Path, *options: Any, **named: Any) -> Path:
     """Write the folder that Sentence Transformers opens, and no card."""
-    writers: dict[type, Callable[..., Any]] = {MultiVectorEncoder: write_multi_vector, Scorer: write_reranker}
     folder.mkdir(parents=True, exist_ok=True)
-    writers.get(type(built), write_folder)(built, folder, *options, **named)
+    write: Callable[..., None] = write_reranker if isinstance(built, Scorer) else write_folder
+    write(built, folder, *options, **named)
     return folder
 
 

@@ -45,7 +45,7 @@ from vlmembed import media
 from vlmembed.backbones import Qwen3VL, VisionLanguageModel
 from vlmembed.data import Rows
 from vlmembed.data.cells import Folder, to_items
-from vlmembed.export.card import read
+from vlmembed.files import read_json
 from vlmembed.gradcache import GradCache
 from vlmembed.media import audio_seconds, load_audio
 from vlmembed.mining.candidates import identify
@@ -440,7 +440,7 @@ def test_audio_tokens_are_no_text(thinker: VisionLanguageModel) -> None:
 @pytest.mark.parametrize("name", OMNI)
 def test_a_whole_omni_is_opened_as_its_thinker(tmp_path: Path, name: str) -> None:
     folder = OMNI[name](tmp_path / "whole", whole=True)
-    assert "thinker_config" in read(folder / "config.json")
+    assert "thinker_config" in read_json(folder / "config.json")
     model = backbone(folder, VisionLanguageModel)
     file = load_file(folder / "model.safetensors")
     for part, ours in (("thinker.audio_tower.", "audio_tower."), ("thinker.model.norm.", "language_model.norm.")):
@@ -520,7 +520,7 @@ def test_fit_measures_and_exports_what_sentence_transformers_serves(here: Path, 
     config["trainer"] |= {"max_steps": 2, "default_root_dir": "run"}
     call("fit", config)
     (exported,) = here.glob("run/**/export")
-    modalities = read(exported / "sentence_bert_config.json")["modality_config"]
+    modalities = read_json(exported / "sentence_bert_config.json")["modality_config"]
     assert [*modalities] == ["text", "image", "video", "audio", "message"]
     assert '`{"audio": "clip.wav"}`' in (exported / "README.md").read_text()
     opened = encoder(exported, kind=VisionLanguageModel).eval()

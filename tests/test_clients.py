@@ -24,8 +24,9 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlmembed.export import ModelInfo, SentenceTransformers
-from vlmembed.export.card import read, write_card
+from vlmembed.export.card import write_card
 from vlmembed.export.verify import TOLERANCE
+from vlmembed.files import read_json
 from vlmembed.heads import YesNo
 
 QUERY = "total amount due"
@@ -77,7 +78,7 @@ def of_card(folder: Path, client: type) -> Any:
 def test_sentence_transformers_refuses_to_open_it_below_the_release_that_the_card_names(
     folder: Path, tmp_path: Path
 ) -> None:
-    settings = read(folder / "config_sentence_transformers.json")
+    settings = read_json(folder / "config_sentence_transformers.json")
     required = settings["requirements"]
     (install,) = snippets(folder, "bash")
     assert f'"sentence-transformers{required["sentence_transformers"]}"' in install
@@ -205,25 +206,25 @@ def test_a_cut_embedding_is_normalised_where_it_is_asked_for(folder: Path, query
 
 
 def test_what_vllm_and_sglang_read_of_an_embedder(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
-    config, transformer = read(folder / "config.json"), read(folder / "sentence_bert_config.json")
+    config, transformer = read_json(folder / "config.json"), read_json(folder / "sentence_bert_config.json")
     # The model by its class, the dimensions that a request may name, the longest input.
     assert config["architectures"] == ["Qwen3VLForConditionalGeneration"]
     assert (config["is_matryoshka"], config["matryoshka_dimensions"]) == (True, [32, 64])
     assert transformer["max_seq_length"] == 200
     # Types of modules: vllm/transformers_utils/config.py; the pooling by its name without "token".
-    types = {module["type"].removeprefix("sentence_transformers.") for module in read(folder / "modules.json")}
+    types = {module["type"].removeprefix("sentence_transformers.") for module in read_json(folder / "modules.json")}
     assert types == {
         "base.modules.transformer.Transformer",
         "sentence_transformer.modules.pooling.Pooling",
         "sentence_transformer.modules.normalize.Normalize",
     }
-    assert read(folder / "1_Pooling" / "config.json")["pooling_mode"] == "lasttoken"
+    assert read_json(folder / "1_Pooling" / "config.json")["pooling_mode"] == "lasttoken"
     # Attention: of layers in the decoder's configuration, of the planner at the top.
     for bidirectional in (False, True):
         export(encoder(checkpoint, bidirectional=bidirectional), tmp_path)
-        config = read(tmp_path / "config.json")
+        config = read_json(tmp_path / "config.json")
         assert [part.get("is_causal", True) for part in (config, config["text_config"])] == [not bidirectional] * 2
-    assert "max_seq_length" not in read(tmp_path / "sentence_bert_config.json")
+    assert "max_seq_length" not in read_json(tmp_path / "sentence_bert_config.json")
 
 
 def test_messages_to_vllm_give_the_tokens_of_the_folder(folder: Path, model: SentenceTransformer) -> None:
@@ -241,7 +242,7 @@ def test_what_vllm_reads_of_a_reranker(checkpoint: Path, tmp_path: Path, scoring
     scorer = ranker(checkpoint, head=YesNo("zero", "one")).encoder
     export(scorer, tmp_path, scoring)
     write_card(tmp_path, SentenceTransformers(reranker_scoring=scoring).facts(scorer, ModelInfo(), "", "folder"))
-    config, card = read(tmp_path / "config.json"), (tmp_path / "README.md").read_text()
+    config, card = read_json(tmp_path / "config.json"), (tmp_path / "README.md").read_text()
     assert ("Qwen3VLForSequenceClassification" in card) is (scoring == "logits")
     if scoring == "dense":
         assert "classifier_from_token" not in config
@@ -266,7 +267,7 @@ def test_what_vllm_reads_of_a_reranker(checkpoint: Path, tmp_path: Path, scoring
 
 def test_text_embeddings_inference_refuses_the_folder(folder: Path) -> None:
     """Its router wants the number of positions at the top level; its backends know no such model_type."""
-    config = read(folder / "config.json")
+    config = read_json(folder / "config.json")
     assert "max_position_embeddings" not in config
     assert config["model_type"] == "qwen3_vl"
     assert "Text Embeddings Inference does not know the model." in (folder / "README.md").read_text()

@@ -31,9 +31,9 @@ from vlmembed.adapters import LoRA
 from vlmembed.backbones import Qwen3VL, VisionLanguageModel, tiny
 from vlmembed.encoder import Encoder
 from vlmembed.export import ExportError, ModelInfo, SentenceTransformers, Verification
-from vlmembed.export.card import read
 from vlmembed.export.modules import check_servable, is_stock, standalone_code
 from vlmembed.export.verify import TOLERANCE, Check, as_input, brings_code, expect, verify
+from vlmembed.files import read_json
 from vlmembed.media import load_image
 from vlmembed.pooling import Pooling
 from vlmembed.types import Item, Part
@@ -250,11 +250,23 @@ def test_the_lowest_release_that_is_claimed_opens_every_folder(
     cases = {name: replace(case, max_length=None) for name, case in CASES.items()} | {"cut": Case(zoo.LastToken)}
     later = set()
     for name, (folder, verification) in exported(checkpoint, tmp_path, left_out, cases, python=python).items():
-        claimed = read(folder / "config_sentence_transformers.json")["requirements"]["sentence_transformers"] == ">=5.4"
+        requirements = read_json(folder / "config_sentence_transformers.json")["requirements"]
+        claimed = requirements["sentence_transformers"] == ">=5.4"
         assert verification.passed is claimed, f"{name}: {verification}"
         later |= set() if claimed else {name}
     # Wrong there where padding is on the left, or the template's end is cut.
     assert later == {"first", "weighted mean", "concatenation", "layer mix", "cut"}
+
+
+def test_the_latest_release_that_a_module_needs_is_claimed(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The latest release, not the last text: 5.10 comes behind 5.9."""
+    monkeypatch.setitem(SERVED_SINCE, "cls", "5.9")
+    monkeypatch.setitem(SERVED_SINCE, "max_seq_length", "5.10")
+    write_folder(encoder(checkpoint, zoo.FirstToken(), max_length=99), tmp_path)
+    requirements = read_json(tmp_path / "config_sentence_transformers.json")["requirements"]
+    assert requirements["sentence_transformers"] == ">=5.10"
 
 
 @pytest.mark.parametrize("name", ["own", "many", "layer mix"])
@@ -274,7 +286,7 @@ def test_a_folder_can_be_copied_and_saved_anew(exports: Exports, tmp_path: Path,
 def test_other_models(exports: Exports, name: str) -> None:
     folder, verification = exports[name]
     assert verification.passed
-    claims_videos = "video" in read(folder / "sentence_bert_config.json")["modality_config"]
+    claims_videos = "video" in read_json(folder / "sentence_bert_config.json")["modality_config"]
     assert claims_videos is ("video" not in verification.check.left_out) is (name != "idefics3")
 
 
@@ -441,13 +453,13 @@ def test_computing_what_is_expected_turns_dropout_off(checkpoint: Path, tmp_path
 def test_the_files(checkpoint: Path, tmp_path: Path) -> None:
     options = {"query_instruction": "Find it.", "document_instruction": None, "max_pixels": 9216, "max_length": 99}
     export(encoder(checkpoint, **options, bidirectional=True), tmp_path)
-    config = read(tmp_path / "config_sentence_transformers.json")
+    config = read_json(tmp_path / "config_sentence_transformers.json")
     assert config["prompts"] == {"query": "Find it.", "document": ""}
     assert config["requirements"]["sentence_transformers"] == ">=5.6"
-    assert read(tmp_path / "processor_config.json")["image_processor"]["size"]["longest_edge"] == 9216
-    assert read(tmp_path / "config.json")["text_config"]["is_causal"] is False
-    assert "is_matryoshka" not in read(tmp_path / "config.json")
-    assert read(tmp_path / "tokenizer_config.json")["model_max_length"] == 99
+    assert read_json(tmp_path / "processor_config.json")["image_processor"]["size"]["longest_edge"] == 9216
+    assert read_json(tmp_path / "config.json")["text_config"]["is_causal"] is False
+    assert "is_matryoshka" not in read_json(tmp_path / "config.json")
+    assert read_json(tmp_path / "tokenizer_config.json")["model_max_length"] == 99
 
 
 def test_an_export_is_a_checkpoint_whose_settings_are_those_of_the_next_training(
@@ -463,10 +475,10 @@ def test_an_export_is_a_checkpoint_whose_settings_are_those_of_the_next_training
         expected = normalize(trained_on(trained_on.preprocessor([Item("document", (Part("text", long_text),))])))
     served = SentenceTransformer(str(second), device="cpu").encode_document([long_text], convert_to_tensor=True)
     torch.testing.assert_close(served, expected, rtol=0, atol=TOLERANCE)
-    before, after = (read(folder / "config.json") for folder in (first, second))
+    before, after = (read_json(folder / "config.json") for folder in (first, second))
     positions = after["text_config"]["max_position_embeddings"]
-    assert read(second / "tokenizer_config.json")["model_max_length"] >= positions
-    assert "max_seq_length" not in read(second / "sentence_bert_config.json")
+    assert read_json(second / "tokenizer_config.json")["model_max_length"] >= positions
+    assert "max_seq_length" not in read_json(second / "sentence_bert_config.json")
     assert (before.pop("is_causal"), after["is_causal"], after["text_config"]["is_causal"]) == (False, True, True)
     stale = {"is_matryoshka", "matryoshka_dimensions", "output_hidden_states"}
     assert stale <= {*before}
@@ -486,8 +498,8 @@ def test_the_weights_are_the_checkpoints(tmp_path: Path, tied: bool) -> None:
 
 def test_learned_tokens_are_in_the_vocabulary(exports: Exports, checkpoint: Path) -> None:
     folder, _ = exports["one learned token"]
-    fresh = read(checkpoint / "config.json")["text_config"]["vocab_size"]
-    assert read(folder / "config.json")["text_config"]["vocab_size"] == fresh + 1
+    fresh = read_json(checkpoint / "config.json")["text_config"]["vocab_size"]
+    assert read_json(folder / "config.json")["text_config"]["vocab_size"] == fresh + 1
     assert (folder / "chat_template.jinja").read_text().endswith("<|read_out_0|>")
 
 

@@ -22,9 +22,9 @@ from vlmembed.backbones import DocumentFirst, QueryFirst, tiny
 from vlmembed.backbones.chat_templates import PairTemplate
 from vlmembed.encoder import Scorer
 from vlmembed.export import ExportError, SentenceTransformers
-from vlmembed.export.card import read
 from vlmembed.export.sentence_transformers import Scoring
 from vlmembed.export.verify import HALF_PRECISION_TOLERANCE, TOLERANCE, Check, as_input, brings_code, expect, verify
+from vlmembed.files import read_json
 from vlmembed.heads import MLP, Linear, ScoreHead, YesNo
 
 
@@ -83,7 +83,7 @@ def test_both_forms_are_served_as_trained(untied: Path, tmp_path: Path) -> None:
         assert verification.passed
         # Pairs; alone, in batches, ranked.
         assert verification.comparisons == 11 * (1 + len(verification.check.sides) + 1)
-        requirement = read(folder / "config_sentence_transformers.json")["requirements"]["sentence_transformers"]
+        requirement = read_json(folder / "config_sentence_transformers.json")["requirements"]["sentence_transformers"]
         assert requirement == ">=5.6"
 
 
@@ -148,7 +148,7 @@ def test_the_two_forms_score_alike_bidirectionally_with_tied_weights(checkpoint:
 def test_the_language_model_head_keeps_its_other_rows(untied: Path, tmp_path: Path) -> None:
     trained = scorer(untied, YesNo("zero", "one"))
     export(trained, tmp_path, "logits")
-    score = read(tmp_path / "1_LogitScore" / "config.json")
+    score = read_json(tmp_path / "1_LogitScore" / "config.json")
     tokenizer = trained.backbone.preprocessor.processor.tokenizer
     words = {"true_token_id": "zero", "false_token_id": "one"}
     assert {name: tokenizer.decode([score[name]]) for name in words} == words
@@ -162,18 +162,18 @@ def test_the_language_model_head_keeps_its_other_rows(untied: Path, tmp_path: Pa
 
 def test_the_files(checkpoint: Path, tmp_path: Path) -> None:
     export(scorer(checkpoint, YesNo(), QueryFirst("Find it."), max_length=300), tmp_path)
-    config = read(tmp_path / "config_sentence_transformers.json")
+    config = read_json(tmp_path / "config_sentence_transformers.json")
     assert (config["model_type"], config["activation_fn"]) == ("CrossEncoder", "torch.nn.modules.activation.Sigmoid")
     assert (config["prompts"], config["default_prompt_name"]) == ({}, None)
-    assert read(tmp_path / "sentence_bert_config.json")["processing_kwargs"]["chat_template"] == {
+    assert read_json(tmp_path / "sentence_bert_config.json")["processing_kwargs"]["chat_template"] == {
         "add_generation_prompt": True,
         "chat_template": "reranker",
     }
     template = tmp_path / "additional_chat_templates" / "reranker.jinja"
     assert template.read_text() == QueryFirst("Find it.").source
     assert (tmp_path / "chat_template.jinja").read_text() == (checkpoint / "chat_template.jinja").read_text()
-    assert read(tmp_path / "tokenizer_config.json")["model_max_length"] == 300
-    assert [entry["path"] for entry in read(tmp_path / "modules.json")] == ["", "1_Pooling", "2_Dense"]
+    assert read_json(tmp_path / "tokenizer_config.json")["model_max_length"] == 300
+    assert [entry["path"] for entry in read_json(tmp_path / "modules.json")] == ["", "1_Pooling", "2_Dense"]
 
 
 def test_an_exported_reranker_is_a_checkpoint_too(checkpoint: Path, tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_an_exported_reranker_is_a_checkpoint_too(checkpoint: Path, tmp_path: Pa
     trained = scorer(first, YesNo(), DocumentFirst(), max_length=None)
     check = expect(trained, tmp_path)
     assert_served(export(trained, tmp_path / "second"), check)
-    config = read(tmp_path / "second" / "config_sentence_transformers.json")
+    config = read_json(tmp_path / "second" / "config_sentence_transformers.json")
     assert config["requirements"]["sentence_transformers"] == ">=5.5"
 
 

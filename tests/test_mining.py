@@ -30,7 +30,7 @@ from torch import Tensor
 from vlmembed.cli import check, main
 from vlmembed.data import Rows, Source
 from vlmembed.data.digits import HandwrittenNumbers
-from vlmembed.export.sentence_transformers import write_folder, write_multi_vector, write_reranker
+from vlmembed.export.sentence_transformers import write_folder, write_reranker
 from vlmembed.files import HOST, whole_file
 from vlmembed.mining import mine, score, write_rows
 from vlmembed.mining.candidates import Entry, identify
@@ -168,7 +168,7 @@ def test_a_multi_vector_model_mines_by_maxsim(
     similarity: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its most similar documents that are no positive, from the cache too, whatever instructions say."""
-    write_multi_vector(multi_vector(checkpoint, similarity=similarity).encoder, tmp_path / "model")
+    write_folder(multi_vector(checkpoint, similarity=similarity).encoder, tmp_path / "model")
     words = [" ".join(["seven", "blue", "tree"][: 1 + number % 3]) + f" {number}" for number in range(11)]
     rows = [
         Example(replace(asked(number), instruction=f"Find {number % 2}."), (item(text),))

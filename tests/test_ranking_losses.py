@@ -412,10 +412,10 @@ def test_a_sum_is_the_sum_of_its_losses() -> None:
         assert gradient != 0
     assert [*summed.parameters()] == [learnable.log_scale]
     assert summed.dimensions == (12, 4)
-    assert summed.wants_scores
-    assert Matryoshka(summed, [12]).wants_scores
-    assert not WeightedSum([InfoNCE()]).wants_scores
-    assert not Matryoshka(InfoNCE(), [12]).wants_scores
+    assert summed.label_spec.teacher_scores
+    assert Matryoshka(summed, [12]).label_spec.teacher_scores
+    assert not WeightedSum([InfoNCE()]).label_spec.teacher_scores
+    assert not Matryoshka(InfoNCE(), [12]).label_spec.teacher_scores
 
 
 # The batch

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from vlmembed.cli import main
-from vlmembed.export.sentence_transformers import write_folder, write_multi_vector, write_reranker
+from vlmembed.export.sentence_transformers import write_folder, write_reranker
 from vlmembed.heads import Linear
 from vlmembed.late_interaction import MultiVectors
 from vlmembed.metrics.functions import BestDocuments
@@ -393,7 +393,7 @@ def world(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two models, a corpus and queries of texts and pictures, and the index of each model, ``single`` and ``multi``."""
     folder = tmp_path_factory.mktemp("world")
     write_folder(encoder(checkpoint), folder / "single", dimensions=[32])
-    write_multi_vector(multi_vector(checkpoint).encoder, folder / "multi")
+    write_folder(multi_vector(checkpoint).encoder, folder / "multi")
     write_reranker(ranker(checkpoint, head=Linear(LastToken())).encoder, folder / "reranker")
     for number in range(3):
         picture(32 + 32 * number, 64, number).save(folder / f"{number}.png")

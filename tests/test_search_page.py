@@ -17,7 +17,7 @@ from building import encoder, jsonl, multi_vector, picture, slow_maxsim
 from PIL import Image
 
 from vlmembed.cli import main
-from vlmembed.export.sentence_transformers import write_folder, write_multi_vector
+from vlmembed.export.sentence_transformers import write_folder
 from vlmembed.pooling import TokenProjection
 from vlmembed.search.page import Side, launch, make_page, question
 
@@ -38,7 +38,7 @@ def world(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind, instruction in (("one", "Find it."), ("other", "Another.")):
         write_folder(encoder(checkpoint, query_instruction=instruction), folder / kind, dimensions=[32])
     built = multi_vector(checkpoint, projection=TokenProjection(64)).encoder
-    write_multi_vector(built, folder / "several", dimensions=[32])
+    write_folder(built, folder / "several", dimensions=[32])
     for kind in KINDS:
         corpus = ["--corpus", str(folder / "corpus.jsonl"), "--output", str(folder / f"{kind}_index")]
         main(["encode", "--model", str(folder / kind), *corpus])

@@ -17,7 +17,7 @@ from sentence_transformers.sentence_transformer.losses import CachedMultipleNega
 from torch import Tensor
 from torch.optim import SGD
 
-from vlmembed.export.sentence_transformers import write_folder, write_multi_vector
+from vlmembed.export.sentence_transformers import write_folder
 from vlmembed.losses import InfoNCE, Matryoshka
 from vlmembed.modules import EmbeddingModule, MultiVectorModule
 from vlmembed.pooling import LastToken, Mean, Pooling
@@ -82,7 +82,7 @@ def test_one_step_of_several_vectors(
 ) -> None:
     options: Any = {"backbone": INSTRUCTIONS, "similarity": similarity, "optimizer": OPTIMIZER}
     ours = multi_vector(checkpoint, InfoNCE(temperature), **options)
-    write_multi_vector(ours.encoder, tmp_path)
+    write_folder(ours.encoder, tmp_path)
     model = MultiVectorEncoder(str(tmp_path), device="cpu").train()
     loss = CachedMultiVectorMultipleNegativesRankingLoss(
         model, scale=1 / temperature, similarity_fct=scoring, mini_batch_size=3

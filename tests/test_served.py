@@ -24,7 +24,7 @@ from vlmembed.adapters import LoRA
 from vlmembed.backbones import Qwen3VL, VisionLanguageModel
 from vlmembed.data.cells import Folder, to_items
 from vlmembed.encoder import Encoder
-from vlmembed.export.sentence_transformers import write_folder, write_multi_vector
+from vlmembed.export.sentence_transformers import write_folder
 from vlmembed.export.verify import as_input, make_probes
 from vlmembed.late_interaction import MultiVectors
 from vlmembed.pooling import LastToken, Mean, TokenSelection
@@ -143,7 +143,7 @@ def test_multi_vectors(checkpoint: Path, tmp_path: Path, probes: Probes, name: s
     case = MULTI[name]
     built, folder = trained(checkpoint, case), tmp_path / "export"
     folder.mkdir()
-    write_multi_vector(built, folder, case.truncate_dim, case.merging_factor, PROMPTS)
+    write_folder(built, folder, case.truncate_dim, prompts=PROMPTS, merging_factor=case.merging_factor)
     if case.left_out:  # Items without a vector have none in both.
         probes = Probes(probes.inputs[1:4], probes.items[1:4])
     merges = case.merging_factor > 1
@@ -158,7 +158,7 @@ def test_multi_vectors(checkpoint: Path, tmp_path: Path, probes: Probes, name: s
 
 def test_expansion_tokens_stand_behind_queries(checkpoint: Path, tmp_path: Path, probes: Probes) -> None:
     built = multi_vector(checkpoint, query_tokens=TokenSelection("texts"), expansion_tokens=3).encoder
-    write_multi_vector(built, tmp_path / "export", prompts=PROMPTS)
+    write_folder(built, tmp_path / "export", prompts=PROMPTS)
     compare(tmp_path / "export", probes, MultiVectorEncoder)
 
 

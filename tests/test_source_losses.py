@@ -295,7 +295,7 @@ def test_the_parity_check_knows_each_batchs_loss(
 
 
 def _with_own_negatives(loss: Loss, *arguments: Tensor) -> Tensor:
-    if isinstance(loss, InfoNCE) and loss.wants_negatives:
+    if isinstance(loss, InfoNCE) and loss.label_spec.needs_negative:
         loss = InfoNCE(0.05, in_batch_negatives=False)
     return defined_loss(loss, *arguments)
 

@@ -21,7 +21,7 @@ from torch.nn.functional import gelu
 from vlmembed.backbones import Qwen3VL, VisionLanguageModel
 from vlmembed.cli import main
 from vlmembed.encoder import Encoder
-from vlmembed.export.sentence_transformers import write_multi_vector
+from vlmembed.export.sentence_transformers import write_folder
 from vlmembed.heads import Linear, YesNo
 from vlmembed.losses import InfoNCE, MergedTokens, WeightedSum
 from vlmembed.modules import EmbeddingModule, MultiVectorModule
@@ -199,7 +199,7 @@ def test_sentence_transformers_serves_expansion_tokens(open_family: Any, tmp_pat
         role: [torch.nn.functional.normalize(encoder(chunk), dim=-1) for chunk in rows] for role, rows in chunks.items()
     }
     inputs: list[Any] = [one[0] if len(one) == 1 else {"text": one[0], "image": one[1]} for one in contents]
-    write_multi_vector(encoder, tmp_path / "served")
+    write_folder(encoder, tmp_path / "served")
     served: Any = MultiVectorEncoder(str(tmp_path / "served"), device="cpu", trust_remote_code=name == "code")
     document_prompt = {"prompt_name": "document"}
     for encode, role, options in (

@@ -1,8 +1,9 @@
-"""Files that are there whole or not at all, and one hash for what is compared by its content."""
+"""Files that are there whole or not at all, JSON by name, and one hash for what is compared by its content."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import time
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -43,6 +45,14 @@ def _file_digest(file: Path, *version: int) -> str:
 def version_of(status: os.stat_result) -> tuple[int, int]:
     """Return what is another for a file that has been written again: its size, and when."""
     return status.st_size, status.st_mtime_ns
+
+
+def read_json(path: str | Path) -> Any:
+    """Return the content of a JSON file; a ``ValueError`` names one that is none."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
 
 
 def draft_of(path: Path) -> Path:

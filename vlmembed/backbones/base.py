@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,6 +37,7 @@ from vlmembed.backbones.chat_templates import (
 )
 from vlmembed.backbones.preprocessing import ChatPreprocessor
 from vlmembed.distributed import print_once
+from vlmembed.files import read_json
 from vlmembed.kernels import compile_layers, use_liger
 from vlmembed.types import Inputs, Role
 
@@ -218,7 +218,7 @@ class VisionLanguageModel(nn.Module):
             yield
         except Exception as error:
             for path in sorted(Path(self.checkpoint).glob("*.json")):
-                _read_json(path)
+                read_json(path)
             raise ValueError(
                 f"Cannot open the checkpoint {self.checkpoint!r}: {type(error).__name__}: {error}"
             ) from error
@@ -235,7 +235,7 @@ class VisionLanguageModel(nn.Module):
 
     def _json(self, name: str) -> Any:
         """Return the content of a JSON file; an empty mapping where the checkpoint has none."""
-        return next(map(_read_json, self._files(name)), {})
+        return next(map(read_json, self._files(name)), {})
 
     # Weights
 
@@ -434,13 +434,6 @@ def _quantization() -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-
-
-def _read_json(path: str | Path) -> Any:
-    try:
-        return json.loads(Path(path).read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -24,6 +24,8 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from yaml import YAMLError
 
+from vlmembed.files import read_json
+
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 DATA_FILES = {".json", ".jsonl", ".parquet", ".csv", ".tsv", ".arrow"}
@@ -33,14 +35,6 @@ DATA_FILES = {".json", ".jsonl", ".parquet", ".csv", ".tsv", ".arrow"}
 LOGGED_NAME = re.compile(
     r"(?P<set>.+?)/(?P<metric>[^/]+)(?P<before>/before)?(/(?P<variant>\d+|x\d+|two_stage))?", re.DOTALL
 )
-
-#: What columns of the table of results mean, by how they begin.
-NOTES = {
-    r"\d": "A number above a column is the dimension that embeddings were cut to, as truncate_dim cuts them.",
-    "x": "Above x4, documents had four times fewer vectors: give encode_document "
-    "token_pooling=HierarchicalTokenPooling(4, num_protected_tokens=0).",
-    "two_stage": "In two stages, mean vectors found the candidates that MaxSim ranked.",
-}
 
 #: What Sentence Transformers' own cards call a model of a class, the words by which the Hub finds it, and its task.
 KINDS = {
@@ -133,12 +127,7 @@ def write_card(folder: Path, facts: CardFacts) -> Path:
         shell_source=Markup(shlex.quote(" ".join(facts.source.split()))),
         rows=rows,
         # The table's columns: the whole embedding, then ever shorter ones.
-        variants=(variants := sorted({variant for row in rows.values() for variant in row}, key=_column)),
-        notes=[
-            note
-            for mark, note in NOTES.items()
-            if any(re.match(mark, variant) for variant in variants) and (mark != "x" or served["merging_factor"] == 1)
-        ],
+        variants=sorted({variant for row in rows.values() for variant in row}, key=_column),
         vectors=next((row["full"] for (_, name), row in rows.items() if name == VECTORS and "full" in row), None),
         history=[["step", *history.columns], *history.itertuples(name=None)] if len(history) else [],
         config=Markup(html.escape(yaml_dump(public(facts.config), sort_keys=False), quote=False)),
@@ -264,47 +253,41 @@ def escape(value: object) -> Markup:
     return Markup(re.sub(r"[^\w\s.,:;/@+()=%?'-]", lambda mark: f"&#{ord(mark.group())};", line))
 
 
-def read(path: Path) -> Any:
-    """Read a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def _served(folder: Path) -> dict[str, Any]:
     """Read in an exported folder what opens it, and which other clients serve it rightly."""
-    config, modules = (read(folder / name) for name in ("config_sentence_transformers.json", "modules.json"))
+    config, modules = (read_json(folder / name) for name in ("config_sentence_transformers.json", "modules.json"))
     transformer, tokenizer, checkpoint = (
-        read(folder / name) for name in ("sentence_bert_config.json", "tokenizer_config.json", "config.json")
+        read_json(folder / name) for name in ("sentence_bert_config.json", "tokenizer_config.json", "config.json")
     )
     modalities = transformer["modality_config"]
     modality = modalities["text"]
     text_config = checkpoint.get("text_config", checkpoint)
     causal = text_config.get("is_causal", True)
-    types = {module["type"].rsplit(".", 1)[-1]: folder / module["path"] for module in modules}
-    tokens = config["model_type"] == "MultiVectorEncoder"
-    mask, selection, merging = (
-        read(types[name] / "config.json") if name in types else {}
-        for name in ("MultiVectorMask", "ServedSelection", "HierarchicalTokenPooling")
-    )
-    selections = selection.get("selections", {})
+    folders = {module["type"].rsplit(".", 1)[-1]: folder / module["path"] for module in modules}
+    types = {*folders}
+
+    def settings(name: str) -> dict[str, Any]:
+        """Of the last module of a class; nothing where there is none."""
+        found: dict[str, Any] = read_json(folders[name] / "config.json") if name in folders else {}
+        return found
+
+    selections = settings("ServedSelection").get("selections", {})
     images_only = [role for role in selections if selections[role]["part"] == "images"]
-    dense = [folder / module["path"] for module in modules if module["type"].endswith(".Dense")]
-    ranks = config["model_type"] == "CrossEncoder"
-    mode = None  # Of pooling the states of the last layer, which other servers do in their own way.
-    if modality["method_output_name"] == "last_hidden_state" and "Pooling" in types:
-        mode = read(types["Pooling"] / "config.json")["pooling_mode"]
+    ranks, has_vectors = (config["model_type"] == kind for kind in ("CrossEncoder", "MultiVectorEncoder"))
+    # Of pooling the states of the last layer, which other servers do in their own way.
+    mode = settings("Pooling").get("pooling_mode") if modality["method_output_name"] == "last_hidden_state" else None
     prompts = {role: config["prompts"].get(role, "") for role in ("query", "document")}
     chat = {"system": prompts["query"], "user": "total amount due"}
     messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in chat.items() if text]
     return {
         "messages": {"python": Markup(repr(messages)), "json": Markup(json.dumps(messages))},
-        "by_hand": set(types) <= {"Transformer", "Pooling", "Normalize"} and mode == "lasttoken",
+        "by_hand": types <= {"Transformer", "Pooling", "Normalize"} and mode == "lasttoken",
         "opens_with": config["model_type"],
-        "size": read(dense[-1] / "config.json")["out_features"] if dense and tokens else None,  # Of a token's vector.
-        "merging_factor": merging.get("pool_factor", 1),
-        "images_only": ["document"] if mask.get("keep_only_token_ids") else images_only,
+        "size": settings("Dense").get("out_features") if has_vectors else None,  # Of a token's vector.
+        "merging_factor": settings("HierarchicalTokenPooling").get("pool_factor", 1),
+        "images_only": ["document"] if settings("MultiVectorMask").get("keep_only_token_ids") else images_only,
         "ranks": ranks,
         "modalities": [name for name in modalities if name != "message"],
-        "hears": "audio" in modalities,
         "max_length": min(
             tokenizer.get("model_max_length", math.inf), text_config.get("max_position_embeddings", math.inf)
         ),
@@ -316,10 +299,10 @@ def _served(folder: Path) -> dict[str, Any]:
         "named": {name: text for name, text in config["prompts"].items() if name not in prompts},
         "one_prompt": prompts["query"] == prompts["document"],
         "releases": config["requirements"],
-        "sglang": causal and not ranks and set(types) <= VLLM_MODULES - {"Dense"} and mode == "lasttoken",
+        "sglang": causal and not ranks and types <= VLLM_MODULES - {"Dense"} and mode == "lasttoken",
         "vllm": (causal or checkpoint["model_type"] in VLLM_BIDIRECTIONAL)
         and ("classifier_from_token" in checkpoint if ranks else mode in ("lasttoken", "mean"))
-        and (ranks or set(types) <= VLLM_MODULES),
+        and (ranks or types <= VLLM_MODULES),
     }
 
 
@@ -328,7 +311,7 @@ def _architecture(folder: Path, model_type: str, modules: Sequence[Mapping[str, 
     lines = []
     for module in modules:
         name = "config.json" if module["path"] else "sentence_bert_config.json"
-        settings = html.escape(str(read(folder / module["path"] / name)), quote=False)
+        settings = html.escape(str(read_json(folder / module["path"] / name)), quote=False)
         lines.append(f"  ({module['idx']}): {module['type'].rsplit('.', 1)[-1]}({settings})")
     return "\n".join([f"{model_type}(", *lines, ")"])
 
@@ -358,5 +341,5 @@ def origin_of(checkpoint: str) -> str:
         base = (metadata_load(Path(checkpoint, "README.md")) or {}).get("base_model")
         names += base if isinstance(base, list) else [base]
     with suppress(OSError, ValueError, AttributeError):
-        names.append(read(Path(checkpoint, "config.json")).get("_name_or_path"))
+        names.append(read_json(Path(checkpoint, "config.json")).get("_name_or_path"))
     return next((name for name in names if isinstance(name, str) and on_hub(name)), checkpoint)

@@ -22,10 +22,11 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from vlmembed.encoder import Encoder, MultiVectorEncoder, Scorer
-from vlmembed.export.card import CardFacts, logged_at, on_hub, origin_of, public, read, write_card
+from vlmembed.export.card import CardFacts, logged_at, on_hub, origin_of, public, write_card
 from vlmembed.export.modules import check_head, check_servable, yes_no_head
-from vlmembed.export.sentence_transformers import Scoring, write_folder, write_multi_vector, write_reranker
+from vlmembed.export.sentence_transformers import Scoring, write_folder, write_reranker
 from vlmembed.export.verify import ExportError, Verification, brings_code, expect, role_of, verify
+from vlmembed.files import read_json
 from vlmembed.heads import ScoreHead
 from vlmembed.pooling import Pooling, TokenProjection
 
@@ -161,7 +162,7 @@ class SentenceTransformers(Exporter):
             raise ExportError(
                 f"The export is verified, but cannot take its place ({error}): it is in {draft}."
             ) from error
-        opener = read(folder / "config_sentence_transformers.json")["model_type"]
+        opener = read_json(folder / "config_sentence_transformers.json")["model_type"]
         print(
             f"Verified: {verification}\n\n"
             + ("It brings the pooling's code along, and is opened with trust_remote_code=True.\n\n" if code else "")
@@ -177,12 +178,7 @@ class SentenceTransformers(Exporter):
                 stack.callback(transformers_logging.enable_progress_bar)
                 transformers_logging.disable_progress_bar()
             # What is expected is computed first: writing merges the adapters into the weights.
-            if isinstance(encoder, MultiVectorEncoder):
-                full, merging_factor = self.truncate_dim or encoder.dimension, self.merging_factor
-                expected = expect(encoder, Path(scratch), [full], prompts=info.prompts, merging_factor=merging_factor)
-                dimensions = _trained(full, info)
-                write_multi_vector(encoder, draft, self.truncate_dim, merging_factor, info.prompts, dimensions)
-            elif isinstance(encoder, Scorer):
+            if isinstance(encoder, Scorer):
                 # Logits are taken at the last position, where a token has to be.
                 sides = ("left", "right") if self.reranker_scoring == "dense" else ("left",)
                 # A pair has one instruction, its query's.
@@ -190,10 +186,12 @@ class SentenceTransformers(Exporter):
                 expected = expect(encoder, Path(scratch), sides=sides, prompts=prompts)
                 write_reranker(encoder, draft, self.reranker_scoring, prompts)
             else:
-                full = self.truncate_dim or encoder.dimension
-                dimensions = _trained(full, info)
-                expected = expect(encoder, Path(scratch), dimensions or [full], prompts=info.prompts)
-                write_folder(encoder, draft, self.truncate_dim, dimensions, info.prompts)
+                full, factor = self.truncate_dim or encoder.dimension, self.merging_factor
+                # The dimensions that vectors may be cut to, with the whole ones first.
+                dimensions = [full, *(size for size in info.dimensions if size < full)] if info.dimensions else []
+                compared = [full] if isinstance(encoder, MultiVectorEncoder) else dimensions or [full]
+                expected = expect(encoder, Path(scratch), compared, prompts=info.prompts, merging_factor=factor)
+                write_folder(encoder, draft, self.truncate_dim, dimensions, info.prompts, factor)
             return verify({draft: expected})[0]
 
     def facts(self, encoder: Encoder, info: ModelInfo, verification: str, source: str) -> CardFacts:
@@ -224,18 +222,6 @@ class SentenceTransformers(Exporter):
             full_dimension=full,
             dimensions=info.dimensions if full else (),
             log=info.log,
-        )
-
-
-def _trained(full: int, info: ModelInfo) -> list[int]:
-    """Return the dimensions that vectors may be cut to, with the whole ones first; none where no loss trained them."""
-    return [full, *(dimension for dimension in info.dimensions if dimension < full)] if info.dimensions else []
-
-
-def _refuse_no_id(base_model: str | None) -> None:
-    if base_model is not None and not on_hub(base_model):
-        raise ValueError(
-            f"base_model={base_model!r} is no id of a model on the Hub, such as Qwen/Qwen3-VL-2B-Instruct."
         )
 
 

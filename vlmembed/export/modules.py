@@ -41,7 +41,6 @@ class ModuleSpec:
     type: str  # The dotted path of the class.
     config: Mapping[str, Any]
     weights: Mapping[str, Tensor] | None = None
-    file_name: str = "config.json"  # Of the configuration.
 
 
 def is_stock(pooling: Pooling) -> bool:
@@ -70,6 +69,18 @@ def pooling_modules(pooling: Pooling, model: PretrainedConfig) -> list[ModuleSpe
         return pooling_modules(pooling.pooling, model)
     config = {"embedding_dimension": model.hidden_size, "pooling_mode": _mode(pooling), "include_prompt": True}
     return [ModuleSpec("sentence_transformers.sentence_transformer.modules.pooling.Pooling", config)]
+
+
+def embedding_modules(pooling: Pooling, model: PretrainedConfig, truncate_dim: int | None) -> list[ModuleSpec]:
+    """Return what makes an embedding of length 1 of token states: the pooling's modules, fewer dimensions, length 1."""
+    modules = pooling_modules(pooling, model)
+    if truncate_dim is not None:
+        # Before normalising, which Sentence Transformers' own truncate_dim is not.
+        modules.append(dense(torch.eye(pooling.dimension(model.hidden_size))[:truncate_dim]))
+    names = {"module_input_name": "sentence_embedding", "module_output_name": "sentence_embedding"}
+    # This path is known to all releases from 5.4 on; base.modules.normalize to those from 6.0 on.
+    modules.append(ModuleSpec("sentence_transformers.sentence_transformer.modules.normalize.Normalize", names))
+    return modules
 
 
 def _mode(pooling: Pooling) -> str | list[str] | None:

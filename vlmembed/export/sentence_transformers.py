@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 import transformers
 from jaxtyping import Float
+from packaging.version import Version
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -24,19 +25,17 @@ from vlmembed.backbones import VisionLanguageModel
 from vlmembed.backbones.base import HEAD, label_token_ids
 from vlmembed.backbones.chat_templates import NAME, write_tokens
 from vlmembed.encoder import Encoder, MultiVectorEncoder, Scorer
-from vlmembed.export.card import read
 from vlmembed.export.modules import (
     CODE,
     ModuleSpec,
-    check_head,
-    dense,
+    embedding_modules,
     head_modules,
-    pooling_modules,
     pooling_of,
     standalone_code,
     token_modules,
     yes_no_head,
 )
+from vlmembed.files import read_json
 from vlmembed.pooling import Pooling
 
 #: What an export adds to ``config.json``: a checkpoint that is an export has it from its own training.
@@ -52,59 +51,39 @@ def write_folder(
     truncate_dim: int | None = None,
     dimensions: Sequence[int] = (),
     prompts: Mapping[str, str] | None = None,
+    merging_factor: int = 1,
 ) -> None:
-    """Write an embedder into an empty folder; adapters are merged into the encoder's weights, for good.
+    """Write an embedder or a multi-vector model into an empty folder; adapters are merged into its weights, for good.
 
     With ``truncate_dim``, so many leading dimensions are kept and normalised anew. Other servers are told the
     ``dimensions`` that embeddings were trained to be truncated to. ``prompts`` are instructions of data sets by name,
-    beside the backbone's of each role.
+    beside the backbone's of each role. With a ``merging_factor`` documents get so many times fewer vectors.
     """
     backbone, pooling = encoder.backbone, encoder.pooling
-    config = backbone.model.config.get_text_config()
-    modules = [_transformer(backbone, pooling.layers), *pooling_modules(pooling, config)]
-    if truncate_dim is not None:
-        if not 0 < truncate_dim <= encoder.dimension:
-            raise ValueError(
-                f"truncate_dim={truncate_dim} is not between 1 and the embedding's {encoder.dimension} dimensions."
-            )
-        # Before normalising, which Sentence Transformers' own truncate_dim is not.
-        modules.append(dense(torch.eye(encoder.dimension)[:truncate_dim]))
-    names = {"module_input_name": "sentence_embedding", "module_output_name": "sentence_embedding"}
-    # This path is known to all releases from 5.4 on; base.modules.normalize to those from 6.0 on.
-    modules.append(ModuleSpec("sentence_transformers.sentence_transformer.modules.normalize.Normalize", names))
+    if truncate_dim is not None and not 0 < truncate_dim <= encoder.dimension:
+        raise ValueError(
+            f"truncate_dim={truncate_dim} is not between 1 and the embedding's {encoder.dimension} dimensions."
+        )
+    default_prompt: str | None
+    if isinstance(encoder, MultiVectorEncoder):
+        kind, default_prompt, similarity = "MultiVectorEncoder", None, encoder.similarity
+        behind = token_modules(encoder, truncate_dim, merging_factor)
+    else:
+        kind, default_prompt, similarity = "SentenceTransformer", "document", "cosine"
+        behind = embedding_modules(pooling, backbone.model.config.get_text_config(), truncate_dim)
+    modules = [_transformer(backbone, pooling.layers), *behind]
     _write_checkpoint(backbone, folder)
+    # A prompt of each role, as neither falls back to the default one.
+    of_roles = {role: instruction or "" for role, instruction in backbone.instructions.items()}
     model_config = {
-        "model_type": "SentenceTransformer",
-        "prompts": _prompts(backbone, prompts),
-        "default_prompt_name": "document",
-        "similarity_fn_name": "cosine",
+        "model_type": kind,
+        "prompts": of_roles | dict(prompts or {}),
+        "default_prompt_name": default_prompt,
+        "similarity_fn_name": similarity,
     }
-    _write_modules(modules, pooling, model_config, folder, **_matryoshka(dimensions))
-
-
-def write_multi_vector(
-    encoder: MultiVectorEncoder,
-    folder: Path,
-    truncate_dim: int | None = None,
-    merging_factor: int = 1,
-    prompts: Mapping[str, str] | None = None,
-    dimensions: Sequence[int] = (),
-) -> None:
-    """Write a multi-vector model into an empty folder; adapters are merged into the encoder's weights, for good.
-
-    With ``truncate_dim`` so many leading dimensions are kept, and with a ``merging_factor`` documents get so many times
-    fewer vectors; ``prompts`` and ``dimensions`` are as for `write_folder`.
-    """
-    backbone = encoder.backbone
-    modules = [_transformer(backbone, encoder.pooling.layers), *token_modules(encoder, truncate_dim, merging_factor)]
-    _write_checkpoint(backbone, folder)
-    model_config = {
-        "model_type": "MultiVectorEncoder",
-        "prompts": _prompts(backbone, prompts),
-        "default_prompt_name": None,
-        "similarity_fn_name": encoder.similarity,
-    }
-    _write_modules(modules, encoder.pooling, model_config, folder, **_matryoshka(dimensions))
+    # By these keys vLLM and SGLang know that they may cut vectors, and our search to which sizes.
+    cuts = {"is_matryoshka": True, "matryoshka_dimensions": sorted(dimensions)} if dimensions else {}
+    _write_modules(modules, pooling, model_config, folder, **cuts)
 
 
 def write_reranker(
@@ -119,11 +98,10 @@ def write_reranker(
     backbone, head = scorer.backbone, scorer.pooling
     config = backbone.model.config.get_text_config()
     server_keys: dict[str, Any] = {}
+    rows = None
     if scoring == "dense":
-        check_head(head)
         modules = [_transformer(backbone, head.layers, chat_template=NAME), *head_modules(head, config)]
         last_layer = f"{len(modules) - 1}.linear"
-        _write_checkpoint(backbone, folder)
     else:
         yes_no = yes_no_head(head)
         tokenizer = backbone.preprocessor.processor.tokenizer
@@ -141,7 +119,7 @@ def write_reranker(
         rows = backbone.lm_head_rows(range(config.vocab_size))
         if rows is not None:
             rows[tokens] = yes_no.weights.detach().to(rows)
-        _write_checkpoint(backbone, folder, rows)
+    _write_checkpoint(backbone, folder, rows)
     model_config: dict[str, Any] = {
         "model_type": "CrossEncoder",
         "activation_fn": "torch.nn.modules.activation.Sigmoid",
@@ -152,11 +130,6 @@ def write_reranker(
     if scorer.dtype != "float32":  # The last layer answers in float32, as it did in training.
         model_config["keep_in_fp32_modules"] = [last_layer]
     _write_modules(modules, pooling_of(head), model_config, folder, **server_keys)
-
-
-def _prompts(backbone: VisionLanguageModel, named: Mapping[str, str] | None) -> dict[str, str]:
-    """Return the prompt of each role, as neither falls back to the default one, and those of data sets by name."""
-    return {role: instruction or "" for role, instruction in backbone.instructions.items()} | dict(named or {})
 
 
 def _transformer(backbone: VisionLanguageModel, layers: Sequence[int] | None, **chat_template: str) -> ModuleSpec:
@@ -184,7 +157,7 @@ def _transformer(backbone: VisionLanguageModel, layers: Sequence[int] | None, **
     if backbone.max_length is not None:
         config["max_seq_length"] = backbone.max_length  # Sentence Transformers takes the tokenizer's; vLLM reads this.
     path = "sentence_transformers.base.modules.transformer.Transformer"
-    return ModuleSpec(path, config, file_name="sentence_bert_config.json")
+    return ModuleSpec(path, config)
 
 
 def _write_checkpoint(
@@ -235,11 +208,6 @@ def _as_saved(model: PreTrainedModel) -> PreTrainedModel:
     return whole
 
 
-def _matryoshka(dimensions: Sequence[int]) -> dict[str, Any]:
-    """Return the keys by which vLLM and SGLang know that they may cut vectors, and our search to which sizes."""
-    return {"is_matryoshka": True, "matryoshka_dimensions": sorted(dimensions)} if dimensions else {}
-
-
 def _write_modules(
     modules: Sequence[ModuleSpec], pooling: Pooling, model_config: dict[str, Any], folder: Path, **extra: Any
 ) -> None:
@@ -251,13 +219,13 @@ def _write_modules(
     for index, module in enumerate(modules):
         path = "" if index == 0 else f"{index}_{module.type.rsplit('.', 1)[-1]}"
         (folder / path).mkdir(exist_ok=True)
-        _write_json(folder / path / module.file_name, module.config)
+        _write_json(folder / path / ("config.json" if path else "sentence_bert_config.json"), module.config)
         if module.weights is not None:
             save_file(dict(module.weights), folder / path / "model.safetensors")
         entries.append({"idx": index, "name": str(index), "path": path, "type": module.type})
     _write_json(folder / "modules.json", entries)
     _write_json(folder / "config_sentence_transformers.json", {**model_config, "requirements": _requirements(modules)})
-    config = {key: value for key, value in read(folder / "config.json").items() if key not in WRITTEN} | extra
+    config = {key: value for key, value in read_json(folder / "config.json").items() if key not in WRITTEN} | extra
     text_config = config.get("text_config", config)
     for part in (config, text_config):
         part.pop("output_hidden_states", None)
@@ -275,23 +243,28 @@ def _write_modules(
         file.chmod(mode)
 
 
+#: The first release that serves a folder rightly in which this is a pooling mode, a module's output, or a setting.
+SERVED_SINCE = {
+    "cls": "5.5",  # 5.4 takes padding on the left for the first token.
+    "scores": "5.5",  # 5.4 opens no dense reranker.
+    "max_seq_length": "5.6",  # Those before cut off the template's end with that of a long text.
+    "weightedmean": "6.2",  # Those before count positions from the padding on the left.
+}
+
+
 def _requirements(modules: Sequence[ModuleSpec]) -> dict[str, str]:
     """Return the releases that serve such modules; tests/test_export.py opens folders with the lowest."""
-    named = [module.config.get("pooling_mode", []) for module in modules]
-    modes = {mode for names in named for mode in ([names] if isinstance(names, str) else names)}
-    releases = ["5.4"]
-    if "cls" in modes or any(module.config.get("module_output_name") == "scores" for module in modules):
-        releases.append("5.5")  # 5.4 takes padding on the left for the first token; opens no dense reranker.
-    if "max_seq_length" in modules[0].config:
-        releases.append("5.6")  # Those before cut off the template's end with that of a long text.
-    if "weightedmean" in modes:
-        releases.append("6.2")  # Those before count positions from the padding on the left.
     types = [module.type for module in modules]
     is_multi_vector = any(".multi_vector_encoder." in name or name.endswith("Selection") for name in types)
     if is_multi_vector or "audio" in modules[0].config["modality_config"]:
         return {"sentence_transformers": ">=6.2", "transformers": ">=5.24"}  # Earlier ones were not tried.
+    parts: set[Any] = {*modules[0].config, *(module.config.get("module_output_name") for module in modules)}
+    for module in modules:
+        modes = module.config.get("pooling_mode", [])
+        parts |= {modes} if isinstance(modes, str) else {*modes}
+    release = max(["5.4", *(SERVED_SINCE[part] for part in parts & SERVED_SINCE.keys())], key=Version)
     # transformers before 5.4 keeps the positions of a batch with images for the texts after it, and fails on them.
-    return {"sentence_transformers": f">={max(releases)}", "transformers": ">=5.4"}
+    return {"sentence_transformers": f">={release}", "transformers": ">=5.4"}
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -142,8 +142,9 @@ PAIRS = (
     ("rotated image", "16-bit image"),
     ("two images and text", "image and text"),
     ("video", "image"),
+    ("text", "audio"),
+    ("audio and text", "text"),
 )
-PAIRS_WITH_AUDIO = (("text", "audio"), ("audio and text", "text"))
 
 
 def make_probes(folder: Path, rate: int | None = None) -> dict[str, Any]:
@@ -218,7 +219,7 @@ def expect(
         return replace(to_items([cell], Folder(scratch))[0], instruction=instructions.get(way))
 
     encoder.eval()
-    probes, instructions = make_probes(scratch, rate := encoder.preprocessor.audio_rate), prompts or {}
+    probes, instructions = make_probes(scratch, encoder.preprocessor.audio_rate), prompts or {}
     ways = (*(("query", "document") if dimensions else ("pair",)), *instructions)
     inputs: dict[str, tuple[Any, list[Any]]]  # By name, the description, and what we read in each role and prompt.
     if dimensions:
@@ -229,29 +230,31 @@ def expect(
                 [probes[query], probes[document]],
                 [Pair(item(query, way), item(document, "document")) for way in ways],
             )
-            for query, document in (PAIRS if rate is None else PAIRS + PAIRS_WITH_AUDIO)
+            for query, document in PAIRS
+            if {query, document} <= probes.keys()
         }
-    results: dict[str, list[Tensor]] = {}
+    by_way: dict[str, list[Tensor]] = {way: [] for way in ways}  # Of each input (n, D), or (1, 1).
     refusals: dict[str, Exception] = {}
     for name, (_, items) in inputs.items():
         try:
             chunks = [encoder.preprocessor([item]) for item in items]
         except (ValueError, TemplateError) as error:
             refusals[name] = error
-        else:
-            results[name] = [encoder(chunk).float().cpu() for chunk in chunks]  # Of each way (n, D), or (1, 1).
-    if not results:
+            continue
+        for way, chunk in zip(ways, chunks, strict=True):
+            by_way[way].append(encoder(chunk).float().cpu())
+    names = tuple(name for name in inputs if name not in refusals)
+    if not names:
         reason = next(iter(refusals.values()))
         raise ExportError(f"The model reads none of the inputs that an export is verified with: {reason}")
-    by_way = {way: [rows[place] for rows in results.values()] for place, way in enumerate(ways)}
     several = isinstance(encoder, MultiVectorEncoder)
     join = partial(pad_sequence, batch_first=True) if several else torch.cat
     expected = {way: join(vectors) for way, vectors in by_way.items()}
     if several:
         expected |= _expect_similarities(by_way, dimensions[0], merging_factor)
     return Check(
-        names=tuple(results),
-        inputs=[inputs[name][0] for name in results],
+        names=names,
+        inputs=[inputs[name][0] for name in names],
         left_out=tuple(refusals),
         expected=expected,
         dimensions=tuple(dimensions),
@@ -288,7 +291,7 @@ def verify(checks: Mapping[Path, Check], python: str = sys.executable) -> list[V
     open a folder or use an input.
     """
     plan = [
-        {"folder": str(folder), "trust_remote_code": brings_code(folder)}
+        {"folder": str(folder)}
         | {name: getattr(check, name) for name in ("inputs", "dimensions", "sides", "device", "prompts")}
         for folder, check in checks.items()
     ]
@@ -329,67 +332,58 @@ def brings_code(folder: Path) -> bool:
 def main(plan: str, output: str) -> None:
     """Embed or score in every way, and save the results by folder and way."""
     sys.modules["vlmembed"] = None  # type: ignore[assignment]  # Importing it fails, even where it is installed.
+    import sentence_transformers
+
     results = {}
     for index, job in enumerate(json.loads(Path(plan).read_text(encoding="utf-8"))):
-        config = json.loads(Path(job["folder"], "config_sentence_transformers.json").read_text(encoding="utf-8"))
-        compute = _vectors if config["model_type"] == "MultiVectorEncoder" else _embeddings
-        computed = compute(job) if job["dimensions"] else _scores(job)
+        folder = Path(job["folder"])
+        config = json.loads((folder / "config_sentence_transformers.json").read_text(encoding="utf-8"))
+        opener = getattr(sentence_transformers, config["model_type"])
+        model = opener(str(folder), device=job["device"], trust_remote_code=brings_code(folder))
+        computed = _vectors(job, model) if job["dimensions"] else _scores(job, model)
         for way, values in tqdm(computed, "Verifying", file=sys.stdout):
             results[f"{index}:{way}"] = values.float().cpu().numpy()
     np.savez(output, **results)
 
 
-def _embeddings(job: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Yield unit vectors: in each role, at each dimension, alone, and in one batch that is padded on each side."""
-    from sentence_transformers import SentenceTransformer
+def _vectors(job: Mapping[str, Any], model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yield unit vectors: in each role, at each dimension, alone, and in one batch that is padded on each side.
 
+    Of each input one, (inputs, D); or those of its tokens, (inputs, n, D), and how similar inputs are to each other.
+    """
     inputs = [as_input(description) for description in job["inputs"]]
-    model: Any = SentenceTransformer(job["folder"], device=job["device"], trust_remote_code=job["trust_remote_code"])
-    options: dict[str, Any] = {"show_progress_bar": False, "convert_to_tensor": True}
+    several, (whole, *_) = type(model).__name__ == "MultiVectorEncoder", job["dimensions"]
     roles = {"query": model.encode_query, "document": model.encode_document}
-    for role, dimension, (batching, side) in product(roles, job["dimensions"], _batchings(job)):
-        model.tokenizer.padding_side = side
-        size = 1 if batching == "alone" else len(inputs)
-        embeddings = roles[role](inputs, batch_size=size, truncate_dim=dimension, **options)
-        yield f"{role}/{dimension}/{batching}", normalize(embeddings.float(), dim=-1)
-    for name in job["prompts"]:
-        embeddings = roles[role_of(name)](inputs, batch_size=1, prompt_name=name, **options)
-        yield f"{name}/{job['dimensions'][0]}/alone", normalize(embeddings.float(), dim=-1)
 
+    def encode(role: str, batch_size: int = 1, dimension: int = whole, **prompt: str) -> list[Tensor]:
+        options = {} if several else {"convert_to_tensor": True, "truncate_dim": dimension}
+        return [*roles[role](inputs, batch_size=batch_size, show_progress_bar=False, **options, **prompt)]
 
-def _vectors(job: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Yield each input's vectors, (inputs, n, D), as `_embeddings` does, and how similar inputs are to each other."""
-    from sentence_transformers import MultiVectorEncoder
+    def unit(vectors: list[Tensor]) -> Tensor:
+        return normalize(pad_sequence(vectors, batch_first=True).float(), dim=-1)
 
-    inputs = [as_input(description) for description in job["inputs"]]
-    model: Any = MultiVectorEncoder(job["folder"], device=job["device"], trust_remote_code=job["trust_remote_code"])
-    roles, size = {"query": model.encode_query, "document": model.encode_document}, job["dimensions"][0]
     merging = next((module for module in model if type(module).__name__ == "HierarchicalTokenPooling"), None)
     if merging is not None:
-        merged = model.encode_document(inputs, batch_size=1, show_progress_bar=False)
-        lengths = [rows.float().norm(dim=-1, keepdim=True).cpu() for rows in merged]
-        yield f"merged/{size}/alone", pad_sequence(lengths, batch_first=True)
+        lengths = [rows.float().norm(dim=-1, keepdim=True) for rows in encode("document")]
+        yield f"merged/{whole}/alone", pad_sequence(lengths, batch_first=True)
         merging.tasks = []  # What follows is compared before it is merged.
-    for batching, side in _batchings(job):
+    for dimension, (batching, side) in product(job["dimensions"], _batchings(job)):
         model.tokenizer.padding_side = side
-        options = {"show_progress_bar": False, "batch_size": 1 if batching == "alone" else len(inputs)}
-        vectors = {role: encode(inputs, **options) for role, encode in roles.items()}
+        size = 1 if batching == "alone" else len(inputs)
+        vectors = {role: encode(role, size, dimension) for role in roles}
         for role, rows in vectors.items():
-            yield f"{role}/{size}/{batching}", normalize(pad_sequence(rows, batch_first=True).float(), dim=-1)
-        similarity = model.similarity(vectors["query"], vectors["document"]).cpu()
-        counts = torch.tensor([len(rows) for rows in vectors["query"]])[:, None]
-        yield f"similarity/{size}/{batching}", similarity / (counts if model.similarity_fn_name == "maxsim" else 1)
+            yield f"{role}/{dimension}/{batching}", unit(rows)
+        if several:
+            similarity = model.similarity(vectors["query"], vectors["document"]).cpu()
+            counts = torch.tensor([len(rows) for rows in vectors["query"]])[:, None]
+            yield f"similarity/{whole}/{batching}", similarity / (counts if model.similarity_fn_name == "maxsim" else 1)
     for name in job["prompts"]:
-        rows = roles[role_of(name)](inputs, batch_size=1, prompt_name=name, show_progress_bar=False)
-        yield f"{name}/{size}/alone", normalize(pad_sequence(rows, batch_first=True).float(), dim=-1)
+        yield f"{name}/{whole}/alone", unit(encode(role_of(name), prompt_name=name))
 
 
-def _scores(job: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+def _scores(job: Mapping[str, Any], model: Any) -> Iterator[tuple[str, Tensor]]:
     """Yield logits: alone, in one batch that is padded on each side, and ranked, query by query."""
-    from sentence_transformers import CrossEncoder
-
     pairs = [(as_input(query), as_input(document)) for query, document in job["inputs"]]
-    model: Any = CrossEncoder(job["folder"], device=job["device"], trust_remote_code=job["trust_remote_code"])
     logits: dict[str, Any] = {"show_progress_bar": False, "activation_fn": torch.nn.Identity()}
     for batching, side in _batchings(job):
         model.tokenizer.padding_side = side

@@ -20,6 +20,23 @@ from torch.nn.functional import normalize
 from vlmembed.late_interaction import MultiVectors, Vectors, at_least_float32, maxsim
 
 
+@dataclass(frozen=True)
+class LabelSpec:
+    """What a loss needs to know of each candidate of a query."""
+
+    teacher_scores: bool = False  # A teacher's scores instead of labels.
+    largest: float = math.inf  # The largest label that has a meaning; the smallest is 0.
+    needs_positive: bool = False  # For each query a candidate with a label above 0.
+    needs_several: bool = False  # For each query at least two candidates.
+    grades: bool = False  # Of an embedder's loss: a teacher's scores or, where a row has none, its labels.
+    needs_negative: bool = False  # Of an embedder's loss: in each row a negative.
+
+    @property
+    def scores(self) -> bool:
+        """Whether an embedder's loss is given ``scores``."""
+        return self.teacher_scores or self.grades
+
+
 class Loss(nn.Module, ABC):
     """An embedder's loss: a number to minimise, from the embeddings of a batch and their relevance to each other.
 
@@ -30,17 +47,8 @@ class Loss(nn.Module, ABC):
     dimensions: tuple[int, ...] = ()
     #: How many times fewer vectors an item may have, where it has several; 1 for all of them.
     merging_factors: tuple[int, ...] = ()
-    #: Whether it distils a teacher's scores, which each training row then must have.
-    wants_scores: bool = False
-    #: Whether it compares grades: a row's scores or, where it has none, its labels come as ``scores``.
-    wants_grades: bool = False
-    #: Whether it takes a row's own negatives alone, so that each row must have some.
-    wants_negatives: bool = False
-
-    @property
-    def label_spec(self) -> LabelSpec:
-        """What the collator makes sure that each row has."""
-        return LabelSpec(self.wants_scores, grades=self.wants_grades, needs_negative=self.wants_negatives)
+    #: What it needs to know of each row; the collator checks it, and names the row.
+    label_spec: LabelSpec = LabelSpec()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Loss:
         # Follow to a device, never to another precision: a learnable temperature's steps round to nothing in bfloat16.
@@ -66,21 +74,9 @@ class Loss(nn.Module, ABC):
             documents: The same for the P documents; each distinct document of the batch is there once.
             relevance: 1 where the document is a positive of the query, -1 where it is a hard negative of that query, 0
                 where the pair is not judged (another query's document). On the host in training, whatever the device.
-            scores: A teacher's, or grades, NaN where there is none. None, and may be left out, unless the loss
-                ``wants_scores`` or ``wants_grades``.
+            scores: A teacher's, or grades, NaN where there is none. None, and may be left out, unless the loss's
+                ``label_spec`` asks for them.
         """
-
-
-@dataclass(frozen=True)
-class LabelSpec:
-    """What a loss needs to know of each candidate of a query."""
-
-    teacher_scores: bool = False  # A teacher's scores instead of labels.
-    largest: float = math.inf  # The largest label that has a meaning; the smallest is 0.
-    needs_positive: bool = False  # For each query a candidate with a label above 0.
-    needs_several: bool = False  # For each query at least two candidates.
-    grades: bool = False  # Of an embedder's loss: a teacher's scores or, where a row has none, its labels.
-    needs_negative: bool = False  # Of an embedder's loss: in each row a negative.
 
 
 class RankingLoss(nn.Module, ABC):

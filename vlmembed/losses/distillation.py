@@ -66,7 +66,7 @@ class ScoreDistillation(Loss):
             `InfoNCE`'s.
     """
 
-    wants_scores = True
+    label_spec = LabelSpec(teacher_scores=True)
 
     def __init__(self, loss: RankingLoss | None = None, temperature: float = 0.02) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class CoSENT(Loss):
         temperature: Cosines are divided by it; Sentence Transformers' ``scale`` is 1 over it.
     """
 
-    wants_grades = True
+    label_spec = LabelSpec(grades=True)
 
     def __init__(self, temperature: float = 0.05) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vlmembed.late_interaction import Vectors
-from vlmembed.losses.base import Loss, Similarity, check_positive, compare
+from vlmembed.losses.base import LabelSpec, Loss, Similarity, check_positive, compare
 
 Direction = Literal["query_to_document", "document_to_query", "query_to_query", "document_to_document"]
 Negatives = Literal["in_batch_negatives", "hard_negatives", "all_negatives"]
@@ -92,7 +92,7 @@ class InfoNCE(Loss):
             raise ValueError(f"false_negative_margin must be finite, or null to keep all, got {false_negative_margin}")
         if not in_batch_negatives and tuple(directions) != ("query_to_document",):
             raise ValueError(f"in_batch_negatives=False is for directions ('query_to_document',), got {directions!r}")
-        self.in_batch_negatives, self.wants_negatives = in_batch_negatives, not in_batch_negatives
+        self.in_batch_negatives, self.label_spec = in_batch_negatives, LabelSpec(needs_negative=not in_batch_negatives)
         self.directions, self.softmax = tuple(directions), softmax
         self.false_negative_margin, self.hardness, self.hardness_on = false_negative_margin, hardness, hardness_on
         self.fixed_scale = 1 / temperature

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmembed.late_interaction import MultiVectors, Vectors, at_least_float32, merge, truncate, ward_trees
-from vlmembed.losses.base import Loss
+from vlmembed.losses.base import LabelSpec, Loss
 
 
 class LossAtSizes(Loss):
@@ -29,8 +29,7 @@ class LossAtSizes(Loss):
         self.loss = loss
         self.weights = dict(zip(sizes, weights, strict=True))
         self.dimensions, self.merging_factors = loss.dimensions, loss.merging_factors
-        self.wants_scores, self.wants_grades = loss.wants_scores, loss.wants_grades
-        self.wants_negatives = loss.wants_negatives
+        self.label_spec = loss.label_spec
 
     @abstractmethod
     def resized(self, queries: Vectors, documents: Vectors) -> Iterator[tuple[Vectors, Vectors]]:
@@ -118,9 +117,12 @@ class WeightedSum(Loss):
         self.dimensions = tuple(sorted({dimension for loss in losses for dimension in loss.dimensions}, reverse=True))
         factors = {factor for loss in losses for factor in loss.merging_factors}
         self.merging_factors = tuple(sorted(factors))
-        self.wants_scores = any(loss.wants_scores for loss in losses)
-        self.wants_grades = any(loss.wants_grades for loss in losses)
-        self.wants_negatives = any(loss.wants_negatives for loss in losses)
+        specs = [loss.label_spec for loss in losses]
+        self.label_spec = LabelSpec(
+            teacher_scores=any(spec.teacher_scores for spec in specs),
+            grades=any(spec.grades for spec in specs),
+            needs_negative=any(spec.needs_negative for spec in specs),
+        )
 
     @property
     def terms(self) -> list[tuple[Any, float]]:
@@ -130,7 +132,6 @@ class WeightedSum(Loss):
     def forward(self, queries: Vectors, documents: Vectors, relevance: Tensor, scores: Tensor | None = None) -> Tensor:
         batch = queries, documents, relevance
         losses = [
-            weight * (loss(*batch, scores) if loss.wants_scores or loss.wants_grades else loss(*batch))
-            for loss, weight in self.terms
+            weight * (loss(*batch, scores) if loss.label_spec.scores else loss(*batch)) for loss, weight in self.terms
         ]
         return torch.stack(losses).sum()

@@ -164,7 +164,7 @@ def defined_loss(loss: Loss, queries: Vectors, documents: Vectors, relevance: Te
     elif type(loss) is InfoNCE:
         return _defined_infonce(loss, queries, documents, relevance)
     else:
-        return loss(queries, documents, relevance, *(scores if loss.wants_scores or loss.wants_grades else ()))
+        return loss(queries, documents, relevance, *(scores if loss.label_spec.scores else ()))
     return torch.stack([weight * defined_loss(term, q, d, relevance, *scores) for term, q, d, weight in terms]).sum()
 
 
