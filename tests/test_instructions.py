@@ -12,7 +12,7 @@ import datasets
 import pytest
 import torch
 import yaml
-from building import encoder, item, jsonl, mixed_items, picture, run_config
+from building import encoder, item, jsonl, mixed_items, picture, ranker, run_config
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from torch.nn.functional import normalize
 
@@ -123,7 +123,6 @@ def test_what_is_no_instruction_is_refused_by_its_place(tmp_path: Path, column: 
 
 
 def evaluation_folder(folder: Path, name: str = "pages") -> Path:
-    (folder / name).mkdir()
     jsonl(folder / name / "queries.jsonl", [{"id": "1", "text": "a"}, {"id": "2", "text": "b", "instruction": "Own."}])
     jsonl(folder / name / "corpus.jsonl", [{"id": "a", "text": "x", "instruction": ""}, {"id": "b", "text": "y"}])
     (folder / name / "qrels.tsv").write_text("1\ta\t1\n2\tb\t1\n")
@@ -209,6 +208,7 @@ def test_an_instruction_that_would_not_be_read_is_refused_by_name(checkpoint: Pa
     assert marked.startswith(f"{ORIGIN} has <|image_pad|> in its instruction 'Find <|image_pad|>.'")
     long = refusal(Qwen3VL(str(checkpoint), max_length=40).make_preprocessor(), told(one, "find it " * 40))
     assert long.startswith(f"{ORIGIN}: max_length=40 has no room for a text")
+    assert "Raise max_length" in long
     folder = shutil.copytree(checkpoint, tmp_path / "own")
     template = (folder / "chat_template.jinja").read_text()
     (folder / "chat_template.jinja").write_text("{% set messages = messages[-1:] %}" + template)
@@ -258,9 +258,7 @@ def test_what_a_pair_has_no_place_for_is_refused(checkpoint: Path, tmp_path: Pat
 
 def test_pairs_of_one_instruction_share_their_beginning(checkpoint: Path) -> None:
     """And the scores of a batch of several instructions are those of its pairs alone."""
-    torch.manual_seed(0)
-    scorer = Scorer(Qwen3VL(str(checkpoint)), YesNo(), QueryFirst())
-    scorer.configure()
+    scorer = ranker(checkpoint).encoder
     documents = [item(picture(64, 64, 1)), item("two words"), item("three more words")]
     queries = [told(item("a question " * 5, role="query"), instruction) for instruction in (FIND, None, SHOW)]
     rows = [Example(query, (documents[0],), tuple(documents[1:])) for query in queries]
@@ -340,14 +338,11 @@ def test_an_export_serves_each_prompt_and_notices_another(checkpoint: Path, tmp_
 
 @pytest.mark.exhaustive
 def test_an_exported_reranker_serves_each_prompt(checkpoint: Path, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    scorer = Scorer(Qwen3VL(str(checkpoint)), YesNo(), QueryFirst())
-    scorer.configure()
+    scorer = ranker(checkpoint).encoder
     check = expect(scorer, tmp_path, sides=["left"], prompts={"pages-query": FIND})
     assert (check.expected["pages-query"] - check.expected["pair"]).abs().max() > 100 * TOLERANCE
     checks = {}
     for scoring in get_args(Scoring):
-        (tmp_path / scoring).mkdir()
         write_reranker(scorer, tmp_path / scoring, scoring, {"pages-query": FIND})
         checks[tmp_path / scoring] = check
     for verification in verify(checks):
@@ -400,17 +395,9 @@ def test_mined_rows_keep_their_instructions_and_are_embedded_with_them(
 ) -> None:
     folder = tmp_path / "embedder"
     folder.mkdir()
-    torch.manual_seed(0)
     write_folder(encoder(checkpoint), folder)
-    rows = [
-        {
-            "query": f"q{n // 2}",
-            "positive": f"p{n}",
-            "query_instruction": (FIND, None)[n % 2],
-            "document_instruction": SHOW,
-        }
-        for n in range(6)
-    ]
+    told = [{"query_instruction": (FIND, None)[n % 2], "document_instruction": SHOW} for n in range(6)]
+    rows = [{"query": f"q{n // 2}", "positive": f"p{n}", **told[n]} for n in range(6)]
     seen: dict[str, list[str | None]] = {"encode_query": [], "encode_document": []}
     for name in seen:
         encode = getattr(SentenceTransformer, name)
@@ -425,9 +412,7 @@ def test_mined_rows_keep_their_instructions_and_are_embedded_with_them(
     assert seen == {"encode_query": [FIND] * 3 + [None] * 3, "encode_document": [SHOW] * 6}
     mined = [json.loads(line) for line in (tmp_path / "mined.jsonl").read_text().splitlines()]
     for row, before in zip(mined, rows, strict=True):
-        assert {name: row[name] for name in ("query_instruction", "document_instruction")} == {
-            name: before[name] for name in ("query_instruction", "document_instruction")
-        }
+        assert {name: row[name] for name in told[0]} == {name: before[name] for name in told[0]}
         # Each query is searched by itself: what another instruction's query seeks may be a negative.
         assert len(row["negatives"]) == 2
         assert before["positive"] not in row["negatives"]
@@ -441,10 +426,7 @@ def test_mined_rows_keep_their_instructions_and_are_embedded_with_them(
 
 
 def test_a_teacher_scores_with_the_rows_instruction(checkpoint: Path, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    scorer = Scorer(Qwen3VL(str(checkpoint)), YesNo(), QueryFirst())
-    scorer.configure()
-    (tmp_path / "reranker").mkdir()
+    scorer = ranker(checkpoint).encoder
     write_reranker(scorer, tmp_path / "reranker")
     told_to = [FIND, None, FIND, SHOW]
     rows = [ROW | {"query": f"q{n}", "query_instruction": instruction} for n, instruction in enumerate(told_to)]

@@ -51,8 +51,14 @@ CHOSEN = {
     "two processes": ["02 batch", "04 validation"],
     "shards": ["03 batch"],
 }
-ALONE = [name for name, setting in SETTINGS.items() if setting.strategy is None]
-TOGETHER = [name for name in SETTINGS if name not in ALONE]
+#: From those chosen, and, in long, from all.
+every_setting = pytest.mark.parametrize(
+    ("name", "chosen"),
+    [
+        *CHOSEN.items(),
+        *(pytest.param(name, None, marks=pytest.mark.exhaustive, id=f"{name}, all") for name in CHOSEN),
+    ],
+)
 
 
 @pytest.fixture(scope="module")
@@ -98,14 +104,15 @@ def comparable(path: Path, rows_before: int = 0) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("name", ALONE)
-def test_a_resumed_run_goes_on_as_if_nothing_had_been(checkpoint: Path, data: Path, tmp_path: Path, name: str) -> None:
-    check_all(name, checkpoint, data, tmp_path, CHOSEN[name])
-
-
-@pytest.mark.parametrize("name", TOGETHER)
-def test_two_processes_go_on_as_if_nothing_had_been(checkpoint: Path, data: Path, tmp_path: Path, name: str) -> None:
-    ddp.run(check_all, name, checkpoint, data, tmp_path, CHOSEN[name])
+@every_setting
+def test_a_resumed_run_goes_on_as_if_nothing_had_been(
+    checkpoint: Path, data: Path, tmp_path: Path, name: str, chosen: list[str] | None
+) -> None:
+    arguments = name, checkpoint, data, tmp_path, chosen
+    if SETTINGS[name].strategy is None:
+        check_all(*arguments)
+    else:
+        ddp.run(check_all, *arguments)
 
 
 @pytest.mark.parametrize("monitor", [None, "val/ndcg@10"])
@@ -317,15 +324,3 @@ def test_features_in_memory_are_computed_again_and_rounded_otherwise(
     path, batches = whole.written[2]
     rest = train(setting, checkpoint, data, tmp_path / "rest", path)
     assert rest.losses == pytest.approx(whole.losses[batches:], rel=1e-5)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("name", ALONE)
-def test_resumed_from_every_checkpoint(checkpoint: Path, data: Path, tmp_path: Path, name: str) -> None:
-    check_all(name, checkpoint, data, tmp_path, None)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("name", TOGETHER)
-def test_two_processes_resumed_from_every_checkpoint(checkpoint: Path, data: Path, tmp_path: Path, name: str) -> None:
-    ddp.run(check_all, name, checkpoint, data, tmp_path, None)
