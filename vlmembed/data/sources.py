@@ -23,6 +23,7 @@ from vlmembed.data.tables import read_parts
 from vlmembed.types import BadRow, Example, Item
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 #: Bounds the memory of reading the queries of a whole source.
 ROWS_AT_ONCE = 4096
@@ -69,8 +70,8 @@ class Source(ABC):
 
 
 def read_each(
-    read: Callable[[Sequence[int]], Sequence[T]], rows: Sequence[int], instead: Callable[[int, ValueError], T]
-) -> list[T]:
+    read: Callable[[Sequence[int]], Sequence[T]], rows: Sequence[int], instead: Callable[[int, ValueError], U]
+) -> list[T | U]:
     """Read rows together; where one of them cannot be read, one by one, with something in the place of that one."""
     try:
         return [*read(rows)]
