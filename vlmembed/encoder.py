@@ -114,6 +114,10 @@ class Encoder(nn.Module):
             images += [select(group, half) for half in (range(count // 2), range(count // 2, count)) if half]
         return replace(batch, chunks=[half for chunk in batch.chunks for half in halve(chunk)], images=images)
 
+    def fresh(self) -> Encoder:
+        """Return the same encoder without weights."""
+        return Encoder(self.backbone, self.pooling)
+
     def by_item(self, outputs: Tensor, chunks: Sequence[Inputs]) -> Vectors:
         """Return what was made of each item of some chunks, which come in the same order."""
         return outputs
@@ -158,6 +162,10 @@ class MultiVectorEncoder(Encoder):
         preprocessor.skipped  # noqa: B018  # Refuses what is no token, before weights are loaded.
         return preprocessor
 
+    def fresh(self) -> MultiVectorEncoder:
+        """Return the same encoder without weights."""
+        return MultiVectorEncoder(self.backbone, self.pooling, self.selections, self.similarity, self.expansion_tokens)
+
     def by_item(self, outputs: Float[Tensor, "T D"], chunks: Sequence[Inputs]) -> MultiVectors:
         """Give the vectors of some chunks to their items."""
         lengths = torch.cat([chunk.get("kept", chunk["attention_mask"]).sum(dim=1) for chunk in chunks])
@@ -191,6 +199,10 @@ class Scorer(Encoder):
             raise ValueError(
                 "MeanWithoutInstruction does not know where the instruction of a pair ends: choose another."
             )
+
+    def fresh(self) -> Scorer:
+        """Return the same scorer without weights."""
+        return Scorer(self.backbone, self.pooling, self.template)
 
     def configure(self) -> None:
         """Load the backbone's weights and create the head's; refuse label tokens that are not one token each."""

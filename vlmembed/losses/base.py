@@ -50,6 +50,11 @@ class Loss(nn.Module, ABC):
     #: What it needs to know of each row; the collator checks it, and names the row.
     label_spec: LabelSpec = LabelSpec()
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if old := [name for name in vars(cls) if name in ("wants_scores", "wants_grades", "wants_negatives")]:
+            raise TypeError(f"{cls.__name__}.{old[0]} is not read any more: set label_spec, a vlmembed.losses.LabelSpec.")
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Loss:
         # Follow to a device, never to another precision: a learnable temperature's steps round to nothing in bfloat16.
         def keep_precision(tensor: Tensor) -> Tensor:

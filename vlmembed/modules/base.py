@@ -8,7 +8,7 @@ through the gradient cache, and `configure_gradient_clipping` looks at the gradi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
@@ -57,7 +57,7 @@ class RetrievalModule(LightningModule, ABC):
     """Trains an encoder through a gradient cache, and measures it.
 
     Args:
-        make_encoder: Makes what is trained, without weights.
+        encoder: What is trained, without weights.
         loss: What to train with.
         monitor: Warns of outputs that are all alike, and of a loss that stays at chance.
         adapters: What of the backbone is trained, and through what: LoRA, Freeze; applied in this order. Empty for all.
@@ -80,7 +80,7 @@ class RetrievalModule(LightningModule, ABC):
 
     def __init__(
         self,
-        make_encoder: Callable[[], Encoder],
+        encoder: Encoder,
         loss: nn.Module,
         monitor: CollapseMonitor,
         adapters: Sequence[Adapter] = (),
@@ -93,8 +93,7 @@ class RetrievalModule(LightningModule, ABC):
         losses: Mapping[str, nn.Module] | None = None,
     ) -> None:
         super().__init__()
-        self.encoder = make_encoder()
-        self._make_encoder = make_encoder
+        self.encoder = encoder
         self.loss = loss
         self.losses = _named(losses or {})
         self.adapters = adapters
@@ -209,7 +208,7 @@ class RetrievalModule(LightningModule, ABC):
     def gather(self) -> None:
         """Become whole in this process, with fresh weights, where the model was in shards."""
         if distributed.is_sharded(self.encoder):
-            self.encoder = self._make_encoder()
+            self.encoder = self.encoder.fresh()
             self._load_weights()
             self.checkpointing.recognise_frozen(self)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -53,7 +52,7 @@ class CrossEncoderModule(RetrievalModule):
         **options: Any,
     ) -> None:
         self.in_batch_negatives = in_batch_negatives
-        scorer = partial(Scorer, backbone, head or YesNo(), template or QueryFirst())
+        scorer = Scorer(backbone, head or YesNo(), template or QueryFirst())
         super().__init__(scorer, loss, CollapseMonitor("Scores", score_likeness), losses=losses, **options)
 
     def collator(self) -> PairCollator:

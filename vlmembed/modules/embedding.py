@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -48,7 +47,7 @@ class EmbeddingModule(RetrievalModule):
         if isinstance(pooling, ScoreHead):
             raise ValueError(f"{type(pooling).__name__} is a head of vlmembed.modules.CrossEncoderModule, no pooling.")
         monitor = CollapseMonitor("Embeddings", embedding_likeness)
-        super().__init__(partial(Encoder, backbone, pooling), loss, monitor, losses=losses, **options)
+        super().__init__(Encoder(backbone, pooling), loss, monitor, losses=losses, **options)
 
     def check(self) -> None:
         """Refuse losses over fewer vectors, too."""

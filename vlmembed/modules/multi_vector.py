@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor
@@ -79,7 +78,7 @@ class MultiVectorModule(RetrievalModule):
         }
         parts = backbone, projection or TokenProjection(), selections, similarity, expansion_tokens
         monitor = CollapseMonitor("Vectors", embedding_likeness, SAME_TOKENS)
-        super().__init__(partial(MultiVectorEncoder, *parts), loss, monitor, losses=losses, **options)
+        super().__init__(MultiVectorEncoder(*parts), loss, monitor, losses=losses, **options)
         self.measured_factors = merging_factors
         self.two_stage = two_stage
 
