@@ -99,7 +99,7 @@ def test_a_batch_reads_each_image_once(checkpoint: Path, tmp_path: Path, monkeyp
         opened.append(frame)
         return load_image(frame, *options)
 
-    monkeypatch.setattr("vlmembed.media.load_image", opening)
+    monkeypatch.setattr("vlmembed.backbones.preprocessing.load_image", opening)
     prepared = preprocess.prepare(items)
     assert counts == [3]
     assert len(opened) == 3

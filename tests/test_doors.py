@@ -241,8 +241,8 @@ def test_a_link_is_no_way_out(data_set: Path) -> None:
     rows.symlink_to(data_set.parent / "other" / rows.name)
     with pytest.raises(ValueError, match=r"one: the data file .*\.arrow' leads out"):
         len(Rows(str(data_set.parent / "one")))
-    for name in ("queries.jsonl", "qrels.tsv"):
-        (data_set / name).touch()
+    evaluation_folder(data_set, [], [{"id": "q", "text": "q"}], "q\td\t1\n")
+    (data_set / "corpus.jsonl").unlink()
     (data_set / "corpus.jsonl").symlink_to(data_set.parent / "secret.jsonl")
     with pytest.raises(ValueError, match=f"^{data_set}: the data file 'corpus.jsonl' leads out"):
         EvaluationFolder(str(data_set)).load()
