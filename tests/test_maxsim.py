@@ -1,4 +1,4 @@
-"""MaxSim, its gradient and its memory; token merging: against slow loops and Sentence Transformers."""
+"""MaxSim, its gradient and its memory, against slow loops and finite differences."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from importlib import import_module
 
 import pytest
 import torch
-from sentence_transformers.multi_vector_encoder.modules import HierarchicalTokenPooling
+from building import slow_maxsim
 from torch import Tensor
 from torch.autograd import gradcheck
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vlmembed.late_interaction import MultiVectors, maxsim, merge, ward_trees
+from vlmembed.late_interaction import MultiVectors, maxsim
 from vlmembed.losses import InfoNCE, MergedTokens
 
 #: Lengths of queries and of documents.
@@ -38,12 +38,7 @@ def items(lengths: Sequence[int], seed: int = 0, size: int = 6, **options: bool)
 
 
 def slow(queries: MultiVectors, documents: MultiVectors) -> Tensor:
-    """MaxSim as it is defined, a pair of items at a time."""
-    rows = []
-    for query in queries.map(normalize).split():
-        best = [(query @ document.T).amax(dim=1) for document in documents.map(normalize).split()]
-        rows.append(torch.stack([part.mean() if queries.length_normalized else part.sum() for part in best]))
-    return torch.stack(rows)
+    return slow_maxsim(queries.split(), documents.split(), queries.length_normalized)
 
 
 def with_gradient(score: object, queries: MultiVectors, documents: MultiVectors) -> list[Tensor]:
@@ -157,26 +152,6 @@ def test_no_tensor_grows_with_queries_times_vectors_of_documents(monkeypatch: py
         with_gradient(maxsim, queries, documents)
     # The vectors of documents themselves: 16 × 32 × 8. All products would be 64 × 512.
     assert largest.numbers <= max(len(documents.vectors) * 8, 64 * 32)
-
-
-# Token merging
-
-
-@pytest.mark.parametrize("factor", [1, 2, 3, 4, 100])
-def test_merging_is_sentence_transformers(factor: int) -> None:
-    documents = items([1, 2, 7, 30, 8], 3, 16).map(normalize)
-    pooling = HierarchicalTokenPooling(pool_factor=factor, num_protected_tokens=0)
-    expected = pooling.pool([part.float() for part in documents.split()])
-    merged = merge(documents.map(Tensor.float), factor)
-    of_trees = merge(documents.map(Tensor.float), factor, ward_trees(documents.map(Tensor.float)))
-    assert torch.equal(of_trees.vectors, merged.vectors)
-    assert merged.lengths.tolist() == [len(part) for part in expected]
-    for actual, wanted in zip(merged.split(), expected, strict=True):
-        # Clusters come in another order.
-        closest = (normalize(wanted) @ actual.T).max(dim=1)
-        assert sorted(closest.indices.tolist()) == list(range(len(actual)))
-        torch.testing.assert_close(closest.values, torch.ones(len(actual)))
-        torch.testing.assert_close(actual.norm(dim=1), torch.ones(len(actual)))
 
 
 def test_vectors_that_are_not_finite_make_a_loss_that_is_not() -> None:

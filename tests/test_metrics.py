@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 import pickle
 import random
 import time
@@ -17,8 +16,9 @@ import torch.distributed
 from torch import Tensor
 
 from vlmembed import metrics
-from vlmembed.metrics import METRICS, Relevance, RerankingMetrics, RetrievalMetrics
-from vlmembed.metrics.functions import ndcg_at_k, order_keys
+from vlmembed.late_interaction import MultiVectors
+from vlmembed.metrics import METRICS, MultiVectorMetrics, RerankingMetrics, RetrievalMetrics
+from vlmembed.metrics.functions import order_keys
 from vlmembed.types import EvaluationSet, Item, Part, RerankingSet
 
 #: The first ten documents decide; pytrec_eval's recip_rank has no cut of its own, so it gets a run cut at 10.
@@ -70,16 +70,6 @@ def trec(evaluation: EvaluationSet, run: dict[str, dict[str, float]]) -> dict[st
 def reference(evaluation: EvaluationSet, scores: Tensor) -> dict[str, list[float]]:
     rows = zip(evaluation.query_names, scores.tolist(), strict=True)
     return trec(evaluation, {query: dict(zip(evaluation.document_names, row, strict=True)) for query, row in rows})
-
-
-def test_ndcg_by_hand():
-    """Of the second query: grades 3 and 1 at ranks 2 and 5, and a grade 2 that is never found."""
-    relevance = Relevance(3, torch.tensor([0, 1, 1, 1]), torch.tensor([4, 1, -1, 3]), torch.tensor([1, 3, 2, 1]))
-    found = torch.tensor([1.0, 2.0, torch.inf, 5.0], dtype=torch.float64)
-    ideal = 3 / np.log2(2) + 2 / np.log2(3) + 1 / np.log2(4)
-    expected = (3 / np.log2(3) + 1 / np.log2(6)) / ideal
-    assert ndcg_at_k(found, relevance, 10).tolist() == pytest.approx([1.0, expected, 0.0])
-    assert ndcg_at_k(found, relevance, 4)[1].item() == pytest.approx(3 / np.log2(3) / ideal)
 
 
 @pytest.mark.slow
@@ -287,23 +277,6 @@ def test_after_and_before_equal_pytrec_eval(seed: int, decimals: int) -> None:
             assert values[name + suffix].item() == pytest.approx(np.mean(expected), abs=1e-6)
 
 
-def test_by_hand() -> None:
-    """Of grades 3, 1 and 2 (not a candidate), the first two stand third and first, then first and third."""
-    names = ["a", "b", "c", "d"]
-    evaluation = EvaluationSet(
-        "h", items(1, "query"), items(4, "document"), ["q"], names, {"q": {"a": 3, "b": 1, "d": 2}}
-    )
-    measured = RerankingMetrics(RerankingSet(evaluation, [[1, 2, 0]]))
-    measured.update(torch.tensor([[0, 0], [0, 1], [0, 2]]), torch.tensor([40.0, -3.0, 39.0]))
-    ideal = 3 / math.log2(2) + 2 / math.log2(3) + 1 / math.log2(4)
-    values = {name: value.item() for name, value in measured.compute().items()}
-    assert values["ndcg@10"] == pytest.approx((3 / math.log2(2) + 1 / math.log2(4)) / ideal)
-    assert values["ndcg@10/before"] == pytest.approx((1 / math.log2(2) + 3 / math.log2(4)) / ideal)
-    assert values["recall@10"] == values["recall@10/before"] == pytest.approx(2 / 3)
-    assert values["recall@1"] == pytest.approx(1 / 3)
-    assert (values["mrr@10"], values["mrr@10/before"]) == (1.0, 1.0)
-
-
 def test_logits_that_a_sigmoid_would_make_equal_are_told_apart() -> None:
     reranking = reranking_set()
     scores = [[50.0 + place for place in range(len(found))] for found in reranking.candidates]
@@ -382,20 +355,42 @@ def reranking_metrics() -> tuple[RerankingMetrics, Tensor, Tensor]:
     return RerankingMetrics(reranking), RerankingMetrics(reranking).pairs, scores
 
 
+def vectors_of(evaluation: EvaluationSet, size: int = 8, longest: int = 9) -> list[Tensor]:
+    """One to nine vectors of each item, of any length."""
+    generator = torch.Generator().manual_seed(5)
+    lengths = torch.randint(1, longest + 1, (len(evaluation.queries) + len(evaluation.corpus),), generator=generator)
+    return [3 * torch.randn(length, size, generator=generator) for length in lengths.tolist()]
+
+
+def multi_vector_metrics() -> tuple[MultiVectorMetrics, Tensor, list[Tensor]]:
+    evaluation = evaluation_set()
+    measured = MultiVectorMetrics(evaluation, (3,), (2,), two_stage=9, length_normalized=True)
+    return measured, torch.arange(90), vectors_of(evaluation)
+
+
+METRICS_MADE = [retrieval_metrics, reranking_metrics, multi_vector_metrics]
+
+
 def results(make: Callable, batches: list[Tensor]) -> dict[str, Tensor]:
     """Whatever a metric says of some batches."""
     measured, rows, values = make()
     for chosen in batches:
-        measured.update(rows[chosen], values[chosen])
+        is_multi = isinstance(values, list)
+        some = MultiVectors.of([values[row] for row in chosen.tolist()]) if is_multi else values[chosen]
+        measured.update(rows[chosen], some)
     scores, columns = measured.top_k(1000)
     per_query = {f"{name} of each": found for name, found in measured.per_query().items()}
-    return {**measured.compute(), **per_query, "scores": scores, "columns": columns}
+    found = {**measured.compute(), **per_query, "scores": scores, "columns": columns}
+    if not isinstance(measured, RerankingMetrics):
+        gathered = measured.gather_embeddings()
+        found["embeddings"] = gathered.vectors if isinstance(gathered, MultiVectors) else gathered
+    return found
 
 
 def shares(make: Callable) -> list[list[list[Tensor]]]:
     """Uneven: five items are on both processes, and two of them twice on the second. Then one has nothing."""
     order = torch.randperm(len(make()[1]), generator=torch.Generator().manual_seed(4))
-    return [[[*order[:61].split(9)], [order[61:], order[:5], order[:2]]], [[order], []]]
+    return [[[*order[:61].split(9)], [order[61:], order[:5], order[:2]]], [[order], []], [[], [order]]]
 
 
 def measure_shares() -> list[dict[str, Tensor]]:
@@ -403,12 +398,12 @@ def measure_shares() -> list[dict[str, Tensor]]:
     metrics.retrieval.ROWS_PER_GATHER = 16  # So that a share takes several pieces.
     metrics.retrieval.SCORES_PER_BLOCK = 7 * 60  # So that each process scores some of the queries.
     rank = torch.distributed.get_rank()
-    return [results(make, share[rank]) for make in (retrieval_metrics, reranking_metrics) for share in shares(make)]
+    return [results(make, share[rank]) for make in METRICS_MADE for share in shares(make)]
 
 
 def test_two_processes_equal_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics.retrieval, "SCORES_PER_BLOCK", 7 * 60)
-    whole = [results(make, [torch.arange(len(make()[1]))]) for make in (retrieval_metrics, reranking_metrics)]
+    whole = [results(make, [torch.arange(len(make()[1]))]) for make in METRICS_MADE]
     for found in ddp.run(measure_shares):
-        for result, expected in zip(found, [whole[0]] * 2 + [whole[1]] * 2, strict=True):
+        for result, expected in zip(found, [one for one in whole for _ in range(3)], strict=True):
             torch.testing.assert_close(result, expected, rtol=0, atol=0)  # The same blocks, to the bit.

@@ -12,27 +12,25 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import ddp
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import yaml
-from building import allocated, run_config, write_rows
+from building import allocated, run_config, slow_maxsim, write_rows
 from safetensors.torch import load_file
 from sentence_transformers.multi_vector_encoder.evaluation import MultiVectorInformationRetrievalEvaluator
 from sentence_transformers.multi_vector_encoder.modules.token_pooling import HierarchicalTokenPooling
 from sentence_transformers.util.similarity import maxsim
-from test_metrics import evaluation_set, items, trec
+from test_metrics import evaluation_set, items, trec, vectors_of
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from vlmembed import metrics
 from vlmembed.ablation.run import csv_logger
-from vlmembed.backbones import Qwen3VL
 from vlmembed.cli import main
 from vlmembed.data.evaluation import as_evaluation
-from vlmembed.late_interaction import MultiVectors, merge
+from vlmembed.late_interaction import MultiVectors, merge, ward_trees
 from vlmembed.losses import InfoNCE
 from vlmembed.metrics import METRICS, MultiVectorMetrics, RetrievalMetrics
 from vlmembed.modules import MultiVectorModule
@@ -44,29 +42,12 @@ from vlmembed.types import EvaluationSet
 ALL = [[*range(60)]] * 30
 
 
-def vectors_of(evaluation: EvaluationSet, size: int = 8, longest: int = 9) -> list[Tensor]:
-    """One to nine vectors of each item, of any length."""
-    generator = torch.Generator().manual_seed(5)
-    lengths = torch.randint(1, longest + 1, (len(evaluation.queries) + len(evaluation.corpus),), generator=generator)
-    return [3 * torch.randn(length, size, generator=generator) for length in lengths.tolist()]
-
-
-def multi(vectors: list[Tensor]) -> MultiVectors:
-    return MultiVectors(torch.cat(vectors), torch.tensor([*map(len, vectors)]))
-
-
-def loop(queries: list[Tensor], documents: list[Tensor]) -> Tensor:
-    """MaxSim by its formula, pair by pair, on unit vectors."""
-    unit = [[normalize(vectors, dim=1) for vectors in side] for side in (queries, documents)]
-    return torch.tensor([[(query @ document.T).amax(1).sum() for document in unit[1]] for query in unit[0]])
-
-
 def updated(evaluation: EvaluationSet, vectors: list[Tensor], *rows: list[int], **options: Any) -> MultiVectorMetrics:
     """Updated with batches of 7, in no order; or with these."""
     measured = MultiVectorMetrics(evaluation, **options)
     shuffled = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(2))
     for batch in rows or [part.tolist() for part in shuffled.split(7)]:
-        measured.update(torch.tensor(batch), multi([vectors[row] for row in batch]))
+        measured.update(torch.tensor(batch), MultiVectors.of([vectors[row] for row in batch]))
     return measured
 
 
@@ -98,13 +79,13 @@ def test_every_variant_equals_pytrec_eval(block: int, length_normalized: bool, m
     measured = updated(evaluation, vectors, length_normalized=length_normalized, **options)
     unit = [normalize(item, dim=1) for item in documents]  # What theirs takes.
     pooled = {factor: HierarchicalTokenPooling(factor, num_protected_tokens=0).pool(unit) for factor in (2, 50)}
-    whole = loop(queries, documents)
+    whole = slow_maxsim(queries, documents)
     expected = {
         "": whole,
         "/8": whole,
-        "/3": loop(*([item[:, :3] for item in side] for side in (queries, documents))),
-        "/x2": loop(queries, pooled[2]),
-        "/x50": loop(queries, pooled[50]),
+        "/3": slow_maxsim(*([item[:, :3] for item in side] for side in (queries, documents))),
+        "/x2": slow_maxsim(queries, pooled[2]),
+        "/x50": slow_maxsim(queries, pooled[50]),
         "/two_stage": whole,
     }
     values, per_query = measured.compute(), measured.per_query()
@@ -131,7 +112,7 @@ def test_ties_go_to_the_later_name(k: int, length_normalized: bool) -> None:
     evaluation = evaluation_set()
     vectors = signs(evaluation)
     measured = updated(evaluation, vectors, length_normalized=length_normalized)
-    scores = loop(vectors[:30], vectors[30:])
+    scores = slow_maxsim(vectors[:30], vectors[30:])
     for name, values in reference(evaluation, scores, ALL).items():
         np.testing.assert_allclose(measured.per_query()[name].numpy(), values, atol=1e-6)
     if length_normalized:
@@ -151,7 +132,7 @@ def test_candidates_and_subsets() -> None:
     vectors = vectors_of(evaluation)
     measured = updated(evaluation, vectors, two_stage=4)
     queries, documents = vectors[:30], vectors[30:]
-    scores = loop(queries, documents)
+    scores = slow_maxsim(queries, documents)
     found = [
         [columns[place] for place in two_stages([query], [documents[column] for column in columns], 4)[0]]
         for query, columns in zip(queries, candidates, strict=True)
@@ -225,7 +206,7 @@ def test_update_refuses_rows_and_values_by_name() -> None:
     vectors[7][-1, 2] = torch.nan
     vectors[34][0, 0] = torch.inf
     with pytest.raises(ValueError, match=r"no rows \[-1, 90\]"):
-        MultiVectorMetrics(evaluation).update(torch.tensor([-1, 3, 90]), multi(vectors[:3]))
+        MultiVectorMetrics(evaluation).update(torch.tensor([-1, 3, 90]), MultiVectors.of(vectors[:3]))
     document = evaluation.document_names[4]
     with pytest.raises(ValueError, match=f"embeddings of query 'q7', document '{document}' of evaluation set 'graded'"):
         updated(evaluation, vectors, [3, 7, 34])
@@ -243,7 +224,7 @@ def test_half_precision_is_scored_in_float32_whatever_products_are_allowed(size:
             scores, columns = updated(evaluation, vectors).top_k(60)
     finally:
         torch.set_float32_matmul_precision(precision)
-    expected = loop(*([item.float() for item in side] for side in (vectors[:30], vectors[30:])))
+    expected = slow_maxsim(*([item.float() for item in side] for side in (vectors[:30], vectors[30:])))
     torch.testing.assert_close(scores, expected.gather(1, columns), atol=1e-5, rtol=0)
 
 
@@ -299,15 +280,17 @@ MERGED = {
 }
 
 
-@pytest.mark.parametrize("factor", [2, 3, 100])
+@pytest.mark.parametrize("factor", [1, 2, 3, 100])
 @pytest.mark.parametrize("kind", MERGED)
 def test_merged_vectors_are_those_of_sentence_transformers(kind: str, factor: int) -> None:
     """Under autocast too; theirs of half precision are float32 here, and unit vectors to 1e-6 anyway."""
     items_of = MERGED[kind]()
-    with torch.autocast("cpu", torch.bfloat16):
-        merged = merge(multi(items_of), factor)
-    torch.testing.assert_close(merged.vectors.norm(dim=1), torch.ones(len(merged.vectors)))
     unit = [normalize(vectors.float(), dim=1) for vectors in items_of]
+    whole = MultiVectors.of(items_of if factor > 1 else unit)  # Of one each, they stay as they are.
+    with torch.autocast("cpu", torch.bfloat16):
+        merged = merge(whole, factor)
+        assert torch.equal(merge(whole, factor, ward_trees(whole)).vectors, merged.vectors)
+    torch.testing.assert_close(merged.vectors.norm(dim=1), torch.ones(len(merged.vectors)))
     expected = HierarchicalTokenPooling(factor, num_protected_tokens=0).pool(unit)
     for ours, theirs in zip(merged.split(), expected, strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -347,37 +330,6 @@ def test_a_vector_that_all_documents_have_may_leave_nothing_to_learn() -> None:
         monitor._judge([0.5, loss.item(), math.log(8)], 0.0)
 
 
-def shares(parts: list[list[list[list[int]]]]) -> list[Any]:
-    """In one of two processes: update with its shares, and say what comes out."""
-    metrics.retrieval.ROWS_PER_GATHER = 16  # So that the vectors of an item come in several pieces.
-    metrics.retrieval.SCORES_PER_BLOCK = 7 * 60  # So that each process scores some of the queries.
-    evaluation = evaluation_set()
-    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-    return [results(evaluation, part[rank]) for part in parts]
-
-
-def results(evaluation: EvaluationSet, batches: list[list[int]]) -> dict[str, Any]:
-    """Whatever a metric says of some batches."""
-    measured = MultiVectorMetrics(evaluation, (3,), (2,), two_stage=9, length_normalized=True)
-    vectors = vectors_of(evaluation)
-    for batch in batches:
-        measured.update(torch.tensor(batch), multi([vectors[row] for row in batch]))
-    gathered, per_query = measured.gather_embeddings(), measured.per_query()
-    of_each = {f"{name} of each": values for name, values in per_query.items()}
-    return {**measured.compute(), **of_each, "top": measured.top_k(7), "vectors": gathered.vectors}
-
-
-@pytest.mark.exhaustive
-def test_two_processes_equal_one() -> None:
-    """Uneven shares, with five items on both and two of them twice on one; and then one process has nothing."""
-    order = torch.randperm(90, generator=torch.Generator().manual_seed(4)).tolist()
-    uneven = [[order[:30], order[30:61]], [order[61:], order[:5], order[:2]]]
-    expected = results(evaluation_set(), [[*range(90)]])
-    for values in ddp.run(shares, [uneven, [[order], []], [[], [order]]]):
-        for value in values:
-            torch.testing.assert_close(value, expected)
-
-
 @pytest.mark.exhaustive
 def test_what_a_module_logs_and_predicts(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rankings are those of the vectors in the file beside them, and the logged metrics are pytrec_eval's of these."""
@@ -400,7 +352,7 @@ def test_what_a_module_logs_and_predicts(checkpoint: Path, tmp_path: Path, monke
         for side, lengths in (("queries", "query_lengths"), ("documents", "document_lengths"))
     )
     evaluation = as_evaluation(rows)
-    scores = loop([*queries], [*documents]) / tensors["query_lengths"][:, None]
+    scores = slow_maxsim([*queries], [*documents]) / tensors["query_lengths"][:, None]
     run: dict[str, dict[str, float]] = {name: {} for name in evaluation.query_names}
     for line in (tmp_path / "a/c/predictions/rows.trec").read_text().splitlines():
         query, _, document, rank, score, _ = line.split()
@@ -417,9 +369,3 @@ def test_what_a_module_logs_and_predicts(checkpoint: Path, tmp_path: Path, monke
     # A third, rounded down: of vectors that differ no fewer.
     third = (tensors["document_lengths"] // 3).clamp(min=1).double().mean().item()
     assert logged["test/vectors_per_document/x3"] == pytest.approx(third)
-
-
-@pytest.mark.parametrize("count", [0, -3])
-def test_two_stages_rank_some_documents(count: int, checkpoint: Path) -> None:
-    with pytest.raises(ValueError, match=f"two_stage is the number of documents that MaxSim ranks.*got {count}"):
-        MultiVectorModule(Qwen3VL(str(checkpoint)), InfoNCE(), two_stage=count)
