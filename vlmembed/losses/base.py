@@ -53,7 +53,7 @@ class Loss(nn.Module, ABC):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if old := [name for name in vars(cls) if name in ("wants_scores", "wants_grades", "wants_negatives")]:
-            raise TypeError(f"{cls.__name__}.{old[0]} is not read any more: set label_spec, a vlmembed.losses.LabelSpec.")
+            raise TypeError(f"{cls.__name__}.{old[0]} is not read any more: set label_spec, a LabelSpec.")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Loss:
         # Follow to a device, never to another precision: a learnable temperature's steps round to nothing in bfloat16.
