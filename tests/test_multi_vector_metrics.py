@@ -33,7 +33,6 @@ from vlmembed.data.evaluation import as_evaluation
 from vlmembed.late_interaction import MultiVectors, merge, ward_trees
 from vlmembed.losses import InfoNCE
 from vlmembed.metrics import METRICS, MultiVectorMetrics, RetrievalMetrics
-from vlmembed.modules import MultiVectorModule
 from vlmembed.modules.multi_vector import SAME_TOKENS
 from vlmembed.training.guards import LOOKS, CollapseMonitor, embedding_likeness
 from vlmembed.types import EvaluationSet
