@@ -406,7 +406,7 @@ class Table:
         """Open a table of ``tables``."""
         table: Table = self
         is_own = lookup.path is None
-        if not is_own or lookup.split or lookup.subset:
+        if not is_own or lookup.split or lookup.subset or lookup.media:
             table = Table(
                 lookup.path or self.path,
                 lookup.split or self.split,
