@@ -224,7 +224,7 @@ class Delimited(Records):
 
         reader = self._reader(lines())
         try:
-            self._names = next(reader, [])
+            self._names: list[str] = next(reader, [])
             bounds.append(position)  # Of lines, the reader takes no more than the row has.
             for row in reader:
                 if len(row) != len(self._names):
