@@ -419,7 +419,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[StreamingRows]:
         return open_one(stream)
 
     monkeypatch.setattr(StreamingRows, "open", counted)
-    monkeypatch.setattr("vlmembed.search.corpus.BLOCK", 4)
+    monkeypatch.setattr("vlmembed.search.corpus.STREAM_BLOCK", 4)
     return streams
 
 
