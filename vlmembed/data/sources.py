@@ -64,9 +64,11 @@ class Source(ABC):
         ids: list[int] = []
         for start in range(0, len(indices), ROWS_AT_ONCE):
             piece = indices[start : start + ROWS_AT_ONCE]
-            queries = read_each(self.read_queries, piece, lambda index, _: -1 - index)
-            ids += [query if isinstance(query, int) else query.id for query in queries]
+            ids += read_each(self._read_ids, piece, lambda index, _: -1 - index)
         return ids
+
+    def _read_ids(self, indices: Sequence[int]) -> list[int]:
+        return [query.id for query in self.read_queries(indices)]
 
 
 def read_each(
