@@ -29,7 +29,7 @@ from vlmembed.files import digest
 from vlmembed.late_interaction import MultiVectors
 from vlmembed.metrics.functions import BestDocuments
 from vlmembed.search.searching import PAIRS, logits, open_reranker
-from vlmembed.search.served import ServedModel, find_folder, folder_digest, read_json
+from vlmembed.search.served import ServedModel, find_folder, folder_digest, read_settings
 from vlmembed.types import Item, Pair, Part, Role
 
 #: What a model may read, as mteb names it.
@@ -138,7 +138,7 @@ class Model:
         self.model = model  #: As Sentence Transformers has opened it.
         self.folder = folder
         # What it reads is as the folder says, or else Sentence Transformers.
-        known = read_json(folder / "sentence_bert_config.json").get("modality_config") or model.modalities
+        known = read_settings(folder / "sentence_bert_config.json").get("modality_config") or model.modalities
         # A Hub's commit; or what changes with the folder's content, but not with its card.
         revision = folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else folder_digest(folder)
         self.mteb_model_meta = ModelMeta.create_empty(
@@ -351,7 +351,7 @@ def open_model(
     name = name or name_of(model, folder)
     if not re.fullmatch(r"[^/\s]+/[^/\s]+", name):
         raise ValueError(f"name {name!r}: mteb's names of models are two words with a slash, such as someone/birds.")
-    if read_json(folder / "config_sentence_transformers.json").get("model_type") == "CrossEncoder":
+    if read_settings(folder / "config_sentence_transformers.json").get("model_type") == "CrossEncoder":
         reranker = open_reranker(str(folder), trust_remote_code=trust_remote_code)
         return Reranker(reranker, folder, name, settings or {}, batch_size)
     served = ServedModel.open(folder, trust_remote_code=trust_remote_code)

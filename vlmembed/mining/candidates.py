@@ -28,7 +28,7 @@ from vlmembed.media import load_image
 from vlmembed.search.corpus import CorpusSource
 from vlmembed.search.index import Documents, Index
 from vlmembed.search.ranking import View, search_exact
-from vlmembed.search.served import encode_padded, find_folder, folder_digest, model_input, open_served, read_json
+from vlmembed.search.served import encode_padded, find_folder, folder_digest, model_input, open_served, read_settings
 from vlmembed.types import Item, Role
 
 
@@ -152,7 +152,9 @@ class Embedder:
 
     def __init__(self, model: str, batch_size: int, cache: str | None = None, trust_remote_code: bool = False) -> None:
         config = load_file_path(model, "config_sentence_transformers.json")
-        self.model = open_served(model, read_json(Path(config)) if config else {}, trust_remote_code=trust_remote_code)
+        self.model = open_served(
+            model, read_settings(Path(config)) if config else {}, trust_remote_code=trust_remote_code
+        )
         self.is_multi_vector = type(self.model).__name__ == "MultiVectorEncoder"
         self.batch_size = batch_size
         self._cache = None if cache is None else Path(cache)

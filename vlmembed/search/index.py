@@ -237,6 +237,8 @@ class Documents:
         self._index, self._lock = index, Lock()
         self._name = value if isinstance(value, str) else type(value).__name__
         self._unreadable = _unreadable(index)
+        if value is None or value == "" or isinstance(value, dict | list):
+            raise ValueError(f"{index.folder}: its manifest does not say where its corpus is. Give it as 'corpus'.")
         refuse_streams(value, "looking documents up")
         try:
             self._corpus = open_corpus(value, index.role)

@@ -8,7 +8,6 @@ on the weights that Sentence Transformers has loaded; all modules behind it run 
 
 from __future__ import annotations
 
-import json
 import math
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -30,7 +29,7 @@ from vlmembed.data.sources import RowLists
 from vlmembed.distributed import computing_threads, in_order, print_once, thread_count
 from vlmembed.encoder import Encoder
 from vlmembed.export.modules import CODE
-from vlmembed.files import content_digest, digest
+from vlmembed.files import content_digest, digest, read_json
 from vlmembed.late_interaction import MultiVectors, Vectors
 from vlmembed.media import load_audio, load_image
 from vlmembed.pooling import Pooling
@@ -150,13 +149,13 @@ class ServedModel:
         A ``ValueError`` says that there is none, that it is a reranker, or that it brings code and is not trusted.
         """
         path = find_folder(folder)
-        config = read_json(path / "config_sentence_transformers.json")
+        config = read_settings(path / "config_sentence_transformers.json")
         if config.get("model_type") == "CrossEncoder":
             raise ValueError(
                 f"{folder} is a reranker: it scores pairs, and gives no item a vector. Name an embedder's folder here, "
                 "and the reranker where pairs are ranked."
             )
-        types = [str(module.get("type")) for module in read_json(path / "modules.json", list)]
+        types = [str(module.get("type")) for module in read_settings(path / "modules.json", list)]
         foreign = [name for name in types if not name.startswith(STOCK)]
         if foreign and not trust_remote_code:
             raise ValueError(
@@ -195,7 +194,7 @@ class ServedModel:
     @cached_property
     def dimensions(self) -> list[int]:
         """Those that the embeddings were trained to be truncated to, if any."""
-        return [int(size) for size in read_json(self.folder / "config.json").get("matryoshka_dimensions", [])]
+        return [int(size) for size in read_settings(self.folder / "config.json").get("matryoshka_dimensions", [])]
 
     @cached_property
     def pixels(self) -> dict[str, int] | None:
@@ -522,12 +521,9 @@ def prompt_of(prompts: Mapping[str, str | None], role: Role) -> str | None:
     return next((prompts[name] for name in PROMPTS[role] if name in prompts), None)
 
 
-def read_json(path: Path, kind: type = dict) -> Any:
-    """Return what a JSON file holds, a mapping or a list; an empty one where there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else kind()
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+def read_settings(path: Path, kind: type = dict) -> Any:
+    """Return a JSON file of an exported folder, a mapping or a list of them; an empty one where there is none."""
+    value = read_json(path) if path.is_file() else kind()
     if not isinstance(value, kind) or (isinstance(value, list) and not all(isinstance(entry, dict) for entry in value)):
         raise ValueError(f"{path} is not what Sentence Transformers writes there: {value!r:.100}")
     return value
