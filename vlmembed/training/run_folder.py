@@ -213,10 +213,11 @@ def _save(writer: Any) -> None:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     try:
-        with FileLock(folder / LOCK, timeout=PATIENCE):
-            yield
+        lock = FileLock(folder / LOCK).acquire(timeout=PATIENCE)
     except Timeout as error:
         raise TimeoutError(f"{folder}: another process is at work here. Let it finish, or end it.") from error
+    with lock:
+        yield
 
 
 # The run's configuration
