@@ -32,6 +32,7 @@ from vlmembed.backbones import Qwen3VL, VisionLanguageModel, tiny
 from vlmembed.encoder import Encoder
 from vlmembed.export import ExportError, ModelInfo, SentenceTransformers, Verification
 from vlmembed.export.modules import check_servable, is_stock, standalone_code
+from vlmembed.export.sentence_transformers import SERVED_SINCE
 from vlmembed.export.verify import TOLERANCE, Check, as_input, brings_code, expect, verify
 from vlmembed.files import read_json
 from vlmembed.media import load_image
@@ -264,7 +265,7 @@ def test_the_latest_release_that_a_module_needs_is_claimed(
     """The latest release, not the last text: 5.10 comes behind 5.9."""
     monkeypatch.setitem(SERVED_SINCE, "cls", "5.9")
     monkeypatch.setitem(SERVED_SINCE, "max_seq_length", "5.10")
-    write_folder(encoder(checkpoint, zoo.FirstToken(), max_length=99), tmp_path)
+    export(encoder(checkpoint, zoo.FirstToken(), max_length=99), tmp_path)
     requirements = read_json(tmp_path / "config_sentence_transformers.json")["requirements"]
     assert requirements["sentence_transformers"] == ">=5.10"
 

@@ -108,7 +108,7 @@ def exports(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Expor
         prompts = {"pages-query": "Find the page."} if name == "linear" else {}
         size = [case.truncate_dim or built.dimension]
         checks[root / name] = expect(built, root, size, prompts=prompts, merging_factor=case.merging_factor)
-        export(built, root / name, case.truncate_dim, case.merging_factor, prompts)
+        export(built, root / name, case.truncate_dim, prompts=prompts, merging_factor=case.merging_factor)
     for name, damage in DAMAGES.items():
         damage(shutil.copytree(root / name, root / f"damaged {name}"))
         checks[root / f"damaged {name}"] = checks[root / name]
