@@ -11,6 +11,7 @@ import lightning
 import yaml
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
     BasePredictionWriter,
@@ -27,7 +28,7 @@ from vlmembed.export import Exporter, ModelInfo, push, refuse_used
 from vlmembed.modules import RetrievalModule
 from vlmembed.training.checkpoint_files import CheckpointFiles, read_checkpoint
 from vlmembed.training.checkpointing import finish_averages, in_window, model_checkpoints, refuse_averaging
-from vlmembed.training.memory import MeasureMemory, whole_weights
+from vlmembed.training.memory import MeasureChunks, MeasureGraphMemory, whole_weights
 from vlmembed.training.run_folder import name_changes, refuse_changes
 from vlmembed.training.signals import StopSafely
 
@@ -92,8 +93,9 @@ class Trainer(lightning.Trainer):
         self.allow_changed = allow_changed or []
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:
             self.strategy.checkpoint_io = CheckpointFiles()
+        measure = MeasureGraphMemory if isinstance(self.accelerator, CUDAAccelerator) else MeasureChunks
         # After the others, so that a step at which a run is stopped is one like any other.
-        self.callbacks += [MeasureMemory(), StopSafely()]
+        self.callbacks += [measure(), StopSafely()]
 
     # The data module is handed what makes batches before Lightning sets anything up; it never reads the module.
 

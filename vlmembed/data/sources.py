@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from vlmembed.data.tables import read_parts
 from vlmembed.types import BadRow, Example, Item
 
 T = TypeVar("T")
@@ -81,6 +80,16 @@ def read_each(
         if len(rows) == 1:
             return [instead(rows[0], error)]
         return [value for row in rows for value in read_each(read, [row], instead)]
+
+
+def read_parts(places: Iterable[tuple[int, int]], read: Callable[[int, list[int]], list[Any]]) -> list[Any]:
+    """Read rows of several tables, given the number of each row's table, and of the row in it; a table at once."""
+    order, rows = list[int](), dict[int, list[int]]()
+    for part, row in places:
+        order.append(part)
+        rows.setdefault(part, []).append(row)
+    results = {part: iter(read(part, numbers)) for part, numbers in rows.items()}
+    return [next(results[part]) for part in order]
 
 
 def read_usable(source: Source, rows: Sequence[int]) -> list[tuple[int, Example] | BadRow]:
@@ -216,7 +225,7 @@ class Mixture(Source):
         if self.losses:
             examples = [replace(example, loss=self.losses[source]) for example in examples]
         for number, (row, example) in enumerate(zip(rows, examples, strict=True)):
-            items = example.query, *example.documents
+            items = example.query, *example.positives, *example.negatives
             if not all([item.origin for item in items]):
                 origin = f"{self.sources[source].name}, row {row + 1}"
                 query, *documents = (replace(item, origin=item.origin or origin) for item in items)

@@ -38,6 +38,7 @@ from vlmembed.data.records import (
     open_json,
     read_lines,
 )
+from vlmembed.data.sources import read_parts
 
 #: Files that are read in place.
 READERS: dict[str, Callable[[Path], Records]] = {
@@ -102,16 +103,6 @@ class Joined:
         number = bisect_right(self._ends, index)
         rows = self._parts[number][2]
         return number, rows[index - self._ends[number] + len(rows)]
-
-
-def read_parts(places: Iterable[tuple[int, int]], read: Callable[[int, list[int]], list[Any]]) -> list[Any]:
-    """Read rows of several tables, given the number of each row's table, and of the row in it; a table at once."""
-    order, rows = list[int](), dict[int, list[int]]()
-    for part, row in places:
-        order.append(part)
-        rows.setdefault(part, []).append(row)
-    results = {part: iter(read(part, numbers)) for part, numbers in rows.items()}
-    return [next(results[part]) for part in order]
 
 
 RawTable: TypeAlias = Records | Joined | datasets.Dataset

@@ -88,10 +88,8 @@ def count_peak(device: torch.device) -> Callable[[], int]:
 # What a step may take
 
 
-class MeasureMemory(Callback):
-    """Tells the data module what a chunk may hold, and the gradient cache what a GPU has left after the first step."""
-
-    _peak: Callable[[], int] | None = None
+class MeasureChunks(Callback):
+    """Tells the data module what a chunk may hold."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure, where ``chunk_size`` is ``auto``, before the training loader is made; print and keep the result."""
@@ -111,6 +109,12 @@ class MeasureMemory(Callback):
                 Path(folder).mkdir(parents=True, exist_ok=True)
                 Path(folder, "chunks.yaml").write_text(yaml.safe_dump({"tokens": tokens}))
         data.set_chunking(tokens, _patch_cost(encoder))
+
+
+class MeasureGraphMemory(MeasureChunks):
+    """Tells the gradient cache, too, what the first step has left free on a GPU."""
+
+    _peak: Callable[[], int] | None = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin to count, before the first step."""
