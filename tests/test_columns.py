@@ -87,6 +87,15 @@ def test_ids_are_looked_up_in_a_pool(folder: Path) -> None:
         rows[1]
 
 
+def test_ids_of_the_data_set_itself_have_a_media_folder_of_their_own(folder: Path) -> None:
+    path = write(
+        folder / "t.jsonl", {"q": "first", "id": 1, "img": "a.png", "pos": 2}, {"q": "x", "id": 2, "img": "b.png"}
+    )
+    cells: dict[str, Any] = {"query": "q", "positive": {"ids": "pos", "table": "own"}}
+    rows = Rows(path, cells=cells, tables={"own": Lookup("id", {"image": "img"}, media="images")})
+    assert content(rows[0].positives[0]) == ["b.png"]
+
+
 def test_one_row_for_each_caption(folder: Path) -> None:
     """As in Flickr30k and MSR-VTT; captions that are null or none make no row."""
     path = write(

@@ -201,6 +201,12 @@ class Quadratic(Loss):
         return (queries @ documents.T - relevance).square().mean()
 
 
+@pytest.mark.parametrize("name", ["wants_scores", "wants_grades", "wants_negatives"])
+def test_a_loss_that_says_in_the_old_way_what_it_needs_is_refused(name: str) -> None:
+    with pytest.raises(TypeError, match=rf"Mine\.{name} is not read any more: set label_spec"):
+        type("Mine", (Quadratic,), {name: True})
+
+
 @pytest.mark.parametrize("weights", [None, WEIGHTS])
 def test_matryoshka_is_the_weighted_sum_of_any_loss(weights):
     queries, documents, relevance = graded_batch()
