@@ -308,7 +308,10 @@ def main(args: ArgsType = None) -> None:
     try:
         if isinstance(words, list) and words and words[0] in COMMANDS:
             module = import_module(COMMANDS[words[0]][0])
-            getattr(module, "main", partial(run_function, getattr(module, words[0])))(words)
+            if hasattr(module, "main"):
+                module.main(words)
+            else:
+                run_function(getattr(module, words[0]), words)
         else:
             end_with_parent()
             CLI(args)

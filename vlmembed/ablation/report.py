@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -25,7 +24,7 @@ from vlmembed.ablation.plan import read_ablation
 from vlmembed.ablation.record import content_path
 from vlmembed.ablation.run import Trial, read_trials
 from vlmembed.ablation.statistics import ALPHA, PairwiseComparison, compare, seed_variance
-from vlmembed.files import write_whole
+from vlmembed.files import read_json, write_whole
 
 #: Of each cost, the heading of its column, how it is written, and its divisor.
 COSTS = {
@@ -232,7 +231,7 @@ def _shown_queries(summary: Summary) -> dict[str, list[dict[str, Any]]]:
     names, documents = list(summary.settings), summary.folder / "documents"
     first = {name_of(trial.setting): trial.folder for trial in reversed(summary.finished)}
     paths = [first[name] / "measured" / summary.evaluation / "top.json" for name in names]
-    tops = [json.loads(path.read_text(encoding="utf-8")) if path.exists() else {} for path in paths]
+    tops = [read_json(path) if path.exists() else {} for path in paths]
     recorded = [query for query in summary.scores if all(query in top for top in tops)]
     if not recorded:
         return {}

@@ -35,7 +35,7 @@ from typing import Any, Literal
 
 import yaml
 
-from vlmembed.files import write_whole
+from vlmembed.files import read_json, write_whole
 
 #: The command that trains and measures; the path of a configuration comes after it.
 FIT = shlex.join([sys.executable, "-m", "vlmembed", "fit", "--config"])
@@ -72,12 +72,12 @@ class Trial:
     @staticmethod
     def read(folder: Path) -> Trial:
         """Read what was planned for a folder."""
-        return Trial(folder, **json.loads((folder / "planned.json").read_text(encoding="utf-8")))
+        return Trial(folder, **read_json(folder / "planned.json"))
 
     def ended(self) -> Trial:
         """Return this trial with what came of it; as it is, if it has not ended."""
         path = self.folder / "result.json"
-        return replace(self, **json.loads(path.read_text(encoding="utf-8"))) if path.exists() else self
+        return replace(self, **read_json(path)) if path.exists() else self
 
     def configuration(self) -> dict[str, Any]:
         """Return the configuration of ``fit`` with the log in this folder, and with a `Record` of what is measured."""
@@ -170,7 +170,7 @@ def _outcome(trial: Trial, status: int) -> dict[str, Any]:
         error = "\n".join([cause, *re.split(r"[\r\n]+", log.strip())[-ERROR_LINES:]])
     elif trial.metric not in metrics:
         error = f"{trial.metric!r} was not logged, only {sorted(metrics)}; change the metric, or what is measured."
-    costs = json.loads(cost.read_text(encoding="utf-8")) if cost.exists() else {}
+    costs = read_json(cost) if cost.exists() else {}
     return {"status": "failed" if error else "finished", "error": error, "metrics": metrics, "cost": costs}
 
 

@@ -23,7 +23,7 @@ from scipy import stats
 from vlmembed.ablation.statistics import PairwiseComparison, compare, holm
 from vlmembed.benchmark.models import Model
 from vlmembed.benchmark.tasks import give_candidates, leaves, load
-from vlmembed.files import whole_file, write_whole
+from vlmembed.files import read_json, whole_file, write_whole
 
 #: How pytrec_eval, by which mteb measures, calls what mteb calls ``ndcg_at_10``. Others are no means over queries.
 MEASURES = {"ndcg": "ndcg_cut_", "map": "map_cut_", "recall": "recall_", "precision": "P_", "hit_rate": "success_"}
@@ -149,7 +149,7 @@ def read_written(task: AbsTask, folder: Path) -> Scores:
 
 def read_meta(folder: Path) -> ModelMeta:
     """Read whose results a folder has."""
-    written = json.loads((folder / "model_meta.json").read_text(encoding="utf-8"))
+    written = read_json(folder / "model_meta.json")
     return ModelMeta.create_empty({"name": written["name"], "revision": written["revision"]})
 
 
